@@ -1,0 +1,76 @@
+# Every target sets up what it needs: `make quickstart` and `make test` work in a fresh clone.
+
+PYTHON ?= python3
+PYTHON312 ?=
+TORCH ?= torch==2.13.0
+VENV := .venv
+VENV312 := .venv312
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-py312 find-py312 lint format
+
+# Distributed tests start several processes; one thread each keeps them from fighting over the cores.
+test test-py312: export OMP_NUM_THREADS := 1
+
+help: ## show this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo
+	@echo "PYTHON=/path/to/python3.11-or-newer and PYTHON312=/path/to/python3.12 choose the interpreters."
+
+quickstart: $(VENV)/.installed ## set up, then train the small example on two processes
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/musique/quickstart.sh
+
+test: $(VENV)/.installed ## set up, then run all tests
+	$(VENV)/bin/python -m pytest
+	@echo "tests ran with $$($(VENV)/bin/python -V) in $(CURDIR)/$(VENV); style and types: make lint"
+
+test-py312: $(VENV312)/.installed ## set up, then run the parity tests on Python 3.12 and megatron-core 0.19.2
+	$(VENV312)/bin/python -m pytest -m parity
+	@echo "parity tests ran with $$($(VENV312)/bin/python -V) in $(CURDIR)/$(VENV312)"
+
+lint: $(VENV)/.installed ## check style, format and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed ## sort imports and format the code
+	$(VENV)/bin/ruff check --select I --fix
+	$(VENV)/bin/ruff format
+
+find-py312: ## print the Python 3.12 that test-py312 takes, or fail
+	@$(find_py312); echo "$$interpreter"
+
+# Sets the shell variable `interpreter`: PYTHON312 alone where it is given, else the first 3.12 of PATH and pyenv.
+define find_py312
+	interpreter=; \
+	for candidate in $(or $(PYTHON312),python3.12 "$$(pyenv root 2>/dev/null || echo "$$HOME/.pyenv")"/versions/3.12*/bin/python); do \
+	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then \
+	        interpreter=$$candidate; break; \
+	    fi; \
+	done; \
+	if [ -z "$$interpreter" ]; then \
+	    echo "no Python 3.12 at $(or $(PYTHON312),python3.12 or in pyenv); name one: make test-py312 PYTHON312=/path/to/python3.12" >&2; \
+	    exit 1; \
+	fi
+endef
+
+# The stamp is written last: an interrupted set-up starts over, a finished one is not repeated
+# until pyproject.toml changes. torch goes first, so that nothing else chooses its version.
+define install
+	test -x $(1)/bin/pip || "$$interpreter" -m venv $(1); \
+	$(1)/bin/python -m pip install "$(TORCH)"; \
+	$(1)/bin/python -m pip install --editable ".[dev]"; \
+	touch $@
+endef
+
+$(VENV)/.installed: pyproject.toml setup.py
+	@interpreter="$(PYTHON)"; \
+	"$$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	    || { echo "$(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	$(call install,$(VENV))
+
+$(VENV312)/.installed: pyproject.toml setup.py
+	@$(find_py312); \
+	$(call install,$(VENV312))

@@ -1,0 +1,133 @@
+"""Megatron distributed checkpoints that load under any parallel layout, complete or absent.
+
+    checkpoints/iter_0000010/   Megatron's files (model, optimizer) and trainer.json
+    checkpoints/latest          the name of the newest complete one, written last
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_solopo.files import atomic_path, remove, write_json
+
+_LATEST = "latest"
+_TRAINER_STATE = "trainer.json"
+# Saved once per parameter, not per rank's share of a buffer: loads under another TP, PP, CP or DP.
+_SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    trainer_state: dict[str, Any],
+) -> Path:
+    """Write `root/iter_<step>` on all ranks together, then point `latest` to it. Returns its path.
+
+    Args:
+        trainer_state: JSON-able, the same on every rank: what is not a tensor.
+    """
+    final = root / f"iter_{step:07d}"
+    temporary = root / f".{final.name}.incomplete"
+    if dist.get_rank() == 0:
+        remove(temporary)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(
+        _sharded_state(chunks, optimizer, is_loading=False), str(temporary), content_metadata=dict(_SHARDING)
+    )
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_json(temporary / _TRAINER_STATE, trainer_state | {"step": step})
+        remove(final)
+        temporary.rename(final)
+        with atomic_path(root / _LATEST) as pointer:
+            pointer.write_text(final.name + "\n", encoding="utf-8")
+    dist.barrier()
+    return final
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The checkpoint that `latest` names, or None where nothing was saved yet.
+
+    Raises ValueError if it names a directory that is not there.
+    """
+    pointer = root / _LATEST
+    if not pointer.is_file():
+        return None
+    path = root / pointer.read_text(encoding="utf-8").strip()
+    if not (path / _TRAINER_STATE).is_file():
+        raise ValueError(f"{pointer}: names {path}, which is not a checkpoint; write the name of a complete one into it")
+    return path
+
+
+def read_trainer_state(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given, plus `step`."""
+    state: dict[str, Any] = json.loads((path / _TRAINER_STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def load_checkpoint(
+    path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None
+) -> None:
+    """Load parameters, and the optimizer's state if one is given, under the current layout."""
+    if optimizer is not None:
+        _initialize_state(optimizer)
+    state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), str(path))
+    for key, chunk in _keyed(chunks).items():
+        chunk.module.load_state_dict(state[key])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        _separate_steps(optimizer)
+
+
+def _sharded_state(
+    chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None, *, is_loading: bool
+) -> dict[str, Any]:
+    metadata = _SHARDING | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    model = {key: chunk.module.sharded_state_dict(metadata=metadata) for key, chunk in _keyed(chunks).items()}
+    if optimizer is None:
+        return model
+    parameters = model["model"] if len(chunks) == 1 else model
+    return model | {
+        "optimizer": optimizer.sharded_state_dict(dict(parameters), is_loading=is_loading, metadata=metadata)
+    }
+
+
+def _keyed(chunks: Sequence[DistributedDataParallel]) -> dict[str, DistributedDataParallel]:
+    """Megatron's keys: `model`, or `model0`, `model1`, ... with virtual pipeline stages."""
+    if len(chunks) == 1:
+        return {"model": chunks[0]}
+    return {f"model{number}": chunk for number, chunk in enumerate(chunks)}
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if part.optimizer is not None]
+
+
+def _initialize_state(optimizer: MegatronOptimizer) -> None:
+    """torch's Adam makes its state at the first step; loading needs it there, with a `step` to fill."""
+    for part in _torch_optimizers(optimizer):
+        part.init_state_fn(part.optimizer, part.config)
+        for state in part.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+
+
+def _separate_steps(optimizer: MegatronOptimizer) -> None:
+    """Loading makes all parameters share one `step` tensor, which would then advance once per parameter."""
+    for part in _torch_optimizers(optimizer):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()

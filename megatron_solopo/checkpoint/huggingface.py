@@ -1,0 +1,110 @@
+"""Loads a Hugging Face directory of safetensors into this rank's model chunks."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, rules, to_megatron
+from megatron_solopo.files import sampled_sha256, sha256_file, sha256_json
+from megatron_solopo.model.architecture import Architecture
+from megatron_solopo.model.head import ResponseModel
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Old checkpoints store these although they follow from the config.
+_DERIVED = ("rotary_emb.inv_freq",)
+
+
+class SafetensorsDirectory:
+    """The tensors of a Hugging Face directory, read one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError if there are no safetensors weights or a shard is missing or damaged."""
+        self.path = path
+        self.files = self._locate()
+
+    def _locate(self) -> dict[str, str]:
+        if (self.path / _INDEX).is_file():
+            index: dict[str, str] = json.loads((self.path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            return index
+        if not (self.path / _SINGLE).is_file():
+            raise ValueError(f"{self.path}: holds neither {_SINGLE} nor {_INDEX}; model weights must be safetensors")
+        with self._open(_SINGLE) as shard:
+            return dict.fromkeys(shard.keys(), _SINGLE)
+
+    def _open(self, file: str) -> safe_open:
+        try:
+            return safe_open(self.path / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path / file}: cannot be read: {error}") from None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU, in the precision it is stored in."""
+        with self._open(self.files[name]) as shard:
+            return shard.get_tensor(name)
+
+
+def load_weights(chunks: Sequence[ResponseModel], architecture: Architecture, path: Path) -> None:
+    """Fill every parameter of this rank from the Hugging Face directory `path`, cast to the model's precision.
+
+    Raises ValueError naming missing, unexpected or misshapen tensors, before any parameter is touched
+    in the first two cases.
+    """
+    source = SafetensorsDirectory(path)
+    table = rules(architecture)
+    _check_names(source, {name for rule in table.values() for name in rule.huggingface}, architecture)
+    for chunk in chunks:
+        group = chunk.pg_collection.tp
+        padded_vocab = chunk.vocab_size
+        for name, parameter in global_parameters(chunk):
+            rule = table[name]
+            tensors = [source.read(each) for each in rule.huggingface]
+            value = to_megatron(
+                rule, architecture, tensors, rank=group.rank(), size=group.size(), padded_vocab=padded_vocab
+            )
+            if value.shape != parameter.shape:
+                raise ValueError(
+                    f"{path}: {' + '.join(rule.huggingface)} gives shape {tuple(value.shape)}, "
+                    f"but config.json asks for {tuple(parameter.shape)} in {name}"
+                )
+            with torch.no_grad():
+                parameter.copy_(value)
+
+
+def global_parameters(chunk: ResponseModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This chunk's parameters by their name in the mapping table, layers counted over the whole model.
+
+    With tied embeddings, the last pipeline stage's own copy appears under the embedding's name.
+    """
+    for name, parameter in chunk.named_parameters():
+        if name.startswith("decoder.layers."):
+            local, rest = name.removeprefix("decoder.layers.").split(".", 1)
+            layer = chunk.decoder.layers[int(local)].layer_number - 1
+            name = f"decoder.layers.{layer}.{rest}"
+        if name == OUTPUT and chunk.share_embeddings_and_output_weights:
+            name = EMBEDDING
+        yield canonical_name(name), parameter
+
+
+def weights_fingerprint(path: Path) -> str:
+    """Identifies the model in a Hugging Face directory: its config, and its weight files by size and sampled content."""
+    files = sorted(set(SafetensorsDirectory(path).files.values()))
+    return sha256_json(
+        {"config": sha256_file(path / "config.json"), "weights": {file: sampled_sha256(path / file) for file in files}}
+    )
+
+
+def _check_names(source: SafetensorsDirectory, expected: set[str], architecture: Architecture) -> None:
+    found = {name for name in source.files if not name.endswith(_DERIVED)}
+    if architecture.tied_embeddings:
+        found.discard("lm_head.weight")
+    for problem, names in (("missing", expected - found), ("unexpected", found - expected)):
+        if names:
+            shown = ", ".join(sorted(names)[:5])
+            raise ValueError(
+                f"{source.path}: {len(names)} {problem} tensors for a {architecture.model_type} model "
+                f"with {architecture.num_layers} layers: {shown}{', ...' if len(names) > 5 else ''}"
+            )

@@ -1,0 +1,282 @@
+"""The configuration: typed, layered (defaults, YAML, dotted overrides), unknown keys refused.
+
+OmegaConf reads and merges the layers, pydantic checks types and legal values. Parallelism and
+optimizer keys bear Megatron-Core's names, preference keys TRL's.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from yaml import YAMLError
+
+from megatron_solopo.files import atomic_path
+
+LossType = Literal["dpo", "simpo", "orpo", "ipo", "cpo", "hinge", "robust"]
+ObjectiveName = Literal["solopo", "short_po", "long_po"]
+
+_PAPER_ALPHA = {"dpo": 3.0}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """What is trained."""
+
+    path: Path
+    """Hugging Face directory: config.json, safetensors weights, tokenizer."""
+    implementation: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer kernels: Transformer Engine where it and CUDA are (auto), or plain PyTorch (local)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute precision. bfloat16 keeps float32 master weights in the optimizer."""
+
+
+class DataConfig(_Section):
+    """Which triplets, and how they are packed."""
+
+    path: Path
+    """Directory written by `megatron-solopo data prepare`."""
+    max_tokens_per_pack: PositiveInt
+    """Token budget of one pack (micro-batch), counted after the per-sequence padding."""
+    max_triplets_per_pack: PositiveInt | None = None
+    """Upper bound on the triplets of one pack; 1 turns packing off."""
+
+
+class ParallelConfig(_Section):
+    """Megatron-Core's parallel sizes; what remains of the world size is data parallel."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    context_parallel_size: PositiveInt = 1
+    sequence_parallel: bool | None = None
+    """Shards activations outside attention over the tensor-parallel ranks; null: on when TP > 1."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    recompute_num_layers: PositiveInt = 1
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        """Whether activations are sharded over the tensor-parallel ranks."""
+        return self.tensor_model_parallel_size > 1 if self.sequence_parallel is None else self.sequence_parallel
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that share one replica: TP x PP x CP."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+class ObjectiveConfig(_Section):
+    """The loss; every formula is in `megatron_solopo.objective`."""
+
+    name: ObjectiveName = "solopo"
+    """solopo: pair loss on the short context plus reward alignment to the long one; short_po and
+    long_po: the plain pair loss on one of the contexts (long_po is the usual method)."""
+    loss_type: LossType = "dpo"
+    beta: PositiveFloat = 0.1
+    """Scale of the reward."""
+    gamma: NonNegativeFloat = 0.5
+    """Target margin of SimPO (TRL's `simpo_gamma`)."""
+    orpo_lambda: NonNegativeFloat = 1.0
+    """Weight of ORPO's odds-ratio term."""
+    label_smoothing: float = 0.0
+    """Probability that a preference label is wrong: in [0, 0.5] for dpo (cDPO), in [0, 0.5) for robust; else 0."""
+    nll_coefficient: NonNegativeFloat = 0.0
+    """Weight of an added negative log-likelihood per token of the chosen answer."""
+    alpha: NonNegativeFloat | None = None
+    """Weight of the reward alignment; null: the paper's, 3 for dpo and 1 for simpo and
+    orpo, and 1 for the others, which the paper does not treat."""
+    align: Literal["chosen", "both"] = "chosen"
+    """Which answers are aligned between the short and the long context."""
+    distance: Literal["l1", "l2", "huber"] = "l1"
+    """l1: |gap|; l2: gap squared; huber: quadratic up to `huber_delta`, then linear."""
+    huber_delta: PositiveFloat = 1.0
+    detach_short: bool = False
+    """Stops the alignment's gradient on the short side, so that only the long reward moves."""
+
+    @model_validator(mode="after")
+    def _label_smoothing_fits_the_loss(self) -> Self:
+        smoothing, loss_type = self.label_smoothing, self.loss_type
+        if loss_type not in ("dpo", "robust"):
+            if smoothing != 0:
+                raise ValueError(
+                    f"label_smoothing={smoothing} has no part in loss_type={loss_type}; "
+                    "set it to 0, or loss_type to dpo or robust"
+                )
+        elif not 0 <= smoothing <= 0.5 or (loss_type == "robust" and smoothing == 0.5):
+            legal = "[0, 0.5]" if loss_type == "dpo" else "[0, 0.5)"
+            raise ValueError(f"label_smoothing={smoothing} is not in {legal}, legal for loss_type={loss_type}")
+        return self
+
+    @property
+    def alignment_weight(self) -> float:
+        """`alpha`, or the paper's value for this loss type where it is not set."""
+        return _PAPER_ALPHA.get(self.loss_type, 1.0) if self.alpha is None else self.alpha
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reward is measured against a reference model."""
+        return self.loss_type in ("dpo", "ipo", "hinge", "robust")
+
+
+class LogprobConfig(_Section):
+    """The response-only head."""
+
+    chunk_tokens: PositiveInt = 1024
+    """Response rows projected to the vocabulary at a time; logits never exceed this many rows."""
+
+
+class ReferenceConfig(_Section):
+    """The frozen model that rewards are measured against."""
+
+    model_path: Path | None = None
+    """Hugging Face directory; null: the policy's initial weights."""
+    cache: Path | None = None
+    """Directory of the cached log-probs; null: `<run_dir>/reference`."""
+
+
+class OptimizerConfig(_Section):
+    """Adam and its schedule, in Megatron-Core's names."""
+
+    lr: PositiveFloat = 1e-6
+    min_lr: NonNegativeFloat = 0.0
+    lr_warmup_iters: NonNegativeInt = 0
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: PositiveFloat = 1e-8
+    clip_grad: NonNegativeFloat = 1.0
+    """Upper bound of the gradient norm; 0 turns clipping off."""
+    use_distributed_optimizer: bool = True
+    """Shards the optimizer state over the data-parallel (and context-parallel) ranks."""
+
+
+class TrainingConfig(_Section):
+    """Length, batch and what happens between steps."""
+
+    global_batch_size: PositiveInt
+    """Triplets per optimizer step, over all ranks."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps; null: `num_train_epochs` decides."""
+    num_train_epochs: PositiveFloat = 1.0
+    eval_steps: PositiveInt | None = None
+    """Evaluate on the held-out split every this many steps, and at the end; null: never."""
+
+
+class CheckpointConfig(_Section):
+    """Megatron distributed checkpoints under `<run_dir>/checkpoints`."""
+
+    save_steps: PositiveInt | None = None
+    """Save every this many steps, and at the end; null: only at the end."""
+    resume: bool = True
+    """Continue from `<run_dir>/checkpoints/latest` where it exists."""
+
+
+class LoggingConfig(_Section):
+    """Where metrics go besides `metrics.jsonl` and the console."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+class Config(_Section):
+    """One run."""
+
+    run_dir: Path
+    """Everything the run writes."""
+    seed: NonNegativeInt = 1234
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    parallel: ParallelConfig = ParallelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    logprob: LogprobConfig = LogprobConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and dotted overrides (`objective.alpha=3`) over the defaults.
+
+    Raises ValueError with one line per mistake: the key, the value, the legal values, the nearest key.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override {override!r}: expected key=value, for example objective.alpha=3")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such config file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a directory, expected a YAML file") from None
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: not a valid config: {' '.join(str(error).split())}") from None
+    return parse_config(values, source=str(path))
+
+
+def parse_config(values: Any, source: str) -> Config:
+    """Check a nested dictionary; `source` names it in the error."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{source}: {_explain(detail)}" for detail in error.errors()]
+        raise ValueError("\n".join(lines)) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML, complete or not at all."""
+    with atomic_path(path) as temporary:
+        OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), temporary)
+
+
+def _explain(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"]) or "the whole file"
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {key}{_nearest(detail['loc'])}"
+    if detail["type"] == "missing":
+        return f"{key} is required"
+    if detail["type"] == "value_error":  # from a section's own check; the input is the whole section
+        return f"{key}: {detail['ctx']['error']}"
+    return f"{key}={detail['input']!r}: {detail['msg']}"
+
+
+def _nearest(location: tuple[str | int, ...]) -> str:
+    """A hint naming the closest legal keys, looked for in the same section first, then everywhere."""
+    *parents, unknown = (str(part) for part in location)
+    known = _all_keys(Config)
+    same_section = [key for key in known if key.split(".")[:-1] == parents]
+    nearest = difflib.get_close_matches(".".join((*parents, unknown)), same_section, n=1, cutoff=0.6) or [
+        key for key in known if key.split(".")[-1] == unknown
+    ]
+    if nearest:
+        return f"; did you mean {' or '.join(nearest)}?"
+    return f"; legal here: {', '.join(key.split('.')[-1] for key in same_section)}"
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys

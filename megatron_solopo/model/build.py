@@ -1,0 +1,154 @@
+"""Builds this rank's model chunks from an architecture and the parallel layout."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
+
+from megatron_solopo.config import ModelConfig, ParallelConfig
+from megatron_solopo.model.architecture import Architecture
+from megatron_solopo.model.fusion import supports_gradient_accumulation_fusion
+from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.spec import layer_spec, uses_transformer_engine
+
+_VOCAB_MULTIPLE_PER_RANK = 128
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Vocabulary rows to allocate: Megatron's usual multiple of 128 x TP, so that shards are equal and fast."""
+    multiple = _VOCAB_MULTIPLE_PER_RANK * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
+    """Refuse a layout that does not divide the model; raises ValueError naming both numbers and the key."""
+    tp = parallel.tensor_model_parallel_size
+    for what, count in (
+        ("attention heads", architecture.num_attention_heads),
+        ("feed-forward columns", architecture.ffn_hidden_size),
+    ):
+        if count % tp:
+            raise ValueError(f"parallel.tensor_model_parallel_size={tp} does not divide the model's {count} {what}")
+    groups = architecture.num_query_groups
+    if groups % tp and tp % groups:
+        raise ValueError(
+            f"parallel.tensor_model_parallel_size={tp} is neither a divisor nor a multiple of the model's "
+            f"{groups} key-value heads"
+        )
+    if parallel.uses_sequence_parallel and tp == 1:
+        raise ValueError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1")
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    stages = parallel.pipeline_model_parallel_size * (chunks or 1)
+    if chunks is not None and parallel.pipeline_model_parallel_size == 1:
+        raise ValueError(
+            f"parallel.virtual_pipeline_model_parallel_size={chunks} needs parallel.pipeline_model_parallel_size > 1"
+        )
+    if architecture.num_layers % stages:
+        raise ValueError(
+            f"the model's {architecture.num_layers} layers do not divide into {stages} pipeline stages "
+            "(parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size)"
+        )
+
+
+def transformer_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """Megatron-Core's configuration of this model under this layout.
+
+    `calculate_per_token_loss` makes the gradient the exact mean over the triplets of the global
+    batch: our loss function reports triplets where Megatron counts tokens.
+    """
+    check_layout(architecture, parallel)
+    dtype = getattr(torch, model.dtype)
+    on_gpu_kernels = uses_transformer_engine(model.implementation)
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    full_recompute = parallel.recompute_granularity == "full"
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        softmax_scale=architecture.softmax_scale,
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        add_qkv_bias=architecture.add_qkv_bias,
+        qk_layernorm=architecture.qk_layernorm,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Weights are loaded afterwards, so zeros do. Initialization must not be skipped: it marks the
+        # tensor-parallel parameters, and without the marks the gradient norm misses their shards.
+        init_method=torch.nn.init.zeros_,
+        output_layer_init_method=torch.nn.init.zeros_,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.uses_sequence_parallel,
+        cp_comm_type="p2p",
+        # Packs differ in length, so shapes travel with each pipeline message; Megatron ties that
+        # to the dispatcher type even in a dense model.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # The other combination swaps forward and backward tensors in the interleaved schedule.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=True,
+        calculate_per_token_loss=True,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method if full_recompute else None,
+        recompute_num_layers=parallel.recompute_num_layers if full_recompute else None,
+        gradient_accumulation_fusion=supports_gradient_accumulation_fusion(),
+        # Megatron's fusions compile at run time; plain kernels where there is no GPU to gain from them.
+        bias_activation_fusion=on_gpu_kernels,
+        bias_dropout_fusion=on_gpu_kernels,
+        apply_rope_fusion=on_gpu_kernels,
+        masked_softmax_fusion=False,
+    )
+
+
+def build_model(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, *, chunk_tokens: int, device: torch.device
+) -> list[ResponseModel]:
+    """This rank's model chunks (one, or one per virtual pipeline stage), weights not yet loaded.
+
+    Raises ValueError for a layout that does not fit the model.
+    """
+    config = transformer_config(architecture, model, parallel)
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    stages: list[int | None] = list(range(chunks)) if chunks else [None]
+    return [
+        _build_chunk(architecture, config, model.implementation, chunk_tokens, stage).to(device) for stage in stages
+    ]
+
+
+def _build_chunk(
+    architecture: Architecture,
+    config: TransformerConfig,
+    implementation: str,
+    chunk_tokens: int,
+    vp_stage: int | None,
+) -> ResponseModel:
+    stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
+    chunk = ResponseModel(
+        config,
+        layer_spec(config, implementation, vp_stage),
+        vocab_size=padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(**stage),
+        post_process=parallel_state.is_pipeline_last_stage(**stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="rope",
+        vp_stage=vp_stage,
+        real_vocab_size=architecture.vocab_size,
+        chunk_tokens=chunk_tokens,
+    )
+    # transformers' own frequencies, whatever the rope type, instead of Megatron's re-derivation.
+    chunk.rotary_pos_emb.inv_freq = architecture.inv_freq.clone()
+    return chunk

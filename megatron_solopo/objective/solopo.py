@@ -1,0 +1,133 @@
+"""The training objective of a pack of triplets.
+
+    solopo:    L = L_PO(x_short, y_w, y_l) + alpha * s(r(x_short, y_w) - r(x_long, y_w))     (arXiv 2505.11166)
+    short_po:  L = L_PO(x_short, y_w, y_l)
+    long_po:   L = L_PO(x_long, y_w, y_l)
+
+each plus `nll_coefficient` * NLL per token of y_w on the pair's own context (the likelihood term of RPO, arXiv
+2404.19733). With `align: both`, solopo adds the distance of y_l to that of y_w under the same alpha.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from megatron_solopo.config import ObjectiveConfig
+from megatron_solopo.objective.alignment import alignment_distance
+from megatron_solopo.objective.preference import PREFERENCE_LOSSES
+from megatron_solopo.objective.reward import Response
+
+SHORT_PAIR = ("short_chosen", "short_rejected")
+LONG_PAIR = ("long_chosen", "long_rejected")
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """What one pack contributes."""
+
+    loss_T: Tensor
+    """Loss per triplet, differentiable. The caller sums it and divides by the triplets of the global batch."""
+    metrics: dict[str, Tensor]
+    """Detached `[T]` values per triplet, under `metric_names`."""
+
+
+def required_roles(config: ObjectiveConfig) -> tuple[str, ...]:
+    """The sequences of a triplet that the objective reads: its pair (chosen, rejected), then what is aligned to it."""
+    if config.name == "long_po":
+        return LONG_PAIR
+    if config.name == "short_po":
+        return SHORT_PAIR
+    return SHORT_PAIR + tuple(f"long_{answer}" for answer in _aligned_answers(config))
+
+
+@cache
+def metric_names(config: ObjectiveConfig) -> tuple[str, ...]:
+    """The keys of `ObjectiveOutput.metrics`, in order; pipeline ranks that compute no loss need them."""
+    nothing = dict.fromkeys(required_roles(config), torch.zeros(0))
+    return tuple(compute_objective(config, nothing, nothing, nothing).metrics)
+
+
+def compute_objective(
+    config: ObjectiveConfig,
+    logps: Mapping[str, Tensor],
+    lengths: Mapping[str, Tensor],
+    reference_logps: Mapping[str, Tensor] | None = None,
+) -> ObjectiveOutput:
+    """Loss and metrics of T triplets; T may be 0.
+
+    Args:
+        logps: role -> log pi(y|x) summed over the response tokens, float32 or float64 `[T]`, for every required role.
+        lengths: role -> response tokens of the whole response, `[T]`, at least 1.
+        reference_logps: role -> log pi_ref(y|x), `[T]`; needed where `config.needs_reference`, else ignored.
+
+    Metrics, each a mean over triplets once the caller has averaged it:
+        loss = po_loss + alpha * solo_ra/loss + nll_coefficient * nll_loss
+        po_loss: the pair loss (with ORPO's own likelihood term).
+        solo_ra/loss: the distance before alpha; with `align: both` the sum of the two.
+        solo_ra/gap_signed, solo_ra/gap_abs: chosen reward on the short minus the long context, and its size.
+        solo_ra/gap_abs_rejected: the same of the rejected response, with `align: both`.
+        rewards/*, logps/*: of the pair, summed log-probabilities; `chosen_long` on the long context.
+        nll_loss: -log pi(y_w|x) / |y_w| on the pair's context.
+    solo_ra/* and *_long exist for solopo alone; the pair of long_po is the long one.
+    """
+    roles = required_roles(config)
+    assert all(logps[role].dtype in (torch.float32, torch.float64) for role in roles), "sums of log-probs need float32"
+    assert reference_logps is not None or not config.needs_reference, f"{config.loss_type} needs reference log-probs"
+    references = reference_logps if config.needs_reference else None
+    responses = {
+        role: Response(logps[role], lengths[role], None if references is None else references[role]) for role in roles
+    }
+    loss_type = PREFERENCE_LOSSES[config.loss_type]
+    rewards = {role: loss_type.reward(response, config.beta) for role, response in responses.items()}
+
+    chosen, rejected = roles[:2]
+    nll_T = -responses[chosen].mean_logp_T
+    po_loss_T = loss_type.pair_loss(rewards[chosen] - rewards[rejected], nll_T, config)
+    loss_T = po_loss_T + config.nll_coefficient * nll_T
+    metrics = {"po_loss": po_loss_T}
+    if config.name == "solopo":
+        alignment_T = _alignment(config, rewards)
+        loss_T = loss_T + config.alignment_weight * alignment_T
+        metrics |= {"solo_ra/loss": alignment_T} | _alignment_metrics(rewards, logps)
+    metrics = {"loss": loss_T} | metrics | _pair_metrics(rewards[chosen], rewards[rejected])
+    metrics |= {"logps/chosen": logps[chosen], "logps/rejected": logps[rejected], "nll_loss": nll_T}
+    return ObjectiveOutput(loss_T, {name: value_T.detach() for name, value_T in metrics.items()})
+
+
+def _aligned_answers(config: ObjectiveConfig) -> tuple[str, ...]:
+    return ("chosen", "rejected") if config.align == "both" else ("chosen",)
+
+
+def _alignment(config: ObjectiveConfig, rewards: Mapping[str, Tensor]) -> Tensor:
+    """Sum of the distances of the aligned answers, `[T]`."""
+    distances = [
+        alignment_distance(
+            rewards[f"short_{answer}"],
+            rewards[f"long_{answer}"],
+            config.distance,
+            config.huber_delta,
+            config.detach_short,
+        )
+        for answer in _aligned_answers(config)
+    ]
+    return torch.stack(distances).sum(dim=0)
+
+
+def _alignment_metrics(rewards: Mapping[str, Tensor], logps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    gap_T = rewards["short_chosen"] - rewards["long_chosen"]
+    metrics = {"solo_ra/gap_abs": gap_T.abs(), "solo_ra/gap_signed": gap_T}
+    if "long_rejected" in rewards:
+        metrics["solo_ra/gap_abs_rejected"] = (rewards["short_rejected"] - rewards["long_rejected"]).abs()
+    return metrics | {"rewards/chosen_long": rewards["long_chosen"], "logps/chosen_long": logps["long_chosen"]}
+
+
+def _pair_metrics(chosen_T: Tensor, rejected_T: Tensor) -> dict[str, Tensor]:
+    return {
+        "rewards/chosen": chosen_T,
+        "rewards/rejected": rejected_T,
+        "rewards/margins": chosen_T - rejected_T,
+        "rewards/accuracies": (chosen_T > rejected_T).to(chosen_T.dtype),
+    }

@@ -1,0 +1,59 @@
+"""Context parallelism over packed sequences: who holds which token, and sums over the ranks.
+
+Every sequence is cut into 2 x CP equal chunks; rank r holds chunks r and 2 x CP - 1 - r, so that
+causal attention costs every rank the same (the order that Transformer Engine expects).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def shard_indices(cu_seqlens_S1: Tensor, size: int, rank: int) -> Tensor:
+    """Positions of a pack that context-parallel rank `rank` of `size` holds, in its local order.
+
+    Args:
+        cu_seqlens_S1: padded sequence boundaries [S + 1]; every length is a multiple of 2 * size.
+
+    Returns:
+        int64 positions [T / size], on the CPU.
+    """
+    boundaries = cu_seqlens_S1.tolist()
+    if size == 1:
+        return torch.arange(boundaries[-1])
+    chunks = []
+    for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+        chunk, remainder = divmod(end - start, 2 * size)
+        assert remainder == 0, f"sequence of {end - start} positions is not padded to a multiple of {2 * size}"
+        chunks.append(torch.arange(start + rank * chunk, start + (rank + 1) * chunk))
+        chunks.append(torch.arange(end - (rank + 1) * chunk, end - rank * chunk))
+    return torch.cat(chunks)
+
+
+def gathered_order(cu_seqlens_S1: Tensor, size: int) -> Tensor:
+    """Index [T] that puts the concatenation of all ranks' shards back into pack order."""
+    return torch.argsort(torch.cat([shard_indices(cu_seqlens_S1, size, rank) for rank in range(size)]))
+
+
+def sum_over_context(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the context-parallel ranks; each rank's gradient is that of its own addend.
+
+    All-reduce forward, identity backward: every rank computes the same loss from the sum, and
+    summing its gradient again (as `torch.distributed.nn.functional.all_reduce` does) would
+    count it CP times.
+    """
+    return values if group.size() == 1 else _SumForward.apply(values, group)
+
+
+class _SumForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None

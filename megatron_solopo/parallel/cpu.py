@@ -1,0 +1,140 @@
+"""Runs Megatron-Core on a machine without CUDA: the one place that adapts `torch.cuda`.
+
+Megatron-Core asks `torch.cuda` for devices, streams, random states and memory without checking
+that CUDA is there. `adapt_if_needed` gives each of these its CPU meaning. It must run before
+megatron is imported, and does nothing where CUDA is available, unless MEGATRON_SOLOPO_DEVICE=cpu.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._device import _device_constructors
+
+DEVICE_VARIABLE = "MEGATRON_SOLOPO_DEVICE"
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    "zeros ones empty tensor full arange rand randn randint zeros_like ones_like empty_like as_tensor".split()
+)
+_adapted = False
+
+
+def is_cpu() -> bool:
+    """Whether this process computes on the CPU: CUDA is absent, or the CPU was asked for.
+
+    Raises ValueError if the environment variable holds anything but cpu, cuda or nothing.
+    """
+    wanted = os.environ.get(DEVICE_VARIABLE, "")
+    if wanted not in ("", "cpu", "cuda"):
+        raise ValueError(f"{DEVICE_VARIABLE}={wanted!r}: expected cpu or cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{DEVICE_VARIABLE}=cuda, but torch {torch.__version__} finds no CUDA device; unset it")
+    return wanted == "cpu" or not torch.cuda.is_available()
+
+
+def adapt_if_needed() -> None:
+    """Give `torch.cuda` its CPU meaning, once, if this process computes on the CPU."""
+    global _adapted
+    if _adapted or not is_cpu():
+        return
+    _adapted = True
+    _adapt_device_and_random_state()
+    _adapt_streams()
+    _adapt_tensors()
+    _adapt_megatron_random()
+
+
+class _Event:
+    """A point in the one and only CPU 'stream': always reached."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream:
+    """The CPU runs everything in order, so waiting is free."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+
+def _adapt_device_and_random_state() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.device_count = lambda: 1
+    # One function object per name: torch.compile's tables refuse an object that has two.
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.empty_cache = lambda: None
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda.manual_seed = _seed
+
+
+def _adapt_streams() -> None:
+    cuda: Any = torch.cuda
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.current_stream = lambda *args: _Stream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+
+
+def _adapt_tensors() -> None:
+    cuda: Any = torch.cuda
+    cuda.FloatTensor, cuda.LongTensor, cuda.IntTensor = torch.FloatTensor, torch.LongTensor, torch.IntTensor
+    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    # `with torch.device(...)` keeps a table of the factories, made at first use: make it of the originals.
+    _device_constructors()
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    tensor_type = torch.Tensor.type
+
+    def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Gradient clipping asserts that gradients are 'torch.cuda.FloatTensor', by name.
+        result = tensor_type(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+
+    torch.Tensor.type = type_as_on_cuda  # type: ignore[method-assign, assignment]
+
+
+def _adapt_megatron_random() -> None:
+    from megatron.core.tensor_parallel import random
+
+    def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    random._set_cuda_rng_state = set_state
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A tensor factory that reads device='cuda' as the CPU."""
+
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)

@@ -1,0 +1,109 @@
+"""Process groups: who this process is among the ranks, and whom it talks to."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_solopo.config import ParallelConfig
+from megatron_solopo.parallel import cpu
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place in every parallel dimension (Megatron-Core's groups, by name)."""
+
+    device: torch.device
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    num_model_chunks: int
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Every packed sequence is padded to a multiple of this: 2 x CP x TP."""
+        return 2 * self.context_group.size() * self.tensor_group.size()
+
+    @property
+    def packs_multiple(self) -> int:
+        """The interleaved schedule needs micro-batches in multiples of the pipeline size."""
+        return self.pipeline_group.size() if self.num_model_chunks > 1 else 1
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last pipeline stage, which computes the loss."""
+        return self.pipeline_group.rank() == self.pipeline_group.size() - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return dist.get_global_rank(self.pipeline_group, self.pipeline_group.size() - 1)
+
+
+def check_world_size(config: ParallelConfig, world_size: int) -> None:
+    """Refuse a world size that the parallel sizes do not divide.
+
+    Raises ValueError naming the sizes and what to change.
+    """
+    if world_size % config.model_parallel_size:
+        raise ValueError(
+            f"{world_size} processes, but parallel.tensor_model_parallel_size="
+            f"{config.tensor_model_parallel_size} x pipeline_model_parallel_size="
+            f"{config.pipeline_model_parallel_size} x context_parallel_size={config.context_parallel_size} "
+            f"= {config.model_parallel_size} must divide them; launch a multiple of {config.model_parallel_size} "
+            "(torchrun --nproc-per-node) or change parallel.*"
+        )
+
+
+def initialize(config: ParallelConfig, seed: int) -> Topology:
+    """Join the process group that torchrun describes (or make one of a single process) and split it.
+
+    Raises ValueError for a world size that does not fit, before any process waits for another.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_world_size(config, world_size)
+    device = _device()
+    if not dist.is_initialized():
+        _join(device, world_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return Topology(
+        device=device,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        num_model_chunks=config.virtual_pipeline_model_parallel_size or 1,
+    )
+
+
+def destroy() -> None:
+    """Leave the process groups, so that the process ends without a warning."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if cpu.is_cpu():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(device: torch.device, world_size: int) -> None:
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        assert world_size == 1
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,83 @@
+"""Megatron-Core's gradient buffers, optimizer and learning-rate schedule, from our configuration."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_solopo.config import OptimizerConfig
+from megatron_solopo.model.head import ResponseModel
+
+
+def wrap_data_parallel(chunks: Sequence[ResponseModel], optimizer: OptimizerConfig) -> list[DistributedDataParallel]:
+    """Give each model chunk its gradient buffers and data-parallel gradient reduction (in fp32)."""
+    config = chunks[0].config
+    # Without this, Megatron's schedules skip the data-parallel, norm and tied-embedding gradient sync.
+    config.finalize_model_grads_func = finalize_model_grads
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
+    )
+    return [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+
+
+def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: OptimizerConfig) -> MegatronOptimizer:
+    """Adam over this rank's parameters, with fp32 master weights where the model is bfloat16."""
+    dtype = chunks[0].module.config.params_dtype
+    return get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.adam_beta1,
+            adam_beta2=optimizer.adam_beta2,
+            adam_eps=optimizer.adam_eps,
+            # Megatron measures the gradient norm only where it clips: an infinite bound does just that.
+            clip_grad=optimizer.clip_grad or math.inf,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        ),
+        list(chunks),
+    )
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, config: OptimizerConfig, max_steps: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up, then the chosen decay down to `min_lr` at `max_steps`.
+
+    Raises ValueError if the warm-up or the minimum does not fit.
+    """
+    if config.lr_warmup_iters >= max_steps:
+        raise ValueError(
+            f"optimizer.lr_warmup_iters={config.lr_warmup_iters} must be below the run's {max_steps} steps "
+            "(training.max_steps or training.num_train_epochs)"
+        )
+    if config.min_lr > config.lr:
+        raise ValueError(f"optimizer.min_lr={config.min_lr} must not exceed optimizer.lr={config.lr}")
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.lr_warmup_iters,
+        lr_decay_steps=max_steps,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=max_steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

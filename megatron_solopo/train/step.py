@@ -1,0 +1,124 @@
+"""What Megatron's schedules run for every pack: forward, objective, and the scale of the loss.
+
+Gradient scale. With `calculate_per_token_loss`, Megatron sums gradients over micro-batches and
+over data- and context-parallel ranks, then divides by the sum, over the same ranks, of the count
+that the loss function reports. We report the pack's triplets, on every one of its CP ranks, and
+return CP times the summed loss, so both sums carry the factor CP and the gradient is exactly that
+of the mean over the triplets of the global batch, however they are packed or distributed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_solopo.config import ObjectiveConfig
+from megatron_solopo.data.packing import Pack
+from megatron_solopo.logprob.sequence import sequence_logprobs
+from megatron_solopo.model.microbatch import Microbatch, shard_pack
+from megatron_solopo.objective import compute_objective, metric_names
+from megatron_solopo.parallel.topology import Topology
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class ReferenceLogprobs:
+    """Summed reference log-probabilities of every sequence of a data set, fp32 [rows, R]."""
+
+    roles: tuple[str, ...]
+    logps: Tensor
+
+    def select(self, roles: Sequence[str], rows: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """By role, fp32 [len(rows)]."""
+        return {role: self.logps[rows, self.roles.index(role)].to(device) for role in roles}
+
+
+def run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    packs: Sequence[Pack],
+    loss_function: Callable[[Microbatch], LossFunction],
+    topology: Topology,
+    *,
+    forward_only: bool,
+) -> list[Tensor]:
+    """Run Megatron's schedule (plain, 1F1B or interleaved) over this rank's packs.
+
+    Returns the third value of `loss_function(microbatch)(output)` for each pack, in order, on the
+    last pipeline stage; an empty list on the others.
+    """
+
+    def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+        microbatch = next(iterator)
+        output = model(microbatch.tokens_1t, None, None, packed_seq_params=microbatch.packing)
+        return output, loss_function(microbatch)
+
+    # Every virtual stage consumes the same packs again, each through an iterator of its own.
+    microbatches = [shard_pack(pack, topology) for pack in packs]
+    iterators = [iter(microbatches) for _ in chunks]
+    several = len(chunks) > 1
+    reports: list[Tensor] = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if several else iterators[0],
+        model=list(chunks) if several else chunks[0],
+        num_microbatches=len(packs),
+        seq_length=1,  # ignored: shapes travel with the messages
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return reports
+
+
+def objective_loss(
+    objective: ObjectiveConfig, references: ReferenceLogprobs | None, topology: Topology
+) -> Callable[[Microbatch], LossFunction]:
+    """The loss function of training and evaluation; reports fp32 [M], the sums of `metric_names(objective)`."""
+
+    def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pack = microbatch.pack
+        logps_TR = _per_triplet(_sequence_logprobs(microbatch, token_logprobs_N, topology), pack)
+        lengths_TR = _per_triplet(pack.response_lengths_S.to(topology.device), pack)
+        reference = None
+        if objective.needs_reference:
+            assert references is not None
+            reference = references.select(pack.roles, pack.triplet_indices, topology.device)
+        result = compute_objective(
+            objective, _by_role(logps_TR, pack.roles), _by_role(lengths_TR, pack.roles), reference
+        )
+        report_M = torch.stack([result.metrics[name].sum() for name in metric_names(objective)]).float()
+        return result.loss_T.sum() * topology.context_group.size(), _count(pack, topology), report_M
+
+    return lambda microbatch: partial(loss, microbatch)
+
+
+def logprob_report(topology: Topology) -> Callable[[Microbatch], LossFunction]:
+    """The loss function of forward-only passes; reports the sequence log-probabilities, fp32 [T, R]."""
+
+    def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logps_S = _sequence_logprobs(microbatch, token_logprobs_N, topology)
+        return logps_S.sum(), _count(microbatch.pack, topology), _per_triplet(logps_S, microbatch.pack)
+
+    return lambda microbatch: partial(loss, microbatch)
+
+
+def _sequence_logprobs(microbatch: Microbatch, token_logprobs_N: Tensor, topology: Topology) -> Tensor:
+    num_sequences = len(microbatch.pack.response_lengths_S)
+    return sequence_logprobs(
+        token_logprobs_N, microbatch.response_sequences_N, num_sequences, topology.context_group
+    )
+
+
+def _per_triplet(values_S: Tensor, pack: Pack) -> Tensor:
+    """[S] -> [T, R]: sequences are ordered by triplet, then by role."""
+    return values_S.view(pack.num_triplets, len(pack.roles))
+
+
+def _by_role(values_TR: Tensor, roles: Sequence[str]) -> dict[str, Tensor]:
+    return dict(zip(roles, values_TR.unbind(dim=1), strict=True))
+
+
+def _count(pack: Pack, topology: Topology) -> Tensor:
+    return torch.tensor(pack.num_triplets, dtype=torch.int, device=topology.device)

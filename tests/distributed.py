@@ -1,0 +1,77 @@
+"""Runs a function on N gloo ranks: real processes, real collectives."""
+
+import multiprocessing
+import os
+import pickle
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 600
+
+# The server imports torch and megatron once; every rank is then a fork of it.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["megatron_solopo.train.step", "megatron_solopo.checkpoint.huggingface"])
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """Call `function(*arguments)` on every rank of a gloo world and return the results in rank order.
+
+    The function and its arguments must be picklable. An exception on any rank ends all of them and
+    is raised here with that rank's traceback.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    results = _CONTEXT.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        ranks = [
+            _CONTEXT.Process(
+                target=_run_rank, args=(function, arguments, rank, world_size, store, results), daemon=True
+            )
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            return _collect(results, ranks)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+
+
+def _collect(results: Any, ranks: list[Any]) -> list[Any]:
+    collected: dict[int, Any] = {}
+    while len(collected) < len(ranks):
+        try:
+            rank, value, failure = results.get(timeout=TIMEOUT_SECONDS)
+        except queue.Empty:
+            missing = sorted(set(range(len(ranks))) - set(collected))
+            raise TimeoutError(f"ranks {missing} did not answer within {TIMEOUT_SECONDS} s") from None
+        if failure:
+            raise RuntimeError(f"rank {rank} failed:\n{failure}")
+        collected[rank] = pickle.loads(value)
+    return [collected[rank] for rank in range(len(ranks))]
+
+
+def _run_rank(
+    function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, world_size: int, store: Path, results: Any
+) -> None:
+    try:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+        value = function(*arguments)
+        # Bytes, not tensors: torch would hand tensors over by a descriptor that dies with this process.
+        results.put((rank, pickle.dumps(value), None))
+        # Others may still be in a collective with this rank: leave together.
+        dist.barrier()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise

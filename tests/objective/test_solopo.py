@@ -1,0 +1,298 @@
+"""The whole objective against an independent plain-Python formula, its identities and its bound."""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_solopo.config import LossType, ObjectiveConfig
+from megatron_solopo.objective import compute_objective, metric_names, required_roles
+
+ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
+LOSS_TYPES = get_args(LossType)
+T = 5
+SETTINGS = {"beta": 0.3, "gamma": 0.6, "orpo_lambda": 0.4, "nll_coefficient": 0.15, "alpha": 1.7, "huber_delta": 0.5}
+FACES = [
+    {"name": "solopo"},
+    {"name": "solopo", "distance": "l2"},
+    {"name": "solopo", "distance": "huber"},
+    {"name": "solopo", "align": "both"},
+    {"name": "solopo", "detach_short": True},
+    {"name": "short_po"},
+    {"name": "long_po"},
+]
+PAIR_METRICS = {
+    "loss",
+    "po_loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "nll_loss",
+}
+LONG_METRICS = {"solo_ra/loss", "solo_ra/gap_abs", "solo_ra/gap_signed", "rewards/chosen_long", "logps/chosen_long"}
+
+
+def objective(loss_type: str, face: dict) -> ObjectiveConfig:
+    smoothing = 0.1 if loss_type in ("dpo", "robust") else 0.0
+    return ObjectiveConfig(loss_type=loss_type, label_smoothing=smoothing, **SETTINGS, **face)
+
+
+def random_batch(dtype: torch.dtype = torch.float64) -> tuple[dict, dict, dict]:
+    """Log-probabilities, lengths and reference log-probabilities; a response keeps its length over contexts."""
+    generator = torch.Generator().manual_seed(0)
+    answers = [torch.randint(1, 40, (T,), generator=generator) for _ in range(2)]
+    lengths = dict(zip(ROLES, answers * 2, strict=True))
+    logps = {
+        role: (-3 * torch.rand(T, generator=generator, dtype=torch.float64) * lengths[role]).to(dtype) for role in ROLES
+    }
+    references = {role: logps[role] + torch.randn(T, generator=generator, dtype=dtype) for role in ROLES}
+    return logps, lengths, references
+
+
+def softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def plain_reward(config: ObjectiveConfig, logp: float, length: int, reference: float) -> float:
+    p = math.exp(logp / length)
+    return {
+        "dpo": config.beta * (logp - reference),
+        "robust": config.beta * (logp - reference),
+        "hinge": config.beta * (logp - reference),
+        "ipo": config.beta * (logp - reference) / length,
+        "simpo": config.beta * logp / length,
+        "cpo": config.beta * logp,
+        "orpo": math.log(p / (1 - p)),
+    }[config.loss_type]
+
+
+def plain_pair_loss(config: ObjectiveConfig, margin: float, nll: float) -> float:
+    e = config.label_smoothing
+    return {
+        "dpo": (1 - e) * softplus(-margin) + e * softplus(margin),
+        "robust": ((1 - e) * softplus(-margin) - e * softplus(margin)) / (1 - 2 * e),
+        "hinge": max(0.0, 1 - margin),
+        "ipo": (margin / config.beta - 1 / (2 * config.beta)) ** 2,
+        "simpo": softplus(config.gamma - margin),
+        "cpo": softplus(-margin),
+        "orpo": nll + config.orpo_lambda * softplus(-margin),
+    }[config.loss_type]
+
+
+def plain_distance(config: ObjectiveConfig, gap: float) -> float:
+    size, delta = abs(gap), config.huber_delta
+    huber = size**2 / 2 if size <= delta else delta * (size - delta / 2)
+    return {"l1": size, "l2": size**2, "huber": huber}[config.distance]
+
+
+def plain_triplet(config: ObjectiveConfig, row: dict[str, tuple[float, int, float]]) -> dict[str, float]:
+    """One triplet's metrics from role -> (log-probability, length, reference log-probability)."""
+    rewards = {role: plain_reward(config, *values) for role, values in row.items()}
+    side = "long" if config.name == "long_po" else "short"
+    chosen, rejected = rewards[f"{side}_chosen"], rewards[f"{side}_rejected"]
+    logp, length, _ = row[f"{side}_chosen"]
+    expected = {
+        "po_loss": plain_pair_loss(config, chosen - rejected, -logp / length),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": float(chosen > rejected),
+        "logps/chosen": logp,
+        "logps/rejected": row[f"{side}_rejected"][0],
+        "nll_loss": -logp / length,
+    }
+    expected["loss"] = expected["po_loss"] + config.nll_coefficient * expected["nll_loss"]
+    if config.name == "solopo":
+        gap = rewards["short_chosen"] - rewards["long_chosen"]
+        expected |= {"solo_ra/gap_signed": gap, "solo_ra/gap_abs": abs(gap)}
+        expected |= {"rewards/chosen_long": rewards["long_chosen"], "logps/chosen_long": row["long_chosen"][0]}
+        expected["solo_ra/loss"] = plain_distance(config, gap)
+        if config.align == "both":
+            rejected_gap = rewards["short_rejected"] - rewards["long_rejected"]
+            expected["solo_ra/gap_abs_rejected"] = abs(rejected_gap)
+            expected["solo_ra/loss"] += plain_distance(config, rejected_gap)
+        expected["loss"] += config.alpha * expected["solo_ra/loss"]
+    return expected
+
+
+@pytest.mark.parametrize("face", FACES, ids=str)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_objective_equals_the_plain_formula(loss_type, face):
+    config = objective(loss_type, face)
+    logps, lengths, references = random_batch()
+    output = compute_objective(config, logps, lengths, references)
+    for index in range(T):
+        row = {
+            role: (logps[role][index].item(), lengths[role][index].item(), references[role][index].item())
+            for role in ROLES
+        }
+        expected = plain_triplet(config, row)
+        assert {name: value[index].item() for name, value in output.metrics.items()} == pytest.approx(
+            expected, rel=1e-10, abs=1e-10
+        )
+    torch.testing.assert_close(output.loss_T.detach(), output.metrics["loss"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("face", FACES, ids=str)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_gradients(loss_type, face):
+    config = objective(loss_type, face)
+    logps, lengths, references = random_batch()
+    roles = required_roles(config)
+    leaves = tuple(logps[role].clone().requires_grad_() for role in roles)
+
+    def loss(*values):
+        return compute_objective(config, dict(zip(roles, values, strict=True)), lengths, references).loss_T
+
+    if config.detach_short:  # not a derivative by design: see test_detach_short
+        assert loss(*leaves).requires_grad
+    else:
+        assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "robust"])
+@pytest.mark.parametrize("name", ["solopo", "short_po", "long_po"])
+def test_a_policy_equal_to_its_reference_starts_at_ln_2(loss_type, name):
+    logps, lengths, _ = random_batch(torch.float32)
+    if name == "solopo":  # reward 0 in both contexts, whatever their log-probabilities
+        assert not torch.equal(logps["short_chosen"], logps["long_chosen"])
+    config = ObjectiveConfig(name=name, loss_type=loss_type)
+    output = compute_objective(config, logps, lengths, dict(logps))
+    torch.testing.assert_close(output.loss_T, torch.full((T,), math.log(2)), rtol=0, atol=1e-7)
+    zero = [metric for metric in output.metrics if metric.startswith(("rewards/", "solo_ra/"))]
+    assert len(zero) == (8 if name == "solopo" else 4)
+    assert all(output.metrics[metric].eq(0).all() for metric in zero)
+
+
+@pytest.mark.parametrize("align", ["chosen", "both"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_identical_contexts_reduce_solopo_to_short_po(loss_type, align):
+    logps, lengths, references = random_batch()
+    results = {}
+    for name in ("solopo", "short_po", "long_po"):
+        leaves = {role: logps[role.replace("long", "short")].clone().requires_grad_() for role in ROLES}
+        reference = {role: references[role.replace("long", "short")] for role in ROLES}
+        config = objective(loss_type, {"name": name, "align": align})
+        output = compute_objective(config, leaves, lengths, reference)
+        output.loss_T.sum().backward()
+        results[name] = (output.loss_T.detach(), leaves)
+    torch.testing.assert_close(results["solopo"][0], results["short_po"][0], rtol=0, atol=0)
+    torch.testing.assert_close(results["long_po"][0], results["short_po"][0], rtol=0, atol=0)
+    for role in ("short_chosen", "short_rejected"):
+        torch.testing.assert_close(results["solopo"][1][role].grad, results["short_po"][1][role].grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("align", ["chosen", "both"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_detach_short_leaves_the_short_side_to_the_pair_loss(loss_type, align):
+    gradients, losses = {}, {}
+    for key, face in {
+        "attached": {"align": align},
+        "detached": {"align": align, "detach_short": True},
+        "pair only": {"name": "short_po"},
+    }.items():
+        logps, lengths, references = random_batch()
+        leaves = {role: value.requires_grad_() for role, value in logps.items()}
+        output = compute_objective(objective(loss_type, face), leaves, lengths, references)
+        output.loss_T.sum().backward()
+        losses[key] = output.loss_T.detach()
+        gradients[key] = {role: leaf.grad for role, leaf in leaves.items()}
+    torch.testing.assert_close(losses["detached"], losses["attached"], rtol=0, atol=0)
+    for role in ("short_chosen", "short_rejected"):
+        torch.testing.assert_close(gradients["detached"][role], gradients["pair only"][role], rtol=0, atol=0)
+    assert not torch.allclose(gradients["attached"]["short_chosen"], gradients["pair only"]["short_chosen"])
+    torch.testing.assert_close(gradients["detached"]["long_chosen"], gradients["attached"]["long_chosen"])
+    assert gradients["detached"]["long_chosen"].abs().min() > 0
+
+
+def test_alpha_defaults_to_the_papers():
+    logps, lengths, references = random_batch()
+    for loss_type, alpha in {"dpo": 3.0, "simpo": 1.0, "orpo": 1.0}.items():
+        metrics = compute_objective(ObjectiveConfig(loss_type=loss_type), logps, lengths, references).metrics
+        torch.testing.assert_close(metrics["loss"], metrics["po_loss"] + alpha * metrics["solo_ra/loss"])
+
+
+number = st.floats(-30, 30)
+
+
+@settings(max_examples=200)
+@given(number, number, number, number)
+def test_short_pair_and_gaps_bound_the_long_loss(short_chosen, short_rejected, long_chosen, long_rejected):
+    """Jensen over three terms: L_PO(x_long) <= [f(3 m_short) + s(3 g_w) + s(3 g_l)] / 3 with s(g) = ln 2 + |g|."""
+    values = (short_chosen, short_rejected, long_chosen, long_rejected)
+    logps = {role: torch.tensor([value], dtype=torch.float64) for role, value in zip(ROLES, values, strict=True)}
+    nothing = {role: torch.zeros(1, dtype=torch.float64) for role in ROLES}
+    ones = {role: torch.ones(1, dtype=torch.int64) for role in ROLES}
+    long_loss = compute_objective(ObjectiveConfig(name="long_po", beta=1.0), logps, ones, nothing).loss_T
+    tripled = {role: 3 * value for role, value in logps.items()}
+    solopo = ObjectiveConfig(align="both", beta=1.0)
+    bound = compute_objective(solopo, tripled, ones, nothing).metrics
+    assert long_loss.item() <= (bound["po_loss"] + bound["solo_ra/loss"]).item() / 3 + 2 * math.log(2) / 3 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("face", "roles"),
+    [
+        ({"name": "solopo"}, ROLES[:3]),
+        ({"name": "solopo", "align": "both"}, ROLES),
+        ({"name": "short_po", "align": "both"}, ROLES[:2]),
+        ({"name": "long_po", "align": "both"}, ROLES[2:]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_only_the_required_roles_are_read(face, roles, loss_type):
+    config = objective(loss_type, face)
+    assert required_roles(config) == roles
+    logps, lengths, references = ({role: values[role] for role in roles} for values in random_batch())
+    assert compute_objective(config, logps, lengths, references).loss_T.shape == (T,)
+
+
+@pytest.mark.parametrize("face", FACES, ids=str)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_metric_names_are_those_computed(face, loss_type):
+    config = objective(loss_type, face)
+    logps, lengths, references = random_batch(torch.float32)
+    leaves = {role: value.requires_grad_() for role, value in logps.items()}
+    metrics = compute_objective(config, leaves, lengths, references).metrics
+    expected = PAIR_METRICS | (LONG_METRICS if config.name == "solopo" else set())
+    if face.get("align") == "both":
+        expected = expected | {"solo_ra/gap_abs_rejected"}
+    assert metric_names(config) == tuple(metrics)
+    assert set(metrics) == expected
+    for value_T in metrics.values():
+        assert value_T.shape == (T,)
+        assert value_T.dtype == torch.float32
+        assert not value_T.requires_grad
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_no_triplets_give_an_empty_differentiable_loss(loss_type):
+    empty = {role: torch.zeros(0, requires_grad=True) for role in ROLES}
+    loss_T = compute_objective(ObjectiveConfig(loss_type=loss_type), empty, empty, empty).loss_T
+    loss_T.sum().backward()
+    assert loss_T.shape == (0,)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_reference_is_demanded_exactly_where_needed(loss_type):
+    config = ObjectiveConfig(loss_type=loss_type)
+    logps, lengths, references = random_batch()
+    if config.needs_reference:
+        with pytest.raises(AssertionError, match="reference"):
+            compute_objective(config, logps, lengths)
+    else:
+        with_reference = compute_objective(config, logps, lengths, references).loss_T
+        assert torch.equal(compute_objective(config, logps, lengths).loss_T, with_reference)
+
+
+def test_half_precision_sums_are_refused():
+    logps, lengths, references = random_batch(torch.bfloat16)
+    with pytest.raises(AssertionError, match="float32"):
+        compute_objective(ObjectiveConfig(), logps, lengths, references)

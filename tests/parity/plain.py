@@ -1,0 +1,126 @@
+"""The reference that everything is compared with: transformers, one process, one sequence at a time.
+
+It shares no code with the package. Written to be read beside the paper's formulas.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+Row = Mapping[str, Any]  # id, prompt_short, prompt_long, chosen, rejected: token ids
+
+
+@dataclass
+class PlainStep:
+    """One optimizer step: mean loss, gradient by Hugging Face name, norm of the whole gradient."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    grad_norm: float
+
+
+def load(path: Path) -> torch.nn.Module:
+    """A model that scores, in float32."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+
+
+def response_logprob(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    """Sum of the log-probabilities of the response tokens after the prompt."""
+    logits = model(torch.tensor([[*prompt, *response]])).logits[0]
+    predictions = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
+    return predictions.gather(1, torch.tensor(response)[:, None]).sum()
+
+
+def _reward(loss_type: str, beta: float, logp: Tensor, length: int, reference: Tensor) -> Tensor:
+    if loss_type == "simpo":
+        return beta * logp / length
+    if loss_type == "orpo":
+        mean = logp / length
+        return mean - torch.log(1 - torch.exp(mean))
+    if loss_type == "cpo":
+        return beta * logp
+    if loss_type == "ipo":
+        return beta * (logp - reference) / length
+    return beta * (logp - reference)
+
+
+def _pair_loss(o: Mapping[str, Any], chosen: Tensor, rejected: Tensor, nll: Tensor) -> Tensor:
+    beta, margin, smoothing = o["beta"], chosen - rejected, o.get("label_smoothing", 0.0)
+    match o["loss_type"]:
+        case "dpo":
+            return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+        case "robust":
+            return (-(1 - smoothing) * F.logsigmoid(margin) + smoothing * F.logsigmoid(-margin)) / (1 - 2 * smoothing)
+        case "hinge":
+            return torch.relu(1 - margin)
+        case "ipo":
+            return (margin / beta - 1 / (2 * beta)) ** 2
+        case "simpo":
+            return -F.logsigmoid(margin - o.get("gamma", 0.5))
+        case "cpo":
+            return -F.logsigmoid(margin)
+        case "orpo":
+            return nll - o.get("orpo_lambda", 1.0) * F.logsigmoid(margin)
+    raise KeyError(o["loss_type"])
+
+
+def _distance(o: Mapping[str, Any], gap: Tensor) -> Tensor:
+    match o.get("distance", "l1"):
+        case "l1":
+            return gap.abs()
+        case "l2":
+            return gap**2
+        case "huber":
+            return F.huber_loss(gap, torch.zeros(()), delta=o.get("huber_delta", 1.0))
+    raise KeyError(o["distance"])
+
+
+def triplet_loss(o: Mapping[str, Any], model: torch.nn.Module, reference: torch.nn.Module, row: Row) -> Tensor:
+    """Loss of one triplet under objective `o` (the keys of the `objective` section)."""
+    beta = o["beta"]
+
+    def score(context: str, answer: str) -> tuple[Tensor, Tensor]:
+        prompt, response = row[f"prompt_{context}"], row[answer]
+        logp = response_logprob(model, prompt, response)
+        with torch.no_grad():
+            reference_logp = response_logprob(reference, prompt, response)
+        nll = -logp / len(response)
+        return _reward(o["loss_type"], beta, logp, len(response), reference_logp), nll
+
+    context = "long" if o["name"] == "long_po" else "short"
+    (chosen, nll), (rejected, _) = score(context, "chosen"), score(context, "rejected")
+    loss = _pair_loss(o, chosen, rejected, nll) + o.get("nll_coefficient", 0.0) * nll
+    if o["name"] == "solopo":
+        alpha = o.get("alpha") or (3.0 if o["loss_type"] == "dpo" else 1.0)
+        answers = {"chosen": chosen}
+        if o.get("align") == "both":
+            answers["rejected"] = rejected
+        for answer, short in answers.items():
+            short = short.detach() if o.get("detach_short") else short
+            loss = loss + alpha * _distance(o, short - score("long", answer)[0])
+    return loss
+
+
+def train(
+    o: Mapping[str, Any], policy: Path, reference: Path, batches: Sequence[Sequence[Row]], lr: float
+) -> list[PlainStep]:
+    """AdamW steps (betas 0.9, 0.95, no decay, no clipping), one per batch."""
+    model, frozen = load(policy), load(reference)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
+    steps = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = torch.stack([triplet_loss(o, model, frozen, row) for row in batch]).mean()
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in gradients.values()))
+        steps.append(PlainStep(loss.item(), gradients, norm))
+        optimizer.step()
+    return steps

@@ -1,0 +1,297 @@
+"""Imports go downward only, heavy libraries load late, files and functions stay small.
+
+The rules are the tables below; the walk over the sources knows nothing of this package but them.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "megatron_solopo"
+
+
+@dataclass(frozen=True)
+class Room:
+    """A room imports from lower levels, from itself, and from the rooms of its level in `beside`."""
+
+    level: int
+    beside: frozenset[str] = frozenset()
+    megatron: bool = False
+
+
+# "" is the package's own __init__; a dotted name is one module that lives apart from its folder's room.
+ROOMS = {
+    "": Room(0),
+    "files": Room(0),
+    "config": Room(0, beside=frozenset({"files"})),
+    "objective": Room(1),
+    "data": Room(1),
+    "plan": Room(1),
+    "doctor": Room(1),
+    "parallel": Room(1, megatron=True),
+    "logprob": Room(2, megatron=True),
+    "model": Room(2, beside=frozenset({"logprob"}), megatron=True),
+    "checkpoint": Room(3, megatron=True),
+    "plan.dry_run": Room(3, megatron=True),
+    "train": Room(4, megatron=True),
+    "evaluate": Room(4, megatron=True),
+    "integrations": Room(4, megatron=True),
+    "cli": Room(5),
+    "__main__": Room(5, beside=frozenset({"cli"})),
+}
+LAZY = ("transformer_engine", "apex", "wandb", "vllm")
+PRINTING = ("cli", "doctor")
+ADAPTS_CPU = f"{PACKAGE}.parallel"
+MAX_FILE_LINES = 300
+MAX_FUNCTION_LINES = 60
+
+
+@dataclass(frozen=True)
+class Import:
+    target: str
+    line: int
+    lazy: bool
+
+
+@dataclass(frozen=True)
+class Module:
+    """A source file; `name` is relative to the package ("" for its __init__, "data.packing")."""
+
+    name: str
+    tree: ast.Module
+    is_package: bool
+    imports: tuple[Import, ...]
+
+    @property
+    def room(self) -> str:
+        return self.name if self.name in ROOMS else self.name.split(".")[0]
+
+    @property
+    def folder(self) -> str:
+        return self.name if self.is_package else self.name.rpartition(".")[0]
+
+
+def read_package(root: Path) -> dict[str, Module]:
+    """Every module under root/megatron_solopo by its name."""
+    sources = {}
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        *folders, stem = path.relative_to(root / PACKAGE).with_suffix("").parts
+        sources[".".join(folders if stem == "__init__" else (*folders, stem))] = path
+    modules = {}
+    for name, path in sources.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        is_package = path.stem == "__init__"
+        folder = name if is_package else name.rpartition(".")[0]
+        modules[name] = Module(name, tree, is_package, tuple(_imports(tree, folder, set(sources))))
+    return modules
+
+
+def _imports(tree: ast.Module, folder: str, known: set[str]) -> Iterator[Import]:
+    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ImportFrom) and child.module == "__future__":
+                continue
+            if isinstance(child, ast.Import):
+                yield from (Import(alias.name, child.lineno, lazy) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = _base(child, folder)
+                for alias in child.names:
+                    submodule = f"{base}.{alias.name}"
+                    target = submodule if submodule.removeprefix(f"{PACKAGE}.") in known else base
+                    yield Import(target, child.lineno, lazy)
+            else:
+                runs_late = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) or _only_for_types(child)
+                yield from walk(child, lazy or runs_late)
+
+    yield from walk(tree, lazy=False)
+
+
+def _base(node: ast.ImportFrom, folder: str) -> str:
+    if not node.level:
+        return node.module or ""
+    parts = [PACKAGE, *filter(None, folder.split("."))]
+    parents = parts[: len(parts) - (node.level - 1)]
+    return ".".join([*parents, *filter(None, [node.module])])
+
+
+def _only_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def _inside(target: str) -> str | None:
+    """The name within this package, or None for a library."""
+    return target.removeprefix(PACKAGE).lstrip(".") if target.split(".")[0] == PACKAGE else None
+
+
+def _at(module: Module, line: int) -> str:
+    return f"{PACKAGE}/{module.name.replace('.', '/') or '__init__'}:{line}"
+
+
+def unknown_rooms(modules: dict[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        if module.room not in ROOMS:
+            yield f"{_at(module, 1)}: room {module.room!r} is not in the table ROOMS"
+
+
+def upward_imports(modules: dict[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        room = ROOMS.get(module.room)
+        for each in module.imports if room else ():
+            name = _inside(each.target)
+            if name is None:
+                continue
+            other = name if name in ROOMS else name.split(".")[0]
+            allowed = other in ROOMS and ROOMS[other].level < room.level
+            if not (allowed or other == module.room or other in room.beside):
+                yield f"{_at(module, each.line)}: {module.room or '__init__'} must not import {other or '__init__'}"
+
+
+def forbidden_megatron(modules: dict[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        if module.room in ROOMS and not ROOMS[module.room].megatron:
+            for each in module.imports:
+                if each.target.split(".")[0] == "megatron":
+                    yield f"{_at(module, each.line)}: {module.room or '__init__'} must not import megatron"
+
+
+def eager_imports(modules: dict[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        for each in module.imports:
+            if each.target.split(".")[0] in LAZY and not each.lazy:
+                yield f"{_at(module, each.line)}: {each.target} must be imported inside a function"
+
+
+def unadapted_packages(modules: dict[str, Module]) -> Iterator[str]:
+    """Packages that import megatron without `megatron_solopo.parallel` (torch.cuda on a CPU) before it."""
+    users = {m.folder for m in modules.values() for each in m.imports if each.target.split(".")[0] == "megatron"}
+    for folder in sorted(users - {"parallel"}):
+        init = modules.get(folder)
+        first = init.imports[0].target if init and init.imports else "nothing"
+        if not (first == ADAPTS_CPU or first.startswith(f"{ADAPTS_CPU}.")):
+            yield f"{PACKAGE}/{folder}/__init__: first import must be {ADAPTS_CPU}, it is {first}"
+
+
+def import_cycles(modules: dict[str, Module]) -> Iterator[str]:
+    """Cycles between modules, counting the late imports too."""
+    edges = {
+        name: sorted({target for each in module.imports if (target := _inside(each.target)) in modules} - {name})
+        for name, module in modules.items()
+    }
+    finished: set[str] = set()
+
+    def visit(name: str, trail: list[str]) -> Iterator[str]:
+        if name in trail:
+            yield "import cycle: " + " -> ".join(each or "__init__" for each in [*trail[trail.index(name) :], name])
+        elif name not in finished:
+            for target in edges[name]:
+                yield from visit(target, [*trail, name])
+            finished.add(name)
+
+    for name in modules:
+        yield from visit(name, [])
+
+
+def prints(modules: dict[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        for node in ast.walk(module.tree) if module.room not in PRINTING else ():
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                yield f"{_at(module, node.lineno)}: print() outside {', '.join(PRINTING)}, tools and examples"
+
+
+PACKAGE_RULES = (unknown_rooms, upward_imports, forbidden_megatron, eager_imports, unadapted_packages)
+PACKAGE_RULES += (import_cycles, prints)
+
+
+def oversized(root: Path) -> Iterator[str]:
+    """Files and functions beyond the limits, docstrings included."""
+    for path in sorted(path for top in (PACKAGE, "tools", "examples", "tests") for path in (root / top).rglob("*.py")):
+        text, where = path.read_text(encoding="utf-8"), path.relative_to(root)
+        if (lines := len(text.splitlines())) > MAX_FILE_LINES:
+            yield f"{where}: {lines} lines, at most {MAX_FILE_LINES}"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    yield f"{where}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
+
+
+@pytest.fixture(scope="module")
+def modules() -> dict[str, Module]:
+    found = read_package(ROOT)
+    assert {"", "config", "files", "doctor"} <= set(found)
+    return found
+
+
+@pytest.mark.parametrize("rule", PACKAGE_RULES, ids=lambda rule: rule.__name__)
+def test_the_package_keeps(rule, modules) -> None:
+    assert list(rule(modules)) == []
+
+
+def test_files_and_functions_are_small() -> None:
+    assert list(oversized(ROOT)) == []
+
+
+def plant(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / PACKAGE / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+# What is planted in a package of its own -> the one complaint it must raise.
+VIOLATIONS = [
+    ({"data/a.py": "import torch\nfrom megatron_solopo.model import x"}, "data must not import model"),
+    ({"data/a.py": "def f():\n    from ..objective import x"}, "data must not import objective"),
+    ({"logprob/a.py": "from megatron_solopo import model", "model/__init__.py": ""}, "logprob must not import model"),
+    (
+        {"plan/cost.py": "import megatron_solopo.plan.dry_run", "plan/dry_run.py": ""},
+        "plan must not import plan.dry_run",
+    ),
+    ({"files.py": "from .config import Config"}, "files must not import config"),
+    ({"extras/a.py": ""}, "room 'extras' is not in the table"),
+    ({"plan/a.py": "from megatron.core import parallel_state"}, "plan must not import megatron"),
+    ({"plan/a.py": "def f():\n    import megatron.core"}, "plan must not import megatron"),
+    ({"train/a.py": "try:\n    import wandb\nexcept ImportError:\n    wandb = None"}, "wandb must be imported inside"),
+    ({"train/__init__.py": "import os\nfrom megatron_solopo import parallel\nimport megatron.core"}, "it is os"),
+    ({"train/a.py": "import megatron.core"}, "it is nothing"),
+    ({"data/a.py": "from . import b", "data/b.py": "def f():\n    from .a import x"}, "data.a -> data.b -> data.a"),
+    (
+        {"data/__init__.py": "from .a import x", "data/a.py": "from megatron_solopo.data import y"},
+        "data -> data.a -> data",
+    ),
+    ({"data/a.py": "print('hello')"}, "print() outside"),
+]
+
+
+@pytest.mark.parametrize(("files", "complaint"), VIOLATIONS, ids=[complaint for _, complaint in VIOLATIONS])
+def test_a_planted_violation_is_found(tmp_path: Path, files: dict[str, str], complaint: str) -> None:
+    plant(tmp_path, files)
+    complaints = [each for rule in PACKAGE_RULES for each in rule(read_package(tmp_path))]
+    assert any(complaint in each for each in complaints), complaints
+    expected_rules = 2 if "must not import megatron" in complaint else 1  # the missing adaptation too
+    assert len(complaints) == expected_rules, complaints
+
+
+def test_what_is_allowed_raises_no_complaint(tmp_path: Path) -> None:
+    allowed = {
+        "parallel/__init__.py": "import torch\nfrom .cpu import adapt",
+        "parallel/cpu.py": "import megatron.core",
+        "model/__init__.py": "from __future__ import annotations\nfrom .. import parallel\nimport megatron.core",
+        "model/build.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformer_engine\n"
+        "from megatron_solopo.logprob import x\nfrom megatron_solopo.config import Config\n"
+        "def f():\n    import transformer_engine.pytorch",
+        "cli.py": "from megatron_solopo import __version__\nprint(__version__)",
+    }
+    plant(tmp_path, allowed)
+    assert [each for rule in PACKAGE_RULES for each in rule(read_package(tmp_path))] == []
+
+
+def test_planted_long_code_is_found(tmp_path: Path) -> None:
+    long_function = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
+    plant(tmp_path, {"data/a.py": long_function, "data/b.py": "x = 1\n" * (MAX_FILE_LINES + 1), "data/c.py": "x = 1\n"})
+    function, file = oversized(tmp_path)
+    assert "f has 61 lines" in function and "301 lines" in file

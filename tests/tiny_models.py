@@ -1,0 +1,51 @@
+"""Small random-weight Hugging Face models of every supported family."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+VOCAB_SIZE = 131  # prime: divisible by no tensor-parallel size
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama2": LlamaConfig(**_SHAPE | {"num_key_value_heads": 4}),
+    "llama3": LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE),
+    "llama_linear": LlamaConfig(
+        **_SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    ),
+    "mistral": MistralConfig(**_SHAPE, head_dim=16, sliding_window=None),
+    "qwen2": Qwen2Config(**_SHAPE),
+    "qwen2_tied": Qwen2Config(**_SHAPE | {"tie_word_embeddings": True}),
+    "qwen2_yarn": Qwen2Config(**_SHAPE | {"max_position_embeddings": 256}, rope_parameters=_YARN_ROPE),
+    "qwen3": Qwen3Config(**_SHAPE, head_dim=16),
+}
+
+
+def make_model(path: Path, family: str, seed: int = 0) -> Path:
+    """Save a model with weights large enough that no gradient is lost in rounding. Returns `path`."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.15)
+    model.save_pretrained(path)
+    return path
