@@ -36,7 +36,7 @@ OWN_FILES = {
     "--output",
     required=True,
     type=click.Path(path_type=Path, file_okay=False),
-    help="Directory to write: Hugging Face config, safetensors weights and tokenizer. Replaced if it holds nothing else.",
+    help="Directory to write: config, safetensors weights, tokenizer. An earlier one is replaced, another refused.",
 )
 def main(output: Path) -> None:
     """Make the example's tokenizer and tiny model, without a download.

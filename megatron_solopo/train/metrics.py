@@ -1,0 +1,115 @@
+"""Metrics of a run: reduced over the ranks, and written where people and programs look."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_solopo.config import LoggingConfig
+from megatron_solopo.files import atomic_path
+from megatron_solopo.parallel.topology import Topology
+
+Metrics = dict[str, float | int | None]
+
+
+def reduce_sums(reports: Sequence[Tensor], size: int, topology: Topology) -> list[float]:
+    """Sum the packs' reports [size] over packs and data-parallel ranks; the same list on every rank."""
+    zero = torch.zeros(size, dtype=torch.float64, device=topology.device)
+    total = torch.stack([zero, *(report.double() for report in reports)]).sum(dim=0)
+    dist.all_reduce(total, group=topology.data_group)
+    # Only the last pipeline stage has reports.
+    dist.broadcast(total, topology.last_stage_rank, group=topology.pipeline_group)
+    values: list[float] = total.tolist()
+    return values
+
+
+def reduce_over_ranks(values: Sequence[float], operation: Any, topology: Topology) -> list[float]:
+    """Reduce numbers that every rank of the world has."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=topology.device)
+    dist.all_reduce(tensor, op=operation)
+    result: list[float] = tensor.tolist()
+    return result
+
+
+class MetricsWriter:
+    """Writes on rank 0: `metrics.jsonl`, TensorBoard, W&B if asked for, and one console line per step."""
+
+    def __init__(self, run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any], *, first_step: int) -> None:
+        """Continue after `first_step` - 1: later lines of an interrupted run are dropped, as they will be run again."""
+        self.path = run_dir / "metrics.jsonl"
+        _keep_before(self.path, first_step)
+        self._sinks = [_tensorboard(run_dir)] if logging.tensorboard else []
+        if logging.wandb_project:
+            self._sinks.append(_wandb(run_dir, logging.wandb_project, config))
+        self._started = time.monotonic()
+        self._first_step = first_step
+
+    def write(self, metrics: Metrics, total_steps: int) -> None:
+        """Record one step; `metrics` holds `step`."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(metrics) + "\n")
+        step = int(metrics["step"] or 0)
+        for sink in self._sinks:
+            sink(step, {name: value for name, value in metrics.items() if value is not None and name != "step"})
+        done = step - self._first_step + 1
+        remaining = (time.monotonic() - self._started) / done * (total_steps - step)
+        print(console_line(metrics, total_steps, remaining), flush=True)
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """All steps of a `metrics.jsonl`."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -> str:
+    """One step for a person: progress, losses, rewards, speed, time to go. Negative values are shown as such."""
+    parts = [f"step {metrics['step']}/{total_steps}", f"loss {metrics['loss']:.4f}"]
+    if "solo_ra/gap_abs" in metrics:
+        parts.append(f"po {metrics['po_loss']:.4f} gap {metrics['solo_ra/gap_abs']:.4f}")
+    parts.append(
+        f"rewards {metrics['rewards/chosen']:+.4f} {metrics['rewards/rejected']:+.4f} "
+        f"accuracy {metrics['rewards/accuracies']:.2f}"
+    )
+    if "eval_loss" in metrics:
+        parts.append(f"eval loss {metrics['eval_loss']:.4f} accuracy {metrics['eval_rewards/accuracies']:.2f}")
+    parts.append(f"grad {metrics['grad_norm']:.3f} lr {metrics['learning_rate']:.2e}")
+    parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    parts.append(f"ETA {timedelta(seconds=round(remaining_seconds))}")
+    return " | ".join(parts)
+
+
+def _keep_before(path: Path, first_step: int) -> None:
+    if path.is_file():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] < first_step]
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return write
+
+
+def _wandb(run_dir: Path, project: str, config: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"logging.wandb_project={project}: the package wandb is missing; pip install 'megatron-solopo[wandb]'"
+        ) from None
+    run = wandb.init(project=project, dir=str(run_dir), config=dict(config))
+    return lambda step, values: run.log(dict(values), step=step)

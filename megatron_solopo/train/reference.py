@@ -1,0 +1,142 @@
+"""Reference log-probabilities: computed once, one number per sequence, kept on disk.
+
+    <cache>/manifest.json   what the numbers depend on: data, weights, precision, roles
+    <cache>/train.parquet   id and one float32 column per role; eval.parquet where there is a held-out split
+
+The numbers do not depend on TP, PP, CP or packing, so a cache made under one layout serves all.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_solopo.checkpoint.huggingface import weights_fingerprint
+from megatron_solopo.config import Config
+from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.loader import GlobalBatch, sequential_batches
+from megatron_solopo.files import atomic_path, write_json
+from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.objective import required_roles
+from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.policy import load_model
+from megatron_solopo.train.splits import Splits
+from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, run_schedule
+
+_MANIFEST = "manifest.json"
+_TRIPLETS_PER_RANK = 16
+
+
+def reference_logprobs(
+    config: Config, splits: Splits, topology: Topology, *, overwrite: bool = False
+) -> dict[str, ReferenceLogprobs]:
+    """By split: read from the cache, or computed and written to it. All ranks together.
+
+    Raises ValueError naming what differs if the cache was made for other data, weights or precision.
+    """
+    cache = config.reference.cache or config.run_dir / "reference"
+    expected = _dependencies(config, splits)
+    if overwrite or not (cache / _MANIFEST).is_file():
+        dist.barrier()  # no rank may still be looking for the manifest when rank 0 writes it
+        computed = _compute(config, splits, topology)
+        if dist.get_rank() == 0:
+            _write(cache, expected, splits, computed)
+        dist.barrier()
+        return computed
+    _check(cache, expected)
+    return {name: _read(cache, name, dataset, expected["roles"]) for name, dataset in splits.datasets.items()}
+
+
+def _dependencies(config: Config, splits: Splits) -> dict[str, Any]:
+    """Everything the numbers depend on, by a name that a reader of the error understands."""
+    return {
+        "data": splits.manifest.fingerprint_parts,
+        "weights": weights_fingerprint(config.reference.model_path or config.model.path),
+        "dtype": config.model.dtype,
+        "roles": list(required_roles(config.objective)),
+    }
+
+
+def _check(cache: Path, expected: dict[str, Any]) -> None:
+    found = json.loads((cache / _MANIFEST).read_text(encoding="utf-8"))
+    differing = [
+        f"data.{key}" for key in expected["data"] if expected["data"][key] != found.get("data", {}).get(key)
+    ] + [key for key in ("weights", "dtype", "roles") if expected[key] != found.get(key)]
+    if differing:
+        raise ValueError(
+            f"{cache}: the cached reference log-probs are stale, made for another {', '.join(differing)}; "
+            "run `megatron-solopo reference --overwrite` with this config, or set reference.cache to another directory"
+        )
+
+
+def _compute(config: Config, splits: Splits, topology: Topology) -> dict[str, ReferenceLogprobs]:
+    chunks = load_model(config, config.reference.model_path or config.model.path, topology)
+    return {
+        name: _score(config, chunks, dataset, topology, name) for name, dataset in splits.datasets.items()
+    }
+
+
+def _score(
+    config: Config, chunks: list[ResponseModel], dataset: TripletDataset, topology: Topology, split: str
+) -> ReferenceLogprobs:
+    """Forward every sequence of a split once; every rank ends with all the numbers."""
+    roles = required_roles(config.objective)
+    logps = torch.zeros(len(dataset), len(roles), device=topology.device)
+    visits = torch.zeros(len(dataset), device=topology.device)
+    for batch in _batches(config, dataset, roles, topology, split):
+        with torch.no_grad():
+            reports = run_schedule(chunks, batch.packs, logprob_report(topology), topology, forward_only=True)
+        for pack, counted, report in zip(batch.packs, batch.counted, reports, strict=bool(reports)):
+            if counted:
+                logps[pack.triplet_indices] = report
+                visits[pack.triplet_indices] += 1
+    for values in (logps, visits):
+        dist.all_reduce(values, group=topology.data_group)
+        dist.broadcast(values, topology.last_stage_rank, group=topology.pipeline_group)
+    assert bool((visits == 1).all()), "every triplet is scored exactly once"
+    return ReferenceLogprobs(roles, logps.cpu())
+
+
+def _batches(
+    config: Config, dataset: TripletDataset, roles: tuple[str, ...], topology: Topology, split: str
+) -> Iterator[GlobalBatch]:
+    ranks = topology.data_group.size()
+    chunk_size = _TRIPLETS_PER_RANK * ranks
+    batches = sequential_batches(
+        dataset,
+        roles,
+        chunk_size=chunk_size,
+        sequence_multiple=topology.sequence_multiple,
+        max_tokens_per_pack=config.data.max_tokens_per_pack,
+        max_triplets_per_pack=config.data.max_triplets_per_pack,
+        dp_rank=topology.data_group.rank(),
+        dp_size=ranks,
+        packs_multiple=topology.packs_multiple,
+    )
+    total = -(-len(dataset) // chunk_size)
+    return iter(tqdm(batches, f"reference {split}", total, unit="batch", disable=dist.get_rank() != 0))
+
+
+def _write(cache: Path, dependencies: dict[str, Any], splits: Splits, computed: dict[str, ReferenceLogprobs]) -> None:
+    with atomic_path(cache) as temporary:
+        temporary.mkdir()
+        for name, logprobs in computed.items():
+            columns: dict[str, Any] = {"id": splits.datasets[name].ids(range(len(logprobs.logps)))}
+            columns |= {role: logprobs.logps[:, place].numpy() for place, role in enumerate(logprobs.roles)}
+            pq.write_table(pa.table(columns), temporary / f"{name}.parquet")
+        write_json(temporary / _MANIFEST, dependencies)
+
+
+def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[str]) -> ReferenceLogprobs:
+    table = pq.read_table(cache / f"{name}.parquet")
+    if len(table) != len(dataset):
+        raise ValueError(f"{cache}/{name}.parquet: {len(table)} rows for {len(dataset)} triplets; delete the cache")
+    columns: list[Tensor] = [torch.tensor(table[role].to_numpy(), dtype=torch.float32) for role in roles]
+    return ReferenceLogprobs(tuple(roles), torch.stack(columns, dim=1))

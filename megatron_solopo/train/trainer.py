@@ -1,0 +1,211 @@
+"""A whole run: set up, reference pass, steps, evaluation, checkpoints, picture.
+
+    config -> process groups -> prepared data -> reference log-probs (cached) -> policy
+    -> for each step: global batch -> this rank's packs -> Megatron's schedule -> optimizer
+                      -> evaluation, metrics, checkpoint where due
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_solopo.checkpoint.distributed import (
+    latest_checkpoint,
+    load_checkpoint,
+    read_trainer_state,
+    save_checkpoint,
+)
+from megatron_solopo.config import Config, save_config
+from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, sequential_batches
+from megatron_solopo.model.architecture import Architecture, read_architecture
+from megatron_solopo.model.build import check_layout
+from megatron_solopo.objective import metric_names, required_roles
+from megatron_solopo.parallel import topology as process_groups
+from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
+from megatron_solopo.train.metrics import Metrics, MetricsWriter, read_metrics, reduce_over_ranks, reduce_sums
+from megatron_solopo.train.plot import plot_metrics
+from megatron_solopo.train.policy import StepResult, build_policy
+from megatron_solopo.train.reference import reference_logprobs
+from megatron_solopo.train.splits import Splits, load_splits
+from megatron_solopo.train.step import objective_loss
+
+
+def train(config: Config) -> None:
+    """Run training as `config` says, on the ranks that torchrun started (or on this process alone).
+
+    Raises ValueError for anything in the config, the data, the model or a checkpoint that does not fit.
+    """
+    architecture, topology, splits = prepare(config)
+    try:
+        Trainer(config, architecture, topology, splits).run()
+    finally:
+        process_groups.destroy()
+
+
+def precompute_reference(config: Config, *, overwrite: bool) -> Path:
+    """Write the reference cache of a run and return its directory; what `train` does first if it is missing."""
+    if not config.objective.needs_reference:
+        raise ValueError(
+            f"objective.loss_type={config.objective.loss_type} uses no reference model; nothing to compute"
+        )
+    _, topology, splits = prepare(config)
+    try:
+        reference_logprobs(config, splits, topology, overwrite=overwrite)
+    finally:
+        process_groups.destroy()
+    return config.reference.cache or config.run_dir / "reference"
+
+
+def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
+    """Check model, layout and data, cheapest first, then join the process groups."""
+    architecture = read_architecture(config.model.path)
+    check_layout(architecture, config.parallel)
+    splits = load_splits(config, architecture)
+    return architecture, process_groups.initialize(config.parallel, config.seed), splits
+
+
+class Trainer:
+    """One run on this rank."""
+
+    def __init__(self, config: Config, architecture: Architecture, topology: Topology, splits: Splits) -> None:
+        self.config, self.architecture, self.topology, self.splits = config, architecture, topology, splits
+        self.names = metric_names(config.objective)
+        self.checkpoints = config.run_dir / "checkpoints"
+        packing = self._packing()
+        self.loader = GlobalBatchLoader(
+            splits.datasets["train"],
+            required_roles(config.objective),
+            global_batch_size=config.training.global_batch_size,
+            seed=config.seed,
+            **packing,
+        )
+        self.max_steps = _max_steps(config, len(splits.datasets["train"]))
+        resumed = latest_checkpoint(self.checkpoints) if config.checkpoint.resume else None
+        self.step = self._resume_state(resumed)
+        references: dict[str, Any] = {}
+        if config.objective.needs_reference:
+            references = reference_logprobs(config, splits, topology)
+        self.losses = {
+            name: objective_loss(config.objective, references.get(name), topology) for name in splits.datasets
+        }
+        self.policy = build_policy(config, topology, self.max_steps)
+        if resumed is not None:
+            load_checkpoint(resumed, self.policy.chunks, self.policy.optimizer)
+            self.policy.scheduler.step(increment=self.step)
+
+    def run(self) -> None:
+        """Train to the last step."""
+        writer = self._start_writing()
+        while self.step < self.max_steps:
+            metrics = self._train_step()
+            if self._due(self.config.training.eval_steps):
+                metrics |= self._evaluate()
+            if writer is not None:
+                writer.write(metrics, self.max_steps)
+            if self._due(self.config.checkpoint.save_steps) or self.step == self.max_steps:
+                self._save()
+        if writer is not None:
+            plot_metrics(read_metrics(writer.path), self.config.run_dir / "metrics.png")
+
+    def _train_step(self) -> Metrics:
+        started = time.monotonic()
+        reset_peak_memory()
+        batch = self.loader.next_batch()
+        result = self.policy.step(batch.packs, self.losses["train"], self.topology)
+        self.step += 1
+        sums = reduce_sums(result.reports, len(self.names), self.topology)
+        means = {name: total / batch.num_triplets for name, total in zip(self.names, sums, strict=True)}
+        return {"step": self.step} | means | self._costs(batch, result, time.monotonic() - started)
+
+    def _costs(self, batch: GlobalBatch, result: StepResult, seconds: float) -> Metrics:
+        """What the step took; time is the slowest rank's, memory the fullest one's."""
+        seconds, memory = reduce_over_ranks([seconds, peak_memory_bytes()], dist.ReduceOp.MAX, self.topology)
+        # Every rank of a replica counts its packs; the sum over the world counts each pack once per such rank.
+        (flops,) = reduce_over_ranks(
+            [training_flops(self.architecture, batch.packs) / self.config.parallel.model_parallel_size],
+            dist.ReduceOp.SUM,
+            self.topology,
+        )
+        peak = peak_flops()
+        return {
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "num_triplets": batch.num_triplets,
+            "num_tokens": batch.num_tokens,
+            "pack_fill": batch.pack_fill,
+            "step_time": seconds,
+            "tokens_per_second": batch.num_tokens / seconds,
+            "mfu": None if peak is None else flops / (seconds * peak * dist.get_world_size()),
+            "peak_memory_bytes": int(memory),
+        }
+
+    def _evaluate(self) -> Metrics:
+        """Mean metrics over the whole held-out split, under the prefix `eval_`."""
+        dataset = self.splits.datasets["eval"]
+        batches = sequential_batches(
+            dataset,
+            required_roles(self.config.objective),
+            chunk_size=self.config.training.global_batch_size,
+            **self._packing(),
+        )
+        reports = []
+        for batch in batches:
+            found = self.policy.evaluate(batch.packs, self.losses["eval"], self.topology)
+            reports += [report for report, counted in zip(found, batch.counted, strict=bool(found)) if counted]
+        sums = reduce_sums(reports, len(self.names), self.topology)
+        return {f"eval_{name}": total / len(dataset) for name, total in zip(self.names, sums, strict=True)}
+
+    def _packing(self) -> dict[str, Any]:
+        return {
+            "sequence_multiple": self.topology.sequence_multiple,
+            "max_tokens_per_pack": self.config.data.max_tokens_per_pack,
+            "max_triplets_per_pack": self.config.data.max_triplets_per_pack,
+            "dp_rank": self.topology.data_group.rank(),
+            "dp_size": self.topology.data_group.size(),
+            "packs_multiple": self.topology.packs_multiple,
+        }
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and (self.step % every == 0 or self.step == self.max_steps)
+
+    def _save(self) -> None:
+        state = {
+            "loader": self.loader.state_dict(),
+            "use_distributed_optimizer": self.config.optimizer.use_distributed_optimizer,
+            "config": self.config.model_dump(mode="json"),
+        }
+        save_checkpoint(self.checkpoints, self.step, self.policy.chunks, self.policy.optimizer, state)
+
+    def _resume_state(self, checkpoint: Path | None) -> int:
+        """Put the loader where the checkpoint left it; returns the steps already done."""
+        if checkpoint is None:
+            return 0
+        state = read_trainer_state(checkpoint)
+        if state["use_distributed_optimizer"] != self.config.optimizer.use_distributed_optimizer:
+            raise ValueError(
+                f"{checkpoint}: saved with optimizer.use_distributed_optimizer={state['use_distributed_optimizer']}; "
+                "resume with the same value"
+            )
+        self.loader.load_state_dict(state["loader"])
+        step: int = state["step"]
+        return step
+
+    def _start_writing(self) -> MetricsWriter | None:
+        """Prepare the run directory on rank 0, which alone writes metrics."""
+        if dist.get_rank() != 0:
+            return None
+        self.config.run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, self.config.run_dir / "config.yaml")
+        return MetricsWriter(
+            self.config.run_dir, self.config.logging, self.config.model_dump(mode="json"), first_step=self.step + 1
+        )
+
+
+def _max_steps(config: Config, num_triplets: int) -> int:
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    return math.ceil(config.training.num_train_epochs * num_triplets / config.training.global_batch_size)
