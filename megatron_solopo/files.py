@@ -79,3 +79,8 @@ def sampled_sha256(path: Path) -> str:
                 stream.seek(block * (size - _BLOCK_BYTES) // (_SAMPLED_BLOCKS - 1))
                 digest.update(stream.read(_BLOCK_BYTES))
     return digest.hexdigest()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All objects of a JSON-lines file that this program wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

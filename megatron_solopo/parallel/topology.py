@@ -22,6 +22,8 @@ class Topology:
     context_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
     num_model_chunks: int
+    owns_world: bool
+    """Whether `initialize` made the world group, so that `destroy` ends it."""
 
     @property
     def sequence_multiple(self) -> int:
@@ -67,7 +69,8 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_world_size(config, world_size)
     device = _device()
-    if not dist.is_initialized():
+    owns_world = not dist.is_initialized()
+    if owns_world:
         _join(device, world_size)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -83,13 +86,15 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
         context_group=parallel_state.get_context_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
         num_model_chunks=config.virtual_pipeline_model_parallel_size or 1,
+        owns_world=owns_world,
     )
 
 
-def destroy() -> None:
-    """Leave the process groups, so that the process ends without a warning."""
+def destroy(topology: Topology) -> None:
+    """Leave the groups that `initialize` made."""
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if topology.owns_world:
+        dist.destroy_process_group()
 
 
 def _device() -> torch.device:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_solopo.config import LoggingConfig
-from megatron_solopo.files import atomic_path
+from megatron_solopo.files import atomic_path, read_jsonl
 from megatron_solopo.parallel.topology import Topology
 
 Metrics = dict[str, float | int | None]
@@ -62,11 +62,6 @@ class MetricsWriter:
         print(console_line(metrics, total_steps, remaining), flush=True)
 
 
-def read_metrics(path: Path) -> list[Metrics]:
-    """All steps of a `metrics.jsonl`."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -> str:
     """One step for a person: progress, losses, rewards, speed, time to go. Negative values are shown as such."""
     parts = [f"step {metrics['step']}/{total_steps}", f"loss {metrics['loss']:.4f}"]
@@ -86,9 +81,9 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
 
 def _keep_before(path: Path, first_step: int) -> None:
     if path.is_file():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] < first_step]
+        kept = [metrics for metrics in read_jsonl(path) if metrics["step"] < first_step]
         with atomic_path(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
 
 
 def _tensorboard(run_dir: Path) -> Any:

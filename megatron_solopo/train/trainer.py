@@ -20,13 +20,14 @@ from megatron_solopo.checkpoint.distributed import (
 )
 from megatron_solopo.config import Config, save_config
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, sequential_batches
+from megatron_solopo.files import read_jsonl
 from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model.build import check_layout
 from megatron_solopo.objective import metric_names, required_roles
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
-from megatron_solopo.train.metrics import Metrics, MetricsWriter, read_metrics, reduce_over_ranks, reduce_sums
+from megatron_solopo.train.metrics import Metrics, MetricsWriter, reduce_over_ranks, reduce_sums
 from megatron_solopo.train.plot import plot_metrics
 from megatron_solopo.train.policy import StepResult, build_policy
 from megatron_solopo.train.reference import reference_logprobs
@@ -43,7 +44,7 @@ def train(config: Config) -> None:
     try:
         Trainer(config, architecture, topology, splits).run()
     finally:
-        process_groups.destroy()
+        process_groups.destroy(topology)
 
 
 def precompute_reference(config: Config, *, overwrite: bool) -> Path:
@@ -56,7 +57,7 @@ def precompute_reference(config: Config, *, overwrite: bool) -> Path:
     try:
         reference_logprobs(config, splits, topology, overwrite=overwrite)
     finally:
-        process_groups.destroy()
+        process_groups.destroy(topology)
     return config.reference.cache or config.run_dir / "reference"
 
 
@@ -109,7 +110,7 @@ class Trainer:
             if self._due(self.config.checkpoint.save_steps) or self.step == self.max_steps:
                 self._save()
         if writer is not None:
-            plot_metrics(read_metrics(writer.path), self.config.run_dir / "metrics.png")
+            plot_metrics(read_jsonl(writer.path), self.config.run_dir / "metrics.png")
 
     def _train_step(self) -> Metrics:
         started = time.monotonic()

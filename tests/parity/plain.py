@@ -109,11 +109,11 @@ def triplet_loss(o: Mapping[str, Any], model: torch.nn.Module, reference: torch.
 
 
 def train(
-    o: Mapping[str, Any], policy: Path, reference: Path, batches: Sequence[Sequence[Row]], lr: float
+    o: Mapping[str, Any], policy: Path, reference: Path, batches: Sequence[Sequence[Row]], lr: float, eps: float
 ) -> list[PlainStep]:
     """AdamW steps (betas 0.9, 0.95, no decay, no clipping), one per batch."""
     model, frozen = load(policy), load(reference)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
     steps = []
     for batch in batches:
         optimizer.zero_grad()

@@ -1,0 +1,1 @@
+"""Preference data: rows, tokens on disk, packs."""

@@ -1,0 +1,260 @@
+"""Which triplets of a global batch share a pack, and which rank computes which packs.
+
+1. Best-fit decreasing packs the triplets by padded tokens, so that few packs are needed.
+2. The costliest packs are split until their number divides evenly over the ranks (data-parallel
+   ranks step together, and an interleaved pipeline wants a multiple of its size).
+3. Packs go to the ranks costliest first, each to the rank with the least cost so far (LPT).
+4. Triplets are exchanged between the costliest rank and the others while that lowers its cost.
+
+Everything is integer arithmetic with ties broken by position, so that all ranks make the same plan.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_solopo.data.sizes import IntArray, TripletSize
+
+RankPacks = list[list[list[int]]]
+"""Triplet positions, indexed [rank][pack][triplet]."""
+
+_SETTLED = 1000
+"""Step 4 stops where it can take no more than 1/1000 of the mean cost off the costliest rank."""
+
+
+def plan_global_batch(
+    sizes: Sequence[TripletSize],
+    *,
+    max_tokens: int,
+    max_triplets: int | None,
+    num_ranks: int,
+    packs_multiple: int = 1,
+) -> RankPacks:
+    """Pack the triplets of one optimizer step and share the packs out to the data-parallel ranks.
+
+    Args:
+        sizes: one per triplet of the batch; the result holds positions in this sequence.
+        max_tokens: padded tokens that one pack may hold.
+        max_triplets: triplets that one pack may hold; None: any number.
+        num_ranks: data-parallel ranks.
+        packs_multiple: every rank's number of packs is a multiple of this.
+
+    Returns:
+        Positions indexed [rank][pack][triplet]: each exactly once, every rank with the same number
+        of packs, no pack empty, each rank's costliest pack first (so that the step that needs most
+        memory is not the last to be tried).
+
+    Raises:
+        ValueError: a triplet is larger than `max_tokens`, or the triplets do not make enough packs
+            to give each rank the same number of them.
+    """
+    _check_budget(sizes, max_tokens)
+    share = num_ranks * packs_multiple
+    packs = _best_fit_decreasing(sizes, max_tokens, max_triplets)
+    target = max(1, -(-len(packs) // share)) * share
+    if target > len(sizes):
+        raise ValueError(
+            f"a batch of {len(sizes)} triplets cannot give {num_ranks} data-parallel ranks the same number of packs "
+            f"(a multiple of {packs_multiple} each): {target} triplets are needed; make training.global_batch_size "
+            f"a multiple of {share} or change parallel.*"
+        )
+    return _share_out(_split(packs, sizes, target), sizes, max_tokens, max_triplets, num_ranks)
+
+
+def plan_single_pass(
+    sizes: Sequence[TripletSize],
+    *,
+    max_tokens: int,
+    max_triplets: int | None,
+    num_ranks: int,
+    packs_multiple: int = 1,
+) -> tuple[RankPacks, list[list[bool]]]:
+    """Like `plan_global_batch`, for any number of triplets: ranks that come out short repeat a pack.
+
+    All ranks must run the same number of packs, even where one triplet is all there is. A short
+    rank is therefore given the cheapest pack of the plan again, marked as not counted.
+
+    Returns:
+        Positions indexed [rank][pack][triplet], and [rank][pack] whether the pack counts. Over the
+        packs that count, each position appears exactly once.
+
+    Raises:
+        ValueError: a triplet is larger than `max_tokens`.
+    """
+    _check_budget(sizes, max_tokens)
+    share = num_ranks * packs_multiple
+    packs = _best_fit_decreasing(sizes, max_tokens, max_triplets)
+    target = -(-len(packs) // share) * share
+    packs = _split(packs, sizes, min(target, len(sizes)))
+    cheapest = min(packs, key=lambda pack: (_cost(pack, sizes), pack))
+    ranks = _share_out(packs, sizes, max_tokens, max_triplets, num_ranks)
+    packs_per_rank = target // num_ranks
+    counted = [[place < len(rank) for place in range(packs_per_rank)] for rank in ranks]
+    return [rank + [cheapest] * (packs_per_rank - len(rank)) for rank in ranks], counted
+
+
+def _check_budget(sizes: Sequence[TripletSize], max_tokens: int) -> None:
+    for index, size in enumerate(sizes):
+        if size.padded_tokens > max_tokens:
+            raise ValueError(
+                f"triplet {index} needs {size.padded_tokens} padded tokens, more than one pack's {max_tokens}; "
+                f"raise data.max_tokens_per_pack"
+            )
+
+
+def _cost(pack: Sequence[int], sizes: Sequence[TripletSize]) -> int:
+    return sum(sizes[position].cost for position in pack)
+
+
+def _best_fit_decreasing(sizes: Sequence[TripletSize], max_tokens: int, max_triplets: int | None) -> list[list[int]]:
+    """Largest triplet first, each into the fullest pack that still takes it."""
+    limit = len(sizes) if max_triplets is None else max_triplets
+    packs: list[list[int]] = []
+    free = np.empty(len(sizes), dtype=np.int64)
+    for position in sorted(range(len(sizes)), key=lambda i: (-sizes[i].padded_tokens, i)):
+        need = sizes[position].padded_tokens
+        room = free[: len(packs)]
+        fitting = np.where(room >= need, room, max_tokens + 1)
+        fullest = int(fitting.argmin()) if packs else 0
+        if not packs or fitting[fullest] > max_tokens:
+            fullest = len(packs)
+            packs.append([])
+            free[fullest] = max_tokens
+        packs[fullest].append(position)
+        free[fullest] -= need
+        if len(packs[fullest]) == limit:
+            free[fullest] = -1
+    return packs
+
+
+def _split(packs: list[list[int]], sizes: Sequence[TripletSize], target: int) -> list[list[int]]:
+    """Halve the costliest pack that holds two or more triplets until there are `target` packs."""
+    packs = list(packs)
+    while len(packs) < target:
+        divisible = [number for number, pack in enumerate(packs) if len(pack) > 1]
+        costliest = max(divisible, key=lambda number: _cost(packs[number], sizes))
+        halves: tuple[list[int], list[int]] = ([], [])
+        for position in sorted(packs[costliest], key=lambda i: (-sizes[i].cost, i)):
+            min(halves, key=lambda half: _cost(half, sizes)).append(position)
+        packs[costliest : costliest + 1] = halves
+    return packs
+
+
+def _share_out(
+    packs: list[list[int]], sizes: Sequence[TripletSize], max_tokens: int, max_triplets: int | None, num_ranks: int
+) -> RankPacks:
+    """Steps 3 and 4: packs to ranks, then triplets exchanged."""
+    packs_per_rank = -(-len(packs) // num_ranks)
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for number in sorted(range(len(packs)), key=lambda i: (-_cost(packs[i], sizes), i)):
+        open_ranks = [rank for rank in range(num_ranks) if len(ranks[rank]) < packs_per_rank]
+        lightest = min(open_ranks, key=lambda rank: loads[rank])
+        ranks[lightest].append(number)
+        loads[lightest] += _cost(packs[number], sizes)
+
+    exchange = _Exchange.start(packs, ranks, sizes, max_tokens, max_triplets)
+    while exchange.improve():
+        pass
+    plan = exchange.ranks()
+    return [sorted(rank, key=lambda pack: (-_cost(pack, sizes), pack)) for rank in plan]
+
+
+@dataclass
+class _Exchange:
+    """Exchanges of single triplets between ranks, which keep every pack legal and not empty.
+
+    n triplets and K packs; entries n..n+K of the arrays [n + K] are one phantom triplet of size and
+    cost 0 per pack: to exchange a triplet with a phantom is to move it to that pack.
+    """
+
+    tokens: IntArray
+    cost: IntArray
+    pack_of: IntArray
+    """Pack of each entry [n + K]."""
+    rank_of: IntArray
+    """Rank of each pack [K]."""
+    free: IntArray
+    """Tokens left in each pack [K]."""
+    count: IntArray
+    """Triplets in each pack [K]."""
+    load: IntArray
+    """Cost of each rank."""
+    max_triplets: int
+
+    @classmethod
+    def start(
+        cls,
+        packs: list[list[int]],
+        ranks: list[list[int]],
+        sizes: Sequence[TripletSize],
+        max_tokens: int,
+        max_triplets: int | None,
+    ) -> "_Exchange":
+        n, num_packs = len(sizes), len(packs)
+        phantoms = np.zeros(num_packs, dtype=np.int64)
+        tokens = np.concatenate([np.array([size.padded_tokens for size in sizes], dtype=np.int64), phantoms])
+        cost = np.concatenate([np.array([size.cost for size in sizes], dtype=np.int64), phantoms])
+        pack_of = np.concatenate([np.empty(n, dtype=np.int64), np.arange(num_packs)])
+        free = np.full(num_packs, max_tokens, dtype=np.int64)
+        for number, pack in enumerate(packs):
+            pack_of[pack] = number
+            free[number] -= tokens[pack].sum()
+        rank_of = np.empty(num_packs, dtype=np.int64)
+        load = np.zeros(len(ranks), dtype=np.int64)
+        for rank, numbers in enumerate(ranks):
+            rank_of[numbers] = rank
+            load[rank] = sum(cost[packs[number]].sum() for number in numbers)
+        count = np.array([len(pack) for pack in packs], dtype=np.int64)
+        return cls(tokens, cost, pack_of, rank_of, free, count, load, n if max_triplets is None else max_triplets)
+
+    def improve(self) -> bool:
+        """Make the exchange that brings the costliest rank and its partner lowest; False: none is worth it."""
+        num_triplets = len(self.tokens) - len(self.free)
+        costliest = int(self.load.argmax())
+        ranks = self.rank_of[self.pack_of]
+        ours_I = np.flatnonzero(ranks[:num_triplets] == costliest)
+        gain_IJ = self.cost[ours_I, None] - self.cost[None, :]
+        after_IJ = np.maximum(self.load[costliest] - gain_IJ, self.load[ranks][None, :] + gain_IJ)
+        shift_IJ = self.tokens[ours_I, None] - self.tokens[None, :]
+        packs_I = self.pack_of[ours_I]
+        legal_IJ = (
+            (ranks != costliest)[None, :]
+            & (shift_IJ <= self.free[self.pack_of][None, :])
+            & (-shift_IJ <= self.free[packs_I][:, None])
+        )
+        legal_IJ[:, num_triplets:] &= (self.count[packs_I] > 1)[:, None] & (self.count < self.max_triplets)[None, :]
+        after_IJ[~legal_IJ] = np.iinfo(np.int64).max
+        i, j = np.unravel_index(after_IJ.argmin(), after_IJ.shape)
+        worthwhile = max(1, int(self.load.sum()) // len(self.load) // _SETTLED)
+        if after_IJ[i, j] > self.load[costliest] - worthwhile:
+            return False
+        self._exchange(int(ours_I[i]), int(j))
+        return True
+
+    def _exchange(self, ours: int, theirs: int) -> None:
+        num_triplets = len(self.tokens) - len(self.free)
+        source, target = int(self.pack_of[ours]), int(self.pack_of[theirs])
+        shift = self.tokens[ours] - self.tokens[theirs]
+        gain = self.cost[ours] - self.cost[theirs]
+        self.free[source] += shift
+        self.free[target] -= shift
+        self.load[self.rank_of[source]] -= gain
+        self.load[self.rank_of[target]] += gain
+        self.pack_of[ours] = target
+        if theirs < num_triplets:
+            self.pack_of[theirs] = source
+        else:
+            self.count[source] -= 1
+            self.count[target] += 1
+
+    def ranks(self) -> RankPacks:
+        num_triplets = len(self.tokens) - len(self.free)
+        packs: list[list[int]] = [[] for _ in self.free]
+        for position in range(num_triplets):
+            packs[self.pack_of[position]].append(position)
+        plan: RankPacks = [[] for _ in self.load]
+        for number, pack in enumerate(packs):
+            plan[self.rank_of[number]].append(pack)
+        return plan

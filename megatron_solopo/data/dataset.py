@@ -1,0 +1,99 @@
+"""Tokenized triplets on disk: their lengths all at once, their tokens row by row."""
+
+from collections.abc import Mapping, Sequence
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from megatron_solopo.data.packing import TokenizedTriplet
+from megatron_solopo.data.sizes import IntArray, TripletSizes, context_and_response, triplet_sizes
+
+_ROWS_AT_A_TIME = 65_536
+
+
+class TripletDataset:
+    """A `datasets.Dataset` of token ids, read as triplets. Nothing is held in memory but the table's mapping.
+
+    Args:
+        table: columns `id` (string) and, as lists of integers, `chosen`, `rejected` and the prompts.
+        prompt_columns: context (`short`, `long`) -> the column that holds its prompt. Only the
+            contexts that the roles in use name are needed.
+    """
+
+    def __init__(self, table: datasets.Dataset, prompt_columns: Mapping[str, str]) -> None:
+        # Once here: it copies the whole chunk list of the table.
+        self._table = table.with_format("arrow")
+        self._prompt_columns = dict(prompt_columns)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def sizes(self, roles: Sequence[str], sequence_multiple: int) -> TripletSizes:
+        """Size of every row, from the list offsets alone: no token is read.
+
+        Raises:
+            ValueError: a context has no column, or a prompt or response is empty.
+        """
+        prompts, responses = self._columns(roles)
+        lengths = self._lengths({*prompts.values(), *responses.values()})
+        return triplet_sizes(
+            {context: lengths[column] for context, column in prompts.items()},
+            {response: lengths[column] for response, column in responses.items()},
+            roles,
+            sequence_multiple,
+        )
+
+    def ids(self, rows: Sequence[int] | IntArray) -> list[str]:
+        """Ids of some rows."""
+        return [str(value) for value in self._table[np.asarray(rows).tolist()]["id"].to_pylist()]
+
+    def rows(self, indices: Sequence[int] | IntArray, roles: Sequence[str]) -> list[TokenizedTriplet]:
+        """The triplets at some row numbers, with the prompts and responses that the roles need."""
+        prompts, responses = self._columns(roles)
+        numbers = np.asarray(indices).tolist()
+        chunk: pa.Table = self._table[numbers]
+        return [
+            TokenizedTriplet(
+                id=str(chunk["id"][place].as_py()),
+                index=number,
+                prompts={context: _tokens(chunk[column][place]) for context, column in prompts.items()},
+                responses={response: _tokens(chunk[column][place]) for response, column in responses.items()},
+            )
+            for place, number in enumerate(numbers)
+        ]
+
+    def _columns(self, roles: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """Columns that the roles need: by context, and by response."""
+        prompts, responses = {}, {}
+        for context, response in map(context_and_response, roles):
+            column = self._prompt_columns.get(context)
+            if column is None or column not in self._table.column_names:
+                raise ValueError(
+                    f"the prepared data has no {context} prompts (columns: {', '.join(self._table.column_names)}); "
+                    f"prepare rows with prompt_short and prompt_long, or change objective.name"
+                )
+            prompts[context], responses[response] = column, response
+        return prompts, responses
+
+    def _lengths(self, columns: set[str]) -> dict[str, IntArray]:
+        parts: dict[str, list[IntArray]] = {column: [np.empty(0, dtype=np.int64)] for column in columns}
+        for chunk in self._table.iter(batch_size=_ROWS_AT_A_TIME):
+            for column in columns:
+                parts[column].append(pc.list_value_length(chunk[column]).to_numpy().astype(np.int64))
+        lengths = {column: np.concatenate(part) for column, part in parts.items()}
+        for column, length in sorted(lengths.items()):
+            empty = np.flatnonzero(length == 0)
+            if len(empty):
+                raise ValueError(
+                    f"{len(empty)} triplets have no token in {column}, first {', '.join(self.ids(empty[:5]))}; "
+                    f"prepare the data of data.path again without them"
+                )
+        return lengths
+
+
+def _tokens(cell: pa.ListScalar) -> NDArray[np.integer]:
+    tokens: NDArray[np.integer] = cell.values.to_numpy()
+    return tokens

@@ -1,0 +1,237 @@
+"""Global batches of packs for one data-parallel rank.
+
+The order of the triplets is fixed by (seed, epoch) alone and a global batch is the next
+`global_batch_size` of them, so batch b holds the same triplets under every parallel layout, and
+the number of consumed triplets is the loader's whole state. Each rank plans the whole batch from
+the lengths, which all know, and reads the tokens of its own packs only: ranks never communicate.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_solopo.data.batch_plan import RankPacks, plan_global_batch, plan_single_pass
+from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.packing import Pack, build_pack
+from megatron_solopo.data.sizes import IntArray, TripletSizes
+
+_STATE_KEYS = {"seed": "seed", "dataset_length": "data.path", "global_batch_size": "training.global_batch_size"}
+"""What a saved state must agree on -> the key that sets it."""
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalBatch:
+    """This rank's packs, and totals over all data-parallel ranks."""
+
+    packs: list[Pack]
+    """As many on every rank."""
+    counted: list[bool]
+    """Whether each pack counts. Always true from `GlobalBatchLoader`; see `sequential_batches`."""
+    num_triplets: int
+    """Triplets of the global batch."""
+    num_tokens: int
+    """Their real tokens, padding not counted."""
+    padded_tokens: int
+    """Their tokens, with each sequence padded to its multiple."""
+    num_packs: int
+    """Packs run by all ranks together, repeated ones included."""
+    pack_fill: float
+    """Real tokens over the token budget of those packs, in (0, 1]."""
+
+
+class GlobalBatchLoader:
+    """Shuffled global batches without end.
+
+    The stream of triplets is one permutation of the dataset per epoch, one after the other. Nothing
+    is dropped at an epoch's end: a global batch may take the last triplets of one epoch and the
+    first of the next.
+
+    Args:
+        roles: the sequences that each triplet yields.
+        global_batch_size: triplets per batch, over all ranks.
+        seed: of the permutations.
+        sequence_multiple: what each sequence is padded to a multiple of (2 x CP x TP).
+        max_tokens_per_pack: padded tokens that one pack may hold.
+        max_triplets_per_pack: triplets that one pack may hold; None: any number.
+        dp_rank, dp_size: this rank among the data-parallel ranks.
+        packs_multiple: every rank's number of packs is a multiple of this.
+
+    Raises:
+        ValueError: the dataset is smaller than a batch, the batch size does not divide over the
+            ranks, a triplet is over the budget, a prompt or response is missing or empty.
+    """
+
+    def __init__(
+        self,
+        dataset: TripletDataset,
+        roles: Sequence[str],
+        *,
+        global_batch_size: int,
+        seed: int,
+        sequence_multiple: int,
+        max_tokens_per_pack: int,
+        max_triplets_per_pack: int | None,
+        dp_rank: int,
+        dp_size: int,
+        packs_multiple: int = 1,
+    ) -> None:
+        if len(dataset) < global_batch_size:
+            raise ValueError(
+                f"data.path holds {len(dataset)} triplets, fewer than one global batch of {global_batch_size}; "
+                f"lower training.global_batch_size or prepare more data"
+            )
+        # Any other size could come to a batch that the ranks cannot share, thousands of steps into a run.
+        if global_batch_size % (dp_size * packs_multiple):
+            raise ValueError(
+                f"training.global_batch_size={global_batch_size}: must be a multiple of {dp_size * packs_multiple} "
+                f"({dp_size} data-parallel ranks x a multiple of {packs_multiple} packs on each); "
+                f"change it or parallel.*"
+            )
+        self._packer = _Packer(
+            dataset,
+            roles,
+            sequence_multiple,
+            max_tokens_per_pack,
+            max_triplets_per_pack,
+            dp_rank,
+            dp_size,
+            packs_multiple,
+        )
+        self._identity = {"seed": seed, "dataset_length": len(dataset), "global_batch_size": global_batch_size}
+        self.consumed_triplets = 0
+
+    def next_batch(self) -> GlobalBatch:
+        """The next global batch; it is consumed once this returns."""
+        size = self._identity["global_batch_size"]
+        rows = self._stream(self.consumed_triplets, self.consumed_triplets + size)
+        batch = self._packer.training_batch(rows)
+        self.consumed_triplets += size
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands; the same on every rank."""
+        return {**self._identity, "consumed_triplets": self.consumed_triplets}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue exactly where the state was taken, under any number of data-parallel ranks.
+
+        Raises:
+            ValueError: the state is of another seed, dataset length or batch size.
+        """
+        for name, key in _STATE_KEYS.items():
+            if state[name] != self._identity[name]:
+                raise ValueError(
+                    f"the checkpoint's data loader has {name} {state[name]}, this run {self._identity[name]}: it would "
+                    f"not continue on the same triplets; restore {key} or start anew with checkpoint.resume=false"
+                )
+        self.consumed_triplets = state["consumed_triplets"]
+
+    def _stream(self, start: int, end: int) -> IntArray:
+        """Dataset rows at places start..end of the endless stream."""
+        length = self._identity["dataset_length"]
+        parts = []
+        while start < end:
+            epoch, offset = divmod(start, length)
+            part = _epoch_order(length, self._identity["seed"], epoch)[offset : offset + end - start]
+            parts.append(part)
+            start += len(part)
+        return np.concatenate(parts)
+
+
+def sequential_batches(
+    dataset: TripletDataset,
+    roles: Sequence[str],
+    *,
+    chunk_size: int,
+    sequence_multiple: int,
+    max_tokens_per_pack: int,
+    max_triplets_per_pack: int | None,
+    dp_rank: int,
+    dp_size: int,
+    packs_multiple: int = 1,
+) -> Iterator[GlobalBatch]:
+    """Every triplet exactly once in dataset order, for evaluation and reference passes.
+
+    `chunk_size` triplets make one batch; the last batch may be smaller. All ranks must run the same
+    number of packs, so a rank that comes out short repeats a pack that is not `counted`: run it,
+    then leave its results out. Batch totals count no triplet twice. The other arguments, and the
+    errors raised (at the call, not at the first batch), are those of `GlobalBatchLoader`.
+    """
+    packer = _Packer(
+        dataset, roles, sequence_multiple, max_tokens_per_pack, max_triplets_per_pack, dp_rank, dp_size, packs_multiple
+    )
+    chunks = (np.arange(start, min(start + chunk_size, len(dataset))) for start in range(0, len(dataset), chunk_size))
+    return (packer.single_pass_batch(rows) for rows in chunks)
+
+
+@dataclass(frozen=True, eq=False)
+class _Packer:
+    """Turns dataset rows into this rank's share of a batch; the fields are the loader's arguments."""
+
+    dataset: TripletDataset
+    roles: Sequence[str]
+    sequence_multiple: int
+    max_tokens: int
+    max_triplets: int | None
+    dp_rank: int
+    dp_size: int
+    packs_multiple: int
+    sizes: TripletSizes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", self.dataset.sizes(self.roles, self.sequence_multiple))
+        over = np.flatnonzero(self.sizes.padded_tokens > self.max_tokens)
+        if len(over):
+            raise ValueError(
+                f"{len(over)} of {len(self.sizes)} triplets are larger than data.max_tokens_per_pack="
+                f"{self.max_tokens}, first {', '.join(self.dataset.ids(over[:5]))}; the largest needs "
+                f"{self.sizes.padded_tokens.max()} (sequences padded to multiples of {self.sequence_multiple}): "
+                f"raise the key to that, or prepare the data with a lower length limit"
+            )
+
+    def training_batch(self, rows: IntArray) -> GlobalBatch:
+        plan = plan_global_batch(
+            self.sizes.select(rows),
+            max_tokens=self.max_tokens,
+            max_triplets=self.max_triplets,
+            num_ranks=self.dp_size,
+            packs_multiple=self.packs_multiple,
+        )
+        return self._build(rows, plan, [True] * len(plan[self.dp_rank]))
+
+    def single_pass_batch(self, rows: IntArray) -> GlobalBatch:
+        plan, counted = plan_single_pass(
+            self.sizes.select(rows),
+            max_tokens=self.max_tokens,
+            max_triplets=self.max_triplets,
+            num_ranks=self.dp_size,
+            packs_multiple=self.packs_multiple,
+        )
+        return self._build(rows, plan, counted[self.dp_rank])
+
+    def _build(self, rows: IntArray, plan: RankPacks, counted: list[bool]) -> GlobalBatch:
+        num_tokens = int(self.sizes.tokens[rows].sum())
+        num_packs = sum(len(packs) for packs in plan)
+        return GlobalBatch(
+            packs=[
+                build_pack(self.dataset.rows(rows[positions], self.roles), self.roles, self.sequence_multiple)
+                for positions in plan[self.dp_rank]
+            ],
+            counted=counted,
+            num_triplets=len(rows),
+            num_tokens=num_tokens,
+            padded_tokens=int(self.sizes.padded_tokens[rows].sum()),
+            num_packs=num_packs,
+            pack_fill=num_tokens / (num_packs * self.max_tokens),
+        )
+
+
+def _epoch_order(length: int, seed: int, epoch: int) -> IntArray:
+    """Permutation of range(length) for one epoch.
+
+    Sorts raw generator output, whose stream numpy keeps stable between releases, unlike that of
+    `Generator.permutation`: a checkpoint resumes on the same triplets under a newer numpy.
+    """
+    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(length)
+    return np.argsort(keys, kind="stable")

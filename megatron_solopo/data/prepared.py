@@ -1,0 +1,139 @@
+"""The directory that `data prepare` writes and training reads: a manifest and tokenized Arrow splits.
+
+    manifest.json   what the data is, where it came from, how long its rows are
+    train/  eval/   columns id, prompt_short, prompt_long (not for pairs), chosen, rejected
+
+Token columns are list<int32>: a prompt as the sequence starts (BOS or chat template included), a response as it
+ends (EOS or the template's end of turn included). A sequence is the two put together.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_solopo.data.row import RESPONSE_FIELDS, Kind
+
+FORMAT_VERSION: Literal[1] = 1
+MANIFEST_NAME = "manifest.json"
+
+_LENGTHS_BATCH_ROWS = 1024
+
+PROMPT_COLUMNS: dict[Kind, tuple[str, ...]] = {"triplet": ("prompt_short", "prompt_long"), "pair": ("prompt_short",)}
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LengthStatistics(_Record):
+    """Lengths in tokens of one column, over the rows kept; each is the length of some row."""
+
+    min: int
+    median: int
+    p95: int
+    max: int
+
+
+class PreparedManifest(_Record):
+    """What `manifest.json` says."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    version: str
+    """Version of megatron-solopo that wrote it."""
+    kind: Kind
+    template: Literal["chat", "plain"]
+    """How rows became text; "auto" is resolved."""
+    tokenizer: str
+    vocab_size: int
+    fingerprint: str
+    """Hex SHA-256 of `fingerprint_parts`: equal exactly where the tokens are made alike."""
+    fingerprint_parts: dict[str, Any]
+    read: int
+    kept: int
+    """train + eval"""
+    dropped: dict[str, int]
+    """Rows left out, by reason."""
+    train: int
+    eval: int
+    lengths: dict[str, LengthStatistics]
+    """By column, in tokens."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The token columns."""
+        return (*PROMPT_COLUMNS[self.kind], *RESPONSE_FIELDS)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared directory, memory-mapped."""
+
+    manifest: PreparedManifest
+    train: Dataset
+    eval: Dataset | None
+
+    def prompt_column(self, context: Literal["short", "long"]) -> str:
+        """The column of a context's prompt; a pair has one prompt, which serves as either."""
+        return "prompt_short" if self.manifest.kind == "pair" else f"prompt_{context}"
+
+
+def load_prepared(path: Path) -> PreparedData:
+    """Open what `megatron-solopo data prepare` wrote; reads no tokens yet.
+
+    Raises ValueError with one line where the directory is missing, incomplete or of another format.
+    """
+    manifest = _read_manifest(path)
+    train = _load_split(path, "train", manifest.train, manifest)
+    held_out = _load_split(path, "eval", manifest.eval, manifest) if manifest.eval else None
+    return PreparedData(manifest, train, held_out)
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether a directory was written by `data prepare`, in whatever format version."""
+    return (path / MANIFEST_NAME).is_file()
+
+
+def token_lengths(data: Dataset, column: str) -> NDArray[np.int64]:
+    """Tokens of each row [rows] of a token column; reads Arrow's offsets, never the tokens."""
+    tables = data.select_columns([column]).with_format("arrow").iter(batch_size=_LENGTHS_BATCH_ROWS)
+    lengths = [pc.list_value_length(table.column(column)).to_numpy() for table in tables]
+    return np.concatenate([np.empty(0, np.int64), *lengths]).astype(np.int64)
+
+
+def _read_manifest(path: Path) -> PreparedManifest:
+    if not is_prepared(path):
+        raise _unusable(path, f"no {MANIFEST_NAME} there")
+    text = (path / MANIFEST_NAME).read_bytes()
+    try:
+        return PreparedManifest.model_validate_json(text)
+    except ValidationError as error:
+        details = error.errors()
+        detail = next((item for item in details if item["loc"] == ("format_version",)), details[0])
+        key = ".".join(str(part) for part in detail["loc"])
+        if key == "format_version" and detail["type"] != "missing":
+            raise _unusable(path, f"format version {detail['input']}, this program reads {FORMAT_VERSION}") from None
+        raise _unusable(path, f"{MANIFEST_NAME} is damaged ({': '.join(filter(None, (key, detail['msg'])))})") from None
+
+
+def _load_split(path: Path, name: str, rows: int, manifest: PreparedManifest) -> Dataset:
+    try:
+        split = Dataset.load_from_disk(str(path / name), keep_in_memory=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unusable(path, f"{name}/ is missing or damaged ({' '.join(str(error).split())})") from None
+    if len(split) != rows:
+        raise _unusable(path, f"{name}/ has {len(split)} rows, the manifest says {rows}")
+    if set(split.column_names) != {"id", *manifest.columns}:
+        raise _unusable(path, f"{name}/ has columns {split.column_names}")
+    return split
+
+
+def _unusable(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{path}: not a complete prepared directory: {reason}; write one with megatron-solopo data prepare"
+    )

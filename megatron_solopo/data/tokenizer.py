@@ -1,0 +1,218 @@
+"""Tokenizers behind one protocol: Hugging Face directories and SentencePiece models."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from jinja2 import TemplateError
+from sentencepiece import SentencePieceProcessor
+
+from megatron_solopo.files import sha256_file, sha256_json
+
+# Text put before a continuation and cut off again. Several, since a tokenizer may merge one with what follows.
+_ANCHORS = (".", "0", "a", "(", "A", "\n")
+_WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"
+_NO_LIMIT = 1 << 60
+
+
+class Tokenizer(Protocol):
+    """What the project needs of a tokenizer. Token ids are ints in [0, vocab_size)."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text, None if there is none."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id, added tokens included."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of all that decides token ids; the chat template is not part of it."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the chat template, None if there is none."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Tokens of a text that starts a sequence.
+
+        add_special_tokens puts the usual tokens before it (BOS), and never any after it.
+        """
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Tokens of a text that follows other text, without any special tokens.
+
+        The difference to `encode`: tokenizers that mark the start of words put a space before a text
+        that has none, which would stand between a prompt and its response.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
+
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
+        """Messages as the chat template writes them, None if there is no template.
+
+        Raises ValueError with the template's reason where it refuses the messages.
+        """
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Load a Hugging Face directory or a SentencePiece `.model` file from disk; runs no code from it.
+
+    Raises ValueError with one line where there is no tokenizer.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _HuggingFaceTokenizer(path)
+    if path.suffix == ".model" and path.is_file():
+        return _SentencePieceTokenizer(path)
+    found = "not a tokenizer" if path.exists() else "no such file or directory"
+    raise ValueError(f"{path}: {found}; expected a Hugging Face directory or a SentencePiece .model file")
+
+
+class _LocalTokenizer(ABC):
+    """What both kinds share: the usual prefix, and continuations without a space put before them."""
+
+    _prefix: list[int]
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _piece(self, token_id: int) -> str: ...
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids = self._encode(text)
+        return self._prefix + ids if add_special_tokens else ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Encode behind an anchor and cut the anchor's tokens off.
+
+        encode(anchor + text) begins with encode(anchor) unless the two merge, and the rest is the continuation:
+        neither merges nor a best segmentation reach across a boundary that stands, so it is the same for any anchor.
+        """
+        if not self._puts_space_before_text:
+            return self._encode(text)
+        for anchor, head in self._anchor_heads.items():
+            ids = self._encode(anchor + text)
+            if ids[: len(head)] == head:
+                return ids[len(head) :]
+        raise ValueError(f"the tokenizer cannot encode {text[:40]!r} without a space before it")
+
+    @cached_property
+    def _puts_space_before_text(self) -> bool:
+        probe = self._encode("a")
+        return bool(probe) and self._piece(probe[0]).startswith(_WORD_START)
+
+    @cached_property
+    def _anchor_heads(self) -> dict[str, list[int]]:
+        heads = {anchor: self._encode(anchor) for anchor in _ANCHORS}
+        return {anchor: head for anchor, head in heads.items() if head and self.decode(head) == anchor}
+
+
+class _HuggingFaceTokenizer(_LocalTokenizer):
+    """A tokenizer directory as `save_pretrained` writes it."""
+
+    def __init__(self, path: Path) -> None:
+        # transformers takes seconds to import, and SentencePiece models do without it.
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False, model_max_length=_NO_LIMIT
+            )
+            has_template = bool(self._tokenizer.chat_template)
+            self.chat_template: str | None = self._tokenizer.get_chat_template() if has_template else None
+        # The library raises whatever the damaged file led to.
+        except Exception as error:
+            raise ValueError(f"{path}: no loadable tokenizer: {' '.join(str(error).split())}") from None
+        self._path = path
+        self.eos_token_id: int | None = self._tokenizer.eos_token_id
+        self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
+        self.fingerprint = sha256_json(self._identity())
+        self._prefix = self._usual_prefix()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, with special tokens written out."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
+        if self.chat_template is None:
+            return None
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the chat template of {self._path} refuses the messages: {reason}") from None
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def _piece(self, token_id: int) -> str:
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
+
+    def _usual_prefix(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text."""
+        body = self._encode("a")
+        whole: list[int] = self._tokenizer.encode("a", add_special_tokens=True)
+        starts = (start for start in range(len(whole)) if whole[start : start + len(body)] == body)
+        return whole[: next(starts, 0)]
+
+    def _identity(self) -> dict[str, Any]:
+        """A JSON value that differs where token ids can, whatever directory the tokenizer lies in."""
+        if self._tokenizer.is_fast:
+            rules = json.loads(self._tokenizer.backend_tokenizer.to_str())
+            for unused in ("truncation", "padding"):
+                rules.pop(unused, None)
+        else:
+            files = [self._path / name for name in sorted(set(self._tokenizer.vocab_files_names.values()))]
+            rules = {file.name: sha256_file(file) for file in files if file.is_file()}
+        return {"rules": rules, "eos_token_id": self.eos_token_id, "class": type(self._tokenizer).__name__}
+
+
+class _SentencePieceTokenizer(_LocalTokenizer):
+    """A `.model` file. Text is normalised as the model says (many collapse spaces); BOS is usual if it exists."""
+
+    chat_template: str | None = None
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._processor = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}: not a SentencePiece model: {' '.join(str(error).split())}") from None
+        self.eos_token_id = self._known(self._processor.eos_id())
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.fingerprint = sha256_file(path)
+        bos = self._known(self._processor.bos_id())
+        self._prefix = [] if bos is None else [bos]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, with special tokens left out."""
+        text: str = self._processor.decode(list(ids))
+        return text
+
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
+        return None
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def _piece(self, token_id: int) -> str:
+        return str(self._processor.id_to_piece(token_id))
+
+    @staticmethod
+    def _known(token_id: int) -> int | None:
+        return token_id if token_id >= 0 else None

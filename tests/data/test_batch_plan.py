@@ -1,0 +1,188 @@
+"""Plans of global batches: complete, within the budget, even, balanced and full."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_solopo.data.batch_plan import plan_global_batch, plan_single_pass
+from megatron_solopo.data.sizes import TripletSize, padded_lengths, triplet_sizes
+
+SOLOPO = ("short_chosen", "short_rejected", "long_chosen")
+MAX_TOKENS = 1000
+
+
+def size(tokens):
+    return TripletSize(padded_tokens=tokens, tokens=tokens, cost=tokens**2)
+
+
+def lognormal_sizes(count, seed):
+    """Lengths like those of multi-hop question answering: 1.1K short, 7.5K long, 150 tokens of answer."""
+    rng = np.random.default_rng(seed)
+
+    def lengths(median, sigma):
+        return np.maximum(1, rng.lognormal(np.log(median), sigma, count)).astype(np.int64)
+
+    prompts = {"short": lengths(1100, 0.4), "long": lengths(7500, 0.5)}
+    responses = {"chosen": lengths(150, 0.6), "rejected": lengths(150, 0.6)}
+    return triplet_sizes(prompts, responses, SOLOPO, 8).select(np.arange(count))
+
+
+def rank_loads(plan, sizes):
+    return np.array([sum(sizes[i].cost for pack in packs for i in pack) for packs in plan])
+
+
+def assert_legal(plan, sizes, max_triplets):
+    for pack in (pack for packs in plan for pack in packs):
+        assert 0 < len(pack) <= (max_triplets or len(sizes))
+        assert sum(sizes[i].padded_tokens for i in pack) <= MAX_TOKENS
+
+
+# Cost and tokens on their own: of two triplets the shorter may well be the costlier.
+any_size = st.builds(TripletSize, st.integers(1, MAX_TOKENS), st.just(1), st.integers(1, MAX_TOKENS**2))
+batches = st.lists(any_size, min_size=1, max_size=40)
+limits = st.one_of(st.none(), st.integers(1, 5))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), limits, st.data())
+def test_plan_is_complete_even_within_budget_and_deterministic(num_ranks, packs_multiple, rounds, max_triplets, data):
+    count = num_ranks * packs_multiple * rounds
+    sizes = data.draw(st.lists(any_size, min_size=count, max_size=count))
+    arguments = {
+        "max_tokens": MAX_TOKENS, "max_triplets": max_triplets, "num_ranks": num_ranks, "packs_multiple": packs_multiple
+    }  # fmt: skip
+    plan = plan_global_batch(sizes, **arguments)
+    assert sorted(i for packs in plan for pack in packs for i in pack) == list(range(count))
+    assert len(plan) == num_ranks
+    assert len({len(packs) for packs in plan}) == 1
+    assert len(plan[0]) % packs_multiple == 0
+    assert_legal(plan, sizes, max_triplets)
+    assert plan == plan_global_batch(list(sizes), **arguments)
+
+
+@settings(max_examples=200, deadline=None)
+@given(batches, st.integers(1, 5), st.integers(1, 3), limits)
+def test_single_pass_counts_each_triplet_once_for_any_number_of_them(sizes, num_ranks, packs_multiple, max_triplets):
+    plan, counted = plan_single_pass(
+        sizes, max_tokens=MAX_TOKENS, max_triplets=max_triplets, num_ranks=num_ranks, packs_multiple=packs_multiple
+    )
+    assert len({len(packs) for packs in plan}) == 1
+    assert len(plan[0]) % packs_multiple == 0
+    assert [len(flags) for flags in counted] == [len(packs) for packs in plan]
+    assert_legal(plan, sizes, max_triplets)
+    once = [
+        i
+        for packs, flags in zip(plan, counted, strict=True)
+        for pack, counts in zip(packs, flags, strict=True)
+        if counts
+        for i in pack
+    ]
+    assert sorted(once) == list(range(len(sizes)))
+
+
+def test_single_pass_repeats_nothing_where_an_even_plan_exists():
+    _, counted = plan_single_pass([size(10)] * 8, max_tokens=MAX_TOKENS, max_triplets=None, num_ranks=4)
+    assert all(all(flags) for flags in counted)
+
+
+def test_single_pass_repeats_the_cheapest_pack_on_short_ranks():
+    plan, counted = plan_single_pass([size(900), size(7)], max_tokens=MAX_TOKENS, max_triplets=None, num_ranks=4)
+    assert sorted(zip((p[0] for p in plan), (c[0] for c in counted), strict=True)) == [
+        ([0], True),
+        ([1], False),
+        ([1], False),
+        ([1], True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_packs"),
+    [
+        ([300, 700, 450, 550, 100, 900, 1000], 4),
+        ([400, 400, 600, 600], 2),  # in the order given it takes three
+        ([600, 560, 401, 39] + [25] * 16, 2),  # 39 in the first pack that takes it, not the fullest: three
+    ],
+)
+def test_best_fit_decreasing_finds_the_full_packing(tokens, num_packs):
+    sizes = [size(count) for count in tokens]
+    plan = plan_global_batch(sizes, max_tokens=MAX_TOKENS, max_triplets=None, num_ranks=1)
+    assert [sum(tokens[i] for i in pack) for pack in plan[0]] == [MAX_TOKENS] * num_packs
+
+
+def test_costliest_pack_of_each_rank_comes_first():
+    sizes = lognormal_sizes(64, seed=0)
+    for packs in plan_global_batch(sizes, max_tokens=32_768, max_triplets=None, num_ranks=4):
+        costs = [sum(sizes[i].cost for i in pack) for pack in packs]
+        assert costs == sorted(costs, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fill_and_balance_on_lognormal_lengths(seed):
+    sizes = lognormal_sizes(256, seed)
+    plan = plan_global_batch(sizes, max_tokens=65_536, max_triplets=None, num_ranks=4)
+    loads = rank_loads(plan, sizes)
+    assert loads.max() / loads.mean() < 1.01
+    num_packs = sum(len(packs) for packs in plan)
+    assert sum(s.tokens for s in sizes) / (num_packs * 65_536) > 0.9
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_balance_beats_round_robin(seed):
+    sizes = lognormal_sizes(64, seed)
+    loads = rank_loads(plan_global_batch(sizes, max_tokens=32_768, max_triplets=None, num_ranks=4), sizes)
+    round_robin = rank_loads([[list(range(rank, 64, 4))] for rank in range(4)], sizes)
+    assert loads.max() / loads.mean() - 1 < 0.2 * (round_robin.max() / round_robin.mean() - 1)
+    assert loads.max() / loads.mean() < 1.02
+
+
+def test_balance_without_packing():
+    sizes = lognormal_sizes(64, seed=3)
+    plan = plan_global_batch(sizes, max_tokens=65_536, max_triplets=1, num_ranks=4)
+    assert {len(pack) for packs in plan for pack in packs} == {1}
+    loads = rank_loads(plan, sizes)
+    assert loads.max() / loads.mean() < 1.02
+
+
+def test_a_triplet_over_the_budget_is_named():
+    message = "triplet 2 needs 1001 padded tokens, more than one pack's 1000; .*data.max_tokens_per_pack"
+    for planner in (plan_global_batch, plan_single_pass):
+        with pytest.raises(ValueError, match=message):
+            planner([size(5), size(1000), size(1001)], max_tokens=MAX_TOKENS, max_triplets=None, num_ranks=1)
+
+
+@pytest.mark.parametrize(("count", "num_ranks", "packs_multiple", "needed"), [(3, 4, 1, 4), (7, 4, 2, 8), (0, 2, 1, 2)])
+def test_too_few_triplets_for_the_ranks(count, num_ranks, packs_multiple, needed):
+    message = f"{count} triplets .*{num_ranks} data-parallel ranks.*{needed} triplets are needed.*global_batch_size"
+    with pytest.raises(ValueError, match=message):
+        plan_global_batch(
+            [size(1)] * count,
+            max_tokens=MAX_TOKENS,
+            max_triplets=None,
+            num_ranks=num_ranks,
+            packs_multiple=packs_multiple,
+        )
+
+
+def test_packs_that_cannot_be_shared_evenly():
+    """Five triplets of a whole pack each make five packs, which two ranks cannot share."""
+    with pytest.raises(ValueError, match=r"6 triplets are needed.*multiple of 2"):
+        plan_global_batch([size(MAX_TOKENS)] * 5, max_tokens=MAX_TOKENS, max_triplets=None, num_ranks=2)
+
+
+def test_padded_lengths():
+    assert padded_lengths(np.array([1, 3, 4, 31, 47, 123]), 4).tolist() == [4, 4, 4, 32, 48, 124]
+    assert padded_lengths(np.array([3, 47]), 1).tolist() == [3, 47]
+
+
+def test_triplet_sizes_against_a_loop():
+    prompts = {"short": np.array([3, 47]), "long": np.array([123, 31])}
+    responses = {"chosen": np.array([5, 2]), "rejected": np.array([1, 7])}
+    sizes = triplet_sizes(prompts, responses, SOLOPO, 8)
+    for row, expected in enumerate([[(3, 5), (3, 1), (123, 5)], [(47, 2), (47, 7), (31, 2)]]):
+        lengths = [prompt + response for prompt, response in expected]
+        padded = [length if length % 8 == 0 else length + 8 - length % 8 for length in lengths]
+        assert sizes.select(np.array([row])) == [
+            TripletSize(sum(padded), sum(lengths), sum(length * length for length in padded))
+        ]
+    assert len(sizes) == 2

@@ -1,0 +1,279 @@
+"""The loader: which triplets come when, under every layout and after every resume."""
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.loader import GlobalBatchLoader, sequential_batches
+from megatron_solopo.data.sizes import ROLES
+
+SOLOPO, LONG_PO = ROLES[:3], ROLES[2:]
+COLUMNS = {"short": "prompt_short", "long": "prompt_long"}
+MAX_TOKENS = 700
+RECORDED_ORDER = [28, 24, 20, 38, 5, 34, 18, 36]
+
+
+def table_of(lengths):
+    """Rows from (short, long, chosen, rejected) token counts; a row's token ids tell it from the others."""
+    names = ("prompt_short", "prompt_long", "chosen", "rejected")
+    features = {"id": datasets.Value("string")} | {name: datasets.List(datasets.Value("int32")) for name in names}
+    rows = {"id": [f"row-{i}" for i in range(len(lengths))]}
+    for column, name in enumerate(names):
+        rows[name] = [[1000 * i + column * 200 + k for k in range(row[column])] for i, row in enumerate(lengths)]
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+def random_lengths(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.integers(1, high, count) for high in (48, 124, 32, 32)], axis=1).tolist()
+
+
+TABLE = table_of(random_lengths(47))
+
+
+def loader(table=TABLE, roles=SOLOPO, **changes):
+    arguments = {
+        "global_batch_size": 8,
+        "seed": 1234,
+        "sequence_multiple": 4,
+        "max_tokens_per_pack": MAX_TOKENS,
+        "max_triplets_per_pack": None,
+        "dp_rank": 0,
+        "dp_size": 1,
+    }
+    return GlobalBatchLoader(TripletDataset(table, COLUMNS), roles, **arguments | changes)
+
+
+def sequential(table=TABLE, roles=SOLOPO, **changes):
+    arguments = {
+        "chunk_size": 8,
+        "sequence_multiple": 4,
+        "max_tokens_per_pack": MAX_TOKENS,
+        "max_triplets_per_pack": None,
+        "dp_rank": 0,
+        "dp_size": 1,
+    }
+    return sequential_batches(TripletDataset(table, COLUMNS), roles, **arguments | changes)
+
+
+def rows_of(batches):
+    """Dataset rows of one batch as all its ranks hold it, sorted."""
+    return sorted(row for batch in batches for pack in batch.packs for row in pack.triplet_indices.tolist())
+
+
+def stream(loaders, steps):
+    return [rows_of([one.next_batch() for one in loaders]) for _ in range(steps)]
+
+
+def all_ranks(dp_size, **changes):
+    return [loader(dp_rank=rank, dp_size=dp_size, **changes) for rank in range(dp_size)]
+
+
+def test_same_triplets_in_every_batch_under_every_layout():
+    expected = stream(all_ranks(1), 15)
+    assert stream(all_ranks(2), 15) == expected
+    assert stream(all_ranks(4), 15) == expected
+    assert stream(all_ranks(2, packs_multiple=2), 15) == expected
+    assert stream(all_ranks(2, sequence_multiple=16, max_triplets_per_pack=1), 15) == expected
+
+
+def test_every_epoch_holds_every_triplet_once_in_an_order_of_its_own():
+    one = loader(global_batch_size=1)
+    order = [rows_of([one.next_batch()])[0] for _ in range(3 * len(TABLE))]
+    epochs = [order[start : start + len(TABLE)] for start in range(0, len(order), len(TABLE))]
+    assert all(sorted(epoch) == list(range(len(TABLE))) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert list(range(len(TABLE))) not in epochs
+
+
+def test_nothing_is_dropped_where_a_batch_spans_two_epochs():
+    one = loader()
+    seen = [row for _ in range(47) for row in rows_of([one.next_batch()])]
+    assert np.bincount(seen, minlength=47).tolist() == [8] * 47
+
+
+def test_order_depends_on_the_seed_alone():
+    assert stream([loader()], 5) == stream([loader()], 5)
+    assert stream([loader()], 5) != stream([loader(seed=1235)], 5)
+
+
+def test_order_is_the_recorded_one():
+    """A change here would make every checkpoint resume on other triplets."""
+    one = loader(global_batch_size=1)
+    assert [rows_of([one.next_batch()])[0] for _ in range(8)] == RECORDED_ORDER
+
+
+@pytest.mark.parametrize("steps", [0, 3, 5, 6, 13])
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_resume_continues_exactly_also_mid_epoch_and_on_other_ranks(steps, dp_size):
+    whole = stream(all_ranks(2), steps + 8)
+    before = all_ranks(2)
+    stream(before, steps)
+    resumed = all_ranks(dp_size)
+    for one in resumed:
+        one.load_state_dict(before[1].state_dict())
+    assert stream(resumed, 8) == whole[steps:]
+
+
+def test_resume_on_the_same_layout_gives_the_same_packs():
+    first = loader(dp_rank=1, dp_size=2)
+    first.next_batch()
+    second = loader(dp_rank=1, dp_size=2)
+    second.load_state_dict(first.state_dict())
+    ours, theirs = first.next_batch().packs, second.next_batch().packs
+    assert [pack.tokens_T.tolist() for pack in ours] == [pack.tokens_T.tolist() for pack in theirs]
+
+
+def test_state_is_the_same_on_every_rank_and_plain():
+    states = []
+    for one in all_ranks(2):
+        one.next_batch()
+        states.append(one.state_dict())
+    assert states[0] == states[1] == {
+        "seed": 1234, "dataset_length": 47, "global_batch_size": 8, "consumed_triplets": 8
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "change"),
+    [
+        ("seed", "seed", {"seed": 7}),
+        ("dataset_length", "data.path", {"table": TABLE.select(range(40))}),
+        ("global_batch_size", "training.global_batch_size", {"global_batch_size": 4}),
+    ],
+)
+def test_a_foreign_state_is_refused_by_name(name, key, change):
+    ours = loader()
+    ours.next_batch()
+    with pytest.raises(ValueError, match=f"{name} .*restore {key} ") as error:
+        ours.load_state_dict(loader(**change).state_dict())
+    assert "\n" not in str(error.value)
+    assert ours.consumed_triplets == 8
+
+
+def test_packs_hold_the_tokens_of_their_rows():
+    for pack in loader().next_batch().packs:
+        lengths = pack.sequence_lengths_S.reshape(pack.num_triplets, 3).tolist()
+        starts = pack.cu_seqlens_S1[:-1].reshape(pack.num_triplets, 3).tolist()
+        for triplet, index in enumerate(pack.triplet_indices.tolist()):
+            row = TABLE[index]
+            assert pack.ids[triplet] == row["id"]
+            expected = [
+                row["prompt_short"] + row["chosen"],
+                row["prompt_short"] + row["rejected"],
+                row["prompt_long"] + row["chosen"],
+            ]
+            for start, length, tokens in zip(starts[triplet], lengths[triplet], expected, strict=True):
+                assert pack.tokens_T[start : start + length].tolist() == tokens
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_totals_are_of_all_ranks_and_known_to_each(dp_size):
+    batches = [one.next_batch() for one in all_ranks(dp_size)]
+    packs = [pack for batch in batches for pack in batch.packs]
+    assert len({len(batch.packs) for batch in batches}) == 1
+    for batch in batches:
+        assert batch.counted == [True] * len(batch.packs)
+        assert batch.num_triplets == 8
+        assert batch.num_packs == len(packs)
+        assert batch.num_tokens == sum(pack.num_tokens for pack in packs)
+        assert batch.padded_tokens == sum(pack.padded_tokens for pack in packs)
+        assert batch.pack_fill == pytest.approx(batch.num_tokens / (len(packs) * MAX_TOKENS))
+    assert max(pack.padded_tokens for pack in packs) <= MAX_TOKENS
+
+
+def test_sequences_are_padded_for_the_layout():
+    for pack in loader(sequence_multiple=16).next_batch().packs:
+        assert all(length % 16 == 0 for length in pack.cu_seqlens_S1.diff().tolist())
+
+
+def test_dataset_smaller_than_a_batch():
+    message = "holds 47 triplets, fewer than one global batch of 48; .*training.global_batch_size"
+    with pytest.raises(ValueError, match=message):
+        loader(global_batch_size=48)
+
+
+def test_batch_that_the_ranks_cannot_share():
+    with pytest.raises(ValueError, match=r"training.global_batch_size=10: must be a multiple of 8 .*parallel"):
+        loader(global_batch_size=10, dp_size=4, packs_multiple=2)
+
+
+def test_triplets_over_the_budget_are_all_reported_at_construction():
+    table = table_of([(10, 10, 5, 5), (10, 100, 5, 5), (10, 10, 5, 5), (10, 120, 5, 5)])
+    # 3 sequences: 16 + 16 + round_up(long + 5, 4), so 140 and 160.
+    message = r"2 of 4 triplets .*data.max_tokens_per_pack=100, first row-1, row-3; the largest needs 160 "
+    with pytest.raises(ValueError, match=message) as error:
+        loader(table, global_batch_size=1, max_tokens_per_pack=100)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        sequential(table, max_tokens_per_pack=100)
+    loader(table, global_batch_size=1, max_tokens_per_pack=160).next_batch()
+
+
+def test_short_prompts_alone_do_not_need_the_long_budget():
+    table = table_of([(10, 900, 5, 5)] * 4)
+    assert loader(table, roles=ROLES[:2], global_batch_size=4).next_batch().num_tokens == 4 * 30
+
+
+def test_missing_context_is_named():
+    table = TABLE.remove_columns("prompt_long")
+    assert loader(table, roles=ROLES[:2]).next_batch().num_triplets == 8
+    with pytest.raises(ValueError, match=r"no long prompts .*objective.name"):
+        loader(table)
+
+
+@pytest.mark.parametrize(("column", "lengths"), [("prompt_short", (0, 9, 9, 9)), ("rejected", (9, 9, 9, 0))])
+def test_empty_prompt_or_response_is_named(column, lengths):
+    with pytest.raises(ValueError, match=f"1 triplets have no token in {column}, first row-1; .*data.path"):
+        loader(table_of([(9, 9, 9, 9), lengths]), global_batch_size=1)
+
+
+def test_a_selected_table_is_read_through_its_selection():
+    """`datasets` keeps a selection as an index beside the full table."""
+    chosen = [40, 3, 17, 3]
+    dataset = TripletDataset(TABLE.select(chosen), COLUMNS)
+    whole = TripletDataset(TABLE, COLUMNS)
+    sizes, expected = dataset.sizes(SOLOPO, 4), whole.sizes(SOLOPO, 4)
+    assert sizes.select(np.arange(4)) == expected.select(np.array(chosen))
+    for row, original in zip(dataset.rows([3, 0], SOLOPO), whole.rows([3, 40], SOLOPO), strict=True):
+        assert row.id == original.id
+        assert row.prompts["long"].tolist() == original.prompts["long"].tolist()
+
+
+def test_sizes_equal_the_packs_built_from_them():
+    sizes = TripletDataset(TABLE, COLUMNS).sizes(LONG_PO, 8)
+    for batch in sequential(roles=LONG_PO, sequence_multiple=8, max_triplets_per_pack=1):
+        for pack in batch.packs:
+            (index,) = pack.triplet_indices.tolist()
+            assert sizes.tokens[index] == pack.num_tokens
+            assert sizes.padded_tokens[index] == pack.padded_tokens
+            assert sizes.cost[index] == int(pack.cu_seqlens_S1.diff().square().sum())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 60), st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2]))
+def test_sequential_pass_counts_every_triplet_once(chunk_size, dp_size, packs_multiple):
+    ranks = [
+        list(sequential(chunk_size=chunk_size, dp_rank=rank, dp_size=dp_size, packs_multiple=packs_multiple))
+        for rank in range(dp_size)
+    ]
+    seen = []
+    for start, batches in zip(range(0, 47, chunk_size), zip(*ranks, strict=True), strict=True):
+        counted = [pack for batch in batches for pack, counts in zip(batch.packs, batch.counted, strict=True) if counts]
+        rows = sorted(row for pack in counted for row in pack.triplet_indices.tolist())
+        assert rows == list(range(start, min(start + chunk_size, 47)))
+        assert {len(batch.packs) for batch in batches} == {batches[0].num_packs // dp_size}
+        assert {batch.num_triplets for batch in batches} == {len(rows)}
+        assert {batch.num_tokens for batch in batches} == {sum(pack.num_tokens for pack in counted)}
+        seen += rows
+    assert seen == list(range(47))
+
+
+def test_one_triplet_on_four_ranks():
+    batches = [next(iter(sequential(TABLE.select([5]), dp_rank=rank, dp_size=4))) for rank in range(4)]
+    assert sorted(batch.counted for batch in batches) == [[False], [False], [False], [True]]
+    assert {batch.packs[0].ids for batch in batches} == {("row-5",)}
+    assert {batch.num_triplets for batch in batches} == {1}

@@ -1,0 +1,89 @@
+"""Tokenizers of a few hundred tokens, made on the spot in every style the code must tell apart."""
+
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;?!'()-"
+CORPUS = [
+    "Which river crosses the city where the author was born?",
+    "The author was born in Turin. The river Po crosses Turin.",
+    "The answer is: the river Po, because Turin lies on the Po.",
+    "Question: who wrote it? Answer: it cannot be told from the documents.",
+    ALPHABET,
+] * 3
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Refuses what it cannot write, as the templates of some published models do.
+STRICT = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
+# Writes a prompt in another way once an answer follows.
+REWRITING = "{{ messages | length }}" + CHATML
+
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+def write_hugging_face(
+    path: Path,
+    chat_template: str | None = CHATML,
+    style: str = "byte_level",
+    vocab_size: int = 400,
+    adds_eos: bool = False,
+    max_length: int | None = None,
+) -> Path:
+    """A fast tokenizer directory.
+
+    style: byte_level (GPT-2, Qwen), or one of the two that put a space before a text: metaspace (Llama 2 today)
+    and prepend (Llama 2 before).
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    alphabet = list(ALPHABET.replace(" ", "▁"))
+    if style == "byte_level":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    elif style == "metaspace":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", left=1)]
+        )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    template = "<s> $A </s>" if adds_eos else "<s> $A"
+    ids = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    if max_length is not None:
+        tokenizer.enable_truncation(max_length)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=chat_template
+    )
+    fast.save_pretrained(path)
+    return path
+
+
+def write_sentencepiece(path: Path, identity: bool = True, bos: bool = True) -> Path:
+    """A unigram `.model` file: identity keeps every space (Llama), else spaces collapse (the trainer's default)."""
+    kept = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False} if identity else {}
+    with path.open("wb") as stream:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS),
+            model_writer=stream,
+            vocab_size=400,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            bos_id=1 if bos else -1,
+            minloglevel=2,
+            **kept,
+        )
+    return path

@@ -1,0 +1,227 @@
+"""Loss, metrics, every gradient and the gradient norm, against transformers on one process.
+
+Each world size is launched once and runs all its cases. Two optimizer steps per case: the second
+step's loss shows that the update was right, too.
+"""
+
+import functools
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron_solopo.config import ObjectiveConfig
+
+from tests.distributed import run_distributed
+from tests.parity import plain
+from tests.parity.layouts import (
+    ADAM_EPS,
+    LEARNING_RATE,
+    ONE_PACK,
+    PACKED,
+    TWO_RANKS,
+    TWO_RANKS_UNEVEN,
+    UNEVEN,
+    UNPACKED,
+    Case,
+    Layout,
+    RankResult,
+    huggingface_gradients,
+    mean_metrics,
+    run_cases,
+)
+from tests.parity.plain import Row
+from tests.tiny_models import FAMILIES, VOCAB_SIZE, make_model
+
+pytestmark = pytest.mark.parity
+
+LOSS_TOLERANCE, GRADIENT_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4, 1e-4
+NUM_TRIPLETS = 4
+
+
+def tp(size: int, **more: Any) -> dict[str, Any]:
+    return {"tensor_model_parallel_size": size, **more}
+
+
+def pp(size: int, chunks: int | None = None, **more: Any) -> dict[str, Any]:
+    return {"pipeline_model_parallel_size": size, "virtual_pipeline_model_parallel_size": chunks, **more}
+
+
+def cp(size: int, **more: Any) -> dict[str, Any]:
+    return {"context_parallel_size": size, **more}
+
+
+DPO_BOTH = {"name": "solopo", "loss_type": "dpo", "beta": 0.1, "align": "both"}
+ORPO_NLL = {"name": "solopo", "loss_type": "orpo", "beta": 0.1, "nll_coefficient": 0.5}
+OBJECTIVES: list[dict[str, Any]] = [
+    {"name": "solopo", "loss_type": "dpo", "beta": 0.1},
+    {"name": "solopo", "loss_type": "dpo", "beta": 0.1, "label_smoothing": 0.2, "distance": "huber", "huber_delta": 0.3},
+    {"name": "solopo", "loss_type": "simpo", "beta": 2.0, "gamma": 0.7, "align": "both", "distance": "l2"},
+    {"name": "solopo", "loss_type": "orpo", "beta": 0.1, "orpo_lambda": 0.3, "distance": "huber"},
+    {"name": "solopo", "loss_type": "ipo", "beta": 0.2, "alpha": 0.5},
+    {"name": "solopo", "loss_type": "cpo", "beta": 0.1, "nll_coefficient": 1.0, "distance": "l1"},
+    {"name": "solopo", "loss_type": "hinge", "beta": 0.05},
+    {"name": "solopo", "loss_type": "robust", "beta": 0.1, "label_smoothing": 0.1, "align": "chosen"},
+    {"name": "solopo", "loss_type": "simpo", "beta": 2.0, "detach_short": True},
+    {"name": "short_po", "loss_type": "dpo", "beta": 0.1},
+    {"name": "short_po", "loss_type": "simpo", "beta": 2.0},
+    {"name": "long_po", "loss_type": "dpo", "beta": 0.1},
+    {"name": "long_po", "loss_type": "orpo", "beta": 0.1},
+]
+
+LAYOUTS: dict[int, list[Layout]] = {
+    1: [
+        Layout("one-pack", ONE_PACK),
+        Layout("packed", PACKED),
+        Layout("unpacked", UNPACKED),
+        Layout("uneven-accumulation", UNEVEN),
+        Layout("distributed-optimizer", PACKED, distributed_optimizer=True),
+        Layout("chunked-head", PACKED, chunk_tokens=5),
+        Layout("full-recompute", PACKED, {"recompute_granularity": "full"}),
+        Layout("selective-recompute", PACKED, {"recompute_granularity": "selective"}),
+    ],
+    2: [
+        Layout("tp2-sp", PACKED, tp(2)),
+        Layout("tp2-without-sp", PACKED, tp(2, sequence_parallel=False)),
+        Layout("tp2-chunked-recompute", UNEVEN, tp(2, recompute_granularity="full"), chunk_tokens=3),
+        Layout("pp2", UNPACKED, pp(2)),
+        Layout("pp2-vpp2", UNPACKED, pp(2, 2)),
+        Layout("pp2-vpp2-recompute", PACKED, pp(2, 2, recompute_granularity="full"), distributed_optimizer=True),
+        Layout("cp2", PACKED, cp(2)),
+        Layout("cp2-one-pack", ONE_PACK, cp(2, recompute_granularity="selective"), distributed_optimizer=True),
+        Layout("dp2", TWO_RANKS),
+        Layout("dp2-uneven", TWO_RANKS_UNEVEN, distributed_optimizer=True),
+    ],
+    4: [
+        Layout("tp4-fewer-kv-heads", PACKED, tp(4)),
+        Layout("pp4", UNPACKED, pp(4)),
+        Layout("cp4", PACKED, cp(4)),
+        Layout("tp2-pp2", UNPACKED, tp(2, **pp(2))),
+        Layout("tp2-pp2-vpp2", UNPACKED, tp(2, **pp(2, 2)), distributed_optimizer=True),
+        Layout("tp2-cp2", PACKED, tp(2, **cp(2))),
+        Layout("pp2-cp2", UNPACKED, pp(2, **cp(2))),
+        Layout("tp2-dp2", TWO_RANKS, tp(2), distributed_optimizer=True),
+        Layout("pp2-dp2", TWO_RANKS_UNEVEN, pp(2)),
+        Layout("cp2-dp2", TWO_RANKS, cp(2), distributed_optimizer=True),
+    ],
+}
+
+
+def cases(world_size: int) -> list[Case]:
+    """Every layout with tied and untied weights, with and without a reference; on one rank also the rest."""
+    layouts = LAYOUTS[world_size]
+    found = [Case("qwen2_tied", DPO_BOTH, layout) for layout in layouts]
+    found += [Case("llama3", ORPO_NLL, layout) for layout in layouts if layout.name != "pp2-vpp2-recompute"]
+    found += [Case("qwen3", DPO_BOTH, layouts[0], reference="policy")]
+    if world_size == 1:
+        found += [Case("qwen2", objective, Layout(f"objective-{n}")) for n, objective in enumerate(OBJECTIVES)]
+        found += [Case(family, DPO_BOTH, Layout("family")) for family in FAMILIES]
+    else:
+        found += [Case("qwen3", DPO_BOTH, layouts[-1], reference="policy")]
+    return found
+
+
+ALL_CASES = [(world_size, case) for world_size in LAYOUTS for case in cases(world_size)]
+
+
+def make_rows(count: int, seed: int) -> list[Row]:
+    """Triplets of odd lengths; the first one's answers are a single token, which most ranks do not hold."""
+    generator = random.Random(seed)
+
+    def tokens(length: int) -> list[int]:
+        return [generator.randrange(VOCAB_SIZE) for _ in range(length)]
+
+    def length(number: int) -> int:
+        return 1 if number == 0 else generator.randint(2, 9)
+
+    return [
+        {
+            "id": f"{seed}-{number}",
+            "prompt_short": tokens(generator.randint(1, 11)),
+            "prompt_long": tokens(generator.randint(13, 47)),
+            "chosen": tokens(length(number)),
+            "rejected": tokens(length(number)),
+        }
+        for number in range(count)
+    ]
+
+
+BATCHES = [make_rows(NUM_TRIPLETS, seed=0), make_rows(NUM_TRIPLETS, seed=1)]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        make_model(folder / family / "policy", family, seed=0)
+        make_model(folder / family / "reference", family, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def results(models: Path) -> Any:
+    """All ranks' results of a world size, launched at first use."""
+    return functools.cache(lambda world_size: run_distributed(run_cases, world_size, models, cases(world_size), BATCHES))
+
+
+@pytest.fixture(scope="session")
+def expected(models: Path) -> Any:
+    """The plain run of a case, whatever its layout."""
+    done: dict[str, list[plain.PlainStep]] = {}
+
+    def run(case: Case) -> list[plain.PlainStep]:
+        key = f"{case.family} {case.objective} {case.reference}"
+        if key not in done:
+            folder = models / case.family
+            reference = folder / case.reference
+            done[key] = plain.train(case.objective, folder / "policy", reference, BATCHES, LEARNING_RATE, ADAM_EPS)
+        return done[key]
+
+    return run
+
+
+@pytest.mark.parametrize(("world_size", "case"), ALL_CASES, ids=lambda value: getattr(value, "name", str(value)))
+def test_equals_transformers_on_one_process(
+    world_size: int, case: Case, results: Any, expected: Any, models: Path
+) -> None:
+    ranks: list[RankResult] = [rank[case.name] for rank in results(world_size)]
+    steps = expected(case)
+    for number, step in enumerate(steps):
+        metrics = mean_metrics(ranks, number, ObjectiveConfig(**case.objective), NUM_TRIPLETS)
+        assert metrics["loss"] == pytest.approx(step.loss, rel=LOSS_TOLERANCE)
+        for rank in ranks:
+            assert rank.grad_norms[number] == pytest.approx(step.grad_norm, rel=NORM_TOLERANCE)
+    if case.layout.distributed_optimizer:
+        return
+    gradients = huggingface_gradients(ranks, models / case.family / "policy")
+    assert set(gradients) == set(steps[0].gradients)
+    for name, gradient in gradients.items():
+        difference = (gradient - steps[0].gradients[name]).norm() / steps[0].gradients[name].norm()
+        assert difference < GRADIENT_TOLERANCE, name
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_every_metric_is_the_same_under_every_layout(world_size: int, results: Any) -> None:
+    """Against the first case of one rank, which `test_equals_transformers_on_one_process` checks."""
+    objective = ObjectiveConfig(**DPO_BOTH)
+    first = cases(1)[0]
+    reference = mean_metrics([rank[first.name] for rank in results(1)], 0, objective, NUM_TRIPLETS)
+    for case in cases(world_size):
+        if case.family == "qwen2_tied" and case.objective is DPO_BOTH:
+            metrics = mean_metrics([rank[case.name] for rank in results(world_size)], 0, objective, NUM_TRIPLETS)
+            assert metrics == pytest.approx(reference, rel=1e-4, abs=1e-5), case.name
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_dpo_starts_at_ln_2_when_the_reference_is_the_policy(world_size: int, results: Any) -> None:
+    own = [case for case in cases(world_size) if case.reference == "policy"]
+    assert own
+    for case in own:
+        metrics = mean_metrics(
+            [rank[case.name] for rank in results(world_size)], 0, ObjectiveConfig(**case.objective), NUM_TRIPLETS
+        )
+        assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        rewards = {name: value for name, value in metrics.items() if name.startswith("rewards/")}
+        assert len(rewards) == 5
+        assert rewards == dict.fromkeys(rewards, 0.0)
