@@ -115,9 +115,7 @@ def data_build(
     """
     from megatron_solopo.data.build import build
 
-    report = build(
-        source, output, tokenizer, short_distractors=short_distractors, long_tokens=long_tokens, seed=seed
-    )
+    report = build(source, output, tokenizer, short_distractors=short_distractors, long_tokens=long_tokens, seed=seed)
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else str(report))
 
 

@@ -29,7 +29,8 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
         store = Path(folder) / "store"
         ranks = [
             _CONTEXT.Process(
-                target=_run_rank, args=(function, arguments, rank, world_size, store, results), daemon=True
+                target=_run_rank,
+                args=(function, arguments, rank, world_size, store, results),
             )
             for rank in range(world_size)
         ]

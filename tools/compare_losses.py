@@ -31,7 +31,9 @@ def main(run_a: Path, run_b: Path, tolerance: float) -> None:
         click.echo(f"{a['step']:>6}" + "".join(f"{run[name]:>14.7f}" for name in _METRICS for run in (a, b)))
         worst = max(worst, *(_relative_difference(a[name], b[name]) for name in _METRICS))
     same = worst <= tolerance
-    click.echo(f"{'same' if same else 'DIFFERENT'}: greatest relative difference {worst:.1e}, tolerance {tolerance:.0e}")
+    click.echo(
+        f"{'same' if same else 'DIFFERENT'}: greatest relative difference {worst:.1e}, tolerance {tolerance:.0e}"
+    )
     sys.exit(not same)
 
 

@@ -1,7 +1,7 @@
 """Megatron distributed checkpoints that load under any parallel layout, complete or absent.
 
-    checkpoints/iter_0000010/   Megatron's files (model, optimizer) and trainer.json
-    checkpoints/latest          the name of the newest complete one, written last
+checkpoints/iter_0000010/   Megatron's files (model, optimizer) and trainer.json
+checkpoints/latest          the name of the newest complete one, written last
 """
 
 import json
@@ -68,7 +68,9 @@ def latest_checkpoint(root: Path) -> Path | None:
         return None
     path = root / pointer.read_text(encoding="utf-8").strip()
     if not (path / _TRAINER_STATE).is_file():
-        raise ValueError(f"{pointer}: names {path}, which is not a checkpoint; write the name of a complete one into it")
+        raise ValueError(
+            f"{pointer}: names {path}, which is not a checkpoint; write the name of a complete one into it"
+        )
     return path
 
 
@@ -78,9 +80,7 @@ def read_trainer_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(
-    path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None
-) -> None:
+def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None) -> None:
     """Load parameters, and the optimizer's state if one is given, under the current layout."""
     if optimizer is not None:
         _initialize_state(optimizer)
@@ -88,8 +88,7 @@ def load_checkpoint(
     for key, chunk in _keyed(chunks).items():
         chunk.module.load_state_dict(state[key])
     if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        _separate_steps(optimizer)
+        _load_optimizer(optimizer, state["optimizer"])
 
 
 def _sharded_state(
@@ -112,22 +111,34 @@ def _keyed(chunks: Sequence[DistributedDataParallel]) -> dict[str, DistributedDa
     return {f"model{number}": chunk for number, chunk in enumerate(chunks)}
 
 
-def _torch_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if part.optimizer is not None]
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Load the optimizer's state, and torch Adam's step count with it.
+
+    Megatron restores the moments of a sharded optimizer by copying every entry of a parameter's
+    state, but torch's Adam also keeps `step` there, which is saved with the parameter group. So
+    `step` steps aside meanwhile, and returns as one tensor per parameter: Megatron hands all of
+    them the same one, which would then advance once per parameter.
+    """
+    inner = _inner(optimizer)
+    moments = state.pop("param_state", None)
+    inner.load_state_dict(state)
+    if moments is None:  # not sharded: its state was loaded whole
+        return
+    steps = {parameter: each.pop("step") for parameter, each in inner.optimizer.state.items() if "step" in each}
+    inner.load_parameter_state_from_fully_reshardable(moments)
+    for parameter, step in steps.items():
+        inner.optimizer.state[parameter]["step"] = step.clone()
 
 
 def _initialize_state(optimizer: MegatronOptimizer) -> None:
-    """torch's Adam makes its state at the first step; loading needs it there, with a `step` to fill."""
-    for part in _torch_optimizers(optimizer):
-        part.init_state_fn(part.optimizer, part.config)
-        for state in part.optimizer.state.values():
-            state.setdefault("step", torch.tensor(0.0))
+    """torch's Adam makes its state at the first step; a fresh optimizer needs it there to be loaded into."""
+    inner = _inner(optimizer)
+    inner.init_state_fn(inner.optimizer, inner.config)
+    for state in inner.optimizer.state.values():
+        state.setdefault("step", torch.tensor(0.0))
 
 
-def _separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Loading makes all parameters share one `step` tensor, which would then advance once per parameter."""
-    for part in _torch_optimizers(optimizer):
-        for state in part.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+def _inner(optimizer: MegatronOptimizer) -> Any:
+    """The one optimizer that a dense model has."""
+    (inner,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    return inner

@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from megatron_solopo.data.packing import TokenizedTriplet
+from megatron_solopo.data.prepared import token_lengths
 from megatron_solopo.data.sizes import IntArray, TripletSizes, context_and_response, triplet_sizes
-
-_ROWS_AT_A_TIME = 65_536
 
 
 class TripletDataset:
@@ -79,11 +77,7 @@ class TripletDataset:
         return prompts, responses
 
     def _lengths(self, columns: set[str]) -> dict[str, IntArray]:
-        parts: dict[str, list[IntArray]] = {column: [np.empty(0, dtype=np.int64)] for column in columns}
-        for chunk in self._table.iter(batch_size=_ROWS_AT_A_TIME):
-            for column in columns:
-                parts[column].append(pc.list_value_length(chunk[column]).to_numpy().astype(np.int64))
-        lengths = {column: np.concatenate(part) for column, part in parts.items()}
+        lengths = {column: token_lengths(self._table, column) for column in columns}
         for column, length in sorted(lengths.items()):
             empty = np.flatnonzero(length == 0)
             if len(empty):

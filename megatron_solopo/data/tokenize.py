@@ -5,18 +5,17 @@
 Everything is memory-mapped; no step holds the file in memory.
 """
 
-import json
 import random
-from collections.abc import Iterator
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from megatron_solopo import __version__
+from megatron_solopo.data.encode import Template, tokenize_rows
 from megatron_solopo.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -26,17 +25,14 @@ from megatron_solopo.data.prepared import (
     is_prepared,
     token_lengths,
 )
-from megatron_solopo.data.row import PROMPT_FIELDS, RESPONSE_FIELDS, Content, Kind
-from megatron_solopo.data.template import Template, tokenize_row
+from megatron_solopo.data.row import RESPONSE_FIELDS, Kind
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_solopo.data.triplet import ValidationReport, read_rows, validate_file
+from megatron_solopo.data.triplet import ValidationReport, validate_file
 from megatron_solopo.files import atomic_path, remove, sha256_file, sha256_json, write_json
 
 __all__ = ["Tokenizer", "load_tokenizer", "prepare"]
 
 _SHOWN = 5
-# Rows of 128K tokens are 1.5 MB: few of them are held while writing.
-_WRITER_BATCH_ROWS = 64
 
 
 def prepare(
@@ -73,47 +69,63 @@ def prepare(
     loaded = load_tokenizer(tokenizer)
     report = _validate(input)
     mode = _resolve_template(template, report, loaded, tokenizer)
-    parts = {
-        "format_version": FORMAT_VERSION,
-        "source": sha256_file(input),
-        "tokenizer": loaded.fingerprint,
-        "template": mode,
-        "chat_template": loaded.chat_template if mode == "chat" else None,
-        "max_length": max_length,
-        "overlong": overlong,
-        "eval_count": eval_count,
-        "seed": seed,
-    }
-    assert report.kind is not None
+    job = _Job(report, tokenizer, loaded, mode, max_length, overlong, eval_count, seed)
     with atomic_path(output) as temporary:
         work = temporary / "work"
-        tokens = _tokenize_file(input, report.kind, tokenizer, loaded, mode, num_proc, work)
-        _refuse_problems(input, tokenizer, tokens)
+        tokens = tokenize_rows(input, job.kind, tokenizer, loaded.fingerprint, mode, num_proc=num_proc, work=work)
+        _refuse_problems(job, tokens)
         tokens = tokens.remove_columns(["line", "problem"])
-        kept = _select_by_length(input, tokens, report.kind, max_length, overlong)
-        train_rows, eval_rows = _split(kept, eval_count, seed)
-        _save(tokens, train_rows, temporary / "train")
+        kept = _select_by_length(job, tokens)
+        train, held_out = _split(kept, eval_count, seed)
+        tokens.select(train).save_to_disk(str(temporary / "train"))
         if eval_count:
-            _save(tokens, eval_rows, temporary / "eval")
-        manifest = PreparedManifest(
-            version=__version__,
-            kind=report.kind,
-            template=mode,
-            tokenizer=str(Path(tokenizer).resolve()),
-            vocab_size=loaded.vocab_size,
-            fingerprint=sha256_json(parts),
-            fingerprint_parts=parts,
-            read=report.rows,
-            kept=len(kept),
-            dropped={"overlong": report.rows - len(kept)},
-            train=len(train_rows),
-            eval=len(eval_rows),
-            lengths={name: _statistics(token_lengths(tokens, name)[kept]) for name in _columns(report.kind)},
-        )
+            tokens.select(held_out).save_to_disk(str(temporary / "eval"))
+        manifest = _manifest(job, tokens, kept)
         del tokens
         remove(work)
         write_json(temporary / MANIFEST_NAME, manifest.model_dump(mode="json"))
     return manifest
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A valid file and how it is to be tokenized."""
+
+    report: ValidationReport
+    tokenizer_path: str
+    tokenizer: Tokenizer
+    template: Template
+    max_length: int | None
+    overlong: Literal["refuse", "drop"]
+    eval_count: int
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        return self.report.path
+
+    @property
+    def kind(self) -> Kind:
+        assert self.report.kind is not None
+        return self.report.kind
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*PROMPT_COLUMNS[self.kind], *RESPONSE_FIELDS)
+
+    def fingerprint_parts(self) -> dict[str, Any]:
+        """All that decides the prepared rows."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "source": sha256_file(self.path),
+            "tokenizer": self.tokenizer.fingerprint,
+            "template": self.template,
+            "chat_template": self.tokenizer.chat_template if self.template == "chat" else None,
+            "max_length": self.max_length,
+            "overlong": self.overlong,
+            "eval_count": self.eval_count,
+            "seed": self.seed,
+        }
 
 
 def _check_arguments(output: Path, max_length: int | None, eval_count: int, num_proc: int, overwrite: bool) -> None:
@@ -159,94 +171,31 @@ def _resolve_template(
     return mode
 
 
-def _columns(kind: Kind) -> tuple[str, ...]:
-    return (*PROMPT_COLUMNS[kind], *RESPONSE_FIELDS)
-
-
-def _tokenize_file(
-    path: Path, kind: Kind, tokenizer_path: str, tokenizer: Tokenizer, template: Template, num_proc: int, work: Path
-) -> Dataset:
-    """Columns id, line, problem ("" where there is none) and the token columns, one row per row of the file."""
-    text_features = Features({"id": Value("string"), "line": Value("int64"), "contents": Value("large_string")})
-    rows = Dataset.from_generator(
-        _generate_rows,
-        features=text_features,
-        gen_kwargs={"path": path},
-        cache_dir=str(work),
-        writer_batch_size=_WRITER_BATCH_ROWS,
-    )
-    tokens = {name: List(Value("int32")) for name in _columns(kind)}
-    return rows.map(
-        _tokenize_record,
-        fn_kwargs={
-            "kind": kind,
-            "tokenizer_path": tokenizer_path,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "template": template,
-        },
-        features=Features({"id": Value("string"), "line": Value("int64"), "problem": Value("string"), **tokens}),
-        remove_columns=["contents"],
-        num_proc=num_proc if num_proc > 1 else None,
-        cache_file_name=str(work / "tokens.arrow"),
-        load_from_cache_file=False,
-        writer_batch_size=_WRITER_BATCH_ROWS,
-        desc="Tokenizing",
-    )
-
-
-def _generate_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows in one Arrow schema, whether they are strings or messages: the contents as JSON."""
-    for row in read_rows(path):
-        assert not row.errors and row.id is not None
-        yield {"id": row.id, "line": row.line, "contents": json.dumps(row.contents)}
-
-
-def _tokenize_record(
-    record: dict[str, Any], kind: Kind, tokenizer_path: str, tokenizer_fingerprint: str, template: Template
-) -> dict[str, Any]:
-    contents: dict[str, Content] = json.loads(record["contents"])
-    prompts = {column: contents[name] for column, name in zip(PROMPT_COLUMNS[kind], PROMPT_FIELDS[kind], strict=True)}
-    responses = {name: contents[name] for name in RESPONSE_FIELDS}
-    tokenizer = _process_tokenizer(tokenizer_path, tokenizer_fingerprint)
-    problem = ""
-    try:
-        ids = tokenize_row(prompts, responses, tokenizer, template)
-    except ValueError as error:
-        ids = {name: [] for name in _columns(kind)}
-        problem = str(error)
-    return {"problem": problem} | {name: np.asarray(tokens, np.int32) for name, tokens in ids.items()}
-
-
-@lru_cache(maxsize=1)
-def _process_tokenizer(path: str, fingerprint: str) -> Tokenizer:
-    """One tokenizer per worker process; the fingerprint keeps a replaced directory from being mistaken for the old."""
-    return load_tokenizer(path)
-
-
-def _refuse_problems(path: Path, tokenizer_path: str, tokens: Dataset) -> None:
+def _refuse_problems(job: _Job, tokens: Dataset) -> None:
     problems = tokens.data.column("problem").to_numpy()
     bad = np.flatnonzero(problems != "")
     if len(bad):
         first = "; ".join(f"line {tokens[int(i)]['line']}: {problems[i]}" for i in bad[:_SHOWN])
-        raise ValueError(f"{path}: {len(bad)} of {len(tokens)} rows cannot be tokenized by {tokenizer_path}: {first}")
+        raise ValueError(
+            f"{job.path}: {len(bad)} of {len(tokens)} rows cannot be tokenized by {job.tokenizer_path}: {first}"
+        )
 
 
-def _select_by_length(
-    path: Path, tokens: Dataset, kind: Kind, max_length: int | None, overlong: Literal["refuse", "drop"]
-) -> NDArray[np.int64]:
+def _select_by_length(job: _Job, tokens: Dataset) -> NDArray[np.int64]:
     """Indices of the rows whose longest sequence fits."""
-    prompts = np.max([token_lengths(tokens, name) for name in PROMPT_COLUMNS[kind]], axis=0)
+    prompts = np.max([token_lengths(tokens, name) for name in PROMPT_COLUMNS[job.kind]], axis=0)
     responses = np.max([token_lengths(tokens, name) for name in RESPONSE_FIELDS], axis=0)
     longest = prompts + responses
-    too_long = longest > (max_length or longest.max())
-    if too_long.any() and overlong == "refuse":
+    limit = job.max_length or longest.max()
+    too_long = longest > limit
+    if too_long.any() and job.overlong == "refuse":
         first = ", ".join(f"{tokens[int(i)]['id']} ({longest[i]})" for i in np.flatnonzero(too_long)[:_SHOWN])
         raise ValueError(
-            f"{path}: {too_long.sum()} of {len(tokens)} rows are longer than --max-length {max_length} tokens, prompt "
+            f"{job.path}: {too_long.sum()} of {len(tokens)} rows are longer than --max-length {limit} tokens, prompt "
             f"and response together: {first}; raise it to {longest.max()}, or leave them out with --overlong drop"
         )
     if too_long.all():
-        raise ValueError(f"{path}: all {len(tokens)} rows are longer than --max-length {max_length}; raise it")
+        raise ValueError(f"{job.path}: all {len(tokens)} rows are longer than --max-length {limit}; raise it")
     return np.flatnonzero(~too_long)
 
 
@@ -259,8 +208,23 @@ def _split(kept: NDArray[np.int64], eval_count: int, seed: int) -> tuple[NDArray
     return kept[~drawn], kept[drawn]
 
 
-def _save(tokens: Dataset, rows: NDArray[np.int64], path: Path) -> None:
-    tokens.select(rows).save_to_disk(str(path))
+def _manifest(job: _Job, tokens: Dataset, kept: NDArray[np.int64]) -> PreparedManifest:
+    parts = job.fingerprint_parts()
+    return PreparedManifest(
+        version=__version__,
+        kind=job.kind,
+        template=job.template,
+        tokenizer=str(Path(job.tokenizer_path).resolve()),
+        vocab_size=job.tokenizer.vocab_size,
+        fingerprint=sha256_json(parts),
+        fingerprint_parts=parts,
+        read=job.report.rows,
+        kept=len(kept),
+        dropped={"overlong": job.report.rows - len(kept)},
+        train=len(kept) - job.eval_count,
+        eval=job.eval_count,
+        lengths={name: _statistics(token_lengths(tokens, name)[kept]) for name in job.columns},
+    )
 
 
 def _statistics(lengths: NDArray[np.int64]) -> LengthStatistics:

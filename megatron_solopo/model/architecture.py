@@ -80,7 +80,9 @@ def read_architecture(path: Path) -> Architecture:
 
 def _refuse_unsupported(config: Any, file: Path) -> None:
     if config.model_type not in MODEL_TYPES:
-        raise ValueError(f"{file}: model_type={config.model_type!r} is not supported; supported: {_listed(MODEL_TYPES)}")
+        raise ValueError(
+            f"{file}: model_type={config.model_type!r} is not supported; supported: {_listed(MODEL_TYPES)}"
+        )
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"{file}: rope_type={rope_type!r} is not supported; supported: {_listed(ROPE_TYPES)}")

@@ -52,9 +52,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
     )
 
 
-def build_scheduler(
-    optimizer: MegatronOptimizer, config: OptimizerConfig, max_steps: int
-) -> OptimizerParamScheduler:
+def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, max_steps: int) -> OptimizerParamScheduler:
     """Linear warm-up, then the chosen decay down to `min_lr` at `max_steps`.
 
     Raises ValueError if the warm-up or the minimum does not fit.

@@ -78,9 +78,7 @@ def _check(cache: Path, expected: dict[str, Any]) -> None:
 
 def _compute(config: Config, splits: Splits, topology: Topology) -> dict[str, ReferenceLogprobs]:
     chunks = load_model(config, config.reference.model_path or config.model.path, topology)
-    return {
-        name: _score(config, chunks, dataset, topology, name) for name, dataset in splits.datasets.items()
-    }
+    return {name: _score(config, chunks, dataset, topology, name) for name, dataset in splits.datasets.items()}
 
 
 def _score(

@@ -106,9 +106,7 @@ def logprob_report(topology: Topology) -> Callable[[Microbatch], LossFunction]:
 
 def _sequence_logprobs(microbatch: Microbatch, token_logprobs_N: Tensor, topology: Topology) -> Tensor:
     num_sequences = len(microbatch.pack.response_lengths_S)
-    return sequence_logprobs(
-        token_logprobs_N, microbatch.response_sequences_N, num_sequences, topology.context_group
-    )
+    return sequence_logprobs(token_logprobs_N, microbatch.response_sequences_N, num_sequences, topology.context_group)
 
 
 def _per_triplet(values_S: Tensor, pack: Pack) -> Tensor:

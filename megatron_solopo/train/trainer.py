@@ -1,8 +1,8 @@
 """A whole run: set up, reference pass, steps, evaluation, checkpoints, picture.
 
-    config -> process groups -> prepared data -> reference log-probs (cached) -> policy
-    -> for each step: global batch -> this rank's packs -> Megatron's schedule -> optimizer
-                      -> evaluation, metrics, checkpoint where due
+config -> process groups -> prepared data -> reference log-probs (cached) -> policy
+-> for each step: global batch -> this rank's packs -> Megatron's schedule -> optimizer
+                  -> evaluation, metrics, checkpoint where due
 """
 
 import math

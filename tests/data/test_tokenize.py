@@ -3,58 +3,16 @@ import shutil
 
 import numpy as np
 import pytest
-from datasets import disable_progress_bars
 
 from megatron_solopo import __version__
-from megatron_solopo.data.prepared import load_prepared, token_lengths
-from megatron_solopo.data.template import tokenize_row
+from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.data.tokenize import prepare
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.files import sha256_file, sha256_json
-from tests.data.tiny_tokenizers import CHATML, REWRITING, STRICT, write_hugging_face, write_sentencepiece
-
-disable_progress_bars()
+from tests.data.sample_rows import as_messages, triplet, write_rows
+from tests.data.tiny_tokenizers import CHATML, STRICT, write_hugging_face
 
 TOKEN_COLUMNS = ("prompt_short", "prompt_long", "chosen", "rejected")
-
-
-@pytest.fixture(scope="module")
-def hugging_face(tmp_path_factory):
-    return str(write_hugging_face(tmp_path_factory.mktemp("tokenizer") / "hf"))
-
-
-@pytest.fixture(scope="module")
-def sentencepiece(tmp_path_factory):
-    return str(write_sentencepiece(tmp_path_factory.mktemp("tokenizer") / "piece.model"))
-
-
-def triplet(index, long_words=20):
-    return {
-        "id": f"row-{index}",
-        "prompt_short": f"Where was author {index} born? Answer:",
-        "prompt_long": "The river Po. " * long_words + f"Where was author {index} born? Answer:",
-        "chosen": f" In Turin, {index}.",
-        "rejected": " It cannot be told.",
-    }
-
-
-def as_messages(row):
-    return {
-        name: text
-        if name == "id"
-        else [{"role": "user" if name.startswith("prompt") else "assistant", "content": text.strip()}]
-        for name, text in row.items()
-    }
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def triplets(tmp_path):
-    return write_rows(tmp_path / "data.jsonl", [triplet(i, long_words=5 + i) for i in range(20)])
 
 
 def split_rows(data):
@@ -122,12 +80,6 @@ def test_pairs(tmp_path, hugging_face):
     assert data.train["id"][:] == ["1", "2", "3"]
     assert load_tokenizer(hugging_face).decode(data.train[2]["prompt_short"]) == "<s>who is 2?"
     assert data.prompt_column("short") == data.prompt_column("long") == "prompt_short"
-
-
-def test_prompt_column_of_triplets(tmp_path, triplets, hugging_face):
-    prepare(triplets, tmp_path / "out", hugging_face)
-    data = load_prepared(tmp_path / "out")
-    assert (data.prompt_column("short"), data.prompt_column("long")) == ("prompt_short", "prompt_long")
 
 
 def test_parquet_is_prepared_like_jsonl(tmp_path, triplets, hugging_face):
@@ -199,12 +151,6 @@ def test_length_statistics_are_lengths_of_rows(tmp_path, triplets, hugging_face)
         assert statistics.median == lengths[9] and statistics.p95 == lengths[18]
 
 
-def test_token_lengths_follow_a_selection(tmp_path, triplets, hugging_face):
-    prepare(triplets, tmp_path / "out", hugging_face)
-    data = load_prepared(tmp_path / "out").train.select([7, 3, 19])
-    assert token_lengths(data, "prompt_long").tolist() == [len(row["prompt_long"]) for row in data]
-
-
 def test_fingerprint_changes_with_each_part_and_not_otherwise(tmp_path, hugging_face):
     source = write_rows(tmp_path / "data.jsonl", [as_messages(triplet(i)) for i in range(6)])
     base = {"input": source, "tokenizer": hugging_face, "max_length": 500, "eval_count": 1}
@@ -246,158 +192,7 @@ def test_template_mode_is_part_of_the_fingerprint(tmp_path, triplets, hugging_fa
     assert plain.fingerprint != chat.fingerprint
 
 
-def refusal(tmp_path, rows, tokenizer, **options):
-    """The message prepare refuses with; nothing but the input may be left behind."""
-    (tmp_path / "refused").mkdir()
-    path = write_rows(tmp_path / "refused" / "data.jsonl", rows)
-    with pytest.raises(ValueError) as caught:
-        prepare(path, tmp_path / "refused" / "out", tokenizer, **options)
-    assert [entry.name for entry in (tmp_path / "refused").iterdir()] == ["data.jsonl"]
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_bad_rows_are_refused_before_anything_is_written(tmp_path, hugging_face):
-    message = refusal(tmp_path, [triplet(0), triplet(0), triplet(1) | {"chosen": ""}], hugging_face)
-    path = tmp_path / "refused" / "data.jsonl"
-    assert f"{path}: 2 errors, list them with: megatron-solopo data validate {path}" in message
-    assert "'row-0' is already the id of line 1" in message and f"{path}:3: chosen: is empty" in message
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"max_length": 1}, "--max-length 1"),
-        ({"eval_count": -1}, "--eval-count -1"),
-        ({"eval_count": 2}, "--eval-count 2: leaves no rows for training, there are 2"),
-        ({"num_proc": 0}, "--num-proc 0"),
-        ({"max_length": 20, "overlong": "drop"}, "all 2 rows are longer than --max-length 20"),
-        ({"max_length": 20, "num_proc": 2}, "2 of 2 rows are longer than --max-length 20"),
-    ],
-)
-def test_refused_options(tmp_path, hugging_face, options, reason):
-    assert reason in refusal(tmp_path, [triplet(0), triplet(1)], hugging_face, **options)
-
-
-def test_messages_need_a_chat_template(tmp_path, sentencepiece, hugging_face):
-    message = refusal(tmp_path, [as_messages(triplet(0))], sentencepiece)
-    assert message.startswith(f"{sentencepiece}: has no chat template")
-    shutil.rmtree(tmp_path / "refused")
-    assert "--template plain cannot write" in refusal(
-        tmp_path, [as_messages(triplet(0))], hugging_face, template="plain"
-    )
-
-
-def test_strings_and_messages_in_one_file(tmp_path, hugging_face):
-    rows = [triplet(0), as_messages(triplet(1))]
-    assert "pass --template chat" in refusal(tmp_path, rows, hugging_face)
-    path = write_rows(tmp_path / "data.jsonl", rows)
-    assert prepare(path, tmp_path / "out", hugging_face, template="chat").kept == 2
-
-
-@pytest.mark.parametrize("num_proc", [1, 2])
-def test_rows_that_the_template_refuses_are_named(tmp_path, num_proc):
-    tokenizer = str(write_hugging_face(tmp_path / "strict", chat_template=STRICT))
-    rows = [as_messages(triplet(i)) for i in range(4)]
-    rows[2]["prompt_long"].insert(0, {"role": "system", "content": "be brief"})
-    message = refusal(tmp_path, rows, tokenizer, num_proc=num_proc)
-    assert "1 of 4 rows cannot be tokenized" in message
-    assert "line 3: the chat template of " in message and "System role not supported" in message
-
-
-def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path):
-    tokenizer = str(write_hugging_face(tmp_path / "rewriting", chat_template=REWRITING))
-    message = refusal(tmp_path, [as_messages(triplet(0))], tokenizer)
-    assert f"by {tokenizer}: line 1: chosen: the chat template does not write prompt_short with an answer" in message
-
-
-class UnknownOnly:
-    """A tokenizer that knows no word of the alphabet's second half and drops them."""
-
-    eos_token_id = 0
-
-    def encode(self, text, *, add_special_tokens):
-        return [ord(character) for character in text if character < "m"]
-
-    def encode_continuation(self, text):
-        return self.encode(text, add_special_tokens=False)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "reason"),
-    [("xyz", "ab", "chosen: tokenizes to nothing"), ("abz", "ab", "rejected: has the same tokens as chosen")],
-)
-def test_responses_that_tokenize_to_nothing_or_alike(chosen, rejected, reason):
-    responses = {"chosen": chosen, "rejected": rejected}
-    with pytest.raises(ValueError, match=reason):
-        tokenize_row({"prompt_short": "a"}, responses, UnknownOnly(), "plain")
-
-
-def test_existing_output(tmp_path, triplets, hugging_face):
-    out = tmp_path / "out"
-    prepare(triplets, out, hugging_face)
-    with pytest.raises(ValueError, match="already exists"):
-        prepare(triplets, out, hugging_face, eval_count=1)
-    assert load_prepared(out).manifest.eval == 0
-    prepare(triplets, out, hugging_face, eval_count=1, overwrite=True)
-    assert load_prepared(out).manifest.eval == 1
-    precious = tmp_path / "home"
-    precious.mkdir()
-    with pytest.raises(ValueError, match="not a prepared directory"):
-        prepare(triplets, precious, hugging_face, overwrite=True)
-    assert precious.is_dir()
-
-
-def test_a_refused_overwrite_keeps_the_old_data(tmp_path, triplets, hugging_face):
-    before = prepare(triplets, tmp_path / "out", hugging_face)
-    with pytest.raises(ValueError, match="longer than"):
-        prepare(triplets, tmp_path / "out", hugging_face, max_length=10, overwrite=True)
-    assert load_prepared(tmp_path / "out").manifest == before
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["data.jsonl", "out"]
-
-
-def test_an_interruption_leaves_nothing(tmp_path, triplets, hugging_face, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("megatron_solopo.data.tokenize._save", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(triplets, tmp_path / "out", hugging_face)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["data.jsonl"]
-
-
 def test_only_the_promised_files_are_left(tmp_path, triplets, hugging_face):
     prepare(triplets, tmp_path / "out", hugging_face, eval_count=1)
     assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["eval", "manifest.json", "train"]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["data.jsonl", "out"]
-
-
-def spoil_manifest(out, **changes):
-    manifest = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps(manifest | changes))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (shutil.rmtree, "no manifest.json there"),
-        (lambda out: (out / "manifest.json").unlink(), "no manifest.json there"),
-        (lambda out: (out / "manifest.json").write_text("{"), "manifest.json is damaged"),
-        (lambda out: spoil_manifest(out, format_version=99, new_key=1), "format version 99, this program reads 1"),
-        (lambda out: spoil_manifest(out, kept="many"), "manifest.json is damaged (kept: "),
-        (lambda out: spoil_manifest(out, train=3), "train/ has 18 rows, the manifest says 3"),
-        (lambda out: shutil.rmtree(out / "eval"), "eval/ is missing or damaged"),
-        (lambda out: next((out / "train").glob("*.arrow")).unlink(), "train/ is missing or damaged"),
-        (lambda out: next((out / "train").glob("*.arrow")).write_bytes(b"x" * 99), "train/ is missing or damaged"),
-        (lambda out: (out / "train" / "state.json").write_text("{"), "train/ is missing or damaged"),
-        (lambda out: spoil_manifest(out, kind="pair"), "train/ has columns "),
-    ],
-)
-def test_unusable_directories_are_one_line(tmp_path, triplets, hugging_face, spoil, reason):
-    prepare(triplets, tmp_path / "out", hugging_face, eval_count=2)
-    spoil(tmp_path / "out")
-    with pytest.raises(ValueError) as caught:
-        load_prepared(tmp_path / "out")
-    message = str(caught.value)
-    assert reason in message and "\n" not in message
-    assert message.startswith(f"{tmp_path / 'out'}: ") and message.endswith("megatron-solopo data prepare")

@@ -103,13 +103,21 @@ def test_a_pair_without_id_is_known_by_its_line(tmp_path):
         (triplet("c", chosen=[assistant("y")]), "chosen", "is messages, but prompt_short is text"),
         (pair(), "", "is a pair, but line 1 is a triplet; one file holds one kind"),
         (chat_triplet("c", prompt_short=[]), "prompt_short", "expected messages that end with a user message"),
-        (chat_triplet("c", prompt_short=[user("s"), assistant("y")]), "prompt_short", "got roles ['user', 'assistant']"),
+        (
+            chat_triplet("c", prompt_short=[user("s"), assistant("y")]),
+            "prompt_short",
+            "got roles ['user', 'assistant']",
+        ),
         (chat_triplet("c", prompt_short=[user(" ")]), "prompt_short", "message 0: content is blank"),
         (chat_triplet("c", prompt_short=["s"]), "prompt_short", "message 0: expected an object with role and content"),
         (chat_triplet("c", prompt_short=[user(3)]), "prompt_short", "message 0: content: expected a string, got a num"),
         (chat_triplet("c", chosen=[]), "chosen", "expected exactly one assistant message, got roles []"),
         (chat_triplet("c", chosen=[user("y")]), "chosen", "got roles ['user']"),
-        (chat_triplet("c", chosen=[assistant("a"), assistant("b")]), "chosen", "expected exactly one assistant message"),
+        (
+            chat_triplet("c", chosen=[assistant("a"), assistant("b")]),
+            "chosen",
+            "expected exactly one assistant message",
+        ),
         (chat_triplet("c", chosen=[assistant("")]), "chosen", "message 0: content is empty"),
         (chat_triplet("c", chosen=[assistant("no")]), "rejected", "is the same as chosen"),
         (

@@ -56,7 +56,14 @@ DPO_BOTH = {"name": "solopo", "loss_type": "dpo", "beta": 0.1, "align": "both"}
 ORPO_NLL = {"name": "solopo", "loss_type": "orpo", "beta": 0.1, "nll_coefficient": 0.5}
 OBJECTIVES: list[dict[str, Any]] = [
     {"name": "solopo", "loss_type": "dpo", "beta": 0.1},
-    {"name": "solopo", "loss_type": "dpo", "beta": 0.1, "label_smoothing": 0.2, "distance": "huber", "huber_delta": 0.3},
+    {
+        "name": "solopo",
+        "loss_type": "dpo",
+        "beta": 0.1,
+        "label_smoothing": 0.2,
+        "distance": "huber",
+        "huber_delta": 0.3,
+    },
     {"name": "solopo", "loss_type": "simpo", "beta": 2.0, "gamma": 0.7, "align": "both", "distance": "l2"},
     {"name": "solopo", "loss_type": "orpo", "beta": 0.1, "orpo_lambda": 0.3, "distance": "huber"},
     {"name": "solopo", "loss_type": "ipo", "beta": 0.2, "alpha": 0.5},
@@ -162,7 +169,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def results(models: Path) -> Any:
     """All ranks' results of a world size, launched at first use."""
-    return functools.cache(lambda world_size: run_distributed(run_cases, world_size, models, cases(world_size), BATCHES))
+    return functools.cache(
+        lambda world_size: run_distributed(run_cases, world_size, models, cases(world_size), BATCHES)
+    )
 
 
 @pytest.fixture(scope="session")

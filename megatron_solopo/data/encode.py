@@ -1,0 +1,143 @@
+"""From preference rows to token columns, by the chat template or as plain text.
+
+Prompt and response are encoded separately, so that no token spans their boundary, and the same response has
+the same tokens behind the short and the long prompt.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+
+from megatron_solopo.data.prepared import PROMPT_COLUMNS
+from megatron_solopo.data.row import PROMPT_FIELDS, RESPONSE_FIELDS, Content, Kind, Message
+from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_solopo.data.triplet import read_rows
+
+Template = Literal["chat", "plain"]
+
+# Rows of 128K tokens are 1.5 MB: few of them are held while writing.
+_WRITER_BATCH_ROWS = 64
+
+
+def tokenize_rows(
+    path: Path,
+    kind: Kind,
+    tokenizer_path: str,
+    tokenizer_fingerprint: str,
+    template: Template,
+    *,
+    num_proc: int,
+    work: Path,
+) -> Dataset:
+    """Tokenize a valid file into Arrow files under `work`, row by row in the file's order.
+
+    Columns: id, line, problem and the token columns. Where a row cannot be tokenized, problem says why and its
+    token columns are empty; elsewhere problem is "".
+    """
+    rows = Dataset.from_generator(
+        _generate_rows,
+        features=Features({"id": Value("string"), "line": Value("int64"), "contents": Value("large_string")}),
+        gen_kwargs={"path": path},
+        cache_dir=str(work),
+        writer_batch_size=_WRITER_BATCH_ROWS,
+    )
+    tokens = {name: List(Value("int32")) for name in (*PROMPT_COLUMNS[kind], *RESPONSE_FIELDS)}
+    return rows.map(
+        _tokenize_record,
+        fn_kwargs={
+            "kind": kind,
+            "tokenizer_path": tokenizer_path,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "template": template,
+        },
+        features=Features({"id": Value("string"), "line": Value("int64"), "problem": Value("string"), **tokens}),
+        remove_columns=["contents"],
+        num_proc=num_proc if num_proc > 1 else None,
+        cache_file_name=str(work / "tokens.arrow"),
+        load_from_cache_file=False,
+        writer_batch_size=_WRITER_BATCH_ROWS,
+        desc="Tokenizing",
+    )
+
+
+def tokenize_row(
+    prompts: dict[str, Content], responses: dict[str, Content], tokenizer: Tokenizer, template: Template
+) -> dict[str, list[int]]:
+    """Token ids of one row's prompts and responses, by name.
+
+    Raises ValueError where the template refuses the messages or a text has no tokens.
+    """
+    if template == "chat":
+        texts = _render(prompts, responses, tokenizer)
+        ids = {name: tokenizer.encode(texts[name], add_special_tokens=False) for name in prompts}
+        ids |= {name: tokenizer.encode_continuation(texts[name]) for name in responses}
+        ends: list[int] = []
+    else:
+        assert tokenizer.eos_token_id is not None
+        ids = {name: tokenizer.encode(str(text), add_special_tokens=True) for name, text in prompts.items()}
+        ids |= {name: tokenizer.encode_continuation(str(text)) for name, text in responses.items()}
+        ends = [tokenizer.eos_token_id]
+    for name, tokens in ids.items():
+        if not tokens:
+            raise ValueError(f"{name}: tokenizes to nothing")
+    if ids["chosen"] == ids["rejected"]:
+        raise ValueError("rejected: has the same tokens as chosen")
+    return {name: tokens + ends if name in responses else tokens for name, tokens in ids.items()}
+
+
+def _generate_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows in one Arrow schema, whether they are strings or messages: the contents as JSON."""
+    for row in read_rows(path):
+        assert not row.errors and row.id is not None
+        yield {"id": row.id, "line": row.line, "contents": json.dumps(row.contents)}
+
+
+def _tokenize_record(
+    record: dict[str, Any], kind: Kind, tokenizer_path: str, tokenizer_fingerprint: str, template: Template
+) -> dict[str, Any]:
+    contents: dict[str, Content] = json.loads(record["contents"])
+    prompts = {column: contents[name] for column, name in zip(PROMPT_COLUMNS[kind], PROMPT_FIELDS[kind], strict=True)}
+    responses = {name: contents[name] for name in RESPONSE_FIELDS}
+    tokenizer = _process_tokenizer(tokenizer_path, tokenizer_fingerprint)
+    problem = ""
+    try:
+        ids = tokenize_row(prompts, responses, tokenizer, template)
+    except ValueError as error:
+        ids = {name: [] for name in (*prompts, *responses)}
+        problem = str(error)
+    return {"problem": problem} | {name: np.asarray(tokens, np.int32) for name, tokens in ids.items()}
+
+
+@lru_cache(maxsize=1)
+def _process_tokenizer(path: str, fingerprint: str) -> Tokenizer:
+    """One tokenizer per worker process; the fingerprint keeps a replaced directory from being mistaken for the old."""
+    return load_tokenizer(path)
+
+
+def _render(prompts: dict[str, Content], responses: dict[str, Content], tokenizer: Tokenizer) -> dict[str, str]:
+    """Texts by the chat template: a prompt up to where the answer starts, a response from there on."""
+    texts: dict[str, str] = {}
+    for prompt_name, prompt in prompts.items():
+        messages = _as_messages(prompt, "user")
+        prompt_text = tokenizer.render_chat(messages, add_generation_prompt=True)
+        assert prompt_text is not None
+        texts[prompt_name] = prompt_text
+        for name, response in responses.items():
+            whole = tokenizer.render_chat(messages + _as_messages(response, "assistant"), add_generation_prompt=False)
+            assert whole is not None
+            if not whole.startswith(prompt_text):
+                raise ValueError(
+                    f"{name}: the chat template does not write {prompt_name} with an answer as it does without"
+                )
+            if texts.setdefault(name, whole[len(prompt_text) :]) != whole[len(prompt_text) :]:
+                raise ValueError(f"{name}: the chat template writes it differently behind {prompt_name}")
+    return texts
+
+
+def _as_messages(content: Content, role: str) -> list[Message]:
+    return [{"role": role, "content": content}] if isinstance(content, str) else content

@@ -1,0 +1,106 @@
+import shutil
+
+import pytest
+
+from megatron_solopo.data.prepared import load_prepared
+from megatron_solopo.data.tokenize import prepare
+from tests.data.sample_rows import as_messages, triplet, write_rows
+from tests.data.tiny_tokenizers import REWRITING, STRICT, write_hugging_face
+
+
+def refusal(tmp_path, rows, tokenizer, **options):
+    """The message prepare refuses with; nothing but the input may be left behind."""
+    (tmp_path / "refused").mkdir()
+    path = write_rows(tmp_path / "refused" / "data.jsonl", rows)
+    with pytest.raises(ValueError) as caught:
+        prepare(path, tmp_path / "refused" / "out", tokenizer, **options)
+    assert [entry.name for entry in (tmp_path / "refused").iterdir()] == ["data.jsonl"]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_bad_rows_are_refused_before_anything_is_written(tmp_path, hugging_face):
+    message = refusal(tmp_path, [triplet(0), triplet(0), triplet(1) | {"chosen": ""}], hugging_face)
+    path = tmp_path / "refused" / "data.jsonl"
+    assert f"{path}: 2 errors, list them with: megatron-solopo data validate {path}" in message
+    assert "'row-0' is already the id of line 1" in message and f"{path}:3: chosen: is empty" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_length": 1}, "--max-length 1"),
+        ({"eval_count": -1}, "--eval-count -1"),
+        ({"eval_count": 2}, "--eval-count 2: leaves no rows for training, there are 2"),
+        ({"num_proc": 0}, "--num-proc 0"),
+        ({"max_length": 20, "overlong": "drop"}, "all 2 rows are longer than --max-length 20"),
+        ({"max_length": 20, "num_proc": 2}, "2 of 2 rows are longer than --max-length 20"),
+    ],
+)
+def test_refused_options(tmp_path, hugging_face, options, reason):
+    assert reason in refusal(tmp_path, [triplet(0), triplet(1)], hugging_face, **options)
+
+
+def test_messages_need_a_chat_template(tmp_path, sentencepiece, hugging_face):
+    message = refusal(tmp_path, [as_messages(triplet(0))], sentencepiece)
+    assert message.startswith(f"{sentencepiece}: has no chat template")
+    shutil.rmtree(tmp_path / "refused")
+    assert "--template plain cannot write" in refusal(
+        tmp_path, [as_messages(triplet(0))], hugging_face, template="plain"
+    )
+
+
+def test_strings_and_messages_in_one_file(tmp_path, hugging_face):
+    rows = [triplet(0), as_messages(triplet(1))]
+    assert "pass --template chat" in refusal(tmp_path, rows, hugging_face)
+    path = write_rows(tmp_path / "data.jsonl", rows)
+    assert prepare(path, tmp_path / "out", hugging_face, template="chat").kept == 2
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_rows_that_the_template_refuses_are_named(tmp_path, num_proc):
+    tokenizer = str(write_hugging_face(tmp_path / "strict", chat_template=STRICT))
+    rows = [as_messages(triplet(i)) for i in range(4)]
+    rows[2]["prompt_long"].insert(0, {"role": "system", "content": "be brief"})
+    message = refusal(tmp_path, rows, tokenizer, num_proc=num_proc)
+    assert "1 of 4 rows cannot be tokenized" in message
+    assert "line 3: the chat template of " in message and "System role not supported" in message
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path):
+    tokenizer = str(write_hugging_face(tmp_path / "rewriting", chat_template=REWRITING))
+    message = refusal(tmp_path, [as_messages(triplet(0))], tokenizer)
+    assert f"by {tokenizer}: line 1: chosen: the chat template does not write prompt_short with an answer" in message
+
+
+def test_existing_output(tmp_path, triplets, hugging_face):
+    out = tmp_path / "out"
+    prepare(triplets, out, hugging_face)
+    with pytest.raises(ValueError, match="already exists"):
+        prepare(triplets, out, hugging_face, eval_count=1)
+    assert load_prepared(out).manifest.eval == 0
+    prepare(triplets, out, hugging_face, eval_count=1, overwrite=True)
+    assert load_prepared(out).manifest.eval == 1
+    precious = tmp_path / "home"
+    precious.mkdir()
+    with pytest.raises(ValueError, match="not a prepared directory"):
+        prepare(triplets, precious, hugging_face, overwrite=True)
+    assert precious.is_dir()
+
+
+def test_a_refused_overwrite_keeps_the_old_data(tmp_path, triplets, hugging_face):
+    before = prepare(triplets, tmp_path / "out", hugging_face)
+    with pytest.raises(ValueError, match="longer than"):
+        prepare(triplets, tmp_path / "out", hugging_face, max_length=10, overwrite=True)
+    assert load_prepared(tmp_path / "out").manifest == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["data.jsonl", "out"]
+
+
+def test_an_interruption_leaves_nothing(tmp_path, triplets, hugging_face, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("datasets.Dataset.save_to_disk", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(triplets, tmp_path / "out", hugging_face)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["data.jsonl"]

@@ -1,0 +1,48 @@
+"""A prepared directory of random token ids, written by the real `data prepare`."""
+
+import json
+import random
+from pathlib import Path
+
+from megatron_solopo.data.tokenize import prepare
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny_models import VOCAB_SIZE
+
+
+def make_tokenizer(path: Path) -> Path:
+    """A word-level tokenizer over w0, w1, ... with as many tokens as the tiny models have."""
+    words = {"</s>": 0, "<unk>": 1} | {f"w{number}": number for number in range(2, VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(path)
+    return path
+
+
+def write_triplets(path: Path, rows: int, seed: int) -> Path:
+    """Random triplets of 4..60 words as JSONL."""
+    generator = random.Random(seed)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(f"w{generator.randrange(2, VOCAB_SIZE)}" for _ in range(generator.randint(least, most)))
+
+    lines = [
+        {
+            "id": f"row-{number}",
+            "prompt_short": words(4, 12),
+            "prompt_long": words(20, 60),
+            "chosen": words(1, 9),
+            "rejected": words(1, 9),
+        }
+        for number in range(rows)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def make_prepared(path: Path, *, rows: int, eval_count: int, seed: int) -> Path:
+    """Write triplets, tokenize them, and return the prepared directory."""
+    source = write_triplets(path.with_suffix(".jsonl"), rows, seed)
+    prepare(source, path, str(make_tokenizer(path.with_suffix(".tokenizer"))), eval_count=eval_count, seed=seed)
+    return path

@@ -1,0 +1,199 @@
+"""Whole runs on two ranks: reference cache, resume, run directory. One launch runs them all."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron_solopo.config import Config, parse_config
+from megatron_solopo.files import read_jsonl
+from megatron_solopo.model.architecture import read_architecture
+from megatron_solopo.parallel import topology
+from megatron_solopo.train.reference import reference_logprobs
+from megatron_solopo.train.trainer import precompute_reference, prepare, train
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported once, before ranks are forked)
+
+from tests.distributed import run_distributed
+from tests.prepared import make_prepared
+from tests.tiny_models import make_model
+
+STEPS, SAVED = 6, 3
+TP2 = {"tensor_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
+DP2: dict[str, Any] = {}
+RESUMED = {"tp2": TP2, "cp2": CP2, "pp2": PP2, "vpp2": VPP2, "dp2": DP2}
+
+
+def config(folder: Path, name: str, parallel: dict[str, Any], **sections: Any) -> Config:
+    """Run `name` of six steps on the shared data, model and reference cache."""
+    return parse_config(
+        {
+            "run_dir": folder / name,
+            "model": {"path": folder / "model"},
+            "data": {"path": folder / "prepared", "max_tokens_per_pack": 400},
+            "reference": {"model_path": folder / "reference_model", "cache": folder / "reference"},
+            "training": {"global_batch_size": 4, "max_steps": STEPS, "eval_steps": 4},
+            "optimizer": {"lr": 1e-3, "lr_warmup_iters": 1},
+            "checkpoint": {"save_steps": SAVED},
+            "parallel": parallel,
+            **sections,
+        },
+        source="test",
+    )
+
+
+def run_all(folder: Path) -> dict[str, Any]:
+    """On every rank: the reference pass live and cached, a whole run, and its continuation under every layout."""
+    found: dict[str, Any] = {"live": live_and_cached(folder, "live", TP2)}
+    precompute_reference(config(folder, "unused", TP2), overwrite=False)
+    found["cached"] = live_and_cached(folder, "reference", CP2)
+    found["stale"] = stale_errors(folder)
+    train(config(folder, "whole", TP2))
+    for name, parallel in RESUMED.items():
+        interrupted(folder, name)
+        train(config(folder, name, parallel))
+    plain = {"optimizer": {"lr": 1e-3, "lr_warmup_iters": 1, "use_distributed_optimizer": False}}
+    train(config(folder, "plain-whole", TP2, **plain))
+    for name, parallel in (("plain-tp2", TP2), ("plain-pp2", PP2)):
+        interrupted(folder, name, source="plain-whole")
+        train(config(folder, name, parallel, **plain))
+    bfloat16 = {"model": {"path": folder / "model", "dtype": "bfloat16"}, "reference": {"cache": folder / "bf16"}}
+    train(config(folder, "bfloat16", TP2, **bfloat16))
+    return found
+
+
+def live_and_cached(folder: Path, cache: str, parallel: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The reference log-probs as `train` would see them with this cache directory."""
+    settings = config(folder, "unused", parallel)
+    settings = settings.model_copy(
+        update={"reference": settings.reference.model_copy(update={"cache": folder / cache})}
+    )
+    _, groups, splits = prepare(settings)
+    try:
+        return {name: each.logps for name, each in reference_logprobs(settings, splits, groups).items()}
+    finally:
+        topology.destroy(groups)
+
+
+def stale_errors(folder: Path) -> dict[str, str]:
+    """What a run says whose reference, objective or precision is not the cache's."""
+    changes: dict[str, dict[str, Any]] = {
+        "weights": {"reference": {"model_path": folder / "model", "cache": folder / "reference"}},
+        "roles": {"objective": {"name": "long_po"}},
+        "dtype": {"model": {"path": folder / "model", "dtype": "bfloat16"}},
+        "data.source": {"data": {"path": folder / "other_prepared", "max_tokens_per_pack": 400}},
+    }
+    found = {}
+    for name, sections in changes.items():
+        with pytest.raises(ValueError) as error:
+            train(config(folder, "unused", TP2, **sections))
+        found[name] = str(error.value)
+    return found
+
+
+def interrupted(folder: Path, name: str, source: str = "whole") -> None:
+    """Make the run directory that `source` would have left, had it died after its first checkpoint."""
+    if torch.distributed.get_rank() == 0:
+        kept = folder / source / "checkpoints" / f"iter_{SAVED:07d}"
+        shutil.copytree(kept, folder / name / "checkpoints" / kept.name)
+        (folder / name / "checkpoints" / "latest").write_text(kept.name + "\n")
+        # It had got one step further than its checkpoint.
+        lines = (folder / source / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (folder / name / "metrics.jsonl").write_text("".join(lines[: SAVED + 1]))
+    torch.distributed.barrier()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    make_model(path / "model", "qwen2_tied", seed=0)
+    make_model(path / "reference_model", "qwen2_tied", seed=1)
+    make_prepared(path / "prepared", rows=15, eval_count=5, seed=0)
+    make_prepared(path / "other_prepared", rows=15, eval_count=5, seed=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = run_distributed(run_all, 2, folder)[0]
+    return result
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    return [step["loss"] for step in read_jsonl(folder / name / "metrics.jsonl")]
+
+
+def test_cached_reference_is_the_live_one_under_another_layout(found: dict[str, Any]) -> None:
+    assert found["live"].keys() == found["cached"].keys() == {"train", "eval"}
+    for split, live in found["live"].items():
+        assert live.shape == ({"train": 10, "eval": 5}[split], 3)
+        assert bool((live < -1).all())
+        torch.testing.assert_close(found["cached"][split], live, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reason", ["weights", "roles", "dtype", "data.source"])
+def test_a_stale_reference_is_refused_by_name(found: dict[str, Any], reason: str) -> None:
+    message = found["stale"][reason]
+    assert "stale" in message and reason in message and "\n" not in message
+    others = {"weights", "roles", "dtype", "data.source"} - {reason}
+    assert not any(f"another {other}" in message or f", {other}" in message for other in others)
+
+
+def test_the_same_layout_resumes_exactly(found: dict[str, Any], folder: Path) -> None:
+    whole = losses(folder, "whole")
+    assert len(whole) == STEPS
+    assert losses(folder, "tp2") == whole
+    assert losses(folder, "plain-tp2") == losses(folder, "plain-whole")
+
+
+@pytest.mark.parametrize("name", [*RESUMED, "plain-pp2"])
+def test_another_layout_resumes_to_rounding(found: dict[str, Any], folder: Path, name: str) -> None:
+    assert losses(folder, name) == pytest.approx(losses(folder, "whole"), rel=1e-5)
+
+
+def test_metrics_hold_what_is_promised_once_per_step(found: dict[str, Any], folder: Path) -> None:
+    steps = read_jsonl(folder / "cp2" / "metrics.jsonl")
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+    promised = (
+        "loss po_loss solo_ra/loss solo_ra/gap_abs solo_ra/gap_signed rewards/chosen rewards/rejected rewards/margins "
+        "rewards/accuracies rewards/chosen_long logps/chosen logps/rejected logps/chosen_long grad_norm learning_rate "
+        "num_triplets num_tokens pack_fill step_time tokens_per_second mfu peak_memory_bytes"
+    ).split()
+    for step in steps:
+        assert set(promised) <= set(step)
+        assert step["num_triplets"] == 4 and 0 < step["pack_fill"] <= 1 and step["peak_memory_bytes"] > 1e6
+    evaluated = [step["step"] for step in steps if "eval_loss" in step]
+    assert evaluated == [4, STEPS]
+    assert [step["learning_rate"] for step in steps[:2]] == [0.0, 1e-3]
+
+
+def test_evaluation_does_not_depend_on_the_layout(found: dict[str, Any], folder: Path) -> None:
+    whole = read_jsonl(folder / "whole" / "metrics.jsonl")[-1]
+    names = [name for name in whole if name.startswith("eval_")]
+    assert len(names) > 10
+    for name in RESUMED:
+        last = read_jsonl(folder / name / "metrics.jsonl")[-1]
+        assert [last[each] for each in names] == pytest.approx([whole[each] for each in names], rel=1e-4, abs=1e-5)
+
+
+def test_the_run_directory_is_complete(found: dict[str, Any], folder: Path) -> None:
+    run = folder / "whole"
+    assert (run / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events.*"))
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"iter_{STEPS:07d}"
+    assert not list(run.rglob("*incomplete*"))
+    state = json.loads((run / "checkpoints" / f"iter_{SAVED:07d}" / "trainer.json").read_text())
+    assert state["step"] == SAVED and state["loader"]["consumed_triplets"] == 4 * SAVED
+
+
+def test_bfloat16_stays_near_float32(found: dict[str, Any], folder: Path) -> None:
+    """With its own weights as reference it starts at ln 2; eight bits of mantissa, then, give or take."""
+    steps = read_jsonl(folder / "bfloat16" / "metrics.jsonl")
+    assert steps[0]["po_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert all(math.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in steps)
+    assert read_architecture(folder / "model").tied_embeddings
