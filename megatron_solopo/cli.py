@@ -206,7 +206,7 @@ def reference(path: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
     Example:
       torchrun --nproc-per-node 2 -m megatron_solopo reference --config c.yaml
     """
-    from megatron_solopo.config import load_config
+    from megatron_solopo.config_file import load_config
 
     config = load_config(path, overrides)
     # Only now, so that a mistake in the config is told before megatron has been imported.
@@ -228,7 +228,7 @@ def train(path: Path, overrides: tuple[str, ...]) -> None:
       torchrun --nproc-per-node 8 -m megatron_solopo train --config c.yaml \\
           parallel.context_parallel_size=8 objective.alpha=3
     """
-    from megatron_solopo.config import load_config
+    from megatron_solopo.config_file import load_config
 
     config = load_config(path, overrides)
     # Only now, so that a mistake in the config is told before megatron has been imported.

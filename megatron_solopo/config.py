@@ -1,44 +1,44 @@
-"""The configuration: typed, layered (defaults, YAML, dotted overrides), unknown keys refused.
+"""The configuration of a run: sections, keys, types, defaults and legal values, checked by pydantic.
 
-OmegaConf reads and merges the layers, pydantic checks types and legal values. Parallelism and
-optimizer keys bear Megatron-Core's names, preference keys TRL's.
+Parallelism and optimizer keys bear Megatron-Core's names, preference keys TRL's. `config_file`
+reads and writes it.
 """
 
-import difflib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
+    Strict,
     model_validator,
 )
-from yaml import YAMLError
-
-from megatron_solopo.files import atomic_path
 
 LossType = Literal["dpo", "simpo", "orpo", "ipo", "cpo", "hinge", "robust"]
 ObjectiveName = Literal["solopo", "short_po", "long_po"]
+
+_Path = Annotated[Path, Strict(False)]  # written as a string
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 
 _PAPER_ALPHA = {"dpo": 3.0}
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    # Strict: `true` is no number and 1.5 no integer.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(_Section):
     """What is trained."""
 
-    path: Path
+    path: _Path
     """Hugging Face directory: config.json, safetensors weights, tokenizer."""
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer kernels: Transformer Engine where it and CUDA are (auto), or plain PyTorch (local)."""
@@ -49,7 +49,7 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """Which triplets, and how they are packed."""
 
-    path: Path
+    path: _Path
     """Directory written by `megatron-solopo data prepare`."""
     max_tokens_per_pack: PositiveInt
     """Token budget of one pack (micro-batch), counted after the per-sequence padding."""
@@ -145,9 +145,9 @@ class LogprobConfig(_Section):
 class ReferenceConfig(_Section):
     """The frozen model that rewards are measured against."""
 
-    model_path: Path | None = None
+    model_path: _Path | None = None
     """Hugging Face directory; null: the policy's initial weights."""
-    cache: Path | None = None
+    cache: _Path | None = None
     """Directory of the cached log-probs; null: `<run_dir>/reference`."""
 
 
@@ -159,8 +159,8 @@ class OptimizerConfig(_Section):
     lr_warmup_iters: NonNegativeInt = 0
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
     weight_decay: NonNegativeFloat = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
+    adam_beta1: _Decay = 0.9
+    adam_beta2: _Decay = 0.95
     adam_eps: PositiveFloat = 1e-8
     clip_grad: NonNegativeFloat = 1.0
     """Upper bound of the gradient norm; 0 turns clipping off."""
@@ -199,7 +199,7 @@ class LoggingConfig(_Section):
 class Config(_Section):
     """One run."""
 
-    run_dir: Path
+    run_dir: _Path
     """Everything the run writes."""
     seed: NonNegativeInt = 1234
     model: ModelConfig
@@ -212,71 +212,3 @@ class Config(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and dotted overrides (`objective.alpha=3`) over the defaults.
-
-    Raises ValueError with one line per mistake: the key, the value, the legal values, the nearest key.
-    """
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"override {override!r}: expected key=value, for example objective.alpha=3")
-    try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such config file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: is a directory, expected a YAML file") from None
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: not a valid config: {' '.join(str(error).split())}") from None
-    return parse_config(values, source=str(path))
-
-
-def parse_config(values: Any, source: str) -> Config:
-    """Check a nested dictionary; `source` names it in the error."""
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        lines = [f"{source}: {_explain(detail)}" for detail in error.errors()]
-        raise ValueError("\n".join(lines)) from None
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML, complete or not at all."""
-    with atomic_path(path) as temporary:
-        OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), temporary)
-
-
-def _explain(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"]) or "the whole file"
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(detail['loc'])}"
-    if detail["type"] == "missing":
-        return f"{key} is required"
-    if detail["type"] == "value_error":  # from a section's own check; the input is the whole section
-        return f"{key}: {detail['ctx']['error']}"
-    return f"{key}={detail['input']!r}: {detail['msg']}"
-
-
-def _nearest(location: tuple[str | int, ...]) -> str:
-    """A hint naming the closest legal keys, looked for in the same section first, then everywhere."""
-    *parents, unknown = (str(part) for part in location)
-    known = _all_keys(Config)
-    same_section = [key for key in known if key.split(".")[:-1] == parents]
-    nearest = difflib.get_close_matches(".".join((*parents, unknown)), same_section, n=1, cutoff=0.6) or [
-        key for key in known if key.split(".")[-1] == unknown
-    ]
-    if nearest:
-        return f"; did you mean {' or '.join(nearest)}?"
-    return f"; legal here: {', '.join(key.split('.')[-1] for key in same_section)}"
-
-
-def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
-    return keys

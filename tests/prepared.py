@@ -4,10 +4,10 @@ import json
 import random
 from pathlib import Path
 
-from megatron_solopo.data.tokenize import prepare
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_solopo.data.tokenize import prepare
 from tests.tiny_models import VOCAB_SIZE
 
 

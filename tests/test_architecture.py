@@ -27,7 +27,8 @@ class Room:
 ROOMS = {
     "": Room(0),
     "files": Room(0),
-    "config": Room(0, beside=frozenset({"files"})),
+    "config": Room(0),
+    "config_file": Room(0, beside=frozenset({"config", "files"})),
     "objective": Room(1),
     "data": Room(1),
     "plan": Room(1),

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from megatron_solopo.config import Config, ObjectiveConfig, ParallelConfig, load_config, parse_config, save_config
+from megatron_solopo.config import Config, ObjectiveConfig, ParallelConfig
+from megatron_solopo.config_file import load_config, parse_config, save_config
 
 MINIMAL = {
     "run_dir": "runs/one",

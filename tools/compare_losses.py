@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import click
+
 from megatron_solopo.files import read_jsonl
 
 _METRICS = ("loss", "grad_norm")

@@ -90,7 +90,7 @@ def global_parameters(chunk: ResponseModel) -> Iterator[tuple[str, torch.nn.Para
 
 
 def weights_fingerprint(path: Path) -> str:
-    """Identifies the model in a Hugging Face directory: its config, and its weight files by size and sampled content."""
+    """Identifies the model in a Hugging Face directory: config, and weight files by size and sampled content."""
     files = sorted(set(SafetensorsDirectory(path).files.values()))
     return sha256_json(
         {"config": sha256_file(path / "config.json"), "weights": {file: sampled_sha256(path / file) for file in files}}

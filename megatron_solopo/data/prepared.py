@@ -69,6 +69,19 @@ class PreparedManifest(_Record):
         """The token columns."""
         return (*PROMPT_COLUMNS[self.kind], *RESPONSE_FIELDS)
 
+    def __str__(self) -> str:
+        """A few lines for a reader: what was kept, what was left out, how long the rows are."""
+        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        lines = [
+            f"{self.kind} rows: {self.read} read, {self.kept} kept ({self.train} train, {self.eval} eval)",
+            f"dropped: {dropped}",
+            f"template {self.template}, vocabulary of {self.vocab_size} tokens, fingerprint {self.fingerprint[:12]}",
+        ]
+        for name, length in self.lengths.items():
+            numbers = f"min {length.min}, median {length.median}, p95 {length.p95}, max {length.max}"
+            lines.append(f"tokens of {name}: {numbers}")
+        return "\n".join(lines)
+
 
 @dataclass(frozen=True)
 class PreparedData:

@@ -6,6 +6,7 @@ reduce-scatter backward), then each sequence attends to itself alone.
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class PackedAttention(torch.nn.Module):
             key, value = self._gather_over_context(key, value, boundaries_S1)
         outputs = []
         query_start = 0
-        for start, end in zip(boundaries_S1[:-1].tolist(), boundaries_S1[1:].tolist(), strict=True):
+        for start, end in pairwise(boundaries_S1.tolist()):
             local = query[query_start : query_start + (end - start) // size]
             query_start += len(local)
             outputs.append(self._attend(local, key[start:end], value[start:end], size, rank))

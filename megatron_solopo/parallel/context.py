@@ -4,6 +4,7 @@ Every sequence is cut into 2 x CP equal chunks; rank r holds chunks r and 2 x CP
 causal attention costs every rank the same (the order that Transformer Engine expects).
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def shard_indices(cu_seqlens_S1: Tensor, size: int, rank: int) -> Tensor:
     if size == 1:
         return torch.arange(boundaries[-1])
     chunks = []
-    for start, end in zip(boundaries[:-1], boundaries[1:], strict=True):
+    for start, end in pairwise(boundaries):
         chunk, remainder = divmod(end - start, 2 * size)
         assert remainder == 0, f"sequence of {end - start} positions is not padded to a multiple of {2 * size}"
         chunks.append(torch.arange(start + rank * chunk, start + (rank + 1) * chunk))

@@ -16,7 +16,12 @@ from torch.utils._device import _device_constructors
 
 DEVICE_VARIABLE = "MEGATRON_SOLOPO_DEVICE"
 _CPU = torch.device("cpu")
-_FACTORIES = "zeros ones empty tensor full arange rand randn randint zeros_like ones_like empty_like as_tensor".split()
+# fmt: off
+_FACTORIES = (
+    "zeros", "ones", "empty", "tensor", "full", "arange", "rand", "randn", "randint",
+    "zeros_like", "ones_like", "empty_like", "as_tensor",
+)
+# fmt: on
 _adapted = False
 
 

@@ -1,6 +1,7 @@
 """Metrics of a run: reduced over the ranks, and written where people and programs look."""
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -59,7 +60,8 @@ class MetricsWriter:
             sink(step, {name: value for name, value in metrics.items() if value is not None and name != "step"})
         done = step - self._first_step + 1
         remaining = (time.monotonic() - self._started) / done * (total_steps - step)
-        print(console_line(metrics, total_steps, remaining), flush=True)
+        sys.stdout.write(console_line(metrics, total_steps, remaining) + "\n")
+        sys.stdout.flush()
 
 
 def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -> str:

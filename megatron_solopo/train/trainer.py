@@ -18,7 +18,8 @@ from megatron_solopo.checkpoint.distributed import (
     read_trainer_state,
     save_checkpoint,
 )
-from megatron_solopo.config import Config, save_config
+from megatron_solopo.config import Config
+from megatron_solopo.config_file import save_config
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, sequential_batches
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.model.architecture import Architecture, read_architecture

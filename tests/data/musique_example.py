@@ -6,8 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_solopo.data.musique import Question
 from megatron_solopo.data.encode import tokenize_row
+from megatron_solopo.data.musique import Question
 from megatron_solopo.data.tokenizer import Tokenizer
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "musique"

@@ -126,17 +126,17 @@ def test_evidence_lies_at_every_depth_and_moves_between_samples(built, questions
     assert len(set(depths)) == len(depths)
 
 
-def test_depths_are_where_the_text_has_the_evidence(rows, questions) -> None:
+def test_depths_are_where_the_text_has_the_evidence(rows, questions, tokenizer) -> None:
     for row in rows:
         long = passages(row["prompt_long"])
-        ends = np.cumsum([len(passage) for passage in long])
+        tokens = [len(tokenizer.encode(f"{passage}\n\n", add_special_tokens=False)) for passage in long]
+        ends = np.cumsum(tokens)
         found = [
-            (end - len(passage) / 2) / ends[-1]
-            for passage, end in zip(long, ends, strict=True)
+            (end - own / 2) / ends[-1]
+            for passage, own, end in zip(long, tokens, ends, strict=True)
             if is_evidence(passage, questions[row["id"]])
         ]
-        # Characters stand in for tokens here; both measure the same places to a few percent.
-        np.testing.assert_allclose(row["evidence_depths"], found, atol=0.06)
+        np.testing.assert_allclose(row["evidence_depths"], found, atol=1e-4)
 
 
 @pytest.mark.parametrize("prompt", ["prompt_short", "prompt_long"])

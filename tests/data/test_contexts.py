@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_solopo.data.contexts import Document, Pool, evidence_depths, long_documents, prompt, short_documents
@@ -28,6 +28,7 @@ def count_words(text: str) -> int:
     return len(text.split())
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=3, max_size=25),
     joint=st.sampled_from([-2, -1, 0, 1, 4]),

@@ -149,6 +149,17 @@ def test_length_statistics_are_lengths_of_rows(tmp_path, triplets, hugging_face)
         lengths = sorted(len(row[name]) for row in rows)
         assert (statistics.min, statistics.max) == (lengths[0], lengths[-1])
         assert statistics.median == lengths[9] and statistics.p95 == lengths[18]
+        numbers = f"min {lengths[0]}, median {lengths[9]}, p95 {lengths[18]}, max {lengths[-1]}"
+        assert f"tokens of {name}: {numbers}" in str(manifest).splitlines()
+
+
+def test_the_manifest_reads_what_was_dropped(tmp_path, triplets, hugging_face):
+    everything = prepare(triplets, tmp_path / "all", hugging_face)
+    assert str(everything).startswith("triplet rows: 20 read, 20 kept (20 train, 0 eval)\ndropped: 0 overlong\n")
+    limit = everything.lengths["prompt_long"].max
+    some = prepare(triplets, tmp_path / "some", hugging_face, max_length=limit, overlong="drop", eval_count=2)
+    assert 0 < some.kept < 20
+    assert f"{some.kept} kept ({some.kept - 2} train, 2 eval)\ndropped: {20 - some.kept} overlong" in str(some)
 
 
 def test_fingerprint_changes_with_each_part_and_not_otherwise(tmp_path, hugging_face):

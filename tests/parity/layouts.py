@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from megatron_solopo.checkpoint.huggingface import global_parameters
 from megatron_solopo.checkpoint.mapping import rules, to_huggingface
-from megatron_solopo.config import Config, parse_config
+from megatron_solopo.config import Config
+from megatron_solopo.config_file import parse_config
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.architecture import read_architecture
 from megatron_solopo.objective import metric_names, required_roles
@@ -17,8 +20,6 @@ from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import build_policy, load_model
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss, run_schedule
-from torch import Tensor
-
 from tests.parity.plain import Row
 
 LEARNING_RATE = 1e-3

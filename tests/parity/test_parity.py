@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_solopo.config import ObjectiveConfig
 
+from megatron_solopo.config import ObjectiveConfig
 from tests.distributed import run_distributed
 from tests.parity import plain
 from tests.parity.layouts import (

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_solopo.config import Config, parse_config
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported once, before ranks are forked)
+
+from megatron_solopo.config import Config
+from megatron_solopo.config_file import parse_config
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.model.architecture import read_architecture
 from megatron_solopo.parallel import topology
 from megatron_solopo.train.reference import reference_logprobs
 from megatron_solopo.train.trainer import precompute_reference, prepare, train
-from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported once, before ranks are forked)
-
 from tests.distributed import run_distributed
 from tests.prepared import make_prepared
 from tests.tiny_models import make_model
@@ -159,11 +160,30 @@ def test_another_layout_resumes_to_rounding(found: dict[str, Any], folder: Path,
 def test_metrics_hold_what_is_promised_once_per_step(found: dict[str, Any], folder: Path) -> None:
     steps = read_jsonl(folder / "cp2" / "metrics.jsonl")
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
-    promised = (
-        "loss po_loss solo_ra/loss solo_ra/gap_abs solo_ra/gap_signed rewards/chosen rewards/rejected rewards/margins "
-        "rewards/accuracies rewards/chosen_long logps/chosen logps/rejected logps/chosen_long grad_norm learning_rate "
-        "num_triplets num_tokens pack_fill step_time tokens_per_second mfu peak_memory_bytes"
-    ).split()
+    promised = [
+        "loss",
+        "po_loss",
+        "solo_ra/loss",
+        "solo_ra/gap_abs",
+        "solo_ra/gap_signed",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "rewards/chosen_long",
+        "logps/chosen",
+        "logps/rejected",
+        "logps/chosen_long",
+        "grad_norm",
+        "learning_rate",
+        "num_triplets",
+        "num_tokens",
+        "pack_fill",
+        "step_time",
+        "tokens_per_second",
+        "mfu",
+        "peak_memory_bytes",
+    ]
     for step in steps:
         assert set(promised) <= set(step)
         assert step["num_triplets"] == 4 and 0 < step["pack_fill"] <= 1 and step["peak_memory_bytes"] > 1e6
