@@ -26,9 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `megatron-solopo` and `python -m megatron_solopo`."""
     _quiet_libraries()
     try:
-        cli.main(args=arguments, prog_name="megatron-solopo", standalone_mode=False)
-    except click.exceptions.Exit as exit_:
-        sys.exit(exit_.exit_code)
+        code = cli.main(args=arguments, prog_name="megatron-solopo", standalone_mode=False)
+        if code:
+            sys.exit(code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

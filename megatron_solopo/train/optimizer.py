@@ -52,11 +52,8 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
     )
 
 
-def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, max_steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up, then the chosen decay down to `min_lr` at `max_steps`.
-
-    Raises ValueError if the warm-up or the minimum does not fit.
-    """
+def check_schedule(config: OptimizerConfig, max_steps: int) -> None:
+    """Raise ValueError if the warm-up or the minimum learning rate does not fit the run."""
     if config.lr_warmup_iters >= max_steps:
         raise ValueError(
             f"optimizer.lr_warmup_iters={config.lr_warmup_iters} must be below the run's {max_steps} steps "
@@ -64,6 +61,10 @@ def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, max_s
         )
     if config.min_lr > config.lr:
         raise ValueError(f"optimizer.min_lr={config.min_lr} must not exceed optimizer.lr={config.lr}")
+
+
+def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, max_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up, then the chosen decay down to `min_lr` at `max_steps`; see `check_schedule` for what is legal."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

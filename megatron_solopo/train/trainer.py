@@ -29,6 +29,7 @@ from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
 from megatron_solopo.train.metrics import Metrics, MetricsWriter, reduce_over_ranks, reduce_sums
+from megatron_solopo.train.optimizer import check_schedule
 from megatron_solopo.train.plot import plot_metrics
 from megatron_solopo.train.policy import StepResult, build_policy
 from megatron_solopo.train.reference import reference_logprobs
@@ -86,6 +87,7 @@ class Trainer:
             **packing,
         )
         self.max_steps = _max_steps(config, len(splits.datasets["train"]))
+        check_schedule(config.optimizer, self.max_steps)
         resumed = latest_checkpoint(self.checkpoints) if config.checkpoint.resume else None
         self.step = self._resume_state(resumed)
         references: dict[str, Any] = {}

@@ -21,6 +21,8 @@ from tests.distributed import run_distributed
 from tests.prepared import make_prepared
 from tests.tiny_models import make_model
 
+pytestmark = pytest.mark.parity
+
 STEPS, SAVED = 6, 3
 TP2 = {"tensor_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
