@@ -186,7 +186,7 @@ class CheckpointConfig(_Section):
     save_steps: PositiveInt | None = None
     """Save every this many steps, and at the end; null: only at the end."""
     resume: bool = True
-    """Continue from `<run_dir>/checkpoints/latest` where it exists."""
+    """Continue from `<run_dir>/checkpoints/latest` where it exists; false: refuse a directory that holds a run."""
 
 
 class LoggingConfig(_Section):
@@ -212,3 +212,8 @@ class Config(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def reference_cache(self) -> Path:
+        """Where the reference log-probs are kept."""
+        return self.reference.cache or self.run_dir / "reference"

@@ -131,6 +131,21 @@ def test_solopo_on_plain_pairs_is_refused(world: Path, tmp_path: Path, capsys: p
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1
 
 
+def test_nothing_of_the_users_is_overwritten(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    precious = tmp_path / "cache"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("...")
+    config = ["train", "--config", str(world / "config.yaml"), f"run_dir={tmp_path / 'run'}"]
+    assert "reference.cache" in fails(capsys, *config, f"reference.cache={precious}")
+    assert [path.name for path in precious.iterdir()] == ["thesis.tex"]
+    main(config)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "checkpoint.resume=false" in fails(capsys, *config, "checkpoint.resume=false")
+    main(config)  # all steps are done: nothing to do, nothing lost
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert "continuing" in capsys.readouterr().out
+
+
 BAD_LINES = {
     "missing field": (b'{"id": "a", "prompt_short": "w1", "prompt_long": "w2 w3", "chosen": "w4"}', "rejected"),
     "empty response": (

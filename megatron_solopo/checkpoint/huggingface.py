@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, rules, to_megatron
+from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, rules, to_huggingface, to_megatron
 from megatron_solopo.files import sampled_sha256, sha256_file, sha256_json
 from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.model.head import ResponseModel
@@ -22,18 +22,37 @@ class SafetensorsDirectory:
     """The tensors of a Hugging Face directory, read one at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError if there are no safetensors weights or a shard is missing or damaged."""
+        """Raises ValueError if there are no safetensors weights, or if the index or a shard is missing or damaged."""
         self.path = path
         self.files = self._locate()
 
     def _locate(self) -> dict[str, str]:
         if (self.path / _INDEX).is_file():
-            index: dict[str, str] = json.loads((self.path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            return index
+            return self._checked_index()
         if not (self.path / _SINGLE).is_file():
             raise ValueError(f"{self.path}: holds neither {_SINGLE} nor {_INDEX}; model weights must be safetensors")
-        with self._open(_SINGLE) as shard:
-            return dict.fromkeys(shard.keys(), _SINGLE)
+        return dict.fromkeys(self._names_in(_SINGLE), _SINGLE)
+
+    def _checked_index(self) -> dict[str, str]:
+        """The index's tensors by shard; every shard is opened, as most tensors are read only after long work."""
+        file = self.path / _INDEX
+        try:
+            index: dict[str, str] = json.loads(file.read_bytes())["weight_map"]
+            shards = set(index.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file}: not an index of safetensors shards: {type(error).__name__}: {error}; "
+                'expected a JSON object whose "weight_map" maps tensors to files'
+            ) from None
+        held = {shard: self._names_in(shard) for shard in shards}
+        for name, shard in index.items():
+            if name not in held[shard]:
+                raise ValueError(f"{file}: says that {shard} holds {name}, which it does not")
+        return index
+
+    def _names_in(self, file: str) -> set[str]:
+        with self._open(file) as shard:
+            return set(shard.keys())
 
     def _open(self, file: str) -> safe_open:
         try:
@@ -62,16 +81,20 @@ def load_weights(chunks: Sequence[ResponseModel], architecture: Architecture, pa
         for name, parameter in global_parameters(chunk):
             rule = table[name]
             tensors = [source.read(each) for each in rule.huggingface]
-            value = to_megatron(
-                rule, architecture, tensors, rank=group.rank(), size=group.size(), padded_vocab=padded_vocab
-            )
-            if value.shape != parameter.shape:
-                raise ValueError(
-                    f"{path}: {' + '.join(rule.huggingface)} gives shape {tuple(value.shape)}, "
-                    f"but config.json asks for {tuple(parameter.shape)} in {name}"
-                )
+            # Checked before fusing, which could make the right shape of wrong ones.
+            expected = to_huggingface(rule, architecture, [parameter.detach().to("meta")] * group.size())
+            for each, tensor, wanted in zip(rule.huggingface, tensors, expected, strict=True):
+                if tensor.shape != wanted.shape:
+                    raise ValueError(
+                        f"{path}: {each} has shape {tuple(tensor.shape)}, "
+                        f"but config.json asks for {tuple(wanted.shape)}"
+                    )
             with torch.no_grad():
-                parameter.copy_(value)
+                parameter.copy_(
+                    to_megatron(
+                        rule, architecture, tensors, rank=group.rank(), size=group.size(), padded_vocab=padded_vocab
+                    )
+                )
 
 
 def global_parameters(chunk: ResponseModel) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -4,6 +4,9 @@ Everything is derived from the config, rotary frequencies by transformers' own c
 cannot reproduce exactly is refused by name rather than approximated.
 """
 
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,15 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_COUNTS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -50,15 +62,18 @@ def read_architecture(path: Path) -> Architecture:
     Raises ValueError naming the file, the offending field and the supported values.
     """
     file = path / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; model.path must be a Hugging Face model directory")
-    try:
+    _check_model_type(file)
+    with _named_errors(file):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{file}: transformers cannot read it: {' '.join(str(error).split())[:300]}") from None
     _refuse_unsupported(config, file)
-    rotary = LlamaRotaryEmbedding(config)
+    with _named_errors(file):
+        rotary = LlamaRotaryEmbedding(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if 2 * len(rotary.inv_freq) != head_dim:
+        raise ValueError(
+            f"{file}: {len(rotary.inv_freq)} rotary frequencies do not rotate head_dim={head_dim} whole; "
+            "supported: partial_rotary_factor 1.0"
+        )
     return Architecture(
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,
@@ -78,12 +93,30 @@ def read_architecture(path: Path) -> Architecture:
     )
 
 
+def _check_model_type(file: Path) -> None:
+    """Refuse what is no config of a supported model, before transformers looks for the code of an unknown one."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; model.path must be a Hugging Face model directory")
+    try:
+        fields = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from None
+    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"{file}: model_type={model_type!r} is not supported; supported: {_listed(MODEL_TYPES)}")
+
+
+@contextmanager
+def _named_errors(file: Path) -> Iterator[None]:
+    """Turn whatever transformers raises for a bad field (its checks share no base class) into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{file}: transformers cannot read it: {' '.join(str(error).split())[:300]}") from None
+
+
 def _refuse_unsupported(config: Any, file: Path) -> None:
-    if config.model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"{file}: model_type={config.model_type!r} is not supported; supported: {_listed(MODEL_TYPES)}"
-        )
-    rope_type = config.rope_parameters["rope_type"]
+    rope_type = config.rope_parameters.get("rope_type")
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"{file}: rope_type={rope_type!r} is not supported; supported: {_listed(ROPE_TYPES)}")
     required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
@@ -96,7 +129,23 @@ def _refuse_unsupported(config: Any, file: Path) -> None:
             f"{file}: sliding_window={config.sliding_window} is not supported; supported: null "
             "(long-context alignment needs full attention)"
         )
+    other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if other_layers:
+        raise ValueError(
+            f"{file}: layer_types={_listed(sorted(other_layers))} is not supported; supported: full_attention"
+        )
+    _refuse_impossible(config, file)
 
 
-def _listed(names: tuple[str, ...]) -> str:
+def _refuse_impossible(config: Any, file: Path) -> None:
+    for field in _COUNTS:
+        count = getattr(config, field)
+        if count is not None and count < 1:
+            raise ValueError(f"{file}: {field}={count} must be at least 1")
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if groups and heads % groups:
+        raise ValueError(f"{file}: num_key_value_heads={groups} must divide num_attention_heads={heads}")
+
+
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(names)

@@ -45,9 +45,10 @@ class MetricsWriter:
         """Continue after `first_step` - 1: later lines of an interrupted run are dropped, as they will be run again."""
         self.path = run_dir / "metrics.jsonl"
         _keep_before(self.path, first_step)
-        self._sinks = [_tensorboard(run_dir)] if logging.tensorboard else []
+        self._sinks = [_tensorboard(run_dir, first_step)] if logging.tensorboard else []
         if logging.wandb_project:
             self._sinks.append(_wandb(run_dir, logging.wandb_project, config))
+        _say(f"{'continuing' if first_step > 1 else 'starting'} {run_dir} at step {first_step}")
         self._started = time.monotonic()
         self._first_step = first_step
 
@@ -60,8 +61,7 @@ class MetricsWriter:
             sink(step, {name: value for name, value in metrics.items() if value is not None and name != "step"})
         done = step - self._first_step + 1
         remaining = (time.monotonic() - self._started) / done * (total_steps - step)
-        sys.stdout.write(console_line(metrics, total_steps, remaining) + "\n")
-        sys.stdout.flush()
+        _say(console_line(metrics, total_steps, remaining))
 
 
 def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -> str:
@@ -81,6 +81,11 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
     return " | ".join(parts)
 
 
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def _keep_before(path: Path, first_step: int) -> None:
     if path.is_file():
         kept = [metrics for metrics in read_jsonl(path) if metrics["step"] < first_step]
@@ -88,10 +93,10 @@ def _keep_before(path: Path, first_step: int) -> None:
             temporary.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
 
 
-def _tensorboard(run_dir: Path) -> Any:
+def _tensorboard(run_dir: Path, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(run_dir / "tensorboard"))
+    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

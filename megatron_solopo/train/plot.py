@@ -10,10 +10,12 @@ from megatron_solopo.train.metrics import Metrics
 matplotlib.use("Agg")
 
 _PANELS = {
-    "loss": ("loss", "po_loss", "solo_ra/loss", "eval_loss"),
+    "loss": ("loss", "po_loss", "eval_loss"),
     "reward": ("rewards/chosen", "rewards/rejected", "rewards/chosen_long"),
+    "reward gap, short minus long": ("solo_ra/gap_abs", "solo_ra/gap_signed", "eval_solo_ra/gap_abs"),
     "reward accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
     "gradient norm": ("grad_norm",),
+    "tokens per second": ("tokens_per_second",),
 }
 
 
@@ -21,7 +23,7 @@ def plot_metrics(metrics: list[Metrics], path: Path) -> None:
     """Draw losses, rewards, accuracy and gradient norm over the steps into a PNG."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 7), layout="constrained")
     for axis, (title, names) in zip(axes.flat, _PANELS.items(), strict=True):
         for name in names:
             points = [(each["step"], each[name]) for each in metrics if name in each]
@@ -32,7 +34,8 @@ def plot_metrics(metrics: list[Metrics], path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:  # short_po and long_po have no gap
+            axis.legend()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)

@@ -7,7 +7,6 @@ The numbers do not depend on TP, PP, CP or packing, so a cache made under one la
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,20 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_solopo.checkpoint.huggingface import weights_fingerprint
 from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
-from megatron_solopo.data.loader import GlobalBatch, sequential_batches
 from megatron_solopo.files import atomic_path, write_json
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.batches import single_pass
 from megatron_solopo.train.policy import load_model
 from megatron_solopo.train.splits import Splits
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, run_schedule
 
 _MANIFEST = "manifest.json"
-_TRIPLETS_PER_RANK = 16
 
 
 def reference_logprobs(
@@ -41,10 +38,10 @@ def reference_logprobs(
 
     Raises ValueError naming what differs if the cache was made for other data, weights or precision.
     """
-    cache = config.reference.cache or config.run_dir / "reference"
+    cache = config.reference_cache
     expected = _dependencies(config, splits)
-    if overwrite or not (cache / _MANIFEST).is_file():
-        dist.barrier()  # no rank may still be looking for the manifest when rank 0 writes it
+    if overwrite or not _on_rank_0((cache / _MANIFEST).is_file(), topology):
+        _check_replaceable(cache)
         computed = _compute(config, splits, topology)
         if dist.get_rank() == 0:
             _write(cache, expected, splits, computed)
@@ -52,6 +49,19 @@ def reference_logprobs(
         return computed
     _check(cache, expected)
     return {name: _read(cache, name, dataset, expected["roles"]) for name, dataset in splits.datasets.items()}
+
+
+def _check_replaceable(cache: Path) -> None:
+    """Refuse to write over anything but a cache."""
+    if cache.is_file() or (cache.is_dir() and any(cache.iterdir()) and not (cache / _MANIFEST).is_file()):
+        raise ValueError(f"{cache}: holds other files, and would be replaced; set reference.cache to another directory")
+
+
+def _on_rank_0(found: bool, topology: Topology) -> bool:
+    """What rank 0 sees: on a shared file system the ranks need not agree, and one that computes alone would wait."""
+    seen = torch.tensor(found, dtype=torch.int, device=topology.device)
+    dist.broadcast(seen, 0)
+    return bool(seen)
 
 
 def _dependencies(config: Config, splits: Splits) -> dict[str, Any]:
@@ -88,7 +98,7 @@ def _score(
     roles = required_roles(config.objective)
     logps = torch.zeros(len(dataset), len(roles), device=topology.device)
     visits = torch.zeros(len(dataset), device=topology.device)
-    for batch in _batches(config, dataset, roles, topology, split):
+    for batch in single_pass(config, dataset, topology, f"reference {split}"):
         with torch.no_grad():
             reports = run_schedule(chunks, batch.packs, logprob_report(topology), topology, forward_only=True)
         for pack, counted, report in zip(batch.packs, batch.counted, reports, strict=bool(reports)):
@@ -100,26 +110,6 @@ def _score(
         dist.broadcast(values, topology.last_stage_rank, group=topology.pipeline_group)
     assert bool((visits == 1).all()), "every triplet is scored exactly once"
     return ReferenceLogprobs(roles, logps.cpu())
-
-
-def _batches(
-    config: Config, dataset: TripletDataset, roles: tuple[str, ...], topology: Topology, split: str
-) -> Iterator[GlobalBatch]:
-    ranks = topology.data_group.size()
-    chunk_size = _TRIPLETS_PER_RANK * ranks
-    batches = sequential_batches(
-        dataset,
-        roles,
-        chunk_size=chunk_size,
-        sequence_multiple=topology.sequence_multiple,
-        max_tokens_per_pack=config.data.max_tokens_per_pack,
-        max_triplets_per_pack=config.data.max_triplets_per_pack,
-        dp_rank=topology.data_group.rank(),
-        dp_size=ranks,
-        packs_multiple=topology.packs_multiple,
-    )
-    total = -(-len(dataset) // chunk_size)
-    return iter(tqdm(batches, f"reference {split}", total, unit="batch", disable=dist.get_rank() != 0))
 
 
 def _write(cache: Path, dependencies: dict[str, Any], splits: Splits, computed: dict[str, ReferenceLogprobs]) -> None:

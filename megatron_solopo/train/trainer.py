@@ -20,13 +20,14 @@ from megatron_solopo.checkpoint.distributed import (
 )
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import save_config
-from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, sequential_batches
+from megatron_solopo.data.loader import GlobalBatch
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model.build import check_layout
-from megatron_solopo.objective import metric_names, required_roles
+from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.batches import single_pass, training_batches
 from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
 from megatron_solopo.train.metrics import Metrics, MetricsWriter, reduce_over_ranks, reduce_sums
 from megatron_solopo.train.optimizer import check_schedule
@@ -60,7 +61,7 @@ def precompute_reference(config: Config, *, overwrite: bool) -> Path:
         reference_logprobs(config, splits, topology, overwrite=overwrite)
     finally:
         process_groups.destroy(topology)
-    return config.reference.cache or config.run_dir / "reference"
+    return config.reference_cache
 
 
 def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
@@ -78,17 +79,10 @@ class Trainer:
         self.config, self.architecture, self.topology, self.splits = config, architecture, topology, splits
         self.names = metric_names(config.objective)
         self.checkpoints = config.run_dir / "checkpoints"
-        packing = self._packing()
-        self.loader = GlobalBatchLoader(
-            splits.datasets["train"],
-            required_roles(config.objective),
-            global_batch_size=config.training.global_batch_size,
-            seed=config.seed,
-            **packing,
-        )
+        self.loader = training_batches(config, splits.datasets["train"], topology)
         self.max_steps = _max_steps(config, len(splits.datasets["train"]))
         check_schedule(config.optimizer, self.max_steps)
-        resumed = latest_checkpoint(self.checkpoints) if config.checkpoint.resume else None
+        resumed = self._checkpoint_to_resume()
         self.step = self._resume_state(resumed)
         references: dict[str, Any] = {}
         if config.objective.needs_reference:
@@ -150,28 +144,12 @@ class Trainer:
     def _evaluate(self) -> Metrics:
         """Mean metrics over the whole held-out split, under the prefix `eval_`."""
         dataset = self.splits.datasets["eval"]
-        batches = sequential_batches(
-            dataset,
-            required_roles(self.config.objective),
-            chunk_size=self.config.training.global_batch_size,
-            **self._packing(),
-        )
         reports = []
-        for batch in batches:
+        for batch in single_pass(self.config, dataset, self.topology, "evaluation"):
             found = self.policy.evaluate(batch.packs, self.losses["eval"], self.topology)
             reports += [report for report, counted in zip(found, batch.counted, strict=bool(found)) if counted]
         sums = reduce_sums(reports, len(self.names), self.topology)
         return {f"eval_{name}": total / len(dataset) for name, total in zip(self.names, sums, strict=True)}
-
-    def _packing(self) -> dict[str, Any]:
-        return {
-            "sequence_multiple": self.topology.sequence_multiple,
-            "max_tokens_per_pack": self.config.data.max_tokens_per_pack,
-            "max_triplets_per_pack": self.config.data.max_triplets_per_pack,
-            "dp_rank": self.topology.data_group.rank(),
-            "dp_size": self.topology.data_group.size(),
-            "packs_multiple": self.topology.packs_multiple,
-        }
 
     def _due(self, every: int | None) -> bool:
         return every is not None and (self.step % every == 0 or self.step == self.max_steps)
@@ -183,6 +161,15 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
         }
         save_checkpoint(self.checkpoints, self.step, self.policy.chunks, self.policy.optimizer, state)
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        latest = latest_checkpoint(self.checkpoints)
+        if latest is not None and not self.config.checkpoint.resume:
+            raise ValueError(
+                f"{self.config.run_dir}: holds a run with checkpoints, which checkpoint.resume=false would overwrite; "
+                "set run_dir to another directory"
+            )
+        return latest
 
     def _resume_state(self, checkpoint: Path | None) -> int:
         """Put the loader where the checkpoint left it; returns the steps already done."""

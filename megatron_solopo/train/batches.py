@@ -1,0 +1,47 @@
+"""Global batches of a run: the data room's loaders, for this rank's place and this run's budget."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_solopo.config import Config
+from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, sequential_batches
+from megatron_solopo.objective import required_roles
+from megatron_solopo.parallel.topology import Topology
+
+_SINGLE_PASS_TRIPLETS_PER_RANK = 16
+
+
+def training_batches(config: Config, dataset: TripletDataset, topology: Topology) -> GlobalBatchLoader:
+    """Endless shuffled global batches; raises ValueError where data, batch and budget do not fit."""
+    return GlobalBatchLoader(
+        dataset,
+        required_roles(config.objective),
+        global_batch_size=config.training.global_batch_size,
+        seed=config.seed,
+        **_packing(config, topology),
+    )
+
+
+def single_pass(config: Config, dataset: TripletDataset, topology: Topology, label: str) -> Iterator[GlobalBatch]:
+    """Every triplet once, with a progress bar named `label` on rank 0; some packs may not be `counted`."""
+    chunk_size = _SINGLE_PASS_TRIPLETS_PER_RANK * topology.data_group.size()
+    batches = sequential_batches(
+        dataset, required_roles(config.objective), chunk_size=chunk_size, **_packing(config, topology)
+    )
+    total = -(-len(dataset) // chunk_size)
+    yield from tqdm(batches, label, total, unit="batch", leave=False, disable=dist.get_rank() != 0)
+
+
+def _packing(config: Config, topology: Topology) -> dict[str, Any]:
+    return {
+        "sequence_multiple": topology.sequence_multiple,
+        "max_tokens_per_pack": config.data.max_tokens_per_pack,
+        "max_triplets_per_pack": config.data.max_triplets_per_pack,
+        "dp_rank": topology.data_group.rank(),
+        "dp_size": topology.data_group.size(),
+        "packs_multiple": topology.packs_multiple,
+    }
