@@ -140,10 +140,11 @@ def test_nothing_of_the_users_is_overwritten(world: Path, tmp_path: Path, capsys
     assert [path.name for path in precious.iterdir()] == ["thesis.tex"]
     main(config)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    capsys.readouterr()
     assert "checkpoint.resume=false" in fails(capsys, *config, "checkpoint.resume=false")
     main(config)  # all steps are done: nothing to do, nothing lost
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-    assert "continuing" in capsys.readouterr().out
+    assert "all 1 steps are done" in capsys.readouterr().out
 
 
 BAD_LINES = {

@@ -41,18 +41,23 @@ def reduce_over_ranks(values: Sequence[float], operation: Any, topology: Topolog
 class MetricsWriter:
     """Writes on rank 0: `metrics.jsonl`, TensorBoard, W&B if asked for, and one console line per step."""
 
-    def __init__(self, run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any], *, first_step: int) -> None:
+    def __init__(
+        self, run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any], *, first_step: int, total_steps: int
+    ) -> None:
         """Continue after `first_step` - 1: later lines of an interrupted run are dropped, as they will be run again."""
         self.path = run_dir / "metrics.jsonl"
         _keep_before(self.path, first_step)
         self._sinks = [_tensorboard(run_dir, first_step)] if logging.tensorboard else []
         if logging.wandb_project:
             self._sinks.append(_wandb(run_dir, logging.wandb_project, config))
-        _say(f"{'continuing' if first_step > 1 else 'starting'} {run_dir} at step {first_step}")
+        self._total_steps = total_steps
+        begins = "continuing" if first_step > 1 else "starting"
+        finished = first_step > total_steps
+        _say(f"{run_dir}: all {total_steps} steps are done" if finished else f"{begins} {run_dir} at step {first_step}")
         self._started = time.monotonic()
         self._first_step = first_step
 
-    def write(self, metrics: Metrics, total_steps: int) -> None:
+    def write(self, metrics: Metrics) -> None:
         """Record one step; `metrics` holds `step`."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics) + "\n")
@@ -60,8 +65,8 @@ class MetricsWriter:
         for sink in self._sinks:
             sink(step, {name: value for name, value in metrics.items() if value is not None and name != "step"})
         done = step - self._first_step + 1
-        remaining = (time.monotonic() - self._started) / done * (total_steps - step)
-        _say(console_line(metrics, total_steps, remaining))
+        remaining = (time.monotonic() - self._started) / done * (self._total_steps - step)
+        _say(console_line(metrics, self._total_steps, remaining))
 
 
 def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -> str:

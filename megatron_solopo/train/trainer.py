@@ -103,7 +103,7 @@ class Trainer:
             if self._due(self.config.training.eval_steps):
                 metrics |= self._evaluate()
             if writer is not None:
-                writer.write(metrics, self.max_steps)
+                writer.write(metrics)
             if self._due(self.config.checkpoint.save_steps) or self.step == self.max_steps:
                 self._save()
         if writer is not None:
@@ -192,7 +192,11 @@ class Trainer:
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(self.config, self.config.run_dir / "config.yaml")
         return MetricsWriter(
-            self.config.run_dir, self.config.logging, self.config.model_dump(mode="json"), first_step=self.step + 1
+            self.config.run_dir,
+            self.config.logging,
+            self.config.model_dump(mode="json"),
+            first_step=self.step + 1,
+            total_steps=self.max_steps,
         )
 
 
