@@ -1,0 +1,103 @@
+"""The CPU meaning of torch.cuda: asked for by name, complete enough for Megatron-Core, out of everyone else's way."""
+
+import pytest
+import torch
+
+from megatron_solopo.parallel import cpu
+
+on_cpu = pytest.mark.skipif(not cpu.is_cpu(), reason="torch.cuda is not adapted where there is CUDA")
+FACTORIES = [
+    ("zeros", (2,)),
+    ("ones", (2,)),
+    ("empty", (2,)),
+    ("tensor", ([1.0, 2.0],)),
+    ("full", ((2,), 3.0)),
+    ("arange", (2,)),
+    ("rand", (2,)),
+    ("randn", (2,)),
+    ("randint", (5, (2,))),
+    ("zeros_like", (torch.zeros(2),)),
+    ("ones_like", (torch.zeros(2),)),
+    ("empty_like", (torch.zeros(2),)),
+    ("as_tensor", ([1.0, 2.0],)),
+]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "has_cuda", "expected"),
+    [(None, False, True), (None, True, False), ("", True, False), ("cpu", False, True), ("cpu", True, True)]
+    + [("cuda", True, False)],
+)
+def test_the_device_is_the_one_asked_for_or_else_cuda(monkeypatch, wanted, has_cuda, expected) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.delenv(cpu.DEVICE_VARIABLE, raising=False)
+    if wanted is not None:
+        monkeypatch.setenv(cpu.DEVICE_VARIABLE, wanted)
+    assert cpu.is_cpu() is expected
+
+
+@pytest.mark.parametrize("wanted", ["gpu", "CPU", "cuda:0", "0"])
+def test_another_device_is_refused_by_name(monkeypatch, wanted) -> None:
+    monkeypatch.setenv(cpu.DEVICE_VARIABLE, wanted)
+    with pytest.raises(ValueError, match=f"MEGATRON_SOLOPO_DEVICE='{wanted}': expected cpu or cuda"):
+        cpu.is_cpu()
+
+
+def test_cuda_where_there_is_none_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv(cpu.DEVICE_VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="MEGATRON_SOLOPO_DEVICE=cuda, but torch .* finds no CUDA device; unset it"):
+        cpu.is_cpu()
+
+
+@on_cpu
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda", 0), torch.cuda.current_device()], ids=str)
+@pytest.mark.parametrize(("name", "arguments"), FACTORIES, ids=[name for name, _ in FACTORIES])
+def test_a_factory_takes_a_cuda_device_for_the_cpu(name, arguments, device) -> None:
+    made = getattr(torch, name)(*arguments, device=device)
+    assert made.device.type == "cpu" and made.shape == (2,)
+
+
+@on_cpu
+def test_every_adapted_factory_is_tested() -> None:
+    assert {name for name, _ in FACTORIES} == set(cpu._FACTORIES)
+
+
+@on_cpu
+@pytest.mark.parametrize(("name", "arguments"), FACTORIES, ids=[name for name, _ in FACTORIES])
+def test_the_meta_device_still_works(name, arguments) -> None:
+    assert getattr(torch, name)(*arguments, device="meta").is_meta
+    with torch.device("meta"):
+        # What is made like another tensor goes where that one is.
+        assert getattr(torch, name)(*arguments).is_meta is not name.endswith("_like")
+        assert torch.nn.Linear(2, 3).weight.is_meta
+    assert getattr(torch, name)(*arguments).device.type == "cpu"
+
+
+@on_cpu
+def test_streams_events_and_seeds_do_what_the_cpu_does() -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        event = torch.cuda.current_stream().record_event()
+    assert event.query() and torch.cuda.device_count() == 1
+    torch.cuda.manual_seed(3)
+    state, first = torch.cuda.get_rng_state(), torch.rand(4)
+    assert torch.equal(first, torch.rand(4, generator=torch.Generator().manual_seed(3)))
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(4), first)
+
+
+@on_cpu
+def test_a_tensor_moves_nowhere_and_casts_as_before() -> None:
+    value = torch.ones(2)
+    assert value.cuda() is value and value.type() == "torch.cuda.FloatTensor"
+    assert value.type(torch.float64).dtype is torch.float64
+
+
+@on_cpu
+def test_adapting_again_changes_nothing() -> None:
+    def current() -> list[object]:
+        return [torch.zeros, torch.cuda.Stream, torch.cuda.current_device, torch.Tensor.type, torch.Tensor.cuda]
+
+    before = current()
+    cpu.adapt_if_needed()
+    assert all(now is then for now, then in zip(current(), before, strict=True))

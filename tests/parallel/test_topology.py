@@ -1,0 +1,84 @@
+"""Where a rank stands among the others, and which world sizes are refused."""
+
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_solopo.config import ParallelConfig
+from megatron_solopo.parallel import topology
+from tests.ranks import layout, two_ranks
+
+TP2, CP2, PP2 = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "context", "pipeline_model"))
+VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
+LAYOUTS: dict[str, dict[str, Any]] = {"dp2": {}, "tp2": TP2, "cp2": CP2, "pp2": PP2, "vpp2": VPP2}
+
+
+def on_two_ranks() -> dict[str, Any]:
+    """What each layout says about this rank."""
+    return {name: describe(sizes) for name, sizes in LAYOUTS.items()}
+
+
+def describe(sizes: dict[str, Any]) -> dict[str, Any]:
+    with layout(**sizes) as groups:
+        return {
+            "sequence_multiple": groups.sequence_multiple,
+            "packs_multiple": groups.packs_multiple,
+            "is_last_stage": groups.is_last_stage,
+            "last_stage_rank": groups.last_stage_rank,
+            "data_size": groups.data_group.size(),
+        }
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dp2", {"sequence_multiple": 2, "packs_multiple": 1, "data_size": 2}),
+        ("tp2", {"sequence_multiple": 4, "packs_multiple": 1, "data_size": 1}),
+        ("cp2", {"sequence_multiple": 4, "packs_multiple": 1, "data_size": 1}),
+        ("pp2", {"sequence_multiple": 2, "packs_multiple": 1, "data_size": 1}),
+        ("vpp2", {"sequence_multiple": 2, "packs_multiple": 2, "data_size": 1}),
+    ],
+)
+def test_sequences_and_packs_come_in_the_layouts_multiples(name, expected) -> None:
+    for found in two_ranks(__name__):
+        assert {key: found[name][key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_last_stage_computes_the_loss(name) -> None:
+    found = [rank[name] for rank in two_ranks(__name__)]
+    is_pipelined = "pp" in name
+    assert [rank["is_last_stage"] for rank in found] == ([False, True] if is_pipelined else [True, True])
+    assert [rank["last_stage_rank"] for rank in found] == ([1, 1] if is_pipelined else [0, 1])
+
+
+def test_one_process_makes_its_own_world_and_ends_it() -> None:
+    with layout() as groups:
+        assert groups.owns_world and dist.get_world_size() == 1
+        assert groups.is_last_stage and groups.sequence_multiple == 2
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), [(1, {}), (3, {}), (4, TP2), (8, TP2 | CP2 | PP2), (6, VPP2)])
+def test_a_world_of_whole_replicas_is_accepted(world_size, sizes) -> None:
+    topology.check_world_size(ParallelConfig(**sizes), world_size)
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), [(1, TP2), (3, CP2), (12, TP2 | CP2 | PP2), (6, TP2 | PP2)])
+def test_another_world_size_is_refused_with_sizes_and_keys(world_size, sizes) -> None:
+    config = ParallelConfig(**sizes)
+    with pytest.raises(ValueError) as error:
+        topology.check_world_size(config, world_size)
+    message = str(error.value)
+    assert message.startswith(f"{world_size} processes") and "\n" not in message
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        assert f"{key}={getattr(config, key)}" in message
+    assert f"= {config.model_parallel_size} must divide them; launch a multiple of" in message
+
+
+def test_a_wrong_world_size_is_refused_before_any_process_waits(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes, but"):
+        topology.initialize(ParallelConfig(**TP2), seed=1)
+    assert not dist.is_initialized()
