@@ -52,7 +52,7 @@ class DataConfig(_Section):
     path: _Path
     """Directory written by `megatron-solopo data prepare`."""
     max_tokens_per_pack: PositiveInt
-    """Token budget of one pack (micro-batch), counted after the per-sequence padding."""
+    """Token budget of one pack (micro-batch), counted after the per-sequence padding and before it is cut for CP."""
     max_triplets_per_pack: PositiveInt | None = None
     """Upper bound on the triplets of one pack; 1 turns packing off."""
 

@@ -17,8 +17,8 @@ _MODULES = (
     "tests.parallel.test_topology",
     "tests.logprob.test_vocab_parallel",
     "tests.logprob.test_sequence",
-    # "tests.model.test_attention",
-    # "tests.model.test_head",
+    "tests.model.test_attention",
+    "tests.model.test_head",
 )
 
 

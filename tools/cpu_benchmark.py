@@ -28,6 +28,8 @@ import click
 import psutil
 from step_costs import HEADS, OBJECTIVES, Memory, Times, disagreement, measure_memory, measure_times
 
+from megatron_solopo.files import write_json
+
 AGREEMENT = 1e-4
 """Greatest relative difference of loss and gradient norms between the heads."""
 _PAIRS = ((1024, 4096), (2048, 4096), (1024, 8192))
@@ -60,7 +62,7 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / _GIB, 1),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "megatron-core": version("megatron-core"),
     }
 
@@ -112,7 +114,7 @@ def check_sizes(prompt_tokens: Sequence[int], pairs: Sequence[tuple[int, int]], 
 @click.option("--vocab-size", default=32000, show_default=True, help="Of the memory measurement.")
 @click.option("--pair", "pairs", type=(int, int), multiple=True, default=_PAIRS, show_default=True)
 @click.option("--response-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of each answer.")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Steps timed per objective.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Steps timed per objective.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
 def main(
     prompt_tokens: tuple[int, ...],
@@ -124,26 +126,25 @@ def main(
 ) -> None:
     """Measure, print tables, write JSON."""
     check_sizes(prompt_tokens, pairs, response_tokens, vocab_size)
-    where = environment()
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # what libraries tell each other, once per process
+    result = environment()
     work = [(measure_memory, head, tokens, response_tokens, vocab_size) for tokens in prompt_tokens for head in HEADS]
     work += [(measure_times, short, long, response_tokens, repeats) for short, long in pairs]
-    results = []
+    rows = []
     for number, (function, *arguments) in enumerate(work, start=1):
         started = time.monotonic()
-        results.append(in_fresh_process(function, *arguments))
+        rows.append(in_fresh_process(function, *arguments))
         seconds = time.monotonic() - started
         click.echo(f"[{number}/{len(work)}] {function.__name__}{tuple(arguments)}: {seconds:.0f} s", err=True)
-    memory, times = results[: -len(pairs)], results[-len(pairs) :]
-    worst = max(disagreement(*memory[first : first + 2]) for first in range(0, len(memory), 2))
-    where["load_average_after"] = os.getloadavg()[0]
-    click.echo("\n".join(f"{key}: {value}" for key, value in where.items()))
+    memory, times = rows[: -len(pairs)], rows[-len(pairs) :]
+    worst = max(disagreement(one, other) for one, other in zip(memory[::2], memory[1::2], strict=True))
+    result["load_average_after"] = os.getloadavg()[0]
+    click.echo("\n".join(f"{key}: {value}" for key, value in result.items()))
     click.echo(f"\n{memory_table(memory)}\n\nGreatest relative difference between the heads: {worst:.1e}\n")
     click.echo(times_table(times))
     if json_path:
-        write_json(
-            json_path,
-            where | {name: [asdict(row) for row in rows] for name, rows in (("memory", memory), ("times", times))},
-        )
+        result |= {"memory": [asdict(row) for row in memory], "times": [asdict(row) for row in times]}
+        write_json(json_path, result)
     if worst > AGREEMENT:
         raise click.ClickException(f"the heads disagree by {worst:.1e}, more than {AGREEMENT:.0e}")
 

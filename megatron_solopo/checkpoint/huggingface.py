@@ -34,17 +34,17 @@ class SafetensorsDirectory:
         return dict.fromkeys(self._names_in(_SINGLE), _SINGLE)
 
     def _checked_index(self) -> dict[str, str]:
-        """The index's tensors by shard; every shard is opened, as most tensors are read only after long work."""
+        """The index's shard of every tensor; all are opened here, so that a bad one is found before loading starts."""
         file = self.path / _INDEX
         try:
-            index: dict[str, str] = json.loads(file.read_bytes())["weight_map"]
-            shards = set(index.values())
+            weight_map = json.loads(file.read_bytes())["weight_map"]
+            index = {name: str(shard) for name, shard in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{file}: not an index of safetensors shards: {type(error).__name__}: {error}; "
                 'expected a JSON object whose "weight_map" maps tensors to files'
             ) from None
-        held = {shard: self._names_in(shard) for shard in shards}
+        held = {shard: self._names_in(shard) for shard in set(index.values())}
         for name, shard in index.items():
             if name not in held[shard]:
                 raise ValueError(f"{file}: says that {shard} holds {name}, which it does not")

@@ -25,8 +25,14 @@ FACTORIES = [
 
 @pytest.mark.parametrize(
     ("wanted", "has_cuda", "expected"),
-    [(None, False, True), (None, True, False), ("", True, False), ("cpu", False, True), ("cpu", True, True)]
-    + [("cuda", True, False)],
+    [
+        (None, False, True),
+        (None, True, False),
+        ("", True, False),
+        ("cpu", False, True),
+        ("cpu", True, True),
+        ("cuda", True, False),
+    ],
 )
 def test_the_device_is_the_one_asked_for_or_else_cuda(monkeypatch, wanted, has_cuda, expected) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
@@ -46,7 +52,7 @@ def test_another_device_is_refused_by_name(monkeypatch, wanted) -> None:
 def test_cuda_where_there_is_none_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv(cpu.DEVICE_VARIABLE, "cuda")
-    with pytest.raises(ValueError, match="MEGATRON_SOLOPO_DEVICE=cuda, but torch .* finds no CUDA device; unset it"):
+    with pytest.raises(ValueError, match=r"MEGATRON_SOLOPO_DEVICE=cuda, but torch .* finds no CUDA device; unset it"):
         cpu.is_cpu()
 
 

@@ -1,0 +1,112 @@
+"""Megatron checkpoints on one rank: what an interruption leaves behind, and what `latest` may name.
+
+Resuming under every parallel layout is covered by whole runs.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_solopo.checkpoint import distributed
+from megatron_solopo.checkpoint.distributed import (
+    latest_checkpoint,
+    load_checkpoint,
+    read_trainer_state,
+    save_checkpoint,
+)
+from megatron_solopo.config_file import parse_config
+from megatron_solopo.train.policy import Policy, build_policy
+from tests.ranks import layout
+from tests.tiny_models import make_model
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Policy]:
+    path = make_model(tmp_path_factory.mktemp("model"), "qwen2_tied")
+    config = parse_config(
+        {
+            "run_dir": "unused",
+            "model": {"path": path},
+            "data": {"path": "unused", "max_tokens_per_pack": 100},
+            "training": {"global_batch_size": 1},
+        },
+        source="test",
+    )
+    with layout() as groups:
+        policy = build_policy(config, groups, max_steps=10)
+        policy.optimizer.step()  # Adam's state is there from the first step on
+        yield policy
+
+
+def fill(policy: Policy, value: float) -> None:
+    with torch.no_grad():
+        for chunk in policy.chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(value)
+
+
+def values(policy: Policy) -> set[float]:
+    return {float(number) for chunk in policy.chunks for p in chunk.parameters() for number in p.detach().unique()}
+
+
+def save(policy: Policy, root: Path, step: int) -> Path:
+    return save_checkpoint(root, step, policy.chunks, policy.optimizer, {"seen": step * 4})
+
+
+class Interrupted(BaseException):
+    """Like Ctrl-C: no Exception."""
+
+
+def interrupted_save(*args: object, **kwargs: object) -> None:
+    (Path(str(args[1])) / "half.distcp").write_text("half")
+    raise Interrupted
+
+
+def test_a_checkpoint_brings_back_weights_and_state(policy: Policy, tmp_path: Path) -> None:
+    fill(policy, 0.25)
+    path = save(policy, tmp_path, 3)
+    fill(policy, 0.5)
+    assert latest_checkpoint(tmp_path) == path == tmp_path / "iter_0000003"
+    load_checkpoint(path, policy.chunks, policy.optimizer)
+    assert values(policy) == {0.25}
+    assert read_trainer_state(path) == {"seen": 12, "step": 3}
+
+
+def test_an_interrupted_checkpoint_leaves_the_one_before(policy, tmp_path, monkeypatch) -> None:
+    fill(policy, 0.25)
+    first = save(policy, tmp_path, 1)
+    fill(policy, 0.5)
+    for step in (2, 1):  # a new one, and the same one again
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(distributed.dist_checkpointing, "save", interrupted_save)
+            save(policy, tmp_path, step)
+        assert latest_checkpoint(tmp_path) == first
+        assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]
+    load_checkpoint(first, policy.chunks, None)
+    assert values(policy) == {0.25}
+
+
+def test_what_an_interruption_left_is_not_in_the_way(policy, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(distributed.dist_checkpointing, "save", interrupted_save)
+        save(policy, tmp_path, 2)
+    assert latest_checkpoint(tmp_path) is None
+    path = save(policy, tmp_path, 2)
+    assert latest_checkpoint(tmp_path) == path and not (path / "half.distcp").exists()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["iter_0000002", "latest"]
+
+
+def test_nothing_saved_yet_is_no_checkpoint(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None and latest_checkpoint(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("name", ["iter_0000009", "", "half"])
+def test_latest_must_name_a_complete_checkpoint(name: str, tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text(f"{name}\n")
+    (tmp_path / "half").mkdir()
+    with pytest.raises(ValueError) as error:
+        latest_checkpoint(tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'latest'}: names {tmp_path / name}") and "\n" not in message

@@ -1,0 +1,129 @@
+"""Where metrics go: one JSON line and one console line per step, once per step also after a resume."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_solopo.config import LoggingConfig
+from megatron_solopo.files import read_jsonl
+from megatron_solopo.train.metrics import Metrics, MetricsWriter, console_line, reduce_over_ranks, reduce_sums
+from tests.ranks import layout
+
+QUIET = LoggingConfig(tensorboard=False)
+
+
+def step_metrics(step: int, **changes: Any) -> Metrics:
+    """What a step of the plain objective reports."""
+    return {
+        "step": step,
+        "loss": 0.5 / step,
+        "rewards/chosen": 0.25,
+        "rewards/rejected": -1.5,
+        "rewards/accuracies": 0.75,
+        "grad_norm": 2.0,
+        "learning_rate": 1e-6,
+        "tokens_per_second": 12345.6,
+        "mfu": None,
+        **changes,
+    }
+
+
+def write(run_dir: Path, steps: list[Metrics], first_step: int = 1, logging: LoggingConfig = QUIET) -> None:
+    writer = MetricsWriter(run_dir, logging, {"seed": 1}, first_step=first_step)
+    for metrics in steps:
+        writer.write(metrics, total_steps=10)
+
+
+def test_each_step_is_one_line_as_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [step_metrics(1), step_metrics(2, eval_loss=0.125, **{"eval_rewards/accuracies": 0.5})]
+    write(tmp_path, steps)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == steps
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in printed] == ["step 1/10", "step 2/10"]
+
+
+@pytest.mark.parametrize("first_step", [1, 3, 4, 9])
+def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path, first_step: int) -> None:
+    write(tmp_path, [step_metrics(step) for step in range(1, 6)])
+    write(tmp_path, [step_metrics(first_step, loss=9.0)], first_step=first_step)
+    steps = read_jsonl(tmp_path / "metrics.jsonl")
+    assert steps == [step_metrics(step) for step in range(1, min(first_step, 6))] + [step_metrics(first_step, loss=9.0)]
+
+
+def test_what_is_no_number_can_still_be_read_back(tmp_path: Path) -> None:
+    """As NaN and Infinity, which Python writes and reads: a diverged run shows in its own metrics."""
+    odd = {"loss": math.nan, "grad_norm": math.inf, "rewards/rejected": -math.inf}
+    write(tmp_path, [step_metrics(1, **odd), step_metrics(2)])
+    write(tmp_path, [], first_step=3)  # rewritten by a resume
+    first, second = read_jsonl(tmp_path / "metrics.jsonl")
+    assert math.isnan(first["loss"]) and first["grad_norm"] == math.inf and first["rewards/rejected"] == -math.inf
+    assert second == step_metrics(2)
+
+
+def test_the_console_shows_signs_losses_and_time_to_go() -> None:
+    line = console_line(step_metrics(3), total_steps=12, remaining_seconds=3723.4)
+    assert line == (
+        "step 3/12 | loss 0.1667 | rewards +0.2500 -1.5000 accuracy 0.75 | grad 2.000 lr 1.00e-06 "
+        "| 12,346 tokens/s | ETA 1:02:03"
+    )
+
+
+def test_the_console_shows_alignment_and_evaluation_where_there_are_any() -> None:
+    more = {"po_loss": 0.7, "solo_ra/gap_abs": 0.1, "eval_loss": 0.6, "eval_rewards/accuracies": 0.5}
+    line = console_line(step_metrics(3, **more), total_steps=12, remaining_seconds=0)
+    assert "| po 0.7000 gap 0.1000 |" in line and "| eval loss 0.6000 accuracy 0.50 |" in line
+
+
+def test_time_to_go_counts_the_steps_of_this_run(tmp_path, capsys, monkeypatch) -> None:
+    clock = iter([100.0, 110.0])  # ten seconds for the first step after a resume
+    monkeypatch.setattr("megatron_solopo.train.metrics.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    write(tmp_path, [step_metrics(4)], first_step=4)
+    assert capsys.readouterr().out.endswith("ETA 0:01:00\n")
+
+
+def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path, [step_metrics(1), step_metrics(2)], logging=LoggingConfig(tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(step_metrics(1)) - {"step", "mfu"}
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_wandb_gets_the_config_and_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, Any] = {}
+    logged: list[tuple[int, dict[str, Any]]] = []
+
+    def start(**options: Any) -> Any:
+        started.update(options)
+        return SimpleNamespace(log=lambda values, step: logged.append((step, values)))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=start))
+    write(tmp_path, [step_metrics(1)], logging=LoggingConfig(tensorboard=False, wandb_project="solopo"))
+    assert started == {"project": "solopo", "dir": str(tmp_path), "config": {"seed": 1}}
+    assert logged == [(1, {name: v for name, v in step_metrics(1).items() if name not in ("step", "mfu")})]
+
+
+def test_wandb_that_is_missing_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes its import fail
+    with pytest.raises(ValueError) as error:
+        write(tmp_path, [], logging=LoggingConfig(tensorboard=False, wandb_project="solopo"))
+    message = str(error.value)
+    assert "logging.wandb_project=solopo" in message and "pip install" in message and "\n" not in message
+
+
+def test_sums_over_packs_and_ranks() -> None:
+    with layout() as groups:
+        reports = [torch.tensor([1.0, 2.0]), torch.tensor([0.1, -4.0])]
+        assert reduce_sums(reports, 2, groups) == pytest.approx([1.1, -2.0])
+        assert reduce_sums([], 3, groups) == [0.0, 0.0, 0.0], "a rank without the last stage"
+        assert reduce_over_ranks([3.0, -1.0], dist.ReduceOp.MAX, groups) == [3.0, -1.0]
