@@ -1,6 +1,6 @@
 """The command line: subcommands and nothing else.
 
-A user's mistake (ValueError) is one line on standard error and exit code 2. Libraries are
+A user's mistake (ValueError, an unwritable path) is one line on standard error and exit code 2. Libraries are
 imported by the command that needs them, so `--help` answers at once.
 """
 
@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,12 +35,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit("interrupted")
-    except ValueError as error:
-        _report(error)
+    except (ValueError, FloatingPointError) as error:
+        if not _is_ours(error):
+            raise
+        _report(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _report(f"{error.filename}: {error.strerror}")
         sys.exit(2)
 
 
-def _report(error: ValueError) -> None:
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised it: a message for the user. Another library's is a bug and keeps its traceback."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(__file__).parent)
+
+
+def _report(message: str) -> None:
     """One line per mistake. The same mistake on many ranks is told once, by rank 0."""
     rank = int(os.environ.get("RANK", "0"))
     prefix = ""
@@ -47,7 +61,7 @@ def _report(error: ValueError) -> None:
         # torchrun ends the other ranks as soon as one has failed: if rank 0 has failed too, it has told already.
         time.sleep(_LATER_RANKS_WAIT_SECONDS)
         prefix = f"[rank {rank}] "
-    for line in str(error).splitlines():
+    for line in message.splitlines():
         click.echo(f"{prefix}error: {line}", err=True)
 
 

@@ -62,8 +62,8 @@ class ParallelConfig(_Section):
 
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
-    virtual_pipeline_model_parallel_size: PositiveInt | None = None
-    """Model chunks per pipeline rank (interleaved schedule)."""
+    virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None = None
+    """Model chunks per pipeline rank (interleaved schedule); null: one, and the plain schedule."""
     context_parallel_size: PositiveInt = 1
     sequence_parallel: bool | None = None
     """Shards activations outside attention over the tensor-parallel ranks; null: on when TP > 1."""
@@ -122,6 +122,12 @@ class ObjectiveConfig(_Section):
         elif not 0 <= smoothing <= 0.5 or (loss_type == "robust" and smoothing == 0.5):
             legal = "[0, 0.5]" if loss_type == "dpo" else "[0, 0.5)"
             raise ValueError(f"label_smoothing={smoothing} is not in {legal}, legal for loss_type={loss_type}")
+        return self
+
+    @model_validator(mode="after")
+    def _beta_is_not_orpos_lambda(self) -> Self:
+        if self.loss_type == "orpo" and self.beta != type(self).model_fields["beta"].default:
+            raise ValueError(f"beta={self.beta} has no part in loss_type=orpo; TRL's beta for ORPO is orpo_lambda here")
         return self
 
     @property

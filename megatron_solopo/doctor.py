@@ -237,7 +237,7 @@ def _optional(distribution: str, module_name: str, cost: str, remedy: str) -> tu
 
 def _apex() -> Check:
     """NVIDIA Apex told from the Pyramid toolkit of the same name on PyPI, without importing either."""
-    cost = "no fused gradient accumulation from Apex; Transformer Engine's layers bring their own, no loss on CPUs"
+    cost = "weight gradients are accumulated in a step of their own, a little slower on GPUs; no loss on CPUs"
     remedy = "on a GPU machine: build it from https://github.com/NVIDIA/apex (`pip install apex` is another package)"
     version = _version("apex")
     spec = find_spec("apex")

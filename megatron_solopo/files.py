@@ -1,15 +1,17 @@
 """Files that are complete or absent, and fingerprints of what they hold."""
 
+import glob
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_BLOCK_BYTES = 1 << 16
-_SAMPLED_BLOCKS = 64
+import psutil
 
 
 @contextmanager
@@ -17,20 +19,65 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`, renamed to `path` only if the body succeeds.
 
     The body creates a file or a directory there. On any exception, Ctrl-C included, what was
-    written is removed and an existing `path` stays as it was. An existing file is replaced;
-    an existing directory is replaced only after the new one is complete.
+    written is removed and an existing `path` stays as it was. Writers of the same `path` do not
+    meet: each has a temporary name of its own. Whether an existing directory may be replaced is
+    the caller's to ask first, see `check_replaceable`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.incomplete")
+    _clear_leftovers(path)
+    temporary = path.with_name(f".{path.name}.incomplete-{_writer()}")
     remove(temporary)
     try:
         yield temporary
     except BaseException:
         remove(temporary)
         raise
-    if path.is_dir() and not path.is_symlink():
-        remove(path)
-    temporary.replace(path)
+    replace(temporary, path)
+
+
+def replace(complete: Path, path: Path) -> None:
+    """Rename `complete` to `path`; an existing directory there steps aside first and is removed last."""
+    if not path.is_dir() or path.is_symlink():
+        complete.replace(path)
+        return
+    old = path.with_name(f".{path.name}.replaced-{_writer()}")
+    path.rename(old)
+    complete.rename(path)
+    remove(old)
+
+
+def check_replaceable(path: Path, own_names: Collection[str], key: str) -> None:
+    """Refuse to replace a directory that holds anything but `own_names`.
+
+    Raises ValueError naming the directory, a foreign file and the `key` to change.
+    """
+    if not path.exists():
+        return
+    foreign = (
+        [path.name] if path.is_file() else sorted(each.name for each in path.iterdir() if each.name not in own_names)
+    )
+    if foreign:
+        raise ValueError(f"{path}: holds {foreign[0]}, which would be lost; set {key} to another directory")
+
+
+def check_writable(path: Path, key: str) -> None:
+    """Raise ValueError, naming `key`, if `path` could not be created; asked before hours are spent on its content."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"{key}={path}: cannot be written, {existing} is no directory that this user may write to")
+
+
+def _writer() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what a killed process of this machine left half-written."""
+    prefix = f".{path.name}.incomplete-{socket.gethostname()}-"
+    for leftover in path.parent.glob(glob.escape(prefix) + "*"):
+        process = leftover.name.removeprefix(prefix)
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            remove(leftover)
 
 
 def remove(path: Path) -> None:
@@ -63,24 +110,10 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sampled_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's size and of 64 blocks of 64 KiB spread evenly over it.
-
-    For weight files of many gigabytes: training changes every tensor, so a sample tells two
-    checkpoints apart in milliseconds. Files up to 4 MiB are read whole.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as stream:
-        if size <= _BLOCK_BYTES * _SAMPLED_BLOCKS:
-            digest.update(stream.read())
-        else:
-            for block in range(_SAMPLED_BLOCKS):
-                stream.seek(block * (size - _BLOCK_BYTES) // (_SAMPLED_BLOCKS - 1))
-                digest.update(stream.read(_BLOCK_BYTES))
-    return digest.hexdigest()
-
-
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All objects of a JSON-lines file that this program wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """All objects of a JSON-lines file that this program appends to.
+
+    A last line without its end, which a killed process leaves, is not an object yet and is skipped.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]

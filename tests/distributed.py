@@ -5,12 +5,13 @@ import os
 import pickle
 import queue
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = 280  # below pytest's own, so that the missing ranks are named
 
 # The server imports torch and megatron once; every rank is then a fork of it.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -46,12 +47,16 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
 
 def _collect(results: Any, ranks: list[Any]) -> list[Any]:
     collected: dict[int, Any] = {}
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while len(collected) < len(ranks):
         try:
-            rank, value, failure = results.get(timeout=TIMEOUT_SECONDS)
+            rank, value, failure = results.get(timeout=1)
         except queue.Empty:
             missing = sorted(set(range(len(ranks))) - set(collected))
-            raise TimeoutError(f"ranks {missing} did not answer within {TIMEOUT_SECONDS} s") from None
+            killed = [rank for rank in missing if ranks[rank].exitcode not in (None, 0, 1)]
+            if killed or time.monotonic() > deadline:
+                raise TimeoutError(f"ranks {missing} did not answer; killed: {killed}") from None
+            continue
         if failure:
             raise RuntimeError(f"rank {rank} failed:\n{failure}")
         collected[rank] = pickle.loads(value)

@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from megatron_solopo.files import (
     atomic_path,
+    check_replaceable,
+    read_jsonl,
     remove,
-    sampled_sha256,
     sha256_file,
     sha256_json,
     sha256_text,
@@ -63,17 +67,39 @@ def test_an_interrupted_directory_leaves_the_old_one(tmp_path: Path) -> None:
     assert names(target) == ["kept"] and names(tmp_path) == ["data"]
 
 
-def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_cleared_and_those_of_a_live_one_are_not(tmp_path: Path) -> None:
     target = tmp_path / "data"
     with atomic_path(target) as temporary:
-        name = temporary.name
+        own = temporary.name
         temporary.write_text("first")
-    leftover = tmp_path / name
-    leftover.mkdir()
-    (leftover / "half").write_text("from a killed process")
+    (process,) = re.findall(r"\d+$", own)
+    finished = subprocess.Popen(["true"])
+    finished.wait()
+    dead, alive = (own.removesuffix(process) + str(pid) for pid in (finished.pid, os.getppid()))
+    for name in (dead, alive):
+        (tmp_path / name).mkdir()
     with atomic_path(target) as temporary:
         temporary.write_text("second")
-    assert target.read_text() == "second" and names(tmp_path) == ["data"]
+    assert target.read_text() == "second" and names(tmp_path) == [alive, "data"]
+
+
+def test_a_directory_with_foreign_files_is_not_replaceable(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    check_replaceable(folder, {"own"}, "cache.path")
+    folder.mkdir()
+    (folder / "own").write_text("x")
+    check_replaceable(folder, {"own"}, "cache.path")
+    (folder / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"cache: holds thesis\.tex, .* set cache\.path to another"):
+        check_replaceable(folder, {"own"}, "cache.path")
+    with pytest.raises(ValueError, match=r"thesis\.tex"):
+        check_replaceable(folder / "thesis.tex", {"own"}, "cache.path")
+
+
+def test_an_unfinished_last_line_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_body_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
@@ -119,29 +145,3 @@ def test_the_hash_of_json_ignores_key_order_alone() -> None:
     assert sha256_json({"a": 1, "b": [1, 2]}) == sha256_json({"b": [1, 2], "a": 1})
     assert sha256_json({"b": [1, 2]}) != sha256_json({"b": [2, 1]})
     assert sha256_json("1") != sha256_json(1)
-
-
-@pytest.mark.parametrize("size", [0, 1, 64 * 65536, 64 * 65536 + 1, 9_999_999])
-def test_a_sampled_hash_sees_first_and_last_byte_and_size(tmp_path: Path, size: int) -> None:
-    path, content = tmp_path / "weights", bytearray(size)
-    digests = set()
-    for position in (None, 0, size - 1) if size else (None,):
-        changed = bytearray(content)
-        if position is not None:
-            changed[position] = 1
-        path.write_bytes(changed)
-        digests.add(sampled_sha256(path))
-    path.write_bytes(content + b"\0")
-    digests.add(sampled_sha256(path))
-    assert len(digests) == len({None, *((0, size - 1) if size else ())}) + 1
-
-
-def test_a_sampled_hash_of_a_small_file_sees_every_byte(tmp_path: Path) -> None:
-    path = tmp_path / "weights"
-    digests = set()
-    for position in range(0, 200_000, 9_973):
-        content = bytearray(200_000)
-        content[position] = 1
-        path.write_bytes(content)
-        digests.add(sampled_sha256(path))
-    assert len(digests) == len(range(0, 200_000, 9_973))

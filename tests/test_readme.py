@@ -61,3 +61,11 @@ def test_the_readmes_make_targets_exist() -> None:
             r"(?:`|^ {4})make ([a-z0-9-]+)", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE
         ):
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"{document}: make {target}"
+
+
+@pytest.mark.parametrize(
+    "document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*/*/*.md")), ids=lambda path: path.name
+)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (document.parent / target).exists(), target

@@ -4,7 +4,9 @@
     python tools/compare_losses.py RUN_A RUN_B --tolerance 1e-5
 
 Runs that differ in their parallel layout alone start equal to rounding (about 1e-6); each update then
-amplifies the rounding, Adam's first ones most. Exit code 1 if a loss differs by more than the tolerance.
+amplifies the rounding, Adam's first ones most. Gradient norms are compared, too: a loss curve alone can
+hide a wrongly scaled gradient behind clipping and Adam. Exit code 1 if anything differs by more than
+the tolerance.
 """
 
 import math
@@ -15,7 +17,7 @@ import click
 
 from megatron_solopo.files import read_jsonl
 
-_SHOWN = ("loss", "grad_norm")
+_METRICS = ("loss", "grad_norm")
 
 
 @click.command(help=__doc__)
@@ -30,12 +32,11 @@ def main(run_a: Path, run_b: Path, tolerance: float) -> None:
     click.echo(f"{'step':>6}{'loss A':>14}{'loss B':>14}{'grad norm A':>14}{'grad norm B':>14}")
     worst = 0.0
     for a, b in zip(steps_a, steps_b, strict=True):
-        click.echo(f"{a['step']:>6}" + "".join(f"{run[name]:>14.7f}" for name in _SHOWN for run in (a, b)))
-        worst = max(worst, _relative_difference(a["loss"], b["loss"]))
+        click.echo(f"{a['step']:>6}" + "".join(f"{run[name]:>14.7f}" for name in _METRICS for run in (a, b)))
+        worst = max(worst, *(_relative_difference(a[name], b[name]) for name in _METRICS))
     same = worst <= tolerance
-    click.echo(
-        f"{'same' if same else 'DIFFERENT'}: greatest relative difference of the loss {worst:.1e}, tolerance {tolerance:.0e}"
-    )
+    verdict = "same" if same else "DIFFERENT"
+    click.echo(f"{verdict}: greatest relative difference {worst:.1e}, tolerance {tolerance:.0e}")
     sys.exit(not same)
 
 

@@ -163,7 +163,7 @@ def head_tensor_bytes(model: ResponseModel, microbatch: Microbatch) -> int:
 
 
 def measure_memory(head: str, prompt_tokens: int, response_tokens: int, vocab_size: int) -> Memory:
-    """One step in a process of its own, for what a process has once freed it may use again unseen."""
+    """One step. Needs a fresh process: memory that was freed before can be used again without a trace."""
     with one_process() as groups:
         model = make_model(make_architecture(_MEMORY_HIDDEN_SIZE, vocab_size), groups)
         if head == FULL_LOGITS:

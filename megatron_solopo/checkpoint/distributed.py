@@ -15,7 +15,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_solopo.files import atomic_path, remove, write_json
+from megatron_solopo.files import atomic_path, remove, replace, write_json
 
 _LATEST = "latest"
 _TRAINER_STATE = "trainer.json"
@@ -50,34 +50,41 @@ def save_checkpoint(
     dist.barrier()
     if dist.get_rank() == 0:
         write_json(temporary / _TRAINER_STATE, trainer_state | {"step": step})
-        remove(final)
-        temporary.rename(final)
+        replace(temporary, final)
         with atomic_path(root / _LATEST) as pointer:
             pointer.write_text(final.name + "\n", encoding="utf-8")
     dist.barrier()
     return final
 
 
-def latest_checkpoint(root: Path) -> Path | None:
-    """The checkpoint that `latest` names, or None where nothing was saved yet.
+def latest_checkpoint(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that `latest` names and its trainer state plus `step`, or None where nothing was saved yet.
 
-    Raises ValueError if it names a directory that is not there.
+    Rank 0 looks and tells the others: on a shared file system they might not see the same yet.
+
+    Raises ValueError, on every rank, if it names a directory that is not a complete checkpoint.
     """
+    found: list[Any] = [_read_latest(root) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], str):
+        raise ValueError(found[0])
+    checkpoint: tuple[Path, dict[str, Any]] | None = found[0]
+    return checkpoint
+
+
+def _read_latest(root: Path) -> tuple[Path, dict[str, Any]] | str | None:
+    """Path and state, or what is wrong."""
     pointer = root / _LATEST
     if not pointer.is_file():
         return None
     path = root / pointer.read_text(encoding="utf-8").strip()
-    if not (path / _TRAINER_STATE).is_file():
-        raise ValueError(
-            f"{pointer}: names {path}, which is not a checkpoint; write the name of a complete one into it"
+    try:
+        return path, json.loads((path / _TRAINER_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return (
+            f"{pointer}: names {path}, which is not a complete checkpoint; write the name of a complete one into it, "
+            "or remove it to start anew"
         )
-    return path
-
-
-def read_trainer_state(path: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given, plus `step`."""
-    state: dict[str, Any] = json.loads((path / _TRAINER_STATE).read_text(encoding="utf-8"))
-    return state
 
 
 def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None) -> None:
@@ -134,8 +141,10 @@ def _initialize_state(optimizer: MegatronOptimizer) -> None:
     """torch's Adam makes its state at the first step; a fresh optimizer needs it there to be loaded into."""
     inner = _inner(optimizer)
     inner.init_state_fn(inner.optimizer, inner.config)
-    for state in inner.optimizer.state.values():
-        state.setdefault("step", torch.tensor(0.0))
+    # Transformer Engine's and Apex's Adam count steps per group and know no such state.
+    if isinstance(inner.optimizer, torch.optim.Optimizer) and type(inner.optimizer).__module__.startswith("torch."):
+        for state in inner.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
 
 
 def _inner(optimizer: MegatronOptimizer) -> Any:

@@ -7,6 +7,7 @@ Token columns are list<int32>: a prompt as the sequence starts (BOS or chat temp
 ends (EOS or the template's end of turn included). A sequence is the two put together.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -109,7 +110,11 @@ def load_prepared(path: Path) -> PreparedData:
 
 def is_prepared(path: Path) -> bool:
     """Whether a directory was written by `data prepare`, in whatever format version."""
-    return (path / MANIFEST_NAME).is_file()
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and {"format_version", "fingerprint"} <= manifest.keys()
 
 
 def token_lengths(data: Dataset, column: str) -> NDArray[np.int64]:
@@ -120,7 +125,7 @@ def token_lengths(data: Dataset, column: str) -> NDArray[np.int64]:
 
 
 def _read_manifest(path: Path) -> PreparedManifest:
-    if not is_prepared(path):
+    if not (path / MANIFEST_NAME).is_file():
         raise _unusable(path, f"no {MANIFEST_NAME} there")
     text = (path / MANIFEST_NAME).read_bytes()
     try:

@@ -28,7 +28,7 @@ from megatron_solopo.data.prepared import (
 from megatron_solopo.data.row import RESPONSE_FIELDS, Kind
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.data.triplet import ValidationReport, validate_file
-from megatron_solopo.files import atomic_path, remove, sha256_file, sha256_json, write_json
+from megatron_solopo.files import atomic_path, check_replaceable, remove, sha256_file, sha256_json, write_json
 
 __all__ = ["Tokenizer", "load_tokenizer", "prepare"]
 
@@ -139,6 +139,7 @@ def _check_arguments(output: Path, max_length: int | None, eval_count: int, num_
         raise ValueError(f"{output}: already exists; choose another output, or pass --overwrite to replace it")
     if output.exists() and not is_prepared(output):
         raise ValueError(f"{output}: exists and is not a prepared directory, so --overwrite does not replace it")
+    check_replaceable(output, (MANIFEST_NAME, "train", "eval"), "--output")
 
 
 def _validate(path: Path) -> ValidationReport:

@@ -40,7 +40,8 @@ class Architecture:
     num_query_groups: int
     head_dim: int
     vocab_size: int
-    max_position_embeddings: int
+    max_sequence_length: int
+    """Positions that the model was made for, rope scaling included."""
     layernorm_epsilon: float
     add_qkv_bias: bool
     qk_layernorm: bool
@@ -83,7 +84,7 @@ def read_architecture(path: Path) -> Architecture:
         num_query_groups=config.num_key_value_heads or config.num_attention_heads,
         head_dim=head_dim,
         vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_position_embeddings,
+        max_sequence_length=_max_sequence_length(config),
         layernorm_epsilon=config.rms_norm_eps,
         add_qkv_bias=config.model_type == "qwen2",
         qk_layernorm=config.model_type == "qwen3",
@@ -113,6 +114,14 @@ def _named_errors(file: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(f"{file}: transformers cannot read it: {' '.join(str(error).split())[:300]}") from None
+
+
+def _max_sequence_length(config: Any) -> int:
+    """YaRN configs may state the length before scaling; the others state it after."""
+    rope = config.rope_parameters
+    original = rope.get("original_max_position_embeddings")
+    scaled = int(original * rope["factor"]) if rope["rope_type"] == "yarn" and original else 0
+    return max(config.max_position_embeddings, scaled)
 
 
 def _refuse_unsupported(config: Any, file: Path) -> None:

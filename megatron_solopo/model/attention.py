@@ -6,6 +6,7 @@ reduce-scatter backward), then each sequence attends to itself alone.
 """
 
 import math
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_solopo.parallel.context import gathered_order
 
@@ -69,7 +71,7 @@ class PackedAttention(torch.nn.Module):
 
     def _gather_over_context(self, key: Tensor, value: Tensor, boundaries_S1: Tensor) -> tuple[Tensor, Tensor]:
         """[T / CP, groups, d] -> [T, groups, d], in pack order."""
-        order = gathered_order(boundaries_S1, self.context_group.size()).to(key.device)
+        order = _gathered_order(tuple(boundaries_S1.tolist()), self.context_group.size()).to(key.device)
         both = gather_from_sequence_parallel_region(
             torch.cat([key, value], dim=-1), tensor_parallel_output_grad=True, group=self.context_group
         )
@@ -84,7 +86,8 @@ class PackedAttention(torch.nn.Module):
         outputs = []
         for part, number in zip(query.split(chunk), (rank, 2 * size - 1 - rank), strict=True):
             end = (number + 1) * chunk
-            mask = torch.ones(chunk, end, dtype=torch.bool, device=query.device).tril(diagonal=end - chunk)
+            # Fused on a GPU; on a CPU it becomes a [chunk, end] mask.
+            mask = causal_lower_right(chunk, end)
             outputs.append(self._attention(part, key[:end], value[:end], attn_mask=mask))
         return torch.cat(outputs)
 
@@ -92,3 +95,9 @@ class PackedAttention(torch.nn.Module):
         heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [t, h, d] -> [1, h, t, d]
         out = F.scaled_dot_product_attention(*heads_first, scale=self.softmax_scale, enable_gqa=True, **mask)
         return out.squeeze(0).transpose(0, 1)
+
+
+@lru_cache(maxsize=4)
+def _gathered_order(boundaries: tuple[int, ...], size: int) -> Tensor:
+    """Every layer of a pack, forward and recomputed, asks for the same order."""
+    return gathered_order(torch.tensor(boundaries), size)

@@ -58,7 +58,7 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
     """
     check_layout(architecture, parallel)
     dtype = getattr(torch, model.dtype)
-    on_gpu_kernels = uses_transformer_engine(model.implementation)
+    on_gpu_kernels = uses_transformer_engine(model)
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     full_recompute = parallel.recompute_granularity == "full"
     return TransformerConfig(
@@ -122,24 +122,22 @@ def build_model(
     config = transformer_config(architecture, model, parallel)
     chunks = parallel.virtual_pipeline_model_parallel_size
     stages: list[int | None] = list(range(chunks)) if chunks else [None]
-    return [
-        _build_chunk(architecture, config, model.implementation, chunk_tokens, stage).to(device) for stage in stages
-    ]
+    return [_build_chunk(architecture, config, model, chunk_tokens, stage).to(device) for stage in stages]
 
 
 def _build_chunk(
     architecture: Architecture,
     config: TransformerConfig,
-    implementation: str,
+    model: ModelConfig,
     chunk_tokens: int,
     vp_stage: int | None,
 ) -> ResponseModel:
     stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     chunk = ResponseModel(
         config,
-        layer_spec(config, implementation, vp_stage),
+        layer_spec(config, model, vp_stage),
         vocab_size=padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size),
-        max_sequence_length=architecture.max_position_embeddings,
+        max_sequence_length=architecture.max_sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),
         post_process=parallel_state.is_pipeline_last_stage(**stage),
         parallel_output=True,

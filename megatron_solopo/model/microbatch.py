@@ -34,6 +34,9 @@ def shard_pack(pack: Pack, topology: Topology) -> Microbatch:
     rows = local_of_T[pack.response_rows_N]
     here = rows >= 0
     boundaries = pack.cu_seqlens_S1.to(device)
+    # An upper bound is all that is asked for. Megatron keeps a table of rotary angles for each bound
+    # it has seen: powers of two keep these few.
+    max_seqlen = 1 << (pack.max_sequence_length - 1).bit_length()
     return Microbatch(
         tokens_1t=pack.tokens_T[indices].unsqueeze(0).to(device),
         # The padded boundaries in every field: padding trails each sequence, which a causal mask never sees.
@@ -43,8 +46,8 @@ def shard_pack(pack: Pack, topology: Topology) -> Microbatch:
             cu_seqlens_kv=boundaries,
             cu_seqlens_q_padded=boundaries,
             cu_seqlens_kv_padded=boundaries,
-            max_seqlen_q=pack.max_sequence_length,
-            max_seqlen_kv=pack.max_sequence_length,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_kv=max_seqlen,
             response_rows=rows[here].to(device),
             response_labels=pack.response_labels_N[here].to(device),
         ),

@@ -1,9 +1,9 @@
 """Which modules a transformer layer is made of."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_solopo.config import ModelConfig
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.parallel.cpu import is_cpu
 
@@ -27,20 +28,28 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def uses_transformer_engine(implementation: str) -> bool:
-    """Resolve `model.implementation`; raises ValueError if Transformer Engine is asked for and cannot run."""
-    available = find_spec("transformer_engine") is not None and not is_cpu()
-    if implementation == "transformer_engine" and not available:
+def uses_transformer_engine(model: ModelConfig) -> bool:
+    """Resolve `model.implementation`; raises ValueError if Transformer Engine is asked for and cannot serve.
+
+    Its attention kernels take bfloat16 alone, so float32 runs on plain PyTorch layers.
+    """
+    reason = ""
+    if is_cpu():
+        reason = "needs a CUDA device"
+    elif not HAVE_TE:
+        reason = "needs the package transformer-engine, which is not installed or cannot be imported"
+    elif model.dtype == "float32":
+        reason = "needs model.dtype=bfloat16"
+    if reason and model.implementation == "transformer_engine":
         raise ValueError(
-            "model.implementation=transformer_engine needs a CUDA device and the package transformer-engine; "
-            "use auto or local, or see `megatron-solopo doctor`"
+            f"model.implementation=transformer_engine {reason}; use auto or local, or see `megatron-solopo doctor`"
         )
-    return available and implementation != "local"
+    return not reason and model.implementation != "local"
 
 
-def layer_spec(config: TransformerConfig, implementation: str, vp_stage: int | None) -> ModuleSpec | Any:
+def layer_spec(config: TransformerConfig, model: ModelConfig, vp_stage: int | None) -> ModuleSpec | Any:
     """The decoder's spec for `model.implementation`, as GPTModel takes it."""
-    if uses_transformer_engine(implementation):
+    if uses_transformer_engine(model):
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     attention = layer.submodules.self_attention.submodules

@@ -67,6 +67,12 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
     Raises ValueError for a world size that does not fit, before any process waits for another.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in os.environ and tasks != "1":
+        raise ValueError(
+            f"srun started {tasks} tasks, but RANK and WORLD_SIZE are not set: each would run alone, over the same "
+            "files; let srun start torchrun, one task per node"
+        )
     check_world_size(config, world_size)
     device = _device()
     owns_world = not dist.is_initialized()

@@ -9,8 +9,16 @@ from megatron_solopo.data.packing import Pack
 from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.parallel.cpu import is_cpu
 
-# Dense bfloat16 peak in FLOP/s (NVIDIA data sheets, without sparsity), by a part of the device name.
-_PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+# Dense bfloat16 peak in FLOP/s (NVIDIA data sheets, without sparsity), by a part of the device name; the first that fits.
+_PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+}
 
 
 def training_flops(architecture: Architecture, packs: Sequence[Pack]) -> float:

@@ -1,7 +1,6 @@
 """Metrics of a run: reduced over the ranks, and written where people and programs look."""
 
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_solopo.config import LoggingConfig
 from megatron_solopo.files import atomic_path, read_jsonl
@@ -53,20 +53,22 @@ class MetricsWriter:
         self._total_steps = total_steps
         begins = "continuing" if first_step > 1 else "starting"
         finished = first_step > total_steps
-        _say(f"{run_dir}: all {total_steps} steps are done" if finished else f"{begins} {run_dir} at step {first_step}")
+        tqdm.write(
+            f"{run_dir}: all {total_steps} steps are done" if finished else f"{begins} {run_dir} at step {first_step}"
+        )
         self._started = time.monotonic()
         self._first_step = first_step
 
     def write(self, metrics: Metrics) -> None:
         """Record one step; `metrics` holds `step`."""
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(metrics) + "\n")
+            stream.write(json.dumps(metrics, allow_nan=False) + "\n")
         step = int(metrics["step"] or 0)
         for sink in self._sinks:
             sink(step, {name: value for name, value in metrics.items() if value is not None and name != "step"})
         done = step - self._first_step + 1
         remaining = (time.monotonic() - self._started) / done * (self._total_steps - step)
-        _say(console_line(metrics, self._total_steps, remaining))
+        tqdm.write(console_line(metrics, self._total_steps, remaining))
 
 
 def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -> str:
@@ -86,16 +88,13 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
     return " | ".join(parts)
 
 
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
 def _keep_before(path: Path, first_step: int) -> None:
     if path.is_file():
         kept = [metrics for metrics in read_jsonl(path) if metrics["step"] < first_step]
         with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps(metrics, allow_nan=False) + "\n" for metrics in kept), encoding="utf-8"
+            )
 
 
 def _tensorboard(run_dir: Path, first_step: int) -> Any:

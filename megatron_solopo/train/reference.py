@@ -1,6 +1,6 @@
 """Reference log-probabilities: computed once, one number per sequence, kept on disk.
 
-    <cache>/manifest.json   what the numbers depend on: data, weights, precision, roles
+    <cache>/reference.json  what the numbers depend on: data, weights, precision, roles
     <cache>/train.parquet   id and one float32 column per role; eval.parquet where there is a held-out split
 
 The numbers do not depend on TP, PP, CP or packing, so a cache made under one layout serves all.
@@ -19,8 +19,9 @@ from torch import Tensor
 from megatron_solopo.checkpoint.huggingface import weights_fingerprint
 from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
-from megatron_solopo.files import atomic_path, write_json
+from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.batches import single_pass
@@ -28,7 +29,9 @@ from megatron_solopo.train.policy import load_model
 from megatron_solopo.train.splits import Splits
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, run_schedule
 
-_MANIFEST = "manifest.json"
+_MANIFEST = "reference.json"
+_OWN_FILES = (_MANIFEST, "train.parquet", "eval.parquet")
+_SCORING_VERSION = 1  # raise it when the same weights and data come to score differently
 
 
 def reference_logprobs(
@@ -41,7 +44,8 @@ def reference_logprobs(
     cache = config.reference_cache
     expected = _dependencies(config, splits)
     if overwrite or not _on_rank_0((cache / _MANIFEST).is_file(), topology):
-        _check_replaceable(cache)
+        check_replaceable(cache, _OWN_FILES, "reference.cache")
+        check_writable(cache, "reference.cache")
         computed = _compute(config, splits, topology)
         if dist.get_rank() == 0:
             _write(cache, expected, splits, computed)
@@ -49,12 +53,6 @@ def reference_logprobs(
         return computed
     _check(cache, expected)
     return {name: _read(cache, name, dataset, expected["roles"]) for name, dataset in splits.datasets.items()}
-
-
-def _check_replaceable(cache: Path) -> None:
-    """Refuse to write over anything but a cache."""
-    if cache.is_file() or (cache.is_dir() and any(cache.iterdir()) and not (cache / _MANIFEST).is_file()):
-        raise ValueError(f"{cache}: holds other files, and would be replaced; set reference.cache to another directory")
 
 
 def _on_rank_0(found: bool, topology: Topology) -> bool:
@@ -70,15 +68,17 @@ def _dependencies(config: Config, splits: Splits) -> dict[str, Any]:
         "data": splits.manifest.fingerprint_parts,
         "weights": weights_fingerprint(config.reference.model_path or config.model.path),
         "dtype": config.model.dtype,
+        "implementation": "transformer_engine" if uses_transformer_engine(config.model) else "local",
+        "scoring_version": _SCORING_VERSION,
         "roles": list(required_roles(config.objective)),
     }
 
 
 def _check(cache: Path, expected: dict[str, Any]) -> None:
     found = json.loads((cache / _MANIFEST).read_text(encoding="utf-8"))
-    differing = [
-        f"data.{key}" for key in expected["data"] if expected["data"][key] != found.get("data", {}).get(key)
-    ] + [key for key in ("weights", "dtype", "roles") if expected[key] != found.get(key)]
+    differing = [f"data.{key}" for key in expected["data"] if expected["data"][key] != found["data"].get(key)]
+    differing += [key for key in expected if key not in ("data", "roles") and expected[key] != found.get(key)]
+    differing += ["roles"] if set(expected["roles"]) - set(found["roles"]) else []
     if differing:
         raise ValueError(
             f"{cache}: the cached reference log-probs are stale, made for another {', '.join(differing)}; "
@@ -124,7 +124,7 @@ def _write(cache: Path, dependencies: dict[str, Any], splits: Splits, computed: 
 
 def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[str]) -> ReferenceLogprobs:
     table = pq.read_table(cache / f"{name}.parquet")
-    if len(table) != len(dataset):
-        raise ValueError(f"{cache}/{name}.parquet: {len(table)} rows for {len(dataset)} triplets; delete the cache")
+    if table["id"].to_pylist() != dataset.ids(range(len(dataset))):
+        raise ValueError(f"{cache / name}.parquet: its ids are not those of data.path; delete {cache}")
     columns: list[Tensor] = [torch.tensor(table[role].to_numpy(), dtype=torch.float32) for role in roles]
     return ReferenceLogprobs(tuple(roles), torch.stack(columns, dim=1))

@@ -1,11 +1,16 @@
 """The prepared data of a run, checked against its objective and its model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import PreparedManifest, load_prepared
+from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.model.architecture import Architecture
+from megatron_solopo.objective import required_roles
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -20,8 +25,9 @@ class Splits:
 def load_splits(config: Config, architecture: Architecture) -> Splits:
     """Open `data.path`.
 
-    Raises ValueError if it is not complete, holds pairs where triplets are needed, was tokenized for a
-    larger vocabulary than the model's, or has no held-out split where evaluation is asked for.
+    Raises ValueError if it is not complete, holds pairs where triplets are needed, was tokenized with
+    another tokenizer than the model's, has sequences longer than the model's positions, or has no
+    held-out split where evaluation is asked for.
     """
     prepared = load_prepared(config.data.path)
     manifest = prepared.manifest
@@ -30,12 +36,9 @@ def load_splits(config: Config, architecture: Architecture) -> Splits:
             f"{config.data.path}: holds plain pairs (prompt, chosen, rejected), but objective.name=solopo needs "
             "prompt_short and prompt_long; prepare triplets, or set objective.name=short_po"
         )
-    if manifest.vocab_size > architecture.vocab_size:
-        raise ValueError(
-            f"{config.data.path}: tokenized with {manifest.vocab_size} tokens, but the model {config.model.path} "
-            f"has {architecture.vocab_size}; prepare the data with the model's own tokenizer"
-        )
+    _check_tokenizer(config, manifest, architecture)
     columns = {"short": prepared.prompt_column("short"), "long": prepared.prompt_column("long")}
+    _check_lengths(config, manifest, architecture, columns)
     datasets = {"train": TripletDataset(prepared.train, columns)}
     if prepared.eval is not None:
         datasets["eval"] = TripletDataset(prepared.eval, columns)
@@ -45,3 +48,35 @@ def load_splits(config: Config, architecture: Architecture) -> Splits:
             "prepare it with --eval-count, or remove the key"
         )
     return Splits(manifest, datasets)
+
+
+def _check_tokenizer(config: Config, manifest: PreparedManifest, architecture: Architecture) -> None:
+    problem = ""
+    if manifest.vocab_size > architecture.vocab_size:
+        problem = f"with {manifest.vocab_size} tokens, but the model {config.model.path} has {architecture.vocab_size}"
+    elif _model_tokenizer(config) not in (None, manifest.fingerprint_parts["tokenizer"]):
+        problem = f"by {manifest.tokenizer}, which is not the tokenizer of the model {config.model.path}"
+    if problem:
+        raise ValueError(f"{config.data.path}: tokenized {problem}; prepare the data with the model's own tokenizer")
+
+
+def _model_tokenizer(config: Config) -> str | None:
+    """Fingerprint of the tokenizer beside the weights, or None where there is none."""
+    if not any((config.model.path / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    return load_tokenizer(config.model.path).fingerprint
+
+
+def _check_lengths(
+    config: Config, manifest: PreparedManifest, architecture: Architecture, columns: Mapping[str, str]
+) -> None:
+    """Compares upper bounds: the longest prompt and the longest response of the contexts in use."""
+    contexts = {role.split("_")[0] for role in required_roles(config.objective)}
+    longest = max(manifest.lengths[columns[context]].max for context in contexts)
+    longest += max(manifest.lengths[answer].max for answer in ("chosen", "rejected"))
+    if longest > architecture.max_sequence_length:
+        raise ValueError(
+            f"{config.data.path}: sequences of up to {longest} tokens, but the model {config.model.path} has "
+            f"{architecture.max_sequence_length} positions; prepare the data with --max-length, or extend the model in "
+            "its config.json (rope_parameters, max_position_embeddings)"
+        )

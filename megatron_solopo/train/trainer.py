@@ -7,23 +7,20 @@ config -> process groups -> prepared data -> reference log-probs (cached) -> pol
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_solopo.checkpoint.distributed import (
-    latest_checkpoint,
-    load_checkpoint,
-    read_trainer_state,
-    save_checkpoint,
-)
+from megatron_solopo.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import save_config
 from megatron_solopo.data.loader import GlobalBatch
-from megatron_solopo.files import read_jsonl
+from megatron_solopo.files import check_writable, read_jsonl, sha256_file
 from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model.build import check_layout
+from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
@@ -65,10 +62,12 @@ def precompute_reference(config: Config, *, overwrite: bool) -> Path:
 
 
 def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
-    """Check model, layout and data, cheapest first, then join the process groups."""
+    """Check model, layout, data and directories, cheapest first, then join the process groups."""
     architecture = read_architecture(config.model.path)
     check_layout(architecture, config.parallel)
+    uses_transformer_engine(config.model)  # refuses what cannot run here
     splits = load_splits(config, architecture)
+    check_writable(config.run_dir, "run_dir")
     return architecture, process_groups.initialize(config.parallel, config.seed), splits
 
 
@@ -82,8 +81,7 @@ class Trainer:
         self.loader = training_batches(config, splits.datasets["train"], topology)
         self.max_steps = _max_steps(config, len(splits.datasets["train"]))
         check_schedule(config.optimizer, self.max_steps)
-        resumed = self._checkpoint_to_resume()
-        self.step = self._resume_state(resumed)
+        resumed = self._resume()
         references: dict[str, Any] = {}
         if config.objective.needs_reference:
             references = reference_logprobs(config, splits, topology)
@@ -117,7 +115,17 @@ class Trainer:
         self.step += 1
         sums = reduce_sums(result.reports, len(self.names), self.topology)
         means = {name: total / batch.num_triplets for name, total in zip(self.names, sums, strict=True)}
+        self._check_finite(means | {"grad_norm": result.grad_norm}, batch)
         return {"step": self.step} | means | self._costs(batch, result, time.monotonic() - started)
+
+    def _check_finite(self, values: Mapping[str, float], batch: GlobalBatch) -> None:
+        """Stop, on all ranks together, before numbers that are not finite reach a file."""
+        broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            raise FloatingPointError(
+                f"step {self.step}: {', '.join(broken)}; this rank's triplets were "
+                f"{', '.join(triplet for pack in batch.packs for triplet in pack.ids)}. Nothing of this step was saved"
+            )
 
     def _costs(self, batch: GlobalBatch, result: StepResult, seconds: float) -> Metrics:
         """What the step took; time is the slowest rank's, memory the fullest one's."""
@@ -149,41 +157,52 @@ class Trainer:
             found = self.policy.evaluate(batch.packs, self.losses["eval"], self.topology)
             reports += [report for report, counted in zip(found, batch.counted, strict=bool(found)) if counted]
         sums = reduce_sums(reports, len(self.names), self.topology)
-        return {f"eval_{name}": total / len(dataset) for name, total in zip(self.names, sums, strict=True)}
+        means = {f"eval_{name}": total / len(dataset) for name, total in zip(self.names, sums, strict=True)}
+        self._check_finite(means, batch)
+        return means
 
     def _due(self, every: int | None) -> bool:
         return every is not None and (self.step % every == 0 or self.step == self.max_steps)
 
     def _save(self) -> None:
-        state = {
-            "loader": self.loader.state_dict(),
-            "use_distributed_optimizer": self.config.optimizer.use_distributed_optimizer,
-            "config": self.config.model_dump(mode="json"),
-        }
+        state = {"loader": self.loader.state_dict(), "identity": self._identity()}
         save_checkpoint(self.checkpoints, self.step, self.policy.chunks, self.policy.optimizer, state)
 
-    def _checkpoint_to_resume(self) -> Path | None:
+    def _identity(self) -> dict[str, Any]:
+        """What a run keeps from its first step to its last, by the key that sets it."""
+        sections = {"objective": self.config.objective, "optimizer": self.config.optimizer}
+        keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
+        return keys | {
+            "model.dtype": self.config.model.dtype,
+            "model.path (its config.json)": sha256_file(self.config.model.path / "config.json"),
+            "data.path (its content)": self.splits.manifest.fingerprint,
+        }
+
+    def _resume(self) -> Path | None:
+        """Find the checkpoint to continue from, and put step and loader where it left them."""
+        self.step = 0
         latest = latest_checkpoint(self.checkpoints)
-        if latest is not None and not self.config.checkpoint.resume:
+        if latest is None:
+            return None
+        if not self.config.checkpoint.resume:
             raise ValueError(
                 f"{self.config.run_dir}: holds a run with checkpoints, which checkpoint.resume=false would overwrite; "
                 "set run_dir to another directory"
             )
-        return latest
-
-    def _resume_state(self, checkpoint: Path | None) -> int:
-        """Put the loader where the checkpoint left it; returns the steps already done."""
-        if checkpoint is None:
-            return 0
-        state = read_trainer_state(checkpoint)
-        if state["use_distributed_optimizer"] != self.config.optimizer.use_distributed_optimizer:
-            raise ValueError(
-                f"{checkpoint}: saved with optimizer.use_distributed_optimizer={state['use_distributed_optimizer']}; "
-                "resume with the same value"
-            )
+        path, state = latest
         self.loader.load_state_dict(state["loader"])
-        step: int = state["step"]
-        return step
+        changed = [
+            f"{key}={value!r} (it was {state['identity'].get(key)!r})"
+            for key, value in self._identity().items()
+            if state["identity"].get(key) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{path}: a run keeps its objective, optimizer, model and data, but now {', '.join(changed)}; "
+                "restore that, or set run_dir to another directory"
+            )
+        self.step = state["step"]
+        return path
 
     def _start_writing(self) -> MetricsWriter | None:
         """Prepare the run directory on rank 0, which alone writes metrics."""

@@ -13,7 +13,6 @@ from megatron_solopo.checkpoint import distributed
 from megatron_solopo.checkpoint.distributed import (
     latest_checkpoint,
     load_checkpoint,
-    read_trainer_state,
     save_checkpoint,
 )
 from megatron_solopo.config_file import parse_config
@@ -68,10 +67,10 @@ def test_a_checkpoint_brings_back_weights_and_state(policy: Policy, tmp_path: Pa
     fill(policy, 0.25)
     path = save(policy, tmp_path, 3)
     fill(policy, 0.5)
-    assert latest_checkpoint(tmp_path) == path == tmp_path / "iter_0000003"
+    assert path == tmp_path / "iter_0000003"
+    assert latest_checkpoint(tmp_path) == (path, {"seen": 12, "step": 3})
     load_checkpoint(path, policy.chunks, policy.optimizer)
     assert values(policy) == {0.25}
-    assert read_trainer_state(path) == {"seen": 12, "step": 3}
 
 
 def test_an_interrupted_checkpoint_leaves_the_one_before(policy, tmp_path, monkeypatch) -> None:
@@ -82,7 +81,7 @@ def test_an_interrupted_checkpoint_leaves_the_one_before(policy, tmp_path, monke
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(distributed.dist_checkpointing, "save", interrupted_save)
             save(policy, tmp_path, step)
-        assert latest_checkpoint(tmp_path) == first
+        assert latest_checkpoint(tmp_path) == (first, {"seen": 4, "step": 1})
         assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]
     load_checkpoint(first, policy.chunks, None)
     assert values(policy) == {0.25}
@@ -94,18 +93,30 @@ def test_what_an_interruption_left_is_not_in_the_way(policy, tmp_path, monkeypat
         save(policy, tmp_path, 2)
     assert latest_checkpoint(tmp_path) is None
     path = save(policy, tmp_path, 2)
-    assert latest_checkpoint(tmp_path) == path and not (path / "half.distcp").exists()
+    assert latest_checkpoint(tmp_path) == (path, {"seen": 8, "step": 2}) and not (path / "half.distcp").exists()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["iter_0000002", "latest"]
 
 
-def test_nothing_saved_yet_is_no_checkpoint(tmp_path: Path) -> None:
+def test_nothing_saved_yet_is_no_checkpoint(policy: Policy, tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None and latest_checkpoint(tmp_path / "absent") is None
 
 
-@pytest.mark.parametrize("name", ["iter_0000009", "", "half"])
-def test_latest_must_name_a_complete_checkpoint(name: str, tmp_path: Path) -> None:
+def test_the_same_step_can_be_saved_again(policy: Policy, tmp_path: Path) -> None:
+    fill(policy, 0.25)
+    save(policy, tmp_path, 1)
+    fill(policy, 0.5)
+    path = save(policy, tmp_path, 1)
+    load_checkpoint(path, policy.chunks, None)
+    assert values(policy) == {0.5}
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["iter_0000001", "latest"]
+
+
+@pytest.mark.parametrize("name", ["iter_0000009", "", "half", "torn"])
+def test_latest_must_name_a_complete_checkpoint(policy: Policy, name: str, tmp_path: Path) -> None:
     (tmp_path / "latest").write_text(f"{name}\n")
     (tmp_path / "half").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "trainer.json").write_text('{"step": ')
     with pytest.raises(ValueError) as error:
         latest_checkpoint(tmp_path)
     message = str(error.value)

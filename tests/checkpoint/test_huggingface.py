@@ -191,9 +191,26 @@ def test_the_fingerprint_is_the_models_wherever_it_lies(source: Path, folder: Pa
     assert weights_fingerprint(folder) == weights_fingerprint(source)
 
 
-def test_the_fingerprint_changes_with_one_weight(source: Path, folder: Path) -> None:
-    change(folder / WEIGHTS, lambda tensors: tensors[UP].view(-1)[7].add_(1e-3))
-    assert weights_fingerprint(folder) != weights_fingerprint(source)
+def change_middle(path: Path, name: str) -> None:
+    """One number more in the middle of a tensor, where large ones are sampled."""
+    change(path, lambda tensors: tensors[name].view(-1)[tensors[name].numel() // 2].add_(1e-3))
+
+
+def test_the_fingerprint_changes_with_any_tensor(source: Path, folder: Path) -> None:
+    names = sorted(load_file(folder / WEIGHTS))
+    prints = {weights_fingerprint(source)}
+    for name in names:
+        change_middle(folder / WEIGHTS, name)
+        prints.add(weights_fingerprint(folder))
+    assert len(prints) == len(names) + 1
+
+
+def test_the_fingerprint_changes_with_shape_and_precision(source: Path, folder: Path) -> None:
+    prints = {weights_fingerprint(source)}
+    for edit in (lambda tensor: tensor.flatten(), lambda tensor: tensor.bfloat16()):
+        change(folder / WEIGHTS, lambda tensors, edit=edit: tensors.update({UP: edit(tensors[UP]).contiguous()}))
+        prints.add(weights_fingerprint(folder))
+    assert len(prints) == 3
 
 
 def test_the_fingerprint_changes_with_the_config(source: Path, folder: Path) -> None:
@@ -207,6 +224,6 @@ def test_the_fingerprint_covers_every_shard(folder: Path) -> None:
     files = sorted(set(shard(folder).values()))
     prints.add(weights_fingerprint(folder))
     for file in files:
-        change(folder / file, lambda tensors: next(iter(tensors.values())).view(-1)[0].add_(1))
+        change_middle(folder / file, next(iter(load_file(folder / file))))
         prints.add(weights_fingerprint(folder))
     assert len(prints) == len(files) + 2

@@ -58,6 +58,23 @@ def test_the_sizes_are_those_of_the_models_weights(family: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("family", "stated", "expected"),
+    [
+        ("llama2", 512, 512),
+        ("llama3", 512, 512),
+        ("llama_linear", 512, 512),
+        # YaRN scales 64 positions to 256, whichever of the two the config states.
+        ("qwen2_yarn", 64, 256),
+        ("qwen2_yarn", 256, 256),
+        ("qwen2_yarn", 300, 300),
+    ],
+)
+def test_the_longest_sequence_includes_yarns_scaling(family, stated, expected, tmp_path) -> None:
+    changes = {"max_position_embeddings": stated}
+    assert read_architecture(write(tmp_path, family, changes)).max_sequence_length == expected
+
+
+@pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
         ("llama2", {"model_type": "gpt2"}, ["model_type='gpt2'", "llama, mistral, qwen2, qwen3"]),

@@ -118,5 +118,5 @@ def test_ranks_share_the_tokens_equally_and_know_the_whole_pack(size: int) -> No
         packing = part.packing
         for boundaries in (packing.cu_seqlens_q, packing.cu_seqlens_kv, packing.cu_seqlens_q_padded):
             assert torch.equal(boundaries, pack.cu_seqlens_S1)
-        assert packing.max_seqlen_q == packing.max_seqlen_kv == max(pack.cu_seqlens_S1.diff().tolist())
+        assert packing.max_seqlen_q == packing.max_seqlen_kv >= max(pack.cu_seqlens_S1.diff().tolist())
         assert torch.equal(packing.response_rows, packing.response_rows.sort().values)

@@ -82,3 +82,12 @@ def test_a_wrong_world_size_is_refused_before_any_process_waits(monkeypatch) -> 
     with pytest.raises(ValueError, match="3 processes, but"):
         topology.initialize(ParallelConfig(**TP2), seed=1)
     assert not dist.is_initialized()
+
+
+def test_lone_tasks_of_a_slurm_step_are_refused(monkeypatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ValueError) as error:
+        topology.initialize(ParallelConfig(), seed=1)
+    message = str(error.value)
+    assert "srun started 4 tasks" in message and "torchrun" in message and "\n" not in message
+    assert not dist.is_initialized()

@@ -76,6 +76,8 @@ class RankResult:
     """Per step, fp64 [M]: this rank's sums over triplets; zeros on ranks without the loss."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """Of the first step, by Megatron name in the mapping table: this rank's shard, in the first replica only."""
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    """After the last step, likewise."""
 
 
 def run_cases(models: Path, cases: Sequence[Case], batches: Sequence[Sequence[Row]]) -> dict[str, RankResult]:
@@ -127,15 +129,18 @@ def _train(
     policy = build_policy(config, groups, max_steps=len(batches))
     loss = objective_loss(config.objective, references, groups)
     result = RankResult(groups.tensor_group.rank(), _is_counted(groups))
+    in_first_replica = groups.data_group.rank() == 0 and groups.context_group.rank() == 0
     for step_packs in packs:
         step = policy.step(step_packs, loss, groups)
         result.grad_norms.append(step.grad_norm)
         zeros = torch.zeros(len(metric_names(config.objective)), dtype=torch.float64)
         result.metric_sums.append(sum((report.double() for report in step.reports), zeros))
-        in_first_replica = groups.data_group.rank() == 0 and groups.context_group.rank() == 0
         if in_first_replica and not result.gradients and not layout.distributed_optimizer:
             for chunk in policy.chunks:
                 result.gradients |= {name: p.main_grad.clone() for name, p in global_parameters(chunk.module)}
+    if in_first_replica:
+        for chunk in policy.chunks:
+            result.parameters |= {name: p.detach().clone() for name, p in global_parameters(chunk.module)}
     return result
 
 
@@ -183,13 +188,13 @@ def mean_metrics(results: Sequence[RankResult], step: int, objective: Any, num_t
     return {name: float(value) / num_triplets for name, value in zip(metric_names(objective), total, strict=True)}
 
 
-def huggingface_gradients(results: Sequence[RankResult], model: Path) -> dict[str, Tensor]:
-    """Join the ranks' gradient shards into whole Hugging Face tensors."""
+def huggingface_tensors(shares: Sequence[tuple[int, dict[str, Tensor]]], model: Path) -> dict[str, Tensor]:
+    """Join tensor-parallel shards into whole Hugging Face tensors; a share is a tensor rank and its shards by name."""
     architecture = read_architecture(model)
     shards: dict[str, dict[int, Tensor]] = {}
-    for result in results:
-        for name, gradient in result.gradients.items():
-            shards.setdefault(name, {})[result.tensor_rank] = gradient
+    for rank, tensors in shares:
+        for name, tensor in tensors.items():
+            shards.setdefault(name, {})[rank] = tensor
     joined: dict[str, Tensor] = {}
     for name, rule in rules(architecture).items():
         parts = [shards[name][rank] for rank in sorted(shards[name])]

@@ -24,6 +24,8 @@ class PlainStep:
     loss: float
     gradients: dict[str, Tensor]
     grad_norm: float
+    parameters: dict[str, Tensor]
+    """After the step, by Hugging Face name."""
 
 
 def load(path: Path) -> torch.nn.Module:
@@ -121,6 +123,7 @@ def train(
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in gradients.values()))
-        steps.append(PlainStep(loss.item(), gradients, norm))
         optimizer.step()
+        parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        steps.append(PlainStep(loss.item(), gradients, norm, parameters))
     return steps

@@ -42,9 +42,8 @@ def read(path: Path, family: str) -> Architecture:
 def counted(family: str, prompt: int, response: int) -> float:
     """Forward and backward of one sequence by torch's counter, the output layer on the response's rows alone.
 
-    transformers multiplies whole squares of queries and keys, of which a causal mask needs half,
-    so attention's batched products count half. Rotary angles are a batched product too, but no
-    part of the model's arithmetic by convention.
+    transformers multiplies whole squares of queries and keys, of which a causal mask needs half, so
+    attention's batched products count half.
     """
     model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="eager")
     tokens = torch.randint(VOCAB_SIZE, (1, prompt + response))
@@ -52,10 +51,8 @@ def counted(family: str, prompt: int, response: int) -> float:
     with counter:
         model(tokens, logits_to_keep=response).logits.sum().backward()
     by_operation = counter.get_flop_counts()["Global"]
-    batched = torch.ops.aten.bmm
-    rotary = next(counts for name, counts in counter.get_flop_counts().items() if name.endswith("rotary_emb"))
-    square = by_operation.pop(batched) - rotary[batched]
-    return sum(by_operation.values()) + square / 2
+    attention = by_operation.pop(torch.ops.aten.bmm)
+    return sum(by_operation.values()) + attention / 2
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3", "qwen2_tied", "qwen3"])

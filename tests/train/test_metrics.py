@@ -36,9 +36,9 @@ def step_metrics(step: int, **changes: Any) -> Metrics:
 
 
 def write(run_dir: Path, steps: list[Metrics], first_step: int = 1, logging: LoggingConfig = QUIET) -> None:
-    writer = MetricsWriter(run_dir, logging, {"seed": 1}, first_step=first_step)
+    writer = MetricsWriter(run_dir, logging, {"seed": 1}, first_step=first_step, total_steps=10)
     for metrics in steps:
-        writer.write(metrics, total_steps=10)
+        writer.write(metrics)
 
 
 def test_each_step_is_one_line_as_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +47,21 @@ def test_each_step_is_one_line_as_given(tmp_path: Path, capsys: pytest.CaptureFi
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == steps
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in printed] == ["step 1/10", "step 2/10"]
+    assert [line.split(" | ")[0] for line in printed] == [f"starting {tmp_path} at step 1", "step 1/10", "step 2/10"]
+
+
+@pytest.mark.parametrize(
+    ("first_step", "expected"),
+    [
+        (1, "starting {} at step 1"),
+        (4, "continuing {} at step 4"),
+        (10, "continuing {} at step 10"),
+        (11, "{}: all 10 steps are done"),
+    ],
+)
+def test_a_run_says_where_it_begins(tmp_path, capsys, first_step, expected) -> None:
+    write(tmp_path, [], first_step=first_step)
+    assert capsys.readouterr().out == expected.format(tmp_path) + "\n"
 
 
 @pytest.mark.parametrize("first_step", [1, 3, 4, 9])
@@ -58,14 +72,20 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path, first
     assert steps == [step_metrics(step) for step in range(1, min(first_step, 6))] + [step_metrics(first_step, loss=9.0)]
 
 
-def test_what_is_no_number_can_still_be_read_back(tmp_path: Path) -> None:
-    """As NaN and Infinity, which Python writes and reads: a diverged run shows in its own metrics."""
-    odd = {"loss": math.nan, "grad_norm": math.inf, "rewards/rejected": -math.inf}
-    write(tmp_path, [step_metrics(1, **odd), step_metrics(2)])
-    write(tmp_path, [], first_step=3)  # rewritten by a resume
-    first, second = read_jsonl(tmp_path / "metrics.jsonl")
-    assert math.isnan(first["loss"]) and first["grad_norm"] == math.inf and first["rewards/rejected"] == -math.inf
-    assert second == step_metrics(2)
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_never_written(tmp_path: Path, odd: float) -> None:
+    """JSON has no NaN: every line stays readable by any program."""
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write(tmp_path, [step_metrics(1), step_metrics(2, loss=odd)])
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [step_metrics(1)]
+
+
+def test_a_line_cut_short_by_a_kill_is_written_again(tmp_path: Path) -> None:
+    write(tmp_path, [step_metrics(1)])
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 2, "lo')
+    write(tmp_path, [step_metrics(2), step_metrics(3)], first_step=2)
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [step_metrics(step) for step in (1, 2, 3)]
 
 
 def test_the_console_shows_signs_losses_and_time_to_go() -> None:
@@ -89,14 +109,16 @@ def test_time_to_go_counts_the_steps_of_this_run(tmp_path, capsys, monkeypatch) 
     assert capsys.readouterr().out.endswith("ETA 0:01:00\n")
 
 
-def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
+def test_tensorboard_holds_every_number_once_per_step(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    write(tmp_path, [step_metrics(1), step_metrics(2)], logging=LoggingConfig(tensorboard=True))
+    logging = LoggingConfig(tensorboard=True)
+    write(tmp_path, [step_metrics(1), step_metrics(2), step_metrics(3)], logging=logging)
+    write(tmp_path, [step_metrics(2, loss=0.125)], first_step=2, logging=logging)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == set(step_metrics(1)) - {"step", "mfu"}
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.125)]
 
 
 def test_wandb_gets_the_config_and_every_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported once,
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import parse_config
 from megatron_solopo.files import read_jsonl
+from megatron_solopo.objective import compute_objective
 from megatron_solopo.parallel import topology
 from megatron_solopo.train.reference import reference_logprobs
 from megatron_solopo.train.trainer import precompute_reference, prepare, train
@@ -51,11 +54,13 @@ def config(folder: Path, name: str, parallel: dict[str, Any], **sections: Any) -
 
 def run_all(folder: Path) -> dict[str, Any]:
     """On every rank: the reference pass live and cached, a whole run, and its continuation under every layout."""
-    found: dict[str, Any] = {"live": live_and_cached(folder, "live", TP2)}
+    found: dict[str, Any] = {"live": live_and_cached(folder, "live", CP2)}
     precompute_reference(config(folder, "unused", TP2), overwrite=False)
     found["cached"] = live_and_cached(folder, "reference", CP2)
     found["stale"] = stale_errors(folder)
     train(config(folder, "whole", TP2))
+    found["changed"] = changed_errors(folder)
+    found["not finite"] = not_finite_error(folder)
     for name, parallel in RESUMED.items():
         interrupted(folder, name)
         train(config(folder, name, parallel))
@@ -99,6 +104,45 @@ def stale_errors(folder: Path) -> dict[str, str]:
             train(config(folder, "unused", TP2, **sections))
         found[name] = str(error.value)
     return found
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "objective.loss_type='hinge' (it was 'dpo')": {"objective": {"loss_type": "hinge"}},
+    "optimizer.lr=0.01 (it was 0.001)": {"optimizer": {"lr": 0.01, "lr_warmup_iters": 1}},
+    "optimizer.use_distributed_optimizer=False": {
+        "optimizer": {"lr": 1e-3, "lr_warmup_iters": 1, "use_distributed_optimizer": False}
+    },
+    "seed 1234, this run 7": {"seed": 7},
+    "global_batch_size 4, this run 2": {"training": {"global_batch_size": 2, "max_steps": STEPS}},
+    "checkpoint.resume=false": {"checkpoint": {"resume": False}},
+}
+
+
+def changed_errors(folder: Path) -> dict[str, str]:
+    """What a finished run says when it is started again with another value of what it keeps."""
+    found = {}
+    for name, sections in CHANGES.items():
+        with pytest.raises(ValueError) as error:
+            train(config(folder, "whole", TP2, **sections))
+        found[name] = str(error.value)
+    other = config(folder, "whole", TP2, data={"path": folder / "other_prepared", "max_tokens_per_pack": 400})
+    with pytest.raises(ValueError) as error:
+        train(other)
+    found["data.path (its content)"] = str(error.value)
+    return found
+
+
+def not_finite_error(folder: Path) -> str:
+    """A run whose loss is NaN from its first step on."""
+    from megatron_solopo.train import step
+
+    def broken(*arguments: Any) -> Any:
+        result = compute_objective(*arguments)
+        return replace(result, loss_T=result.loss_T * math.nan)
+
+    with mock.patch.object(step, "compute_objective", broken), pytest.raises(FloatingPointError) as error:
+        train(config(folder, "nan", TP2))
+    return str(error.value)
 
 
 def interrupted(folder: Path, name: str, source: str = "whole") -> None:
@@ -147,6 +191,20 @@ def test_a_stale_reference_is_refused_by_name(found: dict[str, Any], reason: str
     assert "stale" in message and reason in message and "\n" not in message
     others = {"weights", "roles", "dtype", "data.source"} - {reason}
     assert not any(f"another {other}" in message or f", {other}" in message for other in others)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "data.path (its content)"])
+def test_a_run_that_was_changed_is_not_continued(found: dict[str, Any], folder: Path, change: str) -> None:
+    message = found["changed"][change]
+    assert change in message and "\n" not in message
+    assert len(losses(folder, "whole")) == STEPS
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_poisons_nothing(found: dict[str, Any], folder: Path) -> None:
+    message = found["not finite"]
+    assert message.startswith("step 1: ") and "grad_norm is nan" in message and message.count("row-") == 4
+    assert not (folder / "nan" / "checkpoints").exists()
+    assert (folder / "nan" / "metrics.jsonl").exists() is False
 
 
 def test_the_same_layout_resumes_exactly(found: dict[str, Any], folder: Path) -> None:
