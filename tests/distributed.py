@@ -38,7 +38,10 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
         for process in ranks:
             process.start()
         try:
-            return _collect(results, ranks)
+            collected = _collect(results, ranks)
+            for process in ranks:  # so that each ends what it started
+                process.join(timeout=30)
+            return collected
         finally:
             for process in ranks:
                 process.kill()

@@ -141,6 +141,17 @@ def test_true_is_not_a_number(tmp_path: Path, override: str) -> None:
     assert override.split("=")[0] in line
 
 
+def test_a_beta_for_orpo_is_refused_and_told_its_name_here(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, "", ("objective.loss_type=orpo", "objective.beta=0.2"))
+    assert "beta=0.2" in line and "orpo_lambda" in line
+    assert load(tmp_path, "", ("objective.loss_type=orpo", "objective.orpo_lambda=0.2")).objective.beta == 0.1
+
+
+def test_one_virtual_chunk_is_no_interleaving(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, "", ("parallel.virtual_pipeline_model_parallel_size=1",))
+    assert "parallel.virtual_pipeline_model_parallel_size=1" in line and "greater than or equal to 2" in line
+
+
 def test_every_mistake_has_a_line_of_its_own(tmp_path: Path) -> None:
     lines = mistakes(tmp_path, "", ("objective.beta=-1", "objective.typo_key=1", "seed=x", "optimizer.lr=0"))
     assert len(lines) == 4

@@ -9,7 +9,7 @@ from megatron_solopo.data.packing import Pack
 from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.parallel.cpu import is_cpu
 
-# Dense bfloat16 peak in FLOP/s (NVIDIA data sheets, without sparsity), by a part of the device name; the first that fits.
+# Dense bfloat16 peak in FLOP/s (NVIDIA data sheets, no sparsity) by a part of the device name: the first that fits.
 _PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,

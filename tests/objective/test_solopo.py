@@ -40,7 +40,8 @@ LONG_METRICS = {"solo_ra/loss", "solo_ra/gap_abs", "solo_ra/gap_signed", "reward
 
 def objective(loss_type: str, face: dict) -> ObjectiveConfig:
     smoothing = 0.1 if loss_type in ("dpo", "robust") else 0.0
-    return ObjectiveConfig(loss_type=loss_type, label_smoothing=smoothing, **SETTINGS, **face)
+    settings = SETTINGS | ({"beta": 0.1} if loss_type == "orpo" else {})  # ORPO has none, and refuses another
+    return ObjectiveConfig(loss_type=loss_type, label_smoothing=smoothing, **settings, **face)
 
 
 def random_batch(dtype: torch.dtype = torch.float64) -> tuple[dict, dict, dict]:

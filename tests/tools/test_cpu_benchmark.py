@@ -45,7 +45,8 @@ def test_the_heads_give_the_same_loss_and_gradients(memory) -> None:
 def test_response_only_head_does_not_grow_with_the_prompt(memory) -> None:
     short, long = memory["response-only", 256], memory["response-only", 512]
     assert long["positions"] > 1.5 * short["positions"]
-    assert short["head_tensor_bytes"] == long["head_tensor_bytes"]
+    # To the allocator's rounding of small tensors.
+    assert long["head_tensor_bytes"] == pytest.approx(short["head_tensor_bytes"], rel=1e-3)
     assert short["head_tensor_bytes"] >= ROWS * VOCAB_SIZE * 4  # the logits of the response rows are seen
 
 
