@@ -20,7 +20,7 @@ import click
 from megatron_solopo import __version__
 
 _PATH = click.Path(path_type=Path)
-_LATER_RANKS_WAIT_SECONDS = 2.0
+_LATER_RANKS_WAIT_SECONDS = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit("interrupted")
+        sys.exit("interrupted; a training run continues from its latest checkpoint when it is started again")
     except (ValueError, FloatingPointError) as error:
         if not _is_ours(error):
             raise
@@ -116,9 +116,17 @@ def data() -> None:
 @click.option("--short-distractors", default=3, show_default=True, help="Distractors beside the evidence, short side.")
 @click.option("--long-tokens", default=2048, show_default=True, help="Tokens of the long side, never exceeded.")
 @click.option("--seed", default=0, show_default=True, help="Of every random choice.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def data_build(
-    source: Path, output: Path, tokenizer: str, short_distractors: int, long_tokens: int, seed: int, as_json: bool
+    source: Path,
+    output: Path,
+    tokenizer: str,
+    short_distractors: int,
+    long_tokens: int,
+    seed: int,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Build short and long contexts around the same evidence, with a chosen and a rejected answer.
 
@@ -129,8 +137,16 @@ def data_build(
     """
     from megatron_solopo.data.build import build
 
-    report = build(source, output, tokenizer, short_distractors=short_distractors, long_tokens=long_tokens, seed=seed)
-    click.echo(json.dumps(report.to_json(), indent=2) if as_json else str(report))
+    report = build(
+        source,
+        output,
+        tokenizer,
+        short_distractors=short_distractors,
+        long_tokens=long_tokens,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    click.echo(json.dumps(report.to_json(), indent=2) if as_json else f"{output}\n{report}")
 
 
 @data.command("validate")

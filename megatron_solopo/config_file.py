@@ -17,6 +17,8 @@ from yaml import YAMLError
 from megatron_solopo.config import Config
 from megatron_solopo.files import atomic_path
 
+_HEADER = "# Written by megatron-solopo: the resolved configuration of this run."
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and dotted overrides (`objective.alpha=3`) over the defaults.
@@ -69,9 +71,16 @@ def parse_config(values: Any, source: str) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML, complete or not at all."""
+    """Write the resolved configuration as YAML, complete or not at all; ask `check_not_by_hand` first."""
     with atomic_path(path) as temporary:
-        OmegaConf.save(OmegaConf.create(config.model_dump(mode="json")), temporary)
+        values = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+        temporary.write_text(f"{_HEADER}\n{values}", encoding="utf-8")
+
+
+def check_not_by_hand(path: Path) -> None:
+    """Raise ValueError if there is a file at `path` that `save_config` has not written."""
+    if path.is_file() and not path.read_text(encoding="utf-8").startswith(_HEADER):
+        raise ValueError(f"{path}: was not written by a run, and would be replaced; move it, or set another run_dir")
 
 
 def _explain(detail: Any) -> str:

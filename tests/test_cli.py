@@ -75,6 +75,12 @@ TRAIN_MISTAKES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "warm-up longer than the run": (["optimizer.lr_warmup_iters=5"], {}, ["lr_warmup_iters=5", "1 steps"]),
     "no model": (["model.path=/nowhere"], {}, ["/nowhere/config.json", "model.path"]),
     "no data": (["data.path=/nowhere"], {}, ["/nowhere", "data prepare"]),
+    "more recomputed layers than there are": (
+        ["parallel.recompute_granularity=full", "parallel.recompute_num_layers=9"],
+        {},
+        ["recompute_num_layers=9", "4 layers"],
+    ),
+    "run_dir below a file": (["run_dir=/etc/passwd/run"], {}, ["run_dir=/etc/passwd/run", "no directory"]),
     "transformer engine without it": (
         ["model.implementation=transformer_engine"],
         {},
@@ -135,6 +141,12 @@ def test_nothing_of_the_users_is_overwritten(world: Path, tmp_path: Path, capsys
     precious = tmp_path / "cache"
     precious.mkdir()
     (precious / "thesis.tex").write_text("...")
+    by_hand = tmp_path / "by_hand" / "config.yaml"
+    by_hand.parent.mkdir()
+    by_hand.write_text("# my notes\n" + (world / "config.yaml").read_text())
+    assert "move it" in fails(capsys, "train", "--config", str(by_hand), f"run_dir={by_hand.parent}")
+    assert by_hand.read_text().startswith("# my notes")
+    assert [path.name for path in by_hand.parent.iterdir()] == ["config.yaml"]
     config = ["train", "--config", str(world / "config.yaml"), f"run_dir={tmp_path / 'run'}"]
     assert "reference.cache" in fails(capsys, *config, f"reference.cache={precious}")
     assert [path.name for path in precious.iterdir()] == ["thesis.tex"]
@@ -145,6 +157,25 @@ def test_nothing_of_the_users_is_overwritten(world: Path, tmp_path: Path, capsys
     main(config)  # all steps are done: nothing to do, nothing lost
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     assert "all 1 steps are done" in capsys.readouterr().out
+
+
+def test_data_of_another_tokenizer_or_beyond_the_models_positions_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(world / "model", tmp_path / "other")
+    shutil.copytree(world / "tokenizer", other, dirs_exist_ok=True)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["w5"], vocabulary["w6"] = vocabulary["w6"], vocabulary["w5"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = ["train", "--config", str(world / "config.yaml"), f"run_dir={tmp_path / 'run'}"]
+    assert "not the tokenizer of the model" in fails(capsys, *config, f"model.path={other}")
+    short = shutil.copytree(world / "model", tmp_path / "short")
+    fields = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 32}
+    (short / "config.json").write_text(json.dumps(fields))
+    line = fails(capsys, *config, f"model.path={short}")
+    assert "32 positions" in line and "max_position_embeddings" in line
+    assert not (tmp_path / "run").exists()
 
 
 BAD_LINES = {

@@ -122,6 +122,7 @@ def build(
     short_distractors: int = 3,
     long_tokens: int = 2048,
     seed: int = 0,
+    overwrite: bool = False,
 ) -> BuildReport:
     """Write triplets from MuSiQue questions; no row is ever cut.
 
@@ -137,11 +138,14 @@ def build(
         long_tokens: Length of prompt_long, special tokens included, plus the longer answer and its
             end token: never exceeded, and missed by less than a paragraph unless the pool runs out.
         seed: With the question's id, the only source of randomness.
+        overwrite: Replace an existing output file.
 
     Raises:
         ValueError: An argument is illegal, the input is not MuSiQue JSONL, or no row could be built.
     """
     _check_arguments(input, output, short_distractors, long_tokens, seed)
+    if output.exists() and not overwrite:
+        raise ValueError(f"--output {output}: already exists; name another, or pass --overwrite to replace it")
     questions = read_questions(input)
     builder = _Builder(questions, load_tokenizer(tokenizer), short_distractors, long_tokens, seed)
     dropped: Counter[str] = Counter()

@@ -123,7 +123,7 @@ class GlobalBatchLoader:
             if state[name] != self._identity[name]:
                 raise ValueError(
                     f"the checkpoint's data loader has {name} {state[name]}, this run {self._identity[name]}: it would "
-                    f"not continue on the same triplets; restore {key} or start anew with checkpoint.resume=false"
+                    f"not continue on the same triplets; restore {key}, or set run_dir to another directory"
                 )
         self.consumed_triplets = state["consumed_triplets"]
 

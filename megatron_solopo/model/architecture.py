@@ -52,6 +52,16 @@ class Architecture:
     """Factor on cos and sin (YaRN's attention factor); attention logits grow by its square."""
 
     @property
+    def num_parameters(self) -> int:
+        """Of the whole model, tied embeddings counted once."""
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
+        attention = 2 * self.hidden_size * (queries + keys) + (queries + 2 * keys if self.add_qkv_bias else 0)
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_layernorm else 0)
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + norms
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+    @property
     def softmax_scale(self) -> float:
         """Factor on the attention logits: rotary_scale^2 / sqrt(head_dim)."""
         return self.rotary_scale**2 / self.head_dim**0.5

@@ -43,6 +43,12 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
         raise ValueError(
             f"parallel.virtual_pipeline_model_parallel_size={chunks} needs parallel.pipeline_model_parallel_size > 1"
         )
+    layers_per_stage = architecture.num_layers // stages
+    if parallel.recompute_granularity == "full" and parallel.recompute_num_layers > max(layers_per_stage, 1):
+        raise ValueError(
+            f"parallel.recompute_num_layers={parallel.recompute_num_layers} is more than the {layers_per_stage} "
+            "layers of a pipeline stage"
+        )
     if architecture.num_layers % stages:
         raise ValueError(
             f"the model's {architecture.num_layers} layers do not divide into {stages} pipeline stages "

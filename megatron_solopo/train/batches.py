@@ -33,7 +33,9 @@ def single_pass(config: Config, dataset: TripletDataset, topology: Topology, lab
         dataset, required_roles(config.objective), chunk_size=chunk_size, **_packing(config, topology)
     )
     total = -(-len(dataset) // chunk_size)
-    yield from tqdm(batches, label, total, unit="batch", leave=False, disable=dist.get_rank() != 0)
+    # None: where standard error is a terminal, so that a log stays readable.
+    hidden = True if dist.get_rank() != 0 else None
+    yield from tqdm(batches, label, total, unit="batch", leave=False, disable=hidden)
 
 
 def _packing(config: Config, topology: Topology) -> dict[str, Any]:

@@ -59,6 +59,10 @@ class MetricsWriter:
         self._started = time.monotonic()
         self._first_step = first_step
 
+    def say(self, line: str) -> None:
+        """A line on the console, above a progress bar if there is one."""
+        tqdm.write(line)
+
     def write(self, metrics: Metrics) -> None:
         """Record one step; `metrics` holds `step`."""
         with self.path.open("a", encoding="utf-8") as stream:
@@ -68,7 +72,7 @@ class MetricsWriter:
             sink(step, {name: value for name, value in metrics.items() if value is not None and name != "step"})
         done = step - self._first_step + 1
         remaining = (time.monotonic() - self._started) / done * (self._total_steps - step)
-        tqdm.write(console_line(metrics, self._total_steps, remaining))
+        self.say(console_line(metrics, self._total_steps, remaining))
 
 
 def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -> str:

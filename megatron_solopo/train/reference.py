@@ -75,7 +75,10 @@ def _dependencies(config: Config, splits: Splits) -> dict[str, Any]:
 
 
 def _check(cache: Path, expected: dict[str, Any]) -> None:
-    found = json.loads((cache / _MANIFEST).read_text(encoding="utf-8"))
+    try:
+        found = json.loads((cache / _MANIFEST).read_text(encoding="utf-8"))
+    except ValueError:
+        raise _damaged(cache, _MANIFEST) from None
     differing = [f"data.{key}" for key in expected["data"] if expected["data"][key] != found["data"].get(key)]
     differing += [key for key in expected if key not in ("data", "roles") and expected[key] != found.get(key)]
     differing += ["roles"] if set(expected["roles"]) - set(found["roles"]) else []
@@ -122,8 +125,15 @@ def _write(cache: Path, dependencies: dict[str, Any], splits: Splits, computed: 
         write_json(temporary / _MANIFEST, dependencies)
 
 
+def _damaged(cache: Path, file: str) -> ValueError:
+    return ValueError(f"{cache / file}: missing or damaged; delete {cache}, and it is computed again")
+
+
 def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[str]) -> ReferenceLogprobs:
-    table = pq.read_table(cache / f"{name}.parquet")
+    try:
+        table = pq.read_table(cache / f"{name}.parquet")
+    except (OSError, pa.ArrowException):
+        raise _damaged(cache, f"{name}.parquet") from None
     if table["id"].to_pylist() != dataset.ids(range(len(dataset))):
         raise ValueError(f"{cache / name}.parquet: its ids are not those of data.path; delete {cache}")
     columns: list[Tensor] = [torch.tensor(table[role].to_numpy(), dtype=torch.float32) for role in roles]

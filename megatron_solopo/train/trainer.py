@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_solopo.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_solopo.config import Config
-from megatron_solopo.config_file import save_config
+from megatron_solopo.config_file import check_not_by_hand, save_config
 from megatron_solopo.data.loader import GlobalBatch
 from megatron_solopo.files import check_writable, read_jsonl, sha256_file
 from megatron_solopo.model.architecture import Architecture, read_architecture
@@ -68,6 +68,7 @@ def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
     uses_transformer_engine(config.model)  # refuses what cannot run here
     splits = load_splits(config, architecture)
     check_writable(config.run_dir, "run_dir")
+    check_not_by_hand(config.run_dir / "config.yaml")
     return architecture, process_groups.initialize(config.parallel, config.seed), splits
 
 
@@ -96,6 +97,8 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step."""
         writer = self._start_writing()
+        if writer is not None:
+            writer.say(self._describe())
         while self.step < self.max_steps:
             metrics = self._train_step()
             if self._due(self.config.training.eval_steps):
@@ -103,9 +106,26 @@ class Trainer:
             if writer is not None:
                 writer.write(metrics)
             if self._due(self.config.checkpoint.save_steps) or self.step == self.max_steps:
-                self._save()
+                saved = self._save()
+                if writer is not None:
+                    writer.say(f"saved {saved}")
         if writer is not None:
             plot_metrics(read_jsonl(writer.path), self.config.run_dir / "metrics.png")
+
+    def _describe(self) -> str:
+        """One line of what runs where, for the head of the log."""
+        parallel, config = self.config.parallel, self.config
+        layout = (
+            f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x "
+            f"CP {parallel.context_parallel_size} x DP {self.topology.data_group.size()}"
+        )
+        model = f"{self.architecture.model_type} of {self.architecture.num_parameters:,} parameters"
+        triplets = len(self.splits.datasets["train"])
+        return (
+            f"{model} in {config.model.dtype} | "
+            f"{dist.get_world_size()} {self.topology.device.type} processes: {layout} | "
+            f"{triplets} triplets, {self.max_steps} steps of {config.training.global_batch_size}"
+        )
 
     def _train_step(self) -> Metrics:
         started = time.monotonic()
@@ -164,9 +184,9 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and (self.step % every == 0 or self.step == self.max_steps)
 
-    def _save(self) -> None:
+    def _save(self) -> Path:
         state = {"loader": self.loader.state_dict(), "identity": self._identity()}
-        save_checkpoint(self.checkpoints, self.step, self.policy.chunks, self.policy.optimizer, state)
+        return save_checkpoint(self.checkpoints, self.step, self.policy.chunks, self.policy.optimizer, state)
 
     def _identity(self) -> dict[str, Any]:
         """What a run keeps from its first step to its last, by the key that sets it."""
@@ -209,7 +229,8 @@ class Trainer:
         if dist.get_rank() != 0:
             return None
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, self.config.run_dir / "config.yaml")
+        if self.step < self.max_steps:
+            save_config(self.config, self.config.run_dir / "config.yaml")
         return MetricsWriter(
             self.config.run_dir,
             self.config.logging,

@@ -99,9 +99,20 @@ def test_rows_that_cannot_serve_are_counted_by_reason(tokenizer_path, tmp_path) 
 )
 def test_a_mistake_is_one_line_and_leaves_no_file(arguments, message, tokenizer_path, tmp_path) -> None:
     output = write(tmp_path / "out.jsonl", ["what was there before"])
-    legal = {"input": QUESTIONS, "output": output, "tokenizer": tokenizer_path}
+    legal = {"input": QUESTIONS, "output": output, "tokenizer": tokenizer_path, "overwrite": True}
     with pytest.raises(ValueError, match=message) as error:
         build(**legal | arguments)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
     assert output.read_text() == "what was there before\n"
+
+
+def test_an_existing_file_is_kept_unless_told_otherwise(tokenizer_path, tmp_path):
+    output = tmp_path / "mine.jsonl"
+    output.write_text("written by hand\n")
+    few = write(tmp_path / "few.jsonl", QUESTIONS.read_text().splitlines()[:4])
+    with pytest.raises(ValueError, match=r"mine\.jsonl: already exists.*--overwrite"):
+        build(few, output, tokenizer_path)
+    assert output.read_text() == "written by hand\n"
+    build(few, output, tokenizer_path, overwrite=True)
+    assert output.read_text().startswith('{"id"')

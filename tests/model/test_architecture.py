@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.model.architecture import read_architecture
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, make_model
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
 
@@ -167,3 +167,10 @@ def test_a_models_own_code_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: ...\n")
     message = refusal(write(tmp_path, "llama2", {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}))
     assert "model_type='own'" in message and not marker.exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_counted_as_transformers_counts_them(family: str, tmp_path: Path) -> None:
+    make_model(tmp_path, family)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert read_architecture(tmp_path).num_parameters == model.num_parameters()
