@@ -60,7 +60,7 @@ endef
 # until pyproject.toml changes. torch goes first, so that nothing else chooses its version.
 define install
 	test -x $(1)/bin/pip || "$$interpreter" -m venv $(1); \
-	$(1)/bin/python -m pip install "$(TORCH)"; \
+	$(1)/bin/python -m pip install $(TORCH); \
 	$(1)/bin/python -m pip install --editable ".[dev]"; \
 	touch $@
 endef
