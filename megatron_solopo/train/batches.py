@@ -1,5 +1,6 @@
 """Global batches of a run: the data room's loaders, for this rank's place and this run's budget."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.topology import Topology
 
 _SINGLE_PASS_TRIPLETS_PER_RANK = 16
+_LOG_SECONDS = 30.0
 
 
 def training_batches(config: Config, dataset: TripletDataset, topology: Topology) -> GlobalBatchLoader:
@@ -33,9 +35,19 @@ def single_pass(config: Config, dataset: TripletDataset, topology: Topology, lab
         dataset, required_roles(config.objective), chunk_size=chunk_size, **_packing(config, topology)
     )
     total = -(-len(dataset) // chunk_size)
-    # None: where standard error is a terminal, so that a log stays readable.
-    hidden = True if dist.get_rank() != 0 else None
-    yield from tqdm(batches, label, total, unit="batch", leave=False, disable=hidden)
+    yield from tqdm(batches, label, total, unit="batch", disable=dist.get_rank() != 0, **_bar_style())
+
+
+def _bar_style() -> dict[str, Any]:
+    """A bar that vanishes when done on a terminal; in a log, a line every half minute and none for short work."""
+    if sys.stderr.isatty():
+        return {"leave": False}
+    return {
+        "mininterval": _LOG_SECONDS,
+        "maxinterval": _LOG_SECONDS,
+        "delay": _LOG_SECONDS,
+        "bar_format": "{desc}: {n_fmt}/{total_fmt} batches in {elapsed}, {remaining} to go\n",
+    }
 
 
 def _packing(config: Config, topology: Topology) -> dict[str, Any]:
