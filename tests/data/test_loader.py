@@ -148,7 +148,7 @@ def test_state_is_the_same_on_every_rank_and_plain():
 def test_a_foreign_state_is_refused_by_name(name, key, change):
     ours = loader()
     ours.next_batch()
-    with pytest.raises(ValueError, match=f"{name} .*restore {key} ") as error:
+    with pytest.raises(ValueError, match=f"{name} .*restore {key}, or set run_dir") as error:
         ours.load_state_dict(loader(**change).state_dict())
     assert "\n" not in str(error.value)
     assert ours.consumed_triplets == 8
