@@ -30,8 +30,6 @@ from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.data.triplet import ValidationReport, validate_file
 from megatron_solopo.files import atomic_path, check_replaceable, remove, sha256_file, sha256_json, write_json
 
-__all__ = ["Tokenizer", "load_tokenizer", "prepare"]
-
 _SHOWN = 5
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_solopo.data.build import BuildReport, build
-from megatron_solopo.data.musique import Question, mentions, normalise, read_questions
+from megatron_solopo.data.musique import mentions, normalise
 from megatron_solopo.data.responses import GIVE_UP
-from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.data.triplet import validate_file
 from tests.data.musique_example import (
     QUESTIONS,
@@ -18,7 +17,6 @@ from tests.data.musique_example import (
     first_lines,
     is_evidence,
     lengths,
-    load_script,
     passages,
     read,
     write,
@@ -26,23 +24,6 @@ from tests.data.musique_example import (
 
 LONG_TOKENS = 2048
 SHORT_DISTRACTORS = 3
-
-
-@pytest.fixture(scope="module")
-def tokenizer_path(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("tokenizer")
-    load_script().make_tokenizer().save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path) -> Tokenizer:
-    return load_tokenizer(tokenizer_path)
-
-
-@pytest.fixture(scope="module")
-def questions() -> dict[str, Question]:
-    return {question.id: question for question in read_questions(QUESTIONS)}
 
 
 @pytest.fixture(scope="module")

@@ -6,36 +6,17 @@ from pathlib import Path
 import pytest
 
 from megatron_solopo.data.build import build
-from megatron_solopo.data.musique import Question, mentions, normalise, read_questions
-from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_solopo.data.musique import mentions, normalise, read_questions
 from tests.data.musique_example import (
     EXAMPLE,
     QUESTIONS,
     first_lines,
     is_evidence,
     lengths,
-    load_script,
     passages,
     read,
     write,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer_path(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("tokenizer")
-    load_script().make_tokenizer().save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path) -> Tokenizer:
-    return load_tokenizer(tokenizer_path)
-
-
-@pytest.fixture(scope="module")
-def questions() -> dict[str, Question]:
-    return {question.id: question for question in read_questions(QUESTIONS)}
 
 
 def test_too_long_questions_are_dropped_and_counted_never_cut(tokenizer_path, tokenizer, tmp_path) -> None:
