@@ -14,11 +14,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_solopo.files import atomic_path, remove, replace, write_json
 
 _LATEST = "latest"
 _TRAINER_STATE = "trainer.json"
+_KERNEL_STATE = "_extra_state"
 # Saved once per parameter, not per rank's share of a buffer: loads under another TP, PP, CP or DP.
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -93,7 +95,8 @@ def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optim
         _initialize_state(optimizer)
     state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), str(path))
     for key, chunk in _keyed(chunks).items():
-        chunk.module.load_state_dict(state[key])
+        missing, unexpected = chunk.module.load_state_dict(state[key], strict=False)
+        assert not unexpected and all(name.endswith(_KERNEL_STATE) for name in missing), (missing, unexpected)
     if optimizer is not None:
         _load_optimizer(optimizer, state["optimizer"])
 
@@ -102,13 +105,22 @@ def _sharded_state(
     chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None, *, is_loading: bool
 ) -> dict[str, Any]:
     metadata = _SHARDING | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    model = {key: chunk.module.sharded_state_dict(metadata=metadata) for key, chunk in _keyed(chunks).items()}
+    model = {key: _sharded_model(chunk.module, metadata) for key, chunk in _keyed(chunks).items()}
     if optimizer is None:
         return model
     parameters = model["model"] if len(chunks) == 1 else model
     return model | {
         "optimizer": optimizer.sharded_state_dict(dict(parameters), is_loading=is_loading, metadata=metadata)
     }
+
+
+def _sharded_model(module: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Without the kernels' own state, so that every layer implementation reads the checkpoints of the others."""
+    config = module.config
+    state: dict[str, Any] = module.sharded_state_dict(metadata=metadata)
+    if config.fp8 and config.fp8_recipe == "delayed":
+        return state  # its scales are made of earlier steps' values
+    return {key: value for key, value in state.items() if not key.endswith(_KERNEL_STATE)}
 
 
 def _keyed(chunks: Sequence[DistributedDataParallel]) -> dict[str, DistributedDataParallel]:
@@ -140,6 +152,9 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
 def _initialize_state(optimizer: MegatronOptimizer) -> None:
     """torch's Adam makes its state at the first step; a fresh optimizer needs it there to be loaded into."""
     inner = _inner(optimizer)
+    if isinstance(inner.optimizer, HybridDeviceOptimizer):
+        inner.optimizer.dummy_step()  # what it does to the parameters is undone by loading them
+        return
     inner.init_state_fn(inner.optimizer, inner.config)
     # Transformer Engine's and Apex's Adam count steps per group and know no such state.
     if isinstance(inner.optimizer, torch.optim.Optimizer) and type(inner.optimizer).__module__.startswith("torch."):

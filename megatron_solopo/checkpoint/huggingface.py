@@ -13,6 +13,7 @@ from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name
 from megatron_solopo.files import sha256_file, sha256_json
 from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.precision import assign
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SAMPLE_BYTES = 4096
@@ -91,12 +92,10 @@ def load_weights(chunks: Sequence[ResponseModel], architecture: Architecture, pa
                         f"{path}: {each} has shape {tuple(tensor.shape)}, "
                         f"but config.json asks for {tuple(wanted.shape)}"
                     )
-            with torch.no_grad():
-                parameter.copy_(
-                    to_megatron(
-                        rule, architecture, tensors, rank=group.rank(), size=group.size(), padded_vocab=padded_vocab
-                    )
-                )
+            share = to_megatron(
+                rule, architecture, tensors, rank=group.rank(), size=group.size(), padded_vocab=padded_vocab
+            )
+            assign(parameter, share)
 
 
 def global_parameters(chunk: ResponseModel) -> Iterator[tuple[str, torch.nn.Parameter]]:

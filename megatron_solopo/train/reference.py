@@ -21,6 +21,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.precision import precision_settings
 from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.topology import Topology
@@ -68,6 +69,7 @@ def _dependencies(config: Config, splits: Splits) -> dict[str, Any]:
         "data": splits.manifest.fingerprint_parts,
         "weights": weights_fingerprint(config.reference.model_path or config.model.path),
         "dtype": config.model.dtype,
+        "fp8": precision_settings(config.model),
         "implementation": "transformer_engine" if uses_transformer_engine(config.model) else "local",
         "scoring_version": _SCORING_VERSION,
         "roles": list(required_roles(config.objective)),

@@ -20,6 +20,7 @@ from megatron_solopo.data.loader import GlobalBatch
 from megatron_solopo.files import check_writable, read_jsonl, sha256_file
 from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model.build import check_layout
+from megatron_solopo.model.precision import check_precision
 from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology as process_groups
@@ -66,6 +67,7 @@ def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
     architecture = read_architecture(config.model.path)
     check_layout(architecture, config.parallel)
     uses_transformer_engine(config.model)  # refuses what cannot run here
+    check_precision(config.model, config.optimizer)
     splits = load_splits(config, architecture)
     check_writable(config.run_dir, "run_dir")
     check_not_by_hand(config.run_dir / "config.yaml")
