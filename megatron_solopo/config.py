@@ -87,7 +87,7 @@ class ParallelConfig(_Section):
     """Computes activations again in the backward pass: whole layers (full), or `recompute_modules` of each."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: PositiveInt = 1
-    recompute_modules: list[Literal["core_attn", "layernorm", "mlp"]] = ["core_attn"]
+    recompute_modules: list[Literal["core_attn", "mlp"]] = ["core_attn"]
     """What `recompute_granularity: selective` computes again."""
     cpu_offloading_num_layers: NonNegativeInt = 0
     """Layers whose activations wait in host memory for the backward pass; needs a GPU and Transformer Engine."""

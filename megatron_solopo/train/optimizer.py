@@ -13,9 +13,10 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_solopo.config import OptimizerConfig
+from megatron_solopo.config import ModelConfig, OptimizerConfig
 from megatron_solopo.model.fusion import fuse_weight_gradients
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.spec import uses_transformer_engine
 
 
 def wrap_data_parallel(chunks: Sequence[ResponseModel], optimizer: OptimizerConfig) -> list[DistributedDataParallel]:
@@ -33,6 +34,15 @@ def wrap_data_parallel(chunks: Sequence[ResponseModel], optimizer: OptimizerConf
     for chunk in chunks:  # now that there are buffers to add to
         fuse_weight_gradients(chunk)
     return wrapped
+
+
+def check_offload(optimizer: OptimizerConfig, model: ModelConfig) -> None:
+    """Raise ValueError if optimizer state is to leave a GPU that is not there, or without Transformer Engine."""
+    if optimizer.optimizer_offload_fraction and not uses_transformer_engine(model):
+        raise ValueError(
+            f"optimizer.optimizer_offload_fraction={optimizer.optimizer_offload_fraction} needs a CUDA device, "
+            "Transformer Engine and model.dtype=bfloat16; set it to 0"
+        )
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: OptimizerConfig) -> MegatronOptimizer:

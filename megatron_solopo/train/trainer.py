@@ -28,7 +28,7 @@ from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.batches import single_pass, training_batches
 from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
 from megatron_solopo.train.metrics import Metrics, MetricsWriter, reduce_over_ranks, reduce_sums
-from megatron_solopo.train.optimizer import check_schedule
+from megatron_solopo.train.optimizer import check_offload, check_schedule
 from megatron_solopo.train.plot import plot_metrics
 from megatron_solopo.train.policy import StepResult, build_policy
 from megatron_solopo.train.reference import reference_logprobs
@@ -68,6 +68,7 @@ def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
     check_layout(architecture, config.parallel)
     uses_transformer_engine(config.model)  # refuses what cannot run here
     check_precision(config.model, config.optimizer)
+    check_offload(config.optimizer, config.model)
     splits = load_splits(config, architecture)
     check_writable(config.run_dir, "run_dir")
     check_not_by_hand(config.run_dir / "config.yaml")
