@@ -23,6 +23,8 @@ from transformers import Qwen2Config
 
 from megatron_solopo.data.packing import TokenizedTriplet
 
+SOLOPO, LONG_PO, TRL = SYSTEMS = ("solopo", "long_po", "trl")
+OURS = (SOLOPO, LONG_PO)
 OK, OUT_OF_MEMORY, NOT_TRIED, FAILED = "ok", "out of memory", "not tried", "failed"
 _INIT_STD = 0.02
 Emit = Callable[..., None]
@@ -75,6 +77,8 @@ class Plan:
     """Per step."""
     warmup: int
     steps: int
+    trl_variants: list[str]
+    """Those to try; none: all that this machine can run."""
     every_variant: bool
     profile: str | None
     """Directory for traces."""

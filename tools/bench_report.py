@@ -6,12 +6,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_case import OK, OUT_OF_MEMORY
+from bench_case import LONG_PO, OK, OURS, OUT_OF_MEMORY, SOLOPO, TRL
 from reporting import GIB, table
 
 from megatron_solopo.files import atomic_path
 
-SOLOPO, LONG_PO, TRL = SYSTEMS = ("solopo", "long_po", "trl")
 Row = dict[str, Any]
 _NONE = "-"
 
@@ -47,7 +46,7 @@ def ratios(rows: Sequence[Row]) -> list[Row]:
             for what in ("tokens", "flops"):
                 ratio[f"solopo_long_po_{what}"] = _quotient(systems, SOLOPO, LONG_PO, f"{what}_per_step")
         ratio["solopo_long_po_time"] = _quotient(measured, SOLOPO, LONG_PO, "median_seconds")
-        for ours in (SOLOPO, LONG_PO):
+        for ours in OURS:
             ratio[f"trl_{ours}_time"] = _quotient(measured, TRL, ours, "median_seconds")
             ratio[f"{ours}_trl_tokens_per_second"] = _quotient(measured, ours, TRL, "tokens_per_second")
             ratio[f"{ours}_trl_memory"] = _quotient(measured, ours, TRL, "allocated_bytes")
@@ -152,7 +151,7 @@ def variants_table(rows: Sequence[Row]) -> str:
 def profiles_table(rows: Sequence[Row]) -> str:
     columns = ("L", "system", "profiled step ms", "GPU busy", "GPU idle", "launches", "kernels that took most")
     cells = []
-    for row in rows:
+    for row in (row for systems in by_length(rows).values() for row in systems.values()):
         if profile := row["profile"]:
             top = [f"{each['name'][:60]} {each['share_of_step']:.0%}" for each in profile["top_kernels"][:3]]
             shares = [_number(profile[key], ".1%") for key in ("gpu_busy", "gpu_idle")]

@@ -7,7 +7,7 @@ they are tried from the fastest to the slowest until one survives; what ran out 
 import importlib.util
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -22,6 +22,7 @@ from bench_case import (
     NOT_TRIED,
     OK,
     OUT_OF_MEMORY,
+    TRL,
     Emit,
     Measurement,
     Plan,
@@ -42,12 +43,12 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     TrainerCallback,
 )
 from transformers.models.qwen2 import modeling_qwen2
 from trl import DPOConfig, DPOTrainer
 
-SYSTEM = "trl"
 _ON_GPU = torch.cuda.is_available()
 
 
@@ -59,6 +60,11 @@ class Variant:
     """sdpa; cudnn: sdpa that prefers cuDNN's kernel; flash_attention_2."""
     liger: bool
     checkpointing: bool
+
+    def needs_no_less_memory_than(self, other: "Variant") -> bool:
+        """Liger's layers and checkpointing both save memory; attention kernels differ too much to be told apart."""
+        same_attention = self.attention == other.attention
+        return same_attention and self.liger <= other.liger and self.checkpointing <= other.checkpointing
 
     def __str__(self) -> str:
         parts = [self.attention, *(["liger"] if self.liger else []), *(["checkpointing"] if self.checkpointing else [])]
@@ -78,14 +84,20 @@ class Variant:
             vars(modeling_qwen2).update(before)
 
 
-def possible_variants() -> list[Variant]:
-    """All combinations that this machine can run."""
+def possible_variants(wanted: Sequence[str]) -> list[Variant]:
+    """All combinations that this machine can run, or of these the wanted ones.
+
+    Raises ValueError for a wanted one that is not among them.
+    """
     attentions = ["sdpa"]
     if _ON_GPU:
         attentions.append("cudnn")
         attentions += ["flash_attention_2"] if importlib.util.find_spec("flash_attn") else []
     liger = [False, True] if _ON_GPU and importlib.util.find_spec("liger_kernel") else [False]
-    return [Variant(*each) for each in product(attentions, liger, (False, True))]
+    variants = {str(each := Variant(*values)): each for values in product(attentions, liger, (False, True))}
+    if unknown := sorted(set(wanted) - set(variants)):
+        raise ValueError(f"--trl-variant {unknown[0]}: this machine can run {', '.join(variants)}")
+    return [each for name, each in variants.items() if name in wanted or not wanted]
 
 
 class UntouchedTokensTrainer(DPOTrainer):
@@ -210,14 +222,15 @@ def train(plan: Plan, variant: Variant, long_tokens: int, meter: Meter) -> None:
             processing_class=tokenizer(),
             callbacks=[meter],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
 
 
 def measure(plan: Plan, variant: Variant, long_tokens: int, fastest: float) -> Measurement:
     """One variant at one length; whatever goes wrong is its result."""
-    result = Measurement(SYSTEM, long_tokens, variant=str(variant))
+    result = Measurement(TRL, long_tokens, variant=str(variant))
     try:
-        train(plan, variant, long_tokens, Meter(result, plan, plan.trace_path(SYSTEM, long_tokens), fastest))
+        train(plan, variant, long_tokens, Meter(result, plan, plan.trace_path(TRL, long_tokens), fastest))
     except Exception as error:
         result.status = OUT_OF_MEMORY if is_out_of_memory(error) else FAILED
         result.detail = first_line(error)
@@ -232,27 +245,39 @@ class Search:
 
     def __init__(self, plan: Plan, emit: Emit) -> None:
         self.plan, self.emit = plan, emit
-        self.candidates = possible_variants()
+        self.candidates = possible_variants(plan.trl_variants)
 
     def measure(self, long_tokens: int, *, every_variant: bool) -> Measurement:
         """The fastest variant that survives this length, or why there is none."""
-        found: dict[Variant, Measurement] = {}
+        out: list[Variant] = []
+        measured: dict[Variant, Measurement] = {}
         best: Measurement | None = None
         for variant in self.candidates:
+            if any(variant.needs_no_less_memory_than(other) for other in out):
+                continue
             fastest = median(best.seconds) if best else float("inf")
-            found[variant] = result = measure(self.plan, variant, long_tokens, fastest)
+            result = measure(self.plan, variant, long_tokens, fastest)
             self.emit("variant", **asdict(result))
             if result.status == OK:
+                measured[variant] = result
                 if best is None or median(result.seconds) < fastest:
                     best = result
                 if not every_variant:
                     break
-        out = [variant for variant, result in found.items() if result.status != OK]
-        kept = [variant for variant in self.candidates if variant not in out]
+            elif result.status == OUT_OF_MEMORY:
+                out.append(variant)
+            else:
+                self.candidates = [each for each in self.candidates if each != variant]
+            last = result
+        self._drop(out)
         if every_variant:
-            kept.sort(key=lambda variant: median(found[variant].seconds))
-        self.candidates = kept
-        return best or list(found.values())[-1]
+            self.candidates.sort(key=lambda variant: median(measured[variant].seconds))
+        return best or last
+
+    def _drop(self, out: Sequence[Variant]) -> None:
+        self.candidates = [
+            each for each in self.candidates if not any(each.needs_no_less_memory_than(other) for other in out)
+        ]
 
 
 def run(plan: Plan, emit: Emit) -> None:
@@ -264,7 +289,7 @@ def run(plan: Plan, emit: Emit) -> None:
         if search.candidates:
             result = search.measure(long_tokens, every_variant=number == 0 or plan.every_variant)
         else:
-            result = Measurement(SYSTEM, long_tokens, NOT_TRIED, "no variant survived a shorter length")
+            result = Measurement(TRL, long_tokens, NOT_TRIED, "no variant survived a shorter length")
         emit("measurement", **asdict(result))
 
 

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ from typing import Any
 import click
 import torch
 import yaml
-from bench_case import OK, SHAPES, Plan, model_config
-from bench_report import LONG_PO, SYSTEMS, TRL, Row, agreement, complete, markdown, plot, ratios
+from bench_case import LONG_PO, OK, OURS, SHAPES, SYSTEMS, TRL, Plan, model_config
+from bench_report import Row, agreement, complete, markdown, plot, ratios
 from reporting import environment
 
 from megatron_solopo.config_file import load_config
 from megatron_solopo.files import write_json
 
+warnings.filterwarnings("ignore", module=r"megatron\.core")  # of what is not installed here
 _TOOLS = Path(__file__).resolve().parent
 _PACKAGES = (
     *("torch", "megatron-core", "transformer-engine", "transformers", "trl", "accelerate", "liger-kernel"),
@@ -143,12 +145,11 @@ class Results:
                 click.echo(f"{message['name']}: {message['text']}", err=True)
             case "measurement":
                 self.rows.append(self._complete(message))
-                if message["system"] != TRL or message["status"] != OK:
-                    self._tell(message, f"[{len(self.rows)}/{len(self.plan.systems) * len(self.plan.long_tokens)}] ")
+                self._tell(self.rows[-1], f"[{len(self.rows)}/{len(self.plan.systems) * len(self.plan.long_tokens)}] ")
                 self.save()
             case "variant":
                 self.variants.append(self._complete(message))
-                self._tell(message, "")
+                self._tell(self.variants[-1], "tried ")
             case "error" | "died":
                 self.failures.append(f"{' and '.join(systems)}: {message['text']}")
 
@@ -156,7 +157,7 @@ class Results:
         now = time.monotonic()
         took, self._clock = now - self._clock, now
         name = " ".join(filter(None, (row["system"], row["variant"])))
-        outcome = f"{sorted(row['seconds'])[len(row['seconds']) // 2]:.3f} s per step" if row["status"] == OK else ""
+        outcome = f"{row['median_seconds']:.3f} s per step" if row["status"] == OK else ""
         click.echo(f"{place}{name} at {row['long_tokens']:,}: {outcome or row['status']} ({took:.0f} s)", err=True)
 
     def _complete(self, row: Row) -> Row:
@@ -226,12 +227,11 @@ def split_systems(_: click.Context, __: click.Parameter, value: str) -> list[str
 @click.option("--triplets", type=click.IntRange(1), default=1, show_default=True, help="Per step.")
 @click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Timed, per system and length.")
 @click.option("--warmup", type=click.IntRange(2), default=2, show_default=True, help="Steps before those.")
+@click.option("--trl-variant", "trl_variants", multiple=True, help="Only these, for example sdpa+liger.")
 @click.option("--every-variant", is_flag=True, help="Measure every TRL variant at every length.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path, dir_okay=False), help="Draw them into this PNG.")
-@click.option(
-    "--profile", type=click.Path(path_type=Path, file_okay=False), help="Write a trace of one step each here."
-)
+@click.option("--profile", type=click.Path(path_type=Path, file_okay=False), help="Write traces of single steps here.")
 @click.option("--commit", help="The sources' commit, where this is no git checkout.")
 @click.argument("overrides", nargs=-1)
 def main(
@@ -257,10 +257,10 @@ def main(
         head["config"] = {key: value for key, value in plan.config.items() if key not in ("run_dir", "data")}
         results = Results(plan, head, json_path)
         plan_file = plan.write(folder / "plan.json")
-        ours = [system for system in plan.systems if system != TRL]
-        for script, systems in (("bench_ours.py", ours), ("bench_trl.py", [TRL] if TRL in plan.systems else [])):
-            for message in run_worker(script, plan_file) if systems else ():
-                results.take(systems, message)
+        for script, served in (("bench_ours.py", OURS), ("bench_trl.py", (TRL,))):
+            if systems := [system for system in plan.systems if system in served]:
+                for message in run_worker(script, plan_file):
+                    results.take(systems, message)
     results.save()
     head = {key: value for key, value in head.items() if key not in ("sizes", "config")}
     click.echo("\n".join(f"{key}: {value}" for key, value in (head | results.facts).items()))
