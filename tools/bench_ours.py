@@ -1,0 +1,185 @@
+"""`solopo` and `long_po` for `benchmark.py`: whole optimizer steps of one policy, in turn.
+
+A process of its own; see `bench_case.worker_main`.
+"""
+# ruff: noqa: E402  (megatron's warnings of what is not installed must be off before it is imported)
+
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore", module=r"megatron\.core")
+
+import torch
+from bench_case import (
+    NOT_TRIED,
+    OURS,
+    OUT_OF_MEMORY,
+    Emit,
+    Measurement,
+    Plan,
+    StepMeter,
+    first_line,
+    free_memory,
+    is_out_of_memory,
+    random_tensor,
+    worker_main,
+)
+from bench_profile import StepProfiler
+
+from megatron_solopo.checkpoint.huggingface import global_parameters
+from megatron_solopo.checkpoint.mapping import rules, to_huggingface, to_megatron
+from megatron_solopo.config import Config, ObjectiveConfig
+from megatron_solopo.config_file import parse_config
+from megatron_solopo.data.packing import Pack, build_pack
+from megatron_solopo.model.architecture import Architecture, read_architecture
+from megatron_solopo.model.build import build_model
+from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.spec import uses_transformer_engine
+from megatron_solopo.objective import metric_names, required_roles
+from megatron_solopo.parallel import topology as process_groups
+from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_solopo.train.policy import Policy
+from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss
+
+
+def fill_with_random_weights(chunks: list[ResponseModel], architecture: Architecture) -> None:
+    """Give every parameter its weights by the names of its Hugging Face tensors, on its own device."""
+    table = rules(architecture)
+    for chunk in chunks:
+        group = chunk.pg_collection.tp
+        for name, parameter in global_parameters(chunk):
+            rule = table[name]
+            shapes = to_huggingface(rule, architecture, [parameter.detach().to("meta")] * group.size())
+            tensors = [
+                random_tensor(each, like.shape, parameter.dtype, parameter.device)
+                for each, like in zip(rule.huggingface, shapes, strict=True)
+            ]
+            shard = {"rank": group.rank(), "size": group.size(), "padded_vocab": chunk.vocab_size}
+            with torch.no_grad():
+                parameter.copy_(to_megatron(rule, architecture, tensors, **shard))
+
+
+def build_random_policy(config: Config, architecture: Architecture, topology: Topology, max_steps: int) -> Policy:
+    """What `megatron_solopo.train.policy.build_policy` builds, but of random weights."""
+    chunk_tokens = config.logprob.chunk_tokens
+    chunks = build_model(architecture, config.model, config.parallel, chunk_tokens=chunk_tokens, device=topology.device)
+    fill_with_random_weights(chunks, architecture)
+    wrapped = wrap_data_parallel(chunks, config.optimizer)
+    optimizer = build_optimizer(wrapped, config.optimizer)
+    return Policy(wrapped, optimizer, build_scheduler(optimizer, config.optimizer, max_steps))
+
+
+def objective_named(name: str, config: Config) -> ObjectiveConfig:
+    """The configured objective under the name of one of our systems."""
+    return ObjectiveConfig.model_validate(config.objective.model_dump() | {"name": name})
+
+
+class Series:
+    """The steps of one objective at one length."""
+
+    def __init__(self, objective: ObjectiveConfig, plan: Plan, long_tokens: int, topology: Topology) -> None:
+        self.objective, self.topology = objective, topology
+        roles = required_roles(objective)
+        # A triplet is a pack: long sequences are what fills the memory.
+        self.packs: list[Pack] = [
+            build_pack([triplet], roles, topology.sequence_multiple) for triplet in plan.batch(long_tokens)
+        ]
+        self.result = Measurement(objective.name, long_tokens)
+        self.meter = StepMeter(self.result, plan.warmup)
+        self.loss: Any = None
+
+    def score_reference(self, policy: Policy) -> None:
+        """The policy's own log-probs are the reference's, as at the start of every run: DPO's loss is then ln 2."""
+        reports = policy.evaluate(self.packs, logprob_report(self.topology), self.topology)
+        references = ReferenceLogprobs(required_roles(self.objective), torch.cat(reports).float().cpu())
+        self.loss = objective_loss(self.objective, references, self.topology)
+
+    def step(self, policy: Policy) -> None:
+        with self.meter.step():
+            outcome = policy.step(self.packs, self.loss, self.topology)
+        place = metric_names(self.objective).index("loss")
+        self.result.losses.append(float(sum(report[place] for report in outcome.reports)) / len(self.packs))
+        self.result.grad_norms.append(outcome.grad_norm)
+
+    def profile(self, policy: Policy, path: Path) -> None:
+        profiler = StepProfiler(path)
+        profiler.start()
+        policy.step(self.packs, self.loss, self.topology)
+        self.result.profile = profiler.stop()
+
+
+class Ours:
+    """Measures one length after another; what ran out of memory is not tried at longer ones."""
+
+    def __init__(self, plan: Plan, config: Config, topology: Topology, emit: Emit) -> None:
+        self.plan, self.config, self.topology, self.emit = plan, config, topology, emit
+        self.architecture = read_architecture(config.model.path)
+        self.gave_up: set[str] = set()
+        self.policy: Policy | None = None
+
+    def measure(self, long_tokens: int) -> None:
+        plan = self.plan
+        series = [
+            Series(objective_named(name, self.config), plan, long_tokens, self.topology)
+            for name in plan.systems
+            if name in OURS
+        ]
+        for each in series:
+            if each.objective.name in self.gave_up:
+                each.result.status, each.result.detail = NOT_TRIED, "out of memory at a shorter length"
+        # The largest first: if memory runs out, the others warm up the policy that is built then.
+        for each in sorted(series, key=lambda each: -sum(pack.num_tokens for pack in each.packs)):
+            self._guarded(each, each.score_reference)
+            for _ in range(plan.warmup):
+                self._guarded(each, each.step)
+        for _ in range(plan.steps):
+            for each in series:
+                self._guarded(each, each.step)
+        for each in series:
+            if path := plan.trace_path(each.objective.name, long_tokens):
+                self._guarded(each, lambda policy, each=each, path=path: each.profile(policy, path))
+            self.emit("measurement", **asdict(each.result))
+
+    def _guarded(self, series: Series, work: Callable[[Policy], None]) -> None:
+        """Do it, unless memory ran out before; if it does now, note that and start over with a fresh policy."""
+        if series.result.status in (OUT_OF_MEMORY, NOT_TRIED):
+            return
+        if self.policy is None:
+            max_steps = 2 * len(self.plan.long_tokens) * (self.plan.warmup + self.plan.steps + 1)
+            self.policy = build_random_policy(self.config, self.architecture, self.topology, max_steps)
+        try:
+            work(self.policy)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            series.result.status, series.result.detail = OUT_OF_MEMORY, first_line(error)
+        if series.result.status == OUT_OF_MEMORY:  # out here, the exception's frames hold no tensors any more
+            self.gave_up.add(series.objective.name)
+            self.policy = None
+            free_memory()
+
+
+def run(plan: Plan, emit: Emit) -> None:
+    """Measure all lengths."""
+    config = parse_config(plan.config, "benchmark")
+    topology = process_groups.initialize(config.parallel, config.seed)
+    try:
+        layers = "Transformer Engine" if uses_transformer_engine(config.model) else "plain PyTorch"
+        emit("facts", name="megatron_solopo", text=f"{config.model.dtype}, {layers} layers, {_recompute(config)}")
+        ours = Ours(plan, config, topology, emit)
+        for long_tokens in plan.long_tokens:
+            ours.measure(long_tokens)
+    finally:
+        process_groups.destroy(topology)
+
+
+def _recompute(config: Config) -> str:
+    return f"recompute {config.parallel.recompute_granularity or 'off'}"
+
+
+if __name__ == "__main__":
+    worker_main(run)
