@@ -37,9 +37,11 @@ from megatron_solopo.data.packing import Pack, build_pack
 from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.precision import assign, check_precision
 from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.objective import metric_names, required_roles
 from megatron_solopo.parallel import topology as process_groups
+from megatron_solopo.parallel.alignment import pack_multiple
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.policy import Policy
@@ -59,8 +61,7 @@ def fill_with_random_weights(chunks: list[ResponseModel], architecture: Architec
                 for each, like in zip(rule.huggingface, shapes, strict=True)
             ]
             shard = {"rank": group.rank(), "size": group.size(), "padded_vocab": chunk.vocab_size}
-            with torch.no_grad():
-                parameter.copy_(to_megatron(rule, architecture, tensors, **shard))
+            assign(parameter, to_megatron(rule, architecture, tensors, **shard))
 
 
 def build_random_policy(config: Config, architecture: Architecture, topology: Topology, max_steps: int) -> Policy:
@@ -81,13 +82,14 @@ def objective_named(name: str, config: Config) -> ObjectiveConfig:
 class Series:
     """The steps of one objective at one length."""
 
-    def __init__(self, objective: ObjectiveConfig, plan: Plan, long_tokens: int, topology: Topology) -> None:
+    def __init__(
+        self, objective: ObjectiveConfig, plan: Plan, long_tokens: int, topology: Topology, config: Config
+    ) -> None:
         self.objective, self.topology = objective, topology
         roles = required_roles(objective)
+        multiples = topology.sequence_multiple, pack_multiple(config.parallel, config.model)
         # A triplet is a pack: long sequences are what fills the memory.
-        self.packs: list[Pack] = [
-            build_pack([triplet], roles, topology.sequence_multiple) for triplet in plan.batch(long_tokens)
-        ]
+        self.packs: list[Pack] = [build_pack([triplet], roles, *multiples) for triplet in plan.batch(long_tokens)]
         self.result = Measurement(objective.name, long_tokens)
         self.meter = StepMeter(self.result, plan.warmup)
         self.loss: Any = None
@@ -124,7 +126,7 @@ class Ours:
     def measure(self, long_tokens: int) -> None:
         plan = self.plan
         series = [
-            Series(objective_named(name, self.config), plan, long_tokens, self.topology)
+            Series(objective_named(name, self.config), plan, long_tokens, self.topology, self.config)
             for name in plan.systems
             if name in OURS
         ]
@@ -166,6 +168,7 @@ class Ours:
 def run(plan: Plan, emit: Emit) -> None:
     """Measure all lengths."""
     config = parse_config(plan.config, "benchmark")
+    check_precision(config.model, config.optimizer)
     topology = process_groups.initialize(config.parallel, config.seed)
     try:
         layers = "Transformer Engine" if uses_transformer_engine(config.model) else "plain PyTorch"
