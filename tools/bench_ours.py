@@ -168,7 +168,7 @@ class Ours:
 def run(plan: Plan, emit: Emit) -> None:
     """Measure all lengths."""
     config = parse_config(plan.config, "benchmark")
-    check_precision(config.model, config.optimizer)
+    check_precision(read_architecture(config.model.path), config.model, config.parallel, config.optimizer)
     topology = process_groups.initialize(config.parallel, config.seed)
     try:
         layers = "Transformer Engine" if uses_transformer_engine(config.model) else "plain PyTorch"

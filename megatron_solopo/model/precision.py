@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig
+from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.model.spec import uses_transformer_engine
+from megatron_solopo.parallel.alignment import FP8_MULTIPLES
 
 # Transformer Engine's own question for each recipe; what to take instead where the answer is no.
 _AVAILABLE = {
@@ -24,10 +26,12 @@ _NEAREST: dict[str, tuple[FP8Recipe, ...]] = {
 }
 
 
-def check_precision(model: ModelConfig, optimizer: OptimizerConfig) -> None:
-    """Refuse precisions that are illegal or that this machine cannot compute.
+def check_precision(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig
+) -> None:
+    """Refuse precisions that are illegal, that do not fit the model, or that this machine cannot compute.
 
-    Raises ValueError naming the key, the reason and the nearest choice that can serve.
+    Raises ValueError naming the key, the reason and, for a recipe, the nearest one that can serve.
     """
     if model.fp8 is None:
         for key in ("fp8_param", "first_last_layers_bf16"):
@@ -35,6 +39,8 @@ def check_precision(model: ModelConfig, optimizer: OptimizerConfig) -> None:
                 raise ValueError(f"model.{key}=true needs model.fp8=hybrid or e4m3")
         return
     _check_combination(model, optimizer)
+    _check_bfloat16_layers(architecture, model, parallel)
+    _check_widths(architecture, model, parallel)
     if not uses_transformer_engine(model):
         raise ValueError(
             f"model.fp8={model.fp8} needs Transformer Engine on a CUDA device, model.dtype=bfloat16 and "
@@ -64,6 +70,37 @@ def _check_combination(model: ModelConfig, optimizer: OptimizerConfig) -> None:
             "model.fp8_param=true is not supported with optimizer.optimizer_offload_fraction="
             f"{optimizer.optimizer_offload_fraction}; set one of them to its default"
         )
+
+
+def _check_bfloat16_layers(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Megatron wants those layers on the first and on the last pipeline stage."""
+    if not model.first_last_layers_bf16:
+        return
+    layers = architecture.num_layers // parallel.pipeline_model_parallel_size
+    for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if getattr(model, key) > layers:
+            raise ValueError(
+                f"model.{key}={getattr(model, key)} is more than the {layers} layers of a pipeline stage "
+                f"(parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size})"
+            )
+
+
+def _check_widths(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Both sides of every weight matrix of a rank must suit the kernels, as the tokens must."""
+    tp, multiple = parallel.tensor_model_parallel_size, FP8_MULTIPLES[model.fp8_recipe]
+    a = architecture
+    groups = max(a.num_query_groups, tp)  # ranks beyond the key-value heads hold copies
+    for what, width in (
+        ("hidden size", a.hidden_size),
+        ("attention heads x head_dim / TP", a.num_attention_heads * a.head_dim // tp),
+        ("queries, keys and values / TP", (a.num_attention_heads + 2 * groups) * a.head_dim // tp),
+        ("feed-forward columns / TP", a.ffn_hidden_size // tp),
+    ):
+        if width % multiple:
+            raise ValueError(
+                f"model.fp8_recipe={model.fp8_recipe} needs matrices of multiples of {multiple}, but {what} is {width} "
+                f"(parallel.tensor_model_parallel_size={tp}); choose another recipe, a smaller TP, or model.fp8=null"
+            )
 
 
 def unavailable(recipe: FP8Recipe) -> str:

@@ -67,7 +67,7 @@ def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
     architecture = read_architecture(config.model.path)
     check_layout(architecture, config.parallel)
     uses_transformer_engine(config.model)  # refuses what cannot run here
-    check_precision(config.model, config.optimizer)
+    check_precision(architecture, config.model, config.parallel, config.optimizer)
     check_offload(config.optimizer, config.model)
     splits = load_splits(config, architecture)
     check_writable(config.run_dir, "run_dir")
