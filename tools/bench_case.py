@@ -67,8 +67,8 @@ class Plan:
     model_path: str
     """Directory that holds config.json alone."""
     vocab_size: int
-    config: dict[str, Any]
-    """The training configuration of our systems."""
+    configs: dict[str, dict[str, Any]]
+    """By name: the training configuration of our systems and, in order, what to fall back to where memory runs out."""
     systems: list[str]
     long_tokens: list[int]
     short_tokens: int
@@ -82,6 +82,11 @@ class Plan:
     every_variant: bool
     profile: str | None
     """Directory for traces."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The first configuration; TRL takes precision, beta and the optimizer's numbers from it."""
+        return next(iter(self.configs.values()))
 
     def write(self, path: Path) -> Path:
         path.write_text(json.dumps(vars(self)), encoding="utf-8")
@@ -105,6 +110,7 @@ class Measurement:
     status: str = OK
     detail: str = ""
     variant: str = ""
+    """How it was run, where there is a choice."""
     seconds: list[float] = field(default_factory=list)
     """Of the steps that count."""
     losses: list[float] = field(default_factory=list)
@@ -198,4 +204,3 @@ def worker_main(run: Callable[[Plan, Emit], None]) -> None:
             run(plan, emit)
         except ValueError as error:  # what does not fit, in one line
             emit("error", text=str(error))
-            sys.exit(1)

@@ -4,17 +4,19 @@
 \b
 On a GPU:
     python tools/benchmark.py --shape qwen2.5-1.5b --long-tokens 8192 --long-tokens 32768 \\
-        --json benchmark.json --plot benchmark.png parallel.recompute_granularity=full
+        --fallback parallel.recompute_granularity=full --json benchmark.json --plot benchmark.png
 On a CPU, at toy size:
     python tools/benchmark.py --shape tiny --short-tokens 64 --long-tokens 256 --response-tokens 16
 
 Weights and data are random and the same for all systems. solopo and long_po run in one process, whole optimizer steps
 in turn; TRL runs in a process of its own, in every variant that could be its fastest, the reference log-probs
-precomputed as ours are. Running out of memory is a result; longer lengths are then not tried. The learning rate is too
+precomputed as ours are. Running out of memory is a result: the next --fallback or variant is tried, and if there is
+none, no longer length. The learning rate is too
 small to move a weight, so that every step of every system computes the same thing and loss and gradient norm can be
 compared. OVERRIDES are keys of the training configuration, as `megatron-solopo train` takes them.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,27 +68,37 @@ def training_values(model_path: Path, triplets: int, tokens: int) -> dict[str, A
     }
 
 
-def make_plan(folder: Path, shape: str, layers: int | None, overrides: tuple[str, ...], **sizes: Any) -> Plan:
+def make_plan(
+    folder: Path, shape: str, layers: int | None, overrides: Sequence[str], fallbacks: Sequence[str], **sizes: Any
+) -> Plan:
     """Write the model's config.json and check everything that can be checked before a process starts."""
     longest = max(sizes["long_tokens"])
-    config = model_config(shape, layers, longest)
-    config.save_pretrained(folder)
+    architecture = model_config(shape, layers, longest)
+    architecture.save_pretrained(folder)
     file = folder / "benchmark.yaml"
     tokens = 2 * (longest + sizes["short_tokens"])
     file.write_text(yaml.safe_dump(training_values(folder, sizes["triplets"], tokens)), encoding="utf-8")
-    try:
-        resolved = load_config(file, overrides)
-    except ValueError as error:
-        raise click.UsageError(str(error).replace(f"{file}: ", "")) from None
-    return Plan(model_path=str(folder), vocab_size=config.vocab_size, config=resolved.model_dump(mode="json"), **sizes)
+    configs: dict[str, dict[str, Any]] = {}
+    for fallback in ("", *fallbacks):
+        try:
+            config = load_config(file, (*overrides, *fallback.split()))
+        except ValueError as error:
+            raise click.UsageError(str(error).replace(f"{file}: ", "")) from None
+        configs[fallback or "as given"] = config.model_dump(mode="json")
+    return Plan(str(folder), architecture.vocab_size, configs, **sizes)
 
 
-def check_sizes(short: int, long: tuple[int, ...], response: int) -> None:
+def check(systems: Sequence[str], short: int, long: Sequence[int], response: int) -> None:
+    """Raise click.UsageError for what cannot be measured here."""
     for length in long:
         if not response < short <= length:
             raise click.UsageError(
                 f"--long-tokens {length}: needs --response-tokens ({response}) < --short-tokens ({short}) <= it"
             )
+    if TRL in systems and importlib.util.find_spec("trl") is None:
+        raise click.UsageError(
+            f"TRL is not installed; pip install 'megatron-solopo[bench]', or leave it out: --systems {','.join(OURS)}"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise click.UsageError("start it as one process, without torchrun: it measures one device")
 
@@ -186,7 +198,7 @@ class Results:
                 self.json_path,
                 self.head
                 | {"facts": self.facts, "notes": _NOTES, "failures": self.failures, "measurements": self.rows}
-                | {"ratios": ratios(self.rows), "first_step": agreement(self.rows), "trl_variants": self.variants},
+                | {"ratios": ratios(self.rows), "first_step": agreement(self.rows), "variants": self.variants},
             )
 
 
@@ -227,6 +239,13 @@ def split_systems(_: click.Context, __: click.Parameter, value: str) -> list[str
 @click.option("--triplets", type=click.IntRange(1), default=1, show_default=True, help="Per step.")
 @click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Timed, per system and length.")
 @click.option("--warmup", type=click.IntRange(2), default=2, show_default=True, help="Steps before those.")
+@click.option(
+    "--fallback",
+    "fallbacks",
+    multiple=True,
+    metavar="OVERRIDES",
+    help="Overrides to add for our systems, from the length on at which one of them runs out of memory.",
+)
 @click.option("--trl-variant", "trl_variants", multiple=True, help="Only these, for example sdpa+liger.")
 @click.option("--every-variant", is_flag=True, help="Measure every TRL variant at every length.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
@@ -242,19 +261,20 @@ def main(
     profile: Path | None,
     commit: str | None,
     overrides: tuple[str, ...],
+    fallbacks: tuple[str, ...],
     **sizes: Any,
 ) -> None:
-    check_sizes(sizes["short_tokens"], sizes["long_tokens"], sizes["response_tokens"])
+    check(sizes["systems"], sizes["short_tokens"], sizes["long_tokens"], sizes["response_tokens"])
     sizes["long_tokens"] = sorted(set(sizes["long_tokens"]))
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
         where = str(profile.absolute()) if profile else None
-        plan = make_plan(folder, shape, layers, overrides, profile=where, **sizes)
+        plan = make_plan(folder, shape, layers, overrides, fallbacks, profile=where, **sizes)
         number = layers or SHAPES[shape]["num_hidden_layers"]
         model = f"{shape}, {number} of {SHAPES[shape]['num_hidden_layers']} layers, random weights"
         head = {"model": model, **device_facts(), **environment(_PACKAGES), "commit": commit or source_commit()}
-        head["sizes"] = {key: value for key, value in vars(plan).items() if key not in ("config", "model_path")}
-        head["config"] = {key: value for key, value in plan.config.items() if key not in ("run_dir", "data")}
+        head["sizes"] = {key: value for key, value in vars(plan).items() if key not in ("configs", "model_path")}
+        head["configs"] = plan.configs
         results = Results(plan, head, json_path)
         plan_file = plan.write(folder / "plan.json")
         for script, served in (("bench_ours.py", OURS), ("bench_trl.py", (TRL,))):
@@ -262,11 +282,13 @@ def main(
                 for message in run_worker(script, plan_file):
                     results.take(systems, message)
     results.save()
-    head = {key: value for key, value in head.items() if key not in ("sizes", "config")}
+    if not results.rows:
+        raise click.ClickException("; ".join(results.failures))
+    head = {key: value for key, value in head.items() if key not in ("sizes", "configs")}
     click.echo("\n".join(f"{key}: {value}" for key, value in (head | results.facts).items()))
     click.echo("\n" + "\n".join(f"- {note}" for note in _NOTES))
     click.echo(f"\n{markdown(results.rows, results.variants)}")
-    if plot_path and results.rows:
+    if plot_path:
         plot(results.rows, plot_path)
     if results.failures:
         raise click.ClickException("; ".join(results.failures))
