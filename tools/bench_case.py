@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from random_triplets import random_triplet
 from torch import Tensor
-from transformers import Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from megatron_solopo.data.packing import TokenizedTriplet
 
@@ -190,6 +190,19 @@ def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, device: torc
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
     generator = torch.Generator(device).manual_seed(seed)
     return torch.empty(shape, device=device).normal_(std=_INIT_STD, generator=generator).to(dtype)
+
+
+def random_model(plan: Plan, attention: str) -> PreTrainedModel:
+    """transformers' own model with the weights that our systems have."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, plan.config["model"]["dtype"])
+    config = AutoConfig.from_pretrained(plan.model_path)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(random_tensor(name, parameter.shape, dtype, device))
+    return model
 
 
 def worker_main(run: Callable[[Plan, Emit], None]) -> None:
