@@ -170,11 +170,11 @@ class Ours:
         """Do it, unless memory ran out before; if it does now, note that and start over with a fresh policy."""
         if series.result.status in (OUT_OF_MEMORY, NOT_TRIED):
             return
-        if self.policy is None:
-            max_steps = 2 * len(self.plan.long_tokens) * (self.plan.warmup + self.plan.steps + 1)
-            config = self.configs[self.names[0]]
-            self.policy = build_random_policy(config, self.architecture, self.topology, max_steps)
         try:
+            if self.policy is None:
+                max_steps = 2 * len(self.plan.long_tokens) * (self.plan.warmup + self.plan.steps + 1)
+                config = self.configs[self.names[0]]
+                self.policy = build_random_policy(config, self.architecture, self.topology, max_steps)
             work(self.policy)
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -18,7 +18,9 @@ the same thing, and loss and gradient norm can be compared. OVERRIDES are keys o
 
 import importlib.util
 import os
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,6 +157,8 @@ def main(
     fallbacks: tuple[str, ...],
     **sizes: Any,
 ) -> None:
+    # Ended in good order, so that no process of ours stays on the GPU.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     check(sizes["systems"], sizes["short_tokens"], sizes["long_tokens"], sizes["response_tokens"])
     sizes["long_tokens"] = sorted(set(sizes["long_tokens"]))
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
