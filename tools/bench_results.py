@@ -22,6 +22,7 @@ TOOLS = Path(__file__).resolve().parent
 
 
 def on_gpu() -> bool:
+    """Whether the processes will compute on a GPU; takes no memory of it."""
     return os.environ.get("MEGATRON_SOLOPO_DEVICE") != "cpu" and torch.cuda.is_available()
 
 

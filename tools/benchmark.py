@@ -76,6 +76,11 @@ def make_plan(
             config = load_config(file, (*overrides, *fallback.split()))
         except ValueError as error:
             raise click.UsageError(str(error).replace(f"{file}: ", "")) from None
+        if TRL in sizes["systems"] and config.objective.loss_type != "dpo":
+            raise click.UsageError(
+                f"objective.loss_type={config.objective.loss_type}: TRL is measured with dpo alone; "
+                f"leave it out, --systems {','.join(OURS)}"
+            )
         configs[fallback or "as given"] = config.model_dump(mode="json")
     return Plan(str(folder), architecture.vocab_size, configs, **sizes)
 

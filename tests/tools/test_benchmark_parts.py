@@ -249,3 +249,12 @@ def test_memory_is_taken_from_the_last_step_of_the_warm_up_on(monkeypatch) -> No
             calls.append("step")
     assert calls == ["step", "empty", "reset", "step", "reset", "step", "reset", "step"]
     assert (result.allocated_bytes, result.reserved_bytes, len(result.seconds)) == (30, 40, 2)
+
+
+def test_trl_is_compared_in_its_own_loss_alone(tmp_path) -> None:
+    import benchmark
+    import click
+
+    sizes = {"systems": ["long_po", "trl"], "long_tokens": [64], "short_tokens": SHORT, "triplets": 1}
+    with pytest.raises(click.UsageError, match=r"objective\.loss_type=simpo"):
+        benchmark.make_plan(tmp_path, "tiny", None, ("objective.loss_type=simpo",), (), **sizes)
