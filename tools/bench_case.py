@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from random_triplets import random_triplet
 from torch import Tensor
-from transformers import Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from megatron_solopo.data.packing import TokenizedTriplet
 
@@ -67,8 +67,8 @@ class Plan:
     model_path: str
     """Directory that holds config.json alone."""
     vocab_size: int
-    config: dict[str, Any]
-    """The training configuration of our systems."""
+    configs: dict[str, dict[str, Any]]
+    """By name: the training configuration of our systems and, in order, what to fall back to where memory runs out."""
     systems: list[str]
     long_tokens: list[int]
     short_tokens: int
@@ -82,6 +82,11 @@ class Plan:
     every_variant: bool
     profile: str | None
     """Directory for traces."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The first configuration; TRL takes precision, beta and the optimizer's numbers from it."""
+        return next(iter(self.configs.values()))
 
     def write(self, path: Path) -> Path:
         path.write_text(json.dumps(vars(self)), encoding="utf-8")
@@ -105,6 +110,7 @@ class Measurement:
     status: str = OK
     detail: str = ""
     variant: str = ""
+    """How it was run, where there is a choice."""
     seconds: list[float] = field(default_factory=list)
     """Of the steps that count."""
     losses: list[float] = field(default_factory=list)
@@ -186,6 +192,20 @@ def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, device: torc
     return torch.empty(shape, device=device).normal_(std=_INIT_STD, generator=generator).to(dtype)
 
 
+def random_model(plan: Plan, attention: str) -> PreTrainedModel:
+    """transformers' own model with the weights that our systems have."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, plan.config["model"]["dtype"])
+    config = AutoConfig.from_pretrained(plan.model_path)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.to(device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(random_tensor(name, parameter.shape, dtype, device))
+    return model
+
+
 def worker_main(run: Callable[[Plan, Emit], None]) -> None:
     """Entry of a process that measures: its arguments are the plan's file and the descriptor to report to."""
     plan = Plan(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
@@ -198,4 +218,3 @@ def worker_main(run: Callable[[Plan, Emit], None]) -> None:
             run(plan, emit)
         except ValueError as error:  # what does not fit, in one line
             emit("error", text=str(error))
-            sys.exit(1)

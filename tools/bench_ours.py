@@ -115,22 +115,44 @@ class Series:
 
 
 class Ours:
-    """Measures one length after another; what ran out of memory is not tried at longer ones."""
+    """Measures one length after another; what ran out of memory is not tried at longer ones.
 
-    def __init__(self, plan: Plan, config: Config, topology: Topology, emit: Emit) -> None:
-        self.plan, self.config, self.topology, self.emit = plan, config, topology, emit
-        self.architecture = read_architecture(config.model.path)
+    All systems run under the same configuration, so that they can be compared: the first under which none of them
+    runs out of memory, or the last.
+    """
+
+    def __init__(self, plan: Plan, topology: Topology, emit: Emit) -> None:
+        self.plan, self.topology, self.emit = plan, topology, emit
+        self.configs = {name: parse_config(values, name) for name, values in plan.configs.items()}
+        self.architecture = read_architecture(Path(plan.model_path))
+        self.names = list(self.configs)
         self.gave_up: set[str] = set()
         self.policy: Policy | None = None
 
     def measure(self, long_tokens: int) -> None:
-        plan = self.plan
+        """Emit one measurement for each system."""
+        results = self._measure(long_tokens)
+        while len(self.names) > 1 and any(result.status == OUT_OF_MEMORY for result in results):
+            for result in results:
+                self.emit("variant", **asdict(result))
+            del self.names[0]
+            self.gave_up.clear()
+            self._drop_policy()
+            results = self._measure(long_tokens)
+        for result in results:
+            self.emit("measurement", **asdict(result))
+
+    def _measure(self, long_tokens: int) -> list[Measurement]:
+        """All systems under the first configuration that is left."""
+        plan, config = self.plan, self.configs[self.names[0]]
+        variant = self.names[0] if len(self.configs) > 1 else ""
         series = [
-            Series(objective_named(name, self.config), plan, long_tokens, self.topology, self.config)
+            Series(objective_named(name, config), plan, long_tokens, self.topology, config)
             for name in plan.systems
             if name in OURS
         ]
         for each in series:
+            each.result.variant = variant
             if each.objective.name in self.gave_up:
                 each.result.status, each.result.detail = NOT_TRIED, "out of memory at a shorter length"
         # The largest first: if memory runs out, the others warm up the policy that is built then.
@@ -144,16 +166,17 @@ class Ours:
         for each in series:
             if path := plan.trace_path(each.objective.name, long_tokens):
                 self._guarded(each, lambda policy, each=each, path=path: each.profile(policy, path))
-            self.emit("measurement", **asdict(each.result))
+        return [each.result for each in series]
 
     def _guarded(self, series: Series, work: Callable[[Policy], None]) -> None:
         """Do it, unless memory ran out before; if it does now, note that and start over with a fresh policy."""
         if series.result.status in (OUT_OF_MEMORY, NOT_TRIED):
             return
-        if self.policy is None:
-            max_steps = 2 * len(self.plan.long_tokens) * (self.plan.warmup + self.plan.steps + 1)
-            self.policy = build_random_policy(self.config, self.architecture, self.topology, max_steps)
         try:
+            if self.policy is None:
+                max_steps = 2 * len(self.plan.long_tokens) * (self.plan.warmup + self.plan.steps + 1)
+                config = self.configs[self.names[0]]
+                self.policy = build_random_policy(config, self.architecture, self.topology, max_steps)
             work(self.policy)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -161,8 +184,11 @@ class Ours:
             series.result.status, series.result.detail = OUT_OF_MEMORY, first_line(error)
         if series.result.status == OUT_OF_MEMORY:  # out here, the exception's frames hold no tensors any more
             self.gave_up.add(series.objective.name)
-            self.policy = None
-            free_memory()
+            self._drop_policy()
+
+    def _drop_policy(self) -> None:
+        self.policy = None
+        free_memory()
 
 
 def run(plan: Plan, emit: Emit) -> None:
@@ -172,16 +198,13 @@ def run(plan: Plan, emit: Emit) -> None:
     topology = process_groups.initialize(config.parallel, config.seed)
     try:
         layers = "Transformer Engine" if uses_transformer_engine(config.model) else "plain PyTorch"
-        emit("facts", name="megatron_solopo", text=f"{config.model.dtype}, {layers} layers, {_recompute(config)}")
-        ours = Ours(plan, config, topology, emit)
+        recompute = config.parallel.recompute_granularity or "off"
+        emit("facts", name="megatron_solopo", text=f"{config.model.dtype}, {layers} layers, recompute {recompute}")
+        ours = Ours(plan, topology, emit)
         for long_tokens in plan.long_tokens:
             ours.measure(long_tokens)
     finally:
         process_groups.destroy(topology)
-
-
-def _recompute(config: Config) -> str:
-    return f"recompute {config.parallel.recompute_granularity or 'off'}"
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def measurements_table(rows: Sequence[Row]) -> str:
             _number(row["mfu"], ".1%"),
             _number(row["allocated_bytes"], ".1f", GIB),
             _number(row["reserved_bytes"], ".1f", GIB),
-            row["variant"] if row["status"] == OK else row["status"],
+            ", ".join(filter(None, (row["variant"], "" if row["status"] == OK else row["status"]))),
         ]
         for length, systems in by_length(rows).items()
         for name, row in systems.items()
@@ -134,10 +134,11 @@ def agreement_table(rows: Sequence[Row]) -> str:
 
 
 def variants_table(rows: Sequence[Row]) -> str:
-    columns = ("L", "variant", "step s", "allocated GiB", "remark")
+    columns = ("L", "system", "variant", "step s", "allocated GiB", "remark")
     cells = [
         [
             f"{row['long_tokens']:,}",
+            row["system"],
             row["variant"],
             _number(row["median_seconds"]),
             _number(row["allocated_bytes"], ".1f", GIB),
@@ -170,7 +171,7 @@ def markdown(rows: Sequence[Row], variants: Sequence[Row]) -> str:
         told = "First step, the reference being the policy itself: the loss of both must be ln 2."
         parts.append(f"{told}\n\n{agreement_table(rows)}")
     if variants:
-        parts.append(f"TRL, every variant tried:\n\n{variants_table(variants)}")
+        parts.append(f"Every variant tried:\n\n{variants_table(variants)}")
     if any(row["profile"] for row in rows):
         parts.append(f"One step under the profiler, which slows it:\n\n{profiles_table(rows)}")
     return "\n\n".join(parts)
@@ -188,8 +189,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         "tokens per second": ("tokens_per_second", 1.0),
         "peak memory of tensors, GiB": ("allocated_bytes", float(GIB)),
     }
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(15, 4.5), layout="constrained")
-    for axis, (title, (key, scale)) in zip(axes, panels.items(), strict=True):
+    panels = {title: each for title, each in panels.items() if any(row[each[0]] for row in rows)}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.5), layout="constrained", squeeze=False)
+    for axis, (title, (key, scale)) in zip(axes.flat, panels.items(), strict=True):
         for name in dict.fromkeys(row["system"] for row in rows):
             own = sorted((row for row in rows if row["system"] == name), key=lambda row: row["long_tokens"])
             points = [(row["long_tokens"], row[key] / scale) for row in own if row["status"] == OK and row[key]]
@@ -198,6 +200,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             # On the axis' upper edge: there is no value to put it at.
             axis.plot(full, [0.97] * len(full), "x", color=line.get_color(), transform=axis.get_xaxis_transform(),
                       markersize=10, label=f"{name}: out of memory" if full else None)  # fmt: skip
+        axis.set_ylim(bottom=0)
         axis.set(title=title, xlabel="tokens of the long sequence", xscale="log")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}K")
         axis.set_xticks(sorted({row["long_tokens"] for row in rows}), minor=False)

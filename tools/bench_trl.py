@@ -4,13 +4,11 @@ A process of its own; see `bench_case.worker_main`. At the first length every va
 they are tried from the fastest to the slowest until one survives; what ran out of memory is not tried again.
 """
 
-import importlib.util
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from itertools import product
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,8 +17,6 @@ import torch
 import trl.trainer.dpo_trainer as dpo_trainer
 from bench_case import (
     FAILED,
-    NOT_TRIED,
-    OK,
     OUT_OF_MEMORY,
     TRL,
     Emit,
@@ -30,74 +26,34 @@ from bench_case import (
     first_line,
     free_memory,
     is_out_of_memory,
-    random_tensor,
+    random_model,
     worker_main,
 )
 from bench_profile import StepProfiler
+from bench_variants import Search, Variant, possible_variants
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    TrainerCallback,
-)
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from transformers.models.qwen2 import modeling_qwen2
 from trl import DPOConfig, DPOTrainer
 
 _ON_GPU = torch.cuda.is_available()
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to run TRL."""
-
-    attention: str
-    """sdpa; cudnn: sdpa that prefers cuDNN's kernel; flash_attention_2."""
-    liger: bool
-    checkpointing: bool
-
-    def needs_no_less_memory_than(self, other: "Variant") -> bool:
-        """Liger's layers and checkpointing both save memory; attention kernels differ too much to be told apart."""
-        same_attention = self.attention == other.attention
-        return same_attention and self.liger <= other.liger and self.checkpointing <= other.checkpointing
-
-    def __str__(self) -> str:
-        parts = [self.attention, *(["liger"] if self.liger else []), *(["checkpointing"] if self.checkpointing else [])]
-        return "+".join(parts)
-
-    @contextmanager
-    def kernels(self) -> Iterator[None]:
-        """Whatever liger replaces in transformers' module is put back afterwards."""
-        before = dict(vars(modeling_qwen2))
-        preferred = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-        fallback = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        cudnn = self.attention == "cudnn"
-        try:
-            with sdpa_kernel([*preferred, *fallback], set_priority=True) if cudnn else nullcontext():
-                yield
-        finally:
-            vars(modeling_qwen2).update(before)
-
-
-def possible_variants(wanted: Sequence[str]) -> list[Variant]:
-    """All combinations that this machine can run, or of these the wanted ones.
-
-    Raises ValueError for a wanted one that is not among them.
-    """
-    attentions = ["sdpa"]
-    if _ON_GPU:
-        attentions.append("cudnn")
-        attentions += ["flash_attention_2"] if importlib.util.find_spec("flash_attn") else []
-    liger = [False, True] if _ON_GPU and importlib.util.find_spec("liger_kernel") else [False]
-    variants = {str(each := Variant(*values)): each for values in product(attentions, liger, (False, True))}
-    if unknown := sorted(set(wanted) - set(variants)):
-        raise ValueError(f"--trl-variant {unknown[0]}: this machine can run {', '.join(variants)}")
-    return [each for name, each in variants.items() if name in wanted or not wanted]
+@contextmanager
+def kernels(variant: Variant) -> Iterator[None]:
+    """Whatever liger replaces in transformers' module is put back afterwards."""
+    before = dict(vars(modeling_qwen2))
+    preferred = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    fallback = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    cudnn = variant.attention == "cudnn"
+    try:
+        with sdpa_kernel([*preferred, *fallback], set_priority=True) if cudnn else nullcontext():
+            yield
+    finally:
+        vars(modeling_qwen2).update(before)
 
 
 class UntouchedTokensTrainer(DPOTrainer):
@@ -133,20 +89,6 @@ class Meter(TrainerCallback):
         if "grad_norm" in logs and state.global_step <= self.steps:
             self.result.losses.append(float(logs["loss"]))
             self.result.grad_norms.append(float(logs["grad_norm"]))
-
-
-def random_model(plan: Plan, variant: Variant) -> PreTrainedModel:
-    """transformers' own model with the weights that our systems have."""
-    device = torch.device("cuda" if _ON_GPU else "cpu")
-    attention = "sdpa" if variant.attention == "cudnn" else variant.attention
-    dtype = getattr(torch, plan.config["model"]["dtype"])
-    config = AutoConfig.from_pretrained(plan.model_path)
-    with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(random_tensor(name, parameter.shape, dtype, device))
-    return model
 
 
 def data_set(plan: Plan, long_tokens: int) -> Dataset:
@@ -212,11 +154,11 @@ def _unhashed_model() -> Iterator[None]:
 def train(plan: Plan, variant: Variant, long_tokens: int, meter: Meter) -> None:
     """Warm up and measure."""
     with ExitStack() as stack:
-        stack.enter_context(variant.kernels())
+        stack.enter_context(kernels(variant))
         stack.enter_context(_unhashed_model())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         trainer = UntouchedTokensTrainer(
-            model=random_model(plan, variant),
+            model=random_model(plan, variant.implementation),
             args=training_arguments(plan, variant, folder),
             train_dataset=data_set(plan, long_tokens),
             processing_class=tokenizer(),
@@ -240,56 +182,19 @@ def measure(plan: Plan, variant: Variant, long_tokens: int, fastest: float) -> M
     return result
 
 
-class Search:
-    """Which variants are still worth a try, in which order."""
-
-    def __init__(self, plan: Plan, emit: Emit) -> None:
-        self.plan, self.emit = plan, emit
-        self.candidates = possible_variants(plan.trl_variants)
-
-    def measure(self, long_tokens: int, *, every_variant: bool) -> Measurement:
-        """The fastest variant that survives this length, or why there is none."""
-        out: list[Variant] = []
-        measured: dict[Variant, Measurement] = {}
-        best: Measurement | None = None
-        for variant in self.candidates:
-            if any(variant.needs_no_less_memory_than(other) for other in out):
-                continue
-            fastest = median(best.seconds) if best else float("inf")
-            result = measure(self.plan, variant, long_tokens, fastest)
-            self.emit("variant", **asdict(result))
-            if result.status == OK:
-                measured[variant] = result
-                if best is None or median(result.seconds) < fastest:
-                    best = result
-                if not every_variant:
-                    break
-            elif result.status == OUT_OF_MEMORY:
-                out.append(variant)
-            else:
-                self.candidates = [each for each in self.candidates if each != variant]
-            last = result
-        self._drop(out)
-        if every_variant:
-            self.candidates.sort(key=lambda variant: median(measured[variant].seconds))
-        return best or last
-
-    def _drop(self, out: Sequence[Variant]) -> None:
-        self.candidates = [
-            each for each in self.candidates if not any(each.needs_no_less_memory_than(other) for other in out)
-        ]
-
-
 def run(plan: Plan, emit: Emit) -> None:
     """Measure all lengths."""
+
+    def measure_one(variant: Variant, long_tokens: int, fastest: float) -> Measurement:
+        result = measure(plan, variant, long_tokens, fastest)
+        emit("variant", **asdict(result))
+        return result
+
+    search = Search(possible_variants(plan.trl_variants), measure_one)
     dtype = plan.config["model"]["dtype"]
-    emit("facts", name="trl", text=f"{dtype} weights, gradients and AdamW moments (fused AdamW, no fp32 master copy)")
-    search = Search(plan, emit)
+    emit("facts", name=TRL, text=f"{dtype} weights, gradients and AdamW moments (fused AdamW, no fp32 master weights)")
     for number, long_tokens in enumerate(plan.long_tokens):
-        if search.candidates:
-            result = search.measure(long_tokens, every_variant=number == 0 or plan.every_variant)
-        else:
-            result = Measurement(TRL, long_tokens, NOT_TRIED, "no variant survived a shorter length")
+        result = search.measure(long_tokens, every_variant=number == 0 or plan.every_variant)
         emit("measurement", **asdict(result))
 
 

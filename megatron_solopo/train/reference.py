@@ -93,10 +93,10 @@ def _check(cache: Path, expected: dict[str, Any]) -> None:
 
 def _compute(config: Config, splits: Splits, topology: Topology) -> dict[str, ReferenceLogprobs]:
     chunks = load_model(config, config.reference.model_path or config.model.path, topology)
-    return {name: _score(config, chunks, dataset, topology, name) for name, dataset in splits.datasets.items()}
+    return {name: score_sequences(config, chunks, dataset, topology, name) for name, dataset in splits.datasets.items()}
 
 
-def _score(
+def score_sequences(
     config: Config, chunks: list[ResponseModel], dataset: TripletDataset, topology: Topology, split: str
 ) -> ReferenceLogprobs:
     """Forward every sequence of a split once; every rank ends with all the numbers."""
