@@ -82,15 +82,13 @@ def objective_named(name: str, config: Config) -> ObjectiveConfig:
 class Series:
     """The steps of one objective at one length."""
 
-    def __init__(
-        self, objective: ObjectiveConfig, plan: Plan, long_tokens: int, topology: Topology, config: Config
-    ) -> None:
-        self.objective, self.topology = objective, topology
-        roles = required_roles(objective)
+    def __init__(self, name: str, config: Config, plan: Plan, long_tokens: int, topology: Topology) -> None:
+        self.objective, self.topology = objective_named(name, config), topology
+        roles = required_roles(self.objective)
         multiples = topology.sequence_multiple, pack_multiple(config.parallel, config.model)
         # A triplet is a pack: long sequences are what fills the memory.
         self.packs: list[Pack] = [build_pack([triplet], roles, *multiples) for triplet in plan.batch(long_tokens)]
-        self.result = Measurement(objective.name, long_tokens)
+        self.result = Measurement(name, long_tokens)
         self.meter = StepMeter(self.result, plan.warmup)
         self.loss: Any = None
 
@@ -146,11 +144,7 @@ class Ours:
         """All systems under the first configuration that is left."""
         plan, config = self.plan, self.configs[self.names[0]]
         variant = self.names[0] if len(self.configs) > 1 else ""
-        series = [
-            Series(objective_named(name, config), plan, long_tokens, self.topology, config)
-            for name in plan.systems
-            if name in OURS
-        ]
+        series = [Series(name, config, plan, long_tokens, self.topology) for name in plan.systems if name in OURS]
         for each in series:
             each.result.variant = variant
             if each.objective.name in self.gave_up:

@@ -144,7 +144,7 @@ def test_an_override_changes_what_is_computed(rows, tmp_path) -> None:
         (["--systems=solopo,dpo"], "unknown dpo"),
         (["parallel.recompute=full"], "unknown key parallel.recompute"),
         (["--fallback", "model.dtype=int8"], "model.dtype='int8'"),
-        (["--warmup=1"], "--warmup"),
+        (["--warmup=0"], "--warmup"),
     ],
 )
 def test_mistakes_are_one_line(arguments, complaint) -> None:

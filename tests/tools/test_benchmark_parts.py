@@ -121,7 +121,7 @@ def logprobs_of_both(folder: Path) -> tuple[list[float], list[float]]:
     architecture = bench_ours.read_architecture(Path(plan.model_path))
     with layout() as groups:
         policy = bench_ours.build_random_policy(config, architecture, groups, max_steps=1)
-        series = bench_ours.Series(bench_ours.objective_named("long_po", config), plan, 64, groups)
+        series = bench_ours.Series("long_po", config, plan, 64, groups)
         (ours,) = policy.evaluate(series.packs, bench_ours.logprob_report(groups), groups)
     (triplet,) = plan.batch(64)
     model, theirs = random_model(plan, "sdpa"), []
