@@ -1,13 +1,13 @@
 """Megatron distributed checkpoints that load under any parallel layout, complete or absent.
 
-checkpoints/iter_0000010/   Megatron's files (model, optimizer) and trainer.json
+checkpoints/iter_0000010/   Megatron's files (model, optimizer), trainer.json and huggingface/ (config, tokenizer)
 checkpoints/latest          the name of the newest complete one, written last
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,15 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_solopo.checkpoint.model_files import write_model_files
 from megatron_solopo.files import atomic_path, remove, replace, write_json
+from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model_directory import HUGGINGFACE_FOLDER
 
 _LATEST = "latest"
 _TRAINER_STATE = "trainer.json"
+_EXTRA_STATE = "_extra_state"
+_Chunk = TypeVar("_Chunk", DistributedDataParallel, ResponseModel)
 # Saved once per parameter, not per rank's share of a buffer: loads under another TP, PP, CP or DP.
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -32,11 +37,13 @@ def save_checkpoint(
     chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     trainer_state: dict[str, Any],
+    model_files: Mapping[str, bytes],
 ) -> Path:
     """Write `root/iter_<step>` on all ranks together, then point `latest` to it. Returns its path.
 
     Args:
         trainer_state: JSON-able, the same on every rank: what is not a tensor.
+        model_files: the config, tokenizer and so on that travel with the weights; rank 0's are written.
     """
     final = root / f"iter_{step:07d}"
     temporary = root / f".{final.name}.incomplete"
@@ -49,6 +56,7 @@ def save_checkpoint(
     )
     dist.barrier()
     if dist.get_rank() == 0:
+        write_model_files(model_files, temporary / HUGGINGFACE_FOLDER)
         write_json(temporary / _TRAINER_STATE, trainer_state | {"step": step})
         replace(temporary, final)
         with atomic_path(root / _LATEST) as pointer:
@@ -98,10 +106,28 @@ def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optim
         _load_optimizer(optimizer, state["optimizer"])
 
 
+def load_parameters(path: Path, chunks: Sequence[ResponseModel]) -> None:
+    """Load the parameters alone, under the current layout of a checkpoint that any layout or `convert import` wrote."""
+    metadata = _metadata()
+    state = {
+        key: {
+            name: each
+            for name, each in chunk.sharded_state_dict(metadata=metadata).items()
+            # What Transformer Engine keeps beside weights (FP8 scales). It belongs to a run, not to a model.
+            if not name.endswith(_EXTRA_STATE)
+        }
+        for key, chunk in _keyed(chunks).items()
+    }
+    loaded = dist_checkpointing.load(state, str(path))
+    for key, chunk in _keyed(chunks).items():
+        missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)
+        assert not unexpected and all(name.endswith(_EXTRA_STATE) for name in missing), (missing, unexpected)
+
+
 def _sharded_state(
     chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None, *, is_loading: bool
 ) -> dict[str, Any]:
-    metadata = _SHARDING | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    metadata = _metadata()
     model = {key: chunk.module.sharded_state_dict(metadata=metadata) for key, chunk in _keyed(chunks).items()}
     if optimizer is None:
         return model
@@ -111,7 +137,11 @@ def _sharded_state(
     }
 
 
-def _keyed(chunks: Sequence[DistributedDataParallel]) -> dict[str, DistributedDataParallel]:
+def _metadata() -> dict[str, Any]:
+    return _SHARDING | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _keyed(chunks: Sequence[_Chunk]) -> dict[str, _Chunk]:
     """Megatron's keys: `model`, or `model0`, `model1`, ... with virtual pipeline stages."""
     if len(chunks) == 1:
         return {"model": chunks[0]}

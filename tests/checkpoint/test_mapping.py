@@ -30,8 +30,11 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def shards(rule: Rule, architecture: Architecture, weights: dict[str, Tensor], size: int) -> list[Tensor]:
     padded = padded_vocab_size(architecture.vocab_size, size)
-    tensors = [weights[name] for name in rule.huggingface]
-    return [to_megatron(rule, architecture, tensors, rank=r, size=size, padded_vocab=padded) for r in range(size)]
+
+    def read(name: str, index: tuple[slice, ...]) -> Tensor:
+        return weights[name][index]
+
+    return [to_megatron(rule, architecture, read, rank=r, size=size, padded_vocab=padded) for r in range(size)]
 
 
 def test_the_table_names_every_weight_once(family) -> None:
