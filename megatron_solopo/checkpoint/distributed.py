@@ -107,7 +107,7 @@ def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optim
 
 
 def load_parameters(path: Path, chunks: Sequence[ResponseModel]) -> None:
-    """Load the parameters alone, under the current layout of a checkpoint that any layout or `convert import` wrote."""
+    """Load the parameters alone, of a checkpoint that `convert import` or any layout wrote, under the current one."""
     metadata = _metadata()
     state = {
         key: {

@@ -141,7 +141,7 @@ def _metadata(pieces: list[_Piece], objects: dict[str, bytes], architecture: Arc
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """torch's CRC-32 of each piece costs more than writing it, and torch never reads it; every bit is compared instead."""
+    """torch's CRC-32 of each piece costs more than writing it, and torch never reads it; every bit is compared."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -62,7 +62,7 @@ class Policy:
 
 
 def load_model(config: Config, path: Path, topology: Topology) -> list[ResponseModel]:
-    """Build this rank's chunks of the model in `path` (Hugging Face directory or Megatron checkpoint), with its weights.
+    """Build this rank's chunks of the Hugging Face directory or Megatron checkpoint in `path`, and load its weights.
 
     Raises ValueError for an unsupported model, a layout that does not fit it, or damaged weights.
     """

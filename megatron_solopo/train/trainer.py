@@ -86,6 +86,7 @@ class Trainer:
         check_schedule(config.optimizer, self.max_steps)
         # Now, so that checkpoints stay complete if the model's directory goes meanwhile.
         self.model_files = read_model_files(config.model.path) if dist.get_rank() == 0 else {}
+        self.identity = self._identity()
         resumed = self._resume()
         references: dict[str, Any] = {}
         if config.objective.needs_reference:
@@ -189,7 +190,7 @@ class Trainer:
         return every is not None and (self.step % every == 0 or self.step == self.max_steps)
 
     def _save(self) -> Path:
-        state = {"loader": self.loader.state_dict(), "identity": self._identity()}
+        state = {"loader": self.loader.state_dict(), "identity": self.identity}
         return save_checkpoint(
             self.checkpoints, self.step, self.policy.chunks, self.policy.optimizer, state, self.model_files
         )
@@ -219,7 +220,7 @@ class Trainer:
         self.loader.load_state_dict(state["loader"])
         changed = [
             f"{key}={value!r} (it was {state['identity'].get(key)!r})"
-            for key, value in self._identity().items()
+            for key, value in self.identity.items()
             if state["identity"].get(key) != value
         ]
         if changed:
