@@ -2,12 +2,13 @@
 
 What Megatron needs to know (keys, shapes, where pieces lie) follows from the mapping table, so torch's own
 writer of distributed checkpoints is given a plan made from shapes; it asks for the numbers of one piece at
-a time. Pieces are at most 64 MiB, whatever the tensor, and Megatron reads those that its layout needs.
+a time. Pieces are at most 16 MiB, whatever the tensor, and Megatron reads those that its layout needs.
 The vocabulary is stored without padding: Megatron pads with zeros when it loads under some tensor parallelism.
 """
 
 import io
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,10 @@ from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
 from megatron_solopo.checkpoint.mapping import Rule, megatron_rows, megatron_shape, rules
 from megatron_solopo.model.architecture import Architecture
 
-_PIECE_BYTES = 1 << 26
-_FILE_BYTES = 5 * 10**9
+# Small enough for the allocator to use the same memory again: fresh pages for every piece double the time.
+_PIECE_BYTES = 1 << 24
+_FILE_BYTES = 1 << 30
+_THREADS = 2
 # Every linear layer has a place for what Transformer Engine keeps beside the weights; other layers store None there.
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
@@ -63,8 +66,9 @@ def write_megatron(
     writer.set_up_storage_writer(is_coordinator=True)
     groups = [[_bytes_item(key, content) for key, content in objects.items()], *_by_file(pieces)]
     plans = writer.prepare_global_plan([SavePlan(items) for items in groups])
-    with _without_checksums():
-        results = [writer.write_data(plan, planner).value() for plan in plans]
+    # One thread's file goes to the disk while the other reads and fuses.
+    with _without_checksums(), ThreadPoolExecutor(_THREADS) as pool:
+        results = list(pool.map(lambda plan: writer.write_data(plan, planner).value(), plans))
     writer.finish(_metadata(pieces, objects, architecture), results)
     torch.save({"content_metadata": {}}, path / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(path))
@@ -171,5 +175,5 @@ class _LazyPlanner(DefaultSavePlanner):
         piece = self._pieces[write_item.index]
         tensor = megatron_rows(piece.rule, self._architecture, self._source.read, piece.rows)
         self._progress(piece.nbytes)
-        # The writer calls this for one piece after the other, and drops each before the next.
+        # Each of the writer's threads calls this for one piece after the other, and drops each before the next.
         return tensor.view(write_item.tensor_data.chunk.sizes)

@@ -7,6 +7,7 @@ header in JSON with every tensor's precision, shape and place, then the tensors'
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_solopo.checkpoint.huggingface import DTYPES, INDEX
 from megatron_solopo.files import write_json
 
 _HEADER_MULTIPLE = 8
+_FLUSH_BYTES = 1 << 28
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -50,6 +52,10 @@ class SafetensorsWriter:
                 path / INDEX, {"metadata": split.metadata, "weight_map": dict(sorted(self._weight_map().items()))}
             )
         self._missing = set(self._places)
+        # Brings to the disk what is written while the next tensors are read.
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushes: list[Future[None]] = []
+        self._unflushed_bytes = 0
 
     def _weight_map(self) -> dict[str, str]:
         return {name: place.file.name for name, place in self._places.items()}
@@ -80,10 +86,20 @@ class SafetensorsWriter:
         with place.file.open("r+b") as stream:
             stream.seek(place.start)
             stream.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        self._unflushed_bytes += tensor.nbytes
+        if self._unflushed_bytes >= _FLUSH_BYTES:
+            self._flushes.append(self._flusher.submit(_flush, place.file))
+            self._unflushed_bytes = 0
 
     def finish(self) -> None:
         """Make sure that all is written, and on the disk."""
         assert not self._missing, self._missing
-        for file in self._files:
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+        self._flushes += [self._flusher.submit(_flush, file) for file in self._files]
+        for flush in self._flushes:
+            flush.result()
+        self._flusher.shutdown()
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
