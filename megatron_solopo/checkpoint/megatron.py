@@ -27,7 +27,7 @@ from megatron_solopo.model_directory import METADATA, is_megatron_checkpoint
 
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 _SAFE_CLASSES = {
-    "torch": {"Size", "device", "bfloat16", "float16", "float32", "float64", "uint8", "int32", "int64", "bool"},
+    "torch": {"Size", "device"},  # and every dtype
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch.distributed.checkpoint.metadata": {
@@ -203,6 +203,7 @@ class _Unpickler(pickle.Unpickler):
         self._file = file
 
     def find_class(self, module: str, name: str) -> Any:
-        if name.split(".")[0] not in _SAFE_CLASSES.get(module, ()):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in _SAFE_CLASSES.get(module, ()):
             raise ValueError(f"{self._file}: names {module}.{name}, which has no place in a checkpoint; it was not run")
         return super().find_class(module, name)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ SMALL_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+OTHER_TEMPLATE = "additional_chat_templates/tool.jinja"
 
 
 @functools.cache
@@ -56,6 +58,10 @@ def converted(family: str) -> Path:
     folder = Path(tempfile.mkdtemp(dir=_root())) / family
     make_tokenizer(make_model(folder / "source", family))
     (folder / "source" / "chat_template.jinja").write_text("{{ messages }}\n")
+    (folder / "source" / "additional_chat_templates").mkdir()
+    (folder / "source" / OTHER_TEMPLATE).write_text("{{ tools }}\n")
+    for left in ("README.md", "modeling.py", "training_args.bin"):
+        (folder / "source" / left).write_text("not carried")
     report = import_model(folder / "source", folder / "megatron", verification="full")
     assert "greatest relative error" in dict(report.rows)["logits"] and not report.failures
     export_model(folder / "megatron", folder / "exported", dtype=None, verification="full")
@@ -98,15 +104,17 @@ def test_there_and_back_is_the_same_bit_by_bit(family: str) -> None:
     assert source.keys() == exported.keys()
     for name, tensor in source.items():
         assert bitwise_equal(exported[name], tensor), name
-    for name in SMALL_FILES:
+    for name in (*SMALL_FILES, OTHER_TEMPLATE):
         assert (folder / "exported" / name).read_bytes() == (folder / "source" / name).read_bytes(), name
-    assert sorted(path.name for path in (folder / "exported").iterdir()) == sorted([*SMALL_FILES, "model.safetensors"])
+    found = {path.name for path in (folder / "exported").iterdir()}
+    assert found == {*SMALL_FILES, "additional_chat_templates", "model.safetensors"}
     assert torch.equal(expected(folder / "exported"), expected(folder / "source"))
     source_tokenizer, exported_tokenizer = (
         AutoTokenizer.from_pretrained(folder / name) for name in ("source", "exported")
     )
     assert exported_tokenizer.get_vocab() == source_tokenizer.get_vocab()
-    assert exported_tokenizer.chat_template == source_tokenizer.chat_template == "{{ messages }}\n"
+    assert exported_tokenizer.chat_template == source_tokenizer.chat_template
+    assert exported_tokenizer.get_chat_template() == "{{ messages }}\n"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,8 +147,25 @@ def test_what_reads_a_models_small_files_reads_a_checkpoints() -> None:
     folder = converted("qwen3")
     prints = [load_tokenizer(folder / name).fingerprint for name in ("source", "megatron")]
     assert prints[0] == prints[1]
-    assert weights_fingerprint(folder / "megatron") == weights_fingerprint(folder / "megatron")
-    assert weights_fingerprint(folder / "megatron") != weights_fingerprint(converted("mistral") / "megatron")
+
+
+def test_a_checkpoints_fingerprint_is_its_weights(tmp_path: Path) -> None:
+    """The same wherever it lies; another one with any tensor, and with the config."""
+    source = tmp_path / "source"
+    shutil.copytree(converted("qwen3") / "source", source)
+    prints = {weights_fingerprint(converted("qwen3") / "megatron")}
+    tensors = load_file(source / "model.safetensors")
+    import_model(source, tmp_path / "same", verification="none")
+    assert {weights_fingerprint(tmp_path / "same")} == prints
+    names = ["model.embed_tokens.weight", "model.layers.3.self_attn.k_norm.weight", "model.layers.0.mlp.up_proj.weight"]
+    for number, name in enumerate(names):
+        edited = tensors | {name: tensors[name] * 1.001}
+        save_file(edited, source / "model.safetensors")
+        import_model(source, tmp_path / str(number), verification="none")
+        prints.add(weights_fingerprint(tmp_path / str(number)))
+    (tmp_path / "same" / "huggingface" / "config.json").write_text("{}")
+    prints.add(weights_fingerprint(tmp_path / "same"))
+    assert len(prints) == len(names) + 2
 
 
 def stored_in(folder: Path, dtype: torch.dtype, path: Path) -> Path:
@@ -176,9 +201,7 @@ def test_an_export_can_change_the_precision_and_says_so(dtype: Any, tmp_path: Pa
 @pytest.mark.parametrize("edit", ["bit", "config"])
 def test_verify_finds_what_differs(edit: str, tmp_path: Path) -> None:
     folder = converted("qwen3")
-    (tmp_path / "hf").mkdir()
-    for file in (folder / "source").iterdir():
-        (tmp_path / "hf" / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(folder / "source", tmp_path / "hf")
     assert not verify_models(tmp_path / "hf", folder / "megatron", logits=True).failures
     if edit == "bit":
         tensors = load_file(tmp_path / "hf" / "model.safetensors")
