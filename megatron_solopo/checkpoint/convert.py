@@ -41,7 +41,7 @@ def import_model(source: Path, output: Path, *, verification: Verification) -> R
     architecture = read_architecture(source)
     weights = SafetensorsDirectory(source)
     weights.check(architecture)
-    dtypes = {name: DTYPES[entry.dtype] for name, entry in weights.entries.items()}
+    dtypes = {name: DTYPES[weights.entries[name].dtype] for name in _names(architecture)}
     files = read_model_files(source)
     total = _total_bytes(architecture, dtypes)
     with _output(output, total, files) as temporary:
@@ -106,7 +106,7 @@ def _verified(huggingface: Path, checkpoint: Path, output: Path, verification: V
 
 
 def _target_dtypes(checkpoint: Path, architecture: Architecture, dtype: Dtype | None) -> dict[str, torch.dtype]:
-    names = [name for rule in rules(architecture).values() for name in rule.huggingface]
+    names = _names(architecture)
     if dtype is not None:
         return dict.fromkeys(names, getattr(torch, dtype))
     came_in = source_dtypes(checkpoint)
@@ -115,6 +115,10 @@ def _target_dtypes(checkpoint: Path, architecture: Architecture, dtype: Dtype | 
             f"{checkpoint}: does not say which precision {absent[0]} came in; choose one instead, with --dtype"
         )
     return {name: DTYPES[came_in[name]] for name in names}
+
+
+def _names(architecture: Architecture) -> list[str]:
+    return [name for rule in rules(architecture).values() for name in rule.huggingface]
 
 
 def _meta_tensors(architecture: Architecture, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:

@@ -70,7 +70,10 @@ class MegatronDirectory:
     def __init__(self, path: Path) -> None:
         """Raises ValueError if `path` is no checkpoint, or if its list of pieces or one of its files is damaged."""
         if not is_megatron_checkpoint(path):
-            raise ValueError(f"{path}: no complete Megatron checkpoint (a directory with .metadata and metadata.json)")
+            inside = next((f"; {each.name} in it is one" for each in sorted(path.glob("iter_*"), reverse=True)), "")
+            raise ValueError(
+                f"{path}: no complete Megatron checkpoint (a directory with .metadata and metadata.json){inside}"
+            )
         self.path = path
         self._reader = _Reader(path)
         metadata = self._reader.read_metadata()

@@ -137,8 +137,9 @@ def _bytes_item(key: str, content: bytes) -> WriteItem:
 def _metadata(pieces: list[_Piece], objects: dict[str, bytes], architecture: Architecture) -> Metadata:
     entries: dict[str, Any] = {key: BytesStorageMetadata() for key in objects}
     for piece in pieces:
-        data, key = piece.item.tensor_data, piece.item.index.fqn
-        entry = entries.setdefault(key, TensorStorageMetadata(data.properties, data.size, []))
+        data = piece.item.tensor_data
+        assert data is not None
+        entry = entries.setdefault(piece.item.index.fqn, TensorStorageMetadata(data.properties, data.size, []))
         entry.chunks.append(data.chunk)
     return Metadata(entries)
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_solopo.checkpoint.convert import export_model, import_model, verify_models
 from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.checkpoint.huggingface import bitwise_equal
-from megatron_solopo.checkpoint.loading import global_parameters
+from megatron_solopo.checkpoint.loading import global_parameters, load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.model.architecture import read_architecture
@@ -141,6 +141,27 @@ def test_megatrons_own_loader_needs_no_help(family: str) -> None:
         model.load_state_dict(state["model"])
         final = dict(global_parameters(model))["decoder.final_layernorm.weight"]
     assert torch.equal(final, load_file(folder / "source" / "model.safetensors")["model.norm.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama3_tied", "qwen2", "qwen3"])
+def test_a_checkpoint_loads_as_its_source_does(family: str, dtype: Any) -> None:
+    """In the precision of the model, padding included."""
+    folder, found = converted(family), []
+    with layout() as groups:
+        for path in (folder / "source", folder / "megatron"):
+            config = ModelConfig(path=path, dtype=dtype)
+            (model,) = build_model(
+                read_architecture(path), config, ParallelConfig(), chunk_tokens=8, device=groups.device
+            )
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(torch.nan)
+            load_weights([model], read_architecture(path), path)
+            found.append({name: parameter.detach() for name, parameter in model.named_parameters()})
+    assert found[0].keys() == found[1].keys()
+    for name, parameter in found[0].items():
+        assert parameter.dtype is getattr(torch, dtype) and bitwise_equal(parameter, found[1][name]), name
 
 
 def test_what_reads_a_models_small_files_reads_a_checkpoints() -> None:

@@ -108,13 +108,19 @@ def test_what_cannot_be_imported(damage: Callable[[Path], object], words: list[s
     assert message.startswith(str(folder / "hf")) and all(word in message for word in words), message
 
 
-def test_tied_embeddings_that_are_stored_twice_are_imported_once(folder: Path) -> None:
+def test_what_follows_from_the_rest_is_not_carried(folder: Path) -> None:
+    """Tied embeddings that are stored twice, and rotary frequencies, as old checkpoints have them."""
+    derived = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4, dtype=torch.float64)}
     change(
-        folder / "hf" / WEIGHTS, lambda each: each.update({"lm_head.weight": each["model.embed_tokens.weight"].clone()})
+        folder / "hf" / WEIGHTS,
+        lambda each: each.update(derived | {"lm_head.weight": each["model.embed_tokens.weight"].clone()}),
     )
     import_model(folder / "hf", folder / "out", verification="full")
     export_model(folder / "out", folder / "back", dtype=None, verification="full")
-    assert "lm_head.weight" not in load_file(folder / "back" / WEIGHTS)
+    assert set(load_file(folder / "hf" / WEIGHTS)) - set(load_file(folder / "back" / WEIGHTS)) == {
+        "lm_head.weight",
+        *derived,
+    }
 
 
 def cut(folder: Path, pattern: str, kept: Callable[[bytes], bytes]) -> None:
@@ -150,6 +156,13 @@ def test_what_cannot_be_exported(damage: Callable[[Path], object], words: list[s
     damage(folder / "megatron")
     message = refused_export(folder)
     assert all(word in message for word in [str(folder / "megatron"), *words]), message
+
+
+def test_the_directory_of_a_runs_checkpoints_is_not_one_of_them(folder: Path) -> None:
+    for step in (10, 9):
+        shutil.copytree(folder / "megatron", folder / "run" / f"iter_{step:07d}")
+    message = refusal(folder, lambda: export_model(folder / "run", folder / "out", dtype=None, verification="tensors"))
+    assert message.startswith(f"{folder / 'run'}: no complete") and message.endswith("iter_0000010 in it is one")
 
 
 def test_a_checkpoints_list_of_pieces_runs_no_code(folder: Path) -> None:
