@@ -21,6 +21,7 @@ from pydantic import (
 
 LossType = Literal["dpo", "simpo", "orpo", "ipo", "cpo", "hinge", "robust"]
 ObjectiveName = Literal["solopo", "short_po", "long_po"]
+FP8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 
 _Path = Annotated[Path, Strict(False)]  # written as a string
 _Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -45,6 +46,18 @@ class ModelConfig(_Section):
     """Layer kernels: Transformer Engine where it and CUDA are (auto), or plain PyTorch (local)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute precision. bfloat16 keeps float32 master weights in the optimizer."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """FP8 matrix products in the transformer layers, through Transformer Engine; null: none. hybrid takes e5m2 for
+    gradients. Attention and the output layer stay in bfloat16."""
+    fp8_recipe: FP8Recipe = "blockwise"
+    """How FP8 values are scaled. blockwise: per 128 values of one token, so that a sequence does not depend on what
+    it is packed with; tensorwise and delayed: per tensor, over the whole pack; mxfp8: per 32 values (Blackwell)."""
+    fp8_param: bool = False
+    """Keeps the layers' weights themselves in FP8: half the memory, and half the data-parallel gather."""
+    first_last_layers_bf16: bool = False
+    """Runs the first and last layers in bfloat16 where `fp8` is set."""
+    num_layers_at_start_in_bf16: NonNegativeInt = 1
+    num_layers_at_end_in_bf16: NonNegativeInt = 1
 
 
 class DataConfig(_Section):
@@ -68,9 +81,17 @@ class ParallelConfig(_Section):
     context_parallel_size: PositiveInt = 1
     sequence_parallel: bool | None = None
     """Shards activations outside attention over the tensor-parallel ranks; null: on when TP > 1."""
+    cp_comm_type: Literal["p2p", "a2a"] = "p2p"
+    """How context-parallel ranks exchange keys and values in Transformer Engine's attention: in a ring (p2p), or by
+    heads (a2a), which needs the heads of a tensor-parallel rank to divide by CP."""
     recompute_granularity: Literal["selective", "full"] | None = None
+    """Computes activations again in the backward pass: whole layers (full), or `recompute_modules` of each."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: PositiveInt = 1
+    recompute_modules: list[Literal["core_attn", "mlp"]] = ["core_attn"]
+    """What `recompute_granularity: selective` computes again."""
+    cpu_offloading_num_layers: NonNegativeInt = 0
+    """Layers whose activations wait in host memory for the backward pass; needs a GPU and Transformer Engine."""
 
     @property
     def uses_sequence_parallel(self) -> bool:
@@ -173,6 +194,19 @@ class OptimizerConfig(_Section):
     """Upper bound of the gradient norm; 0 turns clipping off."""
     use_distributed_optimizer: bool = True
     """Shards the optimizer state over the data-parallel (and context-parallel) ranks."""
+    optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the parameters whose float32 weights, moments and update live in host memory (Megatron's hybrid
+    optimizer, `optimizer_cpu_offload`): 16 bytes of pinned host memory each instead of 12 on the GPU."""
+    grad_reduce_in_fp32: bool = True
+    """Accumulates and reduces gradients in float32; false: in the model's precision, with half the memory."""
+
+    @model_validator(mode="after")
+    def _offload_is_of_the_distributed_optimizer(self) -> Self:
+        if self.optimizer_offload_fraction and not self.use_distributed_optimizer:
+            raise ValueError(
+                f"optimizer_offload_fraction={self.optimizer_offload_fraction} needs use_distributed_optimizer=true"
+            )
+        return self
 
 
 class TrainingConfig(_Section):

@@ -147,6 +147,13 @@ def test_a_beta_for_orpo_is_refused_and_told_its_name_here(tmp_path: Path) -> No
     assert load(tmp_path, "", ("objective.loss_type=orpo", "objective.orpo_lambda=0.2")).objective.beta == 0.1
 
 
+def test_an_offloaded_optimizer_must_be_the_distributed_one(tmp_path: Path) -> None:
+    overrides = ("optimizer.optimizer_offload_fraction=0.5", "optimizer.use_distributed_optimizer=false")
+    (line,) = mistakes(tmp_path, "", overrides)
+    assert "optimizer_offload_fraction=0.5" in line and "use_distributed_optimizer=true" in line
+    assert load(tmp_path, "", overrides[:1]).optimizer.optimizer_offload_fraction == 0.5
+
+
 def test_one_virtual_chunk_is_no_interleaving(tmp_path: Path) -> None:
     (line,) = mistakes(tmp_path, "", ("parallel.virtual_pipeline_model_parallel_size=1",))
     assert "parallel.virtual_pipeline_model_parallel_size=1" in line and "greater than or equal to 2" in line

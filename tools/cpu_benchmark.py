@@ -10,22 +10,18 @@ reference log-probs are zeros, for a cached reference costs a step nothing. One 
 """
 
 import os
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import click
 import psutil
+from reporting import GIB, environment, table
 from step_costs import HEADS, OBJECTIVES, Memory, Times, disagreement, measure_memory, measure_times
 
 from megatron_solopo.files import write_json
@@ -33,7 +29,7 @@ from megatron_solopo.files import write_json
 AGREEMENT = 1e-4
 """Greatest relative difference of loss and gradient norms between the heads."""
 _PAIRS = ((1024, 4096), (2048, 4096), (1024, 8192))
-_MIB, _GIB = 2**20, 2**30
+_MIB = 2**20
 # It imports torch and megatron once; every measurement is then a fork of it.
 _CONTEXT = get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["megatron_solopo.train.policy"])
@@ -49,27 +45,6 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
                 f"the process of {function.__name__}{arguments} was killed, most likely for want of memory; "
                 "choose a smaller --vocab-size or --prompt-tokens"
             ) from None
-
-
-def environment() -> dict[str, Any]:
-    """Where and when."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now(UTC).isoformat(timespec="minutes"),
-        "cpu": f"{os.cpu_count()} x {models[0] if models else platform.machine()}",
-        "memory_gib": round(psutil.virtual_memory().total / _GIB, 1),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "megatron-core": version("megatron-core"),
-    }
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---:"] * len(columns), *rows))
 
 
 def memory_table(rows: Sequence[Memory]) -> str:
@@ -104,8 +79,8 @@ def check_sizes(prompt_tokens: Sequence[int], pairs: Sequence[tuple[int, int]], 
     needed, available = 1.5 * max(prompt_tokens) * vocab * 4, psutil.virtual_memory().available
     if needed > available:
         raise click.UsageError(
-            f"full logits of {max(prompt_tokens):,} tokens need about {needed / _GIB:.1f} GiB and "
-            f"{available / _GIB:.1f} GiB are available; choose a smaller --vocab-size or --prompt-tokens"
+            f"full logits of {max(prompt_tokens):,} tokens need about {needed / GIB:.1f} GiB and "
+            f"{available / GIB:.1f} GiB are available; choose a smaller --vocab-size or --prompt-tokens"
         )
 
 

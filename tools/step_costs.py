@@ -19,13 +19,13 @@ from typing import Any
 
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 
-import numpy as np
 import torch
+from random_triplets import random_triplet
 from torch import Tensor
 from transformers import LlamaConfig
 
 from megatron_solopo.config import LogprobConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
-from megatron_solopo.data.packing import TokenizedTriplet, build_pack
+from megatron_solopo.data.packing import build_pack
 from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import PackedResponses, ResponseModel
@@ -128,15 +128,6 @@ def use_full_logits(model: ResponseModel) -> None:
         return -losses_1T.squeeze(0).index_select(0, packed_seq_params.response_rows)
 
     model._postprocess = full_logits
-
-
-def random_triplet(short: int, long: int, response: int, vocab_size: int, index: int) -> TokenizedTriplet:
-    """A triplet whose sequences, prompt and response together, have exactly these lengths in tokens."""
-    generator = np.random.default_rng(index)
-    prompts = {"short": short - response, "long": long - response}
-    responses = {"chosen": response, "rejected": response}
-    columns = [{k: generator.integers(vocab_size, size=n) for k, n in each.items()} for each in (prompts, responses)]
-    return TokenizedTriplet(f"random-{index}", index, *columns)
 
 
 def zero_references(objective: ObjectiveConfig, rows: int) -> ReferenceLogprobs:

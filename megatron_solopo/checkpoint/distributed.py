@@ -14,15 +14,17 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_solopo.checkpoint.model_files import write_model_files
 from megatron_solopo.files import atomic_path, remove, replace, write_json
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.precision import assign
 from megatron_solopo.model_directory import HUGGINGFACE_FOLDER
 
 _LATEST = "latest"
 _TRAINER_STATE = "trainer.json"
-_EXTRA_STATE = "_extra_state"
+_KERNEL_STATE = "_extra_state"
 _Chunk = TypeVar("_Chunk", DistributedDataParallel, ResponseModel)
 # Saved once per parameter, not per rank's share of a buffer: loads under another TP, PP, CP or DP.
 _SHARDING = {
@@ -101,7 +103,8 @@ def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optim
         _initialize_state(optimizer)
     state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), str(path))
     for key, chunk in _keyed(chunks).items():
-        chunk.module.load_state_dict(state[key])
+        missing, unexpected = chunk.module.load_state_dict(state[key], strict=False)
+        assert not unexpected and all(name.endswith(_KERNEL_STATE) for name in missing), (missing, unexpected)
     if optimizer is not None:
         _load_optimizer(optimizer, state["optimizer"])
 
@@ -110,25 +113,19 @@ def load_parameters(path: Path, chunks: Sequence[ResponseModel]) -> None:
     """Load the parameters alone, of a checkpoint that `convert import` or any layout wrote, under the current one."""
     metadata = _metadata()
     state = {
-        key: {
-            name: each
-            for name, each in chunk.sharded_state_dict(metadata=metadata).items()
-            # What Transformer Engine keeps beside weights (FP8 scales). It belongs to a run, not to a model.
-            if not name.endswith(_EXTRA_STATE)
-        }
-        for key, chunk in _keyed(chunks).items()
+        key: _without_kernel_state(chunk.sharded_state_dict(metadata=metadata)) for key, chunk in _keyed(chunks).items()
     }
     loaded = dist_checkpointing.load(state, str(path))
     for key, chunk in _keyed(chunks).items():
-        missing, unexpected = chunk.load_state_dict(loaded[key], strict=False)
-        assert not unexpected and all(name.endswith(_EXTRA_STATE) for name in missing), (missing, unexpected)
+        for name, parameter in chunk.named_parameters():
+            assign(parameter, loaded[key][name])
 
 
 def _sharded_state(
     chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None, *, is_loading: bool
 ) -> dict[str, Any]:
     metadata = _metadata()
-    model = {key: chunk.module.sharded_state_dict(metadata=metadata) for key, chunk in _keyed(chunks).items()}
+    model = {key: _sharded_model(chunk.module, metadata) for key, chunk in _keyed(chunks).items()}
     if optimizer is None:
         return model
     parameters = model["model"] if len(chunks) == 1 else model
@@ -139,6 +136,19 @@ def _sharded_state(
 
 def _metadata() -> dict[str, Any]:
     return _SHARDING | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _sharded_model(module: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Without the kernels' own state, so that every layer implementation reads the checkpoints of the others."""
+    config = module.config
+    state: dict[str, Any] = module.sharded_state_dict(metadata=metadata)
+    if config.fp8 and config.fp8_recipe == "delayed":
+        return state  # its scales are made of earlier steps' values
+    return _without_kernel_state(state)
+
+
+def _without_kernel_state(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if not key.endswith(_KERNEL_STATE)}
 
 
 def _keyed(chunks: Sequence[_Chunk]) -> dict[str, _Chunk]:
@@ -170,6 +180,9 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None
 def _initialize_state(optimizer: MegatronOptimizer) -> None:
     """torch's Adam makes its state at the first step; a fresh optimizer needs it there to be loaded into."""
     inner = _inner(optimizer)
+    if isinstance(inner.optimizer, HybridDeviceOptimizer):
+        inner.optimizer.dummy_step()  # what it does to the parameters is undone by loading them
+        return
     inner.init_state_fn(inner.optimizer, inner.config)
     # Transformer Engine's and Apex's Adam count steps per group and know no such state.
     if isinstance(inner.optimizer, torch.optim.Optimizer) and type(inner.optimizer).__module__.startswith("torch."):

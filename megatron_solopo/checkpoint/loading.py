@@ -11,6 +11,7 @@ from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name
 from megatron_solopo.checkpoint.megatron import MegatronDirectory
 from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.precision import assign
 from megatron_solopo.model_directory import is_megatron_checkpoint
 
 
@@ -30,8 +31,7 @@ def load_weights(chunks: Sequence[ResponseModel], architecture: Architecture, pa
         group = chunk.pg_collection.tp
         share = {"rank": group.rank(), "size": group.size(), "padded_vocab": chunk.vocab_size}
         for name, parameter in global_parameters(chunk):
-            with torch.no_grad():
-                parameter.copy_(to_megatron(table[name], architecture, source.read, **share))
+            assign(parameter, to_megatron(table[name], architecture, source.read, **share))
 
 
 def global_parameters(chunk: ResponseModel) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -29,6 +29,10 @@ class TripletDataset:
     def __len__(self) -> int:
         return len(self._table)
 
+    def head(self, count: int) -> "TripletDataset":
+        """The first `count` rows, or all where there are fewer."""
+        return TripletDataset(self._table.select(range(min(count, len(self)))), self._prompt_columns)
+
     def sizes(self, roles: Sequence[str], sequence_multiple: int) -> TripletSizes:
         """Size of every row, from the list offsets alone: no token is read.
 

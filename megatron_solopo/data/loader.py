@@ -8,13 +8,14 @@ the lengths, which all know, and reads the tokens of its own packs only: ranks n
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from megatron_solopo.data.batch_plan import RankPacks, plan_global_batch, plan_single_pass
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.packing import Pack, build_pack
-from megatron_solopo.data.sizes import IntArray, TripletSizes
+from megatron_solopo.data.sizes import IntArray, TripletSizes, padded_lengths
 
 _STATE_KEYS = {"seed": "seed", "dataset_length": "data.path", "global_batch_size": "training.global_batch_size"}
 """What a saved state must agree on -> the key that sets it."""
@@ -40,6 +41,30 @@ class GlobalBatch:
     """Real tokens over the token budget of those packs, in (0, 1]."""
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How triplets become packs, and which packs are this rank's."""
+
+    sequence_multiple: int
+    """What each sequence is padded to a multiple of."""
+    max_tokens_per_pack: int
+    """Padded tokens that one pack may hold."""
+    dp_rank: int
+    """This rank among the data-parallel ranks."""
+    dp_size: int
+    max_triplets_per_pack: int | None = None
+    """Triplets that one pack may hold; None: any number."""
+    pack_multiple: int = 1
+    """What each pack is padded to a multiple of."""
+    packs_multiple: int = 1
+    """Every rank's number of packs is a multiple of this."""
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """What the sequences of one pack may come to, so that the padded pack keeps to its budget."""
+        return self.max_tokens_per_pack // self.pack_multiple * self.pack_multiple
+
+
 class GlobalBatchLoader:
     """Shuffled global batches without end.
 
@@ -51,11 +76,6 @@ class GlobalBatchLoader:
         roles: the sequences that each triplet yields.
         global_batch_size: triplets per batch, over all ranks.
         seed: of the permutations.
-        sequence_multiple: what each sequence is padded to a multiple of (2 x CP x TP).
-        max_tokens_per_pack: padded tokens that one pack may hold.
-        max_triplets_per_pack: triplets that one pack may hold; None: any number.
-        dp_rank, dp_size: this rank among the data-parallel ranks.
-        packs_multiple: every rank's number of packs is a multiple of this.
 
     Raises:
         ValueError: the dataset is smaller than a batch, the batch size does not divide over the
@@ -66,15 +86,10 @@ class GlobalBatchLoader:
         self,
         dataset: TripletDataset,
         roles: Sequence[str],
+        packing: Packing,
         *,
         global_batch_size: int,
         seed: int,
-        sequence_multiple: int,
-        max_tokens_per_pack: int,
-        max_triplets_per_pack: int | None,
-        dp_rank: int,
-        dp_size: int,
-        packs_multiple: int = 1,
     ) -> None:
         if len(dataset) < global_batch_size:
             raise ValueError(
@@ -82,22 +97,14 @@ class GlobalBatchLoader:
                 f"lower training.global_batch_size or prepare more data"
             )
         # Any other size could come to a batch that the ranks cannot share, thousands of steps into a run.
-        if global_batch_size % (dp_size * packs_multiple):
+        share = packing.dp_size * packing.packs_multiple
+        if global_batch_size % share:
             raise ValueError(
-                f"training.global_batch_size={global_batch_size}: must be a multiple of {dp_size * packs_multiple} "
-                f"({dp_size} data-parallel ranks x a multiple of {packs_multiple} packs on each); "
+                f"training.global_batch_size={global_batch_size}: must be a multiple of {share} "
+                f"({packing.dp_size} data-parallel ranks x a multiple of {packing.packs_multiple} packs on each); "
                 f"change it or parallel.*"
             )
-        self._packer = _Packer(
-            dataset,
-            roles,
-            sequence_multiple,
-            max_tokens_per_pack,
-            max_triplets_per_pack,
-            dp_rank,
-            dp_size,
-            packs_multiple,
-        )
+        self._packer = _Packer(dataset, roles, packing)
         self._identity = {"seed": seed, "dataset_length": len(dataset), "global_batch_size": global_batch_size}
         self.consumed_triplets = 0
 
@@ -140,16 +147,7 @@ class GlobalBatchLoader:
 
 
 def sequential_batches(
-    dataset: TripletDataset,
-    roles: Sequence[str],
-    *,
-    chunk_size: int,
-    sequence_multiple: int,
-    max_tokens_per_pack: int,
-    max_triplets_per_pack: int | None,
-    dp_rank: int,
-    dp_size: int,
-    packs_multiple: int = 1,
+    dataset: TripletDataset, roles: Sequence[str], packing: Packing, *, chunk_size: int
 ) -> Iterator[GlobalBatch]:
     """Every triplet exactly once in dataset order, for evaluation and reference passes.
 
@@ -158,72 +156,65 @@ def sequential_batches(
     then leave its results out. Batch totals count no triplet twice. The other arguments, and the
     errors raised (at the call, not at the first batch), are those of `GlobalBatchLoader`.
     """
-    packer = _Packer(
-        dataset, roles, sequence_multiple, max_tokens_per_pack, max_triplets_per_pack, dp_rank, dp_size, packs_multiple
-    )
+    packer = _Packer(dataset, roles, packing)
     chunks = (np.arange(start, min(start + chunk_size, len(dataset))) for start in range(0, len(dataset), chunk_size))
     return (packer.single_pass_batch(rows) for rows in chunks)
 
 
 @dataclass(frozen=True, eq=False)
 class _Packer:
-    """Turns dataset rows into this rank's share of a batch; the fields are the loader's arguments."""
+    """Turns dataset rows into this rank's share of a batch."""
 
     dataset: TripletDataset
     roles: Sequence[str]
-    sequence_multiple: int
-    max_tokens: int
-    max_triplets: int | None
-    dp_rank: int
-    dp_size: int
-    packs_multiple: int
+    packing: Packing
     sizes: TripletSizes = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", self.dataset.sizes(self.roles, self.sequence_multiple))
-        over = np.flatnonzero(self.sizes.padded_tokens > self.max_tokens)
+        packing = self.packing
+        object.__setattr__(self, "sizes", self.dataset.sizes(self.roles, packing.sequence_multiple))
+        over = np.flatnonzero(self.sizes.padded_tokens > packing.max_sequence_tokens)
         if len(over):
+            largest = padded_lengths(self.sizes.padded_tokens.max(), packing.pack_multiple)
             raise ValueError(
                 f"{len(over)} of {len(self.sizes)} triplets are larger than data.max_tokens_per_pack="
-                f"{self.max_tokens}, first {', '.join(self.dataset.ids(over[:5]))}; the largest needs "
-                f"{self.sizes.padded_tokens.max()} (sequences padded to multiples of {self.sequence_multiple}): "
-                f"raise the key to that, or prepare the data with a lower length limit"
+                f"{packing.max_tokens_per_pack}, first {', '.join(self.dataset.ids(over[:5]))}; the largest needs "
+                f"{largest} (sequences padded to multiples of {packing.sequence_multiple}, packs to multiples of "
+                f"{packing.pack_multiple}): raise the key to that, or prepare the data with a lower length limit"
             )
 
     def training_batch(self, rows: IntArray) -> GlobalBatch:
-        plan = plan_global_batch(
-            self.sizes.select(rows),
-            max_tokens=self.max_tokens,
-            max_triplets=self.max_triplets,
-            num_ranks=self.dp_size,
-            packs_multiple=self.packs_multiple,
-        )
-        return self._build(rows, plan, [True] * len(plan[self.dp_rank]))
+        plan = plan_global_batch(self.sizes.select(rows), **self._limits())
+        return self._build(rows, plan, [True] * len(plan[self.packing.dp_rank]))
 
     def single_pass_batch(self, rows: IntArray) -> GlobalBatch:
-        plan, counted = plan_single_pass(
-            self.sizes.select(rows),
-            max_tokens=self.max_tokens,
-            max_triplets=self.max_triplets,
-            num_ranks=self.dp_size,
-            packs_multiple=self.packs_multiple,
-        )
-        return self._build(rows, plan, counted[self.dp_rank])
+        plan, counted = plan_single_pass(self.sizes.select(rows), **self._limits())
+        return self._build(rows, plan, counted[self.packing.dp_rank])
+
+    def _limits(self) -> dict[str, Any]:
+        return {
+            "max_tokens": self.packing.max_sequence_tokens,
+            "max_triplets": self.packing.max_triplets_per_pack,
+            "num_ranks": self.packing.dp_size,
+            "packs_multiple": self.packing.packs_multiple,
+        }
 
     def _build(self, rows: IntArray, plan: RankPacks, counted: list[bool]) -> GlobalBatch:
+        packing = self.packing
         num_tokens = int(self.sizes.tokens[rows].sum())
         num_packs = sum(len(packs) for packs in plan)
+        multiples = packing.sequence_multiple, packing.pack_multiple
         return GlobalBatch(
             packs=[
-                build_pack(self.dataset.rows(rows[positions], self.roles), self.roles, self.sequence_multiple)
-                for positions in plan[self.dp_rank]
+                build_pack(self.dataset.rows(rows[positions], self.roles), self.roles, *multiples)
+                for positions in plan[packing.dp_rank]
             ],
             counted=counted,
             num_triplets=len(rows),
             num_tokens=num_tokens,
             padded_tokens=int(self.sizes.padded_tokens[rows].sum()),
             num_packs=num_packs,
-            pack_fill=num_tokens / (num_packs * self.max_tokens),
+            pack_fill=num_tokens / (num_packs * packing.max_tokens_per_pack),
         )
 
 

@@ -74,13 +74,17 @@ class Pack:
         return len(self.tokens_T)
 
 
-def build_pack(rows: Sequence[TokenizedTriplet], roles: Sequence[str], sequence_multiple: int) -> Pack:
+def build_pack(
+    rows: Sequence[TokenizedTriplet], roles: Sequence[str], sequence_multiple: int, pack_multiple: int = 1
+) -> Pack:
     """Lay out the sequences of some triplets.
 
     Args:
         rows: the triplets, at least one.
         roles: the sequences that each triplet yields, in their order inside the triplet.
         sequence_multiple: what each sequence is padded at its end to a multiple of.
+        pack_multiple: what the whole pack is padded to a multiple of, at the end of its last sequence;
+            itself a multiple of `sequence_multiple`, or 1.
     """
     parts = [context_and_response(role) for role in roles]
     prompts = [row.prompts[context] for row in rows for context, _ in parts]
@@ -92,6 +96,7 @@ def build_pack(rows: Sequence[TokenizedTriplet], roles: Sequence[str], sequence_
 
     lengths_S = prompt_lengths_S + response_lengths_S
     cu_seqlens_S1 = np.concatenate([[0], np.cumsum(padded_lengths(lengths_S, sequence_multiple))])
+    cu_seqlens_S1[-1] = padded_lengths(cu_seqlens_S1[-1], pack_multiple)
     tokens_T = np.full(cu_seqlens_S1[-1], PAD_TOKEN, dtype=np.int64)
     for start, length, prompt, response in zip(cu_seqlens_S1[:-1], lengths_S, prompts, responses, strict=True):
         tokens_T[start : start + length] = np.concatenate([prompt, response])

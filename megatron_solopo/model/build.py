@@ -1,5 +1,7 @@
 """Builds this rank's model chunks from an architecture and the parallel layout."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -9,6 +11,7 @@ from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.model.fusion import supports_gradient_accumulation_fusion
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.precision import precision_settings
 from megatron_solopo.model.spec import layer_spec, uses_transformer_engine
 
 _VOCAB_MULTIPLE_PER_RANK = 128
@@ -54,6 +57,38 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
             f"the model's {architecture.num_layers} layers do not divide into {stages} pipeline stages "
             "(parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size)"
         )
+    _check_exchange_by_heads(architecture, parallel)
+    _check_activation_offload(architecture, parallel)
+
+
+def _check_exchange_by_heads(architecture: Architecture, parallel: ParallelConfig) -> None:
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if parallel.cp_comm_type != "a2a":
+        return
+    for what, count in (
+        ("attention heads", architecture.num_attention_heads // tp),
+        ("key-value heads", max(architecture.num_query_groups // tp, 1)),
+    ):
+        if count % cp:
+            raise ValueError(
+                f"parallel.cp_comm_type=a2a: the {count} {what} of a tensor-parallel rank do not divide by "
+                f"parallel.context_parallel_size={cp}; set parallel.cp_comm_type=p2p"
+            )
+
+
+def _check_activation_offload(architecture: Architecture, parallel: ParallelConfig) -> None:
+    count = parallel.cpu_offloading_num_layers
+    if not count:
+        return
+    problem = ""
+    if parallel.pipeline_model_parallel_size > 1:
+        problem = "needs parallel.pipeline_model_parallel_size=1"
+    elif parallel.recompute_granularity is not None:
+        problem = "needs parallel.recompute_granularity=null"
+    elif count >= architecture.num_layers:
+        problem = f"must be below the model's {architecture.num_layers} layers"
+    if problem:
+        raise ValueError(f"parallel.cpu_offloading_num_layers={count} {problem}")
 
 
 def transformer_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
@@ -65,8 +100,6 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
     check_layout(architecture, parallel)
     dtype = getattr(torch, model.dtype)
     on_gpu_kernels = uses_transformer_engine(model)
-    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    full_recompute = parallel.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -91,31 +124,49 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
         # tensor-parallel parameters, and without the marks the gradient norm misses their shards.
         init_method=torch.nn.init.zeros_,
         output_layer_init_method=torch.nn.init.zeros_,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        sequence_parallel=parallel.uses_sequence_parallel,
-        cp_comm_type="p2p",
-        # Packs differ in length, so shapes travel with each pipeline message; Megatron ties that
-        # to the dispatcher type even in a dense model.
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",
-        # The other combination swaps forward and backward tensors in the interleaved schedule.
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
-        recompute_granularity=parallel.recompute_granularity,
-        recompute_method=parallel.recompute_method if full_recompute else None,
-        recompute_num_layers=parallel.recompute_num_layers if full_recompute else None,
         gradient_accumulation_fusion=supports_gradient_accumulation_fusion(),
         # Megatron's fusions compile at run time; plain kernels where there is no GPU to gain from them.
         bias_activation_fusion=on_gpu_kernels,
         bias_dropout_fusion=on_gpu_kernels,
         apply_rope_fusion=on_gpu_kernels,
         masked_softmax_fusion=False,
+        **precision_settings(model),
+        **_layout_settings(parallel),
+        **_memory_settings(parallel),
     )
+
+
+def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "sequence_parallel": parallel.uses_sequence_parallel,
+        "cp_comm_type": parallel.cp_comm_type,
+        # Packs differ in length, so shapes travel with each pipeline message; Megatron ties that
+        # to the dispatcher type even in a dense model.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        # The other combination swaps forward and backward tensors in the interleaved schedule.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "deallocate_pipeline_outputs": True,
+    }
+
+
+def _memory_settings(parallel: ParallelConfig) -> dict[str, Any]:
+    full_recompute = parallel.recompute_granularity == "full"
+    return {
+        "recompute_granularity": parallel.recompute_granularity,
+        "recompute_method": parallel.recompute_method if full_recompute else None,
+        "recompute_num_layers": parallel.recompute_num_layers if full_recompute else None,
+        "recompute_modules": list(parallel.recompute_modules),
+        "cpu_offloading": parallel.cpu_offloading_num_layers > 0,
+        "cpu_offloading_num_layers": parallel.cpu_offloading_num_layers,
+    }
 
 
 def build_model(

@@ -8,6 +8,7 @@ megatron is imported, and does nothing where CUDA is available, unless MEGATRON_
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -44,10 +45,18 @@ def adapt_if_needed() -> None:
     if _adapted or not is_cpu():
         return
     _adapted = True
+    _hide_gpu_libraries()
     _adapt_device_and_random_state()
     _adapt_streams()
     _adapt_tensors()
     _adapt_megatron_random()
+
+
+def _hide_gpu_libraries() -> None:
+    """Megatron takes Transformer Engine's and Apex's optimizers wherever they import; their kernels need CUDA."""
+    for name in ("transformer_engine", "apex"):
+        if name not in sys.modules:
+            sys.modules[name] = None  # type: ignore[assignment]
 
 
 class _Event:

@@ -74,6 +74,8 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
             "files; let srun start torchrun, one task per node"
         )
     check_world_size(config, world_size)
+    if not cpu.is_cpu():
+        _prepare_cuda(config)
     device = _device()
     owns_world = not dist.is_initialized()
     if owns_world:
@@ -101,6 +103,17 @@ def destroy(topology: Topology) -> None:
     parallel_state.destroy_model_parallel()
     if topology.owns_world:
         dist.destroy_process_group()
+
+
+def _prepare_cuda(config: ParallelConfig) -> None:
+    """Settings that CUDA and its allocator read once, at their first use. What the user has set stays."""
+    # Packs differ in length: segments that can grow keep freed memory usable for the next, larger pack.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    # One hardware queue starts communication kernels in the order of issue: Megatron's overlap under TP and CP
+    # counts on that. Elsewhere it would only keep copies to the host from running beside kernels.
+    if config.tensor_model_parallel_size * config.context_parallel_size > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _device() -> torch.device:

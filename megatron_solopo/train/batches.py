@@ -1,15 +1,15 @@
 """Global batches of a run: the data room's loaders, for this rank's place and this run's budget."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
-from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, sequential_batches
+from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, sequential_batches
 from megatron_solopo.objective import required_roles
+from megatron_solopo.parallel.alignment import pack_multiple
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.progress import bar_style
 
@@ -21,28 +21,28 @@ def training_batches(config: Config, dataset: TripletDataset, topology: Topology
     return GlobalBatchLoader(
         dataset,
         required_roles(config.objective),
+        _packing(config, topology),
         global_batch_size=config.training.global_batch_size,
         seed=config.seed,
-        **_packing(config, topology),
     )
 
 
 def single_pass(config: Config, dataset: TripletDataset, topology: Topology, label: str) -> Iterator[GlobalBatch]:
     """Every triplet once, with a progress bar named `label` on rank 0; some packs may not be `counted`."""
     chunk_size = _SINGLE_PASS_TRIPLETS_PER_RANK * topology.data_group.size()
-    batches = sequential_batches(
-        dataset, required_roles(config.objective), chunk_size=chunk_size, **_packing(config, topology)
-    )
+    roles = required_roles(config.objective)
+    batches = sequential_batches(dataset, roles, _packing(config, topology), chunk_size=chunk_size)
     total = -(-len(dataset) // chunk_size)
     yield from tqdm(batches, label, total, unit="batch", disable=dist.get_rank() != 0, **bar_style("batches"))
 
 
-def _packing(config: Config, topology: Topology) -> dict[str, Any]:
-    return {
-        "sequence_multiple": topology.sequence_multiple,
-        "max_tokens_per_pack": config.data.max_tokens_per_pack,
-        "max_triplets_per_pack": config.data.max_triplets_per_pack,
-        "dp_rank": topology.data_group.rank(),
-        "dp_size": topology.data_group.size(),
-        "packs_multiple": topology.packs_multiple,
-    }
+def _packing(config: Config, topology: Topology) -> Packing:
+    return Packing(
+        sequence_multiple=topology.sequence_multiple,
+        pack_multiple=pack_multiple(config.parallel, config.model),
+        max_tokens_per_pack=config.data.max_tokens_per_pack,
+        max_triplets_per_pack=config.data.max_triplets_per_pack,
+        dp_rank=topology.data_group.rank(),
+        dp_size=topology.data_group.size(),
+        packs_multiple=topology.packs_multiple,
+    )

@@ -13,8 +13,10 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_solopo.config import OptimizerConfig
+from megatron_solopo.config import ModelConfig, OptimizerConfig
+from megatron_solopo.model.fusion import fuse_weight_gradients
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.spec import uses_transformer_engine
 
 
 def wrap_data_parallel(chunks: Sequence[ResponseModel], optimizer: OptimizerConfig) -> list[DistributedDataParallel]:
@@ -23,16 +25,32 @@ def wrap_data_parallel(chunks: Sequence[ResponseModel], optimizer: OptimizerConf
     # Without this, Megatron's schedules skip the data-parallel, norm and tied-embedding gradient sync.
     config.finalize_model_grads_func = finalize_model_grads
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=optimizer.grad_reduce_in_fp32,
         overlap_grad_reduce=False,
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        fp8_param_gather=bool(config.fp8_param),
     )
-    return [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+    wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+    for chunk in chunks:  # now that there are buffers to add to
+        fuse_weight_gradients(chunk)
+    return wrapped
+
+
+def check_offload(optimizer: OptimizerConfig, model: ModelConfig) -> None:
+    """Raise ValueError if optimizer state is to leave a GPU that is not there, or without Transformer Engine."""
+    if optimizer.optimizer_offload_fraction and not uses_transformer_engine(model):
+        raise ValueError(
+            f"optimizer.optimizer_offload_fraction={optimizer.optimizer_offload_fraction} needs a CUDA device, "
+            "Transformer Engine and model.dtype=bfloat16; set it to 0"
+        )
 
 
 def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: OptimizerConfig) -> MegatronOptimizer:
     """Adam over this rank's parameters, with fp32 master weights where the model is bfloat16."""
-    dtype = chunks[0].module.config.params_dtype
+    model = chunks[0].module.config
+    dtype = model.params_dtype
+    offload = optimizer.optimizer_offload_fraction > 0
+    grads_dtype = torch.float32 if optimizer.grad_reduce_in_fp32 else dtype
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -47,6 +65,13 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=optimizer.use_distributed_optimizer,
+            fp8_recipe=model.fp8_recipe if model.fp8 else None,
+            optimizer_cpu_offload=offload,
+            optimizer_offload_fraction=optimizer.optimizer_offload_fraction,
+            overlap_cpu_optimizer_d2h_h2d=offload,
+            # The hybrid optimizer then holds the only fp32 weights, and no copy of them stays on the GPU.
+            use_precision_aware_optimizer=offload,
+            main_grads_dtype=grads_dtype if offload else torch.float32,
         ),
         list(chunks),
     )

@@ -21,6 +21,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.precision import precision_settings
 from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.topology import Topology
@@ -68,6 +69,7 @@ def _dependencies(config: Config, splits: Splits) -> dict[str, Any]:
         "data": splits.manifest.fingerprint_parts,
         "weights": weights_fingerprint(config.reference.model_path or config.model.path),
         "dtype": config.model.dtype,
+        "fp8": precision_settings(config.model),
         "implementation": "transformer_engine" if uses_transformer_engine(config.model) else "local",
         "scoring_version": _SCORING_VERSION,
         "roles": list(required_roles(config.objective)),
@@ -91,10 +93,10 @@ def _check(cache: Path, expected: dict[str, Any]) -> None:
 
 def _compute(config: Config, splits: Splits, topology: Topology) -> dict[str, ReferenceLogprobs]:
     chunks = load_model(config, config.reference.model_path or config.model.path, topology)
-    return {name: _score(config, chunks, dataset, topology, name) for name, dataset in splits.datasets.items()}
+    return {name: score_sequences(config, chunks, dataset, topology, name) for name, dataset in splits.datasets.items()}
 
 
-def _score(
+def score_sequences(
     config: Config, chunks: list[ResponseModel], dataset: TripletDataset, topology: Topology, split: str
 ) -> ReferenceLogprobs:
     """Forward every sequence of a split once; every rank ends with all the numbers."""

@@ -21,6 +21,7 @@ from megatron_solopo.data.loader import GlobalBatch
 from megatron_solopo.files import check_writable, read_jsonl, sha256_file
 from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model.build import check_layout
+from megatron_solopo.model.precision import check_precision
 from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.model_directory import huggingface_directory
 from megatron_solopo.objective import metric_names
@@ -29,7 +30,7 @@ from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.batches import single_pass, training_batches
 from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
 from megatron_solopo.train.metrics import Metrics, MetricsWriter, reduce_over_ranks, reduce_sums
-from megatron_solopo.train.optimizer import check_schedule
+from megatron_solopo.train.optimizer import check_offload, check_schedule
 from megatron_solopo.train.plot import plot_metrics
 from megatron_solopo.train.policy import StepResult, build_policy
 from megatron_solopo.train.reference import reference_logprobs
@@ -68,6 +69,8 @@ def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
     architecture = read_architecture(config.model.path)
     check_layout(architecture, config.parallel)
     uses_transformer_engine(config.model)  # refuses what cannot run here
+    check_precision(architecture, config.model, config.parallel, config.optimizer)
+    check_offload(config.optimizer, config.model)
     splits = load_splits(config, architecture)
     check_writable(config.run_dir, "run_dir")
     check_not_by_hand(config.run_dir / "config.yaml")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_solopo.checkpoint import distributed
 from megatron_solopo.checkpoint.distributed import (
@@ -123,3 +124,20 @@ def test_latest_must_name_a_complete_checkpoint(policy: Policy, name: str, tmp_p
         latest_checkpoint(tmp_path)
     message = str(error.value)
     assert message.startswith(f"{tmp_path / 'latest'}: names {tmp_path / name}") and "\n" not in message
+
+
+def test_a_checkpoint_holds_no_state_of_kernels_and_loads_into_a_model_that_has_some(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer Engine's modules have such a state: here, of a module that has one too."""
+    norm = type(policy.chunks[0].module.decoder.final_layernorm)
+    monkeypatch.setattr(norm, "get_extra_state", lambda self: torch.ones(1), raising=False)
+    monkeypatch.setattr(norm, "set_extra_state", lambda self, state: pytest.fail("was loaded"), raising=False)
+    assert any(name.endswith("_extra_state") for name in policy.chunks[0].module.state_dict())
+    fill(policy, 0.5)
+    path = save(policy, tmp_path, 1)
+    saved = FileSystemReader(path).read_metadata().state_dict_metadata
+    assert saved and not any(name.endswith("_extra_state") for name in saved)
+    fill(policy, 0.0)
+    load_checkpoint(path, policy.chunks, policy.optimizer)
+    assert values(policy) == {0.5}

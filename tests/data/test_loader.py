@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_solopo.data.dataset import TripletDataset
-from megatron_solopo.data.loader import GlobalBatchLoader, sequential_batches
+from megatron_solopo.data.loader import GlobalBatchLoader, Packing, sequential_batches
 from megatron_solopo.data.sizes import ROLES
 
 SOLOPO, LONG_PO = ROLES[:3], ROLES[2:]
@@ -34,29 +34,22 @@ def random_lengths(count, seed=0):
 TABLE = table_of(random_lengths(47))
 
 
+def split(changes):
+    """The loader's own arguments, and its packing."""
+    own = {name: changes.pop(name) for name in ("global_batch_size", "seed", "chunk_size") if name in changes}
+    layout = {"sequence_multiple": 4, "max_tokens_per_pack": MAX_TOKENS, "dp_rank": 0, "dp_size": 1}
+    return own, Packing(**layout | changes)
+
+
 def loader(table=TABLE, roles=SOLOPO, **changes):
-    arguments = {
-        "global_batch_size": 8,
-        "seed": 1234,
-        "sequence_multiple": 4,
-        "max_tokens_per_pack": MAX_TOKENS,
-        "max_triplets_per_pack": None,
-        "dp_rank": 0,
-        "dp_size": 1,
-    }
-    return GlobalBatchLoader(TripletDataset(table, COLUMNS), roles, **arguments | changes)
+    own, packing = split(changes)
+    own = {"global_batch_size": 8, "seed": 1234} | own
+    return GlobalBatchLoader(TripletDataset(table, COLUMNS), roles, packing, **own)
 
 
 def sequential(table=TABLE, roles=SOLOPO, **changes):
-    arguments = {
-        "chunk_size": 8,
-        "sequence_multiple": 4,
-        "max_tokens_per_pack": MAX_TOKENS,
-        "max_triplets_per_pack": None,
-        "dp_rank": 0,
-        "dp_size": 1,
-    }
-    return sequential_batches(TripletDataset(table, COLUMNS), roles, **arguments | changes)
+    own, packing = split(changes)
+    return sequential_batches(TripletDataset(table, COLUMNS), roles, packing, **{"chunk_size": 8} | own)
 
 
 def rows_of(batches):

@@ -46,6 +46,8 @@ def sizes(tensor: int = 1, pipeline: int = 1, chunks: int | None = None, **more:
         sizes(sequence_parallel=False),
         sizes(2, sequence_parallel=True),
         sizes(context_parallel_size=8),
+        sizes(context_parallel_size=2, cp_comm_type="a2a"),
+        sizes(cpu_offloading_num_layers=3),
     ],
 )
 def test_a_layout_that_divides_the_model_is_accepted(architecture: Architecture, parallel: ParallelConfig) -> None:
@@ -64,6 +66,19 @@ def test_a_layout_that_divides_the_model_is_accepted(architecture: Architecture,
         (sizes(pipeline=3), {}, ["4 layers", "3 pipeline stages", "pipeline_model_parallel_size"]),
         (sizes(pipeline=2, chunks=3), {}, ["4 layers", "6 pipeline stages", "virtual_pipeline_model_parallel_size"]),
         (sizes(pipeline=8), {}, ["4 layers", "8 pipeline stages"]),
+        (
+            sizes(2, context_parallel_size=2, cp_comm_type="a2a"),
+            {},
+            ["cp_comm_type=a2a", "1 key-value heads", "context_parallel_size=2", "p2p"],
+        ),
+        (sizes(context_parallel_size=3, cp_comm_type="a2a"), {}, ["4 attention heads", "context_parallel_size=3"]),
+        (sizes(cpu_offloading_num_layers=4), {}, ["cpu_offloading_num_layers=4", "4 layers"]),
+        (sizes(pipeline=2, cpu_offloading_num_layers=1), {}, ["cpu_offloading_num_layers=1", "pipeline"]),
+        (
+            sizes(cpu_offloading_num_layers=1, recompute_granularity="full"),
+            {},
+            ["cpu_offloading_num_layers=1", "recompute_granularity=null"],
+        ),
     ],
 )
 def test_another_is_refused_with_the_numbers_and_the_key(architecture, parallel, changes, words) -> None:

@@ -1,5 +1,10 @@
 """The CPU meaning of torch.cuda: asked for by name, complete enough for Megatron-Core, out of everyone else's way."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -107,3 +112,17 @@ def test_adapting_again_changes_nothing() -> None:
     before = current()
     cpu.adapt_if_needed()
     assert all(now is then for now, then in zip(current(), before, strict=True))
+
+
+def test_megatron_on_a_cpu_does_not_take_the_gpu_libraries_that_are_installed(tmp_path: Path) -> None:
+    for name in ("transformer_engine", "apex"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('{name} was imported')")
+    program = "import megatron_solopo.train.optimizer as o; from megatron.core import optimizer; print(optimizer.Adam)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"MEGATRON_SOLOPO_DEVICE": "cpu", "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "<class 'torch.optim.adamw.AdamW'>", done.stderr

@@ -91,3 +91,23 @@ def test_lone_tasks_of_a_slurm_step_are_refused(monkeypatch) -> None:
     message = str(error.value)
     assert "srun started 4 tasks" in message and "torchrun" in message and "\n" not in message
     assert not dist.is_initialized()
+
+
+_ALLOCATOR, _QUEUES = "PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "given", "expected"),
+    [
+        ({}, {}, {_ALLOCATOR: "expandable_segments:True"}),
+        (TP2, {}, {_ALLOCATOR: "expandable_segments:True", _QUEUES: "1"}),
+        (CP2, {_QUEUES: "8"}, {_ALLOCATOR: "expandable_segments:True", _QUEUES: "8"}),
+        ({}, {_ALLOCATOR: "backend:native"}, {_ALLOCATOR: "backend:native"}),
+        ({}, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_cuda_is_prepared_without_touching_what_the_user_has_set(monkeypatch, sizes, given, expected) -> None:
+    environment = dict(given)
+    monkeypatch.setattr(topology.os, "environ", environment)
+    topology._prepare_cuda(ParallelConfig(**sizes))
+    assert environment == expected

@@ -46,6 +46,9 @@ class Layout:
     distributed_optimizer: bool = False
     """With it, a rank's gradient buffer holds its own shard only: whole gradients cannot be compared."""
     chunk_tokens: int = 1024
+    pack_multiple: int = 1
+    model: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def make_config(model: Path, objective: Mapping[str, Any], layout: Layout) -> Co
     return parse_config(
         {
             "run_dir": "unused",
-            "model": {"path": model},
+            "model": {"path": model} | dict(layout.model),
             "data": {"path": "unused", "max_tokens_per_pack": 100_000},
             "training": {"global_batch_size": 4},
             "objective": dict(objective),
@@ -111,7 +114,8 @@ def make_config(model: Path, objective: Mapping[str, Any], layout: Layout) -> Co
                 "adam_eps": ADAM_EPS,
                 "clip_grad": 0.0,
                 "use_distributed_optimizer": layout.distributed_optimizer,
-            },
+            }
+            | dict(layout.optimizer),
             "logprob": {"chunk_tokens": layout.chunk_tokens},
         },
         source="test",
@@ -122,7 +126,7 @@ def _train(
     config: Config, groups: Topology, layout: Layout, reference: Path, batches: Sequence[Sequence[Row]]
 ) -> RankResult:
     roles = required_roles(config.objective)
-    packs = [my_packs(batch, number, layout.plan, roles, groups) for number, batch in enumerate(batches)]
+    packs = [my_packs(batch, number, layout, roles, groups) for number, batch in enumerate(batches)]
     references = None
     if config.objective.needs_reference:
         references = live_reference(config, reference, groups, packs, num_rows=sum(map(len, batches)))
@@ -134,7 +138,7 @@ def _train(
         step = policy.step(step_packs, loss, groups)
         result.grad_norms.append(step.grad_norm)
         zeros = torch.zeros(len(metric_names(config.objective)), dtype=torch.float64)
-        result.metric_sums.append(sum((report.double() for report in step.reports), zeros))
+        result.metric_sums.append(sum((report.double().cpu() for report in step.reports), zeros))
         if in_first_replica and not result.gradients and not layout.distributed_optimizer:
             for chunk in policy.chunks:
                 result.gradients |= {name: p.main_grad.clone() for name, p in global_parameters(chunk.module)}
@@ -155,16 +159,17 @@ def live_reference(
         with torch.no_grad():
             reports = run_schedule(chunks, step_packs, logprob_report(groups), groups, forward_only=True)
         for pack, report in zip(step_packs, reports, strict=bool(reports)):
-            logps[pack.triplet_indices] = report
+            logps[pack.triplet_indices] = report.cpu()
     return ReferenceLogprobs(roles, logps)
 
 
-def my_packs(batch: Sequence[Row], number: int, plan: Plan, roles: Sequence[str], groups: Topology) -> list[Pack]:
+def my_packs(batch: Sequence[Row], number: int, layout: Layout, roles: Sequence[str], groups: Topology) -> list[Pack]:
     """This data-parallel rank's packs of global batch `number`."""
     triplets = [tokenized(row, number * len(batch) + position) for position, row in enumerate(batch)]
+    multiples = groups.sequence_multiple, layout.pack_multiple
     return [
-        build_pack([triplets[position] for position in pack], roles, groups.sequence_multiple)
-        for pack in plan[groups.data_group.rank()]
+        build_pack([triplets[position] for position in pack], roles, *multiples)
+        for pack in layout.plan[groups.data_group.rank()]
     ]
 
 

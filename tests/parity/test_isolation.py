@@ -48,7 +48,7 @@ def _score(model: Path, layout: Layout) -> list[torch.Tensor]:
         chunks = load_model(config, model, groups)
         found = []
         for rows in (ROWS, perturbed(ROWS)):
-            packs = my_packs(rows, 0, layout.plan, required_roles(config.objective), groups)
+            packs = my_packs(rows, 0, layout, required_roles(config.objective), groups)
             with torch.no_grad():
                 found += run_schedule(chunks, packs, logprob_report(groups), groups, forward_only=True)
         return found

@@ -96,6 +96,8 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout("chunked-head", PACKED, chunk_tokens=5),
         Layout("full-recompute", PACKED, {"recompute_granularity": "full"}),
         Layout("selective-recompute", PACKED, {"recompute_granularity": "selective"}),
+        Layout("recompute-mlp", PACKED, {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
+        Layout("padded-pack", UNEVEN, pack_multiple=64),
     ],
     2: [
         Layout("tp2-sp", PACKED, tp(2)),
@@ -113,6 +115,7 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout("tp4-fewer-kv-heads", PACKED, tp(4)),
         Layout("pp4", UNPACKED, pp(4)),
         Layout("cp4", PACKED, cp(4)),
+        Layout("cp4-padded-pack", PACKED, cp(4), pack_multiple=128),
         # Triplet 0 alone in a pack: three of the four ranks hold no response token, see `make_rows`.
         Layout("cp4-lonely", UNPACKED, cp(4)),
         Layout("tp2-cp2-lonely", UNPACKED, tp(2, **cp(2))),

@@ -1,12 +1,13 @@
 """The learning-rate schedule, step by step, against its formulas; what does not fit a run is refused."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_solopo.config import OptimizerConfig
-from megatron_solopo.train.optimizer import build_scheduler, check_schedule
+from megatron_solopo.config import ModelConfig, OptimizerConfig
+from megatron_solopo.train.optimizer import build_scheduler, check_offload, check_schedule
 
 LR, MIN_LR, WARMUP, STEPS = 8e-4, 2e-4, 4, 12
 
@@ -76,3 +77,12 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(settings, words) -> Non
         check_schedule(OptimizerConfig.model_validate({"lr": LR} | settings), STEPS)
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message
+
+
+def test_state_is_not_offloaded_from_a_gpu_that_is_not_used() -> None:
+    model = ModelConfig(path=Path("model"), implementation="local")
+    check_offload(OptimizerConfig(), model)
+    with pytest.raises(
+        ValueError, match=r"optimizer\.optimizer_offload_fraction=0\.5 needs a CUDA device.*set it to 0"
+    ):
+        check_offload(OptimizerConfig(optimizer_offload_fraction=0.5), model)

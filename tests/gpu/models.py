@@ -1,0 +1,33 @@
+"""Models wide enough for GPU kernels: heads of 64, every width a multiple of 128, as FP8 blocks need."""
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.tiny_models import FAMILIES
+
+VOCAB_SIZE = 1009  # prime
+_WIDTHS = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+}
+
+
+def make_model(path: Path, family: str, seed: int) -> Path:
+    """A random bfloat16 model of a family of `tests.tiny_models`. Returns `path`."""
+    config = copy.deepcopy(FAMILIES[family])
+    config.update(_WIDTHS)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.04)
+    model.to(torch.bfloat16).save_pretrained(path)
+    return path

@@ -1,0 +1,150 @@
+"""FP8: what is refused and why, and how weights enter FP8 parameters."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.model import precision
+from megatron_solopo.model.architecture import Architecture, read_architecture
+from megatron_solopo.model.build import transformer_config
+from megatron_solopo.model.precision import assign, check_precision, precision_settings
+from tests.tiny_models import FAMILIES
+
+FP8 = {"fp8": "hybrid", "dtype": "bfloat16"}
+AVAILABILITY = ("is_fp8_available", "is_fp8_block_scaling_available", "is_mxfp8_available")
+
+
+@pytest.fixture(scope="module")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+    """Widths that every recipe takes at TP 1."""
+    path = tmp_path_factory.mktemp("model")
+    FAMILIES["llama3"].save_pretrained(path)
+    wide = {"hidden_size": 512, "ffn_hidden_size": 1536, "num_attention_heads": 8, "num_query_groups": 4}
+    return replace(read_architecture(path), **wide, head_dim=64)
+
+
+def settings(**values: Any) -> ModelConfig:
+    return ModelConfig.model_validate({"path": "model", **values})
+
+
+def check(architecture: Architecture, model: ModelConfig, optimizer: Any = None, **parallel: Any) -> None:
+    check_precision(architecture, model, ParallelConfig(**parallel), optimizer or OptimizerConfig())
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **answers: str | None) -> None:
+    """A machine with a GPU whose Transformer Engine gives these answers: a reason, or "" for yes; None: too old."""
+
+    def answer(reason: str) -> Any:
+        return lambda return_reason: (not reason, reason)
+
+    functions = {name: answer(answers.get(name, "")) for name in AVAILABILITY if answers.get(name, "") is not None}
+    monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", SimpleNamespace(**functions))
+    monkeypatch.setattr(precision, "uses_transformer_engine", lambda model: True)
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "parallel", "words"),
+    [
+        ({"fp8_param": True}, {}, {}, ["model.fp8_param=true", "model.fp8=hybrid"]),
+        ({"first_last_layers_bf16": True}, {}, {}, ["model.first_last_layers_bf16=true", "model.fp8=hybrid"]),
+        (FP8, {}, {}, ["model.fp8=hybrid", "CUDA", "model.fp8=null"]),
+        (
+            FP8 | {"fp8_recipe": "delayed", "first_last_layers_bf16": True},
+            {},
+            {},
+            ["first_last_layers_bf16", "delayed", "tensorwise or blockwise"],
+        ),
+        (FP8 | {"fp8_recipe": "mxfp8", "fp8_param": True}, {}, {}, ["fp8_param=true", "mxfp8"]),
+        (
+            FP8 | {"fp8_param": True},
+            {"use_distributed_optimizer": False},
+            {},
+            ["fp8_param=true", "use_distributed_optimizer=true"],
+        ),
+        (
+            FP8 | {"fp8_param": True},
+            {"optimizer_offload_fraction": 0.5},
+            {},
+            ["fp8_param=true", "optimizer_offload_fraction=0.5"],
+        ),
+        (
+            FP8 | {"first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 3},
+            {},
+            {"pipeline_model_parallel_size": 2},
+            ["num_layers_at_end_in_bf16=3", "2 layers"],
+        ),
+        (FP8, {}, {"tensor_model_parallel_size": 8}, ["blockwise", "multiples of 128", "TP", "64"]),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(architecture, model, optimizer, parallel, words) -> None:
+    with pytest.raises(ValueError) as error:
+        check(architecture, settings(**model), OptimizerConfig.model_validate(optimizer), **parallel)
+    message = str(error.value)
+    assert all(word in message for word in words) and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("recipe", "answers", "words"),
+    [
+        ("mxfp8", {"is_mxfp8_available": "needs Blackwell."}, ["needs Blackwell;", "fp8_recipe=blockwise"]),
+        (
+            "mxfp8",
+            {"is_mxfp8_available": "needs Blackwell", "is_fp8_block_scaling_available": "CUDA 12.8"},
+            ["fp8_recipe=tensorwise"],
+        ),
+        ("blockwise", {"is_fp8_block_scaling_available": "needs\nCUDA 12.9"}, ["needs CUDA 12.9", "fp8_recipe=mxfp8"]),
+        ("blockwise", {"is_fp8_block_scaling_available": None, "is_mxfp8_available": "x"}, ["too old", "tensorwise"]),
+        ("tensorwise", {"is_fp8_available": "compute capability 8.0"}, ["capability 8.0", "model.fp8=null"]),
+    ],
+)
+def test_a_recipe_that_cannot_run_here_names_the_nearest(monkeypatch, architecture, recipe, answers, words) -> None:
+    pretend(monkeypatch, **answers)
+    with pytest.raises(ValueError) as error:
+        check(architecture, settings(**FP8, fp8_recipe=recipe))
+    message = str(error.value)
+    assert all(word in message for word in [f"model.fp8_recipe={recipe}", *words]) and "\n" not in message
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_a_recipe_that_can_run_is_accepted(monkeypatch, architecture, recipe) -> None:
+    pretend(monkeypatch)
+    check(architecture, settings(**FP8, fp8_recipe=recipe))
+    check(architecture, settings(**FP8, fp8_recipe=recipe), context_parallel_size=8, tensor_model_parallel_size=2)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_megatron_takes_the_settings(architecture, recipe) -> None:
+    model = settings(**FP8, fp8_recipe=recipe, first_last_layers_bf16=recipe != "delayed")
+    config = transformer_config(architecture, model, ParallelConfig())
+    assert (config.fp8, config.fp8_recipe, config.first_last_layers_bf16) == ("hybrid", recipe, recipe != "delayed")
+    assert not config.fp8_dot_product_attention and not config.fp8_multi_head_attention
+    assert precision_settings(settings(dtype="bfloat16")) == {}
+
+
+class QuantizedParameter(torch.nn.Parameter):
+    """What Transformer Engine makes of a weight: coarse values, and those it was initialized with until asked."""
+
+    def get_high_precision_init_val(self) -> torch.Tensor:
+        return self._high_precision_init_val
+
+
+def test_an_fp8_parameter_keeps_the_exact_value_for_its_master_weight() -> None:
+    parameter = QuantizedParameter(torch.zeros(3, dtype=torch.float8_e4m3fn), requires_grad=False)
+    parameter._high_precision_init_val = torch.zeros(3)
+    value = torch.tensor([1.0, 1.01171875, -3.03125], dtype=torch.bfloat16)
+    assign(parameter, value)
+    assert torch.equal(parameter.get_high_precision_init_val(), value)
+    assert not torch.equal(parameter.detach().to(torch.bfloat16), value)  # or the test would show nothing
+
+
+def test_a_plain_parameter_takes_the_value_in_its_precision(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    assign(parameter, torch.tensor([1.0, 1.001]))
+    assert parameter.tolist() == [1.0, 1.0] and not hasattr(parameter, "_high_precision_init_val")

@@ -1,0 +1,260 @@
+"""What the benchmark does when memory runs out, which variants it tries, its weights, its tables and its meter."""
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+SHORT, RESPONSE, STEPS, WARMUP = 32, 8, 2, 2
+FALLBACK = "parallel.recompute_granularity=full"
+
+
+@pytest.fixture(autouse=True)
+def tools(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(TOOLS)
+
+
+def make_plan(folder: Path, *long_tokens: int, fallbacks: tuple[str, ...] = ()) -> Any:
+    import benchmark
+
+    sizes: dict[str, Any] = {"short_tokens": SHORT, "response_tokens": RESPONSE, "long_tokens": list(long_tokens)}
+    sizes |= {"systems": ["solopo", "long_po"], "triplets": 1, "warmup": WARMUP, "steps": STEPS}
+    sizes |= {"trl_variants": [], "every_variant": False, "profile": None}
+    return benchmark.make_plan(folder, "tiny", None, (), fallbacks, **sizes)
+
+
+def measure_with_little_memory(folder: Path, limit: int, fallbacks: tuple[str, ...]) -> list[dict]:
+    """On a rank: all that the process reports where a step without recomputation over more tokens does not fit."""
+    sys.path.insert(0, str(TOOLS))
+    import bench_ours
+
+    plain_step = bench_ours.Policy.step
+
+    def step(self: Any, packs: list, *arguments: Any) -> Any:
+        recomputes = self.chunks[0].module.config.recompute_granularity == "full"
+        if not recomputes and sum(pack.padded_tokens for pack in packs) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has ...")
+        return plain_step(self, packs, *arguments)
+
+    bench_ours.Policy.step = step
+    messages: list[dict] = []
+    bench_ours.run(
+        make_plan(folder, 64, 128, 256, fallbacks=fallbacks),
+        lambda kind, **values: messages.append({"kind": kind, **values}),
+    )
+    return messages
+
+
+def rows_of(messages: list[dict], kind: str) -> dict[tuple[str, int], dict]:
+    return {(each["system"], each["long_tokens"]): each for each in messages if each["kind"] == kind}
+
+
+def test_running_out_of_memory_is_a_result(tmp_path) -> None:
+    (messages,) = run_distributed(measure_with_little_memory, 1, tmp_path, 128 + 2 * SHORT, ())
+    rows = rows_of(messages, "measurement")
+    statuses = {key: row["status"] for key, row in rows.items()}
+    assert statuses == {
+        ("solopo", 64): "ok",
+        ("long_po", 64): "ok",
+        ("solopo", 128): "ok",
+        ("long_po", 128): "out of memory",
+        ("solopo", 256): "out of memory",
+        ("long_po", 256): "not tried",
+    }
+    assert rows["long_po", 128]["detail"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB."
+    assert rows["long_po", 128]["seconds"] == []
+    survivor = rows["solopo", 128]  # its process lost the policy, and built another
+    assert len(survivor["seconds"]) == STEPS
+    assert survivor["losses"] == pytest.approx([math.log(2)] * (STEPS + WARMUP), abs=1e-5)
+    assert rows_of(messages, "variant") == {}
+
+
+def test_a_fallback_serves_all_systems_from_that_length_on(tmp_path) -> None:
+    (messages,) = run_distributed(measure_with_little_memory, 1, tmp_path, 128 + 2 * SHORT, (FALLBACK,))
+    rows, tried = rows_of(messages, "measurement"), rows_of(messages, "variant")
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert {key: row["variant"] for key, row in rows.items()} == {
+        (system, length): "as given" if length == 64 else FALLBACK
+        for length in (64, 128, 256)
+        for system in ("solopo", "long_po")
+    }
+    assert {key: row["status"] for key, row in tried.items()} == {
+        ("solopo", 128): "ok",
+        ("long_po", 128): "out of memory",
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("whatever"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, expected) -> None:
+    from bench_case import is_out_of_memory
+
+    assert is_out_of_memory(error) is expected
+
+
+def logprobs_of_both(folder: Path) -> tuple[list[float], list[float]]:
+    """On a rank: our log-probs of a long pair and those of transformers' model."""
+    sys.path.insert(0, str(TOOLS))
+    import bench_ours
+    from bench_case import random_model
+
+    from megatron_solopo.config_file import parse_config
+    from tests.ranks import layout
+
+    plan = make_plan(folder, 64)
+    config = parse_config(plan.config, "test")
+    architecture = bench_ours.read_architecture(Path(plan.model_path))
+    with layout() as groups:
+        policy = bench_ours.build_random_policy(config, architecture, groups, max_steps=1)
+        series = bench_ours.Series("long_po", config, plan, 64, groups)
+        (ours,) = policy.evaluate(series.packs, bench_ours.logprob_report(groups), groups)
+    (triplet,) = plan.batch(64)
+    model, theirs = random_model(plan, "sdpa"), []
+    for response in ("chosen", "rejected"):
+        labels = torch.from_numpy(triplet.responses[response])
+        tokens = torch.cat([torch.from_numpy(triplet.prompts["long"]), labels])
+        with torch.no_grad():
+            logits = model(tokens.unsqueeze(0)).logits[0, -RESPONSE - 1 : -1]
+        theirs.append(float(logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).sum()))
+    return ours.flatten().tolist(), theirs
+
+
+def test_both_sides_have_the_same_weights(tmp_path) -> None:
+    ((ours, theirs),) = run_distributed(logprobs_of_both, 1, tmp_path)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert abs(ours[0] - ours[1]) > 1e-3  # two answers, not one
+
+
+def search(times: dict[str, dict[int, float]]) -> Any:
+    """A search over `variant: {longest length that fits: seconds}`, without TRL."""
+    from bench_case import OUT_OF_MEMORY, Measurement
+    from bench_variants import Search, Variant
+
+    asked: list[tuple[str, int]] = []
+
+    def measure(variant: Variant, length: int, fastest: float) -> Measurement:
+        asked.append((str(variant), length))
+        ((longest, seconds),) = times[str(variant)].items()
+        if length > longest:
+            return Measurement("trl", length, OUT_OF_MEMORY, variant=str(variant))
+        return Measurement("trl", length, variant=str(variant), seconds=[seconds])
+
+    candidates = [Variant("sdpa", liger, checkpointing) for liger in (False, True) for checkpointing in (False, True)]
+    return Search(candidates, measure), asked
+
+
+def test_later_lengths_try_the_fastest_variants_first_and_what_cannot_fit_never() -> None:
+    trial, asked = search(
+        {
+            "sdpa": {8: 1.0},
+            "sdpa+checkpointing": {32: 1.4},
+            "sdpa+liger": {8: 0.8},
+            "sdpa+liger+checkpointing": {64: 1.2},
+        }
+    )
+    assert trial.measure(8, every_variant=True).variant == "sdpa+liger"
+    assert len(asked) == 4
+    asked.clear()
+    # sdpa alone needs no less than sdpa+liger, which ran out of memory: it is skipped.
+    assert trial.measure(16, every_variant=False).variant == "sdpa+liger+checkpointing"
+    assert [name for name, _ in asked] == ["sdpa+liger", "sdpa+liger+checkpointing"]
+    asked.clear()
+    last = trial.measure(128, every_variant=False)
+    assert last.status == "out of memory"
+    assert [name for name, _ in asked] == ["sdpa+liger+checkpointing"]
+    assert trial.measure(256, every_variant=False).status == "not tried"
+    assert len(asked) == 1
+
+
+def test_an_unknown_variant_is_refused_by_name() -> None:
+    from bench_variants import possible_variants
+
+    assert [str(each) for each in possible_variants(["sdpa+checkpointing"])] == ["sdpa+checkpointing"]
+    with pytest.raises(ValueError, match=r"--trl-variant flash: .* sdpa, sdpa\+checkpointing"):
+        possible_variants(["flash"])
+
+
+def row(system: str, length: int, **values: Any) -> dict[str, Any]:
+    from bench_case import Measurement
+    from bench_report import complete
+
+    numbers = {"seconds": [2.0, 1.0, 4.0], "losses": [0.7], "grad_norms": [1.0], "allocated_bytes": 2**30}
+    measured = Measurement(system, length, **(numbers | values))
+    return complete(vars(measured), tokens=length, flops=4e12, peak=1e13)
+
+
+def test_tables_and_plot_hold_what_ran_out_of_memory(tmp_path) -> None:
+    import bench_report
+
+    out = {"status": "out of memory", "seconds": [], "losses": [], "grad_norms": [], "allocated_bytes": None}
+    rows = [row("long_po", 1024), row("trl", 1024, grad_norms=[1.25]), row("long_po", 2048), row("trl", 2048, **out)]
+    assert rows[0]["median_seconds"] == 2.0 and rows[0]["mfu"] == pytest.approx(0.2)
+    assert rows[3]["median_seconds"] is rows[3]["mfu"] is None
+    short, long = bench_report.ratios(rows)
+    assert short["trl_long_po_time"] == short["long_po_trl_memory"] == 1.0
+    assert long == {"long_tokens": 2048}
+    assert bench_report.agreement(rows)[0]["grad_norm_difference"] == pytest.approx(0.2)
+    text = bench_report.markdown(rows, rows)
+    assert "| 2,048 | trl | - | - | - | - | - | - | out of memory |" in text
+    assert "| 1,024 | trl | 2.000 | 512 | 2.00 | 20.0% | 1.0 | - |  |" in text
+    bench_report.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_process_that_dies_is_reported(tmp_path, monkeypatch) -> None:
+    import bench_results
+
+    (tmp_path / "worker.py").write_text(
+        'import os, sys\nos.write(int(sys.argv[2]), b\'{"kind": "facts"}\\n\')\nos.kill(os.getpid(), 9)\n'
+    )
+    monkeypatch.setattr(bench_results, "TOOLS", tmp_path)
+    facts, died = bench_results.run_worker("worker.py", tmp_path / "plan.json")
+    assert facts == {"kind": "facts"}
+    assert died["kind"] == "died" and "-9" in died["text"]
+
+
+def test_memory_is_taken_from_the_last_step_of_the_warm_up_on(monkeypatch) -> None:
+    import bench_case
+
+    peaks = iter([30, 10, 20])  # of the steps after the first, which is not asked
+    calls: list[str] = []
+    fake = SimpleNamespace(
+        is_available=lambda: True,
+        synchronize=lambda: None,
+        empty_cache=lambda: calls.append("empty"),
+        reset_peak_memory_stats=lambda: calls.append("reset"),
+        max_memory_allocated=lambda: next(peaks),
+        max_memory_reserved=lambda: 40,
+    )
+    monkeypatch.setattr(bench_case.torch, "cuda", fake)
+    result = bench_case.Measurement("solopo", 1)
+    meter = bench_case.StepMeter(result, warmup=2)
+    for _ in range(4):
+        with meter.step():
+            calls.append("step")
+    assert calls == ["step", "empty", "reset", "step", "reset", "step", "reset", "step"]
+    assert (result.allocated_bytes, result.reserved_bytes, len(result.seconds)) == (30, 40, 2)
+
+
+def test_trl_is_compared_in_its_own_loss_alone(tmp_path) -> None:
+    import benchmark
+    import click
+
+    sizes = {"systems": ["long_po", "trl"], "long_tokens": [64], "short_tokens": SHORT, "triplets": 1}
+    with pytest.raises(click.UsageError, match=r"objective\.loss_type=simpo"):
+        benchmark.make_plan(tmp_path, "tiny", None, ("objective.loss_type=simpo",), (), **sizes)

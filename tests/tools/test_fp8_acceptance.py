@@ -1,0 +1,113 @@
+"""The acceptance tool on a CPU, where bfloat16 stands for the lower precision."""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from tests.prepared import make_prepared
+from tests.tiny_models import make_model
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("acceptance")
+    values = {
+        "run_dir": str(folder / "run"),
+        "model": {"path": str(make_model(folder / "model", "qwen3"))},
+        "data": {"path": str(make_prepared(folder / "prepared", rows=20, eval_count=0, seed=0))},
+        "training": {"global_batch_size": 4},
+        "optimizer": {"lr": 1e-4},
+    }
+    values["data"]["max_tokens_per_pack"] = 400
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(config: Path) -> tuple[subprocess.CompletedProcess[str], dict]:
+    output = config.parent / "accepted"
+    command = [sys.executable, TOOLS / "fp8_acceptance.py", "--config", config, "--output", output]
+    command += [f"--steps={STEPS}", "--triplets=12", "model.dtype=bfloat16"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert (output / "acceptance.png").stat().st_size > 10_000, run.stderr
+    return run, json.loads((output / "result.json").read_text())
+
+
+@pytest.fixture
+def accept(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The tool's command in this process."""
+    monkeypatch.syspath_prepend(TOOLS)
+    command = importlib.import_module("fp8_acceptance").main
+    options = ["--config", str(config), "--output", str(tmp_path / "out")]
+    return lambda *arguments: CliRunner().invoke(command, [*options, *arguments])
+
+
+def test_a_close_precision_is_accepted(done) -> None:
+    run, result = done
+    assert run.returncode == 0 and "accepted: model.dtype float32 -> bfloat16" in run.stdout, run.stderr
+    assert result["accepted"] and all(each["passed"] for each in result["criteria"])
+    assert {each["name"] for each in result["criteria"]} == {
+        "gradient_cosine",
+        "logp_difference_per_token",
+        "gap_noise",
+        "loss_difference",
+    }
+
+
+def test_the_precisions_do_differ_a_little(done) -> None:
+    """Equal numbers would mean that one precision was measured twice."""
+    _, result = done
+    assert 0.999 < result["gradient_cosine"] < 0.999999
+    assert 1e-5 < result["logp_difference_per_token"] < 0.05
+    assert 1e-5 < result["gap_noise"] < 0.2 and result["gap_size"] > 0
+    assert result["triplets"] == 12
+
+
+def test_both_runs_are_told_step_by_step(done) -> None:
+    _, result = done
+    baseline, candidate = result["runs"]["baseline"], result["runs"]["candidate"]
+    for curve in ("losses", "gaps", "grad_norms", "seconds"):
+        assert len(baseline[curve]) == len(candidate[curve]) == STEPS
+    assert baseline["losses"][0] == pytest.approx(0.693147, abs=1e-5)
+    assert baseline["losses"] == pytest.approx(candidate["losses"], rel=0.05) and baseline != candidate
+
+
+@pytest.mark.parametrize(
+    ("threshold", "criterion"),
+    [("--min-gradient-cosine=1.01", "gradient_cosine"), ("--max-gap-noise=1e-9", "gap_noise")],
+)
+def test_a_threshold_that_is_not_met_is_the_verdict(accept, tmp_path: Path, threshold: str, criterion: str) -> None:
+    run = accept("--steps=1", "--triplets=4", threshold, "model.dtype=bfloat16")
+    assert run.exit_code == 1 and "NOT accepted" in run.stdout, run.output
+    (failed,) = [
+        each for each in json.loads((tmp_path / "out/result.json").read_text())["criteria"] if not each["passed"]
+    ]
+    assert failed["name"] == criterion
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["model.fp8"]),
+        (["model.dtype=bfloat16", "objective.beta=1"], ["only model.* may differ"]),
+        (["model.dtype=float32"], ["another precision"]),
+        (["model.dtype=float8"], ["model.dtype='float8'"]),
+        (["--triplets=2", "model.dtype=bfloat16"], ["global_batch_size"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(accept, tmp_path: Path, arguments, words) -> None:
+    run = accept(*arguments)
+    lines = run.stderr.strip().splitlines()
+    assert run.exit_code == 1 and len(lines) == 1 and all(word in lines[0] for word in words), run.stderr
+    assert not (tmp_path / "out").exists()
