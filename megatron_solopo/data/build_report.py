@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from megatron_solopo.data.build_row import Drop, Measured
-from megatron_solopo.data.build_settings import BuildSettings
 from megatron_solopo.data.corpus.read import BadRow
 from megatron_solopo.data.placement import uniform_distance
 from megatron_solopo.data.report import Bars, Chart, Histogram, write_report
@@ -162,8 +161,12 @@ class Tally:
         charts: list[Chart] = [
             Histogram("Long context with response", "tokens", [row.long_tokens for row in rows]),
             Histogram("Short context with response", "tokens", [row.short_tokens for row in rows]),
-            Histogram("Evidence in the long context", "depth, 0 is first", [d for row in rows for d in row.depths], (0, 1)),
-            Histogram("Length over target, long context", "ratio", [row.long_tokens / row.target_tokens for row in rows]),
+            Histogram(
+                "Evidence in the long context", "depth, 0 is first", [d for row in rows for d in row.depths], (0, 1)
+            ),
+            Histogram(
+                "Length over target, long context", "ratio", [row.long_tokens / row.target_tokens for row in rows]
+            ),
         ]
         if report.dropped:
             charts.append(Bars("Rows that were dropped", report.dropped))

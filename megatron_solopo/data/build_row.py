@@ -112,7 +112,7 @@ class RowBuilder:
         by_length = self._settings.short_tokens is not None
         short = self._short_by_length(sample) if by_length else self._short_by_number(sample)
         text = self._prompt.prompt(self._documents(short), sample.question.question)
-        common = {"question_id": sample.question.id, "prompt_short": text}
+        common: Row = {"question_id": sample.question.id, "prompt_short": text}
         common |= {"question": sample.question.question, "answers": list(sample.question.answers)}
         if self._settings.responses == "constructed":
             common |= self._constructed(sample, short)
@@ -166,9 +166,7 @@ class RowBuilder:
         self._refuse_underfull(filled, "--short-tokens")
         return arranged(filled.documents)
 
-    def _row(
-        self, sample: _Sample, short: Sequence[int], common: Row, row_id: str, slot: int, target: int
-    ) -> Built:
+    def _row(self, sample: _Sample, short: Sequence[int], common: Row, row_id: str, slot: int, target: int) -> Built:
         room = common["response_tokens"]
         if common["short_tokens"] > target:
             raise _Unfit("the short context and the response exceed --long-tokens")
@@ -244,4 +242,3 @@ class RowBuilder:
     def _length(self, sample: _Sample, documents: Sequence[int], room: int) -> int:
         text = self._prompt.prompt(self._documents(documents), sample.question.question)
         return self._measure.prompt(text) + room
-

@@ -125,7 +125,7 @@ class Filler:
                 self._take(index)
 
     def _move(self) -> bool:
-        """One change that brings the sum of lengths nearer to the limit, from below in the end; False if there is none."""
+        """One change that brings the sum of lengths nearer to the limit; False if there is none."""
         if (index := self._find(self._room)) is not None:
             self._take(index)
             return True

@@ -138,6 +138,18 @@ def render_prompt(prompt: Content, tokenizer: Tokenizer) -> str:
     return text
 
 
+def template_of(prompt: Content) -> Template:
+    """How `data prepare` writes a prompt of this form by itself."""
+    return "plain" if isinstance(prompt, str) else "chat"
+
+
+def encode_prompt(prompt: Content, tokenizer: Tokenizer, template: Template) -> list[int]:
+    """Token ids of a prompt up to where the answer starts."""
+    if template == "plain":
+        return tokenizer.encode(str(prompt), add_special_tokens=True)
+    return tokenizer.encode(render_prompt(prompt, tokenizer), add_special_tokens=False)
+
+
 def render_response(
     prompt: Content, response: Content, tokenizer: Tokenizer, *, names: tuple[str, str] = ("the prompt", "response")
 ) -> str:

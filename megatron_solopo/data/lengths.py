@@ -1,10 +1,10 @@
 """How long the long contexts are to be: a list, a weighted choice, or a range to draw from.
 
-    8192                        every question once, at this length
-    4096,8192,131072            every question once at each length
-    8192:0.7,131072:0.3         every question once, at a length drawn with these weights
-    uniform:4096-131072         every question once, at a length drawn from the range
-    loguniform:4096-131072      the same, every doubling of the length as likely as the next
+8192                        every question once, at this length
+4096,8192,131072            every question once at each length
+8192:0.7,131072:0.3         every question once, at a length drawn with these weights
+uniform:4096-131072         every question once, at a length drawn from the range
+loguniform:4096-131072      the same, every doubling of the length as likely as the next
 """
 
 import re

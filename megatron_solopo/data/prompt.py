@@ -48,10 +48,14 @@ class PromptTemplate:
             self._jinja = environment.from_string(text)
             probed = self.text([_PROBE, Document("Other", "Another.")], "Who was it?")
         except TemplateError as error:
-            raise ValueError(f"--prompt-template: not a usable Jinja template: {' '.join(str(error).split())}") from None
+            raise ValueError(
+                f"--prompt-template: not a usable Jinja template: {' '.join(str(error).split())}"
+            ) from None
         for name, value in (("documents", _PROBE.text), ("documents", "Another."), ("question", "Who was it?")):
             if probed.count(value) != 1:
-                raise ValueError(f"--prompt-template: must write each of `{name}` once, as {{{{ {name} }}}} or in a loop")
+                raise ValueError(
+                    f"--prompt-template: must write each of `{name}` once, as {{{{ {name} }}}} or in a loop"
+                )
 
     def text(self, documents: Sequence[Document], question: str) -> str:
         """The prompt as text."""

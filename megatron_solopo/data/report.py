@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
 import numpy as np
+from matplotlib.figure import Figure
 
 from megatron_solopo import __version__
 from megatron_solopo.data.tokenizer import Tokenizer
@@ -27,15 +27,20 @@ _MOST_BARS = 12
 _PAGE = """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<style>body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}pre{white-space:pre-wrap;background:#f4f4f4;
-padding:1em}img{max-width:48%;margin:.5%}td,th{text-align:left;padding:.1em 1em .1em 0;vertical-align:top}
-code{word-break:break-all}</style></head>
+<style>
+body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
+pre{white-space:pre-wrap;background:#f4f4f4;padding:1em}
+img{max-width:48%;margin:.5%}
+td,th{text-align:left;padding:.1em 1em .1em 0;vertical-align:top}
+code{word-break:break-all}
+</style></head>
 <body><h1>{{ title }}</h1>
 <pre>{{ summary }}</pre>
 {% for chart in charts %}<img alt="{{ chart.title }}" src="data:image/png;base64,{{ chart.png }}">
 {% endfor %}
 <h2>What made it</h2>
-<table>{% for name, value in provenance.items() %}<tr><th>{{ name }}</th><td><code>{{ value }}</code></td></tr>{% endfor %}</table>
+<table>{% for name, value in provenance.items() %}
+<tr><th>{{ name }}</th><td><code>{{ value }}</code></td></tr>{% endfor %}</table>
 {% if left_out %}<h2>What was left out</h2>
 <table><tr>{% for name in left_out[0] %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in left_out %}<tr>{% for value in row.values() %}<td>{{ value }}</td>{% endfor %}</tr>

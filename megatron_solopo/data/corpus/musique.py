@@ -29,9 +29,9 @@ class MusiqueRecord(Record):
     id: Text
     question: Text
     paragraphs: list[_Paragraph] = Field(min_length=1)
-    question_decomposition: list[_Hop] = []
+    question_decomposition: list[_Hop] = Field(default_factory=list)
     answer: Text
-    answer_aliases: list[Text] = []
+    answer_aliases: list[Text] = Field(default_factory=list)
     answerable: bool = True
 
     def to_question(self) -> Question:

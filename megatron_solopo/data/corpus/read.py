@@ -167,6 +167,6 @@ def _read_squad(path: Path) -> Iterator[tuple[int, Question | BadRow]]:
         if isinstance(found, Question):
             yield 1, found
         else:
-            place, error = found
-            for bad in _bad_rows(path, 1, place, error, "squad"):
+            place, mistake = found
+            for bad in _bad_rows(path, 1, place, mistake, "squad"):
                 yield 1, bad
