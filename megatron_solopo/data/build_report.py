@@ -162,7 +162,7 @@ class Tally:
             Histogram("Long context with response", "tokens", [row.long_tokens for row in rows]),
             Histogram("Short context with response", "tokens", [row.short_tokens for row in rows]),
             Histogram(
-                "Evidence in the long context", "depth, 0 is first", [d for row in rows for d in row.depths], (0, 1)
+                "Evidence in the long context", "depth, 0 is the start", [d for row in rows for d in row.depths], (0, 1)
             ),
             Histogram(
                 "Length over target, long context", "ratio", [row.long_tokens / row.target_tokens for row in rows]

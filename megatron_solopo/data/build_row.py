@@ -207,7 +207,7 @@ class RowBuilder:
 
     def _refuse_underfull(self, filled: Filled, option: str) -> None:
         if not filled.complete and self._settings.underfull == "drop":
-            raise _Unfit(f"the pool holds too little to fill {option} to 99 %")
+            raise _Unfit(f"no choice from the pool comes within 1 % below {option}")
 
     def _scattered(
         self, evidence: Sequence[int], others: Sequence[int], depths: NDArray[np.float64], rng: np.random.Generator

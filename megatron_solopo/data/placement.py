@@ -1,6 +1,6 @@
 """Where the evidence lies in a long context.
 
-Depth of a document: tokens of the documents before it over tokens of all others; 0 is first, 1 is last.
+Depth of a document: where its middle lies among the tokens of all documents, from 0 to 1.
 
 Depths are spread by Latin hypercube sampling (McKay et al. 1979): over the whole data set, the first piece of evidence
 of every sample has a stratum of its own, so has the second, and so on, in orders that know nothing of each other;
@@ -51,22 +51,24 @@ def arrange(
         depths: [len(evidence)], one for each.
         tokens: Length of every document.
     """
+    sizes = tokens[np.asarray(evidence, dtype=np.int64)]
     gaps = np.concatenate([[0], np.cumsum(tokens[np.asarray(others, dtype=np.int64)])])
-    nearest = np.abs(depths[:, None] * gaps[-1] - gaps[None, :]).argmin(axis=1)
-    arranged, start = list[int](), 0
-    for index in np.lexsort((depths, nearest)):
-        arranged += [*others[start : nearest[index]], evidence[index]]
-        start = int(nearest[index])
+    total = gaps[-1] + sizes.sum()
+    arranged, start, placed = list[int](), 0, 0.0
+    for index in np.argsort(depths, kind="stable"):
+        # How much of the others comes before it, if its middle is to lie at its depth.
+        before = depths[index] * total - placed - sizes[index] / 2
+        gap = max(start, int(np.abs(gaps - before).argmin()))
+        arranged += [*others[start:gap], evidence[index]]
+        start, placed = gap, placed + sizes[index]
     return [*arranged, *others[start:]]
 
 
 def evidence_depths(documents: Sequence[int], evidence: Collection[int], tokens: NDArray[np.int32]) -> list[float]:
-    """Depth of each piece of evidence, in the order of the context; 0 where there is nothing else."""
+    """Depth of each piece of evidence, in the order of the context."""
     sizes = tokens[np.asarray(documents, dtype=np.int64)].astype(np.int64)
-    before = np.cumsum(sizes) - sizes
-    rest = np.maximum(sizes.sum() - sizes, 1)
-    found = (float(b / r) for b, r, index in zip(before, rest, documents, strict=True) if index in evidence)
-    return [round(depth, 4) for depth in found]
+    middles = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
+    return [round(float(depth), 4) for depth, index in zip(middles, documents, strict=True) if index in evidence]
 
 
 def uniform_distance(depths: Sequence[float]) -> tuple[float, float]:

@@ -178,7 +178,8 @@ class _Run:
         """Every sample of one request; a server may give fewer at once than it was asked for."""
         missing = request.indices
         while missing:
-            part = Request(request.question_id, request.prompt, missing, request.max_tokens, request.seed + missing[0])
+            seed = request.seed + len(request.indices) - len(missing)
+            part = Request(request.question_id, request.prompt, missing, request.max_tokens, seed)
             answers = await self._model.ask(part)
             responses = [
                 Response(

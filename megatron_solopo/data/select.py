@@ -182,7 +182,7 @@ class _Selection:
             Histogram("Chosen", "tokens", [chosen for chosen, _ in self._tokens]),
             Histogram("Rejected", "tokens", [rejected for _, rejected in self._tokens]),
             Histogram("Chosen over rejected", "ratio of tokens", self._ratios),
-            Histogram("Evidence in the long context", "depth, 0 is first", self._depths, (0, 1)),
+            Histogram("Evidence in the long context", "depth, 0 is the start", self._depths, (0, 1)),
             Bars("Questions without a pair", self.report.questions_without_pair),
             Bars("Responses that were not used", self.report.excluded),
         ]
