@@ -48,7 +48,8 @@ class SelectReport:
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dictionaries, lists and numbers."""
-        return asdict(self)
+        # Not dataclasses.asdict: Python 3.11's makes Counters of pairs.
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
 
     def __str__(self) -> str:
         used = self.responses - self.excluded.total()

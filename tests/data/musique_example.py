@@ -6,11 +6,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_solopo.data.encode import tokenize_row
 from megatron_solopo.data.build import build
 from megatron_solopo.data.build_report import BuildReport
 from megatron_solopo.data.build_settings import BuildSettings
 from megatron_solopo.data.corpus.question import Document, Question
+from megatron_solopo.data.encode import tokenize_row
 from megatron_solopo.data.tokenizer import Tokenizer
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "musique"

@@ -12,7 +12,9 @@ HEADER = {"model": "m", "seed": 0}
 
 
 def test_every_cut_of_the_file_continues_to_the_same_responses(tmp_path) -> None:
-    responses = [Response(**response(number, index, f"text \u00e9 {index}\n")) for number in (1, 2) for index in range(2)]
+    responses = [
+        Response(**response(number, index, f"text \u00e9 {index}\n")) for number in (1, 2) for index in range(2)
+    ]
     whole = tmp_path / "whole.jsonl"
     with Journal(whole, HEADER) as journal:
         journal.append(responses)

@@ -50,7 +50,11 @@ def check_complete(path: Path, server: CompletionServer, samples: int = SAMPLES)
         {(f"q{number}", index): 1 for number in range(QUESTIONS) for index in range(samples)}
     )
     texts = [each.text for each in responses]
-    served = [(choice.get("text") or choice["message"]["content"]) for each in server.answered() for choice in choices_of(each)]
+    served = [
+        (choice.get("text") or choice["message"]["content"])
+        for each in server.answered()
+        for choice in choices_of(each)
+    ]
     assert len(set(served)) == len(served), "the same answer was asked for twice"
     assert sorted(texts) == sorted(served), "an answer was lost"
     for each in responses:
@@ -89,7 +93,17 @@ def test_rows_of_one_question_share_their_responses(tmp_path) -> None:
         check_complete(tmp_path / "responses.jsonl", server)
 
 
-FAULTS = {0: "429", 1: "500", 2: "hang", 3: "disconnect", 4: "half", 5: "garbage", 6: "no choices", 9: "fewer", 11: "429"}
+FAULTS = {
+    0: "429",
+    1: "500",
+    2: "hang",
+    3: "disconnect",
+    4: "half",
+    5: "garbage",
+    6: "no choices",
+    9: "fewer",
+    11: "429",
+}
 
 
 def test_faults_are_tried_again_and_nothing_is_lost_or_asked_twice(contexts) -> None:

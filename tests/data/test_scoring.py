@@ -44,7 +44,9 @@ def test_squad_normalisation(text, normal) -> None:
     ],
 )
 def test_worked_examples(response, answers, scores) -> None:
-    found = [SCORERS[name](response, answers) for name in ("sub_em", "string_match_part", "string_match_all", "token_f1")]
+    found = [
+        SCORERS[name](response, answers) for name in ("sub_em", "string_match_part", "string_match_all", "token_f1")
+    ]
     assert found == pytest.approx(scores)
 
 

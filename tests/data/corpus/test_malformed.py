@@ -108,7 +108,10 @@ def test_items_of_an_array_have_lines_of_their_own(tmp_path) -> None:
     [
         ({"version": 1}, "data: expected a list of articles"),
         ({"data": [{"title": "T", "paragraphs": [{"context": "", "qas": []}]}]}, "data.0.paragraphs.0.context: "),
-        ({"data": [{"title": "T", "paragraphs": [{"context": "c", "qas": [{"id": "q"}]}]}]}, "data.0.paragraphs.0.qas.0"),
+        (
+            {"data": [{"title": "T", "paragraphs": [{"context": "c", "qas": [{"id": "q"}]}]}]},
+            "data.0.paragraphs.0.qas.0",
+        ),
     ],
 )
 def test_a_bad_place_in_a_squad_file_is_named(value, place, tmp_path) -> None:
@@ -128,7 +131,12 @@ def test_a_broken_squad_file_and_a_missing_one_are_refused(tmp_path) -> None:
 
 
 _JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["q", " ", "\u0000"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["q", " ", "\u0000"]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from([*GOOD, "text", "supporting"]), inner),
     max_leaves=8,
 )
@@ -177,7 +185,10 @@ def test_no_row_is_lost_whatever_is_broken(tmp_path_factory, lines) -> None:
 def test_whole_lines_of_noise(tmp_path) -> None:
     """Bytes without any structure."""
     rng = random.Random(0)
-    lines = [bytes(rng.choices([*range(1, 10), *range(11, 13), *range(14, 256)], k=rng.randrange(1, 40))) for _ in range(3000)]
+    lines = [
+        bytes(rng.choices([*range(1, 10), *range(11, 13), *range(14, 256)], k=rng.randrange(1, 40)))
+        for _ in range(3000)
+    ]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'""\n' + b"\n".join(lines))
     found = read(path)
