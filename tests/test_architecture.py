@@ -1,7 +1,4 @@
-"""Imports go downward only, heavy libraries load late, files and functions stay small.
-
-The rules are the tables below; the walk over the sources knows nothing of this package but them.
-"""
+"""Imports go downward only, heavy libraries load late, files and functions stay small: the tables are the rules."""
 
 import ast
 from collections.abc import Iterator

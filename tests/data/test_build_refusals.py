@@ -91,7 +91,8 @@ def test_rows_that_cannot_serve_are_named_by_line_and_reason(tokenizer_path, tmp
 
 
 def test_bad_rows_are_refused_or_left_out_and_listed(tokenizer_path, tmp_path) -> None:
-    good, other, bad = first_lines(2) + [first_lines(3)[2].replace('"is_supporting"', '"supports"')]
+    good, other, third = first_lines(3)
+    bad = third.replace('"is_supporting"', '"supports"')
     source = write(tmp_path / "in.jsonl", [good, "{", other, bad, good])
     output = tmp_path / "out.jsonl"
     with pytest.raises(ValueError) as error:

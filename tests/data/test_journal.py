@@ -56,7 +56,8 @@ def test_another_file_is_not_written_to(content, message, tmp_path) -> None:
 
 def test_two_processes_do_not_write_one_file(tmp_path) -> None:
     path = tmp_path / "r.jsonl"
-    program = f"from pathlib import Path; from megatron_solopo.data.journal import Journal; Journal(Path({str(path)!r}), {HEADER})"
+    program = "from pathlib import Path; from megatron_solopo.data.journal import Journal;"
+    program += f"Journal(Path({str(path)!r}), {HEADER})"
     with Journal(path, HEADER):
         other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert other.returncode == 1 and "another process is writing it" in other.stderr
