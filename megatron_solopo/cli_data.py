@@ -62,7 +62,7 @@ def data() -> None:
          help="Length of the long context with its response, never exceeded: 8192 | 4096,131072 (a row for each) | "
          "8192:0.7,131072:0.3 (drawn) | uniform:4096-131072 | loguniform:4096-131072.")  # fmt: skip
 @_option("--responses", default="sampled", type=_choice("sampled", "constructed"),
-         help="sampled: leave room, `data sample` follows; constructed: MuSiQue's by rule, triplets at once.")  # fmt: skip
+         help="sampled: leave room for `data sample`'s; constructed: MuSiQue's by rule, triplets at once.")  # fmt: skip
 @_option("--response-tokens", type=int, help="Room for the longest sampled response.  [default: 512]")
 @_option("--leak-rule", default="substring", type=_choice("substring", "word", "allow"),
          help="Exclude distractors with an answer anywhere in them, as whole words, or none.")  # fmt: skip

@@ -8,6 +8,7 @@ import base64
 import io
 import shlex
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from megatron_solopo.files import atomic_path, check_replaceable, sha256_file, w
 
 _NAMES = ("report.json", "index.html")
 _MOST_BARS = 12
+_LABEL_CHARACTERS = 28
 _PAGE = """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
@@ -40,7 +42,9 @@ code{word-break:break-all}
 {% endfor %}
 <h2>What made it</h2>
 <table>{% for name, value in provenance.items() %}
-<tr><th>{{ name }}</th><td><code>{{ value }}</code></td></tr>{% endfor %}</table>
+<tr><th>{{ name }}</th><td>{% if value is mapping %}
+{% for key, inner in value.items() %}<code>{{ key }}: {{ inner }}</code><br>
+{% endfor %}{% else %}<code>{{ value }}</code>{% endif %}</td></tr>{% endfor %}</table>
 {% if left_out %}<h2>What was left out</h2>
 <table><tr>{% for name in left_out[0] %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in left_out %}<tr>{% for value in row.values() %}<td>{{ value }}</td>{% endfor %}</tr>
@@ -148,7 +152,10 @@ def _draw(chart: Chart) -> str:
         axis.set_ylabel("count")
     else:
         ordered = sorted(chart.counts.items(), key=lambda item: -item[1])[:_MOST_BARS]
-        bars = axis.barh([name[:48] for name, _ in reversed(ordered)], [count for _, count in reversed(ordered)])
+        bars = axis.barh(
+            [textwrap.fill(name, _LABEL_CHARACTERS) for name, _ in reversed(ordered)],
+            [count for _, count in reversed(ordered)],
+        )
         axis.bar_label(bars, padding=2)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
