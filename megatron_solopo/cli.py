@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit("interrupted; started again, training continues from its latest checkpoint, other work starts anew")
+        sys.exit(
+            "interrupted; started again, training and data sample go on from what is saved, other work starts anew"
+        )
     except (ValueError, FloatingPointError) as error:
         if not _is_ours(error):
             raise

@@ -29,7 +29,7 @@ from megatron_solopo.data.encode import check_template
 from megatron_solopo.data.measure import Measure
 from megatron_solopo.data.prompt import PromptTemplate, read_template
 from megatron_solopo.data.report import check_output, provenance
-from megatron_solopo.data.tokenizer import load_tokenizer
+from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.data.workers import Workers
 from megatron_solopo.files import atomic_path, remove
 from megatron_solopo.progress import bar_style
@@ -51,7 +51,7 @@ def build(settings: BuildSettings) -> BuildReport:
     settings.check()
     check_output(settings.output, settings.overwrite, settings.inputs)
     tokenizer = load_tokenizer(settings.tokenizer)
-    check_template(settings.template, tokenizer, settings.tokenizer)
+    _check_prompts(settings, tokenizer)
     made = provenance(settings.inputs, settings.seed, settings.to_json(), (settings.tokenizer, tokenizer))
     tally = Tally(made)
     with atomic_path(settings.output) as temporary:
@@ -68,6 +68,17 @@ def build(settings: BuildSettings) -> BuildReport:
         report = tally.report(settings.input)
     tally.write(report, settings.output)
     return report
+
+
+def _check_prompts(settings: BuildSettings, tokenizer: Tokenizer) -> None:
+    """Make one prompt and one response: what is wrong with a template is told before the corpus is read."""
+    check_template(settings.template, tokenizer, settings.tokenizer)
+    made = _prompt(settings).prompt([Document("Title", "Text.")], "Question?")
+    Measure(tokenizer, settings.template).response(made, "Answer.")
+
+
+def _prompt(settings: BuildSettings) -> PromptTemplate:
+    return PromptTemplate(read_template(settings.prompt_template), titles=settings.titles, template=settings.template)
 
 
 def _store_corpus(settings: BuildSettings, store: Path, tally: Tally) -> None:
@@ -103,8 +114,7 @@ class _State:
     def __init__(self, store: Path, settings: BuildSettings) -> None:
         self.corpus = Corpus(store)
         self._settings = settings
-        text = read_template(settings.prompt_template)
-        self._prompt = PromptTemplate(text, titles=settings.titles, template=settings.template)
+        self._prompt = _prompt(settings)
         self._measure = Measure(load_tokenizer(settings.tokenizer), settings.template)
         self.count = self._measure.document_counter(self._prompt)
 

@@ -87,8 +87,10 @@ class OpenAIServer:
                 response = await self._client.post(f"{self._url}{path}", json=body)
         except TimeoutError:
             raise _TryAgain(f"no answer within {self._settings.timeout:g} s") from None
-        except httpx2.TransportError as error:
-            raise _TryAgain(f"{type(error).__name__}") from None
+        except httpx2.RequestError as error:
+            raise _TryAgain(type(error).__name__) from None
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"--server {self._url}: is no URL: {error}") from None
         if response.status_code in _PASSES:
             raise _TryAgain(f"HTTP {response.status_code}", _asked_wait(response))
         if response.status_code != 200:

@@ -1,6 +1,7 @@
 """The same function over many items, on one process or several, results in order."""
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -32,7 +33,7 @@ class Workers:
         else:
             # A forked process would inherit the threads of torch and the tokenizer in an unknown state.
             context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(num_proc, context, initialise, arguments)
+            self._executor = ProcessPoolExecutor(num_proc, context, _begin, (initialise, arguments))
 
     def __enter__(self) -> "Workers":
         return self
@@ -56,5 +57,14 @@ class Workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except ValueError as error:
+            # Raised here again: what another process raised has lost the place that it came from.
+            raise ValueError(str(error)) from None
         except BrokenProcessPool:
             raise ValueError("a worker process was killed, most likely for want of memory; lower --num-proc") from None
+
+
+def _begin(initialise: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """Set a process up. Ctrl-C goes to all of them: the caller alone ends the work and tells it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    initialise(*arguments)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_solopo.data.build import build
 from megatron_solopo.data.build_report import BuildReport
@@ -208,3 +209,14 @@ def test_every_stage_says_what_made_it(bench) -> None:
     page = (folder / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and str(report).splitlines()[0] in page
     assert {path.name for path in folder.iterdir()} == {"report.json", "index.html"}
+
+
+def test_a_chat_template_that_refuses_is_told_in_one_line_on_any_number_of_processes(bench, tmp_path) -> None:
+    made = AutoTokenizer.from_pretrained(bench.tokenizer)
+    made.chat_template = "{{ raise_exception('no user messages here') }}"
+    made.save_pretrained(tmp_path / "refusing")
+    bench.tokenizer = str(tmp_path / "refusing")
+    for num_proc in (1, 2):
+        with pytest.raises(ValueError, match="no user messages here") as error:
+            bench.build(template="chat", num_proc=num_proc)
+        assert "\n" not in str(error.value)

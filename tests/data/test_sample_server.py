@@ -247,3 +247,8 @@ def test_report_counts_what_came(contexts) -> None:
     assert written["finish_reasons"] == {"stop": 60} and written["retried"] == {"HTTP 500": 1}
     assert written["provenance"]["inputs"].keys() == {str(contexts)}
     assert isinstance(report, SampleReport) and "60 of them now" in str(report)
+
+
+def test_a_server_that_is_no_url_is_told(contexts) -> None:
+    with pytest.raises(ValueError, match="is no URL"):
+        sample(settings(contexts, "http://[:::1"))
