@@ -1,7 +1,9 @@
 """The same function over many items, on one process or several, results in order."""
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -67,4 +69,13 @@ class Workers:
 def _begin(initialise: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """Set a process up. Ctrl-C goes to all of them: the caller alone ends the work and tells it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_caller, daemon=True).start()
     initialise(*arguments)
+
+
+def _end_with_caller() -> None:
+    """A caller that was killed tells nobody: without this its processes would wait for work for ever."""
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+    caller.join()
+    os._exit(1)

@@ -2,8 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_solopo.data.workers import Workers
@@ -41,6 +45,31 @@ def test_items_are_taken_as_results_are_and_not_all_at_once() -> None:
         next(results)
         assert len(taken) <= 8
         assert len(list(results)) == 58
+
+
+PROGRAM = """
+import time
+from tests.data.test_workers import Workers, initialise, work
+if __name__ == "__main__":
+    with Workers(2, initialise, (0,)) as workers:
+        list(workers.map(work, range(9)))
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_processes_end_with_a_killed_caller(tmp_path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    caller = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert caller.stdout.readline() == "ready\n"
+    children = psutil.Process(caller.pid).children(recursive=True)
+    caller.kill()
+    caller.communicate()
+    assert len(children) >= 2
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
 
 
 def test_a_killed_process_is_a_mistake_the_user_can_act_on() -> None:
