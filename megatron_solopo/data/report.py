@@ -38,7 +38,7 @@ code{word-break:break-all}
 </style></head>
 <body><h1>{{ title }}</h1>
 <pre>{{ summary }}</pre>
-{% for chart in charts %}<img alt="{{ chart.title }}" src="data:image/png;base64,{{ chart.png }}">
+{% for chart in charts %}<img alt="{{ chart.title }}" src="data:image/svg+xml;base64,{{ chart.svg }}">
 {% endfor %}
 <h2>What made it</h2>
 <table>{% for name, value in provenance.items() %}
@@ -134,16 +134,18 @@ def write_report(
         directory.mkdir()
         write_json(directory / "report.json", {**report, "provenance": made, "left_out": list(left_out)})
         template = jinja2.Environment(autoescape=True).from_string(_PAGE)
-        shown = [{"title": chart.title, "png": _draw(chart)} for chart in charts]
+        shown = [{"title": chart.title, "svg": _draw(chart)} for chart in charts]
         page = template.render(title=title, summary=summary, charts=shown, provenance=made, left_out=left_out)
         (directory / "index.html").write_text(page, encoding="utf-8")
 
 
 def _draw(chart: Chart) -> str:
-    """A PNG as base64."""
+    """An SVG as base64."""
     # No display, and no state shared with pictures that somebody else draws.
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(6, 3.2))
+    # Fixed margins, a wide one for names: an automatic layout takes longer than all the rest.
+    left = 0.11 if isinstance(chart, Histogram) else 0.38
+    axis = figure.add_axes((left, 0.16, 0.96 - left, 0.74))
     axis.set_title(chart.title)
     if isinstance(chart, Histogram):
         values = np.asarray(chart.values, dtype=np.float64)
@@ -158,5 +160,5 @@ def _draw(chart: Chart) -> str:
         )
         axis.bar_label(bars, padding=2)
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
+    figure.savefig(stream, format="svg")
     return base64.b64encode(stream.getvalue()).decode()

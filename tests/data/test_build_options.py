@@ -207,7 +207,7 @@ def test_every_stage_says_what_made_it(bench) -> None:
     assert made["tokenizer"]["path"] == bench.tokenizer and "pytest" in made["command"]
     assert written["long_tokens"]["maximum"] == report.long_tokens.maximum
     page = (folder / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 4 and str(report).splitlines()[0] in page
+    assert page.count("data:image/svg+xml;base64,") == 4 and str(report).splitlines()[0] in page
     assert {path.name for path in folder.iterdir()} == {"report.json", "index.html"}
 
 

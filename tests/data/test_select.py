@@ -200,7 +200,7 @@ def test_the_report_is_beside_the_triplets(bench) -> None:
     assert made["tokenizer"]["fingerprint"] == load_tokenizer(bench.tokenizer).fingerprint
     assert len(made["inputs"]) == 2 and len(made["output"]) == 1 and made["settings"]["score"] == "sub_em"
     page = (bench.folder / "triplets.report" / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 7 and "http" not in page.split("<table>")[0]
+    assert page.count("data:image/svg+xml;base64,") == 7 and "http" not in page.split("<table>")[0]
 
 
 def test_the_same_seed_makes_the_same_bytes(bench) -> None:
