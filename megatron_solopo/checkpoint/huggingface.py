@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, rules, to_huggingface, to_megatron
 from megatron_solopo.files import sha256_file, sha256_json
-from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.precision import assign
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, sequential_batches
 from megatron_solopo.objective import required_roles
-from megatron_solopo.parallel.alignment import pack_multiple
 from megatron_solopo.parallel.topology import Topology
 
 _SINGLE_PASS_TRIPLETS_PER_RANK = 16

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.data.packing import Pack
-from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.parallel.cpu import is_cpu
 
 # Dense bfloat16 peak in FLOP/s (NVIDIA data sheets, no sparsity) by a part of the device name: the first that fits.

@@ -9,10 +9,10 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_solopo.architecture.huggingface import read_architecture
 from megatron_solopo.checkpoint.huggingface import load_weights
 from megatron_solopo.config import Config
 from megatron_solopo.data.packing import Pack
-from megatron_solopo.model.architecture import read_architecture
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.microbatch import Microbatch

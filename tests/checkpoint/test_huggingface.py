@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_solopo.architecture.huggingface import read_architecture
 from megatron_solopo.checkpoint.huggingface import load_weights, weights_fingerprint
 from megatron_solopo.config import ModelConfig, ParallelConfig
-from megatron_solopo.model.architecture import read_architecture
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from tests.ranks import layout
