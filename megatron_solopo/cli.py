@@ -18,6 +18,7 @@ from typing import Any, Literal
 import click
 
 from megatron_solopo import __version__
+from megatron_solopo.cli_plan import plan
 
 _PATH = click.Path(path_type=Path)
 _LATER_RANKS_WAIT_SECONDS = 5.0
@@ -85,6 +86,9 @@ def cli() -> None:
       megatron-solopo data prepare  ...   tokenize them
       megatron-solopo train --config c.yaml
     """
+
+
+cli.add_command(plan)
 
 
 @cli.command()

@@ -42,7 +42,8 @@ ROOMS = {
     "plan.dry_run": Room(4, beside=frozenset({"train"}), megatron=True),
     "evaluate": Room(4, megatron=True),
     "integrations": Room(4, megatron=True),
-    "cli": Room(5),
+    "cli": Room(5, beside=frozenset({"cli_plan"})),
+    "cli_plan": Room(5),
     "__main__": Room(5, beside=frozenset({"cli"})),
 }
 LAZY = ("transformer_engine", "apex", "wandb", "vllm")

@@ -52,7 +52,7 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
 
     Raises ValueError for a world size that does not fit, before any process waits for another.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" not in os.environ and tasks != "1":
         raise ValueError(

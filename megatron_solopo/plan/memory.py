@@ -1,0 +1,116 @@
+"""Peak memory of every pipeline stage, by part."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.config import Config
+from megatron_solopo.plan.activations import (
+    element_bytes,
+    rotary_bytes,
+    saved_rate,
+    uses_local_layers,
+    working_bytes,
+)
+from megatron_solopo.plan.efficiency import Reserve
+from megatron_solopo.plan.parameters import model_chunks
+from megatron_solopo.plan.pipeline import most_alive, stage_order
+from megatron_solopo.plan.state import State
+from megatron_solopo.plan.workload import PackShape
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on each GPU of a pipeline rank at its fullest moment."""
+
+    pipeline_rank: int
+    parameters: float
+    fp8_weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Of the layers, over all packs in flight."""
+    head: float
+    """The response head's share of what the packs in flight keep."""
+    working: float
+    """Backward's own, for a moment: what is recomputed, gradients of activations, a chunk of logits."""
+    communication: float
+    reserve: float
+    """CUDA's context and fragmentation."""
+    host: float
+    """Pinned memory on the host; not part of the total."""
+    packs_in_flight: int
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """By name, in the order of the picture."""
+        names = ("parameters", "fp8_weights", "gradients", "optimizer", "activations", "head", "working")
+        return {name: getattr(self, name) for name in (*names, "communication", "reserve")}
+
+    @property
+    def total(self) -> float:
+        """Bytes on the GPU."""
+        return sum(self.parts.values())
+
+
+def stage_memory(
+    architecture: Architecture,
+    config: Config,
+    data_parallel_size: int,
+    pipeline_rank: int,
+    packs: Sequence[PackShape],
+    reserve: Reserve,
+    state: State,
+) -> StageMemory:
+    """Memory of one pipeline rank, which holds `state` and runs these packs in a step."""
+    local = uses_local_layers(config)
+    parallel = config.parallel
+    chunks = model_chunks(architecture, parallel, pipeline_rank)
+    rates = [saved_rate(architecture, config, chunk, local=local) for chunk in chunks]
+    # As if the largest packs met: then the first round of the schedule is the fullest, and stands for all.
+    size = parallel.pipeline_model_parallel_size
+    largest = sorted(packs, key=lambda pack: -pack.padded_tokens)
+    order = stage_order(pipeline_rank, size, len(chunks), len(packs))[: 4 * size * len(chunks)]
+    alive = most_alive(order, lambda chunk, number: rates[chunk].total(largest[number]))
+    head = most_alive(order, lambda chunk, number: rates[chunk].head(largest[number]))
+    working = working_bytes(architecture, config, chunks, largest[0], local=local)
+    communication = _communication(architecture, config, data_parallel_size, packs, reserve)
+    rotary = rotary_bytes(architecture, max(pack.longest for pack in packs))
+    tensors = state.total + alive + working + rotary + communication
+    return StageMemory(
+        pipeline_rank=pipeline_rank,
+        parameters=state.parameters,
+        fp8_weights=state.fp8_weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        activations=alive - head + rotary,
+        head=head,
+        working=working,
+        communication=communication,
+        reserve=reserve.context_gib * GIB + reserve.fragmentation * tensors,
+        host=state.host,
+        packs_in_flight=round(most_alive(order, lambda chunk, number: 1.0)),
+    )
+
+
+def _communication(
+    architecture: Architecture, config: Config, data_parallel_size: int, packs: Sequence[PackShape], reserve: Reserve
+) -> float:
+    """NCCL's buffers of the groups in use, messages of the pipeline, keys and values of the context-parallel ring."""
+    parallel, e = config.parallel, element_bytes(config)
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    pp = parallel.pipeline_model_parallel_size
+    groups = sum(size > 1 for size in (tp, pp, cp, data_parallel_size * cp))
+    tokens = max(pack.padded_tokens for pack in packs) / cp
+    hidden = architecture.hidden_size / (tp if parallel.uses_sequence_parallel else 1)
+    messages = 4 * e * tokens * hidden if pp > 1 else 0  # one to send and one to receive, each way
+    keys = max(architecture.num_query_groups / tp, 1) * architecture.head_dim
+    ring = 2 * 2 * 2 * e * tokens * keys if cp > 1 else 0  # keys and values, two buffers, and their gradients
+    return groups * reserve.communicator_gib * GIB + messages + ring
+
+
+def fullest_stage(stages: Sequence[StageMemory]) -> StageMemory:
+    """The stage that decides whether a layout fits."""
+    return max(stages, key=lambda stage: stage.total)
