@@ -114,4 +114,6 @@ def prove(planner: "Planner", chosen: "Estimate") -> "list[Proof]":
     os.environ["MEGATRON_SOLOPO_DEVICE"] = "cpu"
     from megatron_solopo.plan.dry_run import dry_run
 
-    return dry_run(planner.architecture, chosen.layout, chosen.batch.heaviest_rank)
+    packs = chosen.batch.heaviest_rank
+    largest = max(packs, key=lambda pack: pack.padded_tokens)
+    return list(dry_run(planner.architecture, chosen.layout, largest, len(packs)))

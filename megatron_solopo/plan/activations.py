@@ -79,7 +79,7 @@ def layer_bytes(architecture: Architecture, config: Config, *, local: bool) -> L
 
 @dataclass(frozen=True)
 class SavedRate:
-    """What one chunk keeps of a pack between its forward and its backward pass: bytes per token and per response row."""
+    """What one chunk keeps of a pack between forward and backward: bytes per token and per response row."""
 
     layers: float
     norm: float
@@ -153,28 +153,41 @@ def rotary_bytes(architecture: Architecture, longest: int) -> int:
     return _FP32 * architecture.head_dim * (1 << (longest - 1).bit_length())
 
 
-def working_bytes(
-    architecture: Architecture, config: Config, chunks: Sequence[Chunk], pack: PackShape, *, local: bool
-) -> float:
-    """What backward needs for a moment beside what was saved: one layer again, gradients, a chunk of logits.
-
-    The greater of a layer's backward (what is recomputed of it, the gradients around its widest product, gathered
-    inputs under sequence parallelism) and the head's (logits of one chunk of rows and their gradient).
-    """
-    a, e, parallel = architecture, element_bytes(config), config.parallel
-    tp, tokens = parallel.tensor_model_parallel_size, pack.padded_tokens / parallel.context_parallel_size
-    each = layer_bytes(a, config, local=local)
-    gathered = 2 * e * a.hidden_size if parallel.uses_sequence_parallel else 0
-    gradients = 3 * e * a.ffn_hidden_size / tp + 2 * each.boundary + gathered
+def recomputed_bytes(architecture: Architecture, config: Config, pack: PackShape, *, local: bool) -> float:
+    """What backward makes again and keeps for a moment: a layer, or parts of it."""
+    parallel = config.parallel
+    each = layer_bytes(architecture, config, local=local)
     again = 0.0
     if parallel.recompute_granularity == "full":
         layers = parallel.recompute_num_layers if parallel.recompute_method == "uniform" else 1
         again = layers * (each.norms + each.attention + each.core_attention + each.mlp)
     elif parallel.recompute_granularity == "selective":
-        again = each.core_attention + (each.mlp if "mlp" in parallel.recompute_modules else 0)
-    layer = tokens * (again + gradients)
+        again = max({"core_attn": each.core_attention, "mlp": each.mlp}[name] for name in parallel.recompute_modules)
+    return again * pack.padded_tokens / parallel.context_parallel_size
+
+
+def logits_bytes(architecture: Architecture, config: Config, pack: PackShape) -> float:
+    """fp32 logits of one chunk of response rows, which is the most that exists at a time."""
+    tp = config.parallel.tensor_model_parallel_size
+    rows = min(pack.response_rows, config.logprob.chunk_tokens)
+    return rows * _FP32 * padded_vocab_size(architecture.vocab_size, tp) / tp
+
+
+def working_bytes(
+    architecture: Architecture, config: Config, chunks: Sequence[Chunk], pack: PackShape, *, local: bool
+) -> float:
+    """What backward needs for a moment beside what was saved: what is recomputed, gradients, a chunk of logits.
+
+    The greater of a layer's backward (with the gradients around its widest product and, under sequence parallelism,
+    gathered inputs) and the head's (logits of one chunk of rows and their gradient in the model's precision).
+    """
+    a, e, parallel = architecture, element_bytes(config), config.parallel
+    tokens = pack.padded_tokens / parallel.context_parallel_size
+    boundary = layer_bytes(a, config, local=local).boundary
+    gathered = 2 * e * a.hidden_size if parallel.uses_sequence_parallel else 0
+    gradients = 3 * e * a.ffn_hidden_size / parallel.tensor_model_parallel_size + 2 * boundary + gathered
+    layer = recomputed_bytes(a, config, pack, local=local) + tokens * gradients
     if not any(chunk.has_head for chunk in chunks):
         return layer
-    rows = min(pack.response_rows, config.logprob.chunk_tokens)
-    logits = rows * padded_vocab_size(a.vocab_size, tp) / tp * (_FP32 + (e if e < _FP32 else 0))
-    return max(layer, logits + 2 * e * tokens * a.hidden_size / _sequence_shards(config))
+    logits = logits_bytes(a, config, pack) * (1 if e == _FP32 else (_FP32 + e) / _FP32)
+    return max(layer, logits + 2 * tokens * boundary)

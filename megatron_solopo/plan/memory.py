@@ -7,6 +7,8 @@ from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import (
     element_bytes,
+    logits_bytes,
+    recomputed_bytes,
     rotary_bytes,
     saved_rate,
     uses_local_layers,
@@ -55,6 +57,46 @@ class StageMemory:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True)
+class Alive:
+    """Activations of all packs in flight on one pipeline rank, at most."""
+
+    saved: float
+    head: float
+    """The response head's share."""
+    recomputed: float
+    """What backward makes again beside that."""
+    packs: int
+
+    @property
+    def most(self) -> float:
+        """All that autograd keeps at any moment."""
+        return self.saved + self.recomputed
+
+
+def alive_bytes(
+    architecture: Architecture, config: Config, pipeline_rank: int, packs: Sequence[PackShape], *, local: bool
+) -> Alive:
+    """What Megatron's schedule of these packs keeps alive.
+
+    As if the largest packs met: then the first rounds of the schedule are the fullest, and stand for all.
+    """
+    size = config.parallel.pipeline_model_parallel_size
+    chunks = model_chunks(architecture, config.parallel, pipeline_rank)
+    rates = [saved_rate(architecture, config, chunk, local=local) for chunk in chunks]
+    largest = sorted(packs, key=lambda pack: -pack.padded_tokens)
+    order = stage_order(pipeline_rank, size, len(chunks), len(packs))[: 4 * size * len(chunks)]
+    recomputed = recomputed_bytes(architecture, config, largest[0], local=local)
+    if any(chunk.has_head for chunk in chunks) and largest[0].response_rows > config.logprob.chunk_tokens:
+        recomputed = max(recomputed, logits_bytes(architecture, config, largest[0]))
+    return Alive(
+        saved=most_alive(order, lambda chunk, number: rates[chunk].total(largest[number])),
+        head=most_alive(order, lambda chunk, number: rates[chunk].head(largest[number])),
+        recomputed=recomputed,
+        packs=round(most_alive(order, lambda chunk, number: 1.0)),
+    )
+
+
 def stage_memory(
     architecture: Architecture,
     config: Config,
@@ -66,32 +108,25 @@ def stage_memory(
 ) -> StageMemory:
     """Memory of one pipeline rank, which holds `state` and runs these packs in a step."""
     local = uses_local_layers(config)
-    parallel = config.parallel
-    chunks = model_chunks(architecture, parallel, pipeline_rank)
-    rates = [saved_rate(architecture, config, chunk, local=local) for chunk in chunks]
-    # As if the largest packs met: then the first round of the schedule is the fullest, and stands for all.
-    size = parallel.pipeline_model_parallel_size
-    largest = sorted(packs, key=lambda pack: -pack.padded_tokens)
-    order = stage_order(pipeline_rank, size, len(chunks), len(packs))[: 4 * size * len(chunks)]
-    alive = most_alive(order, lambda chunk, number: rates[chunk].total(largest[number]))
-    head = most_alive(order, lambda chunk, number: rates[chunk].head(largest[number]))
-    working = working_bytes(architecture, config, chunks, largest[0], local=local)
+    alive = alive_bytes(architecture, config, pipeline_rank, packs, local=local)
+    chunks = model_chunks(architecture, config.parallel, pipeline_rank)
+    working = max(working_bytes(architecture, config, chunks, pack, local=local) for pack in packs)
     communication = _communication(architecture, config, data_parallel_size, packs, reserve)
     rotary = rotary_bytes(architecture, max(pack.longest for pack in packs))
-    tensors = state.total + alive + working + rotary + communication
+    tensors = state.total + alive.saved + working + rotary + communication
     return StageMemory(
         pipeline_rank=pipeline_rank,
         parameters=state.parameters,
         fp8_weights=state.fp8_weights,
         gradients=state.gradients,
         optimizer=state.optimizer,
-        activations=alive - head + rotary,
-        head=head,
+        activations=alive.saved - alive.head + rotary,
+        head=alive.head,
         working=working,
         communication=communication,
         reserve=reserve.context_gib * GIB + reserve.fragmentation * tensors,
         host=state.host,
-        packs_in_flight=round(most_alive(order, lambda chunk, number: 1.0)),
+        packs_in_flight=alive.packs,
     )
 
 

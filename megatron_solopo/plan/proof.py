@@ -17,9 +17,9 @@ class Proof:
     built: tuple[int, int, int]
     """Bytes of parameter buffers, gradient buffers and optimizer state as Megatron-Core allocates them."""
     estimated: tuple[int, int, int]
-    saved_bytes: int
-    """Most that autograd kept alive at any moment of the real schedule, with plain PyTorch layers."""
-    estimated_saved_bytes: float
+    saved_bytes: int | None
+    """Most that autograd kept alive at any moment of the real schedule, with plain PyTorch layers; None: not run."""
+    estimated_saved_bytes: float | None
     seconds: float
 
     @property
@@ -34,8 +34,18 @@ class Proof:
         return vars(self) | {"equal": not self.difference}
 
 
-def distinct_ranks(layout: Layout) -> dict[int, str]:
-    """Global ranks of all shapes that differ, in Megatron's order (TP, CP, DP, PP), with their places.
+@dataclass(frozen=True)
+class DistinctRank:
+    """A rank that stands for all that are like it."""
+
+    rank: int
+    place: str
+    runs_schedule: bool
+    """Whether its activations stand for its stage's: it is the first on each axis, which has most response rows."""
+
+
+def distinct_ranks(layout: Layout) -> list[DistinctRank]:
+    """Ranks of all shapes that differ, by Megatron's order (TP, CP, DP, PP).
 
     Stages differ by what they hold (embedding, layers, head); along data-parallel and context-parallel ranks, the last
     owns the padding at the buffers' ends. Tensor-parallel ranks are alike.
@@ -43,12 +53,10 @@ def distinct_ranks(layout: Layout) -> dict[int, str]:
     parallel = layout.config.parallel
     size = parallel.pipeline_model_parallel_size
     per_stage = layout.data_parallel_size * parallel.context_parallel_size * parallel.tensor_model_parallel_size
-    stages = {0: "first stage", size // 2: "middle stage", size - 1: "last stage"}
-    if size == 1:
-        stages = {0: "only stage"}
-    found = {}
+    stages = {0: "first stage", size // 2: "middle stage", size - 1: "last stage"} if size > 1 else {0: "only stage"}
+    found = []
     for stage, name in sorted(stages.items()):
-        found[stage * per_stage] = f"{name}, first shard"
+        found.append(DistinctRank(stage * per_stage, f"{name}, first shard", True))
         if per_stage > 1:
-            found[(stage + 1) * per_stage - 1] = f"{name}, last shard"
+            found.append(DistinctRank((stage + 1) * per_stage - 1, f"{name}, last shard", False))
     return found

@@ -136,8 +136,7 @@ def proofs(found: Sequence[Proof]) -> str:
             each.place,
             *(f"{number:,}" for number in (each.num_parameters, *each.built)),
             "equal" if not each.difference else each.difference,
-            f"{each.saved_bytes / GIB:.2f}",
-            f"{each.estimated_saved_bytes / GIB:.2f}",
+            *("" if size is None else f"{size / GIB:.2f}" for size in (each.saved_bytes, each.estimated_saved_bytes)),
             f"{each.seconds:.1f}",
         ]
         for each in found

@@ -1,6 +1,6 @@
 """The triplets of a run and how the real packer shares them out under a layout."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +38,17 @@ class PackShape:
     squares: int
     """Sum over its sequences of the padded length squared."""
     tokens: int
-    responses: int
     response_rows: int
     """Most response positions on any context-parallel rank: sequences end on the first of them."""
     longest: int
     """Padded length of the longest sequence."""
-    num_triplets: int
+    triplets: tuple[dict[str, int], ...]
+    """Tokens of each triplet's prompts (`short`, `long`) and answers (`chosen`, `rejected`)."""
+
+    @property
+    def num_triplets(self) -> int:
+        """Whole triplets in the pack."""
+        return len(self.triplets)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,16 +180,24 @@ class Packer:
         )
 
     def _shape(self, rows: IntArray, multiple: int, whole: int, cp: int) -> PackShape:
-        parts = [context_and_response(role) for role in self.roles]
-        prompts_S = np.concatenate([self.workload.prompts[context][rows] for context, _ in parts])
-        responses_S = np.concatenate([self.workload.responses[answer][rows] for _, answer in parts])
-        return pack_shape(prompts_S, responses_S, len(rows), multiple, whole, cp)
+        columns = {**self.workload.prompts, **self.workload.responses}
+        triplets = [{name: int(column[row]) for name, column in columns.items()} for row in rows]
+        return pack_shape(triplets, self.roles, multiple, whole, cp)
 
 
 def pack_shape(
-    prompts_S: IntArray, responses_S: IntArray, num_triplets: int, multiple: int, whole: int, cp: int
+    triplets: Sequence[Mapping[str, int]], roles: Sequence[str], multiple: int, whole: int, cp: int
 ) -> PackShape:
-    """Shape of a pack from the prompt and response lengths of its sequences, in any order."""
+    """Shape of a pack.
+
+    Args:
+        triplets: tokens by prompt (`short`, `long`) and answer (`chosen`, `rejected`).
+        multiple, whole: what each sequence, and the pack, is padded to a multiple of.
+        cp: context-parallel size.
+    """
+    parts = [context_and_response(role) for role in roles]
+    prompts_S = np.array([triplet[context] for triplet in triplets for context, _ in parts])
+    responses_S = np.array([triplet[answer] for triplet in triplets for _, answer in parts])
     padded_S = padded_lengths(prompts_S + responses_S, multiple)
     padded_S[-1] += int(padded_lengths(padded_S.sum(), whole)) - int(padded_S.sum())
     chunk_S1 = (padded_S // (2 * cp))[:, None]
@@ -198,8 +211,7 @@ def pack_shape(
         padded_tokens=int(padded_S.sum()),
         squares=int(np.square(padded_S).sum()),
         tokens=int((prompts_S + responses_S).sum()),
-        responses=int(responses_S.sum()),
         response_rows=int(rows_by_rank.max()),
         longest=int(padded_S.max()),
-        num_triplets=num_triplets,
+        triplets=tuple(dict(triplet) for triplet in triplets),
     )
