@@ -52,10 +52,13 @@ def layer_bytes(architecture: Architecture, config: Config, *, local: bool) -> L
     share = 1 / _sequence_shards(config)
     hidden = a.hidden_size * share
     lse = _FP32 * heads
+    # With more ranks than key-value heads, Megatron gathers queries, keys and values of all ranks and takes its part.
+    whole_heads = a.num_attention_heads + 2 * a.num_query_groups
+    mixed = queries + 2 * keys if tp <= a.num_query_groups else whole_heads * a.head_dim
     if local:
         cp = config.parallel.context_parallel_size
         # Mixed queries, keys and values live as long as their last view, the values; gathered keys and values instead.
-        before = queries + 2 * keys + keys if cp == 1 else 2 * keys * cp
+        before = mixed + keys if cp == 1 else 2 * keys * cp
         norm = (2 * _FP32 + e) * hidden + _FP32 * share  # the input and its normalised form in fp32, the output
         head_norms = (2 * _FP32 * (queries + keys) + 2 * _FP32 * heads) if a.qk_layernorm else 0
         return LayerBytes(
@@ -71,7 +74,7 @@ def layer_bytes(architecture: Architecture, config: Config, *, local: bool) -> L
     return LayerBytes(
         boundary=e * hidden,
         norms=2 * (e + product_input) * hidden + 2 * _FP32 * share,
-        attention=e * (2 * queries + 3 * keys) + head_norms + (queries if fp8 else 0),
+        attention=e * (mixed + queries + keys) + head_norms + (queries if fp8 else 0),
         core_attention=e * queries + lse,
         mlp=2 * e * ffn + product_input * ffn,
     )
@@ -153,14 +156,23 @@ def rotary_bytes(architecture: Architecture, longest: int) -> int:
     return _FP32 * architecture.head_dim * (1 << (longest - 1).bit_length())
 
 
-def recomputed_bytes(architecture: Architecture, config: Config, pack: PackShape, *, local: bool) -> float:
-    """What backward makes again and keeps for a moment: a layer, or parts of it."""
+def recomputed_bytes(
+    architecture: Architecture, config: Config, chunks: Sequence[Chunk], pack: PackShape, *, local: bool
+) -> float:
+    """What backward makes again and keeps for a moment, beyond what it has freed by then: a layer, or parts of it.
+
+    `recompute_method: block` computes the first layers again, when those behind them have been freed.
+    """
     parallel = config.parallel
     each = layer_bytes(architecture, config, local=local)
     again = 0.0
     if parallel.recompute_granularity == "full":
-        layers = parallel.recompute_num_layers if parallel.recompute_method == "uniform" else 1
-        again = layers * (each.norms + each.attention + each.core_attention + each.mlp)
+        count = parallel.recompute_num_layers
+        whole = each.norms + each.attention + each.core_attention + each.mlp
+        if parallel.recompute_method == "uniform":
+            again = count * whole
+        elif count >= chunks[0].num_layers:
+            again = whole
     elif parallel.recompute_granularity == "selective":
         again = max({"core_attn": each.core_attention, "mlp": each.mlp}[name] for name in parallel.recompute_modules)
     return again * pack.padded_tokens / parallel.context_parallel_size
@@ -186,7 +198,7 @@ def working_bytes(
     boundary = layer_bytes(a, config, local=local).boundary
     gathered = 2 * e * a.hidden_size if parallel.uses_sequence_parallel else 0
     gradients = 3 * e * a.ffn_hidden_size / parallel.tensor_model_parallel_size + 2 * boundary + gathered
-    layer = recomputed_bytes(a, config, pack, local=local) + tokens * gradients
+    layer = recomputed_bytes(a, config, chunks, pack, local=local) + tokens * gradients
     if not any(chunk.has_head for chunk in chunks):
         return layer
     logits = logits_bytes(a, config, pack) * (1 if e == _FP32 else (_FP32 + e) / _FP32)

@@ -86,9 +86,12 @@ def alive_bytes(
     rates = [saved_rate(architecture, config, chunk, local=local) for chunk in chunks]
     largest = sorted(packs, key=lambda pack: -pack.padded_tokens)
     order = stage_order(pipeline_rank, size, len(chunks), len(packs))[: 4 * size * len(chunks)]
-    recomputed = recomputed_bytes(architecture, config, largest[0], local=local)
-    if any(chunk.has_head for chunk in chunks) and largest[0].response_rows > config.logprob.chunk_tokens:
-        recomputed = max(recomputed, logits_bytes(architecture, config, largest[0]))
+    recomputed = recomputed_bytes(architecture, config, chunks, largest[0], local=local)
+    if chunks[-1].has_head:
+        # When the layers' backward begins, the head's is over.
+        recomputed = max(0.0, recomputed - rates[-1].head(largest[0]))
+        if largest[0].response_rows > config.logprob.chunk_tokens:
+            recomputed = max(recomputed, logits_bytes(architecture, config, largest[0]))
     return Alive(
         saved=most_alive(order, lambda chunk, number: rates[chunk].total(largest[number])),
         head=most_alive(order, lambda chunk, number: rates[chunk].head(largest[number])),
