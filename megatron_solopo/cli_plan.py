@@ -92,7 +92,7 @@ def plan(
     if why_not and not as_json:
         click.echo(report.refusals(search.refused))
     chosen = session.choose(planner, search, explain)
-    vanilla = session.beside(planner) if explain is None else None
+    vanilla = session.beside(planner, search) if explain is None else None
     proofs = prove(planner, chosen) if dry_run else []
     told = (planner, search, chosen, vanilla, proofs)
     if as_json:

@@ -60,8 +60,9 @@ def dry_run(architecture: Architecture, layout: Layout, pack: PackShape, num_pac
         parallel={"cpu_offloading_num_layers": 0},
     )
     legal = replace(layout, config=config)
-    # The schedule fills the pipeline in its first rounds, then repeats itself.
-    rounds = min(num_packs, 2 * config.parallel.pipeline_model_parallel_size)
+    # The schedule fills the pipeline in its first round (the interleaved one in its second), then repeats itself.
+    rounds = 1 if config.parallel.virtual_pipeline_model_parallel_size is None else 2
+    rounds = min(num_packs, rounds * config.parallel.pipeline_model_parallel_size)
     return [_prove(architecture, legal, rank, pack, rounds) for rank in distinct_ranks(layout)]
 
 

@@ -113,7 +113,8 @@ def stage_memory(
     local = uses_local_layers(config)
     alive = alive_bytes(architecture, config, pipeline_rank, packs, local=local)
     chunks = model_chunks(architecture, config.parallel, pipeline_rank)
-    working = max(working_bytes(architecture, config, chunks, pack, local=local) for pack in packs)
+    extremes = (max(packs, key=lambda pack: pack.padded_tokens), max(packs, key=lambda pack: pack.response_rows))
+    working = max(working_bytes(architecture, config, chunks, pack, local=local) for pack in extremes)
     communication = _communication(architecture, config, data_parallel_size, packs, reserve)
     rotary = rotary_bytes(architecture, max(pack.longest for pack in packs))
     tensors = state.total + alive.saved + working + rotary + communication

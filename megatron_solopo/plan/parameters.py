@@ -8,6 +8,7 @@ and each bucket padded to a multiple of lcm(ranks, 128) under the distributed op
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.architecture.layout import padded_vocab_size
@@ -27,8 +28,7 @@ class Chunk:
     has_head: bool
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One rank's shard of a parameter, by its Megatron name."""
 
     name: str
@@ -77,11 +77,11 @@ def chunk_parameters(
     is_pipelined = parallel.pipeline_model_parallel_size > 1
     shared = a.tied_embeddings and is_pipelined
     found = [Parameter("embedding.word_embeddings.weight", embedding, shared)] if chunk.has_embedding else []
+    each = list(_layer(a, tp))
     for layer in range(chunk.num_layers):
         fp8 = model.fp8_param and not _in_bfloat16(architecture, model, chunk.first_layer + layer)
-        found += [
-            Parameter(f"decoder.layers.{layer}.{p.name}", p.numel, is_fp8=p.is_fp8 and fp8) for p in _layer(a, tp)
-        ]
+        prefix = f"decoder.layers.{layer}."
+        found += [Parameter(prefix + name, numel, False, is_fp8 and fp8) for name, numel, _, is_fp8 in each]
     if chunk.has_head:
         found.append(Parameter("decoder.final_layernorm.weight", a.hidden_size))
         if shared or not a.tied_embeddings:

@@ -9,14 +9,13 @@ from megatron_solopo.plan.search import Estimate, Planner, Refusal
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned to their widest cell, the first to the left."""
-    widths = [max(len(str(row[place])) for row in (columns, *rows)) for place in range(len(columns))]
+    """Columns aligned to their widest cell: the first and the last, which are text, to the left."""
+    last = len(columns) - 1
+    widths = [max(len(row[place]) for row in (columns, *rows)) for place in range(len(columns))]
     lines = []
     for row in (columns, *rows):
-        cells = [
-            cell.ljust(width) if n == 0 else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+        padded = zip(row, widths, strict=True)
+        cells = [cell.ljust(wide) if n in (0, last) else cell.rjust(wide) for n, (cell, wide) in enumerate(padded)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -37,11 +36,11 @@ def ranking(estimates: Sequence[Estimate], planner: Planner, price: float | None
                 f"{run.hours:,.1f}",
                 f"{run.gpu_hours:,.0f}",
                 *([f"{run.cost:,.0f}"] if run.cost is not None else []),
-                f" {estimate.layout.savers}",
+                estimate.layout.savers,
             ]
         )
     columns = ["layout", "step s", "triplets/s", "MFU", "bubble", "GiB", "hours", "GPU-hours"]
-    return table([*columns, *(["cost"] if price is not None else []), " besides"], rows)
+    return table([*columns, *(["cost"] if price is not None else []), "besides"], rows)
 
 
 def explanation(estimate: Estimate, planner: Planner, price: float | None) -> str:
@@ -50,8 +49,8 @@ def explanation(estimate: Estimate, planner: Planner, price: float | None) -> st
     fits = "fits" if estimate.excess_gib <= 0 else f"does NOT fit: {estimate.excess_gib:.1f} GiB over"
     lines = [
         f"{estimate.layout.name} on {estimate.gpus} x {gpu.device_name}; besides: {estimate.layout.savers}",
-        f"{fits} {gpu.memory_gib} GiB, the fullest stage being {estimate.fullest.pipeline_rank} "
-        f"with {estimate.fullest.packs_in_flight} packs in flight",
+        f"{fits} {gpu.memory_gib} GiB, fullest on pipeline rank {estimate.fullest.pipeline_rank}, "
+        f"packs in flight there: {estimate.fullest.packs_in_flight}",
         "",
         "Memory, GiB per GPU of each pipeline rank",
         _memory_table(estimate),
@@ -109,10 +108,10 @@ def comparison(ours: Estimate, planner: Planner, other: Estimate, other_planner:
                 f"{run.hours:,.2f}",
                 f"{run.gpu_hours:,.0f}",
                 f"{estimate.fullest.total / GIB:.1f}",
-                f" {estimate.layout.name}; {estimate.layout.savers}",
+                f"{estimate.layout.name}; {estimate.layout.savers}",
             ]
         )
-    columns = ["objective", "step s", "triplets/s", "reference h", "hours", "GPU-hours", "GiB", " layout"]
+    columns = ["objective", "step s", "triplets/s", "reference h", "hours", "GPU-hours", "GiB", "layout"]
     return table(columns, rows)
 
 

@@ -17,7 +17,8 @@ _THREADS = 8
 _SCRIPT = """\
 #!/bin/bash
 # Written by `megatron-solopo plan`: {summary}
-# Submit it where it lies, with the Python environment active: sbatch submit.sbatch
+# Submit it from the directory that the configuration's paths start from, with the Python environment active:
+#     sbatch {folder}/submit.sbatch
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
@@ -36,11 +37,12 @@ MASTER_PORT=${{MASTER_PORT:-29500}}
 
 {environment}
 
-# One torchrun per node; a job that was interrupted and queued again continues from its latest checkpoint.
+# One torchrun per node. A job that was interrupted and queued again continues from its latest checkpoint:
+# set checkpoint.save_steps, or there is none before the end.
 srun --kill-on-bad-exit=1 torchrun \\
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {gpus_per_node} \\
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" \\
-    -m megatron_solopo train --config config.yaml
+    -m megatron_solopo train --config {config}
 """
 
 
@@ -49,16 +51,18 @@ def write_sbatch(estimate: Estimate, run: Run, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_config(estimate.layout.config, folder / "config.yaml")
     with atomic_path(folder / "submit.sbatch") as temporary:
-        temporary.write_text(script(estimate, run), encoding="utf-8")
+        temporary.write_text(script(estimate, run, folder), encoding="utf-8")
 
 
-def script(estimate: Estimate, run: Run) -> str:
-    """The batch script."""
+def script(estimate: Estimate, run: Run, folder: Path) -> str:
+    """The batch script, which reads the configuration in `folder`."""
     per_node = min(estimate.gpus, estimate.gpu.gpus_per_node)
     minutes = max(10, math.ceil(run.hours * 60 * _TIME_MARGIN))
     hours, minutes = divmod(minutes, 60)
     return _SCRIPT.format(
         summary=f"{estimate.gpus} x {estimate.gpu.device_name}, {estimate.layout.name}",
+        folder=shlex.quote(str(folder)),
+        config=shlex.quote(str(folder / "config.yaml")),
         name=shlex.quote(estimate.layout.config.run_dir.name),
         nodes=estimate.gpus // per_node,
         gpus_per_node=per_node,

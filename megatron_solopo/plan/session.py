@@ -62,13 +62,16 @@ def choose(planner: Planner, search: Search, explain: str | None) -> Estimate:
     return search.ranked[0]
 
 
-def beside(planner: Planner) -> tuple[Planner, Estimate] | None:
-    """The best layout of the usual method where the config says solopo (and the other way round), or None."""
+def beside(planner: Planner, search: Search) -> tuple[Planner, Estimate] | None:
+    """The best layout of the usual method where the config says solopo (and the other way round), or None.
+
+    It is looked for among the best layouts of the config's own objective; among all, where none of them fits.
+    """
     name = {"solopo": "long_po", "long_po": "solopo"}.get(planner.config.objective.name)
     if name is None:
         return None
     other = planner.for_objective(name)
-    ranked = other.search().ranked
+    ranked = other.search([estimate.layout for estimate in search.ranked]).ranked or other.search().ranked
     return (other, ranked[0]) if ranked else None
 
 
@@ -96,7 +99,10 @@ def as_text(
     if vanilla is not None:
         parts.append(report.comparison(chosen, planner, vanilla[1], vanilla[0], price))
     if proofs:
-        title = "Dry run: bytes that Megatron-Core allocates on the ranks that differ, beside the estimate's"
+        title = (
+            "Dry run: bytes that Megatron-Core allocates on the ranks that differ; "
+            "what autograd keeps in its schedule\n(saved) is with plain PyTorch layers, beside the estimate for those"
+        )
         parts.append(f"{title}\n{report.proofs(proofs)}")
     return "\n\n".join(parts)
 

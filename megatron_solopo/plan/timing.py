@@ -4,6 +4,7 @@ Every pack is timed by itself; the pipeline's schedule is then simulated with th
 data-parallel rank. Costs that this trainer does not overlap (gradient reduction, parameter gather) are added whole.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,9 +117,12 @@ class Clock:
         size, chunks = self.config.parallel.pipeline_model_parallel_size, self._chunks
         layers = self.architecture.num_layers // (size * chunks) * chunks
         total = PackSeconds()
-        for pack in packs:
+        alike = Counter((pack.padded_tokens, pack.squares, pack.response_rows) for pack in packs)
+        one = {(pack.padded_tokens, pack.squares, pack.response_rows): pack for pack in packs}
+        for key, count in alike.items():
             for way in (True,) if forward_only else (True, False):
-                total += self.layer(pack, is_forward=way).times(layers) + self.head(pack, is_forward=way)
+                both = self.layer(one[key], is_forward=way).times(layers) + self.head(one[key], is_forward=way)
+                total += both.times(count)
         return total
 
     @property

@@ -9,8 +9,8 @@ import numpy as np
 from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.architecture.layout import packs_multiple, sequence_multiple
 from megatron_solopo.config import Config
-from megatron_solopo.data.batch_plan import check_batch_size, plan_global_batch
-from megatron_solopo.data.sizes import IntArray, context_and_response, padded_lengths, triplet_sizes
+from megatron_solopo.data.batch_plan import RankPacks, check_batch_size, plan_global_batch
+from megatron_solopo.data.sizes import IntArray, TripletSizes, context_and_response, padded_lengths, triplet_sizes
 from megatron_solopo.objective import required_roles
 
 _SEED = 0
@@ -126,12 +126,13 @@ class Packer:
         generator = np.random.default_rng(_SEED)
         # A batch of a data set that is smaller repeats rows: the trainer refuses that, a plan is still useful.
         self.rows = generator.permutation(available)[:size] if available >= size else np.arange(size) % available
-        self._cache: dict[tuple[int, ...], BatchShape] = {}
+        self._sizes_by_multiple: dict[int, TripletSizes] = {}
+        self._plans: dict[tuple[int, ...], RankPacks] = {}
+        self._shapes: dict[tuple[tuple[int, ...], int, int], BatchShape] = {}
 
     def largest(self, multiple: int, whole: int) -> int:
         """Padded tokens of the largest triplet, in a pack of its own."""
-        sizes = triplet_sizes(self.workload.prompts, self.workload.responses, self.roles, multiple)
-        return int(padded_lengths(sizes.padded_tokens.max(), whole))
+        return int(padded_lengths(self._sizes(multiple).padded_tokens.max(), whole))
 
     def pack(self, config: Config, data_parallel_size: int) -> BatchShape:
         """The batch under a layout.
@@ -151,28 +152,38 @@ class Packer:
                 f"the largest triplet needs {largest:,} padded tokens (multiples of {multiple}), more than "
                 f"data.max_tokens_per_pack={budget}; raise it to that"
             )
-        key = (multiple, whole, packs, data_parallel_size, cp, budget)
-        if key not in self._cache:
-            self._cache[key] = self._pack(multiple, whole, packs, data_parallel_size, cp, budget)
-        return self._cache[key]
+        key = (multiple, budget // whole * whole, packs, data_parallel_size)
+        if (key, whole, cp) not in self._shapes:
+            if key not in self._plans:
+                self._plans[key] = self._plan(*key)
+            self._shapes[key, whole, cp] = self._batch(self._plans[key], multiple, whole, cp)
+        return self._shapes[key, whole, cp]
 
-    def _pack(self, multiple: int, whole: int, packs: int, ranks: int, cp: int, budget: int) -> BatchShape:
-        sizes = triplet_sizes(self.workload.prompts, self.workload.responses, self.roles, multiple)
-        planned = plan_global_batch(
-            sizes.select(self.rows),
-            max_tokens=budget // whole * whole,
+    def _sizes(self, multiple: int) -> TripletSizes:
+        if multiple not in self._sizes_by_multiple:
+            workload = self.workload
+            sizes = triplet_sizes(workload.prompts, workload.responses, self.roles, multiple)
+            self._sizes_by_multiple[multiple] = sizes
+        return self._sizes_by_multiple[multiple]
+
+    def _plan(self, multiple: int, budget: int, packs: int, ranks: int) -> RankPacks:
+        return plan_global_batch(
+            self._sizes(multiple).select(self.rows),
+            max_tokens=budget,
             max_triplets=self.config.data.max_triplets_per_pack,
             num_ranks=ranks,
             packs_multiple=packs,
         )
+
+    def _batch(self, planned: RankPacks, multiple: int, whole: int, cp: int) -> BatchShape:
+        sizes = self._sizes(multiple)
         loads = [sum(int(sizes.cost[self.rows[pack]].sum()) for pack in rank) for rank in planned]
         heaviest = planned[loads.index(max(loads))]
-        shapes = tuple(self._shape(self.rows[pack], multiple, whole, cp) for pack in heaviest)
         positions = sum(
             int(padded_lengths(sizes.padded_tokens[self.rows[pack]].sum(), whole)) for rank in planned for pack in rank
         )
         return BatchShape(
-            heaviest_rank=shapes,
+            heaviest_rank=tuple(self._shape(self.rows[pack], multiple, whole, cp) for pack in heaviest),
             num_triplets=len(self.rows),
             num_packs=sum(len(rank) for rank in planned),
             pad_waste=1 - int(sizes.tokens[self.rows].sum()) / positions,
