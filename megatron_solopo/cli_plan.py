@@ -1,6 +1,5 @@
 """`megatron-solopo plan`: what fits, how long it takes, what it costs."""
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,19 +93,21 @@ def plan(
     chosen = session.choose(planner, search, explain)
     vanilla = session.beside(planner, search) if explain is None else None
     proofs = prove(planner, chosen) if dry_run else []
-    told = (planner, search, chosen, vanilla, proofs)
-    if as_json:
-        click.echo(json.dumps(session.as_object(*told, price=price, top=top), indent=2))
-    else:
-        click.echo(session.as_text(*told, price=price, top=top))
+    tell = session.as_json_text if as_json else session.as_text
+    click.echo(tell(planner, search, chosen, vanilla, proofs, price=price, top=top))
     if emit_sbatch is not None:
         write_sbatch(chosen, run_of(chosen, workload, price), emit_sbatch)
     if picture is not None:
-        from megatron_solopo.plan.picture import draw
-
         draw(chosen, picture)
     if any(proof.difference for proof in proofs):
         raise ValueError("--dry-run: the estimate differs from what Megatron-Core allocates; see the table above")
+
+
+def draw(chosen: "Estimate", path: Path) -> None:
+    """Draw the picture; matplotlib is slow to import."""
+    from megatron_solopo.plan.picture import draw as draw_plan
+
+    draw_plan(chosen, path)
 
 
 def prove(planner: "Planner", chosen: "Estimate") -> "list[Proof]":

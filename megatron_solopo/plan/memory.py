@@ -44,6 +44,7 @@ class StageMemory:
     host: float
     """Pinned memory on the host; not part of the total."""
     packs_in_flight: int
+    """Passes through one model chunk, of which a rank has several in the interleaved schedule."""
 
     @property
     def parts(self) -> dict[str, float]:

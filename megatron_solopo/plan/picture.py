@@ -11,8 +11,8 @@ from megatron_solopo.plan.search import Estimate
 
 matplotlib.use("Agg")
 
-_MOST_SPANS = 4000
-"""Beyond that, the timeline's later part is left out: it repeats."""
+_ROUNDS = 6
+"""Rounds of the schedule that are drawn; the rest repeats them."""
 
 
 def draw(estimate: Estimate, path: Path) -> None:
@@ -43,7 +43,8 @@ def _draw_memory(estimate: Estimate, axis: Any) -> None:
 
 def _draw_timeline(estimate: Estimate, axis: Any) -> None:
     stages = estimate.time.timeline.stages
-    shown = max(1, _MOST_SPANS // len(stages))
+    chunks = 1 + max(span.work.chunk for span in stages[0])
+    shown = _ROUNDS * max(2, len(stages)) * chunks
     for rank, spans in enumerate(stages):
         for is_forward, color in ((True, "tab:blue"), (False, "tab:green")):
             bars = [(span.start, span.end - span.start) for span in spans[:shown] if span.work.is_forward is is_forward]
@@ -51,7 +52,7 @@ def _draw_timeline(estimate: Estimate, axis: Any) -> None:
     axis.broken_barh([], (0, 0), facecolors="tab:blue", label="forward")
     axis.broken_barh([], (0, 0), facecolors="tab:green", label="backward")
     axis.set(
-        title=f"one step's pipeline, estimated: {estimate.time.timeline.bubble:.1%} waiting",
+        title=f"beginning of one step's pipeline; waiting over the whole step: {estimate.time.timeline.bubble:.1%}",
         xlabel="seconds",
         ylabel="pipeline rank",
         yticks=range(len(stages)),

@@ -1,9 +1,11 @@
 """What a plan says of a layout: the length and price of the run, utilization, the keys that make it."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_solopo.architecture.flops import forward_flops
+from megatron_solopo.config import Config
 from megatron_solopo.plan.search import Estimate, Planner
 from megatron_solopo.plan.workload import Workload
 
@@ -95,30 +97,36 @@ def as_json(estimate: Estimate, planner: Planner, price: float | None) -> dict[s
         "hours": run.hours,
         "gpu_hours": run.gpu_hours,
         "cost": run.cost,
-        "overrides": overrides(estimate),
+        "overrides": overrides(estimate, planner.config),
     }
 
 
-def overrides(estimate: Estimate) -> list[str]:
-    """Dotted keys that make this layout of any config."""
-    config = estimate.layout.config
-    sections = {
-        "parallel": (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "virtual_pipeline_model_parallel_size",
-            "context_parallel_size",
-            "cp_comm_type",
-            "recompute_granularity",
-        ),
-        "model": ("fp8",),
-        "optimizer": ("optimizer_offload_fraction",),
-    }
-    found = []
-    for section, names in sections.items():
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            found.append(f"{section}.{name}={'null' if value is None else value}")
-    if config.parallel.recompute_granularity == "selective":
-        found.append(f"parallel.recompute_modules=[{','.join(config.parallel.recompute_modules)}]")
-    return found
+_ALWAYS_SHOWN = {
+    "parallel": (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "context_parallel_size",
+        "cp_comm_type",
+        "recompute_granularity",
+    ),
+    "model": ("fp8",),
+    "optimizer": ("optimizer_offload_fraction",),
+}
+
+
+def overrides(estimate: Estimate, base: Config) -> list[str]:
+    """Dotted keys that make this layout of the configuration that the plan began with."""
+    found = {}
+    for section, shown in _ALWAYS_SHOWN.items():
+        given = getattr(base, section).model_dump()
+        for name, value in getattr(estimate.layout.config, section).model_dump().items():
+            if name in shown or value != given[name]:
+                found[f"{section}.{name}"] = value
+    return [f"{key}={_as_yaml(value)}" for key, value in found.items()]
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(value)}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

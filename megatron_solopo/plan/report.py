@@ -61,7 +61,7 @@ def explanation(estimate: Estimate, planner: Planner, price: float | None) -> st
         f"Packing: {estimate.batch.num_packs} packs of {estimate.batch.num_triplets} triplets, "
         f"{estimate.batch.pad_waste:.2%} padding, balance {estimate.batch.balance:.3f} (1: all ranks work alike)",
         *_run_lines(run),
-        "Overrides: " + " ".join(overrides(estimate)),
+        "Overrides: " + " ".join(overrides(estimate, planner.config)),
     ]
     return "\n".join(lines)
 

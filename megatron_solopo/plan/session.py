@@ -1,8 +1,8 @@
 """What the command `plan` does, step by step: read, choose, compare, tell."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_solopo.architecture.huggingface import read_architecture
 from megatron_solopo.config import Config
@@ -107,7 +107,7 @@ def as_text(
     return "\n\n".join(parts)
 
 
-def as_object(
+def as_json_text(
     planner: Planner,
     search: Search,
     chosen: Estimate,
@@ -116,9 +116,9 @@ def as_object(
     *,
     price: float | None,
     top: int,
-) -> dict[str, Any]:
-    """The same for machines."""
-    return {
+) -> str:
+    """The same for machines: one object."""
+    found = {
         "model_parameters": planner.architecture.num_parameters,
         "gpu": planner.gpu.model_dump(),
         "efficiency": planner.efficiency.model_dump(),
@@ -130,3 +130,4 @@ def as_object(
         "refused": [vars(each) for each in search.refused],
         "dry_run": [proof.as_json() for proof in proofs],
     }
+    return json.dumps(found, indent=2)

@@ -107,7 +107,7 @@ def test_state_is_what_the_training_process_holds_to_the_byte(case: Case, models
 def test_activations_are_those_that_autograd_keeps(case: Case, models: Path, held: dict) -> None:
     config = case.config(models)
     architecture = read_architecture(config.model.path)
-    with_masks = "context_parallel_size" in case.parallel and "recompute_granularity" not in case.parallel
+    with_masks = "context_parallel_size" in case.parallel
     for rank in held[case.name]:
         alive = alive_bytes(architecture, config, rank.pipeline_rank, shapes(config), local=True)
         assert alive.most == pytest.approx(rank.saved, rel=MASKS_TOLERANCE if with_masks else ACTIVATION_TOLERANCE)

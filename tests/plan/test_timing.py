@@ -7,9 +7,9 @@ import pytest
 from megatron_solopo.plan.efficiency import Efficiency
 from megatron_solopo.plan.gpus import GPUS
 from megatron_solopo.plan.layouts import Layout, make_layout, with_keys
-from megatron_solopo.plan.plan import model_flops_utilization, run_of
+from megatron_solopo.plan.plan import model_flops_utilization, overrides, run_of
 from megatron_solopo.plan.search import Estimate, Planner
-from tests.plan.models import make_planner
+from tests.plan.models import load_example, make_planner
 
 PERFECT = Efficiency(gemm=1, fp8_gemm=1, attention=1, head=1, memory=1, message_seconds=0)
 
@@ -83,3 +83,15 @@ def test_fp8_speeds_up_matrix_products_alone() -> None:
     planner = make_planner(gpus=1)
     plain, fp8 = estimate(planner).time.compute, estimate(planner, model={"fp8": "hybrid"}).time.compute
     assert fp8.gemm < plain.gemm and fp8.attention == pytest.approx(plain.attention, rel=1e-3)
+
+
+def test_the_overrides_make_the_layout_of_the_configuration_given() -> None:
+    given = [
+        "parallel.sequence_parallel=false",
+        "parallel.recompute_granularity=full",
+        "parallel.recompute_num_layers=4",
+    ]
+    planner = make_planner("llama-3.1-8b", *given, gpus=8, vary=("recompute",))
+    for estimate in planner.search().ranked:
+        found = load_example("llama-3.1-8b", *given, *overrides(estimate, planner.config))[0]
+        assert found == estimate.layout.config
