@@ -35,14 +35,12 @@ from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules, to_meg
 from megatron_solopo.config import Config, ObjectiveConfig
 from megatron_solopo.config_file import parse_config
 from megatron_solopo.data.packing import Pack, build_pack
-from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.precision import assign, check_precision
 from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.objective import metric_names, required_roles
 from megatron_solopo.parallel import topology as process_groups
-from megatron_solopo.parallel.alignment import pack_multiple
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.policy import Policy

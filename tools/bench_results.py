@@ -102,9 +102,9 @@ class Results:
 
     def _size(self, system: str, long_tokens: int) -> tuple[int, float]:
         """Tokens and model FLOPs of one step."""
+        from megatron_solopo.architecture.huggingface import read_architecture
         from megatron_solopo.config_file import parse_config
         from megatron_solopo.data.packing import build_pack
-        from megatron_solopo.model.architecture import read_architecture
         from megatron_solopo.objective import required_roles
         from megatron_solopo.train.cost import training_flops
 

@@ -17,6 +17,7 @@ the same thing, and loss and gradient norm can be compared. OVERRIDES are keys o
 """
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -174,7 +175,12 @@ def main(
         model = f"{shape}, {number} of {SHAPES[shape]['num_hidden_layers']} layers, random weights"
         head = {"model": model, **device_facts(), **environment(_PACKAGES), "commit": commit or source_commit()}
         head["sizes"] = {key: value for key, value in vars(plan).items() if key not in ("configs", "model_path")}
-        head |= {"configs": plan.configs, "notes": _NOTES}
+        # The model's shape too: `megatron-solopo plan --calibration` reads it.
+        head |= {
+            "configs": plan.configs,
+            "notes": _NOTES,
+            "architecture": json.loads((folder / "config.json").read_text()),
+        }
         results = Results(plan, head, json_path)
         plan_file = plan.write(folder / "plan.json")
         for script, served in (("bench_ours.py", OURS), ("bench_trl.py", (TRL,))):
@@ -184,7 +190,7 @@ def main(
     results.save()
     if not results.rows:
         raise click.ClickException("; ".join(results.failures))
-    head = {key: value for key, value in head.items() if key not in ("sizes", "configs", "notes")}
+    head = {key: value for key, value in head.items() if key not in ("sizes", "configs", "notes", "architecture")}
     click.echo("\n".join(f"{key}: {value}" for key, value in (head | results.facts).items()))
     click.echo("\n" + "\n".join(f"- {note}" for note in _NOTES))
     click.echo(f"\n{markdown(results.rows, results.variants)}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, huggingface_tensors, rules
 from megatron_solopo.checkpoint.megatron import MegatronDirectory
@@ -20,7 +21,6 @@ from megatron_solopo.checkpoint.model_files import MANIFEST, read_model_files, s
 from megatron_solopo.checkpoint.safetensors_writer import SafetensorsWriter
 from megatron_solopo.checkpoint.verify import Report, Verification, to_dtype, verify
 from megatron_solopo.files import atomic_path, check_writable
-from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model_directory import HUGGINGFACE_FOLDER, is_megatron_checkpoint
 from megatron_solopo.progress import bar_style
 

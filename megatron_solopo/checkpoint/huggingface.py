@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.checkpoint.mapping import (
     HF_EMBEDDING,
     HF_OUTPUT,
@@ -17,7 +18,6 @@ from megatron_solopo.checkpoint.mapping import (
     huggingface_shapes,
     rules,
 )
-from megatron_solopo.model.architecture import Architecture
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

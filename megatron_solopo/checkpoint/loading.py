@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.checkpoint.distributed import load_parameters
 from megatron_solopo.checkpoint.huggingface import SafetensorsDirectory
 from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, rules, to_megatron
 from megatron_solopo.checkpoint.megatron import MegatronDirectory
-from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.precision import assign
 from megatron_solopo.model_directory import is_megatron_checkpoint

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
 from megatron_solopo.checkpoint.loading import global_parameters, load_weights
 from megatron_solopo.checkpoint.mapping import rules
 from megatron_solopo.config import ModelConfig, ParallelConfig
-from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.parallel import topology

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_solopo.model.architecture import Architecture
+from megatron_solopo.architecture.huggingface import Architecture
 
 Fusion = Literal["copy", "vocab", "qkv", "gate_up"]
 Index = tuple[slice, ...]

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, L
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.checkpoint.huggingface import DTYPES
 from megatron_solopo.checkpoint.mapping import ReadRows, Rule, megatron_shape, rules
-from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.model_directory import METADATA, is_megatron_checkpoint
 
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")

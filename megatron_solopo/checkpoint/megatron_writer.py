@@ -28,9 +28,9 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import BytesIOWriteData, TensorWriteData, WriteItem, WriteItemType
 
+from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
 from megatron_solopo.checkpoint.mapping import Rule, megatron_rows, megatron_shape, rules
-from megatron_solopo.model.architecture import Architecture
 
 # Small enough for the allocator to use the same memory again: fresh pages for every piece double the time.
 _PIECE_BYTES = 1 << 24

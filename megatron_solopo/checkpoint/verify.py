@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory, bitwise_equal
 from megatron_solopo.checkpoint.logits import LOGITS_LIMIT, logits_error, memory_missing
 from megatron_solopo.checkpoint.mapping import huggingface_tensors, rules
 from megatron_solopo.checkpoint.megatron import MegatronDirectory
-from megatron_solopo.model.architecture import Architecture, read_architecture
 
 Verification = Literal["full", "tensors", "none"]
 _SHOWN = 5

@@ -62,6 +62,20 @@ def plan_global_batch(
     return _share_out(_split(packs, sizes, target), sizes, max_tokens, max_triplets, num_ranks)
 
 
+def check_batch_size(global_batch_size: int, num_ranks: int, packs_multiple: int) -> None:
+    """Raise ValueError if batches of this size could come to one that the ranks cannot share, however far into a run.
+
+    Args are those of `plan_global_batch`.
+    """
+    share = num_ranks * packs_multiple
+    if global_batch_size % share:
+        raise ValueError(
+            f"training.global_batch_size={global_batch_size}: must be a multiple of {share} "
+            f"({num_ranks} data-parallel ranks x a multiple of {packs_multiple} packs on each); "
+            f"change it or parallel.*"
+        )
+
+
 def plan_single_pass(
     sizes: Sequence[TripletSize],
     *,

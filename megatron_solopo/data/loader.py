@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_solopo.data.batch_plan import RankPacks, plan_global_batch, plan_single_pass
+from megatron_solopo.data.batch_plan import RankPacks, check_batch_size, plan_global_batch, plan_single_pass
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.packing import Pack, build_pack
 from megatron_solopo.data.sizes import IntArray, TripletSizes, padded_lengths
@@ -96,14 +96,7 @@ class GlobalBatchLoader:
                 f"data.path holds {len(dataset)} triplets, fewer than one global batch of {global_batch_size}; "
                 f"lower training.global_batch_size or prepare more data"
             )
-        # Any other size could come to a batch that the ranks cannot share, thousands of steps into a run.
-        share = packing.dp_size * packing.packs_multiple
-        if global_batch_size % share:
-            raise ValueError(
-                f"training.global_batch_size={global_batch_size}: must be a multiple of {share} "
-                f"({packing.dp_size} data-parallel ranks x a multiple of {packing.packs_multiple} packs on each); "
-                f"change it or parallel.*"
-            )
+        check_batch_size(global_batch_size, packing.dp_size, packing.packs_multiple)
         self._packer = _Packer(dataset, roles, packing)
         self._identity = {"seed": seed, "dataset_length": len(dataset), "global_batch_size": global_batch_size}
         self.consumed_triplets = 0

@@ -7,88 +7,13 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
+from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.layout import check_layout, padded_vocab_size
 from megatron_solopo.config import ModelConfig, ParallelConfig
-from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.model.fusion import supports_gradient_accumulation_fusion
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.precision import precision_settings
 from megatron_solopo.model.spec import layer_spec, uses_transformer_engine
-
-_VOCAB_MULTIPLE_PER_RANK = 128
-
-
-def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Vocabulary rows to allocate: Megatron's usual multiple of 128 x TP, so that shards are equal and fast."""
-    multiple = _VOCAB_MULTIPLE_PER_RANK * tensor_model_parallel_size
-    return -(-vocab_size // multiple) * multiple
-
-
-def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Refuse a layout that does not divide the model; raises ValueError naming both numbers and the key."""
-    tp = parallel.tensor_model_parallel_size
-    for what, count in (
-        ("attention heads", architecture.num_attention_heads),
-        ("feed-forward columns", architecture.ffn_hidden_size),
-    ):
-        if count % tp:
-            raise ValueError(f"parallel.tensor_model_parallel_size={tp} does not divide the model's {count} {what}")
-    groups = architecture.num_query_groups
-    if groups % tp and tp % groups:
-        raise ValueError(
-            f"parallel.tensor_model_parallel_size={tp} is neither a divisor nor a multiple of the model's "
-            f"{groups} key-value heads"
-        )
-    if parallel.uses_sequence_parallel and tp == 1:
-        raise ValueError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1")
-    chunks = parallel.virtual_pipeline_model_parallel_size
-    stages = parallel.pipeline_model_parallel_size * (chunks or 1)
-    if chunks is not None and parallel.pipeline_model_parallel_size == 1:
-        raise ValueError(
-            f"parallel.virtual_pipeline_model_parallel_size={chunks} needs parallel.pipeline_model_parallel_size > 1"
-        )
-    layers_per_stage = architecture.num_layers // stages
-    if parallel.recompute_granularity == "full" and parallel.recompute_num_layers > max(layers_per_stage, 1):
-        raise ValueError(
-            f"parallel.recompute_num_layers={parallel.recompute_num_layers} is more than the {layers_per_stage} "
-            "layers of a pipeline stage"
-        )
-    if architecture.num_layers % stages:
-        raise ValueError(
-            f"the model's {architecture.num_layers} layers do not divide into {stages} pipeline stages "
-            "(parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size)"
-        )
-    _check_exchange_by_heads(architecture, parallel)
-    _check_activation_offload(architecture, parallel)
-
-
-def _check_exchange_by_heads(architecture: Architecture, parallel: ParallelConfig) -> None:
-    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-    if parallel.cp_comm_type != "a2a":
-        return
-    for what, count in (
-        ("attention heads", architecture.num_attention_heads // tp),
-        ("key-value heads", max(architecture.num_query_groups // tp, 1)),
-    ):
-        if count % cp:
-            raise ValueError(
-                f"parallel.cp_comm_type=a2a: the {count} {what} of a tensor-parallel rank do not divide by "
-                f"parallel.context_parallel_size={cp}; set parallel.cp_comm_type=p2p"
-            )
-
-
-def _check_activation_offload(architecture: Architecture, parallel: ParallelConfig) -> None:
-    count = parallel.cpu_offloading_num_layers
-    if not count:
-        return
-    problem = ""
-    if parallel.pipeline_model_parallel_size > 1:
-        problem = "needs parallel.pipeline_model_parallel_size=1"
-    elif parallel.recompute_granularity is not None:
-        problem = "needs parallel.recompute_granularity=null"
-    elif count >= architecture.num_layers:
-        problem = f"must be below the model's {architecture.num_layers} layers"
-    if problem:
-        raise ValueError(f"parallel.cpu_offloading_num_layers={count} {problem}")
 
 
 def transformer_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:

@@ -8,10 +8,10 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from megatron_solopo.architecture.fp8 import check_fp8
+from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.model.spec import uses_transformer_engine
-from megatron_solopo.parallel.alignment import FP8_MULTIPLES
 
 # Transformer Engine's own question for each recipe; what to take instead where the answer is no.
 _AVAILABLE = {
@@ -36,14 +36,14 @@ def check_precision(
 
     Raises ValueError naming the key, the reason and, for a recipe, the nearest one that can serve.
     """
+    check_fp8(architecture, model, parallel, optimizer)
     if model.fp8 is None:
-        for key in ("fp8_param", "first_last_layers_bf16"):
-            if getattr(model, key):
-                raise ValueError(f"model.{key}=true needs model.fp8=hybrid or e4m3")
         return
-    _check_combination(model, optimizer)
-    _check_bfloat16_layers(architecture, model, parallel)
-    _check_widths(architecture, model, parallel)
+    if model.fp8_param and Version(megatron.core.__version__) < _FP8_PARAM_SINCE:
+        raise ValueError(
+            f"model.fp8_param=true needs megatron-core {_FP8_PARAM_SINCE} or newer (Python 3.12), which writes such "
+            f"weights to checkpoints; {megatron.core.__version__} is installed. Set it to false"
+        )
     if not uses_transformer_engine(model):
         raise ValueError(
             f"model.fp8={model.fp8} needs Transformer Engine on a CUDA device, model.dtype=bfloat16 and "
@@ -54,60 +54,6 @@ def check_precision(
         can = next((recipe for recipe in _NEAREST[model.fp8_recipe] if not unavailable(recipe)), None)
         nearest = f"model.fp8_recipe={can}" if can else "model.fp8=null (bfloat16)"
         raise ValueError(f"model.fp8_recipe={model.fp8_recipe} cannot run here: {reason}; the nearest is {nearest}")
-
-
-def _check_combination(model: ModelConfig, optimizer: OptimizerConfig) -> None:
-    if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
-        raise ValueError(
-            "model.first_last_layers_bf16=true has no meaning with model.fp8_recipe=delayed, which scales all layers "
-            "together; set model.fp8_recipe to tensorwise or blockwise"
-        )
-    if not model.fp8_param:
-        return
-    if model.fp8_recipe == "mxfp8":
-        raise ValueError("model.fp8_param=true is not supported with model.fp8_recipe=mxfp8; set it to false")
-    if Version(megatron.core.__version__) < _FP8_PARAM_SINCE:
-        raise ValueError(
-            f"model.fp8_param=true needs megatron-core {_FP8_PARAM_SINCE} or newer (Python 3.12), which writes such "
-            f"weights to checkpoints; {megatron.core.__version__} is installed. Set it to false"
-        )
-    if not optimizer.use_distributed_optimizer:
-        raise ValueError("model.fp8_param=true needs optimizer.use_distributed_optimizer=true")
-    if optimizer.optimizer_offload_fraction:
-        raise ValueError(
-            "model.fp8_param=true is not supported with optimizer.optimizer_offload_fraction="
-            f"{optimizer.optimizer_offload_fraction}; set one of them to its default"
-        )
-
-
-def _check_bfloat16_layers(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Megatron wants those layers on the first and on the last pipeline stage."""
-    if not model.first_last_layers_bf16:
-        return
-    layers = architecture.num_layers // parallel.pipeline_model_parallel_size
-    for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
-        if getattr(model, key) > layers:
-            raise ValueError(
-                f"model.{key}={getattr(model, key)} is more than the {layers} layers of a pipeline stage "
-                f"(parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size})"
-            )
-
-
-def _check_widths(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Both sides of every weight matrix of a rank must suit the kernels, as the tokens must."""
-    tp, multiple = parallel.tensor_model_parallel_size, FP8_MULTIPLES[model.fp8_recipe]
-    a = architecture
-    for what, width in (
-        ("hidden size", a.hidden_size),
-        ("attention heads x head_dim / TP", a.num_attention_heads * a.head_dim // tp),
-        ("queries, keys and values / TP", (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim // tp),
-        ("feed-forward columns / TP", a.ffn_hidden_size // tp),
-    ):
-        if width % multiple:
-            raise ValueError(
-                f"model.fp8_recipe={model.fp8_recipe} needs matrices of multiples of {multiple}, but {what} is {width} "
-                f"(parallel.tensor_model_parallel_size={tp}); choose another recipe, a smaller TP, or model.fp8=null"
-            )
 
 
 def unavailable(recipe: FP8Recipe) -> str:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_solopo.architecture.layout import check_world_size, packs_multiple, sequence_multiple
 from megatron_solopo.config import ParallelConfig
 from megatron_solopo.parallel import cpu
 
@@ -28,12 +29,12 @@ class Topology:
     @property
     def sequence_multiple(self) -> int:
         """Every packed sequence is padded to a multiple of this: 2 x CP x TP."""
-        return 2 * self.context_group.size() * self.tensor_group.size()
+        return sequence_multiple(self.tensor_group.size(), self.context_group.size())
 
     @property
     def packs_multiple(self) -> int:
         """The interleaved schedule needs micro-batches in multiples of the pipeline size."""
-        return self.pipeline_group.size() if self.num_model_chunks > 1 else 1
+        return packs_multiple(self.pipeline_group.size(), self.num_model_chunks)
 
     @property
     def is_last_stage(self) -> bool:
@@ -46,27 +47,12 @@ class Topology:
         return dist.get_global_rank(self.pipeline_group, self.pipeline_group.size() - 1)
 
 
-def check_world_size(config: ParallelConfig, world_size: int) -> None:
-    """Refuse a world size that the parallel sizes do not divide.
-
-    Raises ValueError naming the sizes and what to change.
-    """
-    if world_size % config.model_parallel_size:
-        raise ValueError(
-            f"{world_size} processes, but parallel.tensor_model_parallel_size="
-            f"{config.tensor_model_parallel_size} x pipeline_model_parallel_size="
-            f"{config.pipeline_model_parallel_size} x context_parallel_size={config.context_parallel_size} "
-            f"= {config.model_parallel_size} must divide them; launch a multiple of {config.model_parallel_size} "
-            "(torchrun --nproc-per-node) or change parallel.*"
-        )
-
-
 def initialize(config: ParallelConfig, seed: int) -> Topology:
     """Join the process group that torchrun describes (or make one of a single process) and split it.
 
     Raises ValueError for a world size that does not fit, before any process waits for another.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" not in os.environ and tasks != "1":
         raise ValueError(

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, sequential_batches
 from megatron_solopo.objective import required_roles
-from megatron_solopo.parallel.alignment import pack_multiple
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.progress import bar_style
 

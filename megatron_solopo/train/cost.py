@@ -5,48 +5,30 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_solopo.architecture.flops import forward_flops
+from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.data.packing import Pack
-from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.parallel.cpu import is_cpu
-
-# Dense bfloat16 peak in FLOP/s (NVIDIA data sheets, no sparsity) by a part of the device name: the first that fits.
-_PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GB200": 2500e12,
-    "B200": 2250e12,
-}
+from megatron_solopo.plan.gpus import bf16_peak
 
 
 def training_flops(architecture: Architecture, packs: Sequence[Pack]) -> float:
     """Model FLOPs of forward and backward over these packs: recomputation and padding do not count.
 
-    Linear layers cost 2 FLOPs per weight and token; causal attention 2 x heads x head_dim x L^2 per
-    sequence of length L and layer (half of the full square, for scores and for values); the output
-    layer is paid for response tokens alone. Backward is twice forward.
+    Backward is twice forward; see `megatron_solopo.architecture.flops`.
     """
-    a = architecture
-    queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    layer_weights = a.hidden_size * (2 * queries + 2 * keys) + 3 * a.hidden_size * a.ffn_hidden_size
-    flops = 0.0
-    for pack in packs:
-        lengths = pack.sequence_lengths_S.double()
-        linear = 2.0 * layer_weights * float(lengths.sum())
-        attention = 2.0 * queries * float(lengths.square().sum())
-        head = 2.0 * a.hidden_size * a.vocab_size * float(pack.response_lengths_S.sum())
-        flops += a.num_layers * (linear + attention) + head
-    return 3.0 * flops
+    lengths = [pack.sequence_lengths_S.double() for pack in packs]
+    tokens = sum(float(each.sum()) for each in lengths)
+    squares = sum(float(each.square().sum()) for each in lengths)
+    responses = sum(float(pack.response_lengths_S.sum()) for pack in packs)
+    return 3.0 * forward_flops(architecture, tokens, squares, responses).total
 
 
 def peak_flops() -> float | None:
     """Dense bfloat16 peak of this device, or None where it is not known (a CPU, another GPU)."""
     if is_cpu():
         return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
+    return bf16_peak(torch.cuda.get_device_name())
 
 
 def reset_peak_memory() -> None:

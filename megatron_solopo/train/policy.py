@@ -12,7 +12,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_solopo.checkpoint.loading import load_weights
 from megatron_solopo.config import Config
 from megatron_solopo.data.packing import Pack
-from megatron_solopo.model.architecture import read_architecture
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.microbatch import Microbatch

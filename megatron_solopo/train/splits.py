@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import PreparedManifest, load_prepared
 from megatron_solopo.data.tokenizer import load_tokenizer
-from megatron_solopo.model.architecture import Architecture
 from megatron_solopo.model_directory import huggingface_directory
 from megatron_solopo.objective import required_roles
 

@@ -50,6 +50,24 @@ def run_schedule(
     Returns the third value of `loss_function(microbatch)(output)` for each pack, in order, on the
     last pipeline stage; an empty list on the others.
     """
+    microbatches = [shard_pack(pack, topology) for pack in packs]
+    return run_microbatches(chunks, microbatches, loss_function, forward_only=forward_only)
+
+
+def run_microbatches(
+    chunks: Sequence[torch.nn.Module],
+    microbatches: Sequence[Microbatch],
+    loss_function: Callable[[Microbatch], LossFunction],
+    *,
+    forward_only: bool,
+    seq_length: int = 1,
+) -> list[Tensor]:
+    """`run_schedule` for packs that are cut and on their device already.
+
+    Args:
+        seq_length: positions of every pack, read only where `variable_seq_lengths` is off; with it, shapes
+            travel with the messages.
+    """
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         microbatch = next(iterator)
@@ -57,15 +75,14 @@ def run_schedule(
         return output, loss_function(microbatch)
 
     # Every virtual stage consumes the same packs again, each through an iterator of its own.
-    microbatches = [shard_pack(pack, topology) for pack in packs]
     iterators = [iter(microbatches) for _ in chunks]
     several = len(chunks) > 1
     reports: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if several else iterators[0],
         model=list(chunks) if several else chunks[0],
-        num_microbatches=len(packs),
-        seq_length=1,  # ignored: shapes travel with the messages
+        num_microbatches=len(microbatches),
+        seq_length=seq_length,
         micro_batch_size=1,
         forward_only=forward_only,
     )

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.layout import check_layout
 from megatron_solopo.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_solopo.checkpoint.model_files import read_model_files
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import check_not_by_hand, save_config
 from megatron_solopo.data.loader import GlobalBatch
 from megatron_solopo.files import check_writable, read_jsonl, sha256_file
-from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model.build import check_layout
 from megatron_solopo.model.precision import check_precision, precision_settings
 from megatron_solopo.model.spec import uses_transformer_engine

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_solopo.architecture.huggingface import read_architecture
 from megatron_solopo.checkpoint.convert import export_model, import_model, verify_models
 from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.checkpoint.huggingface import bitwise_equal
 from megatron_solopo.checkpoint.loading import global_parameters, load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.data.tokenizer import load_tokenizer
-from megatron_solopo.model.architecture import read_architecture
 from megatron_solopo.model.build import build_model
 from tests.distributed import run_distributed
 from tests.prepared import make_tokenizer

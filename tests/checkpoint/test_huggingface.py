@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.checkpoint.loading import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
-from megatron_solopo.model.architecture import read_architecture
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from tests.ranks import layout

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.logprob import vocab_parallel
 from megatron_solopo.logprob.vocab_parallel import label_logprobs
-from megatron_solopo.model.build import padded_vocab_size
 from megatron_solopo.parallel.topology import Topology
 from tests.ranks import layout, two_ranks
 

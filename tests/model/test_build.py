@@ -1,97 +1,15 @@
-"""Layouts that do not fit a model are refused with both numbers and the key; the vocabulary is padded evenly."""
+"""A built model is the architecture that its config.json describes."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
+from megatron_solopo.architecture.huggingface import read_architecture
 from megatron_solopo.config import ModelConfig, ParallelConfig
-from megatron_solopo.model.architecture import Architecture, read_architecture
-from megatron_solopo.model.build import build_model, check_layout, padded_vocab_size
+from megatron_solopo.model.build import build_model
 from tests.ranks import layout
 from tests.tiny_models import FAMILIES
-
-
-@pytest.fixture(scope="module")
-def architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
-    """4 layers, 4 heads, 2 key-value heads, 48 feed-forward columns."""
-    path = tmp_path_factory.mktemp("model")
-    FAMILIES["llama3"].save_pretrained(path)
-    return read_architecture(path)
-
-
-def sizes(tensor: int = 1, pipeline: int = 1, chunks: int | None = None, **more: Any) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=chunks,
-        **more,
-    )
-
-
-@pytest.mark.parametrize(
-    "parallel",
-    [
-        sizes(),
-        sizes(2),
-        sizes(4),
-        sizes(pipeline=4),
-        sizes(pipeline=2, chunks=2),
-        sizes(4, 2),
-        sizes(2, 2, 2),
-        sizes(sequence_parallel=False),
-        sizes(2, sequence_parallel=True),
-        sizes(context_parallel_size=8),
-        sizes(context_parallel_size=2, cp_comm_type="a2a"),
-        sizes(cpu_offloading_num_layers=3),
-    ],
-)
-def test_a_layout_that_divides_the_model_is_accepted(architecture: Architecture, parallel: ParallelConfig) -> None:
-    check_layout(architecture, parallel)
-
-
-@pytest.mark.parametrize(
-    ("parallel", "changes", "words"),
-    [
-        (sizes(3), {}, ["tensor_model_parallel_size=3", "4 attention heads"]),
-        (sizes(8), {}, ["tensor_model_parallel_size=8", "4 attention heads"]),
-        (sizes(4), {"ffn_hidden_size": 50}, ["tensor_model_parallel_size=4", "50 feed-forward columns"]),
-        (sizes(4), {"num_query_groups": 6, "num_attention_heads": 12}, ["tensor_model_parallel_size=4", "6 key-value"]),
-        (sizes(sequence_parallel=True), {}, ["sequence_parallel=true", "tensor_model_parallel_size > 1"]),
-        (sizes(chunks=2), {}, ["virtual_pipeline_model_parallel_size=2", "pipeline_model_parallel_size > 1"]),
-        (sizes(pipeline=3), {}, ["4 layers", "3 pipeline stages", "pipeline_model_parallel_size"]),
-        (sizes(pipeline=2, chunks=3), {}, ["4 layers", "6 pipeline stages", "virtual_pipeline_model_parallel_size"]),
-        (sizes(pipeline=8), {}, ["4 layers", "8 pipeline stages"]),
-        (
-            sizes(2, context_parallel_size=2, cp_comm_type="a2a"),
-            {},
-            ["cp_comm_type=a2a", "1 key-value heads", "context_parallel_size=2", "p2p"],
-        ),
-        (sizes(context_parallel_size=3, cp_comm_type="a2a"), {}, ["4 attention heads", "context_parallel_size=3"]),
-        (sizes(cpu_offloading_num_layers=4), {}, ["cpu_offloading_num_layers=4", "4 layers"]),
-        (sizes(pipeline=2, cpu_offloading_num_layers=1), {}, ["cpu_offloading_num_layers=1", "pipeline"]),
-        (
-            sizes(cpu_offloading_num_layers=1, recompute_granularity="full"),
-            {},
-            ["cpu_offloading_num_layers=1", "recompute_granularity=null"],
-        ),
-    ],
-)
-def test_another_is_refused_with_the_numbers_and_the_key(architecture, parallel, changes, words) -> None:
-    with pytest.raises(ValueError) as error:
-        check_layout(replace(architecture, **changes), parallel)
-    message = str(error.value)
-    assert all(word in message for word in words) and "\n" not in message
-
-
-@given(st.integers(1, 300_000), st.sampled_from([1, 2, 4, 8]))
-def test_the_padded_vocabulary_is_the_least_that_splits_into_multiples_of_128(vocab: int, size: int) -> None:
-    padded = padded_vocab_size(vocab, size)
-    assert padded % (128 * size) == 0 and padded - 128 * size < vocab <= padded
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,7 +17,8 @@ def test_a_built_model_has_the_architectures_parameters_and_rotation(family: str
     FAMILIES[family].save_pretrained(tmp_path)
     architecture = read_architecture(tmp_path)
     with layout() as groups:
-        (model,) = build_model(architecture, ModelConfig(path=tmp_path), sizes(), chunk_tokens=8, device=groups.device)
+        settings = {"chunk_tokens": 8, "device": groups.device}
+        (model,) = build_model(architecture, ModelConfig(path=tmp_path), ParallelConfig(), **settings)
     assert torch.equal(model.rotary_pos_emb.inv_freq, architecture.inv_freq)
     assert ("output_layer.weight" in dict(model.named_parameters())) is not architecture.tied_embeddings
     first = model.decoder.layers[0].self_attention

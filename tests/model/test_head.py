@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_solopo.checkpoint.loading import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
-from megatron_solopo.model.architecture import read_architecture
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import PackedResponses, ResponseModel, gather_rows
 from megatron_solopo.parallel.topology import Topology

@@ -10,9 +10,9 @@ import megatron.core
 import pytest
 import torch
 
+from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.model import precision
-from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model.build import transformer_config
 from megatron_solopo.model.precision import assign, check_precision, precision_settings
 from tests.tiny_models import FAMILIES

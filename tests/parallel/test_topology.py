@@ -60,23 +60,6 @@ def test_one_process_makes_its_own_world_and_ends_it() -> None:
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize(("world_size", "sizes"), [(1, {}), (3, {}), (4, TP2), (8, TP2 | CP2 | PP2), (6, VPP2)])
-def test_a_world_of_whole_replicas_is_accepted(world_size, sizes) -> None:
-    topology.check_world_size(ParallelConfig(**sizes), world_size)
-
-
-@pytest.mark.parametrize(("world_size", "sizes"), [(1, TP2), (3, CP2), (12, TP2 | CP2 | PP2), (6, TP2 | PP2)])
-def test_another_world_size_is_refused_with_sizes_and_keys(world_size, sizes) -> None:
-    config = ParallelConfig(**sizes)
-    with pytest.raises(ValueError) as error:
-        topology.check_world_size(config, world_size)
-    message = str(error.value)
-    assert message.startswith(f"{world_size} processes") and "\n" not in message
-    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-        assert f"{key}={getattr(config, key)}" in message
-    assert f"= {config.model_parallel_size} must divide them; launch a multiple of" in message
-
-
 def test_a_wrong_world_size_is_refused_before_any_process_waits(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="3 processes, but"):

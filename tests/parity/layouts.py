@@ -14,7 +14,6 @@ from megatron_solopo.checkpoint.mapping import rules, to_huggingface
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import parse_config
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
-from megatron_solopo.model.architecture import read_architecture
 from megatron_solopo.objective import metric_names, required_roles
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology

@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
-from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.train import cost
 from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, training_flops
 from tests.tiny_models import FAMILIES, VOCAB_SIZE

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.data.loader import Packing
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.data.sizes import ROLES
-from megatron_solopo.parallel.alignment import pack_multiple
 from megatron_solopo.parallel.context import shard_indices
 
 # Transformer Engine's documentation of its recipes, and Megatron-Core's padding for them.

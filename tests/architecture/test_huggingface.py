@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_solopo.model.architecture import read_architecture
+from megatron_solopo.architecture.huggingface import read_architecture
 from tests.tiny_models import FAMILIES, make_model
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}

@@ -66,7 +66,7 @@ class Architecture:
     @property
     def softmax_scale(self) -> float:
         """Factor on the attention logits: rotary_scale^2 / sqrt(head_dim)."""
-        return self.rotary_scale**2 / self.head_dim**0.5
+        return float(self.rotary_scale**2 / self.head_dim**0.5)
 
 
 def read_architecture(path: Path) -> Architecture:
@@ -137,7 +137,7 @@ def _max_sequence_length(config: Any) -> int:
     rope = config.rope_parameters
     original = rope.get("original_max_position_embeddings")
     scaled = int(original * rope["factor"]) if rope["rope_type"] == "yarn" and original else 0
-    return max(config.max_position_embeddings, scaled)
+    return max(int(config.max_position_embeddings), scaled)
 
 
 def _refuse_unsupported(config: Any, file: Path) -> None:

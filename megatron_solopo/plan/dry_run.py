@@ -1,0 +1,218 @@
+"""Builds ranks of a layout as they would be on the cluster, in no memory: the proof of a plan.
+
+A fake process group of the full world size gives each rank its place; model, gradient buffers and optimizer are
+Megatron-Core's own on the meta device, so their sizes are exact. Megatron's schedule then runs the heaviest packs,
+forward and backward, while what autograd keeps alive is counted. Layers are the plain PyTorch ones; attention's kernel
+is replaced by one that has the inputs, outputs and saved tensors of flash attention. Gradients are not reduced.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.config import Config
+from megatron_solopo.data.packing import TokenizedTriplet, build_pack
+from megatron_solopo.model.attention import PackedAttention
+from megatron_solopo.model.build import build_model
+from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.microbatch import Microbatch, shard_pack
+from megatron_solopo.objective import required_roles
+from megatron_solopo.parallel import topology
+from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.plan.layouts import Layout, with_keys
+from megatron_solopo.plan.memory import alive_bytes
+from megatron_solopo.plan.proof import DistinctRank, Proof, distinct_ranks
+from megatron_solopo.plan.saved import SavedMeter
+from megatron_solopo.plan.state import rank_state
+from megatron_solopo.plan.workload import PackShape
+from megatron_solopo.train.footprint import gradient_bytes, initialize_state, parameter_bytes, state_bytes
+from megatron_solopo.train.optimizer import build_optimizer, wrap_data_parallel
+from megatron_solopo.train.step import run_microbatches
+
+_META = torch.device("meta")
+_SEED = 1
+_CONTEXTS = ("short", "long")
+
+
+def dry_run(architecture: Architecture, layout: Layout, pack: PackShape, num_packs: int) -> list[Proof]:
+    """Build every rank of a layout that differs from the others, and run a step's packs through it.
+
+    Args:
+        pack: the shape that all packs are given; `num_packs` of them make the step.
+
+    Raises RuntimeError or AssertionError of Megatron-Core's where it cannot run the layout.
+    """
+    # FP8, Transformer Engine and state in host memory need a GPU; they change no parameter.
+    config = with_keys(
+        layout.config,
+        model={"fp8": None, "fp8_param": False, "first_last_layers_bf16": False, "implementation": "local"},
+        optimizer={"optimizer_offload_fraction": 0.0},
+        parallel={"cpu_offloading_num_layers": 0},
+    )
+    legal = replace(layout, config=config)
+    # The schedule fills the pipeline in its first round (the interleaved one in its second), then repeats itself.
+    rounds = 1 if config.parallel.virtual_pipeline_model_parallel_size is None else 2
+    rounds = min(num_packs, rounds * config.parallel.pipeline_model_parallel_size)
+    return [_prove(architecture, legal, rank, pack, rounds) for rank in distinct_ranks(layout)]
+
+
+def _prove(architecture: Architecture, layout: Layout, rank: DistinctRank, pack: PackShape, num_packs: int) -> Proof:
+    started = time.monotonic()
+    config = layout.config
+    size = layout.data_parallel_size * config.parallel.model_parallel_size
+    with _place(config, rank.rank, size) as groups:
+        microbatch = _microbatch(config, pack, groups)
+        with _on_meta():
+            chunks = _chunks(architecture, config)
+            wrapped = wrap_data_parallel(chunks, config.optimizer)
+            optimizer = build_optimizer(wrapped, config.optimizer)
+            initialize_state(optimizer)
+            built = (parameter_bytes(wrapped), gradient_bytes(wrapped), state_bytes(optimizer, wrapped))
+            saved = _run(wrapped, chunks, microbatch, num_packs) if rank.runs_schedule else None
+        pipeline_rank = groups.pipeline_group.rank()
+        data_rank = groups.data_group.rank() * groups.context_group.size() + groups.context_group.rank()
+    state = rank_state(architecture, config, pipeline_rank, layout.data_parallel_size, data_rank)
+    alive = alive_bytes(architecture, config, pipeline_rank, [pack] * num_packs, local=True)
+    return Proof(
+        rank=rank.rank,
+        place=rank.place,
+        num_parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
+        built=built,
+        estimated=(state.parameters, state.gradients, state.optimizer),
+        saved_bytes=saved,
+        estimated_saved_bytes=None if saved is None else alive.most,
+        seconds=time.monotonic() - started,
+    )
+
+
+@contextmanager
+def _place(config: Config, rank: int, size: int) -> Iterator[Topology]:
+    """Process groups of one rank among many that are not there: collectives return at once and move nothing."""
+    assert not dist.is_initialized()
+    new_group = dist.new_group
+
+    def without_gloo(*args: Any, **kwargs: Any) -> Any:
+        return new_group(*args, **kwargs | {"backend": None})
+
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    try:
+        with mock.patch.object(dist, "new_group", without_gloo):
+            groups = topology.initialize(config.parallel, _SEED)
+        yield groups
+        topology.destroy(groups)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """Tensors are made without memory, where Megatron asks for the current CUDA device too."""
+    select, tensor_type = Tensor.index_select, Tensor.type
+
+    def select_on_meta(self: Tensor, dim: int, index: Tensor) -> Tensor:
+        return select(self, dim, index.to(self.device))  # response rows stay real: their number is read
+
+    def type_as_on_cuda(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = tensor_type(self, *args, **kwargs)
+        return f"torch.cuda.{result.rpartition('.')[2]}" if isinstance(result, str) else result
+
+    with (
+        mock.patch.object(torch.cuda, "current_device", lambda: _META),
+        mock.patch.object(Tensor, "index_select", select_on_meta),
+        mock.patch.object(Tensor, "type", type_as_on_cuda),
+        _META,
+    ):
+        yield
+
+
+def _chunks(architecture: Architecture, config: Config) -> list[ResponseModel]:
+    """This rank's model; attention computes nothing, and messages of the pipeline have one shape, known beforehand."""
+    rows = config.logprob.chunk_tokens
+    chunks = build_model(architecture, config.model, config.parallel, chunk_tokens=rows, device=_META)
+    for chunk in chunks:
+        chunk.config.variable_seq_lengths = False
+        chunk.config.batch_p2p_comm = False
+        chunk.rotary_pos_emb.inv_freq = chunk.rotary_pos_emb.inv_freq.to(_META)
+        for module in chunk.modules():
+            if isinstance(module, PackedAttention):
+                module.__class__ = _AttentionShapes
+    return chunks
+
+
+class _AttentionShapes(PackedAttention):
+    """The real module around a kernel that computes nothing."""
+
+    def _gather_over_context(self, key: Tensor, value: Tensor, boundaries_S1: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.device("cpu"):  # the order of the chunks is read
+            return super()._gather_over_context(key, value, boundaries_S1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, size: int, rank: int) -> Tensor:
+        output: Tensor = _FlashShapes.apply(query, key, value)
+        return output
+
+
+class _FlashShapes(torch.autograd.Function):
+    """What flash attention takes, returns and saves: queries, keys, values, output, one number per row and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:2], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _microbatch(config: Config, pack: PackShape, groups: Topology) -> Microbatch:
+    """A pack of the shape, cut for this rank; its tokens have no content."""
+    rows = [
+        TokenizedTriplet(
+            id=str(number),
+            index=number,
+            prompts={context: np.ones(length, np.int64) for context, length in lengths.items() if context in _CONTEXTS},
+            responses={name: np.ones(length, np.int64) for name, length in lengths.items() if name not in _CONTEXTS},
+        )
+        for number, lengths in enumerate(pack.triplets)
+    ]
+    built = build_pack(rows, required_roles(config.objective), groups.sequence_multiple)
+    whole = shard_pack(built, groups)
+    return replace(whole, tokens_1t=whole.tokens_1t.to(_META))
+
+
+def _run(
+    wrapped: Sequence[torch.nn.Module],
+    chunks: Sequence[ResponseModel],
+    microbatch: Microbatch,
+    num_packs: int,
+) -> int:
+    """Megatron's schedule over the packs; the most bytes that autograd kept alive."""
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = None  # reductions do not run without memory
+
+    def loss(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count = torch.ones((), dtype=torch.int, device="cpu")
+        return output.sum(), count, output.detach().sum()
+
+    meter = SavedMeter(parameter for chunk in chunks for parameter in chunk.parameters())
+    with meter.counting():
+        run_microbatches(
+            wrapped,
+            [microbatch] * num_packs,
+            lambda _: loss,
+            forward_only=False,
+            seq_length=microbatch.pack.padded_tokens,
+        )
+    return meter.most

@@ -1,0 +1,156 @@
+"""Peak memory of every pipeline stage, by part."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.config import Config
+from megatron_solopo.plan.activations import (
+    element_bytes,
+    logits_bytes,
+    recomputed_bytes,
+    rotary_bytes,
+    saved_rate,
+    uses_local_layers,
+    working_bytes,
+)
+from megatron_solopo.plan.efficiency import Reserve
+from megatron_solopo.plan.parameters import model_chunks
+from megatron_solopo.plan.pipeline import most_alive, stage_order
+from megatron_solopo.plan.state import State
+from megatron_solopo.plan.workload import PackShape
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on each GPU of a pipeline rank at its fullest moment."""
+
+    pipeline_rank: int
+    parameters: float
+    fp8_weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Of the layers, over all packs in flight."""
+    head: float
+    """The response head's share of what the packs in flight keep."""
+    working: float
+    """Backward's own, for a moment: what is recomputed, gradients of activations, a chunk of logits."""
+    communication: float
+    reserve: float
+    """CUDA's context and fragmentation."""
+    host: float
+    """Pinned memory on the host; not part of the total."""
+    packs_in_flight: int
+    """Passes through one model chunk, of which a rank has several in the interleaved schedule."""
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """By name, in the order of the picture."""
+        names = ("parameters", "fp8_weights", "gradients", "optimizer", "activations", "head", "working")
+        return {name: getattr(self, name) for name in (*names, "communication", "reserve")}
+
+    @property
+    def total(self) -> float:
+        """Bytes on the GPU."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Alive:
+    """Activations of all packs in flight on one pipeline rank, at most."""
+
+    saved: float
+    head: float
+    """The response head's share."""
+    recomputed: float
+    """What backward makes again beside that."""
+    packs: int
+
+    @property
+    def most(self) -> float:
+        """All that autograd keeps at any moment."""
+        return self.saved + self.recomputed
+
+
+def alive_bytes(
+    architecture: Architecture, config: Config, pipeline_rank: int, packs: Sequence[PackShape], *, local: bool
+) -> Alive:
+    """What Megatron's schedule of these packs keeps alive.
+
+    As if the largest packs met: then the first rounds of the schedule are the fullest, and stand for all.
+    """
+    size = config.parallel.pipeline_model_parallel_size
+    chunks = model_chunks(architecture, config.parallel, pipeline_rank)
+    rates = [saved_rate(architecture, config, chunk, local=local) for chunk in chunks]
+    largest = sorted(packs, key=lambda pack: -pack.padded_tokens)
+    order = stage_order(pipeline_rank, size, len(chunks), len(packs))[: 4 * size * len(chunks)]
+    recomputed = recomputed_bytes(architecture, config, chunks, largest[0], local=local)
+    if chunks[-1].has_head:
+        # When the layers' backward begins, the head's is over.
+        recomputed = max(0.0, recomputed - rates[-1].head(largest[0]))
+        if largest[0].response_rows > config.logprob.chunk_tokens:
+            recomputed = max(recomputed, logits_bytes(architecture, config, largest[0]))
+    return Alive(
+        saved=most_alive(order, lambda chunk, number: rates[chunk].total(largest[number])),
+        head=most_alive(order, lambda chunk, number: rates[chunk].head(largest[number])),
+        recomputed=recomputed,
+        packs=round(most_alive(order, lambda chunk, number: 1.0)),
+    )
+
+
+def stage_memory(
+    architecture: Architecture,
+    config: Config,
+    data_parallel_size: int,
+    pipeline_rank: int,
+    packs: Sequence[PackShape],
+    reserve: Reserve,
+    state: State,
+) -> StageMemory:
+    """Memory of one pipeline rank, which holds `state` and runs these packs in a step."""
+    local = uses_local_layers(config)
+    alive = alive_bytes(architecture, config, pipeline_rank, packs, local=local)
+    chunks = model_chunks(architecture, config.parallel, pipeline_rank)
+    extremes = (max(packs, key=lambda pack: pack.padded_tokens), max(packs, key=lambda pack: pack.response_rows))
+    working = max(working_bytes(architecture, config, chunks, pack, local=local) for pack in extremes)
+    communication = _communication(architecture, config, data_parallel_size, packs, reserve)
+    rotary = rotary_bytes(architecture, max(pack.longest for pack in packs))
+    tensors = state.total + alive.saved + working + rotary + communication
+    return StageMemory(
+        pipeline_rank=pipeline_rank,
+        parameters=state.parameters,
+        fp8_weights=state.fp8_weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        activations=alive.saved - alive.head + rotary,
+        head=alive.head,
+        working=working,
+        communication=communication,
+        reserve=reserve.context_gib * GIB + reserve.fragmentation * tensors,
+        host=state.host,
+        packs_in_flight=alive.packs,
+    )
+
+
+def _communication(
+    architecture: Architecture, config: Config, data_parallel_size: int, packs: Sequence[PackShape], reserve: Reserve
+) -> float:
+    """NCCL's buffers of the groups in use, messages of the pipeline, keys and values of the context-parallel ring."""
+    parallel, e = config.parallel, element_bytes(config)
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    pp = parallel.pipeline_model_parallel_size
+    groups = sum(size > 1 for size in (tp, pp, cp, data_parallel_size * cp))
+    tokens = max(pack.padded_tokens for pack in packs) / cp
+    hidden = architecture.hidden_size / (tp if parallel.uses_sequence_parallel else 1)
+    messages = 4 * e * tokens * hidden if pp > 1 else 0  # one to send and one to receive, each way
+    keys = max(architecture.num_query_groups / tp, 1) * architecture.head_dim
+    ring = 2 * 2 * 2 * e * tokens * keys if cp > 1 else 0  # keys and values, two buffers, and their gradients
+    return groups * reserve.communicator_gib * GIB + messages + ring
+
+
+def fullest_stage(stages: Sequence[StageMemory]) -> StageMemory:
+    """The stage that decides whether a layout fits."""
+    return max(stages, key=lambda stage: stage.total)

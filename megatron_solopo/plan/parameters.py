@@ -1,0 +1,150 @@
+"""Parameters of every pipeline stage and the buffers that Megatron lays them out in, exactly.
+
+Follows megatron/core/distributed/param_and_grad_buffer.py: parameters in reverse order, each aligned to 64 elements
+and each bucket padded to a multiple of lcm(ranks, 128) under the distributed optimizer. Without overlapped reduction
+(this trainer's setting) a buffer is one bucket, but that embeddings shared with the last stage have their own.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.layout import padded_vocab_size
+from megatron_solopo.config import ModelConfig, ParallelConfig
+
+_PARAMETER_ALIGNMENT = 64
+_BUCKET_ALIGNMENT = 128
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One model chunk of a pipeline rank: consecutive layers, and what it holds at the model's ends."""
+
+    first_layer: int
+    num_layers: int
+    has_embedding: bool
+    has_head: bool
+
+
+class Parameter(NamedTuple):
+    """One rank's shard of a parameter, by its Megatron name."""
+
+    name: str
+    numel: int
+    is_shared_embedding: bool = False
+    is_fp8: bool = False
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Where Megatron puts parameters of one precision: [start, end) of each, and of each bucket."""
+
+    spans: tuple[tuple[int, int], ...]
+    buckets: tuple[tuple[int, int], ...]
+    is_fp8: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements, padding included."""
+        return self.buckets[-1][1] if self.buckets else 0
+
+    def owned(self, rank: int, size: int) -> int:
+        """Elements, padding excluded, that one of `size` data-parallel ranks keeps optimizer state for."""
+        total = 0
+        for start, end in self.buckets:
+            shard = (end - start) // size
+            low, high = start + rank * shard, start + (rank + 1) * shard
+            total += sum(max(0, min(high, stop) - max(low, begin)) for begin, stop in self.spans)
+        return total
+
+
+def model_chunks(architecture: Architecture, parallel: ParallelConfig, pipeline_rank: int) -> list[Chunk]:
+    """The chunks of a pipeline rank: chunk v of rank p is virtual stage v x PP + p."""
+    size, count = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    layers = architecture.num_layers // (size * count)
+    stages = [chunk * size + pipeline_rank for chunk in range(count)]
+    return [Chunk(stage * layers, layers, stage == 0, stage == size * count - 1) for stage in stages]
+
+
+def chunk_parameters(
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, chunk: Chunk
+) -> list[Parameter]:
+    """This tensor-parallel rank's parameters of a chunk, in the order of `named_parameters`."""
+    a, tp = architecture, parallel.tensor_model_parallel_size
+    embedding = padded_vocab_size(a.vocab_size, tp) // tp * a.hidden_size
+    is_pipelined = parallel.pipeline_model_parallel_size > 1
+    shared = a.tied_embeddings and is_pipelined
+    found = [Parameter("embedding.word_embeddings.weight", embedding, shared)] if chunk.has_embedding else []
+    each = list(_layer(a, tp))
+    for layer in range(chunk.num_layers):
+        fp8 = model.fp8_param and not _in_bfloat16(architecture, model, chunk.first_layer + layer)
+        prefix = f"decoder.layers.{layer}."
+        found += [Parameter(prefix + name, numel, False, is_fp8 and fp8) for name, numel, _, is_fp8 in each]
+    if chunk.has_head:
+        found.append(Parameter("decoder.final_layernorm.weight", a.hidden_size))
+        if shared or not a.tied_embeddings:
+            found.append(Parameter("output_layer.weight", embedding, shared))
+    return found
+
+
+def _layer(a: Architecture, tp: int) -> Iterator[Parameter]:
+    hidden, ffn = a.hidden_size, a.ffn_hidden_size // tp
+    queries = a.num_attention_heads * a.head_dim
+    mixed = (queries + 2 * a.num_query_groups * a.head_dim) // tp
+    yield Parameter("input_layernorm.weight", hidden)
+    yield Parameter("self_attention.linear_proj.weight", hidden * queries // tp, is_fp8=True)
+    yield Parameter("self_attention.linear_qkv.weight", mixed * hidden, is_fp8=True)
+    if a.add_qkv_bias:
+        yield Parameter("self_attention.linear_qkv.bias", mixed)
+    if a.qk_layernorm:
+        yield Parameter("self_attention.q_layernorm.weight", a.head_dim)
+        yield Parameter("self_attention.k_layernorm.weight", a.head_dim)
+    yield Parameter("pre_mlp_layernorm.weight", hidden)
+    yield Parameter("mlp.linear_fc1.weight", 2 * ffn * hidden, is_fp8=True)
+    yield Parameter("mlp.linear_fc2.weight", ffn * hidden, is_fp8=True)
+
+
+def _in_bfloat16(architecture: Architecture, model: ModelConfig, layer: int) -> bool:
+    """Whether a layer stays in bfloat16 where the others are in FP8."""
+    first, last = model.num_layers_at_start_in_bf16, architecture.num_layers - model.num_layers_at_end_in_bf16
+    return model.first_last_layers_bf16 and not first <= layer < last
+
+
+def buffers(parameters: Sequence[Parameter], ranks: int, distributed: bool) -> list[Buffer]:
+    """The buffers of a chunk, one for each precision.
+
+    Args:
+        ranks: data-parallel x context-parallel size, over which the distributed optimizer shards.
+    """
+    groups = [[p for p in parameters if p.is_fp8 is fp8] for fp8 in (False, True)]
+    return [_buffer(group, ranks, distributed) for group in groups if group]
+
+
+def _buffer(parameters: Sequence[Parameter], ranks: int, distributed: bool) -> Buffer:
+    alignment = _PARAMETER_ALIGNMENT if distributed else 1
+    bucket_alignment = math.lcm(ranks, _BUCKET_ALIGNMENT) if distributed else 1
+    spans: list[tuple[int, int]] = []
+    buckets: list[tuple[int, int]] = []
+    bucket_start = end = 0
+    for parameter in reversed(parameters):
+        own_bucket = parameter.is_shared_embedding and distributed
+        start = _round_up(end, alignment)
+        if own_bucket and start > bucket_start:
+            start = _round_up(start, bucket_alignment)
+            buckets.append((bucket_start, start))
+            bucket_start = start
+        end = start + parameter.numel
+        spans.append((start, end))
+        if own_bucket:
+            end = _round_up(end, bucket_alignment)
+            buckets.append((bucket_start, end))
+            bucket_start = end
+    if end > bucket_start:
+        buckets.append((bucket_start, _round_up(end, bucket_alignment)))
+    return Buffer(tuple(spans), tuple(buckets), parameters[0].is_fp8)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,279 @@
+"""Seconds of a step: matrix products, attention by true lengths, memory-bound work, traffic, pipeline, optimizer.
+
+Every pack is timed by itself; the pipeline's schedule is then simulated with the packs of the heaviest
+data-parallel rank. Costs that this trainer does not overlap (gradient reduction, parameter gather) are added whole.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_solopo.architecture.flops import forward_flops
+from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.layout import padded_vocab_size
+from megatron_solopo.config import Config
+from megatron_solopo.plan.activations import element_bytes
+from megatron_solopo.plan.efficiency import Efficiency
+from megatron_solopo.plan.gpus import Gpu
+from megatron_solopo.plan.parameters import model_chunks
+from megatron_solopo.plan.pipeline import Timeline, Work, simulate
+from megatron_solopo.plan.state import State
+from megatron_solopo.plan.workload import PackShape
+
+_ATTENTION_BACKWARD = 2.5
+"""Of forward: five products instead of two, as flash attention computes the scores again."""
+
+
+@dataclass(frozen=True)
+class PackSeconds:
+    """One pack in one layer (`head`: in the output layer), forward, backward and what is recomputed between."""
+
+    gemm: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    tensor_traffic: float = 0.0
+    context_traffic: float = 0.0
+    head: float = 0.0
+
+    def __add__(self, other: "PackSeconds") -> "PackSeconds":
+        return PackSeconds(*(one + two for one, two in zip(self.parts.values(), other.parts.values(), strict=True)))
+
+    def times(self, factor: float) -> "PackSeconds":
+        """Each part multiplied."""
+        return PackSeconds(*(factor * part for part in self.parts.values()))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """By name."""
+        return vars(self)
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One optimizer step, and the forward pass of the reference model over as many triplets."""
+
+    compute: PackSeconds
+    """Busiest stage, summed over the packs."""
+    timeline: Timeline
+    data_traffic: float
+    optimizer: float
+    forward_seconds: float
+    """The same packs forward alone, through the whole pipeline."""
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return self.timeline.seconds + self.data_traffic + self.optimizer
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Times one configuration on one type of GPU."""
+
+    architecture: Architecture
+    config: Config
+    data_parallel_size: int
+    gpu: Gpu
+    efficiency: Efficiency
+
+    def step(self, packs: Sequence[PackShape], states: Sequence[State]) -> StepTime:
+        """A step of the rank that runs these packs; `states` by pipeline rank."""
+        size = self.config.parallel.pipeline_model_parallel_size
+        chunks = [model_chunks(self.architecture, self.config.parallel, rank) for rank in range(size)]
+        passes = [self._passes(pack) for pack in packs]
+
+        def seconds(rank: int, work: Work) -> float:
+            chunk, (layer, head) = chunks[rank][work.chunk], passes[work.microbatch][not work.is_forward]
+            return chunk.num_layers * layer + (head if chunk.has_head else 0.0)
+
+        return StepTime(
+            compute=self._busiest(packs),
+            timeline=simulate(size, len(chunks[0]), len(packs), seconds, self._message(packs)),
+            data_traffic=max(self._reduction(state) for state in states),
+            optimizer=max(self._update(state) for state in states),
+            forward_seconds=self._with_bubble(self._busiest(packs, forward_only=True).total, len(packs)),
+        )
+
+    def quick(self, packs: Sequence[PackShape], states: Sequence[State]) -> float:
+        """Seconds of a step without simulating the pipeline: the busiest stage's work, and the share of a bubble."""
+        pipeline = self._with_bubble(self._busiest(packs).total, len(packs))
+        return pipeline + max(self._reduction(state) + self._update(state) for state in states)
+
+    def _passes(self, pack: PackShape) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Seconds of (one layer, the head), forward and backward."""
+        forward, backward = (
+            (self.layer(pack, is_forward=way).total, self.head(pack, is_forward=way).total) for way in (True, False)
+        )
+        return forward, backward
+
+    def _busiest(self, packs: Sequence[PackShape], *, forward_only: bool = False) -> PackSeconds:
+        """All packs through the last pipeline rank, which has the head beside as many layers as the others."""
+        size, chunks = self.config.parallel.pipeline_model_parallel_size, self._chunks
+        layers = self.architecture.num_layers // (size * chunks) * chunks
+        total = PackSeconds()
+        alike = Counter((pack.padded_tokens, pack.squares, pack.response_rows) for pack in packs)
+        one = {(pack.padded_tokens, pack.squares, pack.response_rows): pack for pack in packs}
+        for key, count in alike.items():
+            for way in (True,) if forward_only else (True, False):
+                both = self.layer(one[key], is_forward=way).times(layers) + self.head(one[key], is_forward=way)
+                total += both.times(count)
+        return total
+
+    @property
+    def _chunks(self) -> int:
+        return self.config.parallel.virtual_pipeline_model_parallel_size or 1
+
+    def _with_bubble(self, busy: float, packs: int) -> float:
+        return busy * (1 + (self.config.parallel.pipeline_model_parallel_size - 1) / (packs * self._chunks))
+
+    def layer(self, pack: PackShape, *, is_forward: bool) -> PackSeconds:
+        """One layer's pass over one pack; backward includes what is recomputed."""
+        forward = self._forward(pack)
+        if is_forward:
+            return forward
+        backward = PackSeconds(
+            gemm=2 * forward.gemm,
+            attention=_ATTENTION_BACKWARD * forward.attention,
+            memory=2 * forward.memory,
+            # Backward gathers the two inputs again for the weights' gradients.
+            tensor_traffic=1.5 * forward.tensor_traffic,
+            context_traffic=self._context_traffic(pack, _ATTENTION_BACKWARD * forward.attention, backward=True),
+        )
+        return backward + self._recomputed(forward)
+
+    def _recomputed(self, forward: PackSeconds) -> PackSeconds:
+        parallel, a = self.config.parallel, self.architecture
+        if parallel.recompute_granularity == "full":
+            layers = a.num_layers // (parallel.pipeline_model_parallel_size * self._chunks)
+            again = 1.0 if parallel.recompute_method == "uniform" else min(1.0, parallel.recompute_num_layers / layers)
+            return forward.times(again)
+        found = PackSeconds()
+        if parallel.recompute_granularity == "selective":
+            if "core_attn" in parallel.recompute_modules:
+                found += PackSeconds(attention=forward.attention, context_traffic=forward.context_traffic)
+            if "mlp" in parallel.recompute_modules:
+                mlp = 3 * a.hidden_size * a.ffn_hidden_size
+                queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+                share = mlp / (mlp + 2 * a.hidden_size * (queries + keys))
+                found += PackSeconds(
+                    gemm=share * forward.gemm, memory=forward.memory / 2, tensor_traffic=forward.tensor_traffic / 2
+                )
+        return found
+
+    def _forward(self, pack: PackShape) -> PackSeconds:
+        a, parallel, rates = self.architecture, self.config.parallel, self.efficiency
+        tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+        flops = forward_flops(a, pack.padded_tokens, pack.squares, 0)
+        ranks = tp * cp * a.num_layers
+        attention = flops.attention / ranks / (self.gpu.bf16_tflops * 1e12 * rates.attention)
+        return PackSeconds(
+            gemm=flops.linear / ranks / self._gemm_rate,
+            attention=attention,
+            memory=self._memory_bytes(pack.padded_tokens / cp) / (self.gpu.hbm_gb_per_s * 1e9 * rates.memory),
+            tensor_traffic=self._tensor_traffic(pack.padded_tokens / cp),
+            context_traffic=self._context_traffic(pack, attention, backward=False),
+        )
+
+    @cached_property
+    def _gemm_rate(self) -> float:
+        if self.config.model.fp8 is not None:
+            assert self.gpu.fp8_tflops is not None, "FP8 on a GPU without it"
+            return self.gpu.fp8_tflops * 1e12 * self.efficiency.fp8_gemm
+        return self.gpu.bf16_tflops * 1e12 * self.efficiency.gemm
+
+    def head(self, pack: PackShape, *, is_forward: bool) -> PackSeconds:
+        """The output layer over the response rows of the context-parallel rank that has most of them."""
+        a, tp = self.architecture, self.config.parallel.tensor_model_parallel_size
+        flops = 2.0 * a.hidden_size * padded_vocab_size(a.vocab_size, tp) / tp * pack.response_rows
+        seconds = flops / (self.gpu.bf16_tflops * 1e12 * self.efficiency.head)
+        if is_forward:
+            return PackSeconds(head=seconds)
+        return PackSeconds(head=seconds * (3 if pack.response_rows > self.config.logprob.chunk_tokens else 2))
+
+    def _memory_bytes(self, tokens: float) -> float:
+        """Bytes that the memory-bound kernels of a layer read and write: norms, residuals, rotation, SwiGLU."""
+        a, parallel, e = self.architecture, self.config.parallel, element_bytes(self.config)
+        tp = parallel.tensor_model_parallel_size
+        hidden = a.hidden_size / (tp if parallel.uses_sequence_parallel else 1)
+        rotated = (a.num_attention_heads + a.num_query_groups) * a.head_dim / tp
+        return e * tokens * (2 * 2 * hidden + 2 * 3 * hidden + 2 * rotated + 3 * a.ffn_hidden_size / tp)
+
+    def _tensor_traffic(self, tokens: float) -> float:
+        """Two gathers and two reduce-scatters of hidden states (or two all-reduces, which are as much)."""
+        tp = self.config.parallel.tensor_model_parallel_size
+        if tp == 1:
+            return 0.0
+        size = element_bytes(self.config) * tokens * self.architecture.hidden_size
+        return 4 * self._collective(size, tp, tp)
+
+    def _context_traffic(self, pack: PackShape, attention: float, *, backward: bool) -> float:
+        """What of the exchange of keys and values does not hide behind attention (all of it, by heads)."""
+        a, parallel, e = self.architecture, self.config.parallel, element_bytes(self.config)
+        tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+        if cp == 1:
+            return 0.0
+        queries = a.num_attention_heads * a.head_dim / tp
+        keys = max(a.num_query_groups / tp, 1) * a.head_dim
+        if parallel.cp_comm_type == "a2a":
+            sent = e * pack.padded_tokens / cp * (2 * queries + 2 * keys)
+            return self._collective(sent, cp, tp * cp)
+        ring = self._collective(2 * e * pack.padded_tokens * keys, cp, tp * cp, messages=cp - 1)
+        exchange = ring * (2 if backward else 1)  # gradients of keys and values go round too
+        return max(0.0, exchange - self.efficiency.overlap_of_context * attention)
+
+    def _message(self, packs: Sequence[PackShape]) -> float:
+        """Hidden states of the largest pack from one pipeline stage to the next."""
+        parallel = self.config.parallel
+        if parallel.pipeline_model_parallel_size == 1:
+            return 0.0
+        tp = parallel.tensor_model_parallel_size
+        padded_tokens = max(pack.padded_tokens for pack in packs)
+        hidden = self.architecture.hidden_size / (tp if parallel.uses_sequence_parallel else 1)
+        size = element_bytes(self.config) * padded_tokens / parallel.context_parallel_size * hidden
+        inside = self.num_gpus <= self.gpu.gpus_per_node
+        return self.efficiency.message_seconds + size / self._bandwidth(inside)
+
+    @property
+    def num_gpus(self) -> int:
+        """Of the whole run."""
+        return self.data_parallel_size * self.config.parallel.model_parallel_size
+
+    def _reduction(self, state: State) -> float:
+        """Reduce-scatter of gradients and gather of parameters over DP x CP, not overlapped."""
+        parallel = self.config.parallel
+        size = self.data_parallel_size * parallel.context_parallel_size
+        if size == 1:
+            return 0.0
+        span = parallel.tensor_model_parallel_size * size
+        if not self.config.optimizer.use_distributed_optimizer:
+            return 2 * self._collective(state.gradients, size, span)
+        return self._collective(state.gradients, size, span) + self._collective(state.parameters, size, span)
+
+    def _update(self, state: State) -> float:
+        """Adam reads and writes its state once; an offloaded share crosses PCIe as gradients and weights."""
+        on_gpu = 2 * state.optimizer / (self.gpu.hbm_gb_per_s * 1e9 * self.efficiency.memory)
+        # fp32 gradients down and bfloat16 weights up, 6 of the 16 bytes that the host keeps.
+        crossing = state.host * 6 / 16
+        return on_gpu + crossing / (self.gpu.pcie_gb_per_s * 1e9 * self.efficiency.host)
+
+    def _collective(self, size: float, ranks: int, span: int, messages: int | None = None) -> float:
+        """Seconds of a gather or reduce-scatter that makes (or starts from) `size` bytes per rank.
+
+        Args:
+            span: ranks from the first to the last of the group, in Megatron's order (TP, CP, DP, PP): a group
+                wider than a node moves at the network's pace.
+        """
+        steps = ranks - 1 if messages is None else messages
+        moved = size * (ranks - 1) / ranks
+        return self.efficiency.message_seconds * steps + moved / self._bandwidth(span <= self.gpu.gpus_per_node)
+
+    def _bandwidth(self, inside_node: bool) -> float:
+        if inside_node:
+            return self.gpu.nvlink_gb_per_s * 1e9 * self.efficiency.nvlink
+        return self.gpu.network_gb_per_s * 1e9 * self.efficiency.network

@@ -1,0 +1,111 @@
+"""Layouts that do not fit a model are refused with both numbers and the key; the vocabulary is padded evenly."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.layout import check_layout, check_world_size, padded_vocab_size
+from megatron_solopo.config import ParallelConfig
+from tests.tiny_models import FAMILIES
+
+TP2, CP2, PP2 = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "context", "pipeline_model"))
+VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+    """4 layers, 4 heads, 2 key-value heads, 48 feed-forward columns."""
+    path = tmp_path_factory.mktemp("model")
+    FAMILIES["llama3"].save_pretrained(path)
+    return read_architecture(path)
+
+
+def sizes(tensor: int = 1, pipeline: int = 1, chunks: int | None = None, **more: Any) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=chunks,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        sizes(),
+        sizes(2),
+        sizes(4),
+        sizes(pipeline=4),
+        sizes(pipeline=2, chunks=2),
+        sizes(4, 2),
+        sizes(2, 2, 2),
+        sizes(sequence_parallel=False),
+        sizes(2, sequence_parallel=True),
+        sizes(context_parallel_size=8),
+        sizes(context_parallel_size=2, cp_comm_type="a2a"),
+        sizes(cpu_offloading_num_layers=3),
+    ],
+)
+def test_a_layout_that_divides_the_model_is_accepted(architecture: Architecture, parallel: ParallelConfig) -> None:
+    check_layout(architecture, parallel)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "changes", "words"),
+    [
+        (sizes(3), {}, ["tensor_model_parallel_size=3", "4 attention heads"]),
+        (sizes(8), {}, ["tensor_model_parallel_size=8", "4 attention heads"]),
+        (sizes(4), {"ffn_hidden_size": 50}, ["tensor_model_parallel_size=4", "50 feed-forward columns"]),
+        (sizes(4), {"num_query_groups": 6, "num_attention_heads": 12}, ["tensor_model_parallel_size=4", "6 key-value"]),
+        (sizes(sequence_parallel=True), {}, ["sequence_parallel=true", "tensor_model_parallel_size > 1"]),
+        (sizes(chunks=2), {}, ["virtual_pipeline_model_parallel_size=2", "pipeline_model_parallel_size > 1"]),
+        (sizes(pipeline=3), {}, ["4 layers", "3 pipeline stages", "pipeline_model_parallel_size"]),
+        (sizes(pipeline=2, chunks=3), {}, ["4 layers", "6 pipeline stages", "virtual_pipeline_model_parallel_size"]),
+        (sizes(pipeline=8), {}, ["4 layers", "8 pipeline stages"]),
+        (
+            sizes(2, context_parallel_size=2, cp_comm_type="a2a"),
+            {},
+            ["cp_comm_type=a2a", "1 key-value heads", "context_parallel_size=2", "p2p"],
+        ),
+        (sizes(context_parallel_size=3, cp_comm_type="a2a"), {}, ["4 attention heads", "context_parallel_size=3"]),
+        (sizes(cpu_offloading_num_layers=4), {}, ["cpu_offloading_num_layers=4", "4 layers"]),
+        (sizes(pipeline=2, cpu_offloading_num_layers=1), {}, ["cpu_offloading_num_layers=1", "pipeline"]),
+        (
+            sizes(cpu_offloading_num_layers=1, recompute_granularity="full"),
+            {},
+            ["cpu_offloading_num_layers=1", "recompute_granularity=null"],
+        ),
+    ],
+)
+def test_another_is_refused_with_the_numbers_and_the_key(architecture, parallel, changes, words) -> None:
+    with pytest.raises(ValueError) as error:
+        check_layout(replace(architecture, **changes), parallel)
+    message = str(error.value)
+    assert all(word in message for word in words) and "\n" not in message
+
+
+@given(st.integers(1, 300_000), st.sampled_from([1, 2, 4, 8]))
+def test_the_padded_vocabulary_is_the_least_that_splits_into_multiples_of_128(vocab: int, size: int) -> None:
+    padded = padded_vocab_size(vocab, size)
+    assert padded % (128 * size) == 0 and padded - 128 * size < vocab <= padded
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), [(1, {}), (3, {}), (4, TP2), (8, TP2 | CP2 | PP2), (6, VPP2)])
+def test_a_world_of_whole_replicas_is_accepted(world_size, sizes) -> None:
+    check_world_size(ParallelConfig(**sizes), world_size)
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), [(1, TP2), (3, CP2), (12, TP2 | CP2 | PP2), (6, TP2 | PP2)])
+def test_another_world_size_is_refused_with_sizes_and_keys(world_size, sizes) -> None:
+    config = ParallelConfig(**sizes)
+    with pytest.raises(ValueError) as error:
+        check_world_size(config, world_size)
+    message = str(error.value)
+    assert message.startswith(f"{world_size} processes") and "\n" not in message
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        assert f"{key}={getattr(config, key)}" in message
+    assert f"= {config.model_parallel_size} must divide them; launch a multiple of" in message

@@ -1,0 +1,33 @@
+"""What tests of plans share: a published model's shape, a configuration, lengths."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.config import Config
+from megatron_solopo.config_file import load_config
+from megatron_solopo.plan.gpus import GPUS, Gpu
+from megatron_solopo.plan.search import Planner
+from megatron_solopo.plan.workload import stated_workload
+
+ROOT = Path(__file__).resolve().parents[2]
+PLANS = ROOT / "examples" / "plans"
+TOKENS = "short=3584,long=130560,response=512"
+
+
+def load_example(model: str, *overrides: str) -> tuple[Config, Architecture]:
+    """A configuration of examples/plans and its model."""
+    config = load_config(PLANS / f"{model}.yaml", overrides)
+    return config, read_architecture(ROOT / config.model.path)
+
+
+def make_planner(
+    model: str = "llama-3.1-8b",
+    *overrides: str,
+    gpus: int = 64,
+    gpu: Gpu = GPUS["h100"],
+    tokens: str = TOKENS,
+    **more: Any,
+) -> Planner:
+    config, architecture = load_example(model, *overrides)
+    return Planner(architecture, config, stated_workload(tokens, 1000, 512), gpu, gpus, **more)

@@ -1,0 +1,59 @@
+"""Ranks built in no memory agree with the estimate, at toy size and at 1,024 GPUs."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.plan.dry_run import dry_run
+from megatron_solopo.plan.layouts import Layout, make_layout
+from megatron_solopo.plan.proof import distinct_ranks
+from tests.plan.held import Case, shapes
+from tests.plan.models import make_planner
+from tests.plan.test_held import BF16, FULL, cp, pp, tp
+from tests.tiny_models import FAMILIES
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the command does it in a process that computes on the CPU"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
+]
+TOY = [
+    Case("tied", family="qwen2_tied", parallel=tp(2) | pp(2), model=BF16),
+    Case("interleaved", parallel=pp(2, 2) | cp(2), model=BF16),
+    Case("full", family="qwen3", parallel=tp(2, **FULL)),
+    Case("plain-optimizer", parallel=pp(2), model=BF16, distributed_optimizer=False),
+]
+
+
+@pytest.mark.parametrize("case", TOY, ids=lambda case: case.name)
+def test_a_toy_layout_is_as_estimated(case: Case, tmp_path: Path) -> None:
+    FAMILIES[case.family].save_pretrained(tmp_path / case.family)
+    config = case.config(tmp_path)
+    proofs = dry_run(read_architecture(config.model.path), Layout(config, 3), shapes(config)[0], 4)
+    assert [proof.difference for proof in proofs] == [""] * len(proofs)
+    run = [proof for proof in proofs if proof.saved_bytes is not None]
+    assert len(run) == (1 if config.parallel.pipeline_model_parallel_size == 1 else 2)
+    for proof in run:
+        assert proof.estimated_saved_bytes == pytest.approx(proof.saved_bytes, rel=0.1)
+    assert not dist.is_initialized()
+
+
+def test_1024_ranks_of_a_70b_model_in_under_a_minute() -> None:
+    planner = make_planner("llama-3.1-70b", gpus=1024)
+    layout = make_layout(planner.config, {"tp": 8, "pp": 4, "vpp": 2, "cp": 8}, 1024)
+    packs = planner.packer.pack(layout.config, layout.data_parallel_size).heaviest_rank
+    ranks = distinct_ranks(layout)
+    assert [each.rank for each in ranks] == [0, 255, 512, 767, 768, 1023]
+    started = time.process_time()
+    proofs = dry_run(planner.architecture, layout, packs[0], len(packs))
+    assert time.process_time() - started < 60
+    assert [proof.rank for proof in proofs] == [each.rank for each in ranks]
+    assert not any(proof.difference for proof in proofs)
+    for proof in proofs:
+        if proof.saved_bytes is not None:
+            assert proof.estimated_saved_bytes == pytest.approx(proof.saved_bytes, rel=0.02)
+    # All tensor-parallel ranks of all stages hold the model once, but for norms, which they share.
+    assert proofs[0].num_parameters * 8 * 4 == pytest.approx(planner.architecture.num_parameters, rel=0.05)

@@ -1,0 +1,99 @@
+"""What fits is ranked, what does not has one clear reason."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_solopo.plan import VARIED
+from megatron_solopo.plan.gpus import GPUS
+from megatron_solopo.plan.layouts import make_layout, sizes_of, variants
+from megatron_solopo.plan.search import Search
+from tests.plan.models import make_planner
+
+SAVERS = ("recompute", "offload", "cp_comm")
+
+
+@pytest.fixture(scope="module")
+def found() -> Search:
+    return make_planner("llama-3.1-70b", gpus=64, vary=SAVERS).search()
+
+
+def test_those_that_fit_come_fastest_first(found: Search) -> None:
+    times = [estimate.time.seconds for estimate in found.ranked]
+    assert times == sorted(times) and len(times) > 5
+    assert all(estimate.excess_gib <= 0 and estimate.gpus == 64 for estimate in found.ranked)
+    for estimate in found.ranked:
+        parts = estimate.fullest.parts
+        assert sum(parts.values()) == pytest.approx(estimate.fullest.total) and min(parts.values()) >= 0
+
+
+def test_every_layout_fits_or_has_a_reason(found: Search) -> None:
+    planner = make_planner("llama-3.1-70b", gpus=64, vary=SAVERS)
+    names = {make_layout(planner.config, sizes, 64).name for sizes in sizes_of(planner.architecture, 64, planner.gpu)}
+    refused = {each.name for each in found.refused}
+    fitting = {estimate.layout.name for estimate in found.ranked}
+    assert refused < names and fitting < names and not refused & fitting
+    assert len(refused) == len(found.refused)
+    assert all(each.reason and "\n" not in each.reason for each in found.refused)
+    assert any("do not divide into" in each.reason for each in found.refused)
+    over = [each for each in found.refused if each.excess_gib is not None]
+    assert over and all(each.excess_gib > 0 and "GiB over 79.1 GiB" in each.reason for each in over)
+    assert found.nearest.excess_gib == min(each.excess_gib for each in over)
+
+
+def test_a_layout_over_the_memory_is_refused_by_what_it_is_over() -> None:
+    planner = make_planner("llama-3.1-8b", gpus=1)
+    layout = make_layout(planner.config, {"tp": 1, "pp": 1, "vpp": None, "cp": 1}, 1)
+    estimate = planner.best_of(layout)
+    roomy = planner.gpu.model_copy(update={"memory_gib": planner.gpu.memory_gib + estimate.excess_gib + 0.1})
+    assert estimate.excess_gib > 0 and replace(planner, gpu=roomy).best_of(layout).excess_gib <= 0
+
+
+def test_the_exchange_by_heads_is_tried_where_heads_allow_it() -> None:
+    planner = make_planner("llama-3.1-8b", gpus=64)
+    for cp, exchanges in ((8, {"p2p", "a2a"}), (16, {"p2p"}), (1, {"p2p"})):
+        layout = make_layout(planner.config, {"tp": 1, "pp": 1, "vpp": None, "cp": cp}, 64)
+        rows = variants(planner.architecture, layout, planner.gpu, SAVERS)
+        assert {each.config.parallel.cp_comm_type for row in rows for each in row} == exchanges
+
+
+def test_variants_of_a_row_take_less_memory_one_after_the_other() -> None:
+    planner = make_planner("llama-3.1-70b", gpus=64)
+    layout = make_layout(planner.config, {"tp": 8, "pp": 2, "vpp": None, "cp": 4}, 64)
+    for row in variants(planner.architecture, layout, planner.gpu, VARIED):
+        estimates = [planner.estimate(each) for each in row]
+        sizes = [estimate.fullest.total for estimate in estimates]
+        for first in range(0, len(row), 3):  # recomputation, then the same with the optimizer in host memory
+            assert sizes[first : first + 3] == sorted(sizes[first : first + 3], reverse=True)
+        times = [estimate.time.seconds for estimate in estimates]
+        assert times[:3] == sorted(times[:3])
+        if len(row) == 6:
+            assert sizes[3] < sizes[0] and estimates[3].fullest.optimizer == 0 < estimates[3].fullest.host
+
+
+def test_fp8_is_offered_only_where_the_gpu_has_it_and_the_matrices_allow_it() -> None:
+    planner = make_planner("llama-3.1-8b", gpus=8, vary=("fp8",))
+    layout = make_layout(planner.config, {"tp": 1, "pp": 1, "vpp": None, "cp": 8}, 8)
+    for gpu, expected in (("h100", {None, "hybrid"}), ("a100", {None})):
+        rows = variants(planner.architecture, layout, GPUS[gpu], ("fp8",))
+        assert {each.config.model.fp8 for row in rows for each in row} == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "words"),
+    [
+        ("qwen2.5-7b", {"tp": 8}, "tensor_model_parallel_size=8 does not divide the model's 28 attention heads"),
+        ("llama-3.1-8b", {"pp": 64}, "32 layers do not divide into 64 pipeline stages"),
+        ("llama-3.1-8b", {"tp": 4, "pp": 3}, "must divide them"),
+        ("llama-3.1-8b", {"cp": 16, "pp": 4, "vpp": 4, "tp": 1}, None),
+    ],
+)
+def test_an_illegal_layout_that_is_asked_for_gets_one_line(model: str, sizes: dict, words: str | None) -> None:
+    planner = make_planner(model)
+    asked = {"tp": 1, "pp": 1, "vpp": None, "cp": 1} | sizes
+    if words is None:
+        assert planner.best_of(make_layout(planner.config, asked, 64)).layout.sizes == asked | {"dp": 1}
+        return
+    with pytest.raises(ValueError, match=words) as error:
+        planner.best_of(make_layout(planner.config, asked, 64))
+    assert "\n" not in str(error.value)

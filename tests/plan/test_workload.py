@@ -1,0 +1,87 @@
+"""Packs of a plan are those that training would build."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_solopo.data.packing import TokenizedTriplet, build_pack
+from megatron_solopo.data.sizes import ROLES
+from megatron_solopo.parallel.context import shard_indices
+from megatron_solopo.plan.layouts import with_keys
+from megatron_solopo.plan.workload import Packer, pack_shape, prepared_workload, stated_workload
+from tests.plan.models import load_example
+from tests.prepared import make_prepared
+
+NAMES = ("short", "long", "chosen", "rejected")
+LENGTHS = st.fixed_dictionaries({name: st.integers(1, 70) for name in NAMES})
+
+
+@given(st.lists(LENGTHS, min_size=1, max_size=3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 64]))
+def test_a_shape_is_the_real_packs(triplets: list[dict[str, int]], cp: int, whole: int) -> None:
+    rows = [
+        TokenizedTriplet(
+            id=str(number),
+            index=number,
+            prompts={name: np.ones(lengths[name], int) for name in NAMES[:2]},
+            responses={name: np.ones(lengths[name], int) for name in NAMES[2:]},
+        )
+        for number, lengths in enumerate(triplets)
+    ]
+    pack = build_pack(rows, ROLES[:3], 2 * cp, whole)
+    shape = pack_shape(triplets, ROLES[:3], 2 * cp, whole, cp)
+    assert shape.padded_tokens == pack.padded_tokens and shape.tokens == pack.num_tokens
+    assert shape.squares == int(pack.cu_seqlens_S1.diff().long().square().sum())
+    assert shape.longest == pack.max_sequence_length and shape.num_triplets == pack.num_triplets
+    rows_N = set(pack.response_rows_N.tolist())
+    shards = [set(shard_indices(pack.cu_seqlens_S1, cp, rank).tolist()) for rank in range(cp)]
+    assert shape.response_rows == max(len(rows_N & shard) for shard in shards)
+
+
+def test_prepared_lengths_are_those_of_the_rows(tmp_path) -> None:
+    path = make_prepared(tmp_path / "prepared", rows=12, eval_count=2, seed=0)
+    workload = prepared_workload(path)
+    assert workload.num_triplets == 10 and all(len(column) == 10 for column in workload.prompts.values())
+    assert (workload.prompts["long"] >= 20).all() and (workload.prompts["short"] <= 13).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("short=10,long=20", "response missing"),
+        ("short=10,long=x,response=5", "long=x"),
+        ("short=10,long=20,response=5,other=1", "other=1"),
+        ("short=0,long=20,response=5", "at least 1"),
+        ("short=10,long=20:10,response=5", "LOW at most HIGH"),
+    ],
+)
+def test_lengths_that_cannot_be_read_are_named(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        stated_workload(text, 10, 10)
+    assert "--tokens" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_batch_is_counted_whole() -> None:
+    config, _ = load_example("llama-3.1-8b")
+    workload = stated_workload("short=500:3000,long=8000:60000,response=100:500", 1000, 512)
+    packer = Packer(workload, config)
+    batch = packer.pack(config, 4)
+    assert batch.num_triplets == 128 and batch.num_packs % 4 == 0
+    assert 0 < batch.pad_waste < 0.01 and 0.9 < batch.balance <= 1
+    assert len(batch.heaviest_rank) == batch.num_packs // 4
+    loads = sum(pack.squares for pack in batch.heaviest_rank)
+    everything = packer.pack(config, 1)
+    assert sum(pack.squares for pack in everything.heaviest_rank) == pytest.approx(loads * 4 * batch.balance)
+
+
+@pytest.mark.parametrize(
+    ("keys", "dp", "words"),
+    [
+        ({"data": {"max_tokens_per_pack": 100_000}}, 4, "the largest triplet needs 139,264 padded tokens"),
+        ({"training": {"global_batch_size": 6}}, 4, "training.global_batch_size=6: must be a multiple of 4"),
+    ],
+)
+def test_what_training_would_refuse_is_refused(keys, dp: int, words: str) -> None:
+    config = with_keys(load_example("llama-3.1-8b")[0], **keys)
+    with pytest.raises(ValueError, match=words):
+        Packer(stated_workload("short=3584,long=130560,response=512", 100, 100), config).pack(config, dp)

@@ -1,0 +1,132 @@
+"""`megatron-solopo plan` as a user runs it."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from megatron_solopo import cli
+from megatron_solopo.config_file import load_config
+from tests.plan.models import PLANS, ROOT, TOKENS
+from tests.prepared import make_prepared
+
+SEVENTY = ["--config", str(PLANS / "llama-3.1-70b.yaml"), "--tokens", TOKENS]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # the examples' paths start there
+
+
+def plan(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.cli, ["plan", *arguments], catch_exceptions=True)
+
+
+def refusal(capsys: Any, *arguments: str) -> str:
+    """The error line, by way of the real entry point."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", *arguments])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_json_says_everything_and_the_overrides_make_the_layout() -> None:
+    result = plan(*SEVENTY, "--gpus", "64", "--gpu", "h200", "--json", "--price", "2.5", "--top", "3")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    best, vanilla = found["chosen"], found["vanilla"]
+    assert best == found["ranking"][0] and len(found["ranking"]) == 3
+    assert best["fits"] and best["gpus"] == 64 and 0.2 < best["mfu"] < 0.65
+    assert best["cost"] == pytest.approx(2.5 * best["gpu_hours"]) and best["reference_seconds"] > 0
+    assert 1.5 < vanilla["hours"] / best["hours"] < 2.5
+    config = load_config(PLANS / "llama-3.1-70b.yaml", best["overrides"])
+    assert config.parallel.tensor_model_parallel_size == best["layout"]["tp"]
+    for stage in best["memory_bytes"]:
+        parts = sum(stage[name] for name in stage if name not in ("pipeline_rank", "total", "host", "packs_in_flight"))
+        assert parts == pytest.approx(stage["total"]) and stage["total"] <= found["gpu"]["memory_gib"] * 2**30
+
+
+def test_a_plan_of_prepared_data_with_everything_written(tmp_path: Path) -> None:
+    make_prepared(tmp_path / "prepared", rows=40, eval_count=2, seed=0)
+    overrides = [f"data.path={tmp_path / 'prepared'}", "data.max_tokens_per_pack=512"]
+    config = ["--config", str(PLANS / "llama-3.1-8b.yaml"), "training.global_batch_size=16", *overrides]
+    options = ["--explain", "tp=2,pp=2", "--picture", str(tmp_path / "plan.png"), "--why-not", "--vary", "recompute"]
+    launch = tmp_path / "launch"
+    result = plan(*config, "--gpus", "16", "--gpu", "h100", *options, "--emit-sbatch", str(launch))
+    assert result.exit_code == 0, result.output
+    assert "tp2,pp2,cp1,dp4 on 16 x H100" in result.stdout and "38 triplets" in result.stdout
+    assert "tp8,pp8,cp1,dp1" not in result.stdout and "do not divide into" in result.stdout
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    written = load_config(launch / "config.yaml")
+    assert written.parallel.pipeline_model_parallel_size == 2 and written.training.global_batch_size == 16
+    script = (launch / "submit.sbatch").read_text()
+    assert "#SBATCH --nodes=2\n" in script and f"--config {launch}/config.yaml" in script
+    subprocess.run(["bash", "-n", str(launch / "submit.sbatch")], check=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would turn this whole process to the CPU")
+def test_the_dry_run_of_the_command_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_SOLOPO_DEVICE", "cpu")  # what the command sets, undone afterwards
+    result = plan(*SEVENTY, "--gpus", "64", "--gpu", "h200", "--explain", "tp=8,pp=2,cp=4", "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    proofs = json.loads(result.stdout)["dry_run"]
+    assert [proof["rank"] for proof in proofs] == [0, 31, 32, 63] and all(proof["equal"] for proof in proofs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpus", "64", "--gpu", "rtx"], "--gpu rtx: unknown"),
+        (["--gpus", "12", "--gpu", "h100"], "--gpus 12: more than a node of 8"),
+        (["--gpus", "64", "--gpu", "h100", "--explain", "tp=3"], "= 3 must divide them"),
+        (["--gpus", "64", "--gpu", "h100", "--explain", "tp=x"], "'tp=x' is none of tp=N"),
+        (["--gpus", "8", "--gpu", "h100", "training.global_batch_size=7"], "no layout fits on 8 x H100"),
+        (["--gpus", "64", "--gpu", "h100", "data.max_tokens_per_pack=1000"], "no layout fits on 64 x H100"),
+        (["--gpus", "64", "--gpu", "h100", "--calibration", "none.json"], "none.json: no such file"),
+        (["--gpus", "64", "--gpu", "h100", "--gpu-file", "none.yaml"], "none.yaml: no such file"),
+        (["--gpus", "64", "--gpu", "h100", "model.path=nowhere"], "nowhere/config.json: no such file"),
+        (["--gpus", "64", "--gpu", "h100", "--vary", "luck"], "unknown luck"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys: Any, arguments: list[str], words: str) -> None:
+    error = refusal(capsys, *SEVENTY, *arguments)
+    assert words in error
+    assert len([line for line in error.splitlines() if line.startswith(("error:", "Error:"))]) == 1
+
+
+def test_lengths_must_come_from_somewhere(capsys: Any) -> None:
+    error = refusal(capsys, "--config", str(PLANS / "llama-3.1-8b.yaml"), "--gpus", "8", "--gpu", "h100")
+    assert "not a complete prepared directory" in error and "--tokens" in error
+
+
+def test_another_directory_is_not_written_over(capsys: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").touch()
+    options = ["--gpus", "64", "--gpu", "h100", "--emit-sbatch", str(tmp_path)]
+    assert "holds mine.txt, which would be lost" in refusal(capsys, *SEVENTY, *options)
+
+
+def test_planning_imports_no_megatron_and_answers_within_seconds() -> None:
+    program = (
+        "import sys; from megatron_solopo.cli import main; main(sys.argv[1:]); "
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'megatron']"
+    )
+    command = [sys.executable, "-c", program, "plan", *SEVENTY, "--gpus", "1024", "--gpu", "h200"]
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of one processor: the wall clock is the machine's other work too.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+
+
+def test_help_answers_at_once() -> None:
+    started = time.process_time()
+    result = plan("--help")
+    assert result.exit_code == 0 and "Examples:" in result.output and time.process_time() - started < 1
