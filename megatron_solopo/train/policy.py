@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_solopo.architecture.huggingface import read_architecture
 from megatron_solopo.checkpoint.loading import load_weights
 from megatron_solopo.config import Config
 from megatron_solopo.data.packing import Pack

@@ -21,7 +21,6 @@ from megatron_solopo.config import Config
 from megatron_solopo.config_file import check_not_by_hand, save_config
 from megatron_solopo.data.loader import GlobalBatch
 from megatron_solopo.files import check_writable, read_jsonl, sha256_file
-from megatron_solopo.model.build import check_layout
 from megatron_solopo.model.precision import check_precision, precision_settings
 from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.model_directory import huggingface_directory
