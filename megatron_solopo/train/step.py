@@ -52,9 +52,7 @@ def run_schedule(
     """
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        microbatch = next(iterator)
-        output = model(microbatch.tokens_1t, None, None, packed_seq_params=microbatch.packing)
-        return output, loss_function(microbatch)
+        return forward_microbatch(model, next(iterator), loss_function)
 
     # Every virtual stage consumes the same packs again, each through an iterator of its own.
     microbatches = [shard_pack(pack, topology) for pack in packs]
@@ -70,6 +68,14 @@ def run_schedule(
         forward_only=forward_only,
     )
     return reports
+
+
+def forward_microbatch(
+    model: torch.nn.Module, microbatch: Microbatch, loss_function: Callable[[Microbatch], LossFunction]
+) -> tuple[Tensor, LossFunction]:
+    """What Megatron's schedules ask of a forward step: this stage's output, and the function that makes it a loss."""
+    output = model(microbatch.tokens_1t, None, None, packed_seq_params=microbatch.packing)
+    return output, loss_function(microbatch)
 
 
 def objective_loss(
