@@ -91,7 +91,7 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
 
 
 def current() -> Topology:
-    """This rank's place in the groups that `parallel_state.initialize_model_parallel` has made, by whomever it was called.
+    """This rank's place in the groups that `parallel_state.initialize_model_parallel` has made, whoever called it.
 
     Raises ValueError if there are none yet.
     """

@@ -114,7 +114,7 @@ def arguments(folder: Path, name: str, parallel: dict[str, Any], **changes: Any)
 
 @contextmanager
 def megatron_lm(argv: list[str]) -> Iterator[None]:
-    """A process that Megatron-LM's `pretrain()` can run in, with these arguments; it leaves none of its state behind."""
+    """A process that `pretrain()` can run in with these arguments; none of its state stays behind."""
     import megatron.core.datasets.utils as dataset_utils
     from megatron.training import training
 
