@@ -3,6 +3,8 @@
 PYTHON ?= python3
 PYTHON312 ?=
 TORCH ?= torch==2.13.0
+# Files of tests run beside each other; what a file launches once serves all its tests.
+PARALLEL ?= -n 2 --dist loadfile
 VENV := .venv
 VENV312 := .venv312
 SHELL := /bin/bash
@@ -23,11 +25,11 @@ quickstart: $(VENV)/.installed ## set up, then train the small example on two pr
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/musique/quickstart.sh
 
 test: $(VENV)/.installed ## set up, then run all tests
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PARALLEL)
 	@echo "tests ran with $$($(VENV)/bin/python -V) in $(CURDIR)/$(VENV); style and types: make lint"
 
 test-py312: $(VENV312)/.installed ## set up, then run the parity tests on Python 3.12 and megatron-core 0.19.2
-	$(VENV312)/bin/python -m pytest -m parity
+	$(VENV312)/bin/python -m pytest -m parity $(PARALLEL)
 	@echo "parity tests ran with $$($(VENV312)/bin/python -V) in $(CURDIR)/$(VENV312)"
 
 lint: $(VENV)/.installed ## check style, format and types

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import click
 
 from megatron_solopo import __version__
+from megatron_solopo.cli_convert import convert
 
 _PATH = click.Path(path_type=Path)
 _LATER_RANKS_WAIT_SECONDS = 5.0
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit("interrupted; a training run continues from its latest checkpoint when it is started again")
+        sys.exit("interrupted; started again, training continues from its latest checkpoint, other work starts anew")
     except (ValueError, FloatingPointError) as error:
         if not _is_ours(error):
             raise
@@ -84,7 +85,11 @@ def cli() -> None:
       megatron-solopo data build    ...   triplets from a QA corpus (or bring your own JSONL)
       megatron-solopo data prepare  ...   tokenize them
       megatron-solopo train --config c.yaml
+      megatron-solopo convert export ...  back to Hugging Face
     """
+
+
+cli.add_command(convert)
 
 
 @cli.command()

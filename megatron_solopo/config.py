@@ -40,7 +40,8 @@ class ModelConfig(_Section):
     """What is trained."""
 
     path: _Path
-    """Hugging Face directory: config.json, safetensors weights, tokenizer."""
+    """Hugging Face directory (config.json, safetensors weights, tokenizer), or a Megatron checkpoint that `convert
+    import` or a run of `train` wrote."""
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer kernels: Transformer Engine where it and CUDA are (auto), or plain PyTorch (local)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -173,7 +174,7 @@ class ReferenceConfig(_Section):
     """The frozen model that rewards are measured against."""
 
     model_path: _Path | None = None
-    """Hugging Face directory; null: the policy's initial weights."""
+    """Hugging Face directory or Megatron checkpoint; null: the policy's initial weights."""
     cache: _Path | None = None
     """Directory of the cached log-probs; null: `<run_dir>/reference`."""
 

@@ -1,7 +1,4 @@
-"""Imports go downward only, heavy libraries load late, files and functions stay small.
-
-The rules are the tables below; the walk over the sources knows nothing of this package but them.
-"""
+"""Imports go downward only, heavy libraries load late, files and functions stay small: the tables below say which."""
 
 import ast
 from collections.abc import Iterator
@@ -27,6 +24,8 @@ class Room:
 ROOMS = {
     "": Room(0),
     "files": Room(0),
+    "progress": Room(0),
+    "model_directory": Room(0),
     "config": Room(0),
     "config_file": Room(0, beside=frozenset({"config", "files"})),
     "objective": Room(1),
@@ -41,11 +40,12 @@ ROOMS = {
     "train": Room(4, megatron=True),
     "evaluate": Room(4, megatron=True),
     "integrations": Room(4, megatron=True),
-    "cli": Room(5),
+    "cli_convert": Room(5),
+    "cli": Room(5, beside=frozenset({"cli_convert"})),
     "__main__": Room(5, beside=frozenset({"cli"})),
 }
 LAZY = ("transformer_engine", "apex", "wandb", "vllm")
-PRINTING = ("cli", "doctor")
+PRINTING = ("cli", "cli_convert", "doctor")
 ADAPTS_CPU = f"{PACKAGE}.parallel"
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60

@@ -29,6 +29,7 @@ _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "origin
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama2": LlamaConfig(**_SHAPE | {"num_key_value_heads": 4}),
     "llama3": LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE),
+    "llama3_tied": LlamaConfig(**_SHAPE | {"tie_word_embeddings": True}, rope_parameters=_LLAMA3_ROPE),
     "llama_linear": LlamaConfig(
         **_SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
     ),

@@ -7,6 +7,7 @@ A process of its own; see `bench_case.worker_main`.
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from bench_case import (
 )
 from bench_profile import StepProfiler
 
-from megatron_solopo.checkpoint.huggingface import global_parameters
-from megatron_solopo.checkpoint.mapping import rules, to_huggingface, to_megatron
+from megatron_solopo.checkpoint.loading import global_parameters
+from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules, to_megatron
 from megatron_solopo.config import Config, ObjectiveConfig
 from megatron_solopo.config_file import parse_config
 from megatron_solopo.data.packing import Pack, build_pack
@@ -53,15 +54,16 @@ def fill_with_random_weights(chunks: list[ResponseModel], architecture: Architec
     table = rules(architecture)
     for chunk in chunks:
         group = chunk.pg_collection.tp
+        shard = {"rank": group.rank(), "size": group.size(), "padded_vocab": chunk.vocab_size}
         for name, parameter in global_parameters(chunk):
-            rule = table[name]
-            shapes = to_huggingface(rule, architecture, [parameter.detach().to("meta")] * group.size())
-            tensors = [
-                random_tensor(each, like.shape, parameter.dtype, parameter.device)
-                for each, like in zip(rule.huggingface, shapes, strict=True)
-            ]
-            shard = {"rank": group.rank(), "size": group.size(), "padded_vocab": chunk.vocab_size}
-            assign(parameter, to_megatron(rule, architecture, tensors, **shard))
+            read = partial(_random_part, huggingface_shapes(table[name], architecture), parameter)
+            assign(parameter, to_megatron(table[name], architecture, read, **shard))
+
+
+def _random_part(
+    shapes: dict[str, tuple[int, ...]], like: torch.Tensor, name: str, index: tuple[slice, ...]
+) -> torch.Tensor:
+    return random_tensor(name, torch.Size(shapes[name]), like.dtype, like.device)[index]
 
 
 def build_random_policy(config: Config, architecture: Architecture, topology: Topology, max_steps: int) -> Policy:

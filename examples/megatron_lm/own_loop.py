@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
-from megatron_solopo.checkpoint.huggingface import load_weights
+from megatron_solopo.checkpoint.loading import load_weights
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import load_config
 from megatron_solopo.model.spec import layer_spec

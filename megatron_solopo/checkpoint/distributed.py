@@ -1,13 +1,13 @@
 """Megatron distributed checkpoints that load under any parallel layout, complete or absent.
 
-checkpoints/iter_0000010/   Megatron's files (model, optimizer) and trainer.json
+checkpoints/iter_0000010/   Megatron's files (model, optimizer), trainer.json and huggingface/ (config, tokenizer)
 checkpoints/latest          the name of the newest complete one, written last
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,16 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
+from megatron_solopo.checkpoint.model_files import write_model_files
 from megatron_solopo.files import atomic_path, remove, replace, write_json
+from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.precision import assign
+from megatron_solopo.model_directory import HUGGINGFACE_FOLDER
 
 _LATEST = "latest"
 _TRAINER_STATE = "trainer.json"
 _KERNEL_STATE = "_extra_state"
+_Chunk = TypeVar("_Chunk", DistributedDataParallel, ResponseModel)
 # Saved once per parameter, not per rank's share of a buffer: loads under another TP, PP, CP or DP.
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -34,11 +39,13 @@ def save_checkpoint(
     chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     trainer_state: dict[str, Any],
+    model_files: Mapping[str, bytes],
 ) -> Path:
     """Write `root/iter_<step>` on all ranks together, then point `latest` to it. Returns its path.
 
     Args:
         trainer_state: JSON-able, the same on every rank: what is not a tensor.
+        model_files: the config, tokenizer and so on that travel with the weights; rank 0's are written.
     """
     final = root / f"iter_{step:07d}"
     temporary = root / f".{final.name}.incomplete"
@@ -51,6 +58,7 @@ def save_checkpoint(
     )
     dist.barrier()
     if dist.get_rank() == 0:
+        write_model_files(model_files, temporary / HUGGINGFACE_FOLDER)
         write_json(temporary / _TRAINER_STATE, trainer_state | {"step": step})
         replace(temporary, final)
         with atomic_path(root / _LATEST) as pointer:
@@ -101,10 +109,22 @@ def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optim
         _load_optimizer(optimizer, state["optimizer"])
 
 
+def load_parameters(path: Path, chunks: Sequence[ResponseModel]) -> None:
+    """Load the parameters alone, of a checkpoint that `convert import` or any layout wrote, under the current one."""
+    metadata = _metadata()
+    state = {
+        key: _without_kernel_state(chunk.sharded_state_dict(metadata=metadata)) for key, chunk in _keyed(chunks).items()
+    }
+    loaded = dist_checkpointing.load(state, str(path))
+    for key, chunk in _keyed(chunks).items():
+        for name, parameter in chunk.named_parameters():
+            assign(parameter, loaded[key][name])
+
+
 def _sharded_state(
     chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None, *, is_loading: bool
 ) -> dict[str, Any]:
-    metadata = _SHARDING | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    metadata = _metadata()
     model = {key: _sharded_model(chunk.module, metadata) for key, chunk in _keyed(chunks).items()}
     if optimizer is None:
         return model
@@ -114,16 +134,24 @@ def _sharded_state(
     }
 
 
+def _metadata() -> dict[str, Any]:
+    return _SHARDING | {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
 def _sharded_model(module: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     """Without the kernels' own state, so that every layer implementation reads the checkpoints of the others."""
     config = module.config
     state: dict[str, Any] = module.sharded_state_dict(metadata=metadata)
     if config.fp8 and config.fp8_recipe == "delayed":
         return state  # its scales are made of earlier steps' values
+    return _without_kernel_state(state)
+
+
+def _without_kernel_state(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not key.endswith(_KERNEL_STATE)}
 
 
-def _keyed(chunks: Sequence[DistributedDataParallel]) -> dict[str, DistributedDataParallel]:
+def _keyed(chunks: Sequence[_Chunk]) -> dict[str, _Chunk]:
     """Megatron's keys: `model`, or `model0`, `model1`, ... with virtual pipeline stages."""
     if len(chunks) == 1:
         return {"model": chunks[0]}

@@ -1,24 +1,40 @@
-"""Loads a Hugging Face directory of safetensors into this rank's model chunks."""
+"""The weights of a Hugging Face directory: safetensors, checked against its config and read piece by piece."""
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, rules, to_huggingface, to_megatron
-from megatron_solopo.files import sha256_file, sha256_json
+from megatron_solopo.checkpoint.mapping import (
+    HF_EMBEDDING,
+    HF_OUTPUT,
+    Index,
+    huggingface_shapes,
+    rules,
+)
 from megatron_solopo.model.architecture import Architecture
-from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.precision import assign
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_SAMPLE_BYTES = 4096
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""The precisions that weights are stored in, by their names in safetensors."""
+_PIECE_BYTES = 1 << 26
 # Old checkpoints store these although they follow from the config.
 _DERIVED = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is stored, and as what."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it: BF16, F32, ..."""
 
 
 class SafetensorsDirectory:
@@ -27,18 +43,18 @@ class SafetensorsDirectory:
     def __init__(self, path: Path) -> None:
         """Raises ValueError if there are no safetensors weights, or if the index or a shard is missing or damaged."""
         self.path = path
-        self.files = self._locate()
+        self.entries = self._locate()
 
-    def _locate(self) -> dict[str, str]:
-        if (self.path / _INDEX).is_file():
+    def _locate(self) -> dict[str, Entry]:
+        if (self.path / INDEX).is_file():
             return self._checked_index()
-        if not (self.path / _SINGLE).is_file():
-            raise ValueError(f"{self.path}: holds neither {_SINGLE} nor {_INDEX}; model weights must be safetensors")
-        return dict.fromkeys(self._names_in(_SINGLE), _SINGLE)
+        if not (self.path / SINGLE).is_file():
+            raise ValueError(f"{self.path}: holds neither {SINGLE} nor {INDEX}; model weights must be safetensors")
+        return self._entries_in(SINGLE)
 
-    def _checked_index(self) -> dict[str, str]:
-        """The index's shard of every tensor; all are opened here, so that a bad one is found before loading starts."""
-        file = self.path / _INDEX
+    def _checked_index(self) -> dict[str, Entry]:
+        """What every shard holds; all are opened here, so that a bad one is found before loading starts."""
+        file = self.path / INDEX
         try:
             weight_map = json.loads(file.read_bytes())["weight_map"]
             index = {name: str(shard) for name, shard in weight_map.items()}
@@ -47,105 +63,89 @@ class SafetensorsDirectory:
                 f"{file}: not an index of safetensors shards: {type(error).__name__}: {error}; "
                 'expected a JSON object whose "weight_map" maps tensors to files'
             ) from None
-        held = {shard: self._names_in(shard) for shard in set(index.values())}
+        held = {shard: self._entries_in(shard) for shard in sorted(set(index.values()))}
         for name, shard in index.items():
             if name not in held[shard]:
                 raise ValueError(f"{file}: says that {shard} holds {name}, which it does not")
-        return index
+        for shard, entries in held.items():
+            for name in entries:
+                if index.get(name) != shard:
+                    raise ValueError(f"{file}: does not say that {shard} holds {name}, which it does")
+        return {name: held[shard][name] for name, shard in index.items()}
 
-    def _names_in(self, file: str) -> set[str]:
+    def _entries_in(self, file: str) -> dict[str, Entry]:
         with self._open(file) as shard:
-            return set(shard.keys())
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  (no mapping)
+            return {name: Entry(file, tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
 
-    def _open(self, file: str) -> safe_open:
+    @contextmanager
+    def _open(self, file: str) -> Iterator[safe_open]:
+        """Raises ValueError where safetensors refuses header or size."""
         try:
-            return safe_open(self.path / file, framework="pt")
+            shard = safe_open(self.path / file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path / file}: cannot be read: {error}") from None
+        with shard:
+            yield shard
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in the precision it is stored in."""
-        with self._open(self.files[name]) as shard:
-            return shard.get_tensor(name)
+    def read(self, name: str, index: Index = (slice(None),)) -> Tensor:
+        """A tensor or a part of it, on the CPU, in the precision it is stored in."""
+        with self._open(self.entries[name].file) as shard:
+            part: Tensor = shard.get_slice(name)[index]
+            return part
 
+    def check(self, architecture: Architecture) -> None:
+        """Compare with what the config asks for.
 
-def load_weights(chunks: Sequence[ResponseModel], architecture: Architecture, path: Path) -> None:
-    """Fill every parameter of this rank from the Hugging Face directory `path`, cast to the model's precision.
+        Raises ValueError naming missing, unexpected or misshapen tensors, and those of a precision that is not
+        of `DTYPES`; and where tied embeddings are stored twice, with different numbers.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        for rule in rules(architecture).values():
+            shapes |= huggingface_shapes(rule, architecture)
+        found = {name for name in self.entries if not name.endswith(_DERIVED)}
+        if architecture.tied_embeddings:
+            found.discard(HF_OUTPUT)
+        self._check_names(found, set(shapes), architecture)
+        for name, shape in shapes.items():
+            entry = self.entries[name]
+            if entry.shape != shape:
+                raise ValueError(f"{self.path}: {name} has shape {entry.shape}, but config.json asks for {shape}")
+            if entry.dtype not in DTYPES:
+                raise ValueError(
+                    f"{self.path}: {name} is stored as {entry.dtype}; supported: {', '.join(DTYPES)}. "
+                    "Quantized weights must be converted first"
+                )
+        if architecture.tied_embeddings and HF_OUTPUT in self.entries:
+            self._check_tied()
 
-    Raises ValueError naming missing, unexpected or misshapen tensors, before any parameter is touched
-    in the first two cases.
-    """
-    source = SafetensorsDirectory(path)
-    table = rules(architecture)
-    _check_names(source, {name for rule in table.values() for name in rule.huggingface}, architecture)
-    for chunk in chunks:
-        group = chunk.pg_collection.tp
-        padded_vocab = chunk.vocab_size
-        for name, parameter in global_parameters(chunk):
-            rule = table[name]
-            tensors = [source.read(each) for each in rule.huggingface]
-            # Checked before fusing, which could make the right shape of wrong ones.
-            expected = to_huggingface(rule, architecture, [parameter.detach().to("meta")] * group.size())
-            for each, tensor, wanted in zip(rule.huggingface, tensors, expected, strict=True):
-                if tensor.shape != wanted.shape:
-                    raise ValueError(
-                        f"{path}: {each} has shape {tuple(tensor.shape)}, "
-                        f"but config.json asks for {tuple(wanted.shape)}"
-                    )
-            share = to_megatron(
-                rule, architecture, tensors, rank=group.rank(), size=group.size(), padded_vocab=padded_vocab
-            )
-            assign(parameter, share)
+    def _check_names(self, found: set[str], expected: set[str], architecture: Architecture) -> None:
+        for problem, names in (("missing", expected - found), ("unexpected", found - expected)):
+            if names:
+                shown = ", ".join(sorted(names)[:5])
+                raise ValueError(
+                    f"{self.path}: {len(names)} {problem} tensors for a {architecture.model_type} model "
+                    f"with {architecture.num_layers} layers: {shown}{', ...' if len(names) > 5 else ''}"
+                )
 
-
-def global_parameters(chunk: ResponseModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This chunk's parameters by their name in the mapping table, layers counted over the whole model.
-
-    With tied embeddings, the last pipeline stage's own copy appears under the embedding's name.
-    """
-    for name, parameter in chunk.named_parameters():
-        if name.startswith("decoder.layers."):
-            local, rest = name.removeprefix("decoder.layers.").split(".", 1)
-            layer = chunk.decoder.layers[int(local)].layer_number - 1
-            name = f"decoder.layers.{layer}.{rest}"
-        if name == OUTPUT and chunk.share_embeddings_and_output_weights:
-            name = EMBEDDING
-        yield canonical_name(name), parameter
-
-
-def weights_fingerprint(path: Path) -> str:
-    """Identifies the model in a Hugging Face directory: its config, and a sample of every tensor.
-
-    4 KiB from the middle of each tensor tell two models apart in a moment, however large: training
-    or merging changes a tensor everywhere. An edit of a few single numbers can go unnoticed.
-    """
-    files = sorted(set(SafetensorsDirectory(path).files.values()))
-    samples = {file: _sample_tensors(path / file) for file in files}
-    return sha256_json({"config": sha256_file(path / "config.json"), "weights": samples})
-
-
-def _sample_tensors(file: Path) -> str:
-    """Hex SHA-256 of a safetensors file's header and of the middle of each of its tensors."""
-    with file.open("rb") as stream:
-        header = stream.read(int.from_bytes(stream.read(8), "little"))
-        digest = hashlib.sha256(header)
-        start_of_data = stream.tell()
-        for name, entry in sorted(json.loads(header).items()):
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                stream.seek(start_of_data + max(start, (start + end - _SAMPLE_BYTES) // 2))
-                digest.update(stream.read(min(_SAMPLE_BYTES, end - start)))
-    return digest.hexdigest()
-
-
-def _check_names(source: SafetensorsDirectory, expected: set[str], architecture: Architecture) -> None:
-    found = {name for name in source.files if not name.endswith(_DERIVED)}
-    if architecture.tied_embeddings:
-        found.discard("lm_head.weight")
-    for problem, names in (("missing", expected - found), ("unexpected", found - expected)):
-        if names:
-            shown = ", ".join(sorted(names)[:5])
+    def _check_tied(self) -> None:
+        """transformers unties such a pair if the two differ, so this must not pass for a tied model."""
+        embedding, output = self.entries[HF_EMBEDDING], self.entries[HF_OUTPUT]
+        same = (embedding.shape, embedding.dtype) == (output.shape, output.dtype)
+        step = max(1, _PIECE_BYTES // (4 * embedding.shape[1]))
+        for start in range(0, embedding.shape[0] if same else 0, step):
+            rows = (slice(start, min(start + step, embedding.shape[0])),)
+            same = same and bitwise_equal(self.read(HF_EMBEDDING, rows), self.read(HF_OUTPUT, rows))
+        if not same:
             raise ValueError(
-                f"{source.path}: {len(names)} {problem} tensors for a {architecture.model_type} model "
-                f"with {architecture.num_layers} layers: {shown}{', ...' if len(names) > 5 else ''}"
+                f"{self.path}: holds {HF_OUTPUT} beside {HF_EMBEDDING}, and they differ, but config.json ties them; "
+                "set tie_word_embeddings to false there, or remove the one that is not meant"
             )
+
+
+def bitwise_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether shape, precision and every bit agree: unlike `torch.equal`, NaN equals itself and -0 is not 0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    as_integers = {2: torch.int16, 4: torch.int32}[one.element_size()]
+    return torch.equal(one.contiguous().view(as_integers), other.contiguous().view(as_integers))

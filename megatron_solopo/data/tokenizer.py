@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from sentencepiece import SentencePieceProcessor
 
 from megatron_solopo.files import sha256_file, sha256_json
+from megatron_solopo.model_directory import huggingface_directory
 
 # Text put before a continuation and cut off again. Several, since a tokenizer may merge one with what follows.
 _ANCHORS = (".", "0", "a", "(", "A", "\n")
@@ -61,13 +62,13 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Load a Hugging Face directory or a SentencePiece `.model` file from disk; runs no code from it.
+    """Load a SentencePiece `.model` file, or a Hugging Face directory or Megatron checkpoint; runs no code from it.
 
     Raises ValueError with one line where there is no tokenizer.
     """
     path = Path(path)
     if path.is_dir():
-        return _HuggingFaceTokenizer(path)
+        return _HuggingFaceTokenizer(huggingface_directory(path))
     if path.suffix == ".model" and path.is_file():
         return _SentencePieceTokenizer(path)
     found = "not a tokenizer" if path.exists() else "no such file or directory"

@@ -103,6 +103,10 @@ def _precision(args: argparse.Namespace) -> dict[str, Any]:
         "implementation": "local" if args.transformer_impl == "local" else "auto",
         "fp8": args.fp8,
         "fp8_recipe": args.fp8_recipe,
+        "fp8_param": args.fp8_param_gather,
+        "first_last_layers_bf16": args.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": args.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": args.num_layers_at_end_in_bf16,
     }
 
 

@@ -25,7 +25,7 @@ from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
-from megatron_solopo.checkpoint.huggingface import load_weights
+from megatron_solopo.checkpoint.loading import load_weights
 from megatron_solopo.config import Config
 from megatron_solopo.integrations.arguments import add_arguments, config_from_args, flags_for_keys
 from megatron_solopo.integrations.step_log import StepLog

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from megatron_solopo.model_directory import huggingface_directory
+
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _COUNTS = (
@@ -68,10 +70,11 @@ class Architecture:
 
 
 def read_architecture(path: Path) -> Architecture:
-    """Read `config.json` of a Hugging Face directory.
+    """Read `config.json` of a Hugging Face directory, or of the one inside a Megatron checkpoint.
 
     Raises ValueError naming the file, the offending field and the supported values.
     """
+    path = huggingface_directory(path)
     file = path / "config.json"
     _check_model_type(file)
     with _named_errors(file):
@@ -107,7 +110,10 @@ def read_architecture(path: Path) -> Architecture:
 def _check_model_type(file: Path) -> None:
     """Refuse what is no config of a supported model, before transformers looks for the code of an unknown one."""
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; model.path must be a Hugging Face model directory")
+        raise ValueError(
+            f"{file}: no such file; a model is a Hugging Face directory, or a Megatron checkpoint with a "
+            "folder huggingface/; set model.path to one"
+        )
     try:
         fields = json.loads(file.read_bytes())
     except ValueError as error:

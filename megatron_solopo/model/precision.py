@@ -132,9 +132,12 @@ def precision_settings(model: ModelConfig) -> dict[str, Any]:
 def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
     """Give a parameter its value, cast to the parameter's precision.
 
-    An FP8 parameter also keeps the exact value, from which the optimizer makes its master weight.
+    An FP8 parameter also keeps the value in bfloat16, from which the optimizer makes its master weight.
     """
+    is_fp8 = hasattr(parameter, "get_high_precision_init_val")
+    if is_fp8:  # its kernels quantize what is on the device already
+        value = value.detach().to(parameter.device, torch.bfloat16)
     with torch.no_grad():
         parameter.copy_(value)
-    if hasattr(parameter, "get_high_precision_init_val"):
-        parameter._high_precision_init_val = value.detach().to("cpu", torch.bfloat16, copy=True)
+    if is_fp8:
+        parameter._high_precision_init_val = value.to("cpu", copy=True)

@@ -1,9 +1,7 @@
 """Global batches of a run: the data room's loaders, for this rank's place and this run's budget."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -14,9 +12,9 @@ from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing,
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.alignment import pack_multiple
 from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.progress import bar_style
 
 _SINGLE_PASS_TRIPLETS_PER_RANK = 16
-_LOG_SECONDS = 30.0
 
 
 def training_batches(
@@ -51,19 +49,7 @@ def single_pass(config: Config, dataset: TripletDataset, topology: Topology, lab
     roles = required_roles(config.objective)
     batches = sequential_batches(dataset, roles, _packing(config, topology), chunk_size=chunk_size)
     total = -(-len(dataset) // chunk_size)
-    yield from tqdm(batches, label, total, unit="batch", disable=dist.get_rank() != 0, **_bar_style())
-
-
-def _bar_style() -> dict[str, Any]:
-    """A bar that vanishes when done on a terminal; in a log, a line every half minute and none for short work."""
-    if sys.stderr.isatty():
-        return {"leave": False}
-    return {
-        "mininterval": _LOG_SECONDS,
-        "maxinterval": _LOG_SECONDS,
-        "delay": _LOG_SECONDS,
-        "bar_format": "{desc}: {n_fmt}/{total_fmt} batches in {elapsed}, {remaining} to go\n",
-    }
+    yield from tqdm(batches, label, total, unit="batch", disable=dist.get_rank() != 0, **bar_style("batches"))
 
 
 def _packing(config: Config, topology: Topology) -> Packing:

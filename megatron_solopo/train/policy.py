@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_solopo.checkpoint.huggingface import load_weights
+from megatron_solopo.checkpoint.loading import load_weights
 from megatron_solopo.config import Config
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.model.architecture import read_architecture
@@ -62,7 +62,7 @@ class Policy:
 
 
 def load_model(config: Config, path: Path, topology: Topology) -> list[ResponseModel]:
-    """Build this rank's chunks of the Hugging Face model in `path` and load its weights.
+    """Build this rank's chunks of the Hugging Face directory or Megatron checkpoint in `path`, and load its weights.
 
     Raises ValueError for an unsupported model, a layout that does not fit it, or damaged weights.
     """

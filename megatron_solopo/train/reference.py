@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_solopo.checkpoint.huggingface import weights_fingerprint
+from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json

@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_solopo.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_solopo.checkpoint.model_files import read_model_files
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import check_not_by_hand, save_config
 from megatron_solopo.data.loader import GlobalBatch
@@ -22,6 +23,7 @@ from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model.build import check_layout
 from megatron_solopo.model.precision import check_precision
 from megatron_solopo.model.spec import uses_transformer_engine
+from megatron_solopo.model_directory import huggingface_directory
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
@@ -85,6 +87,9 @@ class Trainer:
         self.loader = training_batches(config, splits.datasets["train"], topology)
         self.max_steps = _max_steps(config, len(splits.datasets["train"]))
         check_schedule(config.optimizer, self.max_steps)
+        # Now, so that checkpoints stay complete if the model's directory goes meanwhile.
+        self.model_files = read_model_files(config.model.path) if dist.get_rank() == 0 else {}
+        self.identity = self._identity()
         resumed = self._resume()
         references: dict[str, Any] = {}
         if config.objective.needs_reference:
@@ -188,8 +193,10 @@ class Trainer:
         return every is not None and (self.step % every == 0 or self.step == self.max_steps)
 
     def _save(self) -> Path:
-        state = {"loader": self.loader.state_dict(), "identity": self._identity()}
-        return save_checkpoint(self.checkpoints, self.step, self.policy.chunks, self.policy.optimizer, state)
+        state = {"loader": self.loader.state_dict(), "identity": self.identity}
+        return save_checkpoint(
+            self.checkpoints, self.step, self.policy.chunks, self.policy.optimizer, state, self.model_files
+        )
 
     def _identity(self) -> dict[str, Any]:
         """What a run keeps from its first step to its last, by the key that sets it."""
@@ -197,7 +204,7 @@ class Trainer:
         keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
         return keys | {
             "model.dtype": self.config.model.dtype,
-            "model.path (its config.json)": sha256_file(self.config.model.path / "config.json"),
+            "model.path (its config.json)": sha256_file(huggingface_directory(self.config.model.path) / "config.json"),
             "data.path (its content)": self.splits.manifest.fingerprint,
         }
 
@@ -216,7 +223,7 @@ class Trainer:
         self.loader.load_state_dict(state["loader"])
         changed = [
             f"{key}={value!r} (it was {state['identity'].get(key)!r})"
-            for key, value in self._identity().items()
+            for key, value in self.identity.items()
             if state["identity"].get(key) != value
         ]
         if changed:

@@ -21,6 +21,8 @@ from megatron_solopo.train.policy import Policy, build_policy
 from tests.ranks import layout
 from tests.tiny_models import make_model
 
+MODEL_FILES = {"config.json": b"{}", "additional_chat_templates/tool.jinja": b"x"}
+
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Policy]:
@@ -52,7 +54,7 @@ def values(policy: Policy) -> set[float]:
 
 
 def save(policy: Policy, root: Path, step: int) -> Path:
-    return save_checkpoint(root, step, policy.chunks, policy.optimizer, {"seen": step * 4})
+    return save_checkpoint(root, step, policy.chunks, policy.optimizer, {"seen": step * 4}, MODEL_FILES)
 
 
 class Interrupted(BaseException):

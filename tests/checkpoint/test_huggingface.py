@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_solopo.checkpoint.huggingface import load_weights, weights_fingerprint
+from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
+from megatron_solopo.checkpoint.loading import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.architecture import read_architecture
 from megatron_solopo.model.build import build_model

@@ -30,8 +30,11 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def shards(rule: Rule, architecture: Architecture, weights: dict[str, Tensor], size: int) -> list[Tensor]:
     padded = padded_vocab_size(architecture.vocab_size, size)
-    tensors = [weights[name] for name in rule.huggingface]
-    return [to_megatron(rule, architecture, tensors, rank=r, size=size, padded_vocab=padded) for r in range(size)]
+
+    def read(name: str, index: tuple[slice, ...]) -> Tensor:
+        return weights[name][index]
+
+    return [to_megatron(rule, architecture, read, rank=r, size=size, padded_vocab=padded) for r in range(size)]
 
 
 def test_the_table_names_every_weight_once(family) -> None:
@@ -63,6 +66,25 @@ def test_no_weight_is_lost_or_doubled(family, size: int) -> None:
         expected = torch.cat([own, torch.zeros(padding, dtype=own.dtype)]).sort().values
         assert torch.equal(held.sort().values, expected), rule.megatron
         assert (padding == 0) is (rule.fusion != "vocab"), rule.megatron
+
+
+@pytest.mark.parametrize("size", TENSOR_PARALLEL)
+def test_a_rank_reads_its_own_share_alone(family, size: int) -> None:
+    """But where tensor-parallel ranks share a key-value group, which is fused whole."""
+    architecture, weights = family
+    for rule in rules(architecture).values():
+        read = 0
+
+        def count(name: str, index: tuple[slice, ...]) -> Tensor:
+            nonlocal read
+            read += weights[name][index].numel()
+            return weights[name][index]
+
+        for rank in range(size):
+            to_megatron(rule, architecture, count, rank=rank, size=size, padded_vocab=512)
+        shared = size // architecture.num_query_groups if rule.fusion == "qkv" else 1
+        copies = size if rule.shard_dim is None else max(shared, 1)
+        assert read == copies * sum(weights[name].numel() for name in rule.huggingface), rule.megatron
 
 
 def test_qkv_lies_group_by_group(family) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_solopo.checkpoint.huggingface import global_parameters
+from megatron_solopo.checkpoint.loading import global_parameters
 from megatron_solopo.checkpoint.mapping import rules, to_huggingface
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import parse_config

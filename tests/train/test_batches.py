@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_solopo import progress
 from megatron_solopo.config_file import parse_config
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
@@ -27,7 +28,7 @@ def test_a_log_gets_whole_lines_and_none_for_short_work(
         source="test",
     )
     dataset = TripletDataset(prepared.train, {"short": "prompt_short", "long": "prompt_long"})
-    monkeypatch.setattr(batches, "_LOG_SECONDS", seconds)
+    monkeypatch.setattr(progress, "_LOG_SECONDS", seconds)
     capsys.readouterr()
     with layout() as groups:
         assert sum(batch.num_triplets for batch in batches.single_pass(config, dataset, groups, "reference")) == 40

@@ -1,0 +1,189 @@
+"""Hugging Face directory to Megatron checkpoint and back: complete and verified, or not there at all."""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
+from megatron_solopo.checkpoint.mapping import huggingface_shapes, huggingface_tensors, rules
+from megatron_solopo.checkpoint.megatron import MegatronDirectory
+from megatron_solopo.checkpoint.megatron_writer import write_megatron
+from megatron_solopo.checkpoint.model_files import MANIFEST, read_model_files, source_dtypes, write_model_files
+from megatron_solopo.checkpoint.safetensors_writer import SafetensorsWriter
+from megatron_solopo.checkpoint.verify import Report, Verification, to_dtype, verify
+from megatron_solopo.files import atomic_path, check_writable
+from megatron_solopo.model.architecture import Architecture, read_architecture
+from megatron_solopo.model_directory import HUGGINGFACE_FOLDER, is_megatron_checkpoint
+from megatron_solopo.progress import bar_style
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+_GIB = 1 << 30
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NEARLY_FULL_BYTES = 1 << 26
+
+
+def import_model(source: Path, output: Path, *, verification: Verification) -> Report:
+    """Write the Hugging Face model in `source` as a Megatron checkpoint, each tensor in the precision it has.
+
+    Raises ValueError for a model that is not supported or damaged, an existing `output`, too little space, or a
+    checkpoint that does not verify; `output` does not exist then.
+    """
+    if is_megatron_checkpoint(source):
+        raise ValueError(f"{source}: is a Megatron checkpoint already; --hf must be a Hugging Face directory")
+    architecture = read_architecture(source)
+    weights = SafetensorsDirectory(source)
+    weights.check(architecture)
+    dtypes = {name: DTYPES[weights.entries[name].dtype] for name in _names(architecture)}
+    files = read_model_files(source)
+    total = _total_bytes(architecture, dtypes)
+    with _output(output, total, files) as temporary:
+        with _bar("import", total) as progress:
+            write_megatron(weights, architecture, temporary, progress)
+        write_model_files(files, temporary / HUGGINGFACE_FOLDER)
+        return _verified(source, temporary, output, verification, total)
+
+
+def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verification: Verification) -> Report:
+    """Write the model of a Megatron checkpoint as a Hugging Face directory.
+
+    Args:
+        dtype: precision to write; None: of each tensor, the one it had in the Hugging Face directory it came from.
+
+    Raises ValueError for a damaged checkpoint, an existing `output`, too little space, numbers beyond the range of
+    `dtype`, or files that do not verify; `output` does not exist then.
+    """
+    stored = MegatronDirectory(checkpoint)
+    architecture = read_architecture(checkpoint)
+    stored.check(architecture)
+    files = read_model_files(checkpoint)
+    dtypes = _target_dtypes(checkpoint, architecture, dtype)
+    total = _total_bytes(architecture, dtypes)
+    files.pop(MANIFEST, None)
+    if dtype is not None:
+        files["config.json"] = _config_with_dtype(files["config.json"], dtype)
+    with _output(output, total, files) as temporary:
+        writer = SafetensorsWriter(temporary, _meta_tensors(architecture, dtypes))
+        with _bar("export", total) as progress:
+            for rule in rules(architecture).values():
+                for name, tensor in huggingface_tensors(rule, architecture, stored.rows_of(rule)):
+                    writer.write(name, to_dtype(name, tensor, dtypes[name]))
+                    progress(tensor.numel() * dtypes[name].itemsize)
+        writer.finish()
+        write_model_files(files, temporary)
+        return _verified(temporary, checkpoint, output, verification, total)
+
+
+def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> Report:
+    """Compare two existing directories; raises ValueError if one is not what it should be."""
+    total = sum(
+        torch.Size(entry.shape).numel() * DTYPES[entry.dtype].itemsize
+        for entry in SafetensorsDirectory(huggingface).entries.values()
+        if entry.dtype in DTYPES
+    )
+    with _bar("verify", total) as progress:
+        return verify(huggingface, checkpoint, logits=logits, progress=progress)
+
+
+def _verified(huggingface: Path, checkpoint: Path, output: Path, verification: Verification, total: int) -> Report:
+    """Raises ValueError where something differs."""
+    report = Report()
+    if verification == "none":
+        report.add("verification", "skipped: not asked for")
+        return report
+    with _bar("verify", total) as progress:
+        report = verify(huggingface, checkpoint, logits=verification == "full", progress=progress)
+    if report.failures:
+        raise ValueError(f"{output}: was not written, for it did not verify: {'; '.join(report.failures)}")
+    return report
+
+
+def _target_dtypes(checkpoint: Path, architecture: Architecture, dtype: Dtype | None) -> dict[str, torch.dtype]:
+    names = _names(architecture)
+    if dtype is not None:
+        return dict.fromkeys(names, getattr(torch, dtype))
+    came_in = source_dtypes(checkpoint)
+    if absent := [name for name in names if name not in came_in]:
+        raise ValueError(
+            f"{checkpoint}: does not say which precision {absent[0]} came in; choose one instead, with --dtype"
+        )
+    return {name: DTYPES[came_in[name]] for name in names}
+
+
+def _names(architecture: Architecture) -> list[str]:
+    return [name for rule in rules(architecture).values() for name in rule.huggingface]
+
+
+def _meta_tensors(architecture: Architecture, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+    return {
+        name: torch.empty(shape, dtype=dtypes[name], device="meta")
+        for rule in rules(architecture).values()
+        for name, shape in huggingface_shapes(rule, architecture).items()
+    }
+
+
+def _total_bytes(architecture: Architecture, dtypes: dict[str, torch.dtype]) -> int:
+    return sum(tensor.nbytes for tensor in _meta_tensors(architecture, dtypes).values())
+
+
+def _config_with_dtype(config: bytes, dtype: Dtype) -> bytes:
+    """config.json under either name that transformers has given the key."""
+    fields = json.loads(config)
+    for key in [key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype"]:
+        fields[key] = dtype
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@contextmanager
+def _bar(label: str, total: int) -> Iterator[Callable[[int], Any]]:
+    with tqdm(desc=label, total=total, unit="B", unit_scale=True, **bar_style("bytes")) as bar:
+        yield bar.update
+
+
+@contextmanager
+def _output(output: Path, total: int, files: dict[str, bytes]) -> Iterator[Path]:
+    """A directory that becomes `output` if all goes well."""
+    if output.exists():
+        raise ValueError(f"{output}: exists already; choose another --out, or remove it first")
+    check_writable(output, "--out")
+    needed = total + sum(map(len, files.values()))
+    _check_space(output, needed)
+    with atomic_path(output) as temporary:
+        temporary.mkdir()
+        with _named_when_full(output, needed):
+            yield temporary
+
+
+def _check_space(output: Path, needed: int) -> None:
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"{output}: needs {needed / _GIB:.2f} GiB ({needed:,} bytes), but {free / _GIB:.2f} GiB are free on its "
+            "file system; choose another --out, or make room"
+        )
+
+
+@contextmanager
+def _named_when_full(output: Path, needed: int) -> Iterator[None]:
+    """Turn what a full disk raises into one line; others may have filled it since it was looked at."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch's serializer raises a RuntimeError of its own while it handles the failed write.
+        causes = (error, error.__cause__, error.__context__)
+        is_full = any(isinstance(each, OSError) and each.errno in _FULL for each in causes)
+        is_full = is_full or shutil.disk_usage(output.absolute().parent).free < _NEARLY_FULL_BYTES
+        if not is_full:
+            raise
+        raise ValueError(
+            f"{output}: no space was left on its file system while it was written; it needs {needed / _GIB:.2f} GiB "
+            f"({needed:,} bytes); nothing of it was kept"
+        ) from None

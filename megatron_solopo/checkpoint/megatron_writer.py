@@ -1,0 +1,180 @@
+"""Writes a Megatron distributed checkpoint from Hugging Face weights, piece by piece, without building the model.
+
+What Megatron needs to know (keys, shapes, where pieces lie) follows from the mapping table, so torch's own
+writer of distributed checkpoints is given a plan made from shapes; it asks for the numbers of one piece at
+a time. Pieces are at most 16 MiB, whatever the tensor, and Megatron reads those that its layout needs.
+The vocabulary is stored without padding: Megatron pads with zeros when it loads under some tensor parallelism.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint import (
+    BytesStorageMetadata,
+    DefaultSavePlanner,
+    FileSystemWriter,
+    Metadata,
+    SavePlan,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import BytesIOWriteData, TensorWriteData, WriteItem, WriteItemType
+
+from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
+from megatron_solopo.checkpoint.mapping import Rule, megatron_rows, megatron_shape, rules
+from megatron_solopo.model.architecture import Architecture
+
+# Small enough for the allocator to use the same memory again: fresh pages for every piece double the time.
+_PIECE_BYTES = 1 << 24
+_FILE_BYTES = 1 << 30
+_THREADS = 2
+# Every linear layer has a place for what Transformer Engine keeps beside the weights; other layers store None there.
+_EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    rule: Rule
+    rows: slice
+    item: WriteItem
+    nbytes: int
+
+
+def write_megatron(
+    source: SafetensorsDirectory, architecture: Architecture, path: Path, progress: Callable[[int], Any]
+) -> None:
+    """Write the checkpoint into the directory `path`; `metadata.json`, which makes it one, comes last.
+
+    Args:
+        source: has passed its check.
+        progress: told of every number of bytes that was written.
+
+    Raises ValueError if the tensors that Megatron stores as one differ in precision, OSError where writing fails.
+    """
+    pieces = list(_pieces(source, architecture))
+    objects = _extra_states(architecture)
+    planner = _LazyPlanner(source, architecture, pieces, objects, progress)
+    writer = FileSystemWriter(path, single_file_per_rank=True, sync_files=True, thread_count=1)
+    writer.set_up_storage_writer(is_coordinator=True)
+    groups = [[_bytes_item(key, content) for key, content in objects.items()], *_by_file(pieces)]
+    plans = writer.prepare_global_plan([SavePlan(items) for items in groups])
+    # One thread's file goes to the disk while the other reads and fuses.
+    with _without_checksums(), ThreadPoolExecutor(_THREADS) as pool:
+        results = list(pool.map(lambda plan: writer.write_data(plan, planner).value(), plans))
+    writer.finish(_metadata(pieces, objects, architecture), results)
+    torch.save({"content_metadata": {}}, path / "common.pt")
+    save_config(CheckpointingConfig("torch_dist", 1), str(path))
+
+
+def _pieces(source: SafetensorsDirectory, architecture: Architecture) -> Iterator[_Piece]:
+    dtypes: dict[str, tuple[str, str]] = {}
+    for rule in rules(architecture).values():
+        key, _ = rule.stored_at
+        for name in rule.huggingface:
+            dtype, first = dtypes.setdefault(key, (source.entries[name].dtype, name))
+            if source.entries[name].dtype != dtype:
+                raise ValueError(
+                    f"{source.path}: {first} is stored as {dtype}, but {name} as {source.entries[name].dtype}; "
+                    "Megatron stores them in one tensor, so store them in one precision"
+                )
+        yield from _cut(rule, architecture, DTYPES[dtypes[key][0]])
+
+
+def _cut(rule: Rule, architecture: Architecture, dtype: torch.dtype) -> Iterator[_Piece]:
+    """Ranges of rows; those of fused queries, keys and values end between groups where a group fits into a piece."""
+    key, layer = rule.stored_at
+    shape = megatron_shape(rule, architecture)
+    whole = shape if layer is None else (architecture.num_layers, *shape)
+    row_bytes = dtype.itemsize * (shape[1] if len(shape) == 2 else 1)
+    step = max(1, _PIECE_BYTES // row_bytes)
+    group = shape[0] // architecture.num_query_groups if rule.fusion == "qkv" else 1
+    step = max(group, step // group * group)
+    for start in range(0, shape[0], step):
+        rows = slice(start, min(start + step, shape[0]))
+        offsets, sizes = (start, *[0] * (len(shape) - 1)), (rows.stop - start, *shape[1:])
+        if layer is not None:
+            offsets, sizes = (layer, *offsets), (1, *sizes)
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(whole))
+        index = MetadataIndex(key, chunk.offsets)
+        item = WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+        yield _Piece(rule, rows, item, chunk.sizes.numel() * dtype.itemsize)
+
+
+def _by_file(pieces: list[_Piece]) -> list[list[WriteItem]]:
+    files: list[list[WriteItem]] = [[]]
+    size = 0
+    for piece in pieces:
+        if size and size + piece.nbytes > _FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(piece.item)
+        size += piece.nbytes
+    return files
+
+
+def _extra_states(architecture: Architecture) -> dict[str, bytes]:
+    """By key: nothing, in the form of Megatron's sharded objects."""
+    buffer = io.BytesIO()
+    torch.save([None], buffer)
+    count = architecture.num_layers
+    names = [f"decoder.layers.{name}._extra_state" for name in _EXTRA_STATES]
+    return {f"{name}/shard_{layer}_{count}": buffer.getvalue() for name in names for layer in range(count)}
+
+
+def _bytes_item(key: str, content: bytes) -> WriteItem:
+    return WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO, bytes_io_data=BytesIOWriteData(len(content)))
+
+
+def _metadata(pieces: list[_Piece], objects: dict[str, bytes], architecture: Architecture) -> Metadata:
+    entries: dict[str, Any] = {key: BytesStorageMetadata() for key in objects}
+    for piece in pieces:
+        data = piece.item.tensor_data
+        assert data is not None
+        entry = entries.setdefault(piece.item.index.fqn, TensorStorageMetadata(data.properties, data.size, []))
+        entry.chunks.append(data.chunk)
+    return Metadata(entries)
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """torch's CRC-32 of each piece costs more than writing it, and torch never reads it; every bit is compared."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Reads and fuses a piece when the writer asks for it."""
+
+    def __init__(
+        self,
+        source: SafetensorsDirectory,
+        architecture: Architecture,
+        pieces: list[_Piece],
+        objects: dict[str, bytes],
+        progress: Callable[[int], Any],
+    ) -> None:
+        super().__init__()
+        self._source, self._architecture, self._progress, self._objects = source, architecture, progress, objects
+        self._pieces = {piece.item.index: piece for piece in pieces}
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type is WriteItemType.BYTE_IO:
+            return io.BytesIO(self._objects[write_item.index.fqn])
+        piece = self._pieces[write_item.index]
+        tensor = megatron_rows(piece.rule, self._architecture, self._source.read, piece.rows)
+        self._progress(piece.nbytes)
+        # Each of the writer's threads calls this for one piece after the other, and drops each before the next.
+        return tensor.view(write_item.tensor_data.chunk.sizes)

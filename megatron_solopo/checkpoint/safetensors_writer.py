@@ -1,0 +1,105 @@
+"""Writes safetensors files tensor by tensor: the safetensors library itself wants a whole file's tensors in memory.
+
+The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of the header, the
+header in JSON with every tensor's precision, shape and place, then the tensors' bytes.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+from megatron_solopo.checkpoint.huggingface import DTYPES, INDEX
+from megatron_solopo.files import write_json
+
+_HEADER_MULTIPLE = 8
+_FLUSH_BYTES = 1 << 28
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: Path
+    start: int
+    like: Tensor
+    """On the meta device: shape and precision."""
+
+
+class SafetensorsWriter:
+    """Files of a model in a directory; the tensors may come in any order."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write headers and, for several files, the index.
+
+        Args:
+            path: an existing directory.
+            tensors: on the meta device, every one that will be written.
+            max_shard_bytes: most bytes of tensors in one file, unless one tensor alone is larger.
+        """
+        split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_bytes)
+        self._places: dict[str, _Place] = {}
+        self._files = [path / file for file in split.filename_to_tensors]
+        for file, names in split.filename_to_tensors.items():
+            self._write_header(path / file, {name: tensors[name] for name in names})
+        if split.is_sharded:
+            write_json(
+                path / INDEX, {"metadata": split.metadata, "weight_map": dict(sorted(self._weight_map().items()))}
+            )
+        self._missing = set(self._places)
+        # Brings to the disk what is written while the next tensors are read.
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushes: list[Future[None]] = []
+        self._unflushed_bytes = 0
+
+    def _weight_map(self) -> dict[str, str]:
+        return {name: place.file.name for name, place in self._places.items()}
+
+    def _write_header(self, file: Path, tensors: dict[str, Tensor]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        starts: dict[str, int] = {}
+        end = 0
+        # The wider precision first, so that every tensor starts at a multiple of its own width.
+        for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+            starts[name], end = end, end + tensor.nbytes
+            header[name] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [starts[name], end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _HEADER_MULTIPLE)
+        with file.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+        self._places |= {name: _Place(file, 8 + len(text) + start, tensors[name]) for name, start in starts.items()}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor of the announced shape and precision, once."""
+        place = self._places[name]
+        assert (tensor.shape, tensor.dtype) == (place.like.shape, place.like.dtype), name
+        self._missing.remove(name)
+        with place.file.open("r+b") as stream:
+            stream.seek(place.start)
+            stream.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        self._unflushed_bytes += tensor.nbytes
+        if self._unflushed_bytes >= _FLUSH_BYTES:
+            self._flushes.append(self._flusher.submit(_flush, place.file))
+            self._unflushed_bytes = 0
+
+    def finish(self) -> None:
+        """Make sure that all is written, and on the disk."""
+        assert not self._missing, self._missing
+        self._flushes += [self._flusher.submit(_flush, file) for file in self._files]
+        for flush in self._flushes:
+            flush.result()
+        self._flusher.shutdown()
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

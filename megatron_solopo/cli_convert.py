@@ -1,0 +1,89 @@
+"""The commands that convert checkpoints."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+import click
+
+_DIRECTORY = click.Path(path_type=Path)
+_VERIFY = click.option(
+    "--verify", "verification", type=click.Choice(["full", "tensors", "none"]), default="full", show_default=True,
+    help="full: every bit of every tensor, and logits where the model fits in memory; tensors: without logits.",
+)  # fmt: skip
+
+
+@click.group()
+def convert() -> None:
+    """Convert between Hugging Face directories and Megatron checkpoints, on one process and without a GPU.
+
+    Memory stays below 2 GiB and three times the largest tensor; comparing logits takes the whole model in fp32
+    and is done only where that fits.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise click.UsageError("convert runs as one process; start it without torchrun")
+    # Before megatron is imported: a conversion runs on the CPU wherever it is.
+    os.environ["MEGATRON_SOLOPO_DEVICE"] = "cpu"
+
+
+@convert.command("import")
+@click.option("--hf", "source", type=_DIRECTORY, required=True, help="Hugging Face directory with safetensors.")
+@click.option("--out", "output", type=_DIRECTORY, required=True, help="Megatron checkpoint to write.")
+@_VERIFY
+def import_(source: Path, output: Path, verification: Literal["full", "tensors", "none"]) -> None:
+    """Write a Megatron checkpoint that `train` takes as `model.path`, under any parallel layout.
+
+    \b
+    Example:
+      megatron-solopo convert import --hf Qwen2.5-7B-Instruct --out qwen2.5-7b
+    """
+    from megatron_solopo.checkpoint.convert import import_model
+
+    report = import_model(source, output, verification=verification)
+    click.echo(f"{output}\n{report}")
+
+
+@convert.command("export")
+@click.option("--checkpoint", type=_DIRECTORY, required=True, help="Megatron checkpoint, imported or saved by `train`.")
+@click.option("--out", "output", type=_DIRECTORY, required=True, help="Hugging Face directory to write.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
+              help="Precision to write; by default that of the Hugging Face model it came from.")  # fmt: skip
+@_VERIFY
+def export(
+    checkpoint: Path,
+    output: Path,
+    dtype: Literal["bfloat16", "float16", "float32"] | None,
+    verification: Literal["full", "tensors", "none"],
+) -> None:
+    """Write a Hugging Face directory that transformers and vLLM load.
+
+    \b
+    Example:
+      megatron-solopo convert export --checkpoint runs/first/checkpoints/iter_0000100 --out aligned
+    """
+    from megatron_solopo.checkpoint.convert import export_model
+
+    report = export_model(checkpoint, output, dtype=dtype, verification=verification)
+    click.echo(f"{output}\n{report}")
+
+
+@convert.command("verify")
+@click.option("--hf", "source", type=_DIRECTORY, required=True, help="Hugging Face directory.")
+@click.option("--checkpoint", type=_DIRECTORY, required=True, help="Megatron checkpoint.")
+@click.option("--logits/--no-logits", default=True, show_default=True, help="Compare logits where the model fits.")
+def verify(source: Path, checkpoint: Path, logits: bool) -> None:
+    """Compare a Hugging Face directory with a Megatron checkpoint. Exit code 1 if they differ.
+
+    \b
+    Example:
+      megatron-solopo convert verify --hf aligned --checkpoint runs/first/checkpoints/iter_0000100
+    """
+    from megatron_solopo.checkpoint.convert import verify_models
+
+    report = verify_models(source, checkpoint, logits=logits)
+    click.echo(str(report))
+    for failure in report.failures:
+        click.echo(f"error: {failure}", err=True)
+    if report.failures:
+        sys.exit(1)

@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""Measure wall time and peak memory of `convert import` and `convert export` beside a plain copy of the same bytes.
+
+    python tools/convert_benchmark.py --json convert.json
+
+The model has random weights and the figures of Qwen2.5-1.5B with an untied head: 3.55 GB in bfloat16. Each measurement
+is a process of its own, the command that a user runs; the copy writes to the disk (fsync), as the conversions do.
+In turn, medians of the repeats. Fails where a conversion exceeds the bound on its memory. Linux only.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from cpu_benchmark import environment, table
+
+from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules
+from megatron_solopo.checkpoint.safetensors_writer import SafetensorsWriter
+from megatron_solopo.files import write_json
+from megatron_solopo.model.architecture import read_architecture
+
+_GB, _MIB, _GIB = 10**9, 2**20, 2**30
+_POLL_SECONDS = 0.02
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+COPY = "import os, pathlib, shutil, sys\nsource, target = map(pathlib.Path, sys.argv[1:])\ntarget.mkdir()\n" + (
+    "for file in source.iterdir():\n    shutil.copyfile(file, target / file.name)\n"
+    "    with open(target / file.name, 'rb') as stream:\n        os.fsync(stream.fileno())\n"
+)
+
+
+def make_model(path: Path) -> tuple[int, int]:
+    """Write the model, one random tensor at a time; returns its bytes and those of its largest tensor."""
+    path.mkdir()
+    write_json(path / "config.json", CONFIG)
+    architecture = read_architecture(path)
+    shapes = {
+        name: shape
+        for rule in rules(architecture).values()
+        for name, shape in huggingface_shapes(rule, architecture).items()
+    }
+    meta = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
+    writer = SafetensorsWriter(path, meta)
+    torch.manual_seed(0)
+    for name, shape in shapes.items():
+        writer.write(name, torch.randn(shape).mul_(0.02).bfloat16())
+    writer.finish()
+    sizes = [tensor.nbytes for tensor in meta.values()]
+    return sum(sizes), max(sizes)
+
+
+def run(command: Sequence[str]) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a process."""
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak = 0
+    # The kernel keeps the peak; only one of the last moment can be missed. (ru_maxrss begins with the parent's.)
+    while process.poll() is None:
+        peak = max(peak, high_water(process.pid))
+        time.sleep(_POLL_SECONDS)
+    if process.returncode:
+        raise click.ClickException(f"failed: {' '.join(command)}")
+    return time.monotonic() - started, peak
+
+
+def high_water(pid: int) -> int:
+    """Peak resident bytes of a process so far, files that it has mapped included; 0 when it has just ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    lines = [line.split() for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0][1]) * 1024 if lines else 0
+
+
+def commands(folder: Path) -> dict[str, tuple[list[str], Path]]:
+    """By name: what is run, and the directory that it makes."""
+    convert = [sys.executable, "-m", "megatron_solopo", "convert"]
+    source, megatron, exported = (str(folder / name) for name in ("source", "megatron", "exported"))
+    found = {
+        "copy": [sys.executable, "-c", COPY, source, str(folder / "copied")],
+        "import, unverified": [*convert, "import", "--hf", source, "--out", megatron, "--verify", "none"],
+        "export, unverified": [*convert, "export", "--checkpoint", megatron, "--out", exported, "--verify", "none"],
+        "import, every bit compared": [
+            *convert, "import", "--hf", source, "--out", f"{megatron}-2", "--verify", "tensors",
+        ],
+        "export, every bit compared": [
+            *convert, "export", "--checkpoint", megatron, "--out", f"{exported}-2", "--verify", "tensors",
+        ],
+    }  # fmt: skip
+    outputs = (
+        folder / "copied",
+        folder / "megatron",
+        folder / "exported",
+        folder / "megatron-2",
+        folder / "exported-2",
+    )
+    return {name: (command, output) for (name, command), output in zip(found.items(), outputs, strict=True)}
+
+
+def measure(folder: Path, repeats: int) -> dict[str, list[tuple[float, int]]]:
+    """Every command in turn, as often as asked for; each starts with clean disks."""
+    work = commands(folder)
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, (command, _) in work.items():
+            os.sync()
+            found[name].append(run(command))
+            click.echo(f"{name}: {found[name][-1][0]:.1f} s", err=True)
+        for _, output in work.values():
+            shutil.rmtree(output)
+    return found
+
+
+def rows(found: dict[str, list[tuple[float, int]]], nbytes: int) -> list[dict[str, Any]]:
+    copy = statistics.median(seconds for seconds, _ in found["copy"])
+    result = []
+    for name, runs in found.items():
+        seconds = statistics.median(each for each, _ in runs)
+        result.append(
+            {
+                "work": name,
+                "seconds": seconds,
+                "gb_per_second": nbytes / _GB / seconds,
+                "of_copy": copy / seconds,
+                "peak_bytes": max(peak for _, peak in runs),
+                "all_seconds": [each for each, _ in runs],
+            }
+        )
+    return result
+
+
+@click.command(help=__doc__.replace("    python", "\b\n    python"))
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to work; by default a temporary directory.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
+def main(folder: Path | None, repeats: int, json_path: Path | None) -> None:
+    """Measure, print a table, write JSON."""
+    result = environment()
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        nbytes, largest = make_model(Path(work) / "source")
+        measured = rows(measure(Path(work), repeats), nbytes)
+    bound = 2 * _GIB + 3 * largest
+    result |= {"bytes": nbytes, "largest_tensor_bytes": largest, "memory_bound_bytes": bound}
+    result["load_average_after"] = os.getloadavg()[0]
+    click.echo("\n".join(f"{key}: {value}" for key, value in result.items()) + "\n")
+    cells = [
+        [
+            row["work"],
+            f"{row['seconds']:.1f}",
+            " ".join(f"{seconds:.1f}" for seconds in row["all_seconds"]),
+            f"{row['gb_per_second']:.2f}",
+            f"{row['of_copy']:.2f}",
+            f"{row['peak_bytes'] / _MIB:,.0f}",
+        ]
+        for row in measured
+    ]
+    click.echo(table(("work", "median s", "all s", "GB/s", "of the copy's", "peak resident MiB"), cells))
+    if json_path:
+        json_path.write_text(json.dumps(result | {"rows": measured}, indent=2) + "\n", encoding="utf-8")
+    if (worst := max(row["peak_bytes"] for row in measured)) > bound:
+        raise click.ClickException(f"peak memory {worst / _MIB:,.0f} MiB exceeds the bound {bound / _MIB:,.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
