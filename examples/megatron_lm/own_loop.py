@@ -14,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
+from torch.nn import functional
 
 from megatron_solopo.checkpoint.loading import load_weights
 from megatron_solopo.config import Config
@@ -25,7 +26,7 @@ def build_model(config: Config, tied_embeddings: bool) -> GPTModel:
     """Your own model goes here; this one is of the Qwen2 family. The comments say what SoLoPO asks of it."""
     transformer = TransformerConfig(
         num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
-        normalization="RMSNorm", layernorm_epsilon=1e-6, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm", layernorm_epsilon=1e-6, gated_linear_unit=True, activation_func=functional.silu,
         add_bias_linear=False, add_qkv_bias=True, bias_dropout_fusion=False, pipeline_dtype=torch.float32,
         hidden_dropout=0.0, attention_dropout=0.0,      # the reference has none
         calculate_per_token_loss=True,                  # the gradient is that of the mean over triplets

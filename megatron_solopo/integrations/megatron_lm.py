@@ -18,6 +18,7 @@ import argparse
 import inspect
 from collections.abc import Callable
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +27,15 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
 from megatron_solopo.checkpoint.loading import load_weights
+from megatron_solopo.checkpoint.model_files import read_model_files, write_model_files
 from megatron_solopo.config import Config
+from megatron_solopo.files import atomic_path
 from megatron_solopo.integrations.arguments import add_arguments, config_from_args, flags_for_keys
 from megatron_solopo.integrations.step_log import StepLog
 from megatron_solopo.integrations.stream import PackStream, StepPack
 from megatron_solopo.integrations.task import PreferenceTask
 from megatron_solopo.model.build import build_chunk
+from megatron_solopo.model_directory import HUGGINGFACE_FOLDER, is_megatron_checkpoint
 
 ReportingLossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -167,7 +171,28 @@ class Solopo:
             model_provider: see `model_provider`.
             keywords: for `pretrain`, besides the model and data that are ours; `args_defaults` too.
         """
-        provider = self.model_provider(model_provider)
+        try:
+            self._call(pretrain, self.model_provider(model_provider), keywords)
+        finally:  # Megatron-LM leaves by sys.exit too
+            if "args" in self.__dict__:
+                self.add_model_files()
+
+    def add_model_files(self) -> None:
+        """Give every checkpoint under `--save` the model's config and tokenizer, in its folder `huggingface/`.
+
+        With them it is a model for our commands: `model.path`, `convert export`, `evaluate`. For scripts that
+        call `pretrain` themselves; all ranks may call it, one writes.
+        """
+        if self.args.save is None or self.args.rank != 0:
+            return
+        files = read_model_files(self.config.model.path)
+        for path in sorted(Path(self.args.save).glob("iter_*")):
+            folder = path / HUGGINGFACE_FOLDER
+            if is_megatron_checkpoint(path) and not folder.exists():
+                with atomic_path(folder) as temporary:
+                    write_model_files(files, temporary)
+
+    def _call(self, pretrain: Callable[..., Any], provider: Callable[..., Any], keywords: dict[str, Any]) -> None:
         model_type = ModelType.encoder_or_decoder
         if "cfg_container" not in inspect.signature(pretrain).parameters:
             pretrain(

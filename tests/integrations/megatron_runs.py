@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import parse_config
 from megatron_solopo.files import read_jsonl
@@ -128,8 +126,13 @@ def megatron_lm(argv: list[str]) -> Iterator[None]:
         yield
 
 
-def pretrain(argv: list[str], model_provider: Any = None) -> list[dict[str, float]]:
-    """Loss (on the last stage) and gradient norm of every step, as `pretrain()` has them for its log."""
+def pretrain(argv: list[str], model_provider: Any = None, form: Any = None) -> list[dict[str, float]]:
+    """Metrics (on the last stage) and gradient norm of every step, as `pretrain()` has them for its log.
+
+    Args:
+        model_provider: a script's own.
+        form: a `pretrain` of another signature.
+    """
     from megatron.training import training
 
     from megatron_solopo.integrations.megatron_lm import Solopo
@@ -143,14 +146,10 @@ def pretrain(argv: list[str], model_provider: Any = None) -> list[dict[str, floa
         return log(loss_dict, total_loss_dict, learning_rate, *others, **keywords)
 
     with megatron_lm(argv), mock.patch.object(training, "training_log", spy):
-        Solopo().pretrain(training.pretrain, model_provider)
+        Solopo().pretrain(form or training.pretrain, model_provider)
     return steps
 
 
 def recorded(folder: Path, name: str) -> list[dict[str, Any]]:
     """What a run's metrics.jsonl says."""
     return read_jsonl(folder / name / "metrics.jsonl")
-
-
-def barrier() -> None:
-    torch.distributed.barrier()
