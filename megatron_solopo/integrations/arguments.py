@@ -140,11 +140,14 @@ def flags_for_keys() -> Iterator[None]:
     flags = dict(_MEGATRON_FLAGS)
     for section, (_, keys) in _SECTIONS.items():
         flags |= {f"{section}.{key}": _flag(name or key) for key, name in keys.items()}
-    pattern = "|".join(re.escape(key) for key in sorted(flags, key=len, reverse=True))
+    dotted = "|".join(re.escape(key) for key in sorted(flags, key=len, reverse=True))
+    # The objective's own checks name its keys alone, with their values.
+    bare = "|".join(ObjectiveConfig.model_fields)
+    pattern = rf"(?<![\w.-])(?:(?:{dotted})(?!\w)|(?:{bare})(?==))"
     try:
         yield
     except ValueError as error:
-        message = re.sub(rf"(?<![\w.])({pattern})(?![\w])", lambda found: flags[found.group()], str(error))
+        message = re.sub(pattern, lambda key: flags.get(key.group(), flags.get(f"objective.{key.group()}")), str(error))
         raise ValueError(message) from None
 
 

@@ -80,13 +80,15 @@ class Solopo:
         """
         build = provider or self._build
 
+        chunks: list[Any] = []
+
         def provide(*args: Any, **kwargs: Any) -> Any:
-            task = self.task
             with flags_for_keys():
-                model = task.prepare_model(build(*args, **kwargs))
-                if not self._has_checkpoint():
-                    load_weights([model], task.architecture, self.config.model.path)
-            return model
+                chunks.append(self.task.prepare_model(build(*args, **kwargs)))
+                # All at once: the ranks load together, and building tied embeddings is a meeting of ranks, too.
+                if len(chunks) == self.task.topology.num_model_chunks:
+                    self._load_weights(chunks)
+            return chunks[-1]
 
         return provide
 
@@ -102,11 +104,12 @@ class Solopo:
             self.task.architecture, config, self.config.model, self.config.logprob.chunk_tokens, vp_stage
         )
 
-    def _has_checkpoint(self) -> bool:
+    def _load_weights(self, chunks: list[Any]) -> None:
         from megatron.training.checkpointing import checkpoint_exists
 
         candidates = (self.args.load, getattr(self.args, "pretrained_checkpoint", None))
-        return any(path is not None and checkpoint_exists(path) for path in candidates)
+        if not any(path is not None and checkpoint_exists(path) for path in candidates):
+            load_weights(chunks, self.task.architecture, self.config.model.path)
 
     def datasets(
         self, train_val_test_num_samples: Any, vp_stage: int | None = None
