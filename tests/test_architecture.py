@@ -39,7 +39,7 @@ ROOMS = {
     "plan.dry_run": Room(3, megatron=True),
     "train": Room(4, megatron=True),
     "evaluate": Room(4, megatron=True),
-    "integrations": Room(4, megatron=True),
+    "integrations": Room(4, beside=frozenset({"train"}), megatron=True),
     "cli_convert": Room(5),
     "cli": Room(5, beside=frozenset({"cli_convert"})),
     "__main__": Room(5, beside=frozenset({"cli"})),

@@ -143,7 +143,7 @@ def flags_for_keys() -> Iterator[None]:
     dotted = "|".join(re.escape(key) for key in sorted(flags, key=len, reverse=True))
     # The objective's own checks name its keys alone, with their values.
     bare = "|".join(ObjectiveConfig.model_fields)
-    pattern = rf"(?<![\w.-])(?:(?:{dotted})(?!\w)|(?:{bare})(?==))"
+    pattern = rf"(?<![\w./-])(?:(?:{dotted})(?!\w)|(?:{bare})(?==))"
     try:
         yield
     except ValueError as error:

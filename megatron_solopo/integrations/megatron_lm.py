@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
 from megatron_solopo.checkpoint.loading import load_weights
@@ -119,7 +118,10 @@ class Solopo:
         Raises ValueError if the batch sizes do not fit the layout or the data, or evaluation lacks data.
         """
         args = self.args
-        train = self._stream("train", args.global_batch_size, get_num_microbatches(), args.consumed_train_samples)
+        samples = train_val_test_num_samples
+        train = self._stream(
+            "train", args.global_batch_size, args.micro_batch_size, args.consumed_train_samples, samples[0]
+        )
         if not args.eval_iters:
             return train, None, None
         if "eval" not in self.task.splits.datasets:
@@ -129,13 +131,14 @@ class Solopo:
             )
         size = getattr(args, "eval_global_batch_size", args.global_batch_size)
         micro = getattr(args, "eval_micro_batch_size", args.micro_batch_size)
-        num_packs = size // (micro * self.task.topology.data_group.size())
-        return train, self._stream("eval", size, num_packs, args.consumed_valid_samples), None
+        return train, self._stream("eval", size, micro, args.consumed_valid_samples, samples[1]), None
 
     # Every tensor-parallel rank and pipeline stage reads its own packs: Megatron-LM need not broadcast them.
     datasets.is_distributed = True  # type: ignore[attr-defined]
 
-    def _stream(self, split: str, size: int, num_packs: int, consumed: int) -> PackStream:
+    def _stream(self, split: str, size: int, micro_batch_size: int, consumed: int, total: int) -> PackStream:
+        """Batches of `size` triplets, from `consumed` up to `total` triplets and on."""
+        num_packs = size // (micro_batch_size * self.task.topology.data_group.size())
         multiple = self.task.topology.packs_multiple
         if num_packs % multiple:
             raise ValueError(
@@ -145,7 +148,8 @@ class Solopo:
             )
         with flags_for_keys():
             loader = self.task.batches(split, global_batch_size=size, packs_multiple=num_packs)
-        return PackStream(loader, split, num_packs, consumed)
+            num_batches = -(-max(total - consumed, 0) // size)
+            return PackStream(loader, split, num_packs, consumed_triplets=consumed, num_batches=num_batches)
 
     def forward_step(self, data_iterator: Any, model: torch.nn.Module) -> tuple[Tensor, ReportingLossFunction]:
         """Megatron-LM's forward step over one pack."""

@@ -34,18 +34,25 @@ class PackStream:
     Args:
         loader: with `packs_multiple=num_packs`.
         consumed_triplets: where to start in the loader's stream.
+        num_batches: how many batches will be asked for; they are looked at now, by their lengths.
+
+    Raises ValueError if the token budget of a pack is too small for so few packs in one of them.
     """
 
-    def __init__(self, loader: GlobalBatchLoader, split: str, num_packs: int, consumed_triplets: int = 0) -> None:
+    def __init__(
+        self, loader: GlobalBatchLoader, split: str, num_packs: int, *, consumed_triplets: int, num_batches: int
+    ) -> None:
         loader.load_state_dict(loader.state_dict() | {"consumed_triplets": consumed_triplets})
         self._loader, self._split, self._num_packs = loader, split, num_packs
         self._step: Iterator[StepPack] = iter(())
+        for start, needed in loader.packs_needed(num_batches):
+            self._check(start, needed)
 
     def __iter__(self) -> "PackStream":
         return self
 
     def __next__(self) -> StepPack:
-        """The next pack. Raises ValueError if the token budget is too small for so few packs."""
+        """The next pack."""
         item = next(self._step, None)
         if item is None:
             self._step = self._read()
@@ -55,11 +62,14 @@ class PackStream:
     def _read(self) -> Iterator[StepPack]:
         start = self._loader.consumed_triplets
         batch = self._loader.next_batch()
-        if len(batch.packs) != self._num_packs:
+        self._check(start, len(batch.packs))
+        return (StepPack(pack, self._split, number, batch) for number, pack in enumerate(batch.packs))
+
+    def _check(self, start: int, needed: int) -> None:
+        if needed > self._num_packs:
             raise ValueError(
-                f"triplets {start} to {self._loader.consumed_triplets - 1} of the {self._split} stream do not fit into "
-                f"{self._num_packs} packs on each data-parallel rank (global batch size / (micro-batch size x DP)): "
-                "raise data.max_tokens_per_pack (to micro-batch size x the largest triplet it always suffices) or "
+                f"the batch of the {self._split} stream that starts with triplet {start} needs {needed} packs on each "
+                f"data-parallel rank, but has {self._num_packs} (global batch size / (micro-batch size x DP)): raise "
+                "data.max_tokens_per_pack (micro-batch size x the largest triplet always suffices) or "
                 "data.max_triplets_per_pack, or lower --micro-batch-size"
             )
-        return (StepPack(pack, self._split, number, batch) for number, pack in enumerate(batch.packs))

@@ -2,7 +2,7 @@
 
 What of `megatron.training` cannot run on a CPU, and what stands in for it here:
 
-    initialize_megatron   asserts that there is a GPU, but for its own argument `allow_no_cuda`, which is given
+    initialize_megatron   asserts that there is a GPU, but for its own argument `allow_no_cuda`, which is given on a CPU
     compile_helpers       compiles the indices of Megatron-LM's pretraining data sets, which are not used (and its
                           wheel comes without their Makefile); left out
     jit_fuser             compiles elementwise kernels for a GPU while the program starts; `disable_jit_fuser`,
@@ -23,6 +23,7 @@ from unittest import mock
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import parse_config
 from megatron_solopo.files import read_jsonl
+from megatron_solopo.parallel.cpu import is_cpu
 from tests.tiny_models import FAMILIES
 
 STEPS, BATCH = 4, 4
@@ -119,7 +120,7 @@ def megatron_lm(argv: list[str]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", ["pretrain_solopo.py", *argv]))
         stack.enter_context(mock.patch.dict(os.environ, CUDA_DEVICE_MAX_CONNECTIONS="1"))
-        initialize = partial(training.initialize_megatron, allow_no_cuda=True)
+        initialize = partial(training.initialize_megatron, allow_no_cuda=is_cpu())
         stack.enter_context(mock.patch.object(training, "initialize_megatron", initialize))
         stack.enter_context(mock.patch.object(dataset_utils, "compile_helpers", lambda: None))
         stack.callback(training.destroy_global_state)

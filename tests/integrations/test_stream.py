@@ -32,13 +32,20 @@ def dataset() -> TripletDataset:
 
 
 def stream(
-    dataset: TripletDataset, num_packs: int, *, rank: int = 0, size: int = 1, start: int = 0, **limits: Any
+    dataset: TripletDataset,
+    num_packs: int,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    start: int = 0,
+    num_batches: int = 3,
+    **limits: Any,
 ) -> Any:
     packing = Packing(
-        2, **({"max_tokens_per_pack": 400} | limits), dp_rank=rank, dp_size=size, packs_multiple=num_packs
+        2, **({"max_tokens_per_pack": 1000} | limits), dp_rank=rank, dp_size=size, packs_multiple=num_packs
     )
     loader = GlobalBatchLoader(dataset, ROLES, packing, global_batch_size=BATCH, seed=3)
-    return PackStream(loader, "train", num_packs, start)
+    return PackStream(loader, "train", num_packs, consumed_triplets=start, num_batches=num_batches)
 
 
 @pytest.mark.parametrize(("num_packs", "size"), [(8, 1), (4, 1), (4, 2), (2, 2), (1, 2)])
@@ -64,13 +71,16 @@ def test_it_starts_where_the_consumed_samples_say(dataset: TripletDataset) -> No
     assert [item.pack.ids for item in resumed] == [item.pack.ids for item in whole[4:]]
 
 
-@pytest.mark.parametrize("limits", [{"max_tokens_per_pack": 100}, {"max_triplets_per_pack": 3}])
-def test_a_budget_for_fewer_triplets_than_a_micro_batch_is_refused(dataset: TripletDataset, limits: Any) -> None:
+@pytest.mark.parametrize("limits", [{"max_tokens_per_pack": 300}, {"max_triplets_per_pack": 7}])
+def test_a_budget_too_small_for_a_later_batch_is_refused_at_the_start(dataset: TripletDataset, limits: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"triplets 0 to 7 of the train stream .* 1 packs .*max_tokens_per_pack"
+        ValueError, match=r"starts with triplet \d+ needs 2 packs .* has 1 .*max_tokens_per_pack"
     ) as error:
-        next(stream(dataset, 1, **limits))
+        stream(dataset, 1, num_batches=20, **limits)
     assert "\n" not in str(error.value)
+    items = stream(dataset, 1, num_batches=0, **limits)
+    with pytest.raises(ValueError, match=r"needs 2 packs"):
+        list(islice(items, 20))
 
 
 def test_a_budget_of_micro_batch_size_times_the_largest_triplet_always_suffices(dataset: TripletDataset) -> None:
