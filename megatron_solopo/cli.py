@@ -4,7 +4,6 @@ A user's mistake (ValueError, an unwritable path) is one line on standard error 
 imported by the command that needs them, so `--help` answers at once.
 """
 
-import json
 import logging
 import os
 import sys
@@ -13,12 +12,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from megatron_solopo import __version__
 from megatron_solopo.cli_convert import convert
+from megatron_solopo.cli_data import data
 
 _PATH = click.Path(path_type=Path)
 _LATER_RANKS_WAIT_SECONDS = 5.0
@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit("interrupted; started again, training continues from its latest checkpoint, other work starts anew")
+        sys.exit(
+            "interrupted; started again, training and data sample go on from what is saved, other work starts anew"
+        )
     except (ValueError, FloatingPointError) as error:
         if not _is_ours(error):
             raise
@@ -82,7 +84,9 @@ def cli() -> None:
 
     \b
     A run, from question answering data to an aligned model:
-      megatron-solopo data build    ...   triplets from a QA corpus (or bring your own JSONL)
+      megatron-solopo data build    ...   contexts from a QA corpus (or bring your own triplets)
+      megatron-solopo data sample   ...   a model's answers to the short ones
+      megatron-solopo data select   ...   right and wrong ones: triplets
       megatron-solopo data prepare  ...   tokenize them
       megatron-solopo train --config c.yaml
       megatron-solopo convert export ...  back to Hugging Face
@@ -90,6 +94,7 @@ def cli() -> None:
 
 
 cli.add_command(convert)
+cli.add_command(data)
 
 
 @cli.command()
@@ -107,120 +112,6 @@ def doctor(as_json: bool) -> None:
     click.echo(report.to_json() if as_json else report.render())
     if not report.healthy:
         sys.exit(1)
-
-
-@cli.group()
-def data() -> None:
-    """Make, check and tokenize preference data."""
-
-
-@data.command("build")
-@click.option("--input", "source", type=_PATH, required=True, help="Questions with paragraphs, MuSiQue JSONL.")
-@click.option("--output", type=_PATH, required=True, help="Triplet JSONL to write.")
-@click.option("--tokenizer", required=True, help="Hugging Face directory or SentencePiece .model file.")
-@click.option("--short-distractors", default=3, show_default=True, help="Distractors beside the evidence, short side.")
-@click.option("--long-tokens", default=2048, show_default=True, help="Tokens of the long side, never exceeded.")
-@click.option("--seed", default=0, show_default=True, help="Of every random choice.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing output file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def data_build(
-    source: Path,
-    output: Path,
-    tokenizer: str,
-    short_distractors: int,
-    long_tokens: int,
-    seed: int,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Build short and long contexts around the same evidence, with a chosen and a rejected answer.
-
-    \b
-    Example:
-      megatron-solopo data build --input examples/musique/musique.jsonl --output triplets.jsonl \\
-          --tokenizer examples/musique/work/model --long-tokens 2048
-    """
-    from megatron_solopo.data.build import build
-
-    report = build(
-        source,
-        output,
-        tokenizer,
-        short_distractors=short_distractors,
-        long_tokens=long_tokens,
-        seed=seed,
-        overwrite=overwrite,
-    )
-    click.echo(json.dumps(report.to_json(), indent=2) if as_json else f"{output}\n{report}")
-
-
-@data.command("validate")
-@click.argument("file", type=_PATH)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-def data_validate(file: Path, as_json: bool) -> None:
-    """List every bad row of a triplet or pair file: line, field, reason. Exit code 1 if there is any.
-
-    \b
-    Example:
-      megatron-solopo data validate triplets.jsonl
-    """
-    from megatron_solopo.data.triplet import validate_file
-
-    report = validate_file(file)
-    click.echo(json.dumps(report.to_json(), indent=2) if as_json else str(report))
-    if report.errors:
-        sys.exit(1)
-
-
-@data.command("prepare")
-@click.option("--input", "source", type=_PATH, required=True, help="Triplet or pair file, JSONL or parquet.")
-@click.option("--output", type=_PATH, required=True, help="Directory to write (`data.path` in the config).")
-@click.option("--tokenizer", required=True, help="Hugging Face directory or SentencePiece .model file.")
-@click.option("--template", type=click.Choice(["auto", "chat", "plain"]), default="auto", show_default=True,
-              help="auto: chat template for messages, plain text for strings.")  # fmt: skip
-@click.option("--max-length", type=int, help="Most tokens of a prompt with a response.")
-@click.option("--overlong", type=click.Choice(["refuse", "drop"]), default="refuse", show_default=True,
-              help="Longer rows are an error, or left out and counted. Nothing is ever cut.")  # fmt: skip
-@click.option("--eval-count", default=0, show_default=True, help="Rows to hold out for evaluation.")
-@click.option("--seed", default=1234, show_default=True, help="Draws the held-out rows.")
-@click.option("--num-proc", default=1, show_default=True, help="Processes that tokenize.")
-@click.option("--overwrite", is_flag=True, help="Replace the output if it is a prepared directory.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def data_prepare(
-    source: Path,
-    output: Path,
-    tokenizer: str,
-    template: Literal["auto", "chat", "plain"],
-    max_length: int | None,
-    overlong: Literal["refuse", "drop"],
-    eval_count: int,
-    seed: int,
-    num_proc: int,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Tokenize a file once, into memory-mapped splits with a fingerprint.
-
-    \b
-    Example:
-      megatron-solopo data prepare --input triplets.jsonl --output prepared \\
-          --tokenizer examples/musique/work/model --eval-count 16
-    """
-    from megatron_solopo.data.tokenize import prepare
-
-    manifest = prepare(
-        source,
-        output,
-        tokenizer,
-        template=template,
-        max_length=max_length,
-        overlong=overlong,
-        eval_count=eval_count,
-        seed=seed,
-        num_proc=num_proc,
-        overwrite=overwrite,
-    )
-    click.echo(manifest.model_dump_json(indent=2) if as_json else f"{output}\n{manifest}")
 
 
 def _with_config(command: Callable[..., Any]) -> Callable[..., Any]:

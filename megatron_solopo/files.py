@@ -75,7 +75,8 @@ def _clear_leftovers(path: Path) -> None:
     """Remove what a killed process of this machine left half-written."""
     prefix = f".{path.name}.incomplete-{socket.gethostname()}-"
     for leftover in path.parent.glob(glob.escape(prefix) + "*"):
-        process = leftover.name.removeprefix(prefix)
+        # What a process wrote beside its temporary has the same name and an ending.
+        process = leftover.name.removeprefix(prefix).split(".")[0]
         if process.isdigit() and not psutil.pid_exists(int(process)):
             remove(leftover)
 

@@ -41,11 +41,12 @@ ROOMS = {
     "evaluate": Room(4, megatron=True),
     "integrations": Room(4, beside=frozenset({"train"}), megatron=True),
     "cli_convert": Room(5),
-    "cli": Room(5, beside=frozenset({"cli_convert"})),
+    "cli_data": Room(5),
+    "cli": Room(5, beside=frozenset({"cli_convert", "cli_data"})),
     "__main__": Room(5, beside=frozenset({"cli"})),
 }
 LAZY = ("transformer_engine", "apex", "wandb", "vllm")
-PRINTING = ("cli", "cli_convert", "doctor")
+PRINTING = ("cli", "cli_convert", "cli_data", "doctor")
 ADAPTS_CPU = f"{PACKAGE}.parallel"
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60

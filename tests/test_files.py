@@ -76,7 +76,7 @@ def test_leftovers_of_a_killed_process_are_cleared_and_those_of_a_live_one_are_n
     finished = subprocess.Popen(["true"])
     finished.wait()
     dead, alive = (own.removesuffix(process) + str(pid) for pid in (finished.pid, os.getppid()))
-    for name in (dead, alive):
+    for name in (dead, alive, f"{dead}.corpus"):
         (tmp_path / name).mkdir()
     with atomic_path(target) as temporary:
         temporary.write_text("second")

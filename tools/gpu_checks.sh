@@ -85,7 +85,8 @@ run_acceptance() {
     part acceptance-model 60 "$PYTHON" examples/musique/make_tokenizer_and_model.py --output "$small"
     part acceptance-wide 60 "$PYTHON" -c "$wide_model" "$small" "$scratch/wide" "$layers"
     part acceptance-build 60 "$PYTHON" -m megatron_solopo data build --input examples/musique/musique.jsonl \
-        --output "$scratch/triplets.jsonl" --short-distractors 0 --long-tokens "$context" "${data[@]}"
+        --output "$scratch/triplets.jsonl" --responses constructed \
+        --short-distractors 0 --long-tokens "$context" "${data[@]}"
     part acceptance-prepare 60 "$PYTHON" -m megatron_solopo data prepare --input "$scratch/triplets.jsonl" \
         --output "$scratch/prepared" "${data[@]}"
     printf '%s\n' "run_dir: $scratch/run" "model: {path: $scratch/wide, dtype: $dtype}" \

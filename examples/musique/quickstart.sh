@@ -11,13 +11,13 @@ say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 launch() { torchrun --standalone --nproc-per-node 2 -m megatron_solopo "$@"; }
 
 # Only what this script makes; runs of your own in the same folder stay.
-rm -rf "$work"/{tp2,cp2,reference,prepared,triplets.jsonl}
+rm -rf "$work"/{tp2,cp2,reference,prepared,triplets.jsonl,triplets.report}
 say "1. A tokenizer trained on the example's text, and a tiny random-weight Qwen2 model"
 python examples/musique/make_tokenizer_and_model.py --output $work/model
 
 say "2. Short and long contexts around the same evidence"
 megatron-solopo data build --input examples/musique/musique.jsonl --output $work/triplets.jsonl \
-    --tokenizer $work/model --short-distractors 1 --long-tokens 2048
+    --tokenizer $work/model --short-distractors 1 --long-tokens 2048 --responses constructed
 megatron-solopo data prepare --input $work/triplets.jsonl --output $work/prepared \
     --tokenizer $work/model --eval-count 16
 

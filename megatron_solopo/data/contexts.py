@@ -1,135 +1,166 @@
-"""Short and long contexts around the same evidence, drawn from a pool of passages."""
+"""Fill a context with documents up to a length in tokens: never over it, and within 1 % under.
+
+Lengths of documents are known beforehand; their sum is the length of the whole but for a few tokens, where a
+tokenizer merges across documents. So documents are chosen by sums, the whole is then measured exactly, and what the
+measure says is corrected by adding, exchanging or removing a document, until it fits.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
+from numpy.typing import NDArray
 
-from megatron_solopo.data.musique import Paragraph, Question, mentions, normalise
+TOLERANCE = 0.01
+"""How far below its target a context may end, as a fraction of the target."""
 
-_HEAD = (
-    "Answer the question from the passages below. Reason step by step, name the passage that each step rests on, "
-    'and end with "So the answer is:" and the answer.'
-)
+_MEASURES = 16
+_TRIES = 32
 
 
 @dataclass(frozen=True)
-class Document:
-    """A paragraph of the pool with what the builder asks of it again and again."""
+class Filled:
+    """Documents that were chosen, and the exact length with them.
 
-    paragraph: Paragraph
-    search_text: str
-    """Title and text in comparison form, where gold answers are looked for."""
-    key: str
-    """Text in comparison form; two documents of one key never share a context."""
-    tokens: int
-    """Length of the passage in a prompt, its separator included."""
+    `complete` is False where no choice from the pool comes within the tolerance.
+    """
+
+    documents: list[int]
+    length: int
+    complete: bool
 
 
 class Pool:
-    """Every paragraph of every question, each tokenized once.
+    """Documents that distractors are drawn from.
 
     Args:
-        questions: The whole input.
-        count_tokens: Length in tokens of a piece of a prompt, without special tokens.
+        members: Indices of the documents.
+        tokens: int32 [documents], what each adds to a prompt.
+        keys: int32 [documents]; documents of one key never share a context.
     """
 
-    def __init__(self, questions: Sequence[Question], count_tokens: Callable[[str], int]) -> None:
-        by_passage = {p.passage: p for question in questions for p in question.paragraphs}
-        progress = tqdm(by_passage.items(), desc="Tokenizing paragraphs", unit=" paragraphs", disable=None)
-        self._documents = {
-            passage: _document(paragraph, count_tokens(f"{passage}\n\n")) for passage, paragraph in progress
-        }
-        unique = {document.key: document for document in reversed(self._documents.values())}
-        self.distractors = list(reversed(unique.values()))
-        """The documents, each text once, in the order of the input."""
+    def __init__(self, members: NDArray[np.int64], tokens: NDArray[np.int32], keys: NDArray[np.int32]) -> None:
+        self.members = members
+        self.tokens = tokens
+        self.keys = keys
+        self._by_size = members[np.argsort(tokens[members], kind="stable")]
+        self._sizes = tokens[self._by_size]
 
-    def find(self, paragraphs: Iterable[Paragraph]) -> list[Document]:
-        """The documents of these paragraphs, each text once."""
-        documents = (self._documents[paragraph.passage] for paragraph in paragraphs)
-        return list({document.key: document for document in documents}.values())
+    def sized(self, low: int, high: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """A few members of `low` to `high` tokens, from a random place among them on."""
+        start, end = np.searchsorted(self._sizes, [max(low, 1), high + 1])
+        if start >= end:
+            return self._by_size[:0]
+        first = int(rng.integers(start, end))
+        return np.concatenate([self._by_size[first:end], self._by_size[start:first]])[:_TRIES]
 
-
-def _document(paragraph: Paragraph, tokens: int) -> Document:
-    return Document(paragraph, normalise(paragraph.passage), normalise(paragraph.paragraph_text), tokens)
-
-
-def prompt(documents: Sequence[Document], question: Question) -> str:
-    """The text a model is asked to continue: instruction, passages in this order, question."""
-    passages = [document.paragraph.passage for document in documents]
-    return "\n\n".join([_HEAD, *passages, f"Question: {question.question}", "Answer:\n"])
+    def below(self, high: int) -> NDArray[np.int64]:
+        """The largest members of at most `high` tokens, in falling order."""
+        end = int(np.searchsorted(self._sizes, high + 1))
+        return self._by_size[:end][::-1]
 
 
-def short_documents(question: Question, pool: Pool, distractors: int, rng: np.random.Generator) -> list[Document]:
-    """The evidence and up to `distractors` of the question's own other paragraphs, in random order.
-
-    A paragraph that mentions an answer is not used; fewer come back where the question has fewer.
-    """
-    evidence = pool.find(question.evidence)
-    used = {document.key for document in evidence}
-    others = (document for document in pool.find(question.paragraphs) if document.key not in used)
-    own = [document for document in others if not mentions(document.search_text, question.golds)]
-    return _shuffled(evidence + _shuffled(own, rng)[:distractors], rng)
-
-
-def long_documents(
-    question: Question,
-    short: Sequence[Document],
-    pool: Pool,
-    count: Callable[[Sequence[Document]], int],
-    max_tokens: int,
-    rng: np.random.Generator,
-) -> tuple[list[Document], int, bool]:
-    """The short context's documents scattered among as many of the pool's as fit.
+class Filler:
+    """Chooses documents for one context.
 
     Args:
-        question: Documents that mention one of its answers are not used.
-        short: Kept as they are; must fit.
-        pool: Where the distractors come from.
-        count: Exact length in tokens of a sample with these documents.
-        max_tokens: Never exceeded; what is left is shorter than any unused document.
-        rng: Draws the distractors and the order of all documents.
-
-    Returns:
-        The documents in order, their exact length, and whether the pool was used up before it was reached.
+        pool: Where they come from.
+        usable: Whether a document may be a distractor here; asked late, and once per document.
+        count: Exact length in tokens of a sample with these documents beside the given ones.
+        limit: Tokens that are never exceeded.
+        rng: Decides between documents that serve equally.
     """
-    used = {document.key for document in short}
-    waiting = [document for document in _shuffled(pool.distractors, rng) if document.key not in used]
-    documents, taken, removed = list(short), list[Document](), False
-    while True:
-        length = count(documents)
-        if length > max_tokens:  # joined passages can tokenize into more tokens than the passages alone
-            taken.pop()
-            removed = True
-        else:
-            more, waiting = _fill(max_tokens - length, waiting, question)
-            if not more:
-                exhausted = not removed and all(mentions(d.search_text, question.golds) for d in waiting)
-                return documents, length, exhausted
-            taken += more
-        documents = _shuffled([*short, *taken], rng) if taken else list(short)
 
+    def __init__(
+        self,
+        pool: Pool,
+        usable: Callable[[int], bool],
+        count: Callable[[Sequence[int]], int],
+        limit: int,
+        rng: np.random.Generator,
+    ) -> None:
+        self._pool = pool
+        self._count = count
+        self._limit = limit
+        self._slack = int(limit * TOLERANCE)
+        self._rng = rng
+        self._usable = usable
+        self._verdicts: dict[int, bool] = {}
+        self._used: set[int] = set()
+        self._taken: list[int] = []
+        self._room = 0
 
-def _fill(slack: int, waiting: Sequence[Document], question: Question) -> tuple[list[Document], list[Document]]:
-    """Take, in order, every document that still fits; also return those that did not."""
-    taken, left = [], []
-    for document in waiting:
-        if document.tokens > slack:
-            left.append(document)
-        elif not mentions(document.search_text, question.golds):
-            taken.append(document)
-            slack -= document.tokens
-    return taken, left
+    def fill(self, given: Sequence[int], candidates: Iterable[int], empty_length: int) -> Filled:
+        """Take documents.
 
+        Args:
+            given: Documents that are in the context already.
+            candidates: What to take, first come first served; any of the pool is taken to end at the right length.
+            empty_length: Exact length with the given documents alone, at most the limit.
+        """
+        self._used = {int(self._pool.keys[index]) for index in given}
+        self._room = self._limit - empty_length
+        best = Filled([], empty_length, self._fits(empty_length))
+        self._take_in_order(candidates)
+        for _ in range(_MEASURES):
+            while not 0 <= self._room <= self._slack and self._move():
+                pass
+            length = self._count(self._taken)
+            if best.length < length <= self._limit:
+                best = Filled(list(self._taken), length, self._fits(length))
+            if best.complete or self._limit - length == self._room:
+                break  # it fits, or nothing in the pool makes it fit better
+            self._room = self._limit - length
+        return best
 
-def evidence_depths(documents: Sequence[Document], question: Question) -> list[float]:
-    """Middle of each evidence passage as a fraction of all passages' tokens, in order; 0 is the start."""
-    keys = {normalise(paragraph.paragraph_text) for paragraph in question.evidence}
-    tokens = np.array([document.tokens for document in documents])
-    middles = (tokens.cumsum() - tokens / 2) / tokens.sum()
-    return [round(float(m), 4) for m, document in zip(middles, documents, strict=True) if document.key in keys]
+    def _fits(self, length: int) -> bool:
+        return self._limit - self._slack <= length <= self._limit
 
+    def _take_in_order(self, candidates: Iterable[int]) -> None:
+        """Take what comes, up to the first that does not fit any more."""
+        for index in candidates:
+            if self._free(index):
+                if self._pool.tokens[index] > self._room:
+                    return
+                self._take(index)
 
-def _shuffled(documents: Sequence[Document], rng: np.random.Generator) -> list[Document]:
-    return [documents[index] for index in rng.permutation(len(documents))]
+    def _move(self) -> bool:
+        """One change that brings the sum of lengths nearer to the limit; False if there is none."""
+        if (index := self._find(self._room)) is not None:
+            self._take(index)
+            return True
+        for place in self._rng.permutation(len(self._taken))[:_TRIES]:
+            old = self._taken[place]
+            if (index := self._find(self._room + int(self._pool.tokens[old]))) is not None:
+                self._remove(old)
+                self._take(index)
+                return True
+        if self._room < 0 and self._taken:
+            self._remove(self._taken[-1])
+            return True
+        index = next(filter(self._free, map(int, self._pool.below(self._room))), None)
+        if index is not None:
+            self._take(index)
+        return index is not None
+
+    def _find(self, tokens: int) -> int | None:
+        """A free document that has as many tokens, or less by at most the slack."""
+        found = self._pool.sized(tokens - self._slack, tokens, self._rng)
+        return next(filter(self._free, map(int, found)), None)
+
+    def _free(self, index: int) -> bool:
+        if int(self._pool.keys[index]) in self._used:
+            return False
+        if index not in self._verdicts:
+            self._verdicts[index] = self._usable(index)
+        return self._verdicts[index]
+
+    def _take(self, index: int) -> None:
+        self._taken.append(index)
+        self._used.add(int(self._pool.keys[index]))
+        self._room -= int(self._pool.tokens[index])
+
+    def _remove(self, index: int) -> None:
+        self._taken.remove(index)
+        self._used.discard(int(self._pool.keys[index]))
+        self._room += int(self._pool.tokens[index])

@@ -123,20 +123,59 @@ def _render(prompts: dict[str, Content], responses: dict[str, Content], tokenize
     """Texts by the chat template: a prompt up to where the answer starts, a response from there on."""
     texts: dict[str, str] = {}
     for prompt_name, prompt in prompts.items():
-        messages = _as_messages(prompt, "user")
-        prompt_text = tokenizer.render_chat(messages, add_generation_prompt=True)
-        assert prompt_text is not None
-        texts[prompt_name] = prompt_text
+        texts[prompt_name] = render_prompt(prompt, tokenizer)
         for name, response in responses.items():
-            whole = tokenizer.render_chat(messages + _as_messages(response, "assistant"), add_generation_prompt=False)
-            assert whole is not None
-            if not whole.startswith(prompt_text):
-                raise ValueError(
-                    f"{name}: the chat template does not write {prompt_name} with an answer as it does without"
-                )
-            if texts.setdefault(name, whole[len(prompt_text) :]) != whole[len(prompt_text) :]:
+            text = render_response(prompt, response, tokenizer, names=(prompt_name, name))
+            if texts.setdefault(name, text) != text:
                 raise ValueError(f"{name}: the chat template writes it differently behind {prompt_name}")
     return texts
+
+
+def render_prompt(prompt: Content, tokenizer: Tokenizer) -> str:
+    """A prompt by the chat template, up to where the answer starts; the tokenizer has a template."""
+    text = tokenizer.render_chat(_as_messages(prompt, "user"), add_generation_prompt=True)
+    assert text is not None
+    return text
+
+
+def template_of(prompt: Content) -> Template:
+    """How `data prepare` writes a prompt of this form by itself."""
+    return "plain" if isinstance(prompt, str) else "chat"
+
+
+def encode_prompt(prompt: Content, tokenizer: Tokenizer, template: Template) -> list[int]:
+    """Token ids of a prompt up to where the answer starts."""
+    if template == "plain":
+        return tokenizer.encode(str(prompt), add_special_tokens=True)
+    return tokenizer.encode(render_prompt(prompt, tokenizer), add_special_tokens=False)
+
+
+def render_response(
+    prompt: Content, response: Content, tokenizer: Tokenizer, *, names: tuple[str, str] = ("the prompt", "response")
+) -> str:
+    """A response by the chat template, from the end of `render_prompt(prompt)` on.
+
+    Raises ValueError, with these names of both, where the template writes the prompt differently once it is answered.
+    """
+    prompt_text = render_prompt(prompt, tokenizer)
+    messages = _as_messages(prompt, "user") + _as_messages(response, "assistant")
+    whole = tokenizer.render_chat(messages, add_generation_prompt=False)
+    assert whole is not None
+    if not whole.startswith(prompt_text):
+        raise ValueError(f"{names[1]}: the chat template does not write {names[0]} with an answer as it does without")
+    return whole[len(prompt_text) :]
+
+
+def check_template(template: Template, tokenizer: Tokenizer, tokenizer_path: str) -> None:
+    """Raise ValueError where the tokenizer lacks what the template needs."""
+    if template == "chat" and tokenizer.chat_template is None:
+        raise ValueError(
+            f"{tokenizer_path}: has no chat template; use another tokenizer, or strings and --template plain"
+        )
+    if template == "plain" and tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"{tokenizer_path}: has no end-of-sequence token, which --template plain puts after a response"
+        )
 
 
 def _as_messages(content: Content, role: str) -> list[Message]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_solopo.data.musique import Paragraph, Question, mentions, normalise
+from megatron_solopo.data.corpus.question import Document, Question, golds, mentions, normalise
 
 GIVE_UP = "The passages do not say."
 GIVE_UP_SHARE = 0.2
@@ -32,11 +32,11 @@ _PHRASES = {
 
 def chosen_response(question: Question) -> str:
     """One sentence per hop, each naming the passage it rests on, then the gold answer."""
-    sentences = [_hop_sentence(question, index) for index in range(len(question.question_decomposition))]
-    return " ".join([*sentences, _conclusion(question.answer)])
+    sentences = [_hop_sentence(question, index) for index in range(len(question.hops))]
+    return " ".join([*sentences, _conclusion(question.answers[0])])
 
 
-def rejected_response(question: Question, context: Sequence[Paragraph], rng: np.random.Generator) -> str:
+def rejected_response(question: Question, context: Sequence[Document], rng: np.random.Generator) -> str:
     """The right hops with a wrong last one, or `GIVE_UP`; the gold answer occurs nowhere in it.
 
     The wrong entity occurs in `context`: a number with as many digits where the answer is one,
@@ -49,48 +49,48 @@ def rejected_response(question: Question, context: Sequence[Paragraph], rng: np.
 
 
 def _is_right(text: str, question: Question) -> bool:
-    return mentions(normalise(text), question.golds)
+    return mentions(normalise(text), golds(question.answers))
 
 
-def _wrong_chains(question: Question, context: Sequence[Paragraph]) -> list[str]:
-    last = len(question.question_decomposition) - 1
+def _wrong_chains(question: Question, context: Sequence[Document]) -> list[str]:
+    last = len(question.hops) - 1
     reasoning = [_hop_sentence(question, index) for index in range(last)]
     asked = normalise(_resolve(question, last))
     return [
         " ".join([*reasoning, _sentence(title, _statement(question, last, entity)), _conclusion(entity)])
         for entity, title in _entities(question, context)
-        if normalise(entity) not in asked and not any(normalise(entity) in gold for gold in question.golds)
+        if normalise(entity) not in asked and not any(normalise(entity) in gold for gold in golds(question.answers))
     ]
 
 
-def _entities(question: Question, context: Sequence[Paragraph]) -> list[tuple[str, str]]:
+def _entities(question: Question, context: Sequence[Document]) -> list[tuple[str, str]]:
     """(entity, title of the passage that mentions it), each entity once."""
-    found = _numbers(question.answer, context)
+    found = _numbers(question.answers[0], context)
     if not found:
-        titles = {re.sub(r"\s*\(.*\)$", "", paragraph.title): paragraph.title for paragraph in context}
+        titles = {re.sub(r"\s*\(.*\)$", "", document.title): document.title for document in context}
         found = {entity: title for entity, title in titles.items() if entity}
         found |= _other_answers(question, context)
     return list(found.items())
 
 
-def _numbers(answer: str, context: Sequence[Paragraph]) -> dict[str, str]:
+def _numbers(answer: str, context: Sequence[Document]) -> dict[str, str]:
     """Numbers of the context with as many digits as the answer's longest; none if it is mostly letters."""
     runs = re.findall(r"\d+", answer)
     if 2 * sum(map(len, runs)) < max(1, sum(map(str.isalnum, answer))):
         return {}
     pattern = re.compile(rf"(?<![\w.,])\d{{{max(map(len, runs))}}}(?!\w|[.,]\d)")
-    return {number: paragraph.title for paragraph in context for number in pattern.findall(paragraph.paragraph_text)}
+    return {number: document.title for document in context for number in pattern.findall(document.text)}
 
 
-def _other_answers(question: Question, context: Sequence[Paragraph]) -> dict[str, str]:
-    passages = {paragraph.title: normalise(paragraph.passage) for paragraph in context}
-    sources = {hop.answer: question.title(hop) for hop in question.question_decomposition[:-1]}
+def _other_answers(question: Question, context: Sequence[Document]) -> dict[str, str]:
+    passages = {document.title: normalise(f"{document.title} {document.text}") for document in context}
+    sources = {hop.answer: hop.title for hop in question.hops[:-1]}
     return {answer: title for answer, title in sources.items() if normalise(answer) in passages.get(title, "")}
 
 
 def _hop_sentence(question: Question, index: int) -> str:
-    hop = question.question_decomposition[index]
-    return _sentence(question.title(hop), _statement(question, index, hop.answer))
+    hop = question.hops[index]
+    return _sentence(hop.title, _statement(question, index, hop.answer))
 
 
 def _sentence(title: str, statement: str) -> str:
@@ -121,7 +121,7 @@ def _phrase(relation: str) -> str:
 
 def _resolve(question: Question, index: int) -> str:
     """The hop's question with earlier answers in place of `#1`; other numbers stay as they are."""
-    hops = question.question_decomposition
+    hops = question.hops
 
     def answer_of(reference: re.Match[str]) -> str:
         hop = int(reference[1]) - 1

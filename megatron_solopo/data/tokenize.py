@@ -15,7 +15,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from megatron_solopo import __version__
-from megatron_solopo.data.encode import Template, tokenize_rows
+from megatron_solopo.data.encode import Template, check_template, tokenize_rows
 from megatron_solopo.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -159,14 +159,7 @@ def _resolve_template(
     if template == "plain" and "messages" in report.forms:
         raise ValueError(f"{report.path}: has chat messages, which --template plain cannot write; pass --template chat")
     mode: Template = "chat" if template == "chat" or "messages" in report.forms else "plain"
-    if mode == "chat" and tokenizer.chat_template is None:
-        raise ValueError(
-            f"{tokenizer_path}: has no chat template; use another tokenizer, or strings and --template plain"
-        )
-    if mode == "plain" and tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"{tokenizer_path}: has no end-of-sequence token, which --template plain puts after a response"
-        )
+    check_template(mode, tokenizer, tokenizer_path)
     return mode
 
 

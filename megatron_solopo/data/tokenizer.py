@@ -44,6 +44,9 @@ class Tokenizer(Protocol):
         add_special_tokens puts the usual tokens before it (BOS), and never any after it.
         """
 
+    def count(self, text: str, *, add_special_tokens: bool) -> int:
+        """How many tokens `encode` makes, at less time and memory for a long text."""
+
     def encode_continuation(self, text: str) -> list[int]:
         """Tokens of a text that follows other text, without any special tokens.
 
@@ -92,6 +95,12 @@ class _LocalTokenizer(ABC):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids = self._encode(text)
         return self._prefix + ids if add_special_tokens else ids
+
+    def count(self, text: str, *, add_special_tokens: bool) -> int:
+        return self._count(text) + (len(self._prefix) if add_special_tokens else 0)
+
+    def _count(self, text: str) -> int:
+        return len(self._encode(text))
 
     def encode_continuation(self, text: str) -> list[int]:
         """Encode behind an anchor and cut the anchor's tokens off.
@@ -160,6 +169,16 @@ class _HuggingFaceTokenizer(_LocalTokenizer):
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+    def _count(self, text: str) -> int:
+        """Without offsets and strings of tokens, which take most of the time and memory of a long text."""
+        if not self._tokenizer.is_fast:
+            return super()._count(text)
+        backend = self._tokenizer.backend_tokenizer
+        # What tokenizer.json may ask for, and `encode` turns off as well.
+        backend.no_truncation()
+        backend.no_padding()
+        return len(backend.encode_batch_fast([text], add_special_tokens=False)[0])
 
     def _piece(self, token_id: int) -> str:
         return str(self._tokenizer.convert_ids_to_tokens(token_id))

@@ -3,7 +3,8 @@
 import pytest
 from datasets import disable_progress_bars
 
-from megatron_solopo.data.musique import Question, read_questions
+from megatron_solopo.data.corpus.question import Question
+from megatron_solopo.data.corpus.read import read_questions
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.musique_example import QUESTIONS, load_script
 from tests.data.sample_rows import triplet, write_rows
@@ -41,4 +42,4 @@ def tokenizer(tokenizer_path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def questions() -> dict[str, Question]:
-    return {question.id: question for question in read_questions(QUESTIONS)}
+    return {question.id: question for _, question in read_questions(QUESTIONS, "musique")}

@@ -6,8 +6,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from megatron_solopo.data.build import build
+from megatron_solopo.data.build_report import BuildReport
+from megatron_solopo.data.build_settings import BuildSettings
+from megatron_solopo.data.corpus.question import Document, Question
 from megatron_solopo.data.encode import tokenize_row
-from megatron_solopo.data.musique import Question
 from megatron_solopo.data.tokenizer import Tokenizer
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "musique"
@@ -55,6 +58,17 @@ def lengths(row: Row, tokenizer: Tokenizer) -> dict[str, int]:
     return {name: ids[name] + max(ids["chosen"], ids["rejected"]) for name in prompts}
 
 
-def is_evidence(passage: str, question: Question) -> bool:
-    """Whether a passage of a prompt supports the answer."""
-    return passage in {paragraph.passage for paragraph in question.evidence}
+def passage(document: Document) -> str:
+    """A document as a prompt shows it."""
+    return f"Title: {document.title}\n{document.text}"
+
+
+def evidence(question: Question) -> set[str]:
+    """The passages that support the answer."""
+    return {passage(question.documents[index]) for index in question.supporting}
+
+
+def construct(source: Path, output: Path, tokenizer: str, **options: Any) -> BuildReport:
+    """Build triplets with answers by rule, at 2,048 tokens where nothing else is asked for."""
+    options = {"responses": "constructed", "long_tokens": "2048"} | options
+    return build(BuildSettings(source, output, tokenizer, **options))

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_solopo.data.musique import Question, mentions, normalise
+from megatron_solopo.data.corpus.musique import MusiqueRecord
+from megatron_solopo.data.corpus.question import Question, golds, mentions, normalise
 from megatron_solopo.data.responses import GIVE_UP, GIVE_UP_SHARE, chosen_response, rejected_response
 
 PASSAGES = {
@@ -14,7 +15,7 @@ PASSAGES = {
 
 
 def make_question(hops: list[tuple[str, str]], aliases: list[str] | None = None) -> Question:
-    return Question.model_validate(
+    record = MusiqueRecord.model_validate(
         {
             "id": "q",
             "question": "?",
@@ -30,10 +31,11 @@ def make_question(hops: list[tuple[str, str]], aliases: list[str] | None = None)
             "answer_aliases": aliases or [],
         }
     )
+    return record.to_question()
 
 
 def rejected_forms(question: Question) -> list[str]:
-    return [rejected_response(question, question.paragraphs, np.random.default_rng(seed)) for seed in range(200)]
+    return [rejected_response(question, question.documents, np.random.default_rng(seed)) for seed in range(200)]
 
 
 def test_chosen_resolves_references_and_relations() -> None:
@@ -98,4 +100,4 @@ def test_gives_up_where_every_wrong_chain_mentions_the_answer() -> None:
 @pytest.mark.parametrize("aliases", [[], ["peel"], ["1878"], ["tamworth"]])
 def test_no_form_of_the_answer_is_in_a_rejected_one(aliases) -> None:
     question = make_question([("when", "1834")], aliases)
-    assert not any(mentions(normalise(form), question.golds) for form in rejected_forms(question))
+    assert not any(mentions(normalise(form), golds(question.answers)) for form in rejected_forms(question))

@@ -1,6 +1,7 @@
 """The `--solopo-*` flags say what the configuration says, and what does not go together is refused by flag."""
 
 import argparse
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,12 @@ import pytest
 import torch
 
 from megatron_solopo.config import DataConfig, LogprobConfig, ObjectiveConfig, ReferenceConfig
-from megatron_solopo.integrations.arguments import add_arguments, config_from_args, flags_for_keys
+from megatron_solopo.integrations.arguments import (
+    add_arguments,
+    check_arguments,
+    config_from_args,
+    flags_for_keys,
+)
 
 REQUIRED = {
     "--solopo-model-path": "model",
@@ -150,3 +156,26 @@ def test_help_says_what_each_flag_is_and_its_default() -> None:
     text = " ".join(add_arguments(argparse.ArgumentParser()).format_help().split())
     assert "SoLoPO: objective" in text and "Scale of the reward. Default: 0.1." in text
     assert "Directory written by `megatron-solopo data prepare`. Required." in text and "None" not in text
+
+
+LAUNCH_SCRIPT = Path(__file__).parents[2] / "examples" / "megatron_lm" / "pretrain_solopo.sh"
+
+
+def test_the_launch_scripts_arguments_exist(tmp_path: Path) -> None:
+    """Run with a stand-in for torchrun that prints its arguments, which ours and Megatron-LM's parser then read."""
+    (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    found = subprocess.run(
+        [LAUNCH_SCRIPT, "model", "prepared", "reference", "output", "--train-iters", "7"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    words = found.stdout.split("\n")[:-1]
+    assert words[:2] == ["--nproc-per-node", "8"] and words[2].endswith("pretrain_solopo.py")
+    ours = [word for word in words if word.startswith("--solopo")]
+    parsed, others = add_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_known_args(words[3:])
+    assert parsed.solopo_reference_cache == Path("reference") and len(ours) == 6
+    assert not [word for word in others if word.startswith("--solopo")]
+    megatron = pytest.importorskip("megatron.training.arguments", reason="no megatron.training: its own are not read")
+    args = megatron.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args(others)
+    assert (args.train_iters, args.save, args.load) == (7, "output", "output")
+    check_arguments(args)

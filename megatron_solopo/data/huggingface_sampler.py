@@ -1,0 +1,81 @@
+"""Responses from a Hugging Face model in this process."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from megatron_solopo.data.encode import encode_prompt, template_of
+from megatron_solopo.data.sample_model import Answer, Request
+from megatron_solopo.data.sample_settings import SampleSettings
+from megatron_solopo.data.tokenizer import load_tokenizer
+
+# The library's class is not typed.
+_GENERATION_CONFIG: Any = GenerationConfig
+
+
+class HuggingFaceSampler:
+    """A model directory; see `data.sample_model.Model`.
+
+    A request's samples are one batch, whose random numbers come from the request's seed: what is drawn does not depend
+    on what was drawn before, nor on a restart.
+    """
+
+    concurrency = 1
+
+    def __init__(self, settings: SampleSettings) -> None:
+        self.retried: Counter[str] = Counter()
+        self._settings = settings
+        self._tokenizer = load_tokenizer(settings.model)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                settings.model, dtype="auto", local_files_only=True, trust_remote_code=False
+            )
+        # The library raises whatever the damaged file led to.
+        except Exception as error:
+            raise ValueError(f"--model {settings.model}: no loadable model: {' '.join(str(error).split())}") from None
+        self._model = model.eval().to(self._device)
+        self._ends = self._end_tokens()
+        # What the model's own file says of top_k or penalties would change the distribution.
+        self._model.generation_config = _GENERATION_CONFIG()
+
+    async def ask(self, request: Request) -> list[Answer]:
+        """All samples of a request."""
+        torch.manual_seed(request.seed)
+        ids = encode_prompt(request.prompt, self._tokenizer, template_of(request.prompt))
+        prompt = torch.tensor([ids], device=self._device)
+        with torch.inference_mode():
+            output = self._model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=self._generation(request),
+            )
+        return [self._answer(row) for row in output[:, prompt.shape[1] :].tolist()]
+
+    async def aclose(self) -> None:
+        """Nothing to give back."""
+
+    def _generation(self, request: Request) -> Any:
+        return _GENERATION_CONFIG(
+            do_sample=True,
+            temperature=self._settings.temperature,
+            top_p=self._settings.top_p,
+            top_k=0,
+            max_new_tokens=request.max_tokens,
+            num_return_sequences=len(request.indices),
+            eos_token_id=sorted(self._ends) or None,
+            pad_token_id=min(self._ends, default=0),
+        )
+
+    def _end_tokens(self) -> set[int]:
+        """The tokenizer's, and those that the model's generation settings name (Llama 3 has several)."""
+        named = self._model.generation_config.eos_token_id
+        ends = set(named if isinstance(named, list) else [named]) | {self._tokenizer.eos_token_id}
+        return {int(end) for end in ends if end is not None}
+
+    def _answer(self, tokens: list[int]) -> Answer:
+        end = next((place for place, token in enumerate(tokens) if token in self._ends), None)
+        text = self._tokenizer.decode(tokens[:end])
+        return Answer(text, "length" if end is None else "stop")
