@@ -126,6 +126,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         "hybrid_context_parallel": (False, "no --hybrid-context-parallel: it would cut triplets apart"),
         "use_megatron_fsdp": (False, "no --use-megatron-fsdp: the output layer's weight must be whole"),
         "use_torch_fsdp2": (False, "no --use-torch-fsdp2: the output layer's weight must be whole"),
+        "init_model_with_meta_device": (False, "no --init-model-with-meta-device: weights are read into the model"),
         "overlap_moe_expert_parallel_comm": (False, "no --overlap-moe-expert-parallel-comm"),
     }
     # An argument that this Megatron-LM does not have cannot be wrong.

@@ -23,11 +23,13 @@ from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_solopo.checkpoint.loading import load_weights
 from megatron_solopo.checkpoint.model_files import read_model_files, write_model_files
 from megatron_solopo.config import Config
+from megatron_solopo.data.packing import Pack
 from megatron_solopo.files import atomic_path
 from megatron_solopo.integrations.arguments import add_arguments, config_from_args, flags_for_keys
 from megatron_solopo.integrations.step_log import StepLog
@@ -78,7 +80,6 @@ class Solopo:
                 with Transformer Engine's layers, or with plain ones that know packs under `--transformer-impl local`.
         """
         build = provider or self._build
-
         chunks: list[Any] = []
 
         def provide(*args: Any, **kwargs: Any) -> Any:
@@ -155,6 +156,9 @@ class Solopo:
         """Megatron-LM's forward step over one pack."""
         with flags_for_keys():
             item: StepPack = next(data_iterator)
+        # Once per pack, whichever chunks it runs through.
+        if item.split == "train" and not get_attr_wrapped_model(model, "vp_stage"):
+            _count_lengths(item.pack)
         output, loss = self.task.forward(item.pack, model, item.split)
         return output, partial(self._loss, item, loss)
 
@@ -217,3 +221,12 @@ class Solopo:
         args = parse_and_validate_args(self.add_arguments, args_defaults=keywords.pop("args_defaults", {}))
         container = pretrain_cfg_container_from_args(args)
         pretrain(container, self.datasets, model_type, self.forward_step, model_provider=provider, **keywords)
+
+
+def _count_lengths(pack: Pack) -> None:
+    """Tell Megatron-LM the real lengths, for its throughput. Before 0.19 it takes every sequence to be as long."""
+    from megatron.training import training
+
+    count = getattr(training, "update_seqlen_stats_from_cu_seqlens", None)
+    if count is not None:
+        count(torch.nn.functional.pad(pack.sequence_lengths_S.cumsum(0), (1, 0)))

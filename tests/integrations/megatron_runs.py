@@ -50,26 +50,7 @@ def config(folder: Path, name: str, parallel: dict[str, Any], **sections: Any) -
 
 def arguments(folder: Path, name: str, parallel: dict[str, Any], **changes: Any) -> list[str]:
     """Megatron-LM's command line of the same run: model, data, layout, seed and optimizer. None takes a flag out."""
-    hf = FAMILIES["qwen2_tied"]
-    flags: dict[str, Any] = {
-        "num_layers": hf.num_hidden_layers,
-        "hidden_size": hf.hidden_size,
-        "ffn_hidden_size": hf.intermediate_size,
-        "num_attention_heads": hf.num_attention_heads,
-        "group_query_attention": True,
-        "num_query_groups": hf.num_key_value_heads,
-        "norm_epsilon": hf.rms_norm_eps,
-        "add_qkv_bias": True,
-        "max_position_embeddings": hf.max_position_embeddings,
-        "seq_length": hf.max_position_embeddings,
-        "position_embedding_type": "rope",
-        "normalization": "RMSNorm",
-        "swiglu": True,
-        "disable_bias_linear": True,
-        "hidden_dropout": 0,
-        "attention_dropout": 0,
-        "tokenizer_type": "NullTokenizer",
-        "vocab_size": hf.vocab_size,
+    flags: dict[str, Any] = _model_flags() | {
         "transformer_impl": "local",
         "distributed_backend": "gloo",
         "use_distributed_optimizer": True,
@@ -111,6 +92,31 @@ def arguments(folder: Path, name: str, parallel: dict[str, Any], **changes: Any)
     return words
 
 
+def _model_flags() -> dict[str, Any]:
+    """`qwen2_tied`, as its config.json has it."""
+    hf = FAMILIES["qwen2_tied"]
+    return {
+        "num_layers": hf.num_hidden_layers,
+        "hidden_size": hf.hidden_size,
+        "ffn_hidden_size": hf.intermediate_size,
+        "num_attention_heads": hf.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": hf.num_key_value_heads,
+        "norm_epsilon": hf.rms_norm_eps,
+        "add_qkv_bias": True,
+        "max_position_embeddings": hf.max_position_embeddings,
+        "seq_length": hf.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "hidden_dropout": 0,
+        "attention_dropout": 0,
+        "tokenizer_type": "NullTokenizer",
+        "vocab_size": hf.vocab_size,
+    }
+
+
 @contextmanager
 def megatron_lm(argv: list[str]) -> Iterator[None]:
     """A process that `pretrain()` can run in with these arguments; none of its state stays behind."""
@@ -128,7 +134,7 @@ def megatron_lm(argv: list[str]) -> Iterator[None]:
 
 
 def pretrain(argv: list[str], model_provider: Any = None, form: Any = None) -> list[dict[str, float]]:
-    """Metrics (on the last stage) and gradient norm of every step, as `pretrain()` has them for its log.
+    """Metrics (on the last stage), gradient norm and tokens of every step, as `pretrain()` has them for its log.
 
     Args:
         model_provider: a script's own.
@@ -143,7 +149,7 @@ def pretrain(argv: list[str], model_provider: Any = None, form: Any = None) -> l
 
     def spy(loss_dict: Any, total_loss_dict: Any, learning_rate: Any, *others: Any, **keywords: Any) -> Any:
         values = {name: float(value) for name, value in loss_dict.items()}
-        steps.append(values | {"grad_norm": float(others[4])})
+        steps.append(values | {"grad_norm": float(others[4]), "num_tokens": keywords["total_real_tokens_in_batch"]})
         return log(loss_dict, total_loss_dict, learning_rate, *others, **keywords)
 
     with megatron_lm(argv), mock.patch.object(training, "training_log", spy):

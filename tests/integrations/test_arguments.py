@@ -133,6 +133,7 @@ def test_an_illegal_value_is_refused_under_its_flag(flags: list[str], part: str)
         ("hybrid_context_parallel", True, "no --hybrid-context-parallel"),
         ("use_megatron_fsdp", True, "no --use-megatron-fsdp"),
         ("use_torch_fsdp2", True, "no --use-torch-fsdp2"),
+        ("init_model_with_meta_device", True, "no --init-model-with-meta-device"),
         ("overlap_moe_expert_parallel_comm", True, "no --overlap-moe-expert-parallel-comm"),
     ],
 )

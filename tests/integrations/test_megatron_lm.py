@@ -183,9 +183,9 @@ def found(folder: Path) -> dict[str, Any]:
 
 
 def assert_equal_steps(theirs: list[dict[str, float]], ours: list[dict[str, Any]]) -> None:
-    """Losses, rewards and gradient norms, to rounding in float32."""
+    """Losses, rewards and gradient norms to rounding in float32, and the real tokens of the batch."""
     assert len(theirs) == len(ours) > 0
-    for name in ("loss", "grad_norm", "rewards/chosen", "solo_ra/gap_signed"):
+    for name in ("num_tokens", "loss", "grad_norm", "rewards/chosen", "solo_ra/gap_signed"):
         wanted = [step[name] for step in ours]
         assert [step[name] for step in theirs] == pytest.approx(wanted, rel=2e-5, abs=1e-6), name
 
