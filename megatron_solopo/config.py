@@ -53,7 +53,8 @@ class ModelConfig(_Section):
     """How FP8 values are scaled. blockwise: per 128 values of one token, so that a sequence does not depend on what
     it is packed with; tensorwise and delayed: per tensor, over the whole pack; mxfp8: per 32 values (Blackwell)."""
     fp8_param: bool = False
-    """Keeps the layers' weights themselves in FP8: half the memory, and half the data-parallel gather."""
+    """Keeps the layers' weights themselves in FP8: half the memory, and half the data-parallel gather. Checkpoints and
+    exports then hold those FP8 values; the exact master weights are in the optimizer's state."""
     first_last_layers_bf16: bool = False
     """Runs the first and last layers in bfloat16 where `fp8` is set."""
     num_layers_at_start_in_bf16: NonNegativeInt = 1
@@ -196,7 +197,7 @@ class OptimizerConfig(_Section):
     """Shards the optimizer state over the data-parallel (and context-parallel) ranks."""
     optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the parameters whose float32 weights, moments and update live in host memory (Megatron's hybrid
-    optimizer, `optimizer_cpu_offload`): 16 bytes of pinned host memory each instead of 12 on the GPU."""
+    optimizer, `optimizer_cpu_offload`): 16 bytes of host memory each, 4 of them pinned, instead of 12 on the GPU."""
     grad_reduce_in_fp32: bool = True
     """Accumulates and reduces gradients in float32; false: in the model's precision, with half the memory."""
 

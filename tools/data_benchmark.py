@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast `data build` makes long contexts, and what memory it takes, on one process and on several.
 
-    python tools/data_benchmark.py --contexts 560 --long-tokens 32768 --num-proc 1 --num-proc 2
+    python tools/data_benchmark.py --json data_benchmark.json
 
 Builds contexts from the shipped questions, asked again under other ids until there are enough, with the example's
 tokenizer or one of yours. Times include reading the corpus, starting processes and writing. Memory is the greatest
@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,8 @@ class Run:
     tokens: int
     """Of the long contexts, room for responses included."""
     seconds: float
+    cpu_seconds: float
+    """Of all processes: what other work on the machine disturbs little."""
     peak_bytes: int
     load_average: float
     """Over the last minute, before the start: what else ran on the machine."""
@@ -96,7 +99,7 @@ def measure(folder: Path, tokenizer: str, long_tokens: int, num_proc: int) -> Ru
     output = folder / f"contexts-{num_proc}.jsonl"
     command = [sys.executable, "-m", "megatron_solopo", "data", "build", "--input", str(folder / "questions.jsonl")]
     command += ["--output", str(output), "--tokenizer", tokenizer, "--long-tokens", str(long_tokens)]
-    load = os.getloadavg()[0]
+    load, cpu = os.getloadavg()[0], children_cpu_seconds()
     started = time.perf_counter()
     child = subprocess.Popen([*command, "--num-proc", str(num_proc)], cwd=ROOT, stdout=subprocess.DEVNULL)
     peak = 0
@@ -106,10 +109,17 @@ def measure(folder: Path, tokenizer: str, long_tokens: int, num_proc: int) -> Ru
     seconds = time.perf_counter() - started
     if child.returncode:
         raise click.ClickException(f"data build failed with exit code {child.returncode}, its message is above")
+    cpu = round(children_cpu_seconds() - cpu, 1)
     report = json.loads((output.with_suffix(".report") / "report.json").read_text())
     written = report["rows_written"]
     output.unlink()
-    return Run(num_proc, written, round(written * report["long_tokens"]["mean"]), round(seconds, 1), peak, load)
+    return Run(num_proc, written, round(written * report["long_tokens"]["mean"]), round(seconds, 1), cpu, peak, load)
+
+
+def children_cpu_seconds() -> float:
+    """User and system time of all finished processes below this one."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def tree_bytes(pid: int) -> int:
@@ -145,13 +155,15 @@ def machine() -> str:
 
 def table(runs: list[Run]) -> str:
     """Markdown."""
-    columns = ("processes", "contexts", "tokens", "seconds", "contexts/s", "tokens/s", "peak MiB", "load before")
+    columns = ("processes", "contexts", "tokens", "seconds", "contexts/s", "tokens/s", "CPU s", "tokens/CPU s")
+    columns += ("peak MiB", "load before")
     lines = [f"| {' | '.join(columns)} |", f"|{' ---: |' * len(columns)}"]
     for run in runs:
         rates = f"{run.contexts / run.seconds:.1f} | {run.tokens / run.seconds:,.0f}"
         lines.append(
             f"| {run.num_proc} | {run.contexts:,} | {run.tokens:,} | {run.seconds} | {rates} | "
-            f"{run.peak_bytes / _MIB:,.0f} | {run.load_average:.1f} |"
+            f"{run.cpu_seconds} | {run.tokens / run.cpu_seconds:,.0f} | {run.peak_bytes / _MIB:,.0f} | "
+            f"{run.load_average:.1f} |"
         )
     return "\n".join(lines)
 

@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_solopo.checkpoint.model_files import write_model_files
+from megatron_solopo.checkpoint.optimizer_state import initialize_state, load_state, portable
 from megatron_solopo.files import atomic_path, remove, replace, write_json
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.precision import assign
@@ -99,13 +98,13 @@ def _read_latest(root: Path) -> tuple[Path, dict[str, Any]] | str | None:
 def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None) -> None:
     """Load parameters, and the optimizer's state if one is given, under the current layout."""
     if optimizer is not None:
-        _initialize_state(optimizer)
+        initialize_state(optimizer)
     state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), str(path))
     for key, chunk in _keyed(chunks).items():
         missing, unexpected = chunk.module.load_state_dict(state[key], strict=False)
         assert not unexpected and all(name.endswith(_KERNEL_STATE) for name in missing), (missing, unexpected)
     if optimizer is not None:
-        _load_optimizer(optimizer, state["optimizer"])
+        load_state(optimizer, state["optimizer"])
 
 
 def load_parameters(path: Path, chunks: Sequence[ResponseModel]) -> None:
@@ -129,7 +128,7 @@ def _sharded_state(
         return model
     parameters = model["model"] if len(chunks) == 1 else model
     return model | {
-        "optimizer": optimizer.sharded_state_dict(dict(parameters), is_loading=is_loading, metadata=metadata)
+        "optimizer": portable(optimizer.sharded_state_dict(dict(parameters), is_loading=is_loading, metadata=metadata))
     }
 
 
@@ -155,41 +154,3 @@ def _keyed(chunks: Sequence[_Chunk]) -> dict[str, _Chunk]:
     if len(chunks) == 1:
         return {"model": chunks[0]}
     return {f"model{number}": chunk for number, chunk in enumerate(chunks)}
-
-
-def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Load the optimizer's state, and torch Adam's step count with it.
-
-    Megatron restores the moments of a sharded optimizer by copying every entry of a parameter's
-    state, but torch's Adam also keeps `step` there, which is saved with the parameter group. So
-    `step` steps aside meanwhile, and returns as one tensor per parameter: Megatron hands all of
-    them the same one, which would then advance once per parameter.
-    """
-    inner = _inner(optimizer)
-    moments = state.pop("param_state", None)
-    inner.load_state_dict(state)
-    if moments is None:  # not sharded: its state was loaded whole
-        return
-    steps = {parameter: each.pop("step") for parameter, each in inner.optimizer.state.items() if "step" in each}
-    inner.load_parameter_state_from_fully_reshardable(moments)
-    for parameter, step in steps.items():
-        inner.optimizer.state[parameter]["step"] = step.clone()
-
-
-def _initialize_state(optimizer: MegatronOptimizer) -> None:
-    """torch's Adam makes its state at the first step; a fresh optimizer needs it there to be loaded into."""
-    inner = _inner(optimizer)
-    if isinstance(inner.optimizer, HybridDeviceOptimizer):
-        inner.optimizer.dummy_step()  # what it does to the parameters is undone by loading them
-        return
-    inner.init_state_fn(inner.optimizer, inner.config)
-    # Transformer Engine's and Apex's Adam count steps per group and know no such state.
-    if isinstance(inner.optimizer, torch.optim.Optimizer) and type(inner.optimizer).__module__.startswith("torch."):
-        for state in inner.optimizer.state.values():
-            state.setdefault("step", torch.tensor(0.0))
-
-
-def _inner(optimizer: MegatronOptimizer) -> Any:
-    """The one optimizer that a dense model has."""
-    (inner,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    return inner

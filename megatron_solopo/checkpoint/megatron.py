@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -93,6 +93,10 @@ class MegatronDirectory:
                 info = self._storage.get(MetadataIndex(key, chunk.offsets, number))
                 if info is None:
                     raise ValueError(f"{self.path / METADATA}: says of no file that it holds {key} {chunk.offsets}")
+                if Path(info.relative_path).name != info.relative_path:
+                    raise ValueError(
+                        f"{self.path / METADATA}: says that {key} lies in {info.relative_path}, outside the checkpoint"
+                    )
                 yield Piece(key, tuple(chunk.offsets), self.path / info.relative_path, info.offset, info.length)
 
     def _check_files(self) -> None:
@@ -190,7 +194,7 @@ class _Reader(FileSystemReader):
         file = Path(self.path) / METADATA
         try:
             metadata = _Unpickler(io.BytesIO(file.read_bytes()), file).load()
-        except ValueError:
+        except _Refused:
             raise
         # A torn pickle raises whatever its bytes lead to.
         except Exception as error:
@@ -200,7 +204,15 @@ class _Reader(FileSystemReader):
         return metadata
 
 
-class _Unpickler(pickle.Unpickler):
+class _Refused(ValueError):
+    """The list of pieces holds what has no place in one."""
+
+
+class _Unpickler(pickle._Unpickler):
+    """Makes instances of the classes above and nothing else. In Python, where each step of it can be replaced."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
     def __init__(self, stream: io.BytesIO, file: Path) -> None:
         super().__init__(stream)
         self._file = file
@@ -208,5 +220,16 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in _SAFE_CLASSES.get(module, ()):
-            raise ValueError(f"{self._file}: names {module}.{name}, which has no place in a checkpoint; it was not run")
+            raise _Refused(f"{self._file}: names {module}.{name}, which has no place in a checkpoint; it was not run")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        """Sets the attributes of an instance, never those of a class or a function, which all others share."""
+        target = self.stack[-2]
+        if isinstance(target, type) or callable(target):
+            raise _Refused(
+                f"{self._file}: would change {target!r}, which has no place in a checkpoint; it was not done"
+            )
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build

@@ -17,6 +17,7 @@ from megatron_solopo.model.architecture import Architecture, read_architecture
 
 Verification = Literal["full", "tensors", "none"]
 _SHOWN = 5
+_BLOCK = 1 << 22
 
 
 @dataclass
@@ -69,8 +70,9 @@ def to_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype is dtype:
         return tensor
     rounded = tensor.to(dtype)
-    # fp16 alone has a smaller range than another of the precisions.
-    if dtype is torch.float16 and bool((rounded.isinf() & tensor.isfinite()).any()):
+    # fp16 alone has a smaller range than another of the precisions. Block by block: this takes memory of its own.
+    blocks = zip(rounded.flatten().split(_BLOCK), tensor.flatten().split(_BLOCK), strict=True)
+    if dtype is torch.float16 and any(bool((new.isinf() & old.isfinite()).any()) for new, old in blocks):
         raise ValueError(f"{name}: has numbers beyond the range of float16; choose --dtype bfloat16 or float32")
     return rounded
 

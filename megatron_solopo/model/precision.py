@@ -3,7 +3,9 @@
 import importlib
 from typing import Any
 
+import megatron.core
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
@@ -18,6 +20,7 @@ _AVAILABLE = {
     "blockwise": "is_fp8_block_scaling_available",
     "mxfp8": "is_mxfp8_available",
 }
+_FP8_PARAM_SINCE = Version("0.19")
 _NEAREST: dict[str, tuple[FP8Recipe, ...]] = {
     "mxfp8": ("blockwise", "tensorwise"),
     "blockwise": ("mxfp8", "tensorwise"),
@@ -63,6 +66,11 @@ def _check_combination(model: ModelConfig, optimizer: OptimizerConfig) -> None:
         return
     if model.fp8_recipe == "mxfp8":
         raise ValueError("model.fp8_param=true is not supported with model.fp8_recipe=mxfp8; set it to false")
+    if Version(megatron.core.__version__) < _FP8_PARAM_SINCE:
+        raise ValueError(
+            f"model.fp8_param=true needs megatron-core {_FP8_PARAM_SINCE} or newer (Python 3.12), which writes such "
+            f"weights to checkpoints; {megatron.core.__version__} is installed. Set it to false"
+        )
     if not optimizer.use_distributed_optimizer:
         raise ValueError("model.fp8_param=true needs optimizer.use_distributed_optimizer=true")
     if optimizer.optimizer_offload_fraction:
@@ -89,11 +97,10 @@ def _check_widths(architecture: Architecture, model: ModelConfig, parallel: Para
     """Both sides of every weight matrix of a rank must suit the kernels, as the tokens must."""
     tp, multiple = parallel.tensor_model_parallel_size, FP8_MULTIPLES[model.fp8_recipe]
     a = architecture
-    groups = max(a.num_query_groups, tp)  # ranks beyond the key-value heads hold copies
     for what, width in (
         ("hidden size", a.hidden_size),
         ("attention heads x head_dim / TP", a.num_attention_heads * a.head_dim // tp),
-        ("queries, keys and values / TP", (a.num_attention_heads + 2 * groups) * a.head_dim // tp),
+        ("queries, keys and values / TP", (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim // tp),
         ("feed-forward columns / TP", a.ffn_hidden_size // tp),
     ):
         if width % multiple:
@@ -141,3 +148,10 @@ def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
         parameter.copy_(value)
     if is_fp8:
         parameter._high_precision_init_val = value.to("cpu", copy=True)
+
+
+def release_exact_values(model: torch.nn.Module) -> None:
+    """Drop what `assign` keeps for the optimizer, on the host: it has made its master weights, or there is none."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "clear_high_precision_init_val"):
+            parameter.clear_high_precision_init_val()

@@ -68,7 +68,9 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
             fp8_recipe=model.fp8_recipe if model.fp8 else None,
             optimizer_cpu_offload=offload,
             optimizer_offload_fraction=optimizer.optimizer_offload_fraction,
-            overlap_cpu_optimizer_d2h_h2d=offload,
+            # With the overlap, gradients that must be cast first are cast on another stream than the GPU's share of
+            # the update runs on, and nothing makes the update wait for them.
+            overlap_cpu_optimizer_d2h_h2d=offload and optimizer.grad_reduce_in_fp32,
             # The hybrid optimizer then holds the only fp32 weights, and no copy of them stays on the GPU.
             use_precision_aware_optimizer=offload,
             main_grads_dtype=grads_dtype if offload else torch.float32,

@@ -16,6 +16,7 @@ from megatron_solopo.model.architecture import read_architecture
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.microbatch import Microbatch
+from megatron_solopo.model.precision import release_exact_values
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import LossFunction, run_schedule
@@ -82,4 +83,6 @@ def build_policy(config: Config, topology: Topology, max_steps: int) -> Policy:
     """The model of `config.model.path`, ready for its first step."""
     chunks = wrap_data_parallel(load_model(config, config.model.path, topology), config.optimizer)
     optimizer = build_optimizer(chunks, config.optimizer)
+    for chunk in chunks:
+        release_exact_values(chunk)
     return Policy(chunks, optimizer, build_scheduler(optimizer, config.optimizer, max_steps))

@@ -21,7 +21,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.precision import precision_settings
+from megatron_solopo.model.precision import precision_settings, release_exact_values
 from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.topology import Topology
@@ -107,6 +107,8 @@ def _check(cache: Path, expected: dict[str, Any]) -> None:
 
 def _compute(config: Config, splits: Splits, topology: Topology) -> dict[str, ReferenceLogprobs]:
     chunks = load_model(config, config.reference.model_path or config.model.path, topology)
+    for chunk in chunks:
+        release_exact_values(chunk)
     return {name: score_sequences(config, chunks, dataset, topology, name) for name, dataset in splits.datasets.items()}
 
 

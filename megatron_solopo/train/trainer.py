@@ -21,7 +21,7 @@ from megatron_solopo.data.loader import GlobalBatch
 from megatron_solopo.files import check_writable, read_jsonl, sha256_file
 from megatron_solopo.model.architecture import Architecture, read_architecture
 from megatron_solopo.model.build import check_layout
-from megatron_solopo.model.precision import check_precision
+from megatron_solopo.model.precision import check_precision, precision_settings
 from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.model_directory import huggingface_directory
 from megatron_solopo.objective import metric_names
@@ -204,6 +204,7 @@ class Trainer:
         keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
         return keys | {
             "model.dtype": self.config.model.dtype,
+            "model.fp8": precision_settings(self.config.model) or None,
             "model.path (its config.json)": sha256_file(huggingface_directory(self.config.model.path) / "config.json"),
             "data.path (its content)": self.splits.manifest.fingerprint,
         }

@@ -5,6 +5,8 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_solopo.data import build as module
 from megatron_solopo.data.corpus.question import Document
@@ -35,8 +37,6 @@ def test_count_is_the_number_of_tokens(tokenizers, text, special) -> None:
 
 
 def test_a_tokenizer_file_that_asks_for_truncation_is_counted_whole(tokenizer_path, tmp_path) -> None:
-    from transformers import AutoTokenizer
-
     made = AutoTokenizer.from_pretrained(tokenizer_path)
     made.backend_tokenizer.enable_truncation(5)
     made.backend_tokenizer.enable_padding(length=64)
@@ -44,8 +44,31 @@ def test_a_tokenizer_file_that_asks_for_truncation_is_counted_whole(tokenizer_pa
     assert load_tokenizer(tmp_path).count("one two three " * 50, add_special_tokens=True) > 100
 
 
-def test_documents_add_up_to_the_prompt(tokenizer, questions) -> None:
+# As in Qwen's and Llama 3's tokenizer.json: ".\n\n" is one piece there, across the end of a document.
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@pytest.fixture(scope="module")
+def qwen_like(tmp_path_factory, questions):
+    made = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(QWEN), behavior="isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    texts = ("\n\n".join(document.text for document in question.documents) for question in questions.values())
+    made.train_from_iterator(texts, trainer)
+    path = tmp_path_factory.mktemp("qwen")
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(path)
+    return load_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "qwen"])
+def test_documents_add_up_to_the_prompt(kind, tokenizer, qwen_like, questions) -> None:
     """What each document is counted as, summed, is the whole: so the first measure is nearly always the last."""
+    tokenizer = {"byte level": tokenizer, "qwen": qwen_like}[kind]
+    assert kind != "qwen" or len(tokenizer.encode("a.\n\n", add_special_tokens=False)) == 2
     prompt = PromptTemplate(DEFAULT_TEMPLATE, titles=True, template="plain")
     measure = Measure(tokenizer, "plain")
     documents = [document for question in list(questions.values())[:20] for document in question.documents]

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import megatron.core
 import pytest
 import torch
 
@@ -83,11 +84,27 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **answers: str | None) -> None:
         (FP8, {}, {"tensor_model_parallel_size": 8}, ["blockwise", "multiples of 128", "TP", "64"]),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(architecture, model, optimizer, parallel, words) -> None:
+def test_what_cannot_be_is_refused_by_name(monkeypatch, architecture, model, optimizer, parallel, words) -> None:
+    monkeypatch.setattr(megatron.core, "__version__", "0.19.2")
     with pytest.raises(ValueError) as error:
         check(architecture, settings(**model), OptimizerConfig.model_validate(optimizer), **parallel)
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message
+
+
+def test_fp8_parameters_are_refused_where_checkpoints_cannot_hold_them(monkeypatch, architecture) -> None:
+    monkeypatch.setattr(megatron.core, "__version__", "0.16.1")
+    with pytest.raises(ValueError, match=r"model\.fp8_param=true needs megatron-core 0\.19 .*0\.16\.1 is installed"):
+        check(architecture, settings(**FP8, fp8_param=True))
+
+
+def test_fewer_key_value_heads_than_ranks_are_counted_as_megatron_cuts_them(monkeypatch, architecture) -> None:
+    """Queries, keys and values of a rank: (8 + 2 x 2) x 64 / 4 = 192, no multiple of 128, but one of 16."""
+    pretend(monkeypatch)
+    few = replace(architecture, num_query_groups=2)
+    check(few, settings(**FP8, fp8_recipe="tensorwise"), tensor_model_parallel_size=4)
+    with pytest.raises(ValueError, match="queries, keys and values / TP is 192"):
+        check(few, settings(**FP8), tensor_model_parallel_size=4)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +154,7 @@ class QuantizedParameter(torch.nn.Parameter):
 
 def test_an_fp8_parameter_keeps_the_exact_value_for_its_master_weight() -> None:
     parameter = QuantizedParameter(torch.zeros(3, dtype=torch.float8_e4m3fn), requires_grad=False)
-    parameter._high_precision_init_val = torch.zeros(3)
+    parameter._high_precision_init_val = torch.zeros(3, dtype=torch.bfloat16)
     value = torch.tensor([1.0, 1.01171875, -3.03125], dtype=torch.bfloat16)
     assign(parameter, value)
     assert torch.equal(parameter.get_high_precision_init_val(), value)

@@ -8,10 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 
+from megatron_solopo.config_file import load_config
+from megatron_solopo.parallel import topology
+from megatron_solopo.train.trainer import prepare
+from tests.distributed import run_distributed
 from tests.prepared import make_prepared
+from tests.ranks import layout
 from tests.tiny_models import make_model
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -111,3 +117,34 @@ def test_a_mistake_is_one_line_and_writes_nothing(accept, tmp_path: Path, argume
     lines = run.stderr.strip().splitlines()
     assert run.exit_code == 1 and len(lines) == 1 and all(word in lines[0] for word in words), run.stderr
     assert not (tmp_path / "out").exists()
+
+
+def cosine_on_two_ranks() -> float:
+    """Each rank of a tensor-parallel pair holds one half of the vectors (3, 4 | 0, 12) and (6, 0 | 0, 6)."""
+    sys.path.insert(0, str(TOOLS))
+    precision_runs = importlib.import_module("precision_runs")
+    with layout(tensor_model_parallel_size=2) as groups:
+        halves = [([3.0, 4.0], [6.0, 0.0]), ([0.0, 12.0], [0.0, 6.0])][groups.tensor_group.rank()]
+        one, other = ([torch.tensor(values[:1]), torch.tensor(values[1:])] for values in halves)
+        return precision_runs.gradient_cosine(one, other, groups.device)
+
+
+def test_the_cosine_is_over_all_ranks() -> None:
+    expected = (3 * 6 + 12 * 6) / (13 * 72**0.5)
+    assert run_distributed(cosine_on_two_ranks, 2) == [pytest.approx(expected)] * 2
+
+
+def test_the_compared_gradient_holds_the_alignments_part(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the policy as its own reference the gap is 0, and |gap| has no gradient there."""
+    monkeypatch.syspath_prepend(TOOLS)
+    precision_runs = importlib.import_module("precision_runs")
+    norms = []
+    for alpha in (0.0, 3.0):
+        loaded = load_config(config, [f"objective.alpha={alpha}", "optimizer.use_distributed_optimizer=false"])
+        _, groups, splits = prepare(loaded)
+        try:
+            gradients = precision_runs.run_precision(loaded, splits, groups, steps=1).gradients
+        finally:
+            topology.destroy(groups)
+        norms.append(float(sum(gradient.square().sum() for gradient in gradients)) ** 0.5)
+    assert norms[1] > 1.2 * norms[0] > 0

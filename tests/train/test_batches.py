@@ -35,3 +35,24 @@ def test_a_log_gets_whole_lines_and_none_for_short_work(
     lines = [line.strip() for line in capsys.readouterr().err.replace("\r", "").splitlines() if line.strip()]
     assert any(line.startswith("reference: 3/3 batches in ") for line in lines) is told
     assert all("%|" not in line for line in lines)
+
+
+def test_packs_are_padded_for_fp8_where_it_is_on(tmp_path: Path) -> None:
+    prepared = load_prepared(make_prepared(tmp_path / "prepared", rows=12, eval_count=0, seed=0))
+    dataset = TripletDataset(prepared.train, {"short": "prompt_short", "long": "prompt_long"})
+    sizes = {}
+    for fp8 in (None, "hybrid"):
+        config = parse_config(
+            {
+                "run_dir": "unused",
+                "model": {"path": "unused", "fp8": fp8},
+                "data": {"path": "unused", "max_tokens_per_pack": 400},
+                "training": {"global_batch_size": 12},
+            },
+            source="test",
+        )
+        with layout() as groups:
+            packs = batches.training_batches(config, dataset, groups).next_batch().packs
+        sizes[fp8] = [pack.padded_tokens for pack in packs]
+    assert all(size % 128 == 0 and size <= 400 for size in sizes["hybrid"])
+    assert any(size % 128 for size in sizes[None])

@@ -2,11 +2,14 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_solopo.config import ModelConfig, OptimizerConfig
+from megatron_solopo.train import optimizer
 from megatron_solopo.train.optimizer import build_scheduler, check_offload, check_schedule
 
 LR, MIN_LR, WARMUP, STEPS = 8e-4, 2e-4, 4, 12
@@ -14,13 +17,13 @@ LR, MIN_LR, WARMUP, STEPS = 8e-4, 2e-4, 4, 12
 
 def rates(steps: int, **settings: float | int | str) -> list[float]:
     """The learning rate of each step of a run of 12, and of those after it."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     config = OptimizerConfig.model_validate({"lr": LR, "min_lr": MIN_LR, "weight_decay": 0.1} | settings)
-    scheduler = build_scheduler(optimizer, config, STEPS)
+    scheduler = build_scheduler(sgd, config, STEPS)
     found = []
     for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.1)
+        found.append(sgd.param_groups[0]["lr"])
+        assert sgd.param_groups[0]["weight_decay"] == pytest.approx(0.1)
         scheduler.step(increment=1)
     return found
 
@@ -86,3 +89,41 @@ def test_state_is_not_offloaded_from_a_gpu_that_is_not_used() -> None:
         ValueError, match=r"optimizer\.optimizer_offload_fraction=0\.5 needs a CUDA device.*set it to 0"
     ):
         check_offload(OptimizerConfig(optimizer_offload_fraction=0.5), model)
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What Megatron is asked for; the model is one linear layer that can fuse its weight gradient."""
+    asked: dict[str, Any] = {}
+    linear = torch.nn.Linear(2, 2)
+    linear.fuse_wgrad_accumulation = False
+    linear.config = SimpleNamespace(params_dtype=torch.bfloat16, fp8="hybrid", fp8_recipe="blockwise", fp8_param=True)
+    wrapped = SimpleNamespace(module=linear)
+    monkeypatch.setattr(
+        optimizer, "DistributedDataParallel", lambda config, ddp, chunk: asked.update(ddp=ddp) or wrapped
+    )
+    monkeypatch.setattr(optimizer, "MegatronOptimizerConfig", lambda **settings: settings)
+    monkeypatch.setattr(optimizer, "get_megatron_optimizer", lambda settings, chunks: asked.update(optimizer=settings))
+    asked["model"] = linear
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "offload", "overlap"),
+    [
+        ({}, False, False),
+        ({"optimizer_offload_fraction": 0.7}, True, True),
+        ({"optimizer_offload_fraction": 0.7, "grad_reduce_in_fp32": False}, True, False),
+    ],
+)
+def test_megatron_is_asked_for_what_the_config_says(built, settings, offload, overlap) -> None:
+    config = OptimizerConfig.model_validate(settings)
+    optimizer.build_optimizer(optimizer.wrap_data_parallel([built["model"]], config), config)
+    asked, ddp = built["optimizer"], built["ddp"]
+    assert asked["optimizer_cpu_offload"] is asked["use_precision_aware_optimizer"] is offload
+    assert asked["optimizer_offload_fraction"] == (0.7 if offload else 0.0)
+    assert asked["overlap_cpu_optimizer_d2h_h2d"] is overlap
+    assert asked["main_grads_dtype"] is (torch.bfloat16 if offload and not overlap else torch.float32)
+    assert asked["fp8_recipe"] == "blockwise" and asked["bf16"]
+    assert ddp.fp8_param_gather and ddp.grad_reduce_in_fp32 is config.grad_reduce_in_fp32
+    assert built["model"].fuse_wgrad_accumulation is True

@@ -147,7 +147,8 @@ def _mutated(draw: st.DrawFn) -> bytes:
     row = json.loads(json.dumps(GOOD)) | {"id": f"q{draw(st.integers(0, 3))}"}
     for name in draw(st.lists(st.sampled_from([*GOOD, "documents.0", "text", "supporting"]), max_size=2)):
         target = row if name in GOOD else row.get("documents", [{}])
-        target = target if isinstance(target, dict) else (target[0] if target and isinstance(target[0], dict) else {})
+        target = target[0] if isinstance(target, list) and target else target
+        target = target if isinstance(target, dict) else {}
         if draw(st.booleans()):
             target.pop(name, None)
         else:

@@ -1,0 +1,74 @@
+"""What Megatron's optimizers need around a checkpoint, whichever Adam is inside.
+
+torch's Adam keeps `step` with every parameter, Transformer Engine's with every group, and the hybrid optimizer keeps
+classes in its groups: a checkpoint that one of them wrote must load into the others, and be readable without
+running code.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+
+def portable(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's sharded state without the classes in its parameter groups, which no safe reader takes back."""
+    groups = state.get("optimizer", {}).get("param_groups")
+    if groups is None:
+        return state
+    plain = [{key: value for key, value in group.items() if not isinstance(value, type)} for group in groups]
+    return state | {"optimizer": state["optimizer"] | {"param_groups": plain}}
+
+
+def initialize_state(optimizer: MegatronOptimizer) -> None:
+    """Adam makes its state at the first step; a fresh optimizer needs it there to be loaded into."""
+    inner = _inner(optimizer)
+    if isinstance(inner.optimizer, HybridDeviceOptimizer):
+        inner.optimizer.dummy_step()  # what it does to the parameters is undone by loading them
+        return
+    inner.init_state_fn(inner.optimizer, inner.config)
+    # Transformer Engine's and Apex's Adam count steps per group and know no such state.
+    if isinstance(inner.optimizer, torch.optim.Optimizer) and type(inner.optimizer).__module__.startswith("torch."):
+        for state in inner.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+
+
+def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Load the optimizer's state, and torch Adam's step count with it.
+
+    Megatron restores the moments of a sharded optimizer by copying every entry of a parameter's
+    state, but torch's Adam also keeps `step` there, which is saved with the parameter group. So
+    `step` steps aside meanwhile, and returns as one tensor per parameter: Megatron hands all of
+    them the same one, which would then advance once per parameter.
+    """
+    inner = _inner(optimizer)
+    moments = state.pop("param_state", None)
+    if "param_groups" in state.get("optimizer", {}):
+        groups = [complete_group(inner.optimizer, group) for group in state["optimizer"]["param_groups"]]
+        state = state | {"optimizer": state["optimizer"] | {"param_groups": groups}}
+    inner.load_state_dict(state)
+    if moments is None:  # not sharded: its state was loaded whole
+        return
+    steps = {parameter: each.pop("step") for parameter, each in inner.optimizer.state.items() if "step" in each}
+    inner.load_parameter_state_from_fully_reshardable(moments)
+    for parameter, step in steps.items():
+        inner.optimizer.state[parameter]["step"] = step.clone()
+    if isinstance(inner.optimizer, HybridDeviceOptimizer):
+        # It copies its groups over those of the optimizers inside before every step, which count for themselves.
+        for group in inner.optimizer.param_groups:
+            group.pop("step", None)
+
+
+def complete_group(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved group with what this optimizer's groups hold besides: another kind of Adam may have written it."""
+    group = optimizer.defaults | saved
+    if "step" in group:
+        group["step"] = int(group["step"])  # torch counts in floats, fused kernels take integers alone
+    return group
+
+
+def _inner(optimizer: MegatronOptimizer) -> Any:
+    """The one optimizer that a dense model has."""
+    (inner,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    return inner
