@@ -8,6 +8,8 @@ from pathlib import Path
 
 HUGGINGFACE_FOLDER = "huggingface"
 METADATA, FORMAT = ".metadata", "metadata.json"
+# Megatron-LM takes a checkpoint that does not say so for one of its oldest form, whose attention weights it reorders.
+MEGATRON_LM_VERSION = {"checkpoint_version": 3.0}
 
 
 def is_megatron_checkpoint(path: Path) -> bool:

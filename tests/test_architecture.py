@@ -40,7 +40,7 @@ ROOMS = {
     "train": Room(4, megatron=True),
     "plan.dry_run": Room(4, beside=frozenset({"train"}), megatron=True),
     "evaluate": Room(4, megatron=True),
-    "integrations": Room(4, megatron=True),
+    "integrations": Room(4, beside=frozenset({"train"}), megatron=True),
     "cli_convert": Room(5),
     "cli_data": Room(5),
     "cli_plan": Room(5),

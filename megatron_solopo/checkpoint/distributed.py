@@ -19,7 +19,7 @@ from megatron_solopo.checkpoint.optimizer_state import initialize_state, load_st
 from megatron_solopo.files import atomic_path, remove, replace, write_json
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.precision import assign
-from megatron_solopo.model_directory import HUGGINGFACE_FOLDER
+from megatron_solopo.model_directory import HUGGINGFACE_FOLDER, MEGATRON_LM_VERSION
 
 _LATEST = "latest"
 _TRAINER_STATE = "trainer.json"
@@ -52,9 +52,8 @@ def save_checkpoint(
         remove(temporary)
         temporary.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(
-        _sharded_state(chunks, optimizer, is_loading=False), str(temporary), content_metadata=dict(_SHARDING)
-    )
+    state = _sharded_state(chunks, optimizer, is_loading=False) | MEGATRON_LM_VERSION
+    dist_checkpointing.save(state, str(temporary), content_metadata=dict(_SHARDING))
     dist.barrier()
     if dist.get_rank() == 0:
         write_model_files(model_files, temporary / HUGGINGFACE_FOLDER)

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import BytesIOWriteData, TensorWriteDa
 from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
 from megatron_solopo.checkpoint.mapping import Rule, megatron_rows, megatron_shape, rules
+from megatron_solopo.model_directory import MEGATRON_LM_VERSION
 
 # Small enough for the allocator to use the same memory again: fresh pages for every piece double the time.
 _PIECE_BYTES = 1 << 24
@@ -70,7 +71,7 @@ def write_megatron(
     with _without_checksums(), ThreadPoolExecutor(_THREADS) as pool:
         results = list(pool.map(lambda plan: writer.write_data(plan, planner).value(), plans))
     writer.finish(_metadata(pieces, objects, architecture), results)
-    torch.save({"content_metadata": {}}, path / "common.pt")
+    torch.save({"content_metadata": {}} | MEGATRON_LM_VERSION, path / "common.pt")
     save_config(CheckpointingConfig("torch_dist", 1), str(path))
 
 

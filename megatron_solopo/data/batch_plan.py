@@ -76,6 +76,17 @@ def check_batch_size(global_batch_size: int, num_ranks: int, packs_multiple: int
         )
 
 
+def packs_needed(
+    sizes: Sequence[TripletSize],
+    *,
+    max_tokens: int,
+    max_triplets: int | None,
+    num_ranks: int,
+) -> int:
+    """Packs that each rank needs for these triplets; `plan_global_batch` takes the next multiple, and its arguments."""
+    return -(-len(_best_fit_decreasing(sizes, max_tokens, max_triplets)) // num_ranks)
+
+
 def plan_single_pass(
     sizes: Sequence[TripletSize],
     *,

@@ -12,7 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_solopo.data.batch_plan import RankPacks, check_batch_size, plan_global_batch, plan_single_pass
+from megatron_solopo.data.batch_plan import (
+    RankPacks,
+    check_batch_size,
+    packs_needed,
+    plan_global_batch,
+    plan_single_pass,
+)
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.packing import Pack, build_pack
 from megatron_solopo.data.sizes import IntArray, TripletSizes, padded_lengths
@@ -109,6 +115,16 @@ class GlobalBatchLoader:
         self.consumed_triplets += size
         return batch
 
+    def packs_needed(self, num_batches: int) -> Iterator[tuple[int, int]]:
+        """Of each of the next batches, from the lengths alone: where it starts in the stream, and the packs per rank.
+
+        It is the least that the budget allows; a batch has as many, or the next multiple.
+        """
+        size = self._identity["global_batch_size"]
+        for number in range(num_batches):
+            start = self.consumed_triplets + number * size
+            yield start, self._packer.packs_needed(self._stream(start, start + size))
+
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands; the same on every rank."""
         return {**self._identity, "consumed_triplets": self.consumed_triplets}
@@ -179,6 +195,11 @@ class _Packer:
     def training_batch(self, rows: IntArray) -> GlobalBatch:
         plan = plan_global_batch(self.sizes.select(rows), **self._limits())
         return self._build(rows, plan, [True] * len(plan[self.packing.dp_rank]))
+
+    def packs_needed(self, rows: IntArray) -> int:
+        limits = self._limits()
+        limits.pop("packs_multiple")
+        return packs_needed(self.sizes.select(rows), **limits)
 
     def single_pass_batch(self, rows: IntArray) -> GlobalBatch:
         plan, counted = plan_single_pass(self.sizes.select(rows), **self._limits())

@@ -104,16 +104,21 @@ def build_model(
     config = transformer_config(architecture, model, parallel)
     chunks = parallel.virtual_pipeline_model_parallel_size
     stages: list[int | None] = list(range(chunks)) if chunks else [None]
-    return [_build_chunk(architecture, config, model, chunk_tokens, stage).to(device) for stage in stages]
+    return [build_chunk(architecture, config, model, chunk_tokens, stage).to(device) for stage in stages]
 
 
-def _build_chunk(
+def build_chunk(
     architecture: Architecture,
     config: TransformerConfig,
     model: ModelConfig,
     chunk_tokens: int,
     vp_stage: int | None,
 ) -> ResponseModel:
+    """One model chunk of this rank under a TransformerConfig, whoever made it; weights not yet loaded.
+
+    Args:
+        vp_stage: number of the virtual pipeline stage, or None where there is one chunk per rank.
+    """
     stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     chunk = ResponseModel(
         config,

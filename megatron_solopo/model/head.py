@@ -30,23 +30,24 @@ class PackedResponses(PackedSeqParams):
     """int64 [N]: the predicted tokens."""
 
 
-class ResponseModel(GPTModel):
-    """Megatron-Core's GPTModel; its last stage returns label log-probabilities, fp32 [N], instead of logits.
+class ResponseHead:
+    """What makes a GPTModel return label log-probabilities, fp32 [N], instead of logits in its last stage.
 
     Only `_postprocess` differs: parameters, checkpoints, tied weights and pipeline stages are
     GPTModel's own. Call it as `model(tokens, None, None, packed_seq_params=PackedResponses(...))`.
     """
 
-    def __init__(self, *args: Any, real_vocab_size: int, chunk_tokens: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.real_vocab_size = real_vocab_size
-        self.chunk_tokens = chunk_tokens
+    real_vocab_size: int
+    """Vocabulary without padding; what lies beyond gets no probability."""
+    chunk_tokens: int
+    """Response rows projected at a time."""
 
     def _postprocess(
-        self, hidden_states: Tensor, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any
+        self: Any, hidden_states: Tensor, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any
     ) -> Tensor:
         if not self.post_process or not isinstance(packed_seq_params, PackedResponses):
-            return super()._postprocess(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
+            plain = super()._postprocess  # type: ignore[misc]
+            return plain(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
         tied = self.share_embeddings_and_output_weights
         rows, labels = packed_seq_params.response_rows, packed_seq_params.response_labels
         assert rows is not None and labels is not None
@@ -67,6 +68,24 @@ class ResponseModel(GPTModel):
             reduce_hidden_gradient=tensor_group.size() > 1 and not self.config.sequence_parallel,
             gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
         )
+
+
+class ResponseModel(ResponseHead, GPTModel):
+    """Megatron-Core's GPTModel with the response-only head."""
+
+    def __init__(self, *args: Any, real_vocab_size: int, chunk_tokens: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size = real_vocab_size
+        self.chunk_tokens = chunk_tokens
+
+
+def attach_response_head(model: GPTModel, *, real_vocab_size: int, chunk_tokens: int) -> None:
+    """Give a GPTModel that someone else has built, of whatever subclass, the response-only head, in place."""
+    if not isinstance(model, ResponseHead):
+        built = type(model)
+        model.__class__ = type(f"Response{built.__name__}", (ResponseHead, built), {})
+    model.real_vocab_size = real_vocab_size
+    model.chunk_tokens = chunk_tokens
 
 
 def gather_rows(hidden_tH: Tensor, rows_N: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

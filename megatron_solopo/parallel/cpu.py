@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ def _adapt_device_and_random_state() -> None:
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.manual_seed = _seed
+    # Compute capability 0.0: older than any GPU, so that no kernel of a GPU is chosen.
+    cuda.get_device_properties = lambda device=None: SimpleNamespace(name="cpu", major=0, minor=0)
 
 
 def _adapt_streams() -> None:

@@ -73,13 +73,29 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
         context_parallel_size=config.context_parallel_size,
     )
     model_parallel_cuda_manual_seed(seed)
+    return _of_existing_groups(device, config.virtual_pipeline_model_parallel_size or 1, owns_world)
+
+
+def current() -> Topology:
+    """This rank's place in the groups that `parallel_state.initialize_model_parallel` has made, whoever called it.
+
+    Raises ValueError if there are none yet.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        raise ValueError("no process groups yet: call megatron.core's initialize_model_parallel first")
+    device = torch.device("cpu") if cpu.is_cpu() else torch.device("cuda", torch.cuda.current_device())
+    chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+    return _of_existing_groups(device, chunks, owns_world=False)
+
+
+def _of_existing_groups(device: torch.device, num_model_chunks: int, owns_world: bool) -> Topology:
     return Topology(
         device=device,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         context_group=parallel_state.get_context_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
-        num_model_chunks=config.virtual_pipeline_model_parallel_size or 1,
+        num_model_chunks=num_model_chunks,
         owns_world=owns_world,
     )
 

@@ -1,6 +1,7 @@
 """Global batches of a run: the data room's loaders, for this rank's place and this run's budget."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -16,13 +17,28 @@ from megatron_solopo.progress import bar_style
 _SINGLE_PASS_TRIPLETS_PER_RANK = 16
 
 
-def training_batches(config: Config, dataset: TripletDataset, topology: Topology) -> GlobalBatchLoader:
-    """Endless shuffled global batches; raises ValueError where data, batch and budget do not fit."""
+def training_batches(
+    config: Config,
+    dataset: TripletDataset,
+    topology: Topology,
+    *,
+    global_batch_size: int | None = None,
+    packs_multiple: int | None = None,
+) -> GlobalBatchLoader:
+    """Endless shuffled global batches; raises ValueError where data, batch and budget do not fit.
+
+    Args:
+        global_batch_size: triplets per batch; None: the config's.
+        packs_multiple: every rank's number of packs is a multiple of this; None: of what the schedule needs.
+    """
+    packing = _packing(config, topology)
+    if packs_multiple is not None:
+        packing = replace(packing, packs_multiple=packs_multiple)
     return GlobalBatchLoader(
         dataset,
         required_roles(config.objective),
-        _packing(config, topology),
-        global_batch_size=config.training.global_batch_size,
+        packing,
+        global_batch_size=global_batch_size or config.training.global_batch_size,
         seed=config.seed,
     )
 

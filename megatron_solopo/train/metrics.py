@@ -46,7 +46,7 @@ class MetricsWriter:
     ) -> None:
         """Continue after `first_step` - 1: later lines of an interrupted run are dropped, as they will be run again."""
         self.path = run_dir / "metrics.jsonl"
-        _keep_before(self.path, first_step)
+        keep_before(self.path, first_step)
         self._sinks = [_tensorboard(run_dir, first_step)] if logging.tensorboard else []
         if logging.wandb_project:
             self._sinks.append(_wandb(run_dir, logging.wandb_project, config))
@@ -92,7 +92,8 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
     return " | ".join(parts)
 
 
-def _keep_before(path: Path, first_step: int) -> None:
+def keep_before(path: Path, first_step: int) -> None:
+    """Drop the lines of a `metrics.jsonl` from `first_step` on, if there is one."""
     if path.is_file():
         kept = [metrics for metrics in read_jsonl(path) if metrics["step"] < first_step]
         with atomic_path(path) as temporary:

@@ -52,6 +52,20 @@ def reference_logprobs(
             _write(cache, expected, splits, computed)
         dist.barrier()
         return computed
+    return cached_reference(config, splits)
+
+
+def cached_reference(config: Config, splits: Splits) -> dict[str, ReferenceLogprobs]:
+    """By split, from the cache alone.
+
+    Raises ValueError if there is no cache, or naming what differs if it was made for other data, weights or precision.
+    """
+    cache, expected = config.reference_cache, _dependencies(config, splits)
+    if not (cache / _MANIFEST).is_file():
+        raise ValueError(
+            f"{cache}: no cached reference log-probs; write them with `megatron-solopo reference`, "
+            "or set reference.cache to the directory that holds them"
+        )
     _check(cache, expected)
     return {name: _read(cache, name, dataset, expected["roles"]) for name, dataset in splits.datasets.items()}
 

@@ -70,9 +70,7 @@ def run_microbatches(
     """
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        microbatch = next(iterator)
-        output = model(microbatch.tokens_1t, None, None, packed_seq_params=microbatch.packing)
-        return output, loss_function(microbatch)
+        return forward_microbatch(model, next(iterator), loss_function)
 
     # Every virtual stage consumes the same packs again, each through an iterator of its own.
     iterators = [iter(microbatches) for _ in chunks]
@@ -87,6 +85,14 @@ def run_microbatches(
         forward_only=forward_only,
     )
     return reports
+
+
+def forward_microbatch(
+    model: torch.nn.Module, microbatch: Microbatch, loss_function: Callable[[Microbatch], LossFunction]
+) -> tuple[Tensor, LossFunction]:
+    """What Megatron's schedules ask of a forward step: this stage's output, and the function that makes it a loss."""
+    output = model(microbatch.tokens_1t, None, None, packed_seq_params=microbatch.packing)
+    return output, loss_function(microbatch)
 
 
 def objective_loss(

@@ -86,6 +86,12 @@ def test_the_meta_device_still_works(name, arguments) -> None:
 
 
 @on_cpu
+def test_a_cpu_is_older_than_any_gpu() -> None:
+    properties = torch.cuda.get_device_properties(torch.device("cuda:0"))
+    assert (properties.name, properties.major, properties.minor) == ("cpu", 0, 0)
+
+
+@on_cpu
 def test_streams_events_and_seeds_do_what_the_cpu_does() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         event = torch.cuda.current_stream().record_event()

@@ -1,0 +1,232 @@
+"""Plugs SoLoPO into Megatron-LM's own `pretrain()`: three arguments of the call in `pretrain_gpt.py` change.
+
+    from megatron_solopo.integrations.megatron_lm import Solopo
+
+    solopo = Solopo()
+    pretrain(
+        solopo.datasets,                                          # was train_valid_test_datasets_provider
+        solopo.model_provider(partial(model_provider, gpt_builder)),  # was partial(model_provider, gpt_builder)
+        ModelType.encoder_or_decoder,
+        solopo.forward_step,                                      # was forward_step
+        extra_args_provider=solopo.add_arguments,
+    )
+
+`Solopo.pretrain` makes that call, and that of the 0.19 series, for a script of no other needs.
+"""
+
+import argparse
+import inspect
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from megatron_solopo.checkpoint.loading import load_weights
+from megatron_solopo.checkpoint.model_files import read_model_files, write_model_files
+from megatron_solopo.config import Config
+from megatron_solopo.data.packing import Pack
+from megatron_solopo.files import atomic_path
+from megatron_solopo.integrations.arguments import add_arguments, config_from_args, flags_for_keys
+from megatron_solopo.integrations.step_log import StepLog
+from megatron_solopo.integrations.stream import PackStream, StepPack
+from megatron_solopo.integrations.task import PreferenceTask
+from megatron_solopo.model.build import build_chunk
+from megatron_solopo.model_directory import HUGGINGFACE_FOLDER, is_megatron_checkpoint
+
+ReportingLossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+class Solopo:
+    """What `pretrain()` asks of its caller. Everything is made at its first use, when Megatron-LM has its arguments."""
+
+    add_arguments = staticmethod(add_arguments)
+
+    @cached_property
+    def args(self) -> argparse.Namespace:
+        """Megatron-LM's arguments, parsed and validated by it."""
+        from megatron.training import get_args
+
+        parsed: argparse.Namespace = get_args()
+        return parsed
+
+    @cached_property
+    def config(self) -> Config:
+        """Our configuration, as the arguments have it; raises ValueError naming flags that do not go together."""
+        return config_from_args(self.args)
+
+    @cached_property
+    def task(self) -> PreferenceTask:
+        """Data, objective and reference."""
+        with flags_for_keys():
+            return PreferenceTask(self.config)
+
+    @cached_property
+    def _log(self) -> StepLog:
+        return StepLog(self.config.run_dir, self.task.metric_names, self.task.topology, self.args.iteration + 1)
+
+    def model_provider(self, provider: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """A model provider that gives every chunk of `provider` the response-only head and its weights.
+
+        The weights are those of `--solopo-model-path`, unless `--load` or `--pretrained-checkpoint` holds
+        a checkpoint, which Megatron-LM then loads.
+
+        Args:
+            provider: the script's own, which returns a GPTModel; None: a GPTModel of Megatron-LM's arguments,
+                with Transformer Engine's layers, or with plain ones that know packs under `--transformer-impl local`.
+        """
+        build = provider or self._build
+        chunks: list[Any] = []
+
+        def provide(*args: Any, **kwargs: Any) -> Any:
+            with flags_for_keys():
+                chunks.append(self.task.prepare_model(build(*args, **kwargs)))
+                # All at once: the ranks load together, and building tied embeddings is a meeting of ranks, too.
+                if len(chunks) == self.task.topology.num_model_chunks:
+                    self._load_weights(chunks)
+            return chunks[-1]
+
+        return provide
+
+    def _build(
+        self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **others: Any
+    ) -> Any:
+        """`config` and `pg_collection`, which later versions hand over, only repeat what is known already."""
+        from megatron.training.arguments import core_transformer_config_from_args
+
+        config = core_transformer_config_from_args(self.args)
+        config.softmax_scale = self.task.architecture.softmax_scale
+        return build_chunk(
+            self.task.architecture, config, self.config.model, self.config.logprob.chunk_tokens, vp_stage
+        )
+
+    def _load_weights(self, chunks: list[Any]) -> None:
+        from megatron.training.checkpointing import checkpoint_exists
+
+        candidates = (self.args.load, getattr(self.args, "pretrained_checkpoint", None))
+        if not any(path is not None and checkpoint_exists(path) for path in candidates):
+            load_weights(chunks, self.task.architecture, self.config.model.path)
+
+    def datasets(
+        self, train_val_test_num_samples: Any, vp_stage: int | None = None
+    ) -> tuple[PackStream, PackStream | None, None]:
+        """Training and validation iterators of this rank; every virtual stage reads the same packs from its own.
+
+        Raises ValueError if the batch sizes do not fit the layout or the data, or evaluation lacks data.
+        """
+        args = self.args
+        samples = train_val_test_num_samples
+        train = self._stream(
+            "train", args.global_batch_size, args.micro_batch_size, args.consumed_train_samples, samples[0]
+        )
+        if not args.eval_iters:
+            return train, None, None
+        if "eval" not in self.task.splits.datasets:
+            raise ValueError(
+                f"--eval-iters={args.eval_iters}, but {self.config.data.path} has no held-out split; "
+                "set it to 0, or prepare the data with --eval-count"
+            )
+        size = getattr(args, "eval_global_batch_size", args.global_batch_size)
+        micro = getattr(args, "eval_micro_batch_size", args.micro_batch_size)
+        return train, self._stream("eval", size, micro, args.consumed_valid_samples, samples[1]), None
+
+    # Every tensor-parallel rank and pipeline stage reads its own packs: Megatron-LM need not broadcast them.
+    datasets.is_distributed = True  # type: ignore[attr-defined]
+
+    def _stream(self, split: str, size: int, micro_batch_size: int, consumed: int, total: int) -> PackStream:
+        """Batches of `size` triplets, from `consumed` up to `total` triplets and on."""
+        num_packs = size // (micro_batch_size * self.task.topology.data_group.size())
+        multiple = self.task.topology.packs_multiple
+        if num_packs % multiple:
+            raise ValueError(
+                f"{num_packs} micro-batches (global batch size / (micro-batch size x DP)) are no multiple of the "
+                f"{multiple} pipeline stages of the interleaved schedule; change --global-batch-size or "
+                "--micro-batch-size"
+            )
+        with flags_for_keys():
+            loader = self.task.batches(split, global_batch_size=size, packs_multiple=num_packs)
+            num_batches = -(-max(total - consumed, 0) // size)
+            return PackStream(loader, split, num_packs, consumed_triplets=consumed, num_batches=num_batches)
+
+    def forward_step(self, data_iterator: Any, model: torch.nn.Module) -> tuple[Tensor, ReportingLossFunction]:
+        """Megatron-LM's forward step over one pack."""
+        with flags_for_keys():
+            item: StepPack = next(data_iterator)
+        # Once per pack, whichever chunks it runs through.
+        if item.split == "train" and not get_attr_wrapped_model(model, "vp_stage"):
+            _count_lengths(item.pack)
+        output, loss = self.task.forward(item.pack, model, item.split)
+        return output, partial(self._loss, item, loss)
+
+    def _loss(
+        self, item: StepPack, loss: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], output: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The loss, the number of triplets, and by metric [sum, triplets], which Megatron-LM adds up, then divides."""
+        value, count, report_M = loss(output)
+        if item.split == "train":
+            self._log.add(item, report_M)
+        pairs = torch.stack([report_M, count.to(report_M.dtype).expand_as(report_M)], dim=1)
+        return value, count, dict(zip(self.task.metric_names, pairs.unbind(), strict=True))
+
+    def pretrain(
+        self, pretrain: Callable[..., Any], model_provider: Callable[..., Any] | None = None, **keywords: Any
+    ) -> None:
+        """Call Megatron-LM's `pretrain` in the form that this version of it has.
+
+        Args:
+            pretrain: `megatron.training.pretrain`, or a fork's or a wrapper's of the same form.
+            model_provider: see `model_provider`.
+            keywords: for `pretrain`, besides the model and data that are ours; `args_defaults` too.
+        """
+        try:
+            self._call(pretrain, self.model_provider(model_provider), keywords)
+        finally:  # Megatron-LM leaves by sys.exit too
+            if "args" in self.__dict__:
+                self.add_model_files()
+
+    def add_model_files(self) -> None:
+        """Give every checkpoint under `--save` the model's config and tokenizer, in its folder `huggingface/`.
+
+        With them it is a model for our commands: `model.path`, `convert export`, `evaluate`. For scripts that
+        call `pretrain` themselves; all ranks may call it, one writes.
+        """
+        if self.args.save is None or self.args.rank != 0:
+            return
+        files = read_model_files(self.config.model.path)
+        for path in sorted(Path(self.args.save).glob("iter_*")):
+            folder = path / HUGGINGFACE_FOLDER
+            if is_megatron_checkpoint(path) and not folder.exists():
+                with atomic_path(folder) as temporary:
+                    write_model_files(files, temporary)
+
+    def _call(self, pretrain: Callable[..., Any], provider: Callable[..., Any], keywords: dict[str, Any]) -> None:
+        model_type = ModelType.encoder_or_decoder
+        if "cfg_container" not in inspect.signature(pretrain).parameters:
+            pretrain(
+                self.datasets,
+                provider,
+                model_type,
+                self.forward_step,
+                extra_args_provider=self.add_arguments,
+                **keywords,
+            )
+            return
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+        from megatron.training.arguments import parse_and_validate_args
+
+        args = parse_and_validate_args(self.add_arguments, args_defaults=keywords.pop("args_defaults", {}))
+        container = pretrain_cfg_container_from_args(args)
+        pretrain(container, self.datasets, model_type, self.forward_step, model_provider=provider, **keywords)
+
+
+def _count_lengths(pack: Pack) -> None:
+    """Tell Megatron-LM the real lengths, for its throughput. Before 0.19 it takes every sequence to be as long."""
+    from megatron.training import training
+
+    count = getattr(training, "update_seqlen_stats_from_cu_seqlens", None)
+    if count is not None:
+        count(torch.nn.functional.pad(pack.sequence_lengths_S.cumsum(0), (1, 0)))

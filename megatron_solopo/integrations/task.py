@@ -1,0 +1,104 @@
+"""What a training loop that is not ours needs of us: packs, a forward step with its loss, metrics. Nothing else.
+
+The loop keeps its own model, optimizer, schedule, logging and checkpoints. See "Use it in your own
+loop" in examples/megatron_lm/README.md for a complete one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.config import Config
+from megatron_solopo.data.loader import GlobalBatchLoader
+from megatron_solopo.data.packing import Pack
+from megatron_solopo.integrations.model import prepare_model
+from megatron_solopo.model.microbatch import Microbatch, shard_pack
+from megatron_solopo.objective import metric_names
+from megatron_solopo.parallel.topology import Topology, current
+from megatron_solopo.train.batches import training_batches
+from megatron_solopo.train.metrics import reduce_sums
+from megatron_solopo.train.reference import cached_reference
+from megatron_solopo.train.splits import load_splits
+from megatron_solopo.train.step import LossFunction, forward_microbatch, objective_loss
+
+
+class PreferenceTask:
+    """Data, objective and reference of one run, on the process groups that Megatron-Core already has.
+
+    Of the config it reads `model`, `data`, `objective`, `logprob`, `reference`, `seed`,
+    `training.global_batch_size` and the sizes in `parallel`; the rest is the loop's own business.
+
+    Raises ValueError if there are no process groups yet, the data does not fit the model or the
+    objective, or the reference cache is missing or was made for another model or other data.
+    """
+
+    def __init__(self, config: Config, topology: Topology | None = None) -> None:
+        self.config = config
+        self.topology = topology or current()
+        self.architecture = read_architecture(config.model.path)
+        self.splits = load_splits(config, self.architecture)
+        self.metric_names = metric_names(config.objective)
+        """What the reports sum up, in their order; `megatron_solopo.objective` says what each is."""
+        references = cached_reference(config, self.splits) if config.objective.needs_reference else {}
+        self._losses: dict[str, Callable[[Microbatch], LossFunction]] = {
+            name: objective_loss(config.objective, references.get(name), self.topology) for name in self.splits.datasets
+        }
+
+    def prepare_model(self, model: Any) -> Any:
+        """Give a GPTModel the response-only head and the model's own rotary frequencies, and return it.
+
+        Call it on every chunk after it was built, before Float16Module or DistributedDataParallel wrap
+        it. Parameters and their names stay as they are.
+
+        Raises ValueError naming what in the model is not as in `config.model.path`, or what in its
+        TransformerConfig does not go with packs and with the mean over triplets.
+        """
+        prepare_model(model, self.architecture, self.config.logprob.chunk_tokens)
+        return model
+
+    def batches(
+        self, split: str = "train", *, global_batch_size: int | None = None, packs_multiple: int | None = None
+    ) -> GlobalBatchLoader:
+        """Endless shuffled global batches: `next_batch().packs` are this rank's micro-batches of the next step.
+
+        All ranks get the same number of packs. They differ in length, and their number may from step to
+        step: ask for a multiple that holds all of them where a loop wants it to be constant.
+
+        Args:
+            split: train, or eval where the data has it.
+            global_batch_size: triplets per batch over all ranks; None: `training.global_batch_size`.
+            packs_multiple: what the number of packs on each rank is a multiple of.
+        """
+        return training_batches(
+            self.config,
+            self.splits.datasets[split],
+            self.topology,
+            global_batch_size=global_batch_size,
+            packs_multiple=packs_multiple,
+        )
+
+    def forward_step(self, iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+        """The `forward_step_func` of Megatron-Core's schedules over packs of the training split.
+
+        The loss function returns, for one pack, the summed loss times CP (a scalar), the number of
+        triplets (int), and the report: fp32 sums over those triplets, one per `metric_names`. With
+        `calculate_per_token_loss` the gradient is that of the mean over the triplets of the global batch.
+        """
+        return self.forward(next(iterator), model, "train")
+
+    def forward(self, pack: Pack, model: torch.nn.Module, split: str) -> tuple[Tensor, LossFunction]:
+        """`forward_step` of one pack of a split."""
+        return forward_microbatch(model, shard_pack(pack, self.topology), self._losses[split])
+
+    def mean_metrics(self, reports: Sequence[Tensor], num_triplets: int) -> dict[str, float]:
+        """The mean metrics of a step, the same on every rank; all ranks call it.
+
+        Args:
+            reports: what the schedule returned (nothing on stages but the last).
+            num_triplets: of the global batch, over all ranks.
+        """
+        sums = reduce_sums(reports, len(self.metric_names), self.topology)
+        return {name: total / num_triplets for name, total in zip(self.metric_names, sums, strict=True)}

@@ -1,0 +1,248 @@
+"""`pretrain()` of Megatron-LM with our plug-in, against our own trainer. One launch on two ranks runs them all."""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_solopo.checkpoint.convert import import_model
+from megatron_solopo.config import ModelConfig
+from megatron_solopo.files import read_jsonl
+from megatron_solopo.model.spec import layer_spec
+from megatron_solopo.train.trainer import precompute_reference, train
+from tests.distributed import run_distributed
+from tests.integrations.megatron_runs import BATCH, STEPS, arguments, config, pretrain, recorded
+from tests.prepared import make_prepared
+from tests.tiny_models import make_model
+
+# isort: split
+from megatron.core.models.gpt import GPTModel
+
+pytestmark = pytest.mark.parity
+pytest.importorskip("megatron.training", reason="this megatron-core has no megatron.training")
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
+SAVED = 2
+# Layout -> what our trainer is told, and Megatron-LM.
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tp2": (TP2, TP2 | {"micro_batch_size": 1}),
+    "pp2": (PP2, PP2 | {"micro_batch_size": 2}),
+    "vpp2": (
+        PP2 | {"virtual_pipeline_model_parallel_size": 2},
+        PP2 | {"num_layers_per_virtual_pipeline_stage": 1, "micro_batch_size": 1},
+    ),
+    "cp2": (CP2, CP2 | {"micro_batch_size": 4}),
+    "dp2": ({}, {"micro_batch_size": 2}),
+}
+EVALUATED = {"eval_iters": 1, "eval_interval": 2}
+
+
+def run_all(folder: Path) -> dict[str, Any]:
+    """On every rank: our runs, Megatron-LM's, each from the other's checkpoint, and what is refused."""
+    precompute_reference(config(folder, "unused", TP2), overwrite=False)
+    found: dict[str, Any] = {}
+    for name, (ours, theirs) in LAYOUTS.items():
+        is_saving = name == "tp2"
+        training = {"global_batch_size": BATCH, "max_steps": STEPS, "eval_steps": SAVED}
+        train(
+            config(
+                folder, name, ours, **({"training": training, "checkpoint": {"save_steps": SAVED}} if is_saving else {})
+            )
+        )
+        changes = {"save": folder / "saved", "save_interval": SAVED} | EVALUATED if is_saving else {}
+        found[name], evaluated = run_with_evaluation(arguments(folder, f"{name}-lm", theirs | changes))
+        if is_saving:
+            found["evaluated"] = evaluated
+            (folder / "megatron_lm.jsonl").write_bytes((folder / "tp2-lm" / "metrics.jsonl").read_bytes())
+    # Megatron-LM cannot load the state of torch's Adam, which is the only one here, into a fresh one.
+    resumed = LAYOUTS["tp2"][1] | {"load": folder / "saved", "ckpt_step": SAVED, "no_load_optim": True}
+    found["resumed"] = pretrain(arguments(folder, "tp2-lm", resumed))
+    found["own"] = pretrain(arguments(folder, "own-lm", LAYOUTS["dp2"][1]), own_model, form=pretrain_of_016)
+    for name, source in checkpoints(folder).items():
+        train(config(folder, f"from-{name}", PP2, model={"path": source}))
+        load = {"load": loadable(source, folder / f"load-{name}"), "finetune": True}
+        load |= {"dist_ckpt_strictness": "log_unexpected"} if name == "ours" else {}
+        found[f"from {name}"] = pretrain(arguments(folder, f"from-{name}-lm", LAYOUTS["vpp2"][1] | load))
+    path = {"solopo_model_path": folder / "tp2" / "checkpoints" / f"iter_{SAVED:07d}"}
+    found["model path"] = pretrain(arguments(folder, "model-path-lm", LAYOUTS["vpp2"][1] | path))
+    found["refused"] = {name: refusal(arguments(folder, "refused", TP2, **flags)) for name, flags in REFUSED.items()}
+    return found
+
+
+def own_model(pre_process: bool = True, post_process: bool = True, **others: Any) -> GPTModel:
+    """The model of a fork's own script: a GPTModel (here of plain layers that know packs), with the usual head."""
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    args = get_args()
+    transformer = core_transformer_config_from_args(args)
+    return GPTModel(
+        transformer,
+        layer_spec(transformer, ModelConfig(path=args.solopo_model_path), None),
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="rope",
+    )
+
+
+def pretrain_of_016(
+    train_valid_test_dataset_provider: Any,
+    model_provider: Any,
+    model_type: Any,
+    forward_step_func: Any,
+    extra_args_provider: Any = None,
+    args_defaults: Any = None,
+) -> None:
+    """`pretrain` in the form of 0.16, in terms of the one at hand."""
+    from megatron.training import training
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    container = pretrain_cfg_container_from_args(
+        parse_and_validate_args(extra_args_provider, False, args_defaults or {})
+    )
+    provider = train_valid_test_dataset_provider
+    training.pretrain(container, provider, model_type, forward_step_func, model_provider=model_provider)
+
+
+def checkpoints(folder: Path) -> dict[str, Path]:
+    """What our trainer saved, what Megatron-LM saved, and what `convert import` writes."""
+    if torch.distributed.get_rank() == 0:
+        import_model(folder / "model", folder / "imported", verification="tensors")
+    torch.distributed.barrier()
+    step = f"iter_{SAVED:07d}"
+    return {
+        "ours": folder / "tp2" / "checkpoints" / step,
+        "megatron-lm": folder / "saved" / step,
+        "import": folder / "imported",
+    }
+
+
+def loadable(checkpoint: Path, directory: Path) -> Path:
+    """What the README says to do so that `--load` takes a checkpoint as a model."""
+    if torch.distributed.get_rank() == 0:
+        directory.mkdir()
+        (directory / "release").symlink_to(checkpoint)
+        (directory / "latest_checkpointed_iteration.txt").write_text("release\n")
+    torch.distributed.barrier()
+    return directory
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "no cached reference log-probs": {"solopo_reference_cache": "/nonexistent"},
+    "the cached reference log-probs are stale, made for another weights": {"solopo_reference_model_path": None},
+    "raise --solopo-max-tokens-per-pack": {"micro_batch_size": 4, "solopo_max_tokens_per_pack": 150},
+    "ffn_hidden_size is 64, expected 48": {"ffn_hidden_size": 64},
+    "--calculate-per-token-loss": {"calculate_per_token_loss": None},
+    "--solopo-label-smoothing": {"solopo_label_smoothing": 0.7},
+}
+
+
+def refusal(argv: list[str]) -> str:
+    with pytest.raises(ValueError) as error:
+        pretrain(argv)
+    return str(error.value)
+
+
+def run_with_evaluation(argv: list[str], **keywords: Any) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    from megatron.training import training
+
+    evaluated = []
+    evaluate = training.evaluate
+
+    def spy(*arguments: Any, **keywords: Any) -> Any:
+        result = evaluate(*arguments, **keywords)
+        evaluated.append({name: float(value) for name, value in result[0].items()})
+        return result
+
+    with mock.patch.object(training, "evaluate", spy):
+        return pretrain(argv, **keywords), evaluated
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("megatron_lm")
+    make_model(path / "model", "qwen2_tied", seed=0)
+    make_model(path / "reference_model", "qwen2_tied", seed=1)
+    make_prepared(path / "prepared", rows=14, eval_count=4, seed=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    """The last rank's results: it is on the last stage, where losses are."""
+    result: dict[str, Any] = run_distributed(run_all, 2, folder)[-1]
+    return result
+
+
+def assert_equal_steps(theirs: list[dict[str, float]], ours: list[dict[str, Any]]) -> None:
+    """Losses, rewards and gradient norms to rounding in float32, and the real tokens of the batch."""
+    assert len(theirs) == len(ours) > 0
+    for name in ("num_tokens", "loss", "grad_norm", "rewards/chosen", "solo_ra/gap_signed"):
+        wanted = [step[name] for step in ours]
+        assert [step[name] for step in theirs] == pytest.approx(wanted, rel=2e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_gradient_norms_are_our_trainers(found: dict[str, Any], folder: Path, layout: str) -> None:
+    ours = recorded(folder, layout)
+    assert len(ours) == STEPS
+    assert_equal_steps(found[layout], ours)
+
+
+def test_a_model_and_a_call_of_their_own_give_the_same(found: dict[str, Any], folder: Path) -> None:
+    assert_equal_steps(found["own"], recorded(folder, "dp2"))
+
+
+def test_evaluation_is_our_trainers(found: dict[str, Any], folder: Path) -> None:
+    """After steps 2 and 4, and Megatron-LM's own at the end once more; one pass over all four held-out triplets."""
+    ours = [step for step in recorded(folder, "tp2") if "eval_loss" in step]
+    theirs = found["evaluated"][: len(ours)]
+    assert len(ours) == 2
+    for name in theirs[0]:
+        wanted = [step[f"eval_{name}"] for step in ours]
+        assert [step[name] for step in theirs] == pytest.approx(wanted, rel=1e-4, abs=1e-5), name
+
+
+def test_every_metric_is_on_disk_whatever_its_sign(found: dict[str, Any], folder: Path) -> None:
+    ours, theirs = recorded(folder, "tp2"), read_jsonl(folder / "megatron_lm.jsonl")
+    assert [step["step"] for step in theirs] == list(range(1, STEPS + 1))
+    assert any(step["rewards/chosen"] < 0 for step in theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert other.pop("pack_fill") == pytest.approx(mine["pack_fill"] / BATCH)  # as many packs as triplets
+        assert other == pytest.approx({name: mine[name] for name in other}, rel=2e-4, abs=1e-5)
+    missing = set(ours[0]) - set(theirs[0]) - {"pack_fill"}
+    timing = {"step_time", "tokens_per_second", "mfu", "peak_memory_bytes"}
+    assert missing == {"grad_norm", "learning_rate"} | timing | {name for name in missing if name.startswith("eval_")}
+
+
+def test_megatron_lm_continues_its_own_run_on_the_next_triplets(found: dict[str, Any], folder: Path) -> None:
+    assert len(found["resumed"]) == STEPS - SAVED
+    assert_equal_steps(found["resumed"][:1], recorded(folder, "tp2")[SAVED : SAVED + 1])  # until its Adam starts anew
+    steps = recorded(folder, "tp2-lm")
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("source", ["ours", "megatron-lm", "import"])
+def test_either_trainer_starts_from_the_others_checkpoint(found: dict[str, Any], folder: Path, source: str) -> None:
+    ours = recorded(folder, f"from-{source}")
+    assert_equal_steps(found[f"from {source}"], ours)
+    initial = [step["loss"] for step in recorded(folder, "pp2")]
+    assert ([step["loss"] for step in ours] == pytest.approx(initial, rel=1e-5)) == (source == "import")
+
+
+def test_our_checkpoint_is_a_model_path(found: dict[str, Any], folder: Path) -> None:
+    assert_equal_steps(found["model path"], recorded(folder, "from-ours"))
+
+
+@pytest.mark.parametrize("part", REFUSED)
+def test_what_does_not_fit_is_refused_by_name(found: dict[str, Any], part: str) -> None:
+    message = found["refused"][part]
+    assert part in message and "\n" not in message
