@@ -167,6 +167,13 @@ def test_an_interrupted_command_is_one_line_and_leaves_nothing(
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_the_help_says_what_passes_and_what_a_kill_leaves(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["convert", "verify", "--help"])
+    assert "after rounding to" in " ".join(capsys.readouterr().out.split())
+    main(["convert", "--help"])
+    assert ".OUT.incomplete-*" in capsys.readouterr().out
+
+
 def test_under_torchrun_one_rank_tells(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
