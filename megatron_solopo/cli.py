@@ -23,6 +23,8 @@ from megatron_solopo.cli_plan import plan
 
 _PATH = click.Path(path_type=Path)
 _LATER_RANKS_WAIT_SECONDS = 5.0
+# What click raises, from 8.2 on, where a group is named without a command; before, it just shows the help.
+_HELP_INSTEAD: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,8 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = cli.main(args=arguments, prog_name="megatron-solopo", standalone_mode=False)
         if code:
             sys.exit(code)
-    except click.ClickException as error:
+    except _HELP_INSTEAD as error:
         error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"; see {context.command_path} --help" if context else ""
+        _report(" ".join(error.format_message().split()).removesuffix(".") + hint)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(

@@ -1,9 +1,13 @@
 """The commands that convert checkpoints."""
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from types import FrameType
+from typing import Literal, NoReturn
 
 import click
 
@@ -19,12 +23,29 @@ def convert() -> None:
     """Convert between Hugging Face directories and Megatron checkpoints, on one process and without a GPU.
 
     Memory stays below 2 GiB and three times the largest tensor; comparing logits takes the whole model in fp32
-    and is done only where that fits.
+    and is done only where that fits. An output is complete or absent. After a kill -9, a hidden .OUT.incomplete-* is
+    left beside it; the next run with the same --out removes it.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise click.UsageError("convert runs as one process; start it without torchrun")
+        raise ValueError("convert runs as one process; start it without torchrun")
     # Before megatron is imported: a conversion runs on the CPU wherever it is.
     os.environ["MEGATRON_SOLOPO_DEVICE"] = "cpu"
+
+
+@contextmanager
+def _interruptible(outcome: str) -> Iterator[None]:
+    """End with one line, cleaned up, on Ctrl-C and likewise on SIGTERM, which queues and `timeout` send."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: {outcome}; run the same command again")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @convert.command("import")
@@ -38,9 +59,10 @@ def import_(source: Path, output: Path, verification: Literal["full", "tensors",
     Example:
       megatron-solopo convert import --hf Qwen2.5-7B-Instruct --out qwen2.5-7b
     """
-    from megatron_solopo.checkpoint.convert import import_model
+    with _interruptible(f"{output} was not written"):
+        from megatron_solopo.checkpoint.convert import import_model
 
-    report = import_model(source, output, verification=verification)
+        report = import_model(source, output, verification=verification)
     click.echo(f"{output}\n{report}")
 
 
@@ -62,9 +84,10 @@ def export(
     Example:
       megatron-solopo convert export --checkpoint runs/first/checkpoints/iter_0000100 --out aligned
     """
-    from megatron_solopo.checkpoint.convert import export_model
+    with _interruptible(f"{output} was not written"):
+        from megatron_solopo.checkpoint.convert import export_model
 
-    report = export_model(checkpoint, output, dtype=dtype, verification=verification)
+        report = export_model(checkpoint, output, dtype=dtype, verification=verification)
     click.echo(f"{output}\n{report}")
 
 
@@ -75,13 +98,17 @@ def export(
 def verify(source: Path, checkpoint: Path, logits: bool) -> None:
     """Compare a Hugging Face directory with a Megatron checkpoint. Exit code 1 if they differ.
 
+    Where precisions differ, the checkpoint is rounded first, as an export would: such a pair passes, and the report
+    says "after rounding to ...".
+
     \b
     Example:
       megatron-solopo convert verify --hf aligned --checkpoint runs/first/checkpoints/iter_0000100
     """
-    from megatron_solopo.checkpoint.convert import verify_models
+    with _interruptible("nothing was compared to the end"):
+        from megatron_solopo.checkpoint.convert import verify_models
 
-    report = verify_models(source, checkpoint, logits=logits)
+        report = verify_models(source, checkpoint, logits=logits)
     click.echo(str(report))
     for failure in report.failures:
         click.echo(f"error: {failure}", err=True)

@@ -95,6 +95,18 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def described_bytes(count: int) -> str:
+    """A size in the largest unit that it fills: "1.50 GiB", "3.0 MiB", "812 bytes"."""
+    if count >= 1 << 30:
+        return f"{count / (1 << 30):.2f} GiB"
+    return f"{count / (1 << 20):.1f} MiB" if count >= 1 << 20 else f"{count:,} bytes"
+
+
+def counted(count: int, thing: str) -> str:
+    """ "1 tensor", "2 tensors"."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def sha256_text(text: str) -> str:
     """Hex SHA-256 of a string."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

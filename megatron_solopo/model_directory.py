@@ -10,6 +10,9 @@ HUGGINGFACE_FOLDER = "huggingface"
 METADATA, FORMAT = ".metadata", "metadata.json"
 # Megatron-LM takes a checkpoint that does not say so for one of its oldest form, whose attention weights it reorders.
 MEGATRON_LM_VERSION = {"checkpoint_version": 3.0}
+CONFIG = "config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_CHECKPOINTS = ("iter_*", "checkpoints/iter_*")
 
 
 def is_megatron_checkpoint(path: Path) -> bool:
@@ -20,3 +23,57 @@ def is_megatron_checkpoint(path: Path) -> bool:
 def huggingface_directory(path: Path) -> Path:
     """The directory that holds config.json and the tokenizer of the model in `path`, of either kind."""
     return path / HUGGINGFACE_FOLDER if is_megatron_checkpoint(path) else path
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a tokenizer lies with the model in `path`, of either kind."""
+    return any((huggingface_directory(path) / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def check_huggingface_directory(path: Path, option: str) -> None:
+    """Raise ValueError, naming the command's `option`, if `path` cannot be a Hugging Face directory."""
+    named = f"{option}={path}"
+    _check_is_directory(path, named, " (names of a hub are not downloaded)")
+    if is_megatron_checkpoint(path):
+        raise ValueError(f"{named}: is a Megatron checkpoint already; {option} must be a Hugging Face directory")
+    if _is_inside_checkpoint(path):
+        raise ValueError(
+            f"{named}: is a folder of the Megatron checkpoint {path.parent} and holds no weights; "
+            f"{option} must be a Hugging Face directory"
+        )
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"{named}: holds no {CONFIG}; {option} must be a Hugging Face directory")
+
+
+def check_megatron_checkpoint(path: Path, option: str) -> None:
+    """Raise ValueError, naming the command's `option` and what was likely meant, if `path` is no such checkpoint."""
+    named = f"{option}={path}"
+    if is_megatron_checkpoint(path):
+        if not (config := huggingface_directory(path) / CONFIG).is_file():
+            raise ValueError(f"{config}: no such file; {named} needs the model's config and tokenizer in that folder")
+        return
+    beside = ", ".join(each.name for each in _complete(path.parent, "iter_*"))
+    _check_is_directory(path, named, f"; {path.parent} holds {beside}" if beside else "")
+    if _is_inside_checkpoint(path):
+        raise ValueError(f"{named}: is a folder of a Megatron checkpoint; did you mean {path.parent}?")
+    kind = "is a Hugging Face directory" if (path / CONFIG).is_file() else "is no complete Megatron checkpoint"
+    raise ValueError(f"{named}: {kind}; {option} must hold {METADATA} and {FORMAT}{_meant(path)}")
+
+
+def _check_is_directory(path: Path, named: str, hint: str) -> None:
+    if not path.is_dir():
+        raise ValueError(f"{named}: {'is a file, not a directory' if path.exists() else f'no such directory{hint}'}")
+
+
+def _is_inside_checkpoint(path: Path) -> bool:
+    return path.name == HUGGINGFACE_FOLDER and is_megatron_checkpoint(path.parent)
+
+
+def _meant(path: Path) -> str:
+    """The newest checkpoint in a run directory or in its `checkpoints/`, as a question."""
+    inside = [each for pattern in _CHECKPOINTS for each in _complete(path, pattern)]
+    return f"; did you mean {inside[-1]}?" if inside else ""
+
+
+def _complete(path: Path, pattern: str) -> list[Path]:
+    return [each for each in sorted(path.glob(pattern)) if is_megatron_checkpoint(each)]

@@ -41,9 +41,7 @@ ROOMS = {
     "plan.dry_run": Room(4, beside=frozenset({"train"}), megatron=True),
     "evaluate": Room(4, megatron=True),
     "integrations": Room(4, beside=frozenset({"train"}), megatron=True),
-    "cli_convert": Room(5),
-    "cli_data": Room(5),
-    "cli_plan": Room(5),
+    **dict.fromkeys(("cli_convert", "cli_data", "cli_plan"), Room(5)),
     "cli": Room(5, beside=frozenset({"cli_convert", "cli_data", "cli_plan"})),
     "__main__": Room(5, beside=frozenset({"cli"})),
 }

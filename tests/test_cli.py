@@ -178,6 +178,23 @@ def test_data_of_another_tokenizer_or_beyond_the_models_positions_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "--confg", "c.yaml"], "error: No such option '--confg'"),
+        (
+            ["convert", "import", "--hf", "a"],
+            "error: Missing option '--out'; see megatron-solopo convert import --help",
+        ),
+        (["trian"], "error: No such command 'trian'"),
+    ],
+)
+def test_a_command_line_that_is_wrong_is_one_line_too(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fails(capsys, *arguments).startswith(expected)
+
+
 BAD_LINES = {
     "missing field": (b'{"id": "a", "prompt_short": "w1", "prompt_long": "w2 w3", "chosen": "w4"}', "rejected"),
     "empty response": (

@@ -118,9 +118,16 @@ def _check_model_type(file: Path) -> None:
         fields = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from None
-    model_type = fields.get("model_type") if isinstance(fields, dict) else None
+    fields = fields if isinstance(fields, dict) else {}
+    model_type = fields.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(f"{file}: model_type={model_type!r} is not supported; supported: {_listed(MODEL_TYPES)}")
+    if (quantization := fields.get("quantization_config")) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ValueError(
+            f"{file}: quantization_config with quant_method={method!r} is not supported; supported: none "
+            "(take the unquantized model, or save it dequantized and without that field)"
+        )
 
 
 @contextmanager

@@ -13,19 +13,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
-from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
+from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory, is_finite
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, huggingface_tensors, rules
 from megatron_solopo.checkpoint.megatron import MegatronDirectory
 from megatron_solopo.checkpoint.megatron_writer import write_megatron
 from megatron_solopo.checkpoint.model_files import MANIFEST, read_model_files, source_dtypes, write_model_files
 from megatron_solopo.checkpoint.safetensors_writer import SafetensorsWriter
 from megatron_solopo.checkpoint.verify import Report, Verification, to_dtype, verify
-from megatron_solopo.files import atomic_path, check_writable
-from megatron_solopo.model_directory import HUGGINGFACE_FOLDER, is_megatron_checkpoint
+from megatron_solopo.files import atomic_path, check_writable, described_bytes
+from megatron_solopo.model_directory import (
+    HUGGINGFACE_FOLDER,
+    check_huggingface_directory,
+    check_megatron_checkpoint,
+    has_tokenizer,
+    is_megatron_checkpoint,
+)
 from megatron_solopo.progress import bar_style
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-_GIB = 1 << 30
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NEARLY_FULL_BYTES = 1 << 26
 
@@ -36,8 +41,8 @@ def import_model(source: Path, output: Path, *, verification: Verification) -> R
     Raises ValueError for a model that is not supported or damaged, an existing `output`, too little space, or a
     checkpoint that does not verify; `output` does not exist then.
     """
-    if is_megatron_checkpoint(source):
-        raise ValueError(f"{source}: is a Megatron checkpoint already; --hf must be a Hugging Face directory")
+    check_huggingface_directory(source, "--hf")
+    _check_output(output, source)
     architecture = read_architecture(source)
     weights = SafetensorsDirectory(source)
     weights.check(architecture)
@@ -48,7 +53,10 @@ def import_model(source: Path, output: Path, *, verification: Verification) -> R
         with _bar("import", total) as progress:
             write_megatron(weights, architecture, temporary, progress)
         write_model_files(files, temporary / HUGGINGFACE_FOLDER)
-        return _verified(source, temporary, output, verification, total)
+        report = _verified(source, temporary, output, verification, total)
+        if not has_tokenizer(source):
+            report.add("files", f"no tokenizer files in {source}: the export will have none")
+        return report
 
 
 def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verification: Verification) -> Report:
@@ -57,10 +65,11 @@ def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verific
     Args:
         dtype: precision to write; None: of each tensor, the one it had in the Hugging Face directory it came from.
 
-    Raises ValueError for a damaged checkpoint, an existing `output`, too little space, numbers beyond the range of
-    `dtype`, or files that do not verify; `output` does not exist then.
+    Raises ValueError for a damaged checkpoint, an existing `output`, too little space, numbers that are not finite or
+    beyond the range of `dtype`, or files that do not verify; `output` does not exist then.
     """
     stored = MegatronDirectory(checkpoint)
+    _check_output(output, checkpoint)
     architecture = read_architecture(checkpoint)
     stored.check(architecture)
     files = read_model_files(checkpoint)
@@ -74,6 +83,11 @@ def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verific
         with _bar("export", total) as progress:
             for rule in rules(architecture).values():
                 for name, tensor in huggingface_tensors(rule, architecture, stored.rows_of(rule)):
+                    if not is_finite(tensor):
+                        raise ValueError(
+                            f"{checkpoint}: {name} is not finite (NaN or infinity); the checkpoint is damaged or its "
+                            "training diverged: take an earlier one"
+                        )
                     writer.write(name, to_dtype(name, tensor, dtypes[name]))
                     progress(tensor.numel() * dtypes[name].itemsize)
         writer.finish()
@@ -83,6 +97,12 @@ def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verific
 
 def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> Report:
     """Compare two existing directories; raises ValueError if one is not what it should be."""
+    if is_megatron_checkpoint(huggingface) and not is_megatron_checkpoint(checkpoint):
+        raise ValueError(
+            f"--hf={huggingface}: is a Megatron checkpoint, and --checkpoint={checkpoint} is none; exchange the two"
+        )
+    check_huggingface_directory(huggingface, "--hf")
+    check_megatron_checkpoint(checkpoint, "--checkpoint")
     total = sum(
         torch.Size(entry.shape).numel() * DTYPES[entry.dtype].itemsize
         for entry in SafetensorsDirectory(huggingface).entries.values()
@@ -147,12 +167,23 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], Any]]:
         yield bar.update
 
 
+def _check_output(output: Path, source: Path) -> None:
+    """Raises ValueError, before the work, where `output` cannot or must not be written."""
+    if output.exists():
+        raise ValueError(f"{output}: exists already; choose another --out, or remove it first")
+    if output.is_symlink():
+        raise ValueError(
+            f"{output}: is a link to {output.readlink()}, which does not exist; choose another --out, or remove "
+            "the link first"
+        )
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{output}: lies inside {source}, which is converted; choose another --out")
+    check_writable(output, "--out")
+
+
 @contextmanager
 def _output(output: Path, total: int, files: dict[str, bytes]) -> Iterator[Path]:
     """A directory that becomes `output` if all goes well."""
-    if output.exists():
-        raise ValueError(f"{output}: exists already; choose another --out, or remove it first")
-    check_writable(output, "--out")
     needed = total + sum(map(len, files.values()))
     _check_space(output, needed)
     with atomic_path(output) as temporary:
@@ -166,8 +197,8 @@ def _check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"{output}: needs {needed / _GIB:.2f} GiB ({needed:,} bytes), but {free / _GIB:.2f} GiB are free on its "
-            "file system; choose another --out, or make room"
+            f"{output}: needs {described_bytes(needed)}, but {described_bytes(free)} are free on its file system; "
+            "choose another --out, or make room"
         )
 
 
@@ -184,6 +215,6 @@ def _named_when_full(output: Path, needed: int) -> Iterator[None]:
         if not is_full:
             raise
         raise ValueError(
-            f"{output}: no space was left on its file system while it was written; it needs {needed / _GIB:.2f} GiB "
-            f"({needed:,} bytes); nothing of it was kept"
+            f"{output}: no space was left on its file system while it was written; it needs "
+            f"{described_bytes(needed)}; nothing of it was kept"
         ) from None

@@ -1,7 +1,7 @@
 """The weights of a Hugging Face directory: safetensors, checked against its config and read piece by piece."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,16 @@ from megatron_solopo.checkpoint.mapping import (
     huggingface_shapes,
     rules,
 )
+from megatron_solopo.files import counted
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """The precisions that weights are stored in, by their names in safetensors."""
 _PIECE_BYTES = 1 << 26
+_SHOWN = 5
+_CONVERT_PICKLED = (
+    "pytorch_model.bin is not read; in transformers, load it and save_pretrained(..., safe_serialization=True)"
+)
 # Old checkpoints store these although they follow from the config.
 _DERIVED = ("rotary_emb.inv_freq",)
 
@@ -49,7 +54,10 @@ class SafetensorsDirectory:
         if (self.path / INDEX).is_file():
             return self._checked_index()
         if not (self.path / SINGLE).is_file():
-            raise ValueError(f"{self.path}: holds neither {SINGLE} nor {INDEX}; model weights must be safetensors")
+            pickled = "; " + _CONVERT_PICKLED if any(self.path.glob("pytorch_model*.bin")) else ""
+            raise ValueError(
+                f"{self.path}: holds neither {SINGLE} nor {INDEX}; model weights must be safetensors{pickled}"
+            )
         return self._entries_in(SINGLE)
 
     def _checked_index(self) -> dict[str, Entry]:
@@ -63,6 +71,9 @@ class SafetensorsDirectory:
                 f"{file}: not an index of safetensors shards: {type(error).__name__}: {error}; "
                 'expected a JSON object whose "weight_map" maps tensors to files'
             ) from None
+        for name, shard in index.items():
+            if Path(shard).is_absolute() or ".." in Path(shard).parts:
+                raise ValueError(f"{file}: says that {name} lies in {shard}, outside the directory")
         held = {shard: self._entries_in(shard) for shard in sorted(set(index.values()))}
         for name, shard in index.items():
             if name not in held[shard]:
@@ -94,6 +105,16 @@ class SafetensorsDirectory:
             part: Tensor = shard.get_slice(name)[index]
             return part
 
+    def read_finite(self, name: str, index: Index = (slice(None),)) -> Tensor:
+        """`read`, but raises ValueError, naming tensor and file, where there is NaN or infinity."""
+        part = self.read(name, index)
+        if not is_finite(part):
+            raise ValueError(
+                f"{self.path / self.entries[name].file}: {name} is not finite (NaN or infinity); "
+                "the file is damaged or its training diverged: take another copy"
+            )
+        return part
+
     def check(self, architecture: Architecture) -> None:
         """Compare with what the config asks for.
 
@@ -106,7 +127,7 @@ class SafetensorsDirectory:
         found = {name for name in self.entries if not name.endswith(_DERIVED)}
         if architecture.tied_embeddings:
             found.discard(HF_OUTPUT)
-        self._check_names(found, set(shapes), architecture)
+        check_names(self.path, found, set(shapes), architecture)
         for name, shape in shapes.items():
             entry = self.entries[name]
             if entry.shape != shape:
@@ -118,15 +139,6 @@ class SafetensorsDirectory:
                 )
         if architecture.tied_embeddings and HF_OUTPUT in self.entries:
             self._check_tied()
-
-    def _check_names(self, found: set[str], expected: set[str], architecture: Architecture) -> None:
-        for problem, names in (("missing", expected - found), ("unexpected", found - expected)):
-            if names:
-                shown = ", ".join(sorted(names)[:5])
-                raise ValueError(
-                    f"{self.path}: {len(names)} {problem} tensors for a {architecture.model_type} model "
-                    f"with {architecture.num_layers} layers: {shown}{', ...' if len(names) > 5 else ''}"
-                )
 
     def _check_tied(self) -> None:
         """transformers unties such a pair if the two differ, so this must not pass for a tied model."""
@@ -141,6 +153,26 @@ class SafetensorsDirectory:
                 f"{self.path}: holds {HF_OUTPUT} beside {HF_EMBEDDING}, and they differ, but config.json ties them; "
                 "set tie_word_embeddings to false there, or remove the one that is not meant"
             )
+
+
+def check_names(path: Path, found: Collection[str], expected: Collection[str], architecture: Architecture) -> None:
+    """Raises ValueError, naming the first few, if tensors are missing or unexpected."""
+    for problem, names in (("missing", set(expected) - set(found)), ("unexpected", set(found) - set(expected))):
+        if names:
+            raise ValueError(
+                f"{path}: {counted(len(names), f'{problem} tensor')} for a {architecture.model_type} model "
+                f"with {counted(architecture.num_layers, 'layer')}: {shown_names(sorted(names))}"
+            )
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """The first few of them."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity; takes no memory, unlike `isfinite`."""
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def bitwise_equal(one: Tensor, other: Tensor) -> bool:

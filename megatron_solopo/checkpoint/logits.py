@@ -23,6 +23,10 @@ _LENGTHS = (96, 32)
 _GIB = 1 << 30
 
 
+class TransformersError(Exception):
+    """transformers cannot load or run a model, for whatever reason; one line."""
+
+
 def memory_missing(architecture: Architecture) -> str:
     """Why the logits cannot be compared on this machine, or an empty string: the model must fit in fp32, once."""
     needed = int(1.25 * 4 * architecture.num_parameters) + _GIB
@@ -36,7 +40,7 @@ def logits_error(huggingface: Path, checkpoint: Path) -> tuple[float, int]:
     """Greatest relative error |ours - theirs| / |theirs| of a position's logits, in fp32, and the number of positions.
 
     One model is in memory at a time. Where the Hugging Face weights are of another precision than the
-    checkpoint's, the latter are rounded likewise first.
+    checkpoint's, the latter are rounded likewise first. Raises TransformersError.
     """
     architecture = read_architecture(checkpoint)
     generator = torch.Generator().manual_seed(0)
@@ -57,10 +61,14 @@ def _huggingface_logits(path: Path, sequences: list[Tensor]) -> Tensor:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
+        return torch.cat([model(input_ids=tokens.unsqueeze(0)).logits[0] for tokens in sequences])
+    # What it raises shares no base class: a package that is missing, a field that its checks let pass, ...
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TransformersError(f"{path}: transformers cannot run it: {type(error).__name__}: {reason}") from None
     finally:
         if shows_progress:
             logging.enable_progress_bar()
-    return torch.cat([model(input_ids=tokens.unsqueeze(0)).logits[0] for tokens in sequences])
 
 
 @torch.no_grad()

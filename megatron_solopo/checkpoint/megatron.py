@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_solopo.architecture.huggingface import Architecture
-from megatron_solopo.checkpoint.huggingface import DTYPES
+from megatron_solopo.checkpoint.huggingface import DTYPES, check_names
 from megatron_solopo.checkpoint.mapping import ReadRows, Rule, megatron_shape, rules
-from megatron_solopo.model_directory import METADATA, is_megatron_checkpoint
+from megatron_solopo.model_directory import METADATA, check_megatron_checkpoint
 
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 _SAFE_CLASSES = {
@@ -69,11 +69,7 @@ class MegatronDirectory:
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError if `path` is no checkpoint, or if its list of pieces or one of its files is damaged."""
-        if not is_megatron_checkpoint(path):
-            inside = next((f"; {each.name} in it is one" for each in sorted(path.glob("iter_*"), reverse=True)), "")
-            raise ValueError(
-                f"{path}: no complete Megatron checkpoint (a directory with .metadata and metadata.json){inside}"
-            )
+        check_megatron_checkpoint(path, "--checkpoint")
         self.path = path
         self._reader = _Reader(path)
         metadata = self._reader.read_metadata()
@@ -117,15 +113,7 @@ class MegatronDirectory:
         for rule in rules(architecture).values():
             key, layer = rule.stored_at
             expected[key] = self._expected_shape(rule, architecture, layer)
-        for problem, keys in (
-            ("missing", expected.keys() - self.tensors.keys()),
-            ("unexpected", self.tensors.keys() - expected.keys()),
-        ):
-            if keys:
-                raise ValueError(
-                    f"{self.path}: {len(keys)} {problem} tensors for a {architecture.model_type} model with "
-                    f"{architecture.num_layers} layers: {', '.join(sorted(keys)[:5])}{', ...' if len(keys) > 5 else ''}"
-                )
+        check_names(self.path, self.tensors, expected, architecture)
         for key, shape in expected.items():
             found, dtype = tuple(self.tensors[key].size), self.tensors[key].properties.dtype
             if found != shape:

@@ -58,7 +58,8 @@ def write_megatron(
         source: has passed its check.
         progress: told of every number of bytes that was written.
 
-    Raises ValueError if the tensors that Megatron stores as one differ in precision, OSError where writing fails.
+    Raises ValueError if the tensors that Megatron stores as one differ in precision or are not finite, OSError where
+    writing fails.
     """
     pieces = list(_pieces(source, architecture))
     objects = _extra_states(architecture)
@@ -175,7 +176,7 @@ class _LazyPlanner(DefaultSavePlanner):
         if write_item.type is WriteItemType.BYTE_IO:
             return io.BytesIO(self._objects[write_item.index.fqn])
         piece = self._pieces[write_item.index]
-        tensor = megatron_rows(piece.rule, self._architecture, self._source.read, piece.rows)
+        tensor = megatron_rows(piece.rule, self._architecture, self._source.read_finite, piece.rows)
         self._progress(piece.nbytes)
         # Each of the writer's threads calls this for one piece after the other, and drops each before the next.
         return tensor.view(write_item.tensor_data.chunk.sizes)

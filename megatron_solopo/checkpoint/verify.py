@@ -1,7 +1,7 @@
 """Compares a Hugging Face directory with a Megatron checkpoint: config, every bit of every tensor, logits."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
-from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory, bitwise_equal
-from megatron_solopo.checkpoint.logits import LOGITS_LIMIT, logits_error, memory_missing
+from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory, bitwise_equal, is_finite, shown_names
+from megatron_solopo.checkpoint.logits import LOGITS_LIMIT, TransformersError, logits_error, memory_missing
 from megatron_solopo.checkpoint.mapping import huggingface_tensors, rules
 from megatron_solopo.checkpoint.megatron import MegatronDirectory
+from megatron_solopo.files import counted
 
 Verification = Literal["full", "tensors", "none"]
-_SHOWN = 5
 _BLOCK = 1 << 22
 
 
@@ -48,20 +48,20 @@ def verify(huggingface: Path, checkpoint: Path, *, logits: bool, progress: Calla
     source.check(read_architecture(huggingface))
     stored.check(architecture)
     report = Report()
-    differing = _differing_fields(architecture, read_architecture(huggingface))
-    message = f"{huggingface} and {checkpoint}: config.json differs in {', '.join(differing)}" if differing else ""
-    report.add("config", "same model, same rotary frequencies" if not differing else ", ".join(differing), message)
+    differing = ", ".join(_differing_fields(read_architecture(huggingface), architecture))
+    message = f"{huggingface} and {checkpoint}: config.json differs in {differing}" if differing else ""
+    report.add("config", differing or "same model, same rotary frequencies", message)
     if differing:
         return report
-    _compare_tensors(report, source, stored, architecture, progress)
+    rounded = _compare_tensors(report, source, stored, architecture, progress)
     if not logits:
         report.add("logits", "skipped: not asked for")
     elif report.failures:
-        report.add("logits", "skipped: the tensors differ")
+        report.add("logits", "skipped: the tensors differ or are damaged")
     elif missing := memory_missing(architecture):
         report.add("logits", f"skipped: {missing}")
     else:
-        _compare_logits(report, huggingface, checkpoint)
+        _compare_logits(report, huggingface, checkpoint, rounded)
     return report
 
 
@@ -77,12 +77,15 @@ def to_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-def _differing_fields(one: Architecture, other: Architecture) -> list[str]:
-    def same(name: str) -> bool:
-        mine, theirs = getattr(one, name), getattr(other, name)
-        return torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
-
-    return [each.name for each in fields(Architecture) if not same(each.name)]
+def _differing_fields(huggingface: Architecture, checkpoint: Architecture) -> Iterator[str]:
+    """Names, with both values but for those of tensors."""
+    for name in (each.name for each in fields(Architecture)):
+        theirs, ours = getattr(huggingface, name), getattr(checkpoint, name)
+        if not isinstance(ours, Tensor):
+            if theirs != ours:
+                yield f"{name} ({theirs} in Hugging Face, {ours} in the checkpoint)"
+        elif not torch.equal(theirs, ours):
+            yield name
 
 
 def _compare_tensors(
@@ -91,34 +94,59 @@ def _compare_tensors(
     stored: MegatronDirectory,
     architecture: Architecture,
     progress: Callable[[int], Any],
-) -> None:
-    total, casts, differing = 0, Counter[str](), []
+) -> str:
+    """Adds what it finds; returns the precisions that the checkpoint had to be rounded to, an empty string for none."""
+    total, casts, differing, damaged = 0, Counter[tuple[torch.dtype, torch.dtype]](), [], []
     for rule in rules(architecture).values():
         for name, tensor in huggingface_tensors(rule, architecture, stored.rows_of(rule)):
             dtype = DTYPES[source.entries[name].dtype]
-            casts[_described(tensor.dtype, dtype)] += 1
+            casts[tensor.dtype, dtype] += 1
             other = source.read(name)
-            if not bitwise_equal(to_dtype(name, tensor, dtype), other):
+            same = bitwise_equal(to_dtype(name, tensor, dtype), other)
+            if not same:
                 differing.append(name)
+            if not is_finite(other):
+                damaged.append(f"{name} in {source.path / source.entries[name].file}")
+            # The very same numbers need not be looked at twice.
+            if not (same and tensor.dtype is dtype) and not is_finite(tensor):
+                damaged.append(f"{name} in {stored.path}")
             total += 1
             progress(other.nbytes)
-    shown = ", ".join(differing[:_SHOWN]) + (", ..." if len(differing) > _SHOWN else "")
-    message = f"{source.path} and {stored.path}: {len(differing)} tensors differ: {shown}" if differing else ""
-    report.add("tensors", f"{total - len(differing)} of {total} bitwise equal", message)
-    report.add("precision", "; ".join(f"{count} {what}" for what, count in sorted(casts.items())))
+    verb = "differs" if len(differing) == 1 else "differ"
+    what = f"{counted(len(differing), 'tensor')} {verb}: {shown_names(differing)}"
+    rounded = ", ".join(sorted({_name(new) for old, new in casts if _rounds(old, new)}))
+    found = f"{total - len(differing)} of {total} bitwise equal" + (f" after rounding to {rounded}" if rounded else "")
+    report.add("tensors", found, f"{source.path} and {stored.path}: {what}" if differing else "")
+    if damaged:
+        found = f"not finite (NaN or infinity): {shown_names(damaged)}"
+        report.add("numbers", found, found)
+    report.add("precision", "; ".join(sorted(f"{count} {_described(*cast)}" for cast, count in casts.items())))
+    return rounded
 
 
 def _described(stored: torch.dtype, other: torch.dtype) -> str:
     """A precision, or a change of one, from the checkpoint to Hugging Face."""
-    one, two = (str(dtype).removeprefix("torch.") for dtype in (stored, other))
     if stored is other:
-        return f"{one} in both"
-    exact = other is torch.float32
-    return f"{one} in the checkpoint, {two} in Hugging Face ({'exact' if exact else 'rounded'})"
+        return f"{_name(stored)} in both"
+    change = "rounded" if _rounds(stored, other) else "exact"
+    return f"{_name(stored)} in the checkpoint, {_name(other)} in Hugging Face ({change})"
 
 
-def _compare_logits(report: Report, huggingface: Path, checkpoint: Path) -> None:
-    error, positions = logits_error(huggingface, checkpoint)
+def _rounds(stored: torch.dtype, other: torch.dtype) -> bool:
+    return other not in (stored, torch.float32)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _compare_logits(report: Report, huggingface: Path, checkpoint: Path, rounded: str) -> None:
+    try:
+        error, positions = logits_error(huggingface, checkpoint)
+    except TransformersError as failure:
+        report.add("logits", "not compared", str(failure))
+        return
     found = f"{positions} positions, fp32: greatest relative error {error:.1e} (limit {LOGITS_LIMIT:.0e})"
     message = f"{huggingface} and {checkpoint}: logits differ by {error:.1e}, more than {LOGITS_LIMIT:.0e}"
+    found += f" (checkpoint rounded to {rounded})" if rounded else ""
     report.add("logits", found, "" if error < LOGITS_LIMIT else message)

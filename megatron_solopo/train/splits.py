@@ -8,10 +8,8 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import PreparedManifest, load_prepared
 from megatron_solopo.data.tokenizer import load_tokenizer
-from megatron_solopo.model_directory import huggingface_directory
+from megatron_solopo.model_directory import has_tokenizer
 from megatron_solopo.objective import required_roles
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def _check_tokenizer(config: Config, manifest: PreparedManifest, architecture: A
 
 def _model_tokenizer(config: Config) -> str | None:
     """Fingerprint of the tokenizer beside the weights, or None where there is none."""
-    if not any((huggingface_directory(config.model.path) / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(config.model.path):
         return None
     return load_tokenizer(config.model.path).fingerprint
 

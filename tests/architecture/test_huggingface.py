@@ -126,6 +126,11 @@ def test_the_longest_sequence_includes_yarns_scaling(family, stated, expected, t
             },
             ["2 rotary frequencies", "head_dim=8", "supported: partial_rotary_factor 1.0"],
         ),
+        (
+            "llama2",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            ["quantization_config with quant_method='gptq'", "supported: none"],
+        ),
         ("llama2", {"hidden_size": "wide"}, ["hidden_size", "wide"]),
         ("llama2", {"rms_norm_eps": None}, ["rms_norm_eps"]),
         ("llama2", {"num_attention_heads": 3}, ["hidden size (32)", "attention heads (3)"]),

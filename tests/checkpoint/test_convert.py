@@ -217,6 +217,9 @@ def test_an_export_can_change_the_precision_and_says_so(dtype: Any, tmp_path: Pa
     assert f"{dtype} in " in dict(report.rows)["precision"]
     assert ("rounded" in dict(report.rows)["precision"]) is (dtype != "float32")
     assert "greatest relative error" in dict(report.rows)["logits"]
+    qualified = f" after rounding to {dtype}" if dtype != "float32" else ""
+    assert dict(report.rows)["tensors"] == f"39 of 39 bitwise equal{qualified}"
+    assert (f"(checkpoint rounded to {dtype})" in dict(report.rows)["logits"]) is (dtype != "float32")
 
 
 @pytest.mark.parametrize("edit", ["bit", "config"])
@@ -228,7 +231,7 @@ def test_verify_finds_what_differs(edit: str, tmp_path: Path) -> None:
         tensors = load_file(tmp_path / "hf" / "model.safetensors")
         tensors["model.layers.2.self_attn.k_proj.weight"].view(torch.int32)[3, 5] ^= 1
         save_file(tensors, tmp_path / "hf" / "model.safetensors")
-        words = ["1 tensors differ: model.layers.2.self_attn.k_proj.weight"]
+        words = ["1 tensor differs: model.layers.2.self_attn.k_proj.weight"]
     else:
         config = json.loads((tmp_path / "hf" / "config.json").read_text())
         config["rope_parameters"]["rope_theta"] = 5e5

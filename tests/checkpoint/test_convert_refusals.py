@@ -1,9 +1,9 @@
 """Whatever stands in the way of a conversion is told in one line, and leaves nothing that looks complete."""
 
 import errno
-import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -14,41 +14,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from megatron_solopo.checkpoint import convert, logits, verify
 from megatron_solopo.checkpoint.convert import export_model, import_model
 from megatron_solopo.checkpoint.huggingface import SafetensorsDirectory
 from megatron_solopo.cli import main
-from tests.tiny_models import make_model
-
-WEIGHTS = "model.safetensors"
-QUERY = "model.layers.1.self_attn.q_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tied model and its import."""
-    folder = tmp_path_factory.mktemp("world")
-    import_model(make_model(folder / "hf", "qwen2_tied"), folder / "megatron", verification="tensors")
-    return folder
-
-
-@pytest.fixture
-def folder(world: Path, tmp_path: Path) -> Path:
-    """Copies to be damaged."""
-    return Path(shutil.copytree(world, tmp_path / "copy"))
-
-
-def refusal(folder: Path, action: Callable[[], Any]) -> str:
-    """The one line of error; nothing but what was there before is there afterwards."""
-    before = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(ValueError) as error:
-        action()
-    assert sorted(path.name for path in folder.iterdir()) == before
-    assert "\n" not in str(error.value)
-    return str(error.value)
+from tests.conversions import QUERY, WEIGHTS, change, change_config, refusal
 
 
 def refused_import(folder: Path) -> str:
@@ -61,17 +33,6 @@ def refused_export(folder: Path, dtype: Any = None) -> str:
     )
 
 
-def change(path: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path)
-
-
-def change_config(folder: Path, **fields: Any) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-
 def scaled_rope(kind: str) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
 
@@ -81,10 +42,10 @@ def scaled_rope(kind: str) -> dict[str, Any]:
     [
         (lambda hf: change_config(hf, model_type="gpt2"), ["model_type='gpt2'", "llama, mistral, qwen2, qwen3"]),
         (lambda hf: change_config(hf, rope_parameters=scaled_rope("dynamic")), ["rope_type='dynamic'", "llama3, yarn"]),
-        (lambda hf: change(hf / WEIGHTS, lambda each: each.pop(QUERY)), ["1 missing tensors", QUERY]),
+        (lambda hf: change(hf / WEIGHTS, lambda each: each.pop(QUERY)), ["1 missing tensor for", QUERY]),
         (
             lambda hf: change(hf / WEIGHTS, lambda each: each.update({"extra.weight": torch.ones(2)})),
-            ["1 unexpected tensors", "extra.weight"],
+            ["1 unexpected tensor for", "extra.weight"],
         ),
         (
             lambda hf: change(hf / WEIGHTS, lambda each: each.update({QUERY: each[QUERY].bfloat16()})),
@@ -99,7 +60,6 @@ def scaled_rope(kind: str) -> dict[str, Any]:
             ["lm_head.weight", "differ", "tie_word_embeddings"],
         ),
         (lambda hf: (hf / WEIGHTS).write_bytes((hf / WEIGHTS).read_bytes()[:-1]), [WEIGHTS, "cannot be read"]),
-        (lambda hf: shutil.rmtree(hf), ["config.json: no such file"]),
     ],
 )
 def test_what_cannot_be_imported(damage: Callable[[Path], object], words: list[str], folder: Path) -> None:
@@ -140,7 +100,7 @@ class Evil(NamedTuple):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda ck: (ck / "metadata.json").unlink(), ["no complete Megatron checkpoint"]),
+        (lambda ck: (ck / "metadata.json").unlink(), ["is no complete Megatron checkpoint", "metadata.json"]),
         (lambda ck: (ck / ".metadata").write_bytes(b"torn"), [".metadata: cannot be read"]),
         (lambda ck: (ck / ".metadata").write_bytes(pickle.dumps({"a": 1})), [".metadata: is no list"]),
         (lambda ck: (ck / "__1_0.distcp").unlink(), ["__1_0.distcp: is missing", "damaged"]),
@@ -156,13 +116,6 @@ def test_what_cannot_be_exported(damage: Callable[[Path], object], words: list[s
     damage(folder / "megatron")
     message = refused_export(folder)
     assert all(word in message for word in [str(folder / "megatron"), *words]), message
-
-
-def test_the_directory_of_a_runs_checkpoints_is_not_one_of_them(folder: Path) -> None:
-    for step in (10, 9):
-        shutil.copytree(folder / "megatron", folder / "run" / f"iter_{step:07d}")
-    message = refusal(folder, lambda: export_model(folder / "run", folder / "out", dtype=None, verification="tensors"))
-    assert message.startswith(f"{folder / 'run'}: no complete") and message.endswith("iter_0000010 in it is one")
 
 
 def test_a_checkpoints_list_of_pieces_runs_no_code(folder: Path) -> None:
@@ -188,7 +141,7 @@ def test_an_existing_output_is_not_touched(folder: Path) -> None:
 def test_too_little_space_is_told_before_anything_is_written(folder, monkeypatch) -> None:
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     for message in (refused_import(folder), refused_export(folder)):
-        assert "needs 0.00 GiB (" in message and "bytes), but 0.00 GiB are free" in message
+        assert re.search(r"needs \d+,\d{3} bytes, but 1,000 bytes are free", message)
 
 
 def test_a_disk_that_fills_up_meanwhile_is_one_line(folder, monkeypatch) -> None:
@@ -207,7 +160,7 @@ def test_what_does_not_verify_is_not_kept(module: str, folder, monkeypatch) -> N
     to_dtype = verify.to_dtype
     monkeypatch.setattr(verify, "to_dtype", lambda name, tensor, dtype: to_dtype(name, tensor, dtype) + (name == QUERY))
     message = refused_import(folder) if module == "import" else refused_export(folder)
-    assert "out: was not written" in message and f"1 tensors differ: {QUERY}" in message
+    assert "out: was not written" in message and f"1 tensor differs: {QUERY}" in message
 
 
 def test_other_logits_are_not_kept(folder, monkeypatch) -> None:
@@ -276,7 +229,7 @@ def test_the_commands(folder: Path, capsys: pytest.CaptureFixture[str], monkeypa
     with pytest.raises(SystemExit) as exit_:
         main(["convert", "verify", "--hf", back, "--checkpoint", out])
     streams = capsys.readouterr()
-    assert exit_.value.code == 1 and "49 of 50 bitwise equal FAILED" in streams.out
+    assert exit_.value.code == 1 and "49 of 50 bitwise equal after rounding to bfloat16 FAILED" in streams.out
     assert streams.err.splitlines()[-1].startswith("error: ") and QUERY in streams.err
     with pytest.raises(SystemExit) as exit_:
         main(["convert", "import", "--hf", str(folder / "megatron"), "--out", str(folder / "x")])
