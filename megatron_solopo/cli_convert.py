@@ -33,17 +33,22 @@ def convert() -> None:
 
 
 @contextmanager
-def _interruptible(outcome: str) -> Iterator[None]:
+def _interruptible(output: Path | None = None) -> Iterator[None]:
     """End with one line, cleaned up, on Ctrl-C and likewise on SIGTERM, which queues and `timeout` send."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
+    existed = output is not None and output.exists()
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(f"interrupted: {outcome}; run the same command again")
+        if output is not None and output.exists() and not existed:
+            # It got its name, verified, just before.
+            sys.exit(f"interrupted: {output} is complete, only the report is missing; see it with convert verify")
+        outcome = f"{output} was not written; " if output is not None else ""
+        sys.exit(f"interrupted: {outcome}run the same command again")
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -59,7 +64,7 @@ def import_(source: Path, output: Path, verification: Literal["full", "tensors",
     Example:
       megatron-solopo convert import --hf Qwen2.5-7B-Instruct --out qwen2.5-7b
     """
-    with _interruptible(f"{output} was not written"):
+    with _interruptible(output):
         from megatron_solopo.checkpoint.convert import import_model
 
         report = import_model(source, output, verification=verification)
@@ -84,7 +89,7 @@ def export(
     Example:
       megatron-solopo convert export --checkpoint runs/first/checkpoints/iter_0000100 --out aligned
     """
-    with _interruptible(f"{output} was not written"):
+    with _interruptible(output):
         from megatron_solopo.checkpoint.convert import export_model
 
         report = export_model(checkpoint, output, dtype=dtype, verification=verification)
@@ -105,7 +110,7 @@ def verify(source: Path, checkpoint: Path, logits: bool) -> None:
     Example:
       megatron-solopo convert verify --hf aligned --checkpoint runs/first/checkpoints/iter_0000100
     """
-    with _interruptible("nothing was compared to the end"):
+    with _interruptible():
         from megatron_solopo.checkpoint.convert import verify_models
 
         report = verify_models(source, checkpoint, logits=logits)

@@ -167,6 +167,19 @@ def test_an_interrupted_command_is_one_line_and_leaves_nothing(
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_an_interruption_after_the_end_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_SOLOPO_DEVICE", "cpu")
+
+    def interrupted(source: Path, output: Path, **more: Any) -> None:
+        import_model(source, output, verification="none")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "import_model", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        main(["convert", "import", "--hf", str(folder / "hf"), "--out", str(folder / "out")])
+    assert str(exit_.value.code).startswith(f"interrupted: {folder / 'out'} is complete")
+
+
 def test_the_help_says_what_passes_and_what_a_kill_leaves(capsys: pytest.CaptureFixture[str]) -> None:
     main(["convert", "verify", "--help"])
     assert "after rounding to" in " ".join(capsys.readouterr().out.split())
