@@ -175,6 +175,8 @@ class Trainer:
             "tokens_per_second": batch.num_tokens / seconds,
             "mfu": None if peak is None else flops / (seconds * peak * dist.get_world_size()),
             "peak_memory_bytes": int(memory),
+            "flops": flops,
+            "num_processes": dist.get_world_size(),
         }
 
     def _evaluate(self) -> Metrics:
