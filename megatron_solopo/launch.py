@@ -1,4 +1,4 @@
-"""torchrun that ends as its ranks did: `python -m megatron_solopo.launch [torchrun's options] -m megatron_solopo train ...`
+"""torchrun that ends as its ranks did: `python -m megatron_solopo.launch [options] -m megatron_solopo train ...`.
 
 What plain torchrun (2.13) does, and this launcher instead:
 
@@ -9,7 +9,7 @@ What plain torchrun (2.13) does, and this launcher instead:
                           unless --signals-to-handle names it
     ranks end with 85     reports a failure and exits 1; with             exits 85, never restarts
                           --max-restarts it starts them again
-    a rank fails          exits 1                                         exits with that rank's code, 128 + n for signal n
+    a rank fails          exits 1                                         exits with its code, 128 + n for signal n
 """
 
 import os

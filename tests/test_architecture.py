@@ -22,11 +22,7 @@ class Room:
 
 # "" is the package's own __init__; a dotted name is one module that lives apart from its folder's room.
 ROOMS = {
-    "": Room(0),
-    "files": Room(0),
-    "progress": Room(0),
-    "model_directory": Room(0),
-    "config": Room(0),
+    **dict.fromkeys(("", "config", "exits", "files", "model_directory", "progress"), Room(0)),
     "config_file": Room(0, beside=frozenset({"config", "files"})),
     "architecture": Room(0, beside=frozenset({"config", "model_directory"})),
     "objective": Room(1),
@@ -41,7 +37,7 @@ ROOMS = {
     "plan.dry_run": Room(4, beside=frozenset({"train"}), megatron=True),
     "evaluate": Room(4, megatron=True),
     "integrations": Room(4, beside=frozenset({"train"}), megatron=True),
-    **dict.fromkeys(("cli_convert", "cli_data", "cli_plan"), Room(5)),
+    **dict.fromkeys(("cli_convert", "cli_data", "cli_plan", "launch"), Room(5)),
     "cli": Room(5, beside=frozenset({"cli_convert", "cli_data", "cli_plan"})),
     "__main__": Room(5, beside=frozenset({"cli"})),
 }

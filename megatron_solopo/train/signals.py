@@ -13,8 +13,8 @@ The wait is thus one micro-batch (one step with PP > 1) and the save. A second s
 first, exits at once with 128 + its number; a save that was being written stays under its temporary name.
 
 Launchers deliver one request twice (to the group, then to each rank), hence the 2 seconds. Handlers of Python run
-between two bytecodes of the main thread, which may sit in a collective for long: the number of a signal is
-therefore read by a thread, from the pipe that the interpreter writes to in the very moment.
+between two bytecodes of the main thread, which may sit in a collective for long: a thread therefore reads the
+signal's number too, from the pipe that the interpreter writes it to in the very moment.
 
 Cost: one all-reduce of 8 bytes between hosts (gloo) per boundary, no synchronization with the GPU.
 """
@@ -31,6 +31,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from megatron_solopo import exits
 
@@ -58,7 +59,7 @@ class StopSignals:
         self._pipe, write_end = socket.socketpair()
         write_end.setblocking(False)
         self._write_end = write_end
-        self._handlers = {number: signal.signal(number, _noted) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         self._wakeup = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(self._pipe,), name="signals", daemon=True).start()
         return self
@@ -86,18 +87,31 @@ class StopSignals:
             rank, number = divmod(int(request), 256)
             raise Stopped(f"{signal.Signals(number).name} on rank {rank - 1}")
 
-    def finish(self) -> None:
-        """From here on signals change nothing: all is saved, and launchers signal ranks that are about to exit."""
+    def finish(self, stopped: Stopped) -> None:
+        """All is saved: say so, and let signals change nothing from here on. Called by all ranks together.
+
+        A launcher signals the other ranks as soon as one has exited.
+        """
         self._finished = True
+        if dist.get_rank() == 0:
+            tqdm.write(f"stopped by {stopped}; the same command continues from what is saved")
+        dist.barrier(group=self._group)
+
+    def _handle(self, number: int, frame: object) -> None:
+        """May run long after the thread has seen the same signal: it can be the first request, never the second."""
+        if self._received is None:
+            self._note(number)
 
     def _listen(self, pipe: socket.socket) -> None:
         while data := pipe.recv(1):
-            if data[0] in SIGNALS and not self._finished:
+            if data[0] in SIGNALS:
                 self._note(data[0])
         pipe.close()
 
     def _note(self, number: int) -> None:
         now = time.monotonic()
+        if self._finished:
+            return
         if self._received is None:
             self._received, self._received_at = number, now
             if self._group is None:
@@ -119,10 +133,6 @@ def spared_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-def _noted(number: int, frame: object) -> None:
-    """The interpreter has written the number to the pipe; there is nothing left to do."""
 
 
 def _exit(code: int, message: str) -> None:
