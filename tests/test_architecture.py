@@ -27,11 +27,12 @@ ROOMS = {
     "progress": Room(0),
     "model_directory": Room(0),
     "config": Room(0),
+    "roles": Room(0, beside=frozenset({"config"})),
     "config_file": Room(0, beside=frozenset({"config", "files"})),
     "architecture": Room(0, beside=frozenset({"config", "model_directory"})),
     "objective": Room(1),
     "data": Room(1),
-    "plan": Room(1, beside=frozenset({"data", "objective"})),  # the real packer, and the sequences of a triplet
+    "plan": Room(1, beside=frozenset({"data"})),  # the real packer
     "doctor": Room(1),
     "parallel": Room(1, megatron=True),
     "logprob": Room(2, megatron=True),
