@@ -22,11 +22,7 @@ class Room:
 
 # "" is the package's own __init__; a dotted name is one module that lives apart from its folder's room.
 ROOMS = {
-    "": Room(0),
-    "files": Room(0),
-    "progress": Room(0),
-    "model_directory": Room(0),
-    "config": Room(0),
+    **dict.fromkeys(("", "config", "files", "model_directory", "progress"), Room(0)),
     "roles": Room(0, beside=frozenset({"config"})),
     "config_file": Room(0, beside=frozenset({"config", "files"})),
     "evaluation_results": Room(0, beside=frozenset({"files"})),
