@@ -42,7 +42,7 @@ def loss_spike(steps: Sequence[Step]) -> str | None:
         return None
     return (
         f"loss {newest:.4f} is far above the median {median:.4f} of the {len(before)} steps before "
-        f"(robust z-score {score:.0f}); if it stays, lower optimizer.lr or optimizer.clip_grad, or look at this step's triplets"
+        f"(robust z-score {score:.0f}); if it stays, lower optimizer.lr or optimizer.clip_grad"
     )
 
 

@@ -40,7 +40,7 @@ def reduce_over_ranks(values: Sequence[float], operation: Any, topology: Topolog
 
 
 class MetricsWriter:
-    """Writes on rank 0: `metrics.jsonl`, TensorBoard, W&B if asked for, one console line per step, and what `alarms` see."""
+    """Writes on rank 0: `metrics.jsonl`, TensorBoard, W&B if asked for, one console line per step, and alarms."""
 
     def __init__(
         self, run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any], *, first_step: int, total_steps: int
