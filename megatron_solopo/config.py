@@ -220,6 +220,9 @@ class TrainingConfig(_Section):
     num_train_epochs: PositiveFloat = 1.0
     eval_steps: PositiveInt | None = None
     """Evaluate on the held-out split every this many steps, and at the end; null: never."""
+    max_skipped_steps_in_a_row: PositiveInt = 10
+    """A step whose loss or gradient is NaN or infinite updates nothing and is skipped; after this many, one after the
+    other, the run ends with an error and the checkpoint from before the first of them."""
 
 
 class CheckpointConfig(_Section):

@@ -16,6 +16,7 @@ from megatron_solopo.checkpoint.distributed import latest_checkpoint, load_check
 from megatron_solopo.checkpoint.model_files import read_model_files
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
+from megatron_solopo.train.bad_numbers import Skipped
 from megatron_solopo.train.identity import check_unchanged
 from megatron_solopo.train.metrics import Metrics
 from megatron_solopo.train.policy import Policy
@@ -29,6 +30,7 @@ class Boundary:
     step: int
     """Steps done."""
     loader: dict[str, int]
+    skipped: Skipped
     unrecorded: Metrics | None = None
     """The last step's metrics, until its evaluation is done and they are written: a run continues with just that."""
 
@@ -51,7 +53,7 @@ class Saver:
         self._model_files = read_model_files(config.model.path) if dist.get_rank() == 0 else {}
         self._policy: Policy | None = None
         self._resumed: Path | None = None
-        self.boundary = Boundary(0, loader.state_dict())
+        self.boundary = Boundary(0, loader.state_dict(), Skipped())
         self._last_saved = self._find()
 
     def restore(self, policy: Policy) -> None:
@@ -59,11 +61,11 @@ class Saver:
         self._policy = policy
         if self._resumed is not None:
             load_checkpoint(self._resumed, policy.chunks, policy.optimizer)
-            policy.scheduler.step(increment=self.boundary.step)
+            policy.scheduler.step(increment=self.boundary.step - self.boundary.skipped.total)
 
-    def step_done(self, metrics: Metrics) -> None:
+    def step_done(self, metrics: Metrics, skipped: Skipped) -> None:
         """Told right after an optimizer step: what is saved from here on is the state behind it."""
-        self.boundary = Boundary(int(metrics["step"] or 0), self._loader.state_dict(), metrics)
+        self.boundary = Boundary(int(metrics["step"] or 0), self._loader.state_dict(), skipped, metrics)
 
     def recorded(self) -> None:
         """Told when the step's metrics are written, its evaluation among them where one was due."""
@@ -110,5 +112,7 @@ class Saver:
         self._resumed, state = latest
         self._loader.load_state_dict(state["loader"])
         check_unchanged(self._identity, state["identity"], self._resumed)
-        self.boundary = Boundary(state["step"], self._loader.state_dict(), state.get("unrecorded"))
+        self.boundary = Boundary(
+            state["step"], self._loader.state_dict(), Skipped(**state["skipped"]), state["unrecorded"]
+        )
         return self.boundary

@@ -7,7 +7,7 @@ config -> process groups -> prepared data -> reference log-probs (cached) -> pol
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.bad_numbers import SKIPPED_FILE, TripletLosses, describe, record_skip
 from megatron_solopo.train.batches import single_pass, training_batches
 from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
 from megatron_solopo.train.identity import run_identity
-from megatron_solopo.train.metrics import Metrics, MetricsWriter, reduce_over_ranks, reduce_sums
+from megatron_solopo.train.metrics import Metrics, MetricsWriter, finite_or_none, reduce_over_ranks, reduce_sums
 from megatron_solopo.train.optimizer import check_offload, check_schedule
 from megatron_solopo.train.plot import plot_metrics
 from megatron_solopo.train.policy import StepResult, build_policy
@@ -106,12 +107,15 @@ class Trainer:
         self.max_steps = _max_steps(config, len(splits.datasets["train"]))
         check_schedule(config.optimizer, self.max_steps)
         self.saver = Saver(config, self.loader, run_identity(config, splits), self.max_steps)
-        self.step = self.saver.boundary.step
+        self.step, self.skipped = self.saver.boundary.step, self.saver.boundary.skipped
+        self.before_skips = self.saver.boundary
+        self.triplet_losses = TripletLosses()
         references: dict[str, Any] = {}
         if config.objective.needs_reference:
             references = reference_logprobs(config, splits, topology, boundary=signals.check)
         self.losses = {
-            name: objective_loss(config.objective, references.get(name), topology) for name in splits.datasets
+            name: objective_loss(config.objective, references.get(name), topology, observe)
+            for name, observe in {"train": self.triplet_losses.observe, "eval": None}.items()
         }
         self.policy = build_policy(config, topology, self.max_steps)
         self.saver.restore(self.policy)
@@ -166,7 +170,10 @@ class Trainer:
     def _train_step(self) -> Metrics:
         started = time.monotonic()
         reset_peak_memory()
+        if not self.skipped.in_a_row:
+            self.before_skips = self.saver.boundary
         batch = self.loader.next_batch()
+        self.triplet_losses.clear()
         result = self.policy.step(
             batch.packs,
             self.losses["train"],
@@ -176,10 +183,29 @@ class Trainer:
         self.step += 1
         sums = reduce_sums(result.reports, len(self.names), self.topology)
         means = {name: total / batch.num_triplets for name, total in zip(self.names, sums, strict=True)}
-        self._check_finite(means | {"grad_norm": result.grad_norm}, batch)
-        metrics = {"step": self.step} | means | self._costs(batch, result, time.monotonic() - started)
-        self.saver.step_done(metrics)
+        self.skipped = self.skipped.after(skipped=result.skipped)
+        if result.skipped:
+            self._skip(batch, result)
+        counts = {"skipped": int(result.skipped), "skipped_steps": self.skipped.total}
+        measured = means | self._costs(batch, result, time.monotonic() - started)
+        metrics = {"step": self.step} | finite_or_none(measured) | counts
+        self.saver.step_done(metrics, self.skipped)
         return metrics
+
+    def _skip(self, batch: GlobalBatch, result: StepResult) -> None:
+        """Say what was skipped; where it was one too many, save what was there before and give up."""
+        skip = describe(self.step, self.triplet_losses, batch.packs, gradient_is_finite=result.gradient_was_finite)
+        if dist.get_rank() == 0:
+            record_skip(self.config.run_dir, skip)
+        if self.skipped.in_a_row >= self.config.training.max_skipped_steps_in_a_row:
+            self.saver.boundary = self.before_skips
+            saved = self.saver.save("before the skipped steps")
+            self.saver.finish()
+            raise FloatingPointError(
+                f"{skip}; it is number {self.skipped.in_a_row} in a row, and "
+                f"training.max_skipped_steps_in_a_row={self.config.training.max_skipped_steps_in_a_row}. {saved} holds "
+                f"the run before the first of them; {self.config.run_dir / SKIPPED_FILE} names them all"
+            )
 
     def _can_stop_within_a_step(self) -> bool:
         """Whether a step can be left between two packs without a trace.
@@ -188,15 +214,6 @@ class Trainer:
         """
         model = self.config.model
         return self.topology.pipeline_group.size() == 1 and (model.fp8 is None or model.fp8_recipe != "delayed")
-
-    def _check_finite(self, values: Mapping[str, float], batch: GlobalBatch) -> None:
-        """Stop, on all ranks together, before numbers that are not finite reach a file."""
-        broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            raise FloatingPointError(
-                f"step {self.step}: {', '.join(broken)}; this rank's triplets were "
-                f"{', '.join(triplet for pack in batch.packs for triplet in pack.ids)}. Nothing of this step was saved"
-            )
 
     def _costs(self, batch: GlobalBatch, result: StepResult, seconds: float) -> Metrics:
         """What the step took; time is the slowest rank's, memory the fullest one's."""
@@ -231,8 +248,7 @@ class Trainer:
             reports += [report for report, counted in zip(found, batch.counted, strict=bool(found)) if counted]
         sums = reduce_sums(reports, len(self.names), self.topology)
         means = {f"eval_{name}": total / len(dataset) for name, total in zip(self.names, sums, strict=True)}
-        self._check_finite(means, batch)
-        return means
+        return finite_or_none(means)
 
     def _evaluation_due(self) -> bool:
         every = self.config.training.eval_steps
