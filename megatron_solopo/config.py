@@ -85,6 +85,9 @@ class ParallelConfig(_Section):
     cp_comm_type: Literal["p2p", "a2a"] = "p2p"
     """How context-parallel ranks exchange keys and values in Transformer Engine's attention: in a ring (p2p), or by
     heads (a2a), which needs the heads of a tensor-parallel rank to divide by CP."""
+    distributed_timeout_minutes: PositiveFloat = 60.0
+    """After this long a collective fails (gloo) or ends the process (NCCL). The net below `watchdog`, whose limits
+    should be shorter: it says who is missing."""
     recompute_granularity: Literal["selective", "full"] | None = None
     """Computes activations again in the backward pass: whole layers (full), or `recompute_modules` of each."""
     recompute_method: Literal["uniform", "block"] = "uniform"
@@ -234,6 +237,17 @@ class CheckpointConfig(_Section):
     """Continue from `<run_dir>/checkpoints/latest` where it exists; false: refuse a directory that holds a run."""
 
 
+class WatchdogConfig(_Section):
+    """How long a rank may stand still before it writes its stacks, names who did not arrive, and ends with code 86."""
+
+    timeout_minutes: PositiveFloat = 10.0
+    """Within one micro-batch, optimizer update, or batch of an evaluation or a reference pass."""
+    start_timeout_minutes: PositiveFloat = 30.0
+    """Where each of these comes for the first time (weights are read, kernels compiled, ranks connected)."""
+    save_timeout_minutes: PositiveFloat = 30.0
+    """Within a save."""
+
+
 class LoggingConfig(_Section):
     """Where metrics go besides `metrics.jsonl` and the console."""
 
@@ -256,6 +270,7 @@ class Config(_Section):
     reference: ReferenceConfig = ReferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property

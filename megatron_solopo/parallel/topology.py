@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -65,12 +66,14 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
     device = _device()
     owns_world = not dist.is_initialized()
     if owns_world:
-        _join(device, world_size)
+        _join(device, world_size, timedelta(minutes=config.distributed_timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        # An int by its annotation, but it goes into a timedelta.
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     model_parallel_cuda_manual_seed(seed)
     return _of_existing_groups(device, config.virtual_pipeline_model_parallel_size or 1, owns_world)
@@ -126,10 +129,10 @@ def _device() -> torch.device:
     return device
 
 
-def _join(device: torch.device, world_size: int) -> None:
+def _join(device: torch.device, world_size: int, timeout: timedelta) -> None:
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         assert world_size == 1
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

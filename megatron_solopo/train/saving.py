@@ -78,13 +78,16 @@ class Saver:
             return "the end"
         return "save_steps" if every is not None and step % every == 0 else None
 
-    def save(self, reason: str) -> Path:
+    def save(self, reason: str) -> Path | None:
         """Write the state at the last boundary, complete on return, and return its path.
 
+        None where no step has updated anything yet: that state is the model as it was read, and Adam has none.
         Nothing is written where that is what the newest checkpoint holds. It may be called at any moment between two
         collectives that all ranks reach, as long as no update of the next step has begun.
         """
         assert self._policy is not None, "restore comes first"
+        if self.boundary.step == self.boundary.skipped.total:
+            return None
         path = self._root / f"iter_{self.boundary.step:07d}"
         if self._last_saved != self.boundary:
             state = {**asdict(self.boundary), "identity": self._identity}

@@ -18,7 +18,8 @@ from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import compute_objective
 from megatron_solopo.parallel import topology
 from megatron_solopo.train.reference import reference_logprobs
-from megatron_solopo.train.trainer import precompute_reference, prepare, train
+from megatron_solopo.train.session import prepare
+from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
 from tests.prepared import make_prepared
 from tests.tiny_models import make_model
