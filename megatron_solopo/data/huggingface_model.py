@@ -24,7 +24,9 @@ def load_model(path: Path | str, dtype: str = "auto") -> Any:
     shows_progress = _LOGGING.is_progress_bar_enabled()
     _LOGGING.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
     # The library raises whatever the damaged file led to.
     except Exception as error:
         raise ValueError(f"--model {path}: no loadable model: {' '.join(str(error).split())}") from None
