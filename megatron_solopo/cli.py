@@ -19,6 +19,7 @@ import click
 from megatron_solopo import __version__
 from megatron_solopo.cli_convert import convert
 from megatron_solopo.cli_data import data
+from megatron_solopo.cli_evaluate import evaluate
 from megatron_solopo.cli_plan import plan
 
 _PATH = click.Path(path_type=Path)
@@ -103,6 +104,7 @@ def cli() -> None:
 
 cli.add_command(convert)
 cli.add_command(data)
+cli.add_command(evaluate)
 cli.add_command(plan)
 
 
