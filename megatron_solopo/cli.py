@@ -98,6 +98,7 @@ def cli() -> None:
       megatron-solopo data select   ...   right and wrong ones: triplets
       megatron-solopo data prepare  ...   tokenize them
       megatron-solopo train --config c.yaml
+      megatron-solopo evaluate ...        what it does with long contexts
       megatron-solopo convert export ...  back to Hugging Face
     """
 

@@ -21,13 +21,14 @@ from megatron_solopo import __version__
 from megatron_solopo.config import Config, OptimizerConfig
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
-from megatron_solopo.data.sizes import IntArray, context_and_response
+from megatron_solopo.data.sizes import IntArray
 from megatron_solopo.evaluate.rewards import Column, summarise_groups, triplet_columns
 from megatron_solopo.files import atomic_path, check_writable, sha256_json
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.report.preference_picture import draw_preference
 from megatron_solopo.report.preference_results import PreferenceResults, read_preference
+from megatron_solopo.roles import context_and_response
 from megatron_solopo.run_directory import EVALUATION, Subject
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.reference import reference_dependencies, reference_logprobs, score_sequences

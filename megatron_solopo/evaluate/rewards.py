@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_solopo.config import ObjectiveConfig
-from megatron_solopo.data.sizes import context_and_response
 from megatron_solopo.evaluate.groups import Mask, by_depth, by_length
 from megatron_solopo.evaluate.intervals import mean, proportion
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES
 from megatron_solopo.objective.reward import Response
 from megatron_solopo.report.preference_results import CellGroup, DepthGroup, Estimate, Group, LengthGroup
+from megatron_solopo.roles import context_and_response
 
 Column = NDArray[np.float64]
 
