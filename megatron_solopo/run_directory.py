@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_solopo.model_directory import CONFIG, check_megatron_checkpoint, is_megatron_checkpoint
 
-RUN_CONFIG, METRICS, CHECKPOINTS, EVALUATION = "config.yaml", "metrics.jsonl", "checkpoints", "evaluation"
+RUN_CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
 _LATEST, _STEP = "latest", "iter_"
 
 
@@ -54,8 +54,9 @@ def _newest(run_dir: Path, option: str) -> Path:
 
 
 def _of_run(path: Path) -> Subject:
-    folder, step = path.resolve().parent, path.resolve().name.removeprefix(_STEP)
-    run_dir = path.parent.parent if folder.name == CHECKPOINTS else None
-    if run_dir is None or not (run_dir / RUN_CONFIG).is_file() or not step.isdigit():
+    folder, step = path.absolute().parent, path.absolute().name.removeprefix(_STEP)
+    if folder.name != CHECKPOINTS or not (folder.parent / RUN_CONFIG).is_file() or not step.isdigit():
         return Subject(path)
+    # As it was named, where it was: relative paths stay short in files and messages.
+    run_dir = folder.parent if path.parent.name != CHECKPOINTS else path.parent.parent
     return Subject(path, run_dir, int(step))

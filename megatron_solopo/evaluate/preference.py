@@ -23,13 +23,14 @@ from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.data.sizes import IntArray
 from megatron_solopo.evaluate.rewards import Column, summarise_groups, triplet_columns
+from megatron_solopo.evaluation_results import EVALUATION_FOLDER
 from megatron_solopo.files import atomic_path, check_writable, sha256_json
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.report.preference_picture import draw_preference
 from megatron_solopo.report.preference_results import PreferenceResults, read_preference
 from megatron_solopo.roles import context_and_response
-from megatron_solopo.run_directory import EVALUATION, Subject
+from megatron_solopo.run_directory import Subject
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.reference import reference_dependencies, reference_logprobs, score_sequences
 from megatron_solopo.train.splits import Splits
@@ -54,10 +55,10 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
     Raises ValueError for what does not fit, FloatingPointError where the model's numbers are not finite.
     """
     settings = _evaluation_config(subject, config, split)
-    _check_output(output, settings, split)
     _, topology, splits = prepare(settings)
     dataset = splits.datasets[split]
     try:
+        _refuse_together(output, settings, splits.manifest.fingerprint, split)
         logps, references = _score(settings, Splits(splits.manifest, {split: dataset}), split, topology)
         is_writer, data_parallel_size = dist.get_rank() == 0, topology.data_group.size()
     finally:
@@ -118,20 +119,33 @@ def _evaluation_config(subject: Subject, config: Config, split: Split) -> Config
 
 def default_output(subject: Subject, config: Config) -> Path:
     """`<run>/evaluation/preference-<checkpoint>.json`, in the run of the model or else of the config."""
-    return (subject.run_dir or config.run_dir) / EVALUATION / f"preference-{subject.name}.json"
+    return (subject.run_dir or config.run_dir) / EVALUATION_FOLDER / f"preference-{subject.name}.json"
 
 
-def _check_output(path: Path, config: Config, split: Split) -> None:
+def _refuse_together(path: Path, config: Config, fingerprint: str, split: Split) -> None:
+    """`_check_output` on rank 0 for all: on a shared file system the ranks need not see the same."""
+    found: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            _check_output(path, config, fingerprint, split)
+        except ValueError as error:
+            found = [str(error)]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        raise ValueError(found[0])
+
+
+def _check_output(path: Path, config: Config, fingerprint: str, split: Split) -> None:
     """Raise ValueError if it cannot be written, or if another evaluation there would be lost."""
     if path.suffix != ".json":
         raise ValueError(f"--output {path}: must end in .json")
-    check_writable(path, "--output")
+    check_writable(path.parent, "--output")
     if not path.exists():
         return
     found, objective = read_preference(path), config.objective
     same = {
         "model": Path(found.model).resolve() == config.model.path.resolve(),
-        "data": found.data_fingerprint == load_prepared(config.data.path).manifest.fingerprint,
+        "data": found.data_fingerprint == fingerprint,
         "split": found.split == split,
         "loss type": (found.loss_type, found.beta) == (objective.loss_type, objective.beta),
     }
@@ -155,7 +169,7 @@ def _score(
     if config.objective.needs_reference:
         # A cache for each of what it depends on: evaluations of a run's checkpoints share one, and none is ever stale.
         digest = sha256_json(reference_dependencies(config, splits))[:12]
-        cache = config.run_dir / EVALUATION / f"reference-{split}-{digest}"
+        cache = config.run_dir / EVALUATION_FOLDER / f"reference-{split}-{digest}"
         cached = config.model_copy(update={"reference": config.reference.model_copy(update={"cache": cache})})
         references = reference_logprobs(cached, splits, topology, apart=True)[split]
     chunks = load_frozen(config, config.model.path, topology)
