@@ -22,7 +22,7 @@ class Room:
 
 # "" is the package's own __init__; a dotted name is one module that lives apart from its folder's room.
 ROOMS = {
-    **dict.fromkeys(("", "config", "files", "model_directory", "progress"), Room(0)),
+    **dict.fromkeys(("", "config", "exits", "files", "model_directory", "progress"), Room(0)),
     "roles": Room(0, beside=frozenset({"config"})),
     "config_file": Room(0, beside=frozenset({"config", "files"})),
     "evaluation_results": Room(0, beside=frozenset({"files"})),
@@ -41,7 +41,7 @@ ROOMS = {
     "plan.dry_run": Room(4, beside=frozenset({"train"}), megatron=True),
     "evaluate": Room(4, beside=frozenset({"train"}), megatron=True),  # the trainer's forward passes
     "integrations": Room(4, beside=frozenset({"train"}), megatron=True),
-    **dict.fromkeys(("cli_convert", "cli_data", "cli_evaluate", "cli_plan"), Room(5)),
+    **dict.fromkeys(("cli_convert", "cli_data", "cli_evaluate", "cli_plan", "launch"), Room(5)),
     "cli": Room(5, beside=frozenset({"cli_convert", "cli_data", "cli_evaluate", "cli_plan"})),
     "__main__": Room(5, beside=frozenset({"cli"})),
 }

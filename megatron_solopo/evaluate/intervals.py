@@ -1,4 +1,4 @@
-"""95 % confidence intervals."""
+"""95 % confidence intervals of what is counted and what is measured over triplets."""
 
 import math
 from statistics import NormalDist
@@ -6,17 +6,16 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_solopo.evaluate.statistics import estimate
 from megatron_solopo.report.preference_results import Estimate
 
 _Z = NormalDist().inv_cdf(0.975)
 
 
 def proportion(hits: NDArray[np.bool_]) -> Estimate:
-    """Share of hits, with Wilson's score interval (1927), which stays inside [0, 1] and is honest near its ends."""
-    count, share = len(hits), float(np.mean(hits))
-    center = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    half = _Z / (1 + _Z**2 / count) * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
-    return Estimate(mean=share, low=max(0.0, center - half), high=min(1.0, center + half))
+    """Share of hits, with Wilson's score interval, which stays inside [0, 1] and is honest near its ends."""
+    share, low, high, _ = estimate(hits.astype(np.float64).tolist())
+    return Estimate(mean=share, low=low, high=high)
 
 
 def mean(values: NDArray[np.float64]) -> Estimate:
