@@ -156,7 +156,7 @@ def test_a_server_is_asked_greedily(models, tmp_path) -> None:
         ({"output": None}, "--output: needed for a model that belongs to no run"),
         ({"output": Path("r.jsonl")}, "must end in .json"),
         ({"server": "localhost"}, "must begin with http"),
-        ({"model": "nowhere"}, "--model nowhere: no such directory"),
+        ({"model": "nowhere"}, "--model=nowhere: no such directory"),
     ],
 )
 def test_mistakes_are_one_line(models, options, message, tmp_path) -> None:
