@@ -69,7 +69,7 @@ class RollCall:
 
     def missing(self) -> str:
         """One line of who did not arrive, within a few pulses whatever the network does."""
-        found = self._within(self._common_verdict)
+        found: str | None = self._within(self._common_verdict)
         if found is not None:
             return found
         mine = self._hosts[self._rank]
