@@ -24,6 +24,7 @@ from megatron_solopo.train.bad_numbers import Skipped
 from megatron_solopo.train.identity import check_unchanged
 from megatron_solopo.train.metrics import Metrics
 from megatron_solopo.train.policy import Policy
+from megatron_solopo.train.signals import spared_children
 
 
 @dataclass(frozen=True)
