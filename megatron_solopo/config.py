@@ -223,6 +223,9 @@ class TrainingConfig(_Section):
     num_train_epochs: PositiveFloat = 1.0
     eval_steps: PositiveInt | None = None
     """Evaluate on the held-out split every this many steps, and at the end; null: never."""
+    try_largest_pack: bool | None = None
+    """Try forward and backward of the largest pack before the first step, so that too little memory shows at once;
+    null: where there is a GPU. It takes about as long as that pack does in a step, once per pipeline stage."""
     max_skipped_steps_in_a_row: PositiveInt = 10
     """A step whose loss or gradient is NaN or infinite updates nothing and is skipped; after this many, one after the
     other, the run ends with an error and the checkpoint from before the first of them."""

@@ -1,6 +1,7 @@
 """Process groups: who this process is among the ranks, and whom it talks to."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -48,8 +49,11 @@ class Topology:
         return dist.get_global_rank(self.pipeline_group, self.pipeline_group.size() - 1)
 
 
-def initialize(config: ParallelConfig, seed: int) -> Topology:
+def initialize(config: ParallelConfig, seed: int, check: Callable[[], None] | None = None) -> Topology:
     """Join the process group that torchrun describes (or make one of a single process) and split it.
+
+    Args:
+        check: called between the two, where all ranks have met and not yet relied on having the same sizes.
 
     Raises ValueError for a world size that does not fit, before any process waits for another.
     """
@@ -67,6 +71,8 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
     owns_world = not dist.is_initialized()
     if owns_world:
         _join(device, world_size, timedelta(minutes=config.distributed_timeout_minutes))
+    if check is not None:
+        check()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,

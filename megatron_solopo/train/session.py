@@ -19,6 +19,7 @@ from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.optimizer import check_offload
+from megatron_solopo.train.preflight import check_same_start, start_facts
 from megatron_solopo.train.signals import Stopped, StopSignals
 from megatron_solopo.train.splits import Splits, load_splits
 from megatron_solopo.train.watchdog import Watchdog, watching
@@ -73,7 +74,10 @@ def open_session(config: Config) -> Iterator[Session]:
 
 
 def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
-    """Check model, layout, data and directories, cheapest first, then join the process groups."""
+    """Check model, layout, data and directories, cheapest first, then join the process groups.
+
+    Raises ValueError for what does not fit, or is not the same on all ranks.
+    """
     architecture = read_architecture(config.model.path)
     check_layout(architecture, config.parallel)
     uses_transformer_engine(config.model)  # refuses what cannot run here
@@ -82,4 +86,6 @@ def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
     splits = load_splits(config, architecture)
     check_writable(config.run_dir, "run_dir")
     check_not_by_hand(config.run_dir / "config.yaml")
-    return architecture, process_groups.initialize(config.parallel, config.seed), splits
+    facts = start_facts(config, splits)
+    topology = process_groups.initialize(config.parallel, config.seed, lambda: check_same_start(facts))
+    return architecture, topology, splits

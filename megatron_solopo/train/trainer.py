@@ -15,17 +15,19 @@ import torch.distributed as dist
 
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import save_config
-from megatron_solopo.data.loader import GlobalBatch
+from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import metric_names
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE, TripletLosses, describe, record_skip
 from megatron_solopo.train.batches import single_pass, training_batches
 from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
 from megatron_solopo.train.identity import run_identity
+from megatron_solopo.train.largest_pack import Trial, is_wanted, try_largest_pack
 from megatron_solopo.train.metrics import Metrics, MetricsWriter, finite_or_none, reduce_over_ranks, reduce_sums
 from megatron_solopo.train.optimizer import check_schedule
 from megatron_solopo.train.plot import plot_metrics
-from megatron_solopo.train.policy import StepResult, build_policy
+from megatron_solopo.train.policy import Policy, StepResult, build_policy
+from megatron_solopo.train.preflight import Row, check_surroundings
 from megatron_solopo.train.reference import reference_logprobs
 from megatron_solopo.train.saving import Saver
 from megatron_solopo.train.session import Session, open_session
@@ -41,7 +43,32 @@ def train(config: Config) -> None:
     SystemExit with code 85 where a signal asked to stop, once all is saved (`train.signals`).
     """
     with open_session(config) as session:
+        _check_surroundings(session)
         Trainer(session).run()
+
+
+def preflight(config: Config) -> list[Row]:
+    """What is checked before the first step, the largest pack always among it; returns what was found, and trains not.
+
+    Raises ValueError for the first thing that does not fit.
+    """
+    with open_session(config) as session:
+        rows = _check_surroundings(session)
+        loader = training_batches(config, session.splits.datasets["train"], session.topology)
+        policy = build_policy(config, session.topology, _max_steps(config, len(session.splits.datasets["train"])))
+        return [*rows, ("largest pack", str(_try_largest_pack(session, policy, loader)))]
+
+
+def _check_surroundings(session: Session) -> list[Row]:
+    return check_surroundings(
+        session.config, session.architecture, session.topology, lambda check: session.begin(check, 0)
+    )
+
+
+def _try_largest_pack(session: Session, policy: Policy, loader: GlobalBatchLoader) -> Trial:
+    session.begin("preflight: largest pack", 0)
+    num_rows = len(session.splits.datasets["train"])
+    return try_largest_pack(session.config, policy, loader, num_rows, session.topology, session.watchdog.progress)
 
 
 def precompute_reference(config: Config, *, overwrite: bool) -> Path:
@@ -86,12 +113,17 @@ class Trainer:
         }
         self.policy = build_policy(config, topology, self.max_steps)
         self.saver.restore(self.policy)
+        self.trial = None
+        if is_wanted(config, topology) and self.step < self.max_steps:
+            self.trial = _try_largest_pack(session, self.policy, self.loader)
 
     def run(self) -> None:
         """Train to the last step, or save and raise Stopped where a signal asked to stop."""
         writer = self._start_writing()
         if writer is not None:
             writer.say(self._describe())
+            if self.trial is not None:
+                writer.say(f"the largest pack fits: {self.trial}")
         try:
             self._run_steps(writer)
         except Stopped as stopped:
