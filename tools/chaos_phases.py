@@ -1,0 +1,158 @@
+"""The parts of a step as moments to die at: what `chaos.py` starts on every rank.
+
+It runs the real `megatron_solopo train`; functions of it are watched, and on the rank and at the moment chosen a thread
+sends SIGKILL to the process from within.
+"""
+
+import functools
+import importlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# phase -> the functions that it consists of, as module:name.
+PHASES = {
+    "data": ("megatron_solopo.data.loader:GlobalBatchLoader.next_batch",),
+    "forward": ("megatron_solopo.model.head:ResponseModel.forward",),
+    "backward": ("megatron.core.pipeline_parallel.schedules:backward_step",),
+    "optimizer": (
+        "megatron.core.optimizer.optimizer:MixedPrecisionOptimizer.step",
+        "megatron.core.optimizer.optimizer:FP32Optimizer.step",
+        "megatron.core.optimizer.optimizer:ChainedOptimizer.step",
+    ),
+    "save": ("megatron_solopo.train.trainer:Trainer._save",),
+    "latest": ("megatron_solopo.checkpoint.distributed:atomic_path",),
+}
+WRITTEN_BY_RANK_0 = "latest"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When which rank dies."""
+
+    phase: str
+    rank: int
+    occurrence: int
+    """The phase of this step since the start, or this save: from 1."""
+    fraction: float
+    """Where in the phase, of its usual duration; in [0, 1)."""
+
+
+class Watch:
+    """Counts and times the phases of this process, and ends it at its moment."""
+
+    def __init__(self, moment: Moment | None, usual: dict[str, float], record: Callable[[dict[str, Any]], None]) -> None:
+        self._moment, self._usual, self._record = moment, usual, record
+        self._counts = dict.fromkeys(PHASES, 0)
+        self._within: set[str] = set()
+        self._seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+        self._last_step: dict[str, int] = {}
+
+    @contextmanager
+    def inside(self, phase: str) -> Iterator[None]:
+        """The body is `phase`; what it calls of the same phase is part of it."""
+        if phase in self._within:
+            yield
+            return
+        self._within.add(phase)
+        started = time.monotonic()
+        doomed = self._is_the_moment(phase)
+        try:
+            if doomed:
+                assert self._moment is not None
+                self._kill_after(self._moment.fraction * self._usual[phase])
+            yield
+        finally:
+            if doomed:
+                threading.Event().wait()  # it was shorter this time: the moment is its end
+            self._within.remove(phase)
+            self._seconds[phase].append(time.monotonic() - started)
+
+    def usual_seconds(self) -> dict[str, float]:
+        """The median duration of each phase that this process has been through."""
+        return {phase: sorted(each)[len(each) // 2] for phase, each in self._seconds.items() if each}
+
+    def _is_the_moment(self, phase: str) -> bool:
+        if phase not in ("data", "save", "latest"):
+            # A step has many forward and backward passes, the reference pass and evaluation have their own.
+            step = self._counts["data"]
+            if self._last_step.get(phase) == step:
+                return False
+            self._last_step[phase] = step
+            self._counts[phase] = step
+        else:
+            self._counts[phase] += 1
+        return (
+            self._moment is not None
+            and phase == self._moment.phase
+            and self._counts[phase] == self._moment.occurrence
+        )
+
+    def _kill_after(self, seconds: float) -> None:
+        def kill() -> None:
+            time.sleep(seconds)
+            self._record(asdict(self._moment) | {"seconds_into_it": seconds})
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=kill, daemon=True).start()
+
+
+def run_rank(arguments: Sequence[str], moments: Sequence[Moment], usual: dict[str, float], folder: Path) -> None:
+    """`megatron-solopo train` on this rank, which the elastic agent has started for the n-th time: moment n is its end.
+
+    Appends to `folder/kills.jsonl` before it kills; writes `folder/phases-<rank>.json` where it came to the end.
+    """
+    from megatron_solopo.cli import main
+
+    rank, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    chosen = moments[life] if life < len(moments) and moments[life].rank == rank else None
+
+    def record(kill: dict[str, Any]) -> None:
+        with (folder / "kills.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"life": life} | kill) + "\n")
+
+    watch = Watch(chosen, usual, record)
+    _install(watch)
+    main(["train", *arguments])
+    (folder / f"phases-{rank}.json").write_text(json.dumps(watch.usual_seconds()), encoding="utf-8")
+
+
+def _install(watch: Watch) -> None:
+    for phase, names in PHASES.items():
+        for name in names:
+            module, _, attribute = name.partition(":")
+            *owners, last = attribute.split(".")
+            owner = functools.reduce(getattr, owners, importlib.import_module(module))
+            function = getattr(owner, last)
+            setattr(owner, last, _pointer_only(watch, function) if phase == "latest" else _watched(watch, phase, function))
+
+
+def _watched(watch: Watch, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        with watch.inside(phase):
+            return function(*arguments, **options)
+
+    return call
+
+
+def _pointer_only(watch: Watch, atomic_path: Callable[..., Any]) -> Callable[..., Any]:
+    """`atomic_path`, watched where it writes the pointer `latest`: before, within and after the rename."""
+
+    @contextmanager
+    def call(path: Path) -> Iterator[Path]:
+        if path.name != "latest":
+            with atomic_path(path) as temporary:
+                yield temporary
+            return
+        with watch.inside("latest"), atomic_path(path) as temporary:
+            yield temporary
+
+    return call
