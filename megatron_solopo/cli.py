@@ -19,6 +19,7 @@ import click
 from megatron_solopo import __version__
 from megatron_solopo.cli_convert import convert
 from megatron_solopo.cli_data import data
+from megatron_solopo.cli_evaluate import evaluate
 from megatron_solopo.cli_plan import plan
 
 _PATH = click.Path(path_type=Path)
@@ -97,12 +98,14 @@ def cli() -> None:
       megatron-solopo data select   ...   right and wrong ones: triplets
       megatron-solopo data prepare  ...   tokenize them
       megatron-solopo train --config c.yaml
+      megatron-solopo evaluate ...        what it does with long contexts
       megatron-solopo convert export ...  back to Hugging Face
     """
 
 
 cli.add_command(convert)
 cli.add_command(data)
+cli.add_command(evaluate)
 cli.add_command(plan)
 
 

@@ -27,11 +27,13 @@ ROOMS = {
     "progress": Room(0),
     "model_directory": Room(0),
     "config": Room(0),
+    "roles": Room(0, beside=frozenset({"config"})),
     "config_file": Room(0, beside=frozenset({"config", "files"})),
+    "evaluation_results": Room(0, beside=frozenset({"files"})),
     "architecture": Room(0, beside=frozenset({"config", "model_directory"})),
     "objective": Room(1),
     "data": Room(1),
-    "plan": Room(1, beside=frozenset({"data", "objective"})),  # the real packer, and the sequences of a triplet
+    "plan": Room(1, beside=frozenset({"data"})),  # the real packer
     "doctor": Room(1),
     "parallel": Room(1, megatron=True),
     "logprob": Room(2, megatron=True),
@@ -39,10 +41,10 @@ ROOMS = {
     "checkpoint": Room(3, megatron=True),
     "train": Room(4, megatron=True),
     "plan.dry_run": Room(4, beside=frozenset({"train"}), megatron=True),
-    "evaluate": Room(4, megatron=True),
+    "evaluate": Room(4, beside=frozenset({"train"}), megatron=True),  # the trainer's forward passes
     "integrations": Room(4, beside=frozenset({"train"}), megatron=True),
-    **dict.fromkeys(("cli_convert", "cli_data", "cli_plan"), Room(5)),
-    "cli": Room(5, beside=frozenset({"cli_convert", "cli_data", "cli_plan"})),
+    **dict.fromkeys(("cli_convert", "cli_data", "cli_evaluate", "cli_plan"), Room(5)),
+    "cli": Room(5, beside=frozenset({"cli_convert", "cli_data", "cli_evaluate", "cli_plan"})),
     "__main__": Room(5, beside=frozenset({"cli"})),
 }
 LAZY = ("transformer_engine", "apex", "wandb", "vllm")

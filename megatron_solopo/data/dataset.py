@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from megatron_solopo.data.packing import TokenizedTriplet
 from megatron_solopo.data.prepared import token_lengths
-from megatron_solopo.data.sizes import IntArray, TripletSizes, context_and_response, triplet_sizes
+from megatron_solopo.data.row import DEPTHS_FIELD
+from megatron_solopo.data.sizes import IntArray, TripletSizes, triplet_sizes
+from megatron_solopo.roles import context_and_response
 
 
 class TripletDataset:
@@ -51,6 +53,13 @@ class TripletDataset:
     def ids(self, rows: Sequence[int] | IntArray) -> list[str]:
         """Ids of some rows."""
         return [str(value) for value in self._table[np.asarray(rows).tolist()]["id"].to_pylist()]
+
+    def evidence_depths(self) -> list[list[float]]:
+        """Of every row, where the evidence lies in the long context, from 0 to 1; empty where that is not known."""
+        if DEPTHS_FIELD not in self._table.column_names:
+            return [[] for _ in range(len(self))]
+        depths: list[list[float]] = self._table[DEPTHS_FIELD].to_pylist()
+        return depths
 
     def rows(self, indices: Sequence[int] | IntArray, roles: Sequence[str]) -> list[TokenizedTriplet]:
         """The triplets at some row numbers, with the prompts and responses that the roles need."""

@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from megatron_solopo.data.prepared import PROMPT_COLUMNS
-from megatron_solopo.data.row import PROMPT_FIELDS, RESPONSE_FIELDS, Content, Kind, Message
+from megatron_solopo.data.row import DEPTHS_FIELD, PROMPT_FIELDS, RESPONSE_FIELDS, Content, Kind, Message
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.data.triplet import read_rows
 
@@ -36,12 +36,13 @@ def tokenize_rows(
 ) -> Dataset:
     """Tokenize a valid file into Arrow files under `work`, row by row in the file's order.
 
-    Columns: id, line, problem and the token columns. Where a row cannot be tokenized, problem says why and its
-    token columns are empty; elsewhere problem is "".
+    Columns: id, line, problem, evidence_depths and the token columns. Where a row cannot be tokenized, problem says
+    why and its token columns are empty; elsewhere problem is "".
     """
+    carried = {"id": Value("string"), "line": Value("int64"), DEPTHS_FIELD: List(Value("float32"))}
     rows = Dataset.from_generator(
         _generate_rows,
-        features=Features({"id": Value("string"), "line": Value("int64"), "contents": Value("large_string")}),
+        features=Features({**carried, "contents": Value("large_string")}),
         gen_kwargs={"path": path},
         cache_dir=str(work),
         writer_batch_size=_WRITER_BATCH_ROWS,
@@ -55,7 +56,7 @@ def tokenize_rows(
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "template": template,
         },
-        features=Features({"id": Value("string"), "line": Value("int64"), "problem": Value("string"), **tokens}),
+        features=Features({**carried, "problem": Value("string"), **tokens}),
         remove_columns=["contents"],
         num_proc=num_proc if num_proc > 1 else None,
         cache_file_name=str(work / "tokens.arrow"),
@@ -94,7 +95,8 @@ def _generate_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows in one Arrow schema, whether they are strings or messages: the contents as JSON."""
     for row in read_rows(path):
         assert not row.errors and row.id is not None
-        yield {"id": row.id, "line": row.line, "contents": json.dumps(row.contents)}
+        carried = {"id": row.id, "line": row.line, DEPTHS_FIELD: row.evidence_depths}
+        yield {**carried, "contents": json.dumps(row.contents)}
 
 
 def _tokenize_record(

@@ -1,10 +1,11 @@
 """The directory that `data prepare` writes and training reads: a manifest and tokenized Arrow splits.
 
     manifest.json   what the data is, where it came from, how long its rows are
-    train/  eval/   columns id, prompt_short, prompt_long (not for pairs), chosen, rejected
+    train/  eval/   columns id, evidence_depths, prompt_short, prompt_long (not for pairs), chosen, rejected
 
 Token columns are list<int32>: a prompt as the sequence starts (BOS or chat template included), a response as it
-ends (EOS or the template's end of turn included). A sequence is the two put together.
+ends (EOS or the template's end of turn included). A sequence is the two put together. `evidence_depths` is empty where
+the rows did not say; directories that older versions wrote lack the column.
 """
 
 import json
@@ -18,7 +19,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_solopo.data.row import RESPONSE_FIELDS, Kind
+from megatron_solopo.data.row import DEPTHS_FIELD, RESPONSE_FIELDS, Kind
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
@@ -146,7 +147,7 @@ def _load_split(path: Path, name: str, rows: int, manifest: PreparedManifest) ->
         raise _unusable(path, f"{name}/ is missing or damaged ({' '.join(str(error).split())})") from None
     if len(split) != rows:
         raise _unusable(path, f"{name}/ has {len(split)} rows, the manifest says {rows}")
-    if set(split.column_names) != {"id", *manifest.columns}:
+    if set(split.column_names) - {DEPTHS_FIELD} != {"id", *manifest.columns}:
         raise _unusable(path, f"{name}/ has columns {split.column_names}")
     return split
 

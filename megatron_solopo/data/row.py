@@ -4,7 +4,8 @@
     pair      {"prompt", "chosen", "rejected"} and perhaps "id"             TRL's form, for the plain objectives
 
 Prompts and responses are strings, or lists of chat messages {"role", "content"}: a prompt then ends with a
-user message and a response is exactly one assistant message. Other fields of a row are ignored.
+user message and a response is exactly one assistant message. `evidence_depths`, where a row has it, says where in
+the long context the evidence lies; other fields are ignored.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ Content = str | list[Message]
 
 PROMPT_FIELDS: dict[Kind, tuple[str, ...]] = {"triplet": ("prompt_short", "prompt_long"), "pair": ("prompt",)}
 RESPONSE_FIELDS = ("chosen", "rejected")
-FIELDS = ("id", *PROMPT_FIELDS["triplet"], *PROMPT_FIELDS["pair"], *RESPONSE_FIELDS)
+DEPTHS_FIELD = "evidence_depths"
+"""May be in a row: where each piece of evidence lies in the long context, from 0 (its start) to 1."""
+FIELDS = ("id", *PROMPT_FIELDS["triplet"], *PROMPT_FIELDS["pair"], *RESPONSE_FIELDS, DEPTHS_FIELD)
 
 _ROLES = ("system", "user", "assistant")
 
@@ -44,6 +47,8 @@ class Row:
     form: Form | None = None
     contents: dict[str, Content] = field(default_factory=dict)
     """The legal prompts and responses by field name, messages reduced to role and content."""
+    evidence_depths: list[float] = field(default_factory=list)
+    """Empty where the row does not say."""
     errors: list[RowError] = field(default_factory=list)
 
     def reject(self, field_name: str, reason: str) -> None:
@@ -63,6 +68,10 @@ def parse_row(line: int, value: Any) -> Row:
             row.contents[name] = _parse_content(value.get(name), is_response=name in RESPONSE_FIELDS)
         except ValueError as error:
             row.reject(name, str(error))
+    try:
+        row.evidence_depths = _parse_depths(value.get(DEPTHS_FIELD))
+    except ValueError as error:
+        row.reject(DEPTHS_FIELD, str(error))
     _check_together(row)
     return row
 
@@ -132,6 +141,15 @@ def _parse_message(value: Any, index: int) -> Message:
         except ValueError as error:
             raise ValueError(f"message {index}: content {error}") from None
     return {"role": role, "content": content}
+
+
+def _parse_depths(value: Any) -> list[float]:
+    if value is None:
+        return []
+    numbers = isinstance(value, list) and all(isinstance(each, int | float) for each in value)
+    if not numbers or not all(0 <= each <= 1 for each in value):
+        raise ValueError("expected a list of numbers from 0 to 1")
+    return [float(each) for each in value]
 
 
 def _check_text(text: str) -> str:

@@ -36,9 +36,13 @@ _SCORING_VERSION = 1  # raise it when the same weights and data come to score di
 
 
 def reference_logprobs(
-    config: Config, splits: Splits, topology: Topology, *, overwrite: bool = False
+    config: Config, splits: Splits, topology: Topology, *, overwrite: bool = False, apart: bool = False
 ) -> dict[str, ReferenceLogprobs]:
     """By split: read from the cache, or computed and written to it. All ranks together.
+
+    Args:
+        overwrite: compute again, over an existing cache.
+        apart: see `score_sequences`.
 
     Raises ValueError naming what differs if the cache was made for other data, weights or precision.
     """
@@ -47,7 +51,7 @@ def reference_logprobs(
     if overwrite or not _on_rank_0((cache / _MANIFEST).is_file(), topology):
         check_replaceable(cache, _OWN_FILES, "reference.cache")
         check_writable(cache, "reference.cache")
-        computed = _compute(config, splits, topology)
+        computed = _compute(config, splits, topology, apart)
         if dist.get_rank() == 0:
             _write(cache, expected, splits, computed)
         dist.barrier()
@@ -105,21 +109,49 @@ def _check(cache: Path, expected: dict[str, Any]) -> None:
         )
 
 
-def _compute(config: Config, splits: Splits, topology: Topology) -> dict[str, ReferenceLogprobs]:
+def _compute(config: Config, splits: Splits, topology: Topology, apart: bool) -> dict[str, ReferenceLogprobs]:
     chunks = load_model(config, config.reference.model_path or config.model.path, topology)
     for chunk in chunks:
         release_exact_values(chunk)
-    return {name: score_sequences(config, chunks, dataset, topology, name) for name, dataset in splits.datasets.items()}
+    return {
+        name: score_sequences(config, chunks, dataset, topology, f"reference {name}", apart=apart)
+        for name, dataset in splits.datasets.items()
+    }
 
 
 def score_sequences(
-    config: Config, chunks: list[ResponseModel], dataset: TripletDataset, topology: Topology, split: str
+    config: Config,
+    chunks: list[ResponseModel],
+    dataset: TripletDataset,
+    topology: Topology,
+    label: str,
+    *,
+    apart: bool = False,
 ) -> ReferenceLogprobs:
-    """Forward every sequence of a split once; every rank ends with all the numbers."""
+    """Forward every sequence that the objective reads once; every rank ends with all the numbers.
+
+    Args:
+        label: of the progress bar.
+        apart: one pass for each role, so that a pack must hold the longest sequence and not the largest triplet.
+    """
     roles = required_roles(config.objective)
+    passes = [(role,) for role in roles] if apart else [roles]
+    logps = [_score_pass(config, chunks, dataset, topology, label, together) for together in passes]
+    return ReferenceLogprobs(roles, torch.cat(logps, dim=1))
+
+
+def _score_pass(
+    config: Config,
+    chunks: list[ResponseModel],
+    dataset: TripletDataset,
+    topology: Topology,
+    label: str,
+    roles: tuple[str, ...],
+) -> Tensor:
+    """Summed log-probabilities, fp32 [rows, len(roles)]."""
     logps = torch.zeros(len(dataset), len(roles), device=topology.device)
     visits = torch.zeros(len(dataset), device=topology.device)
-    for batch in single_pass(config, dataset, topology, f"reference {split}"):
+    for batch in single_pass(config, dataset, topology, label, roles):
         with torch.no_grad():
             reports = run_schedule(chunks, batch.packs, logprob_report(topology), topology, forward_only=True)
         for pack, counted, report in zip(batch.packs, batch.counted, reports, strict=bool(reports)):
@@ -130,7 +162,7 @@ def score_sequences(
         dist.all_reduce(values, group=topology.data_group)
         dist.broadcast(values, topology.last_stage_rank, group=topology.pipeline_group)
     assert bool((visits == 1).all()), "every triplet is scored exactly once"
-    return ReferenceLogprobs(roles, logps.cpu())
+    return logps.cpu()
 
 
 def _write(cache: Path, dependencies: dict[str, Any], splits: Splits, computed: dict[str, ReferenceLogprobs]) -> None:

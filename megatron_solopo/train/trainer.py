@@ -15,25 +15,24 @@ import torch.distributed as dist
 
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.architecture.layout import check_layout
-from megatron_solopo.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
-from megatron_solopo.checkpoint.model_files import read_model_files
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import check_not_by_hand, save_config
 from megatron_solopo.data.loader import GlobalBatch
-from megatron_solopo.files import check_writable, read_jsonl, sha256_file
-from megatron_solopo.model.precision import check_precision, precision_settings
+from megatron_solopo.files import check_writable, read_jsonl
+from megatron_solopo.model.precision import check_precision
 from megatron_solopo.model.spec import uses_transformer_engine
-from megatron_solopo.model_directory import huggingface_directory
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.batches import single_pass, training_batches
 from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
+from megatron_solopo.train.identity import run_identity
 from megatron_solopo.train.metrics import Metrics, MetricsWriter, reduce_over_ranks, reduce_sums
 from megatron_solopo.train.optimizer import check_offload, check_schedule
 from megatron_solopo.train.plot import plot_metrics
 from megatron_solopo.train.policy import StepResult, build_policy
 from megatron_solopo.train.reference import reference_logprobs
+from megatron_solopo.train.saving import Saver
 from megatron_solopo.train.splits import Splits, load_splits
 from megatron_solopo.train.step import objective_loss
 
@@ -83,14 +82,11 @@ class Trainer:
     def __init__(self, config: Config, architecture: Architecture, topology: Topology, splits: Splits) -> None:
         self.config, self.architecture, self.topology, self.splits = config, architecture, topology, splits
         self.names = metric_names(config.objective)
-        self.checkpoints = config.run_dir / "checkpoints"
         self.loader = training_batches(config, splits.datasets["train"], topology)
         self.max_steps = _max_steps(config, len(splits.datasets["train"]))
         check_schedule(config.optimizer, self.max_steps)
-        # Now, so that checkpoints stay complete if the model's directory goes meanwhile.
-        self.model_files = read_model_files(config.model.path) if dist.get_rank() == 0 else {}
-        self.identity = self._identity()
-        resumed = self._resume()
+        self.saver = Saver(config, self.loader, run_identity(config, splits), self.max_steps)
+        self.step = self.saver.boundary.step
         references: dict[str, Any] = {}
         if config.objective.needs_reference:
             references = reference_logprobs(config, splits, topology)
@@ -98,27 +94,30 @@ class Trainer:
             name: objective_loss(config.objective, references.get(name), topology) for name in splits.datasets
         }
         self.policy = build_policy(config, topology, self.max_steps)
-        if resumed is not None:
-            load_checkpoint(resumed, self.policy.chunks, self.policy.optimizer)
-            self.policy.scheduler.step(increment=self.step)
+        self.saver.restore(self.policy)
 
     def run(self) -> None:
         """Train to the last step."""
         writer = self._start_writing()
         if writer is not None:
             writer.say(self._describe())
+        if self.saver.boundary.unrecorded is not None:
+            self._complete_step(self.saver.boundary.unrecorded, writer)
         while self.step < self.max_steps:
-            metrics = self._train_step()
-            if self._due(self.config.training.eval_steps):
-                metrics |= self._evaluate()
-            if writer is not None:
-                writer.write(metrics)
-            if self._due(self.config.checkpoint.save_steps) or self.step == self.max_steps:
-                saved = self._save()
-                if writer is not None:
-                    writer.say(f"saved {saved}")
+            self._complete_step(self._train_step(), writer)
+        self.saver.finish()
         if writer is not None:
             plot_metrics(read_jsonl(writer.path), self.config.run_dir / "metrics.png")
+
+    def _complete_step(self, metrics: Metrics, writer: MetricsWriter | None) -> None:
+        """All that follows an optimizer step: evaluation, metrics and checkpoint, where due."""
+        if self._evaluation_due():
+            metrics = metrics | self._evaluate()
+        if writer is not None:
+            writer.write(metrics)
+        self.saver.recorded()
+        if reason := self.saver.due():
+            self.saver.save(reason)
 
     def _describe(self) -> str:
         """One line of what runs where, for the head of the log."""
@@ -144,7 +143,9 @@ class Trainer:
         sums = reduce_sums(result.reports, len(self.names), self.topology)
         means = {name: total / batch.num_triplets for name, total in zip(self.names, sums, strict=True)}
         self._check_finite(means | {"grad_norm": result.grad_norm}, batch)
-        return {"step": self.step} | means | self._costs(batch, result, time.monotonic() - started)
+        metrics = {"step": self.step} | means | self._costs(batch, result, time.monotonic() - started)
+        self.saver.step_done(metrics)
+        return metrics
 
     def _check_finite(self, values: Mapping[str, float], batch: GlobalBatch) -> None:
         """Stop, on all ranks together, before numbers that are not finite reach a file."""
@@ -175,6 +176,8 @@ class Trainer:
             "tokens_per_second": batch.num_tokens / seconds,
             "mfu": None if peak is None else flops / (seconds * peak * dist.get_world_size()),
             "peak_memory_bytes": int(memory),
+            "flops": flops,
+            "num_processes": dist.get_world_size(),
         }
 
     def _evaluate(self) -> Metrics:
@@ -189,51 +192,9 @@ class Trainer:
         self._check_finite(means, batch)
         return means
 
-    def _due(self, every: int | None) -> bool:
+    def _evaluation_due(self) -> bool:
+        every = self.config.training.eval_steps
         return every is not None and (self.step % every == 0 or self.step == self.max_steps)
-
-    def _save(self) -> Path:
-        state = {"loader": self.loader.state_dict(), "identity": self.identity}
-        return save_checkpoint(
-            self.checkpoints, self.step, self.policy.chunks, self.policy.optimizer, state, self.model_files
-        )
-
-    def _identity(self) -> dict[str, Any]:
-        """What a run keeps from its first step to its last, by the key that sets it."""
-        sections = {"objective": self.config.objective, "optimizer": self.config.optimizer}
-        keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
-        return keys | {
-            "model.dtype": self.config.model.dtype,
-            "model.fp8": precision_settings(self.config.model) or None,
-            "model.path (its config.json)": sha256_file(huggingface_directory(self.config.model.path) / "config.json"),
-            "data.path (its content)": self.splits.manifest.fingerprint,
-        }
-
-    def _resume(self) -> Path | None:
-        """Find the checkpoint to continue from, and put step and loader where it left them."""
-        self.step = 0
-        latest = latest_checkpoint(self.checkpoints)
-        if latest is None:
-            return None
-        if not self.config.checkpoint.resume:
-            raise ValueError(
-                f"{self.config.run_dir}: holds a run with checkpoints, which checkpoint.resume=false would overwrite; "
-                "set run_dir to another directory"
-            )
-        path, state = latest
-        self.loader.load_state_dict(state["loader"])
-        changed = [
-            f"{key}={value!r} (it was {state['identity'].get(key)!r})"
-            for key, value in self.identity.items()
-            if state["identity"].get(key) != value
-        ]
-        if changed:
-            raise ValueError(
-                f"{path}: a run keeps its objective, optimizer, model and data, but now {', '.join(changed)}; "
-                "restore that, or set run_dir to another directory"
-            )
-        self.step = state["step"]
-        return path
 
     def _start_writing(self) -> MetricsWriter | None:
         """Prepare the run directory on rank 0, which alone writes metrics."""

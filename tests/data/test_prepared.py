@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 
+from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared, token_lengths
 from megatron_solopo.data.tokenize import prepare
 
@@ -17,6 +18,16 @@ def test_token_lengths_follow_a_selection(tmp_path, triplets, hugging_face):
     prepare(triplets, tmp_path / "out", hugging_face)
     data = load_prepared(tmp_path / "out").train.select([7, 3, 19])
     assert token_lengths(data, "prompt_long").tolist() == [len(row["prompt_long"]) for row in data]
+
+
+def test_directories_of_versions_that_carried_no_depths_are_read(tmp_path, triplets, hugging_face):
+    prepare(triplets, tmp_path / "out", hugging_face)
+    older = load_prepared(tmp_path / "out").train.remove_columns(["evidence_depths"])
+    older.save_to_disk(str(tmp_path / "older"))
+    shutil.rmtree(tmp_path / "out" / "train")
+    (tmp_path / "older").rename(tmp_path / "out" / "train")
+    train = load_prepared(tmp_path / "out").train
+    assert TripletDataset(train, {"short": "prompt_short"}).evidence_depths() == [[]] * len(train)
 
 
 def spoil_manifest(out, **changes):

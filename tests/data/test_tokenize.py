@@ -76,7 +76,7 @@ def test_pairs(tmp_path, hugging_face):
     manifest = prepare(write_rows(tmp_path / "data.jsonl", rows), tmp_path / "out", hugging_face)
     data = load_prepared(tmp_path / "out")
     assert manifest.kind == "pair"
-    assert set(data.train.column_names) == {"id", "prompt_short", "chosen", "rejected"}
+    assert set(data.train.column_names) == {"id", "evidence_depths", "prompt_short", "chosen", "rejected"}
     assert data.train["id"][:] == ["1", "2", "3"]
     assert load_tokenizer(hugging_face).decode(data.train[2]["prompt_short"]) == "<s>who is 2?"
     assert data.prompt_column("short") == data.prompt_column("long") == "prompt_short"
@@ -91,6 +91,12 @@ def test_parquet_is_prepared_like_jsonl(tmp_path, triplets, hugging_face):
     prepare(tmp_path / "data.parquet", tmp_path / "from_parquet", hugging_face)
     prepare(write_rows(tmp_path / "chat.jsonl", rows), tmp_path / "from_jsonl", hugging_face)
     assert load_prepared(tmp_path / "from_parquet").train[:] == load_prepared(tmp_path / "from_jsonl").train[:]
+
+
+def test_where_the_evidence_lies_is_carried(tmp_path, hugging_face):
+    rows = [triplet(0) | {"evidence_depths": [0.25, 1]}, triplet(1), triplet(2) | {"evidence_depths": None}]
+    prepare(write_rows(tmp_path / "data.jsonl", rows), tmp_path / "out", hugging_face)
+    assert load_prepared(tmp_path / "out").train["evidence_depths"][:] == [[0.25, 1.0], [], []]
 
 
 def test_two_processes_give_the_same_data(tmp_path, triplets, hugging_face):

@@ -87,6 +87,8 @@ def test_a_pair_without_id_is_known_by_its_line(tmp_path):
         (triplet("c", prompt_short=...), "prompt_short", "is missing or null"),
         (triplet("c", prompt_short=..., prompt_long=...), "prompt", "the row has neither"),
         (triplet("c", prompt="p"), "prompt", "the row has both, so its kind is unclear"),
+        (triplet("c") | {"evidence_depths": 0.5}, "evidence_depths", "expected a list of numbers from 0 to 1"),
+        (triplet("c") | {"evidence_depths": [0.5, 1.2]}, "evidence_depths", "expected a list of numbers from 0 to 1"),
         (triplet(...), "id", "is missing or null"),
         (triplet(1.5), "id", "expected a string or an integer, got a number"),
         (triplet(True), "id", "expected a string or an integer, got a boolean"),

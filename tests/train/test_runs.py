@@ -246,10 +246,13 @@ def test_metrics_hold_what_is_promised_once_per_step(found: dict[str, Any], fold
         "tokens_per_second",
         "mfu",
         "peak_memory_bytes",
+        "flops",
+        "num_processes",
     ]
     for step in steps:
         assert set(promised) <= set(step)
         assert step["num_triplets"] == 4 and 0 < step["pack_fill"] <= 1 and step["peak_memory_bytes"] > 1e6
+        assert step["num_processes"] == 2 and step["flops"] > 1e6
     evaluated = [step["step"] for step in steps if "eval_loss" in step]
     assert evaluated == [4, STEPS]
     assert [step["learning_rate"] for step in steps[:2]] == [0.0, 1e-3]
@@ -262,6 +265,13 @@ def test_evaluation_does_not_depend_on_the_layout(found: dict[str, Any], folder:
     for name in RESUMED:
         last = read_jsonl(folder / name / "metrics.jsonl")[-1]
         assert [last[each] for each in names] == pytest.approx([whole[each] for each in names], rel=1e-4, abs=1e-5)
+
+
+def test_the_work_of_a_step_does_not_depend_on_the_layout(found: dict[str, Any], folder: Path) -> None:
+    whole = [step["flops"] for step in read_jsonl(folder / "whole" / "metrics.jsonl")]
+    assert len(set(whole)) > 1
+    for name in RESUMED:
+        assert [step["flops"] for step in read_jsonl(folder / name / "metrics.jsonl")] == pytest.approx(whole)
 
 
 def test_the_run_directory_is_complete(found: dict[str, Any], folder: Path) -> None:
