@@ -10,6 +10,7 @@ size of memory must be the same to the last bit. Exit code 1 otherwise. One mach
 
 import json
 import multiprocessing
+import os
 import random
 import sys
 import threading
@@ -69,6 +70,9 @@ def launch(name: str, folder: Path, ranks: int, arguments: list[str], moments: l
         logs_specs=DefaultLogsSpecs(log_dir=str(work), redirects=Std.ALL),
     )
     own = [f"run_dir={folder / name}", f"reference.cache={folder / 'reference'}"]
+    # Else a restarted rank may find the addresses of the dead ones in the agent's store (pytorch issue 135712).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     started, finished = time.monotonic(), threading.Event()
     if moments:
         threading.Thread(target=_show, args=(work / "kills.jsonl", len(moments), finished), daemon=True).start()

@@ -27,7 +27,7 @@ PHASES = {
         "megatron.core.optimizer.optimizer:FP32Optimizer.step",
         "megatron.core.optimizer.optimizer:ChainedOptimizer.step",
     ),
-    "save": ("megatron_solopo.train.trainer:Trainer._save",),
+    "save": ("megatron_solopo.train.saving:Saver.save",),
     "latest": ("megatron_solopo.checkpoint.distributed:atomic_path",),
 }
 WRITTEN_BY_RANK_0 = "latest"
