@@ -160,6 +160,11 @@ def reference(path: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
 def train(path: Path, overrides: tuple[str, ...]) -> None:
     """Train. OVERRIDES are dotted keys over the config file.
 
+    Started again, it continues from what is saved. SIGTERM, SIGUSR1 or SIGINT on any rank saves at the next boundary (a
+    micro-batch; a step with pipeline stages) and exits with code 85; a second signal exits at once. torchrun turns 85
+    into 1 and kills its ranks after --shutdown-timeout (30) seconds: `python -m megatron_solopo.launch` takes the same
+    options, passes the signals on, waits, and exits as the ranks did.
+
     \b
     Examples:
       megatron-solopo train --config c.yaml

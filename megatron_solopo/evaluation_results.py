@@ -14,7 +14,7 @@ from megatron_solopo.files import write_json
 EVALUATION_FOLDER = "evaluation"
 
 Backend = Literal["megatron", "transformers", "server"]
-Interval = Literal["wilson", "t"]
+Interval = Literal["wilson", "bootstrap"]
 
 
 class _Part(BaseModel):
@@ -39,7 +39,7 @@ class Cell(_Part):
     """Lower end of the 95 % confidence interval."""
     high: float
     interval: Interval
-    """wilson: Wilson's score interval, for scores of 0 or 1; t: Student's, for means of other scores."""
+    """wilson: Wilson's score interval, for scores of 0 and 1; bootstrap: its percentiles, for means of other scores."""
     prompt_tokens: int
     generated_tokens: int
     seconds: float
