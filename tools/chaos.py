@@ -9,6 +9,7 @@ size of memory must be the same to the last bit. Exit code 1 otherwise. One mach
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -70,6 +71,9 @@ def launch(name: str, folder: Path, ranks: int, arguments: list[str], moments: l
         logs_specs=DefaultLogsSpecs(log_dir=str(work), redirects=Std.ALL),
     )
     own = [f"run_dir={folder / name}", f"reference.cache={folder / 'reference'}"]
+    os.environ["PYTHONWARNINGS"] = "ignore"  # of libraries, in every life
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # it reports every death
     # Else a restarted rank may find the addresses of the dead ones in the agent's store (pytorch issue 135712).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -9,10 +9,11 @@ import importlib
 import json
 import os
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ PHASES = {
     "save": ("megatron_solopo.train.saving:Saver.save",),
     "latest": ("megatron_solopo.checkpoint.distributed:atomic_path",),
 }
+PER_STEP = ("forward", "backward", "optimizer")
 WRITTEN_BY_RANK_0 = "latest"
 
 
@@ -48,12 +50,13 @@ class Moment:
 class Watch:
     """Counts and times the phases of this process, and ends it at its moment."""
 
-    def __init__(self, moment: Moment | None, usual: dict[str, float], record: Callable[[dict[str, Any]], None]) -> None:
-        self._moment, self._usual, self._record = moment, usual, record
-        self._counts = dict.fromkeys(PHASES, 0)
+    def __init__(
+        self, moment: Moment | None, usual_seconds: dict[str, float], record: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._moment, self._usual, self._record = moment, usual_seconds, record
+        self._occurrence = dict.fromkeys(PHASES, 0)
         self._within: set[str] = set()
         self._seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
-        self._last_step: dict[str, int] = {}
 
     @contextmanager
     def inside(self, phase: str) -> Iterator[None]:
@@ -63,11 +66,8 @@ class Watch:
             return
         self._within.add(phase)
         started = time.monotonic()
-        doomed = self._is_the_moment(phase)
+        doomed = self._reaches(phase)
         try:
-            if doomed:
-                assert self._moment is not None
-                self._kill_after(self._moment.fraction * self._usual[phase])
             yield
         finally:
             if doomed:
@@ -77,28 +77,23 @@ class Watch:
 
     def usual_seconds(self) -> dict[str, float]:
         """The median duration of each phase that this process has been through."""
-        return {phase: sorted(each)[len(each) // 2] for phase, each in self._seconds.items() if each}
+        return {phase: statistics.median(each) for phase, each in self._seconds.items() if each}
 
-    def _is_the_moment(self, phase: str) -> bool:
-        if phase not in ("data", "save", "latest"):
-            # A step has many forward and backward passes, the reference pass and evaluation have their own.
-            step = self._counts["data"]
-            if self._last_step.get(phase) == step:
-                return False
-            self._last_step[phase] = step
-            self._counts[phase] = step
-        else:
-            self._counts[phase] += 1
-        return (
-            self._moment is not None
-            and phase == self._moment.phase
-            and self._counts[phase] == self._moment.occurrence
-        )
+    def _reaches(self, phase: str) -> bool:
+        """Count the phase, and let the process die in it if this is the moment."""
+        before = self._occurrence[phase]
+        # One per step, however many packs it has; the passes before the first step (the reference's) are number 0.
+        self._occurrence[phase] = self._occurrence["data"] if phase in PER_STEP else before + 1
+        moment = self._moment
+        if moment is None or phase != moment.phase or not before < self._occurrence[phase] == moment.occurrence:
+            return False
+        self._kill_after(moment.fraction * self._usual[phase], moment)
+        return True
 
-    def _kill_after(self, seconds: float) -> None:
+    def _kill_after(self, seconds: float, moment: Moment) -> None:
         def kill() -> None:
             time.sleep(seconds)
-            self._record(asdict(self._moment) | {"seconds_into_it": seconds})
+            self._record(asdict(moment) | {"seconds_into_it": seconds})
             os.kill(os.getpid(), signal.SIGKILL)
 
         threading.Thread(target=kill, daemon=True).start()
@@ -126,12 +121,12 @@ def run_rank(arguments: Sequence[str], moments: Sequence[Moment], usual: dict[st
 
 def _install(watch: Watch) -> None:
     for phase, names in PHASES.items():
+        watched = _watched_pointer if phase == "latest" else _watched
         for name in names:
             module, _, attribute = name.partition(":")
             *owners, last = attribute.split(".")
             owner = functools.reduce(getattr, owners, importlib.import_module(module))
-            function = getattr(owner, last)
-            setattr(owner, last, _pointer_only(watch, function) if phase == "latest" else _watched(watch, phase, function))
+            setattr(owner, last, watched(watch, phase, getattr(owner, last)))
 
 
 def _watched(watch: Watch, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,16 +138,12 @@ def _watched(watch: Watch, phase: str, function: Callable[..., Any]) -> Callable
     return call
 
 
-def _pointer_only(watch: Watch, atomic_path: Callable[..., Any]) -> Callable[..., Any]:
+def _watched_pointer(watch: Watch, phase: str, atomic_path: Callable[..., Any]) -> Callable[..., Any]:
     """`atomic_path`, watched where it writes the pointer `latest`: before, within and after the rename."""
 
     @contextmanager
     def call(path: Path) -> Iterator[Path]:
-        if path.name != "latest":
-            with atomic_path(path) as temporary:
-                yield temporary
-            return
-        with watch.inside("latest"), atomic_path(path) as temporary:
+        with watch.inside(phase) if path.name == "latest" else nullcontext(), atomic_path(path) as temporary:
             yield temporary
 
     return call

@@ -14,6 +14,6 @@ shift 2
 name=solopo-$(cksum <<<"$PWD $*" | cut -d ' ' -f 1)
 for ((link = 1; link <= links; link++)); do
     # A link that is asked to stop does not queue itself again: the next one is waiting.
-    REQUEUE=no sbatch --parsable --dependency=singleton --job-name="$name" --output="$name-%j.log" "$script" "$@"
+    REQUEUE=no sbatch --parsable --dependency=singleton --job-name="$name" "$script" "$@"
 done
 echo "$links links of $config, named $name; scancel --name=$name ends them all" >&2

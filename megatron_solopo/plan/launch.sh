@@ -31,8 +31,6 @@ launch() {
     # CUDA_DEVICE_MAX_CONNECTIONS=1 is needed under TP and CP, and in the way without them: the program sets it itself.
     # NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME (ib0, eth0, ...): set both where a node has several networks and the
     # wrong one is taken: "connection refused" or "timed out" at the start.
-    # Ranks that are restarted in place make a new store: the agent's still holds the addresses of the dead ones.
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     # Lines reach the log when they are written, and a crash in native code leaves a Python stack.
     export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 
@@ -48,7 +46,7 @@ launch() {
     local options=(
         --ntasks-per-node=1
         # All of the node's cores: srun does not take them over from sbatch, and one task would get one core.
-        --cpus-per-task="${SLURM_CPUS_ON_NODE}"
+        --cpus-per-task="$SLURM_CPUS_ON_NODE"
         # Launchers that stop together do not end in the same instant: the first one's end is not the others' yet.
         --kill-on-bad-exit=0 --wait=120
     )
@@ -66,16 +64,26 @@ launch() {
     done
     trap - USR1 TERM INT
 
-    # --- What becomes of the job. A node that dies is SLURM's own business: --requeue. ---------------------------------
+    # --- What becomes of the job. -------------------------------------------------------------------------------------
     if ((code == 0)); then
         exit 0
     elif ((code == 85)) || [[ $asked ]]; then
         # 85: all is saved. Anything else after a request: it did not come to that, and the last checkpoint counts.
         [[ $REQUEUE == yes ]] || exit 0
-        echo "queued again; the same run directory continues"
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this script
-        echo "SLURM does not requeue this job: submit it again to continue" >&2
-        exit 85
+        queue_again
+    elif ! timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true; then
+        # The other nodes' ranks feel a dead node long before SLURM does (SlurmdTimeout). It then queues the job again
+        # itself, but only if the job still runs; by hand it would come back to the dead node.
+        echo "a node does not answer: waiting until SLURM has noticed"
+        sleep $((2 * $(scontrol show config | awk '$1 == "SlurmdTimeout" { print $3 }')))
+        [[ $REQUEUE == yes ]] && queue_again
     fi
     exit "$code"
+}
+
+queue_again() {
+    echo "queued again; the same run directory continues"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this script
+    echo "SLURM does not requeue this job: submit it again to continue" >&2
+    exit 85
 }

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,8 +92,15 @@ class Cluster:
         """SIGKILL to everything that runs on a node, its daemon included."""
         steps = [process for process in psutil.process_iter() if _is_step_of(process, self.folder, node)]
         doomed = [each for step in steps for each in (*step.children(recursive=True), step)]
-        for process in (psutil.Process(self.daemons.pop(node).pid), *doomed):
-            process.kill()
+        for process in (self.daemons.pop(node), *doomed):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+            process.wait(timeout=30)
+
+    def restore_power(self, node: str) -> None:
+        """Start a node again, and wait until it takes jobs."""
+        self.daemons[node] = _start(self, "slurmd", "-N", node)
+        wait_until(lambda: self.run("sinfo", "-h", "-n", node, "-o", "%t") == "idle", 60, f"{node} to be idle")
 
 
 def _is_step_of(process: psutil.Process, folder: Path, node: str) -> bool:

@@ -42,6 +42,10 @@ class Runs:
         command = ("sbatch", "--parsable", log, *options, str(SCRIPTS / script), *arguments)
         return self.slurm.run(*command, **NODES_HERE)
 
+    def nodes(self, job: str) -> list[str]:
+        """Those that the job has or had last."""
+        return self.slurm.run("scontrol", "show", "hostnames", self.slurm.job(job, "NodeList")).split()
+
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
 
@@ -86,13 +90,38 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_the_same(runs: Runs, und
 
 
 @pytest.mark.slurm
-def test_a_job_whose_node_died_moves_to_the_spare_node_and_ends_the_same(runs: Runs, undisturbed: list[Any]) -> None:
-    job = runs.submit("node-death")
-    runs.wait_for_step("node-death", 2 * SAVE_STEPS + 1)
-    nodes = runs.slurm.run("scontrol", "show", "hostnames", runs.slurm.job(job, "NodeList")).split()
-    runs.slurm.cut_power(nodes[1])
+@pytest.mark.parametrize("dead", [1, 0], ids=["a-node", "the-node-of-the-batch-script"])
+def test_a_job_whose_node_died_moves_to_the_spare_node_and_ends_the_same(
+    runs: Runs, undisturbed: list[Any], dead: int
+) -> None:
+    name = f"dead-node-{dead}"
+    job = runs.submit(name)
+    runs.wait_for_step(name, 2 * SAVE_STEPS + 1)
+    node = runs.nodes(job)[dead]
+    runs.slurm.cut_power(node)
     wait_until(lambda: runs.slurm.job(job, "Restarts") == "1", PATIENCE, "the requeue")
-    runs.end("node-death", job)
-    after = runs.slurm.run("scontrol", "show", "hostnames", runs.slurm.job(job, "NodeList")).split()
-    assert len(after) == 2 and nodes[1] not in after
-    assert computed(runs.folder / "node-death") == undisturbed
+    runs.end(name, job)
+    assert len(runs.nodes(job)) == 2 and node not in runs.nodes(job)
+    assert computed(runs.folder / name) == undisturbed
+    runs.slurm.restore_power(node)
+
+
+@pytest.mark.slurm
+def test_a_chain_of_jobs_goes_on_where_the_one_before_stopped(runs: Runs, undisturbed: list[Any]) -> None:
+    run_dir = runs.folder / "chain"
+    command = (str(SCRIPTS / "chain.sh"), "4", str(SCRIPTS / "multi-node.sbatch"), str(runs.config))
+    environment = NODES_HERE | {"SBATCH_OUTPUT": str(runs.folder / "chain-%j.log")}
+    jobs = runs.slurm.run(*command, f"run_dir={run_dir}", **environment).split()
+    assert len(jobs) == 4
+    runs.wait_for_step("chain", 5)
+    runs.slurm.run("scancel", "--batch", "--signal=USR1", jobs[0])
+    assert runs.slurm.wait_for_end(jobs[0], PATIENCE) == "COMPLETED"
+    saved = (run_dir / "checkpoints" / "latest").read_text()
+    runs.wait_for_step("chain", 2 * SAVE_STEPS + 3)
+    assert runs.slurm.job(jobs[2], "JobState") == "PENDING"
+    runs.slurm.run("scancel", jobs[1])  # without a chance to save in the end
+    assert runs.slurm.wait_for_end(jobs[1], PATIENCE) == "CANCELLED"
+    for job in jobs[2:]:
+        assert runs.slurm.wait_for_end(job, PATIENCE) == "COMPLETED"
+    assert saved < (run_dir / "checkpoints" / "latest").read_text() == f"iter_{STEPS:07d}\n"
+    assert computed(run_dir) == undisturbed
