@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ PHASES = {
         "megatron.core.optimizer.optimizer:ChainedOptimizer.step",
     ),
     "save": ("megatron_solopo.train.saving:Saver.save",),
-    "latest": ("megatron_solopo.checkpoint.distributed:atomic_path",),
+    "latest": ("megatron_solopo.checkpoint.pending:publish",),
 }
 PER_STEP = ("forward", "backward", "optimizer")
 WRITTEN_BY_RANK_0 = "latest"
@@ -121,12 +121,11 @@ def run_rank(arguments: Sequence[str], moments: Sequence[Moment], usual: dict[st
 
 def _install(watch: Watch) -> None:
     for phase, names in PHASES.items():
-        watched = _watched_pointer if phase == "latest" else _watched
         for name in names:
             module, _, attribute = name.partition(":")
             *owners, last = attribute.split(".")
             owner = functools.reduce(getattr, owners, importlib.import_module(module))
-            setattr(owner, last, watched(watch, phase, getattr(owner, last)))
+            setattr(owner, last, _watched(watch, phase, getattr(owner, last)))
 
 
 def _watched(watch: Watch, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,16 +133,5 @@ def _watched(watch: Watch, phase: str, function: Callable[..., Any]) -> Callable
     def call(*arguments: Any, **options: Any) -> Any:
         with watch.inside(phase):
             return function(*arguments, **options)
-
-    return call
-
-
-def _watched_pointer(watch: Watch, phase: str, atomic_path: Callable[..., Any]) -> Callable[..., Any]:
-    """`atomic_path`, watched where it writes the pointer `latest`: before, within and after the rename."""
-
-    @contextmanager
-    def call(path: Path) -> Iterator[Path]:
-        with watch.inside(phase) if path.name == "latest" else nullcontext(), atomic_path(path) as temporary:
-            yield temporary
 
     return call
