@@ -19,6 +19,7 @@ import click
 from megatron_solopo import __version__
 from megatron_solopo.cli_convert import convert
 from megatron_solopo.cli_data import data
+from megatron_solopo.cli_evaluate import evaluate
 from megatron_solopo.cli_plan import plan
 
 _PATH = click.Path(path_type=Path)
@@ -97,12 +98,14 @@ def cli() -> None:
       megatron-solopo data select   ...   right and wrong ones: triplets
       megatron-solopo data prepare  ...   tokenize them
       megatron-solopo train --config c.yaml
+      megatron-solopo evaluate ...        what it does with long contexts
       megatron-solopo convert export ...  back to Hugging Face
     """
 
 
 cli.add_command(convert)
 cli.add_command(data)
+cli.add_command(evaluate)
 cli.add_command(plan)
 
 
@@ -156,6 +159,11 @@ def reference(path: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
 @_with_config
 def train(path: Path, overrides: tuple[str, ...]) -> None:
     """Train. OVERRIDES are dotted keys over the config file.
+
+    Started again, it continues from what is saved. SIGTERM, SIGUSR1 or SIGINT on any rank saves at the next boundary (a
+    micro-batch; a step with pipeline stages) and exits with code 85; a second signal exits at once. torchrun turns 85
+    into 1 and kills its ranks after --shutdown-timeout (30) seconds: `python -m megatron_solopo.launch` takes the same
+    options, passes the signals on, waits, and exits as the ranks did.
 
     \b
     Examples:

@@ -91,10 +91,10 @@ def plan(
     if why_not and not as_json:
         click.echo(report.refusals(search.refused))
     chosen = session.choose(planner, search, explain)
-    vanilla = session.beside(planner, search) if explain is None else None
+    other = session.beside(planner) if explain is None else None
     proofs = prove(planner, chosen) if dry_run else []
-    tell = session.as_json_text if as_json else session.as_text
-    click.echo(tell(planner, search, chosen, vanilla, proofs, price=price, top=top))
+    answer = session.Answer(planner, search, chosen, other, proofs, price, top)
+    click.echo(answer.json if as_json else answer.text)
     if emit_sbatch is not None:
         write_sbatch(chosen, run_of(chosen, workload, price), emit_sbatch)
     if picture is not None:
@@ -113,8 +113,10 @@ def draw(chosen: "Estimate", path: Path) -> None:
 def prove(planner: "Planner", chosen: "Estimate") -> "list[Proof]":
     """Build the chosen layout's distinct ranks; imports Megatron, on the CPU whatever this machine has."""
     os.environ["MEGATRON_SOLOPO_DEVICE"] = "cpu"
+    from megatron_solopo.architecture.huggingface import read_architecture
     from megatron_solopo.plan.dry_run import dry_run
 
     packs = chosen.batch.heaviest_rank
     largest = max(packs, key=lambda pack: pack.padded_tokens)
-    return list(dry_run(planner.architecture, chosen.layout, largest, len(packs)))
+    architecture = read_architecture(planner.config.model.path)  # with what its layers compute with
+    return list(dry_run(architecture, chosen.layout, largest, len(packs)))

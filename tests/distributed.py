@@ -48,6 +48,29 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
                 process.join()
 
 
+def exit_codes(function: Callable[..., Any], world_size: int, *arguments: Any, patience: float) -> list[int | None]:
+    """Like `run_distributed`, for functions that end their process: the exit codes, None after `patience` seconds.
+
+    A rank that was ended by signal n has the code -n. Ranks that are still there are killed then.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    deadline = time.monotonic() + patience
+    with tempfile.TemporaryDirectory() as folder:
+        common = (world_size, Path(folder) / "store", _CONTEXT.Queue())
+        ranks = [
+            _CONTEXT.Process(target=_run_rank, args=(function, arguments, rank, *common)) for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()
+            process.join()
+        return codes
+
+
 def _collect(results: Any, ranks: list[Any]) -> list[Any]:
     collected: dict[int, Any] = {}
     deadline = time.monotonic() + TIMEOUT_SECONDS

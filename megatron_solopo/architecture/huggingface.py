@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.model_directory import huggingface_directory
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -31,37 +32,14 @@ _COUNTS = (
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A dense decoder-only transformer: RMSNorm, SwiGLU, rotary embedding, grouped-query attention."""
+class Architecture(Shape):
+    """A model's shape, and the numbers that its layers compute with."""
 
-    model_type: str
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    head_dim: int
-    vocab_size: int
-    max_sequence_length: int
-    """Positions that the model was made for, rope scaling included."""
     layernorm_epsilon: float
-    add_qkv_bias: bool
-    qk_layernorm: bool
-    tied_embeddings: bool
     inv_freq: Tensor
     """Rotary frequencies, fp32 [head_dim / 2]."""
     rotary_scale: float
     """Factor on cos and sin (YaRN's attention factor); attention logits grow by its square."""
-
-    @property
-    def num_parameters(self) -> int:
-        """Of the whole model, tied embeddings counted once."""
-        queries, keys = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
-        attention = 2 * self.hidden_size * (queries + keys) + (queries + 2 * keys if self.add_qkv_bias else 0)
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_layernorm else 0)
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + norms
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
 
     @property
     def softmax_scale(self) -> float:

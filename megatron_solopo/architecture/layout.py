@@ -1,6 +1,6 @@
 """Which parallel layouts divide a model and a number of GPUs, and what they pad to: arithmetic alone, no Megatron."""
 
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.config import ParallelConfig
 
 _VOCAB_MULTIPLE_PER_RANK = 128
@@ -37,7 +37,7 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
+def check_layout(architecture: Shape, parallel: ParallelConfig) -> None:
     """Refuse a layout that does not divide the model; raises ValueError naming both numbers and the key."""
     tp = parallel.tensor_model_parallel_size
     for what, count in (
@@ -75,7 +75,7 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
     _check_activation_offload(architecture, parallel)
 
 
-def _check_exchange_by_heads(architecture: Architecture, parallel: ParallelConfig) -> None:
+def _check_exchange_by_heads(architecture: Shape, parallel: ParallelConfig) -> None:
     cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     if parallel.cp_comm_type != "a2a":
         return
@@ -90,7 +90,7 @@ def _check_exchange_by_heads(architecture: Architecture, parallel: ParallelConfi
             )
 
 
-def _check_activation_offload(architecture: Architecture, parallel: ParallelConfig) -> None:
+def _check_activation_offload(architecture: Shape, parallel: ParallelConfig) -> None:
     count = parallel.cpu_offloading_num_layers
     if not count:
         return

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,8 @@ from tqdm import tqdm
 
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory, is_finite
-from megatron_solopo.checkpoint.mapping import huggingface_shapes, huggingface_tensors, rules
-from megatron_solopo.checkpoint.megatron import MegatronDirectory
+from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, huggingface_shapes, rules
+from megatron_solopo.checkpoint.megatron import THREADS, MegatronDirectory
 from megatron_solopo.checkpoint.megatron_writer import write_megatron
 from megatron_solopo.checkpoint.model_files import MANIFEST, read_model_files, source_dtypes, write_model_files
 from megatron_solopo.checkpoint.safetensors_writer import SafetensorsWriter
@@ -80,16 +81,20 @@ def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verific
         files["config.json"] = _config_with_dtype(files["config.json"], dtype)
     with _output(output, total, files) as temporary:
         writer = SafetensorsWriter(temporary, _meta_tensors(architecture, dtypes))
-        with _bar("export", total) as progress:
-            for rule in rules(architecture).values():
-                for name, tensor in huggingface_tensors(rule, architecture, stored.rows_of(rule)):
-                    if not is_finite(tensor):
+        with _bar("export", total) as progress, ThreadPoolExecutor(THREADS) as pool:
+
+            def export(rule: Rule) -> None:
+                read = stored.rows_of(rule)
+                for name, row, block in huggingface_blocks(rule, architecture, read, stored.dtype(rule).itemsize):
+                    if not is_finite(block):
                         raise ValueError(
                             f"{checkpoint}: {name} is not finite (NaN or infinity); the checkpoint is damaged or its "
                             "training diverged: take an earlier one"
                         )
-                    writer.write(name, to_dtype(name, tensor, dtypes[name]))
-                    progress(tensor.numel() * dtypes[name].itemsize)
+                    writer.write(name, to_dtype(name, block, dtypes[name]), row)
+                    progress(block.numel() * dtypes[name].itemsize)
+
+            list(pool.map(export, rules(architecture).values()))
         writer.finish()
         write_model_files(files, temporary)
         return _verified(temporary, checkpoint, output, verification, total)

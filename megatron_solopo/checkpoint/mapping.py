@@ -13,6 +13,7 @@ untied embeddings an output layer. The fused parameter has as many rows as its p
 every direction (a rank's share, a piece of a checkpoint, a Hugging Face tensor) is a range of rows.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
+# Small enough for the allocator to use the same memory again: fresh pages for every block double the time.
+_BLOCK_BYTES = 1 << 24
 # Transformer Engine fuses each norm into the linear layer behind it and renames its weight. Megatron's
 # checkpoints use this name whichever implementation wrote them.
 _FUSED_NORMS = {
@@ -170,19 +173,52 @@ def _qkv_rows(
     return fused[rows.start - first * per_group : rows.stop - first * per_group]
 
 
-def huggingface_tensors(rule: Rule, architecture: Architecture, read: ReadRows) -> Iterator[tuple[str, Tensor]]:
-    """Each of the rule's Hugging Face tensors by name, from rows of the whole Megatron parameter."""
+def row_blocks(rule: Rule, architecture: Architecture, itemsize: int) -> Iterator[slice]:
+    """Ranges of rows of the whole parameter, about 16 MiB each, that are read and written at once.
+
+    Those of fused queries, keys and values end between groups where a group fits.
+
+    Args:
+        itemsize: bytes of one number.
+    """
+    shape = megatron_shape(rule, architecture)
+    step = max(1, _BLOCK_BYTES // (itemsize * math.prod(shape[1:])))
+    group = shape[0] // architecture.num_query_groups if rule.fusion == "qkv" else 1
+    step = max(group, step // group * group)
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def huggingface_blocks(
+    rule: Rule, architecture: Architecture, read: ReadRows, itemsize: int
+) -> Iterator[tuple[str, int, Tensor]]:
+    """The rule's Hugging Face tensors in blocks of rows: name, first row, rows. Each tensor's come in order.
+
+    Args:
+        read: reads rows of the whole Megatron parameter; `row_blocks` says how many at once.
+        itemsize: bytes of one number.
+    """
     shapes = huggingface_shapes(rule, architecture)
-    if rule.fusion == "qkv":
-        full = read(0, sum(shape[0] for shape in shapes.values()))
-        sizes = [shape[0] // architecture.num_query_groups for shape in shapes.values()]
-        parts = full.unflatten(0, (architecture.num_query_groups, -1)).split(sizes, dim=1)
-        yield from zip(shapes, (part.flatten(0, 1) for part in parts), strict=True)
-        return
-    start = 0
-    for name, shape in shapes.items():
-        yield name, read(start, start + shape[0])
-        start += shape[0]
+    for rows in row_blocks(rule, architecture, itemsize):
+        if rule.fusion == "qkv":
+            yield from _qkv_blocks(architecture, shapes, read, rows)
+            continue
+        start = 0
+        for name, shape in shapes.items():
+            first, end = max(rows.start, start), min(rows.stop, start + shape[0])
+            if first < end:
+                yield name, first - start, read(first, end)
+            start += shape[0]
+
+
+def _qkv_blocks(
+    architecture: Architecture, shapes: dict[str, tuple[int, ...]], read: ReadRows, rows: slice
+) -> Iterator[tuple[str, int, Tensor]]:
+    """Undoes `_qkv_rows` for whole groups."""
+    counts = {name: shape[0] // architecture.num_query_groups for name, shape in shapes.items()}
+    first_group = rows.start // sum(counts.values())
+    groups = read(rows.start, rows.stop).unflatten(0, (-1, sum(counts.values())))
+    for (name, count), part in zip(counts.items(), groups.split(list(counts.values()), dim=1), strict=True):
+        yield name, first_group * count, part.flatten(0, 1)
 
 
 def to_megatron(
@@ -213,7 +249,10 @@ def to_huggingface(rule: Rule, architecture: Architecture, shards: Sequence[Tens
         full = torch.cat([half[part] for part in range(2) for half in halves])
     else:
         full = shards[0] if rule.shard_dim is None else torch.cat(list(shards), dim=rule.shard_dim)
-    return tuple(tensor for _, tensor in huggingface_tensors(rule, architecture, lambda start, end: full[start:end]))
+    blocks: dict[str, list[Tensor]] = {name: [] for name in rule.huggingface}
+    for name, _, block in huggingface_blocks(rule, architecture, lambda start, end: full[start:end], full.itemsize):
+        blocks[name].append(block)
+    return tuple(torch.cat(parts) for parts in blocks.values())
 
 
 def _share(count: int, rank: int, size: int) -> slice:

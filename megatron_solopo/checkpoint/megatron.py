@@ -11,7 +11,9 @@ import math
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +27,9 @@ from megatron_solopo.checkpoint.huggingface import DTYPES, check_names
 from megatron_solopo.checkpoint.mapping import ReadRows, Rule, megatron_shape, rules
 from megatron_solopo.model_directory import METADATA, check_megatron_checkpoint
 
+THREADS = 2
+"""Convert side by side: while one waits for the disk or for the kernel, the other computes."""
+_LARGE_BYTES = 1 << 25
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 _SAFE_CLASSES = {
     "torch": {"Size", "device"},  # and every dtype
@@ -72,6 +77,8 @@ class MegatronDirectory:
         check_megatron_checkpoint(path, "--checkpoint")
         self.path = path
         self._reader = _Reader(path)
+        # While one thread holds a large piece and the parameter that it goes into, the others wait.
+        self._large = Lock()
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._storage: dict[MetadataIndex, Any] = metadata.storage_data
@@ -135,17 +142,28 @@ class MegatronDirectory:
         return found
 
     def rows_of(self, rule: Rule) -> ReadRows:
-        """A function that reads rows of one parameter, in the precision they are stored in."""
+        """A function that reads rows of one parameter, in the precision they are stored in.
+
+        A stored piece is read as a whole. Where pieces are large, as training writes them, the parameter is read once
+        and kept while the function lives.
+        """
         key, layer = rule.stored_at
+        entry = self.tensors[key]
+        rows, *others = list(entry.size)[0 if layer is None else 1 :]
 
         def read(start: int, end: int) -> Tensor:
-            others = list(self.tensors[key].size)[1 if layer is None else 2 :]
             offsets = [start, *[0] * len(others)]
             if layer is None:
                 return self._read(key, offsets, [end - start, *others])
             return self._read(key, [layer, *offsets], [1, end - start, *others])[0]
 
-        return read
+        @cache
+        def whole() -> Tensor:
+            with self._large:
+                return read(0, rows)
+
+        largest = max(chunk.sizes.numel() for chunk in entry.chunks) * entry.properties.dtype.itemsize
+        return read if largest <= _LARGE_BYTES else lambda start, end: whole()[start:end]
 
     def _read(self, key: str, offsets: list[int], sizes: list[int]) -> Tensor:
         """One box of a tensor."""

@@ -2,7 +2,7 @@
 
 What Megatron needs to know (keys, shapes, where pieces lie) follows from the mapping table, so torch's own
 writer of distributed checkpoints is given a plan made from shapes; it asks for the numbers of one piece at
-a time. Pieces are at most 16 MiB, whatever the tensor, and Megatron reads those that its layout needs.
+a time. Pieces are small, whatever the tensor, and Megatron reads those that its layout needs.
 The vocabulary is stored without padding: Megatron pads with zeros when it loads under some tensor parallelism.
 """
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint import (
     BytesStorageMetadata,
@@ -30,13 +29,14 @@ from torch.distributed.checkpoint.planner import BytesIOWriteData, TensorWriteDa
 
 from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
-from megatron_solopo.checkpoint.mapping import Rule, megatron_rows, megatron_shape, rules
-from megatron_solopo.model_directory import MEGATRON_LM_VERSION
+from megatron_solopo.checkpoint.mapping import Rule, megatron_rows, megatron_shape, row_blocks, rules
+from megatron_solopo.checkpoint.megatron import THREADS
+from megatron_solopo.files import write_json
+from megatron_solopo.model_directory import FORMAT, MEGATRON_LM_VERSION
 
-# Small enough for the allocator to use the same memory again: fresh pages for every piece double the time.
-_PIECE_BYTES = 1 << 24
 _FILE_BYTES = 1 << 30
-_THREADS = 2
+# The fields of Megatron's CheckpointingConfig that every version of it knows; to import it takes seconds.
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 # Every linear layer has a place for what Transformer Engine keeps beside the weights; other layers store None there.
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
@@ -69,11 +69,11 @@ def write_megatron(
     groups = [[_bytes_item(key, content) for key, content in objects.items()], *_by_file(pieces)]
     plans = writer.prepare_global_plan([SavePlan(items) for items in groups])
     # One thread's file goes to the disk while the other reads and fuses.
-    with _without_checksums(), ThreadPoolExecutor(_THREADS) as pool:
+    with _without_checksums(), ThreadPoolExecutor(THREADS) as pool:
         results = list(pool.map(lambda plan: writer.write_data(plan, planner).value(), plans))
     writer.finish(_metadata(pieces, objects, architecture), results)
     torch.save({"content_metadata": {}} | MEGATRON_LM_VERSION, path / "common.pt")
-    save_config(CheckpointingConfig("torch_dist", 1), str(path))
+    write_json(path / FORMAT, _FORMAT)
 
 
 def _pieces(source: SafetensorsDirectory, architecture: Architecture) -> Iterator[_Piece]:
@@ -91,17 +91,11 @@ def _pieces(source: SafetensorsDirectory, architecture: Architecture) -> Iterato
 
 
 def _cut(rule: Rule, architecture: Architecture, dtype: torch.dtype) -> Iterator[_Piece]:
-    """Ranges of rows; those of fused queries, keys and values end between groups where a group fits into a piece."""
     key, layer = rule.stored_at
     shape = megatron_shape(rule, architecture)
     whole = shape if layer is None else (architecture.num_layers, *shape)
-    row_bytes = dtype.itemsize * (shape[1] if len(shape) == 2 else 1)
-    step = max(1, _PIECE_BYTES // row_bytes)
-    group = shape[0] // architecture.num_query_groups if rule.fusion == "qkv" else 1
-    step = max(group, step // group * group)
-    for start in range(0, shape[0], step):
-        rows = slice(start, min(start + step, shape[0]))
-        offsets, sizes = (start, *[0] * (len(shape) - 1)), (rows.stop - start, *shape[1:])
+    for rows in row_blocks(rule, architecture, dtype.itemsize):
+        offsets, sizes = (rows.start, *[0] * (len(shape) - 1)), (rows.stop - rows.start, *shape[1:])
         if layer is not None:
             offsets, sizes = (layer, *offsets), (1, *sizes)
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))

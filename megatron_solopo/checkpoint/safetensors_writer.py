@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -20,8 +21,6 @@ from megatron_solopo.files import write_json
 
 _HEADER_MULTIPLE = 8
 _FLUSH_BYTES = 1 << 28
-# Many small writes cost the kernel less time than few large ones (measured on ext4).
-_WRITE_BYTES = 1 << 14
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -34,7 +33,7 @@ class _Place:
 
 
 class SafetensorsWriter:
-    """Files of a model in a directory; the tensors may come in any order."""
+    """Files of a model in a directory; tensors, and parts of them, may come in any order and from several threads."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = 5 * 10**9) -> None:
         """Write headers and, for several files, the index.
@@ -53,7 +52,8 @@ class SafetensorsWriter:
             write_json(
                 path / INDEX, {"metadata": split.metadata, "weight_map": dict(sorted(self._weight_map().items()))}
             )
-        self._missing = set(self._places)
+        self._missing = {name: tensor.numel() for name, tensor in tensors.items()}
+        self._lock = Lock()
         # Brings to the disk what is written while the next tensors are read.
         self._flusher = ThreadPoolExecutor(1)
         self._flushes: list[Future[None]] = []
@@ -80,24 +80,27 @@ class SafetensorsWriter:
             stream.write(len(text).to_bytes(8, "little") + text)
         self._places |= {name: _Place(file, 8 + len(text) + start, tensors[name]) for name, start in starts.items()}
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor of the announced shape and precision, once."""
+    def write(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
+        """Write one tensor of the announced shape and precision, or rows of it; every row once."""
         place = self._places[name]
-        assert (tensor.shape, tensor.dtype) == (place.like.shape, place.like.dtype), name
-        self._missing.remove(name)
-        with place.file.open("r+b") as stream:
-            stream.seek(place.start)
+        assert (tensor.shape[1:], tensor.dtype) == (place.like.shape[1:], place.like.dtype), name
+        row_bytes = place.like[:1].nbytes
+        with place.file.open("r+b", buffering=0) as stream:
+            stream.seek(place.start + first_row * row_bytes)
             content = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-            for start in range(0, len(content), _WRITE_BYTES):
-                stream.write(content[start : start + _WRITE_BYTES])
-        self._unflushed_bytes += tensor.nbytes
-        if self._unflushed_bytes >= _FLUSH_BYTES:
-            self._flushes.append(self._flusher.submit(_flush, place.file))
-            self._unflushed_bytes = 0
+            while content:
+                content = content[stream.write(content) :]
+        with self._lock:
+            self._missing[name] -= tensor.numel()
+            self._unflushed_bytes += tensor.nbytes
+            if self._unflushed_bytes >= _FLUSH_BYTES:
+                self._flushes.append(self._flusher.submit(_flush, place.file))
+                self._unflushed_bytes = 0
 
     def finish(self) -> None:
         """Make sure that all is written, and on the disk."""
-        assert not self._missing, self._missing
+        missing = {name: count for name, count in self._missing.items() if count}
+        assert not missing, missing
         self._flushes += [self._flusher.submit(_flush, file) for file in self._files]
         for flush in self._flushes:
             flush.result()

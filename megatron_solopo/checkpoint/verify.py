@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +12,11 @@ from torch import Tensor
 
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory, bitwise_equal, is_finite, shown_names
-from megatron_solopo.checkpoint.logits import LOGITS_LIMIT, TransformersError, logits_error, memory_missing
-from megatron_solopo.checkpoint.mapping import huggingface_tensors, rules
-from megatron_solopo.checkpoint.megatron import MegatronDirectory
+from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, rules
+from megatron_solopo.checkpoint.megatron import THREADS, MegatronDirectory
 from megatron_solopo.files import counted
 
 Verification = Literal["full", "tensors", "none"]
-_BLOCK = 1 << 22
 
 
 @dataclass
@@ -58,10 +57,8 @@ def verify(huggingface: Path, checkpoint: Path, *, logits: bool, progress: Calla
         report.add("logits", "skipped: not asked for")
     elif report.failures:
         report.add("logits", "skipped: the tensors differ or are damaged")
-    elif missing := memory_missing(architecture):
-        report.add("logits", f"skipped: {missing}")
     else:
-        _compare_logits(report, huggingface, checkpoint, rounded)
+        _compare_logits(report, huggingface, checkpoint, architecture, rounded)
     return report
 
 
@@ -70,9 +67,8 @@ def to_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype is dtype:
         return tensor
     rounded = tensor.to(dtype)
-    # fp16 alone has a smaller range than another of the precisions. Block by block: this takes memory of its own.
-    blocks = zip(rounded.flatten().split(_BLOCK), tensor.flatten().split(_BLOCK), strict=True)
-    if dtype is torch.float16 and any(bool((new.isinf() & old.isfinite()).any()) for new, old in blocks):
+    # fp16 alone has a smaller range than another of the precisions.
+    if dtype is torch.float16 and bool((rounded.isinf() & tensor.isfinite()).any()):
         raise ValueError(f"{name}: has numbers beyond the range of float16; choose --dtype bfloat16 or float32")
     return rounded
 
@@ -96,22 +92,16 @@ def _compare_tensors(
     progress: Callable[[int], Any],
 ) -> str:
     """Adds what it finds; returns the precisions that the checkpoint had to be rounded to, an empty string for none."""
-    total, casts, differing, damaged = 0, Counter[tuple[torch.dtype, torch.dtype]](), [], []
+    casts = Counter[tuple[torch.dtype, torch.dtype]]()
     for rule in rules(architecture).values():
-        for name, tensor in huggingface_tensors(rule, architecture, stored.rows_of(rule)):
-            dtype = DTYPES[source.entries[name].dtype]
-            casts[tensor.dtype, dtype] += 1
-            other = source.read(name)
-            same = bitwise_equal(to_dtype(name, tensor, dtype), other)
-            if not same:
-                differing.append(name)
-            if not is_finite(other):
-                damaged.append(f"{name} in {source.path / source.entries[name].file}")
-            # The very same numbers need not be looked at twice.
-            if not (same and tensor.dtype is dtype) and not is_finite(tensor):
-                damaged.append(f"{name} in {stored.path}")
-            total += 1
-            progress(other.nbytes)
+        casts.update((stored.dtype(rule), DTYPES[source.entries[name].dtype]) for name in rule.huggingface)
+    with ThreadPoolExecutor(THREADS) as pool:
+        compared = list(
+            pool.map(lambda rule: _compare(rule, source, stored, architecture, progress), rules(architecture).values())
+        )
+    differing = [name for each in compared for name in each.differing]
+    damaged = [name for each in compared for name in each.damaged]
+    total = casts.total()
     verb = "differs" if len(differing) == 1 else "differ"
     what = f"{counted(len(differing), 'tensor')} {verb}: {shown_names(differing)}"
     rounded = ", ".join(sorted({_name(new) for old, new in casts if _rounds(old, new)}))
@@ -122,6 +112,37 @@ def _compare_tensors(
         report.add("numbers", found, found)
     report.add("precision", "; ".join(sorted(f"{count} {_described(*cast)}" for cast, count in casts.items())))
     return rounded
+
+
+@dataclass
+class _Compared:
+    """What is wrong with tensors, each once, in the order in which it was found."""
+
+    differing: dict[str, None] = field(default_factory=dict)
+    damaged: dict[str, None] = field(default_factory=dict)
+    """Names, and where."""
+
+
+def _compare(
+    rule: Rule,
+    source: SafetensorsDirectory,
+    stored: MegatronDirectory,
+    architecture: Architecture,
+    progress: Callable[[int], Any],
+) -> _Compared:
+    found, read, itemsize = _Compared(), stored.rows_of(rule), stored.dtype(rule).itemsize
+    for name, row, block in huggingface_blocks(rule, architecture, read, itemsize):
+        other = source.read(name, (slice(row, row + len(block)),))
+        same = bitwise_equal(to_dtype(name, block, other.dtype), other)
+        if not same:
+            found.differing[name] = None
+        if not is_finite(other):
+            found.damaged[f"{name} in {source.path / source.entries[name].file}"] = None
+        # The very same numbers need not be looked at twice.
+        if not (same and block.dtype is other.dtype) and not is_finite(block):
+            found.damaged[f"{name} in {stored.path}"] = None
+        progress(other.nbytes)
+    return found
 
 
 def _described(stored: torch.dtype, other: torch.dtype) -> str:
@@ -140,7 +161,15 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _compare_logits(report: Report, huggingface: Path, checkpoint: Path, rounded: str) -> None:
+def _compare_logits(
+    report: Report, huggingface: Path, checkpoint: Path, architecture: Architecture, rounded: str
+) -> None:
+    # Only here: megatron and transformers' models take seconds to import.
+    from megatron_solopo.checkpoint.logits import LOGITS_LIMIT, TransformersError, logits_error, memory_missing
+
+    if missing := memory_missing(architecture):
+        report.add("logits", f"skipped: {missing}")
+        return
     try:
         error, positions = logits_error(huggingface, checkpoint)
     except TransformersError as failure:

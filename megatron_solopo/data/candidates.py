@@ -9,7 +9,7 @@ import numpy as np
 from megatron_solopo.data.context_rows import ContextRow
 from megatron_solopo.data.journal import Response
 from megatron_solopo.data.measure import Measure
-from megatron_solopo.data.scoring import SCORERS, token_f1
+from megatron_solopo.data.scoring import SCORERS, final_answer, token_f1
 from megatron_solopo.data.select_settings import SelectSettings
 
 _CUT = "length"
@@ -101,11 +101,7 @@ class Judge:
         """What is scored, and whether the marker was found or not asked for."""
         if self._settings.scored_text == "whole":
             return text, True
-        # casefold would change the length of some characters, and with it the place.
-        place = text.lower().rfind(self._settings.answer_marker.lower())
-        if place < 0 or len(text.lower()) != len(text):
-            return text, False
-        return text[place + len(self._settings.answer_marker) :].strip(), True
+        return final_answer(text, self._settings.answer_marker)
 
     def _chosen_key(self) -> Callable[[Candidate], float]:
         keys: dict[str, Callable[[Candidate], float]] = {

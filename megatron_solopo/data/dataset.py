@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from megatron_solopo.data.packing import TokenizedTriplet
 from megatron_solopo.data.prepared import token_lengths
 from megatron_solopo.data.row import DEPTHS_FIELD
-from megatron_solopo.data.sizes import IntArray, TripletSizes, context_and_response, triplet_sizes
+from megatron_solopo.data.sizes import IntArray, TripletSizes, triplet_sizes
+from megatron_solopo.roles import context_and_response
 
 
 class TripletDataset:

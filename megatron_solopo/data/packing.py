@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_solopo.data.sizes import context_and_response, padded_lengths
+from megatron_solopo.data.sizes import padded_lengths
+from megatron_solopo.roles import context_and_response
 
 PAD_TOKEN = 0
 """Id at padded positions. Padding trails each sequence and no label is there, so any legal id would do."""

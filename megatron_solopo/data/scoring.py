@@ -1,5 +1,6 @@
 """How right a response is. Every score is in [0, 1] and has its own name: they are not interchangeable.
 
+    exact_match        SQuAD's: the SQuAD-normalised response is a SQuAD-normalised gold; best gold counts
     sub_em             SQuAD-normalised gold is a substring of the SQuAD-normalised response; best gold counts
     string_match_part  RULER's QA score: any gold is a substring, ignoring case
     string_match_all   RULER's other score: the fraction of golds that are substrings, ignoring case
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-Score = Literal["sub_em", "string_match_part", "string_match_all", "token_f1"]
+Score = Literal["exact_match", "sub_em", "string_match_part", "string_match_all", "token_f1"]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -24,6 +25,12 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def squad_normalise(text: str) -> str:
     """Lower case, without ASCII punctuation, articles and surplus white space, in this order."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(response: str, answers: Sequence[str]) -> float:
+    """1 if the response is one of the answers, both normalised."""
+    said = squad_normalise(response)
+    return float(any(squad_normalise(answer) == said for answer in answers))
 
 
 def sub_em(response: str, answers: Sequence[str]) -> float:
@@ -61,7 +68,18 @@ def _f1(said: list[str], gold: list[str]) -> float:
     return 2 * common / (len(said) + len(gold)) if common else 0.0
 
 
+def final_answer(response: str, marker: str) -> tuple[str, bool]:
+    """What stands behind the last marker, ignoring its case, and whether there is one; else all of the response."""
+    # casefold would change the length of some characters, and with it the place.
+    lowered = response.lower()
+    place = lowered.rfind(marker.lower())
+    if place < 0 or len(lowered) != len(response):
+        return response, False
+    return response[place + len(marker) :].strip(), True
+
+
 SCORERS: dict[Score, Callable[[str, Sequence[str]], float]] = {
+    "exact_match": exact_match,
     "sub_em": sub_em,
     "string_match_part": string_match_part,
     "string_match_all": string_match_all,

@@ -12,16 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_solopo.roles import context_and_response
+
 IntArray = NDArray[np.int64]
-
-ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
-
-
-def context_and_response(role: str) -> tuple[str, str]:
-    """`long_chosen` -> (`long`, `chosen`)."""
-    assert role in ROLES, f"role {role!r} is none of {ROLES}"
-    context, response = role.split("_")
-    return context, response
 
 
 def padded_lengths(lengths: IntArray, multiple: int) -> IntArray:

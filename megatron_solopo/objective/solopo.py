@@ -19,9 +19,7 @@ from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.objective.alignment import alignment_distance
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES
 from megatron_solopo.objective.reward import Response
-
-SHORT_PAIR = ("short_chosen", "short_rejected")
-LONG_PAIR = ("long_chosen", "long_rejected")
+from megatron_solopo.roles import context_and_response, required_roles
 
 
 @dataclass(frozen=True)
@@ -32,15 +30,6 @@ class ObjectiveOutput:
     """Loss per triplet, differentiable. The caller sums it and divides by the triplets of the global batch."""
     metrics: dict[str, Tensor]
     """Detached `[T]` values per triplet, under `metric_names`."""
-
-
-def required_roles(config: ObjectiveConfig) -> tuple[str, ...]:
-    """The sequences of a triplet that the objective reads: its pair (chosen, rejected), then what is aligned to it."""
-    if config.name == "long_po":
-        return LONG_PAIR
-    if config.name == "short_po":
-        return SHORT_PAIR
-    return SHORT_PAIR + tuple(f"long_{answer}" for answer in _aligned_answers(config))
 
 
 @cache
@@ -97,21 +86,17 @@ def compute_objective(
     return ObjectiveOutput(loss_T, {name: value_T.detach() for name, value_T in metrics.items()})
 
 
-def _aligned_answers(config: ObjectiveConfig) -> tuple[str, ...]:
-    return ("chosen", "rejected") if config.align == "both" else ("chosen",)
-
-
 def _alignment(config: ObjectiveConfig, rewards: Mapping[str, Tensor]) -> Tensor:
     """Sum of the distances of the aligned answers, `[T]`."""
     distances = [
         alignment_distance(
-            rewards[f"short_{answer}"],
-            rewards[f"long_{answer}"],
+            rewards[f"short_{context_and_response(role)[1]}"],
+            rewards[role],
             config.distance,
             config.huber_delta,
             config.detach_short,
         )
-        for answer in _aligned_answers(config)
+        for role in required_roles(config)[2:]
     ]
     return torch.stack(distances).sum(dim=0)
 

@@ -50,7 +50,6 @@ def adapt_if_needed() -> None:
     _adapt_device_and_random_state()
     _adapt_streams()
     _adapt_tensors()
-    _adapt_megatron_random()
 
 
 def _hide_gpu_libraries() -> None:
@@ -90,6 +89,13 @@ class _Stream:
         return event or _Event()
 
 
+class _Generators:
+    """The CPU's generator, whatever the device."""
+
+    def __getitem__(self, device: Any) -> torch.Generator:
+        return torch.default_generator
+
+
 def _adapt_device_and_random_state() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
@@ -101,6 +107,9 @@ def _adapt_device_and_random_state() -> None:
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.manual_seed = _seed
+    # Megatron sets states through the device's generator, once CUDA is initialised: here, at once.
+    cuda.default_generators = _Generators()
+    cuda._lazy_call = lambda call, **kwargs: call()
     # Compute capability 0.0: older than any GPU, so that no kernel of a GPU is chosen.
     cuda.get_device_properties = lambda device=None: SimpleNamespace(name="cpu", major=0, minor=0)
 
@@ -128,15 +137,6 @@ def _adapt_tensors() -> None:
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
     torch.Tensor.type = type_as_on_cuda  # type: ignore[method-assign, assignment]
-
-
-def _adapt_megatron_random() -> None:
-    from megatron.core.tensor_parallel import random
-
-    def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
-        torch.set_rng_state(new_state)
-
-    random._set_cuda_rng_state = set_state
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.plain import read_shape
+from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import parse_config
 from megatron_solopo.plan.efficiency import Efficiency
@@ -71,14 +72,14 @@ def measured(path: Path, gpu: Gpu | None = None, efficiency: Efficiency | None =
     return found
 
 
-def _architecture(fields: dict[str, Any]) -> Architecture:
+def _architecture(fields: dict[str, Any]) -> Shape:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(fields), encoding="utf-8")
-        return read_architecture(Path(folder))
+        return read_shape(Path(folder))
 
 
 def _estimate(
-    architecture: Architecture,
+    architecture: Shape,
     config: Config,
     gpu: Gpu,
     efficiency: Efficiency,

@@ -26,7 +26,6 @@ from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
-from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.plan.layouts import Layout, with_keys
@@ -35,6 +34,7 @@ from megatron_solopo.plan.proof import DistinctRank, Proof, distinct_ranks
 from megatron_solopo.plan.saved import SavedMeter
 from megatron_solopo.plan.state import rank_state
 from megatron_solopo.plan.workload import PackShape
+from megatron_solopo.roles import required_roles
 from megatron_solopo.train.footprint import gradient_bytes, initialize_state, parameter_bytes, state_bytes
 from megatron_solopo.train.optimizer import build_optimizer, wrap_data_parallel
 from megatron_solopo.train.step import run_microbatches

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_solopo.architecture.fp8 import check_fp8
-from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.architecture.layout import check_layout, check_world_size
+from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.config import Config
 from megatron_solopo.plan.gpus import Gpu
 
@@ -72,7 +72,7 @@ def with_keys(config: Config, **sections: dict[str, Any]) -> Config:
     return config.model_copy(update=update)
 
 
-def sizes_of(architecture: Architecture, gpus: int, gpu: Gpu) -> Iterator[dict[str, int | None]]:
+def sizes_of(architecture: Shape, gpus: int, gpu: Gpu) -> Iterator[dict[str, int | None]]:
     """All tp, pp, vpp, cp that divide the GPUs; what they do to the model is judged later, with a reason."""
     for tp in _divisors(gpus):
         if tp > gpu.gpus_per_node:
@@ -95,14 +95,14 @@ def make_layout(config: Config, sizes: dict[str, int | None], gpus: int) -> Layo
     return Layout(changed, gpus // changed.parallel.model_parallel_size)
 
 
-def check(architecture: Architecture, layout: Layout) -> None:
+def check(architecture: Shape, layout: Layout) -> None:
     """Raise ValueError with the first reason why the model refuses a layout."""
     config = layout.config
     check_layout(architecture, config.parallel)
     check_fp8(architecture, config.model, config.parallel, config.optimizer)
 
 
-def exchanges_by_heads(architecture: Architecture, config: Config) -> bool:
+def exchanges_by_heads(architecture: Shape, config: Config) -> bool:
     """Whether keys and values can be exchanged by heads (`cp_comm_type: a2a`)."""
     if config.parallel.context_parallel_size == 1:
         return False
@@ -113,7 +113,7 @@ def exchanges_by_heads(architecture: Architecture, config: Config) -> bool:
     return True
 
 
-def variants(architecture: Architecture, layout: Layout, gpu: Gpu, vary: Sequence[str]) -> list[list[Layout]]:
+def variants(architecture: Shape, layout: Layout, gpu: Gpu, vary: Sequence[str]) -> list[list[Layout]]:
     """What may be tried beside the sizes: rows that differ in precision and traffic, each from fast to small.
 
     In a row every entry takes less memory and more time than the one before, so the first that fits is the row's best.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import (
     element_bytes,
@@ -76,7 +76,7 @@ class Alive:
 
 
 def alive_bytes(
-    architecture: Architecture, config: Config, pipeline_rank: int, packs: Sequence[PackShape], *, local: bool
+    architecture: Shape, config: Config, pipeline_rank: int, packs: Sequence[PackShape], *, local: bool
 ) -> Alive:
     """What Megatron's schedule of these packs keeps alive.
 
@@ -102,7 +102,7 @@ def alive_bytes(
 
 
 def stage_memory(
-    architecture: Architecture,
+    architecture: Shape,
     config: Config,
     data_parallel_size: int,
     pipeline_rank: int,
@@ -136,7 +136,7 @@ def stage_memory(
 
 
 def _communication(
-    architecture: Architecture, config: Config, data_parallel_size: int, packs: Sequence[PackShape], reserve: Reserve
+    architecture: Shape, config: Config, data_parallel_size: int, packs: Sequence[PackShape], reserve: Reserve
 ) -> float:
     """NCCL's buffers of the groups in use, messages of the pipeline, keys and values of the context-parallel ring."""
     parallel, e = config.parallel, element_bytes(config)

@@ -71,6 +71,7 @@ def as_json(estimate: Estimate, planner: Planner, price: float | None) -> dict[s
     run = run_of(estimate, planner.workload, price)
     time = estimate.time
     return {
+        "objective": planner.config.objective.name,
         "layout": estimate.layout.sizes,
         "savers": estimate.layout.savers,
         "gpus": estimate.gpus,

@@ -94,10 +94,10 @@ def _run_lines(run: Run) -> list[str]:
     ]
 
 
-def comparison(ours: Estimate, planner: Planner, other: Estimate, other_planner: Planner, price: float | None) -> str:
+def comparison(ours: tuple[Planner, Estimate], other: tuple[Planner, Estimate], price: float | None) -> str:
     """The objective of the config beside another, each under its own best layout."""
     rows = []
-    for estimate, its in ((ours, planner), (other, other_planner)):
+    for its, estimate in (ours, other):
         run = run_of(estimate, its.workload, price)
         rows.append(
             [
@@ -117,6 +117,10 @@ def comparison(ours: Estimate, planner: Planner, other: Estimate, other_planner:
 
 def proofs(found: Sequence[Proof]) -> str:
     """Every rank that was built."""
+    title = (
+        "Dry run: bytes that Megatron-Core allocates on the ranks that differ; "
+        "what autograd keeps in its schedule\n(saved) is with plain PyTorch layers, beside the estimate for those"
+    )
     columns = [
         "rank",
         "place",
@@ -140,7 +144,7 @@ def proofs(found: Sequence[Proof]) -> str:
         ]
         for each in found
     ]
-    return table(columns, rows)
+    return f"{title}\n{table(columns, rows)}"
 
 
 def refusals(refused: Sequence[Refusal]) -> str:

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.architecture.layout import check_layout
+from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.config import Config
 from megatron_solopo.plan.efficiency import Efficiency, Reserve
 from megatron_solopo.plan.gpus import Gpu
-from megatron_solopo.plan.layouts import SHORT_NAMES, Layout, check, make_layout, sizes_of, variants
+from megatron_solopo.plan.layouts import Layout, check, make_layout, sizes_of, variants
 from megatron_solopo.plan.memory import GIB, StageMemory, fullest_stage, stage_memory
 from megatron_solopo.plan.state import State, rank_state
 from megatron_solopo.plan.timing import Clock, StepTime
@@ -81,7 +81,7 @@ class Search:
 class Planner:
     """Judges layouts of one model, workload and type of GPU."""
 
-    architecture: Architecture
+    architecture: Shape
     config: Config
     workload: Workload
     gpu: Gpu
@@ -105,16 +105,11 @@ class Planner:
         data = config.data.model_copy(update={"max_tokens_per_pack": budget})
         return replace(self, config=config.model_copy(update={"data": data}))
 
-    def search(self, among: Sequence[Layout] | None = None) -> Search:
-        """All layouts, or those of the same sizes as some; the most promising ones are computed through."""
-        sizes = (
-            sizes_of(self.architecture, self.gpus, self.gpu)
-            if among is None
-            else ({name: layout.sizes[name] for name in SHORT_NAMES} for layout in among)
-        )
+    def search(self) -> Search:
+        """All layouts; the most promising ones are computed through."""
         fitting: list[tuple[float, Layout]] = []
         refused: list[Refusal] = []
-        for each in sizes:
+        for each in sizes_of(self.architecture, self.gpus, self.gpu):
             layout = make_layout(self.config, each, self.gpus)
             found, reasons = self._judge(layout)
             fitting += [(self._quick(variant), variant) for variant in found]

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.plain import read_shape
 from megatron_solopo.config import Config
 from megatron_solopo.plan import report
 from megatron_solopo.plan.calibration import calibrated
@@ -45,8 +46,15 @@ def make_planner(
     if gpus > gpu.gpus_per_node and gpus % gpu.gpus_per_node:
         raise ValueError(f"--gpus {gpus}: more than a node of {gpu.gpus_per_node}, so it must be a multiple of that")
     efficiency = Efficiency() if calibration is None else calibrated(calibration, gpu)
-    architecture = read_architecture(config.model.path)
-    return Planner(architecture, config, workload, gpu, gpus, efficiency, vary=vary)
+    architecture = read_shape(config.model.path)
+    planner = Planner(architecture, config, workload, gpu, gpus, efficiency, vary=vary)
+    if (longest := workload.longest(planner.packer.roles)) > architecture.max_sequence_length:
+        raise ValueError(
+            f"{workload.source}: sequences of up to {longest:,} tokens, but the model {config.model.path} has "
+            f"{architecture.max_sequence_length:,} positions; shorten them, or extend the model in its config.json "
+            "(rope_parameters, max_position_embeddings)"
+        )
+    return planner
 
 
 def choose(planner: Planner, search: Search, explain: str | None) -> Estimate:
@@ -62,72 +70,66 @@ def choose(planner: Planner, search: Search, explain: str | None) -> Estimate:
     return search.ranked[0]
 
 
-def beside(planner: Planner, search: Search) -> tuple[Planner, Estimate] | None:
-    """The best layout of the usual method where the config says solopo (and the other way round), or None.
-
-    It is looked for among the best layouts of the config's own objective; among all, where none of them fits.
-    """
+def beside(planner: Planner) -> tuple[Planner, Estimate] | None:
+    """The best layout of the usual method where the config says solopo (and the other way round), or None."""
     name = {"solopo": "long_po", "long_po": "solopo"}.get(planner.config.objective.name)
     if name is None:
         return None
     other = planner.for_objective(name)
-    ranked = other.search([estimate.layout for estimate in search.ranked]).ranked or other.search().ranked
+    ranked = other.search().ranked
     return (other, ranked[0]) if ranked else None
 
 
-def as_text(
-    planner: Planner,
-    search: Search,
-    chosen: Estimate,
-    vanilla: tuple[Planner, Estimate] | None,
-    proofs: Sequence[Proof],
-    *,
-    price: float | None,
-    top: int,
-) -> str:
-    """Tables for a terminal."""
-    a = planner.architecture
-    parts = [
-        f"{a.model_type}, {a.num_parameters:,} parameters, {planner.config.model.dtype}\n"
-        f"lengths: {planner.workload.source}; objective {planner.config.objective.name}\n"
-        f"efficiencies: {planner.efficiency.source}"
-    ]
-    if search.ranked:
-        counts = f"{search.num_fitting} layouts fit, {len(search.refused)} do not (--why-not); the best:"
-        parts.append(f"{counts}\n{report.ranking(search.ranked[:top], planner, price)}")
-    parts.append(report.explanation(chosen, planner, price))
-    if vanilla is not None:
-        parts.append(report.comparison(chosen, planner, vanilla[1], vanilla[0], price))
-    if proofs:
-        title = (
-            "Dry run: bytes that Megatron-Core allocates on the ranks that differ; "
-            "what autograd keeps in its schedule\n(saved) is with plain PyTorch layers, beside the estimate for those"
-        )
-        parts.append(f"{title}\n{report.proofs(proofs)}")
-    return "\n\n".join(parts)
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """Everything that a plan tells."""
 
+    planner: Planner
+    search: Search
+    chosen: Estimate
+    other: tuple[Planner, Estimate] | None
+    """The other objective's best layout."""
+    proofs: Sequence[Proof]
+    """Of the dry run, if any."""
+    price: float | None
+    """Of one GPU-hour."""
+    top: int
+    """Layouts to list."""
 
-def as_json_text(
-    planner: Planner,
-    search: Search,
-    chosen: Estimate,
-    vanilla: tuple[Planner, Estimate] | None,
-    proofs: Sequence[Proof],
-    *,
-    price: float | None,
-    top: int,
-) -> str:
-    """The same for machines: one object."""
-    found = {
-        "model_parameters": planner.architecture.num_parameters,
-        "gpu": planner.gpu.model_dump(),
-        "efficiency": planner.efficiency.model_dump(),
-        "reserve": planner.reserve.model_dump(),
-        "chosen": as_json(chosen, planner, price),
-        "vanilla": None if vanilla is None else as_json(vanilla[1], vanilla[0], price),
-        "ranking": [as_json(each, planner, price) for each in search.ranked[:top]],
-        "num_fitting": search.num_fitting,
-        "refused": [vars(each) for each in search.refused],
-        "dry_run": [proof.as_json() for proof in proofs],
-    }
-    return json.dumps(found, indent=2)
+    @property
+    def text(self) -> str:
+        """Tables for a terminal."""
+        planner, search, price = self.planner, self.search, self.price
+        model = planner.architecture
+        parts = [
+            f"{model.model_type}, {model.num_parameters:,} parameters, {planner.config.model.dtype}\n"
+            f"lengths: {planner.workload.source}; objective {planner.config.objective.name}\n"
+            f"efficiencies: {planner.efficiency.source}"
+        ]
+        if search.ranked:
+            counts = f"{search.num_fitting} layouts fit, {len(search.refused)} do not (--why-not); the best:"
+            parts.append(f"{counts}\n{report.ranking(search.ranked[: self.top], planner, price)}")
+        parts.append(report.explanation(self.chosen, planner, price))
+        if self.other is not None:
+            parts.append(report.comparison((planner, self.chosen), self.other, price))
+        if self.proofs:
+            parts.append(report.proofs(self.proofs))
+        return "\n\n".join(parts)
+
+    @property
+    def json(self) -> str:
+        """The same for machines: one object."""
+        planner, price = self.planner, self.price
+        found = {
+            "model_parameters": planner.architecture.num_parameters,
+            "gpu": planner.gpu.model_dump(),
+            "efficiency": planner.efficiency.model_dump(),
+            "reserve": planner.reserve.model_dump(),
+            "chosen": as_json(self.chosen, planner, price),
+            "other_objective": None if self.other is None else as_json(self.other[1], self.other[0], price),
+            "ranking": [as_json(each, planner, price) for each in self.search.ranked[: self.top]],
+            "num_fitting": self.search.num_fitting,
+            "refused": [vars(each) for each in self.search.refused],
+            "dry_run": [proof.as_json() for proof in self.proofs],
+        }
+        return json.dumps(found, indent=2)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.config import Config
 from megatron_solopo.plan.parameters import Buffer, Chunk, buffers, chunk_parameters, model_chunks
 
@@ -33,7 +33,7 @@ class State:
 
 
 def rank_state(
-    architecture: Architecture,
+    architecture: Shape,
     config: Config,
     pipeline_rank: int,
     data_parallel_size: int,
@@ -50,7 +50,7 @@ def rank_state(
 
 
 def chunks_state(
-    architecture: Architecture,
+    architecture: Shape,
     config: Config,
     chunks: Sequence[Chunk],
     data_parallel_size: int,
@@ -83,7 +83,7 @@ def _owned(laid_out: Sequence[Buffer], shards: int, data_rank: int | None) -> in
     return sum(buffer.owned(0, shards) for buffer in laid_out)
 
 
-def _fp8_copies(architecture: Architecture, config: Config, chunks: Sequence[Chunk]) -> int:
+def _fp8_copies(architecture: Shape, config: Config, chunks: Sequence[Chunk]) -> int:
     """One byte per weight for each direction; the parameters themselves serve as the first where they are FP8."""
     if config.model.fp8 is None:
         return 0

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_solopo.architecture.flops import forward_flops
-from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.architecture.layout import padded_vocab_size
+from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import element_bytes
 from megatron_solopo.plan.efficiency import Efficiency
@@ -76,7 +76,7 @@ class StepTime:
 class Clock:
     """Times one configuration on one type of GPU."""
 
-    architecture: Architecture
+    architecture: Shape
     config: Config
     data_parallel_size: int
     gpu: Gpu

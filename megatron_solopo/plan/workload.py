@@ -10,8 +10,8 @@ from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.architecture.layout import packs_multiple, sequence_multiple
 from megatron_solopo.config import Config
 from megatron_solopo.data.batch_plan import RankPacks, check_batch_size, plan_global_batch
-from megatron_solopo.data.sizes import IntArray, TripletSizes, context_and_response, padded_lengths, triplet_sizes
-from megatron_solopo.objective import required_roles
+from megatron_solopo.data.sizes import IntArray, TripletSizes, padded_lengths, triplet_sizes
+from megatron_solopo.roles import context_and_response, required_roles
 
 _SEED = 0
 
@@ -28,6 +28,11 @@ class Workload:
     """Of the whole data set; the arrays may be a sample of it."""
     source: str
     """Where the lengths come from, for a reader."""
+
+    def longest(self, roles: Sequence[str]) -> int:
+        """Tokens of the longest sequence among these roles."""
+        parts = (context_and_response(role) for role in roles)
+        return max(int((self.prompts[context] + self.responses[answer]).max()) for context, answer in parts)
 
 
 @dataclass(frozen=True, eq=False)

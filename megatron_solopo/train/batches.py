@@ -1,6 +1,6 @@
 """Global batches of a run: the data room's loaders, for this rank's place and this run's budget."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch.distributed as dist
@@ -44,18 +44,27 @@ def training_batches(
 
 
 def single_pass(
-    config: Config, dataset: TripletDataset, topology: Topology, label: str, roles: Sequence[str] | None = None
+    config: Config,
+    dataset: TripletDataset,
+    topology: Topology,
+    label: str,
+    roles: Sequence[str] | None = None,
+    boundary: Callable[[], None] | None = None,
 ) -> Iterator[GlobalBatch]:
     """Every triplet once, with a progress bar named `label` on rank 0; some packs may not be `counted`.
 
     Args:
         roles: the sequences of a triplet that share a pack; None: those that the objective reads.
+        boundary: called before every batch, by all ranks together.
     """
     chunk_size = _SINGLE_PASS_TRIPLETS_PER_RANK * topology.data_group.size()
     roles = required_roles(config.objective) if roles is None else roles
     batches = sequential_batches(dataset, roles, _packing(config, topology), chunk_size=chunk_size)
     total = -(-len(dataset) // chunk_size)
-    yield from tqdm(batches, label, total, unit="batch", disable=dist.get_rank() != 0, **bar_style("batches"))
+    for batch in tqdm(batches, label, total, unit="batch", disable=dist.get_rank() != 0, **bar_style("batches")):
+        if boundary is not None:
+            boundary()
+        yield batch
 
 
 def _packing(config: Config, topology: Topology) -> Packing:

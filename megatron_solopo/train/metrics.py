@@ -15,6 +15,7 @@ from tqdm import tqdm
 from megatron_solopo.config import LoggingConfig
 from megatron_solopo.files import atomic_path, read_jsonl
 from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.alarms import Alarms
 
 Metrics = dict[str, float | int | None]
 
@@ -39,7 +40,7 @@ def reduce_over_ranks(values: Sequence[float], operation: Any, topology: Topolog
 
 
 class MetricsWriter:
-    """Writes on rank 0: `metrics.jsonl`, TensorBoard, W&B if asked for, and one console line per step."""
+    """Writes on rank 0: `metrics.jsonl`, TensorBoard, W&B if asked for, one console line per step, and alarms."""
 
     def __init__(
         self, run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any], *, first_step: int, total_steps: int
@@ -56,6 +57,7 @@ class MetricsWriter:
         tqdm.write(
             f"{run_dir}: all {total_steps} steps are done" if finished else f"{begins} {run_dir} at step {first_step}"
         )
+        self._alarms = Alarms(read_jsonl(self.path) if self.path.is_file() else [])
         self._started = time.monotonic()
         self._first_step = first_step
 
@@ -73,6 +75,8 @@ class MetricsWriter:
         done = step - self._first_step + 1
         remaining = (time.monotonic() - self._started) / done * (self._total_steps - step)
         self.say(console_line(metrics, self._total_steps, remaining))
+        for warning in self._alarms.after(metrics):
+            self.say(f"warning: step {step}: {warning}")
 
 
 def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -> str:

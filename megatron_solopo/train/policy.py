@@ -42,14 +42,22 @@ class Policy:
     scheduler: OptimizerParamScheduler
 
     def step(
-        self, packs: Sequence[Pack], loss_function: Callable[[Microbatch], LossFunction], topology: Topology
+        self,
+        packs: Sequence[Pack],
+        loss_function: Callable[[Microbatch], LossFunction],
+        topology: Topology,
+        *,
+        before_pack: Callable[[], None] | None = None,
     ) -> StepResult:
-        """Forward and backward over this rank's packs, then one optimizer step on all ranks together."""
+        """Forward and backward over this rank's packs, then one optimizer step on all ranks together.
+
+        `before_pack` is that of `run_schedule`; where it raises, the policy is as it was.
+        """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        reports = run_schedule(self.chunks, packs, loss_function, topology, forward_only=False)
+        reports = run_schedule(self.chunks, packs, loss_function, topology, forward_only=False, before_pack=before_pack)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(increment=1)
         return StepResult(reports, float(grad_norm), learning_rate)

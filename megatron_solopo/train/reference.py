@@ -7,6 +7,7 @@ The numbers do not depend on TP, PP, CP or packing, so a cache made under one la
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,20 @@ _SCORING_VERSION = 1  # raise it when the same weights and data come to score di
 
 
 def reference_logprobs(
-    config: Config, splits: Splits, topology: Topology, *, overwrite: bool = False, apart: bool = False
+    config: Config,
+    splits: Splits,
+    topology: Topology,
+    *,
+    overwrite: bool = False,
+    apart: bool = False,
+    boundary: Callable[[], None] | None = None,
 ) -> dict[str, ReferenceLogprobs]:
     """By split: read from the cache, or computed and written to it. All ranks together.
 
     Args:
         overwrite: compute again, over an existing cache.
         apart: see `score_sequences`.
+        boundary: called before every batch; where it raises, nothing is written.
 
     Raises ValueError naming what differs if the cache was made for other data, weights or precision.
     """
@@ -51,7 +59,7 @@ def reference_logprobs(
     if overwrite or not _on_rank_0((cache / _MANIFEST).is_file(), topology):
         check_replaceable(cache, _OWN_FILES, "reference.cache")
         check_writable(cache, "reference.cache")
-        computed = _compute(config, splits, topology, apart)
+        computed = _compute(config, splits, topology, apart, boundary)
         if dist.get_rank() == 0:
             _write(cache, expected, splits, computed)
         dist.barrier()
@@ -109,12 +117,14 @@ def _check(cache: Path, expected: dict[str, Any]) -> None:
         )
 
 
-def _compute(config: Config, splits: Splits, topology: Topology, apart: bool) -> dict[str, ReferenceLogprobs]:
+def _compute(
+    config: Config, splits: Splits, topology: Topology, apart: bool, boundary: Callable[[], None] | None
+) -> dict[str, ReferenceLogprobs]:
     chunks = load_model(config, config.reference.model_path or config.model.path, topology)
     for chunk in chunks:
         release_exact_values(chunk)
     return {
-        name: score_sequences(config, chunks, dataset, topology, f"reference {name}", apart=apart)
+        name: score_sequences(config, chunks, dataset, topology, f"reference {name}", apart=apart, boundary=boundary)
         for name, dataset in splits.datasets.items()
     }
 
@@ -127,16 +137,18 @@ def score_sequences(
     label: str,
     *,
     apart: bool = False,
+    boundary: Callable[[], None] | None = None,
 ) -> ReferenceLogprobs:
     """Forward every sequence that the objective reads once; every rank ends with all the numbers.
 
     Args:
         label: of the progress bar.
         apart: one pass for each role, so that a pack must hold the longest sequence and not the largest triplet.
+        boundary: called before every batch.
     """
     roles = required_roles(config.objective)
     passes = [(role,) for role in roles] if apart else [roles]
-    logps = [_score_pass(config, chunks, dataset, topology, label, together) for together in passes]
+    logps = [_score_pass(config, chunks, dataset, topology, label, together, boundary) for together in passes]
     return ReferenceLogprobs(roles, torch.cat(logps, dim=1))
 
 
@@ -147,11 +159,12 @@ def _score_pass(
     topology: Topology,
     label: str,
     roles: tuple[str, ...],
+    boundary: Callable[[], None] | None,
 ) -> Tensor:
     """Summed log-probabilities, fp32 [rows, len(roles)]."""
     logps = torch.zeros(len(dataset), len(roles), device=topology.device)
     visits = torch.zeros(len(dataset), device=topology.device)
-    for batch in single_pass(config, dataset, topology, label, roles):
+    for batch in single_pass(config, dataset, topology, label, roles, boundary):
         with torch.no_grad():
             reports = run_schedule(chunks, batch.packs, logprob_report(topology), topology, forward_only=True)
         for pack, counted, report in zip(batch.packs, batch.counted, reports, strict=bool(reports)):

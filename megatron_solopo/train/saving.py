@@ -19,6 +19,7 @@ from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.train.identity import check_unchanged
 from megatron_solopo.train.metrics import Metrics
 from megatron_solopo.train.policy import Policy
+from megatron_solopo.train.signals import spared_children
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ class Saver:
         path = self._root / f"iter_{self.boundary.step:07d}"
         if self._last_saved != self.boundary:
             state = {**asdict(self.boundary), "identity": self._identity}
-            save_checkpoint(
-                self._root, state.pop("step"), self._policy.chunks, self._policy.optimizer, state, self._model_files
-            )
+            with spared_children():
+                save_checkpoint(
+                    self._root, state.pop("step"), self._policy.chunks, self._policy.optimizer, state, self._model_files
+                )
             self._last_saved = self.boundary
             if dist.get_rank() == 0:
                 tqdm.write(f"saved {path} ({reason})")

@@ -44,14 +44,19 @@ def run_schedule(
     topology: Topology,
     *,
     forward_only: bool,
+    before_pack: Callable[[], None] | None = None,
 ) -> list[Tensor]:
     """Run Megatron's schedule (plain, 1F1B or interleaved) over this rank's packs.
+
+    Args:
+        before_pack: called before this stage's forward of every pack. Without pipeline stages it may raise: no pack is
+            half done then, and nothing but gradients has changed.
 
     Returns the third value of `loss_function(microbatch)(output)` for each pack, in order, on the
     last pipeline stage; an empty list on the others.
     """
     microbatches = [shard_pack(pack, topology) for pack in packs]
-    return run_microbatches(chunks, microbatches, loss_function, forward_only=forward_only)
+    return run_microbatches(chunks, microbatches, loss_function, forward_only=forward_only, before_each=before_pack)
 
 
 def run_microbatches(
@@ -61,8 +66,9 @@ def run_microbatches(
     *,
     forward_only: bool,
     seq_length: int = 1,
+    before_each: Callable[[], None] | None = None,
 ) -> list[Tensor]:
-    """`run_schedule` for packs that are cut and on their device already.
+    """`run_schedule` for packs that are cut and on their device already; `before_each` is its `before_pack`.
 
     Args:
         seq_length: positions of every pack, read only where `variable_seq_lengths` is off; with it, shapes
@@ -70,6 +76,8 @@ def run_microbatches(
     """
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+        if before_each is not None:
+            before_each()
         return forward_microbatch(model, next(iterator), loss_function)
 
     # Every virtual stage consumes the same packs again, each through an iterator of its own.

@@ -7,12 +7,14 @@ config -> process groups -> prepared data -> reference log-probs (cached) -> pol
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_solopo import exits
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.architecture.layout import check_layout
 from megatron_solopo.config import Config
@@ -33,6 +35,7 @@ from megatron_solopo.train.plot import plot_metrics
 from megatron_solopo.train.policy import StepResult, build_policy
 from megatron_solopo.train.reference import reference_logprobs
 from megatron_solopo.train.saving import Saver
+from megatron_solopo.train.signals import Stopped, StopSignals
 from megatron_solopo.train.splits import Splits, load_splits
 from megatron_solopo.train.step import objective_loss
 
@@ -40,13 +43,11 @@ from megatron_solopo.train.step import objective_loss
 def train(config: Config) -> None:
     """Run training as `config` says, on the ranks that torchrun started (or on this process alone).
 
-    Raises ValueError for anything in the config, the data, the model or a checkpoint that does not fit.
+    Raises ValueError for anything in the config, the data, the model or a checkpoint that does not fit, and
+    SystemExit with code 85 where a signal asked to stop, once all is saved (`train.signals`).
     """
-    architecture, topology, splits = prepare(config)
-    try:
-        Trainer(config, architecture, topology, splits).run()
-    finally:
-        process_groups.destroy(topology)
+    with StopSignals() as signals, _prepared(config, signals) as (architecture, topology, splits):
+        Trainer(config, architecture, topology, splits, signals).run()
 
 
 def precompute_reference(config: Config, *, overwrite: bool) -> Path:
@@ -55,12 +56,23 @@ def precompute_reference(config: Config, *, overwrite: bool) -> Path:
         raise ValueError(
             f"objective.loss_type={config.objective.loss_type} uses no reference model; nothing to compute"
         )
-    _, topology, splits = prepare(config)
+    with StopSignals() as signals, _prepared(config, signals) as (_, topology, splits):
+        reference_logprobs(config, splits, topology, overwrite=overwrite, boundary=signals.check)
+    return config.reference_cache
+
+
+@contextmanager
+def _prepared(config: Config, signals: StopSignals) -> Iterator[tuple[Architecture, Topology, Splits]]:
+    """What `prepare` returns, until the process groups are left; `Stopped` becomes the exit code."""
+    architecture, topology, splits = prepare(config)
     try:
-        reference_logprobs(config, splits, topology, overwrite=overwrite)
+        signals.join()
+        yield architecture, topology, splits
+    except Stopped as stopped:
+        signals.finish(stopped)
+        raise SystemExit(exits.STOPPED) from None
     finally:
         process_groups.destroy(topology)
-    return config.reference_cache
 
 
 def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
@@ -79,8 +91,16 @@ def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
 class Trainer:
     """One run on this rank."""
 
-    def __init__(self, config: Config, architecture: Architecture, topology: Topology, splits: Splits) -> None:
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        topology: Topology,
+        splits: Splits,
+        signals: StopSignals,
+    ) -> None:
         self.config, self.architecture, self.topology, self.splits = config, architecture, topology, splits
+        self.signals = signals
         self.names = metric_names(config.objective)
         self.loader = training_batches(config, splits.datasets["train"], topology)
         self.max_steps = _max_steps(config, len(splits.datasets["train"]))
@@ -89,7 +109,7 @@ class Trainer:
         self.step = self.saver.boundary.step
         references: dict[str, Any] = {}
         if config.objective.needs_reference:
-            references = reference_logprobs(config, splits, topology)
+            references = reference_logprobs(config, splits, topology, boundary=signals.check)
         self.losses = {
             name: objective_loss(config.objective, references.get(name), topology) for name in splits.datasets
         }
@@ -97,17 +117,26 @@ class Trainer:
         self.saver.restore(self.policy)
 
     def run(self) -> None:
-        """Train to the last step."""
+        """Train to the last step, or save and raise Stopped where a signal asked to stop."""
         writer = self._start_writing()
         if writer is not None:
             writer.say(self._describe())
-        if self.saver.boundary.unrecorded is not None:
-            self._complete_step(self.saver.boundary.unrecorded, writer)
-        while self.step < self.max_steps:
-            self._complete_step(self._train_step(), writer)
+        try:
+            self._run_steps(writer)
+        except Stopped as stopped:
+            self.saver.save(str(stopped))
+            self.saver.finish()
+            raise
         self.saver.finish()
         if writer is not None:
             plot_metrics(read_jsonl(writer.path), self.config.run_dir / "metrics.png")
+
+    def _run_steps(self, writer: MetricsWriter | None) -> None:
+        if self.saver.boundary.unrecorded is not None:
+            self._complete_step(self.saver.boundary.unrecorded, writer)
+        while self.step < self.max_steps:
+            self.signals.check()
+            self._complete_step(self._train_step(), writer)
 
     def _complete_step(self, metrics: Metrics, writer: MetricsWriter | None) -> None:
         """All that follows an optimizer step: evaluation, metrics and checkpoint, where due."""
@@ -138,7 +167,12 @@ class Trainer:
         started = time.monotonic()
         reset_peak_memory()
         batch = self.loader.next_batch()
-        result = self.policy.step(batch.packs, self.losses["train"], self.topology)
+        result = self.policy.step(
+            batch.packs,
+            self.losses["train"],
+            self.topology,
+            before_pack=self.signals.check if self._can_stop_within_a_step() else None,
+        )
         self.step += 1
         sums = reduce_sums(result.reports, len(self.names), self.topology)
         means = {name: total / batch.num_triplets for name, total in zip(self.names, sums, strict=True)}
@@ -146,6 +180,14 @@ class Trainer:
         metrics = {"step": self.step} | means | self._costs(batch, result, time.monotonic() - started)
         self.saver.step_done(metrics)
         return metrics
+
+    def _can_stop_within_a_step(self) -> bool:
+        """Whether a step can be left between two packs without a trace.
+
+        Pipeline stages have several packs in flight, and the scales of FP8's delayed recipe remember every forward.
+        """
+        model = self.config.model
+        return self.topology.pipeline_group.size() == 1 and (model.fp8 is None or model.fp8_recipe != "delayed")
 
     def _check_finite(self, values: Mapping[str, float], batch: GlobalBatch) -> None:
         """Stop, on all ranks together, before numbers that are not finite reach a file."""
@@ -184,7 +226,7 @@ class Trainer:
         """Mean metrics over the whole held-out split, under the prefix `eval_`."""
         dataset = self.splits.datasets["eval"]
         reports = []
-        for batch in single_pass(self.config, dataset, self.topology, "evaluation"):
+        for batch in single_pass(self.config, dataset, self.topology, "evaluation", boundary=self.signals.check):
             found = self.policy.evaluate(batch.packs, self.losses["eval"], self.topology)
             reports += [report for report, counted in zip(found, batch.counted, strict=bool(found)) if counted]
         sums = reduce_sums(reports, len(self.names), self.topology)

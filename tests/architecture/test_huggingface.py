@@ -13,6 +13,70 @@ from tests.tiny_models import FAMILIES, make_model
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
 
+REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("llama2", {"model_type": "gpt2"}, ["model_type='gpt2'", "llama, mistral, qwen2, qwen3"]),
+    ("llama2", {"model_type": "no_such_model"}, ["model_type='no_such_model'", "llama, mistral, qwen2, qwen3"]),
+    ("llama2", {"model_type": None}, ["model_type=None", "llama, mistral, qwen2, qwen3"]),
+    ("llama2", {"model_type": ["llama"]}, ["model_type=['llama']", "llama, mistral, qwen2, qwen3"]),
+    (
+        "llama2",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        ["rope_type='dynamic'", "default, linear, llama3, yarn"],
+    ),
+    ("llama2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type='dynamic'", "default, linear"]),
+    (
+        "llama2",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "factor": 2.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        ["rope_type='longrope'", "default, linear, llama3, yarn"],
+    ),
+    ("llama2", {"rope_parameters": LLAMA3}, ["llama3", "low_freq_factor", "high_freq_factor"]),
+    ("llama2", {"rope_parameters": "yarn"}, ["rope_parameters", "yarn"]),
+    ("mistral", {"sliding_window": 128}, ["sliding_window=128", "supported: null"]),
+    ("qwen2", {"sliding_window": 128, "use_sliding_window": True}, ["sliding_window=128", "supported: null"]),
+    (
+        "qwen2",
+        {"layer_types": ["full_attention", "sliding_attention"] * 2},
+        ["layer_types=sliding_attention", "supported: full_attention"],
+    ),
+    ("llama2", {"hidden_act": "gelu"}, ["hidden_act='gelu'", "supported: 'silu'"]),
+    ("llama2", {"attention_bias": True}, ["attention_bias=True", "supported: False"]),
+    ("qwen3", {"attention_bias": True}, ["attention_bias=True", "supported: False"]),
+    ("llama2", {"mlp_bias": True}, ["mlp_bias=True", "supported: False"]),
+    (
+        "llama2",
+        {
+            "rope_parameters": {
+                "rope_type": "linear",
+                "rope_theta": 1e4,
+                "factor": 2.0,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+        ["2 rotary frequencies", "head_dim=8", "supported: partial_rotary_factor 1.0"],
+    ),
+    (
+        "llama2",
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        ["quantization_config with quant_method='gptq'", "supported: none"],
+    ),
+    ("llama2", {"hidden_size": "wide"}, ["hidden_size", "wide"]),
+    ("llama2", {"rms_norm_eps": None}, ["rms_norm_eps"]),
+    ("llama2", {"num_attention_heads": 3}, ["hidden size (32)", "attention heads (3)"]),
+    ("llama2", {"num_attention_heads": 0}, ["transformers cannot read it"]),
+    ("llama3", {"num_key_value_heads": 3}, ["num_key_value_heads=3", "num_attention_heads=4"]),
+    ("llama3", {"num_hidden_layers": 0}, ["num_hidden_layers=0", "at least 1"]),
+    ("llama3", {"vocab_size": -1}, ["vocab_size=-1", "at least 1"]),
+]
+
 
 def write(folder: Path, family: str, changes: dict[str, Any]) -> Path:
     """A config.json of `family` with some fields changed."""
@@ -76,69 +140,7 @@ def test_the_longest_sequence_includes_yarns_scaling(family, stated, expected, t
 
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
-    [
-        ("llama2", {"model_type": "gpt2"}, ["model_type='gpt2'", "llama, mistral, qwen2, qwen3"]),
-        ("llama2", {"model_type": "no_such_model"}, ["model_type='no_such_model'", "llama, mistral, qwen2, qwen3"]),
-        ("llama2", {"model_type": None}, ["model_type=None", "llama, mistral, qwen2, qwen3"]),
-        ("llama2", {"model_type": ["llama"]}, ["model_type=['llama']", "llama, mistral, qwen2, qwen3"]),
-        (
-            "llama2",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            ["rope_type='dynamic'", "default, linear, llama3, yarn"],
-        ),
-        ("llama2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type='dynamic'", "default, linear"]),
-        (
-            "llama2",
-            {
-                "rope_parameters": {
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "factor": 2.0,
-                    "short_factor": [1.0] * 4,
-                    "long_factor": [2.0] * 4,
-                    "original_max_position_embeddings": 64,
-                }
-            },
-            ["rope_type='longrope'", "default, linear, llama3, yarn"],
-        ),
-        ("llama2", {"rope_parameters": LLAMA3}, ["llama3", "low_freq_factor", "high_freq_factor"]),
-        ("llama2", {"rope_parameters": "yarn"}, ["rope_parameters", "yarn"]),
-        ("mistral", {"sliding_window": 128}, ["sliding_window=128", "supported: null"]),
-        ("qwen2", {"sliding_window": 128, "use_sliding_window": True}, ["sliding_window=128", "supported: null"]),
-        (
-            "qwen2",
-            {"layer_types": ["full_attention", "sliding_attention"] * 2},
-            ["layer_types=sliding_attention", "supported: full_attention"],
-        ),
-        ("llama2", {"hidden_act": "gelu"}, ["hidden_act='gelu'", "supported: 'silu'"]),
-        ("llama2", {"attention_bias": True}, ["attention_bias=True", "supported: False"]),
-        ("qwen3", {"attention_bias": True}, ["attention_bias=True", "supported: False"]),
-        ("llama2", {"mlp_bias": True}, ["mlp_bias=True", "supported: False"]),
-        (
-            "llama2",
-            {
-                "rope_parameters": {
-                    "rope_type": "linear",
-                    "rope_theta": 1e4,
-                    "factor": 2.0,
-                    "partial_rotary_factor": 0.5,
-                }
-            },
-            ["2 rotary frequencies", "head_dim=8", "supported: partial_rotary_factor 1.0"],
-        ),
-        (
-            "llama2",
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            ["quantization_config with quant_method='gptq'", "supported: none"],
-        ),
-        ("llama2", {"hidden_size": "wide"}, ["hidden_size", "wide"]),
-        ("llama2", {"rms_norm_eps": None}, ["rms_norm_eps"]),
-        ("llama2", {"num_attention_heads": 3}, ["hidden size (32)", "attention heads (3)"]),
-        ("llama2", {"num_attention_heads": 0}, ["transformers cannot read it"]),
-        ("llama3", {"num_key_value_heads": 3}, ["num_key_value_heads=3", "num_attention_heads=4"]),
-        ("llama3", {"num_hidden_layers": 0}, ["num_hidden_layers=0", "at least 1"]),
-        ("llama3", {"vocab_size": -1}, ["vocab_size=-1", "at least 1"]),
-    ],
+    REFUSED,
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_what_cannot_be_reproduced_is_refused_by_name(family, changes, words, tmp_path) -> None:

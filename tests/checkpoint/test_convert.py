@@ -1,8 +1,11 @@
 """Every family: there and back is the same bit by bit, and between the two it is the same model under any layout."""
 
+import filecmp
 import functools
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.checkpoint import mapping, megatron
 from megatron_solopo.checkpoint.convert import export_model, import_model, verify_models
 from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.checkpoint.huggingface import bitwise_equal
 from megatron_solopo.checkpoint.loading import global_parameters, load_weights
+from megatron_solopo.checkpoint.megatron import MegatronDirectory
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.model.build import build_model
@@ -115,6 +120,34 @@ def test_there_and_back_is_the_same_bit_by_bit(family: str) -> None:
     assert exported_tokenizer.get_vocab() == source_tokenizer.get_vocab()
     assert exported_tokenizer.chat_template == source_tokenizer.chat_template
     assert exported_tokenizer.get_chat_template() == "{{ messages }}\n"
+
+
+@pytest.mark.parametrize("large_bytes", [0, 10**9], ids=["whole parameters", "piece by piece"])
+@pytest.mark.parametrize("block_bytes", [1, 3000])
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+def test_blocks_of_any_size_make_the_same_model(
+    family: str, block_bytes: int, large_bytes: int, tmp_path: Path, monkeypatch
+) -> None:
+    """Written in small blocks and read in large ones, and the other way round."""
+    folder = converted(family)
+    with monkeypatch.context() as patch:
+        patch.setattr(mapping, "_BLOCK_BYTES", block_bytes)
+        patch.setattr(megatron, "_LARGE_BYTES", large_bytes)
+        import_model(folder / "source", tmp_path / "small", verification="tensors")
+        export_model(folder / "megatron", tmp_path / "from large", dtype=None, verification="none")
+    export_model(tmp_path / "small", tmp_path / "from small", dtype=None, verification="none")
+    assert len(list(MegatronDirectory(tmp_path / "small").pieces())) > len(
+        list(MegatronDirectory(folder / "megatron").pieces())
+    )
+    for name in ("from large", "from small"):
+        assert filecmp.cmp(tmp_path / name / "model.safetensors", folder / "exported" / "model.safetensors", False)
+
+
+def test_conversion_imports_no_megatron() -> None:
+    """Its import takes longer than the conversion of a small model."""
+    program = "import sys, megatron_solopo.checkpoint.convert; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "megatron.core" not in loaded
 
 
 @pytest.mark.parametrize("family", FAMILIES)

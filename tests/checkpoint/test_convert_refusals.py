@@ -1,6 +1,7 @@
 """Whatever stands in the way of a conversion is told in one line, and leaves nothing that looks complete."""
 
 import errno
+import itertools
 import os
 import pickle
 import re
@@ -184,7 +185,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_can_be_run_again(work: str
             export_model(folder / "megatron", folder / "out", dtype=None, verification="tensors")
 
     before = sorted(path.name for path in folder.iterdir())
-    count = iter(range(10))
+    count = itertools.count()
 
     def interrupted(*arguments: Any) -> None:
         if next(count) == 5:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_solopo.architecture.huggingface import read_architecture
 from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
+from megatron_solopo.checkpoint.huggingface import bitwise_equal
 from megatron_solopo.checkpoint.loading import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.build import build_model
@@ -228,3 +229,22 @@ def test_the_fingerprint_covers_every_shard(folder: Path) -> None:
         change_middle(folder / file, next(iter(load_file(folder / file))))
         prints.add(weights_fingerprint(folder))
     assert len(prints) == len(files) + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("offset", range(5))
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 8, 33])
+def test_every_bit_counts_wherever_a_tensor_lies(length: int, offset: int, dtype: torch.dtype) -> None:
+    one, other = torch.randn(40).to(dtype), torch.zeros(40, dtype=dtype)
+    one, other = one[offset : offset + length], other[7 : 7 + length].copy_(one[offset : offset + length])
+    assert bitwise_equal(one, other)
+    for position in range(length):
+        changed = other.clone()
+        changed.view({2: torch.int16, 4: torch.int32}[dtype.itemsize])[position] ^= 1
+        assert not bitwise_equal(one, changed)
+
+
+def test_bits_are_compared_not_numbers() -> None:
+    nan = torch.tensor([float("nan")])
+    assert bitwise_equal(nan, nan.clone()) and not bitwise_equal(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not bitwise_equal(torch.zeros(2), torch.zeros(1, 2)) and not bitwise_equal(nan, nan.bfloat16())

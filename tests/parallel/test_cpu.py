@@ -104,6 +104,24 @@ def test_streams_events_and_seeds_do_what_the_cpu_does() -> None:
 
 
 @on_cpu
+def test_megatron_keeps_random_states_by_name() -> None:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    tracker = CudaRNGStatesTracker()
+    torch.manual_seed(3)
+    outside = torch.rand(4)
+    tracker.add("dropout", 3)
+    for _ in range(2):
+        torch.manual_seed(4)
+        with tracker.fork("dropout"):
+            drawn = torch.rand(4)
+        assert torch.equal(torch.rand(4), torch.rand(4, generator=torch.Generator().manual_seed(4)))
+    assert not torch.equal(drawn, outside), "the second draw goes on where the first ended"
+    both = torch.rand(8, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(torch.cat([outside, drawn]), both)
+
+
+@on_cpu
 def test_a_tensor_moves_nowhere_and_casts_as_before() -> None:
     value = torch.ones(2)
     assert value.cuda() is value and value.type() == "torch.cuda.FloatTensor"

@@ -50,6 +50,14 @@ def test_each_step_is_one_line_as_given(tmp_path: Path, capsys: pytest.CaptureFi
     assert [line.split(" | ")[0] for line in printed] == [f"starting {tmp_path} at step 1", "step 1/10", "step 2/10"]
 
 
+def test_what_the_alarms_see_is_told_below_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steady = [step_metrics(step, loss=0.5 + step % 3 / 100) for step in range(1, 31)]
+    write(tmp_path, steady)
+    write(tmp_path, [step_metrics(31, loss=9.0)], first_step=31)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and warnings[0].startswith("warning: step 31: loss 9.0000")
+
+
 @pytest.mark.parametrize(
     ("first_step", "expected"),
     [

@@ -1,0 +1,149 @@
+"""Files of questions: rows of `data build` or `data select`, of which either side's prompts are asked."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_solopo.data.encode import check_template, template_of
+from megatron_solopo.data.measure import Measure
+from megatron_solopo.data.row import Content
+from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.evaluate.samples import QA_METRICS, Sample, Spec
+
+Side = Literal["short", "long"]
+DEFAULT_ROOM = 256
+
+
+class QuestionRow(BaseModel):
+    """What is read of a row; other fields are ignored.
+
+    `question_id` tells rows of one question apart from others: they share a short prompt, which is asked once.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    id: str
+    question_id: str | None = None
+    prompt_short: Content | None = None
+    prompt_long: Content | None = None
+    answers: list[str] = Field(min_length=1)
+    evidence_depths: list[float] = []
+    """In the long context."""
+    response_tokens: int | None = Field(default=None, ge=1)
+    """Room for a response."""
+
+    def prompt(self, side: Side) -> Content | None:
+        """Of one side."""
+        return self.prompt_short if side == "short" else self.prompt_long
+
+
+class QuestionFile:
+    """Samples of a file, see `samples.Source`; one task per side, `<stem>.short` and `<stem>.long`.
+
+    A long sample's depth is the mean depth of its evidence, brought to the nearest of `depths`; of a short context
+    none is known.
+
+    Args:
+        path: JSONL of `QuestionRow`.
+        sides: Which prompts to ask.
+        tokenizer: The model's.
+        buckets: Upper bounds of the buckets of prompt lengths, which longer prompts extend by powers of two.
+        depths: What depths are brought to.
+        max_new_tokens: Instead of the rows' `response_tokens`, or of `DEFAULT_ROOM` where a row has none.
+        limit: Samples per side, the file's first; None: all.
+
+    Raises:
+        ValueError: A row is none, or lacks a side that is asked for.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        sides: Sequence[Side],
+        tokenizer: Tokenizer,
+        buckets: Sequence[int],
+        depths: Sequence[float],
+        max_new_tokens: int | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self._path = path
+        self._tokenizer = tokenizer
+        self._buckets = sorted(buckets)
+        self._depths = depths
+        self._max_new_tokens = max_new_tokens
+        self.metrics = {f"{path.stem}.{side}": QA_METRICS for side in sides}
+        self._specs = [spec for side in sides for spec in self._plan_side(side, limit)]
+
+    def plan(self) -> list[Spec]:
+        """Every sample, in the order of their prompts' lengths, so that equal ones share a batch."""
+        return sorted(self._specs, key=lambda spec: (spec.task, spec.prompt_tokens))
+
+    def build(self, spec: Spec) -> Sample:
+        """Reads the row again: prompts are not held."""
+        with self._path.open("rb") as stream:
+            stream.seek(spec.key)
+            row = _parse(stream.readline(), str(self._path))
+        prompt = row.prompt("short" if spec.task.endswith(".short") else "long")
+        assert prompt is not None
+        return Sample(spec, prompt, tuple(row.answers))
+
+    def _plan_side(self, side: Side, limit: int | None) -> Iterator[Spec]:
+        asked: set[str] = set()
+        for number, offset, row in _rows(self._path):
+            if limit is not None and len(asked) >= limit:
+                return
+            prompt = row.prompt(side)
+            if prompt is None:
+                raise ValueError(f"{self._path}:{number}: prompt_{side}: is missing; see --side")
+            name = (row.question_id or row.id) if side == "short" else row.id
+            if name in asked:
+                if side == "long":
+                    raise ValueError(f"{self._path}:{number}: id: {name!r} is already the id of an earlier row")
+                continue
+            asked.add(name)
+            tokens = self._count(prompt)
+            room = self._max_new_tokens or row.response_tokens or DEFAULT_ROOM
+            depth = self._depth(row.evidence_depths) if side == "long" else None
+            task = f"{self._path.stem}.{side}"
+            yield Spec(f"{task}:{name}", task, self._bucket(tokens), depth, tokens, room, offset)
+
+    def _count(self, prompt: Content) -> int:
+        template = template_of(prompt)
+        if template == "chat":
+            check_template(template, self._tokenizer, "the model's tokenizer")
+        return Measure(self._tokenizer, template).prompt(prompt)
+
+    def _bucket(self, tokens: int) -> int:
+        longer = [bound for bound in self._buckets if bound >= tokens]
+        return longer[0] if longer else 1 << (tokens - 1).bit_length()
+
+    def _depth(self, evidence: Sequence[float]) -> float | None:
+        if not evidence or not self._depths:
+            return None
+        mean = sum(evidence) / len(evidence)
+        return min(self._depths, key=lambda depth: abs(depth - mean))
+
+
+def _rows(path: Path) -> Iterator[tuple[int, int, QuestionRow]]:
+    """(line, byte offset, row)."""
+    offset = 0
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                yield number, offset, _parse(line, f"{path}:{number}")
+                offset += len(line)
+    except OSError as error:
+        raise ValueError(f"--contexts {path}: {error.strerror}") from None
+    if not offset:
+        raise ValueError(f"--contexts {path}: holds no row")
+
+
+def _parse(line: bytes, where: str) -> QuestionRow:
+    try:
+        return QuestionRow.model_validate_json(line)
+    except ValidationError as error:
+        detail: Any = error.errors()[0]
+        field = ".".join(map(str, detail["loc"])) or "the whole line"
+        raise ValueError(f"{where}: {field}: {detail['msg']} (expected a row of data build)") from None

@@ -1,0 +1,92 @@
+"""What a person should look at in a run's course: detectors over the stream of its metrics.
+
+A detector is a pure function of the recorded steps, oldest first, the newest last; it returns one line of warning,
+what is seen and what to look at or change, or None. To add one: a function here or in a file beside, and its place in
+`DETECTORS`. It sees at most `WINDOW` steps, those before a restart among them; the values of a skipped step are None.
+"""
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+Step = Mapping[str, float | int | None]
+Detector = Callable[[Sequence[Step]], str | None]
+
+WINDOW = 200
+_SPIKE_HISTORY = 50
+_SPIKE_LEAST_HISTORY = 20
+_SPIKE_SCORE = 8.0
+_TREND_STEPS = 25
+_TREND_SCORE = 3.0
+
+
+def values(steps: Iterable[Step], name: str) -> list[float]:
+    """A metric over the steps that have it."""
+    return [value for step in steps if (value := step.get(name)) is not None]
+
+
+def loss_spike(steps: Sequence[Step]) -> str | None:
+    """The newest loss stands out of the 50 before it.
+
+    Robust z-score: the distance from their median in units of their median absolute deviation, times 0.6745, which
+    makes it a normal distribution's z-score (Iglewicz and Hoaglin, 1993). Earlier spikes do not hide later ones.
+    """
+    newest = steps[-1].get("loss")
+    before = values(list(steps[:-1])[-_SPIKE_HISTORY:], "loss")
+    if newest is None or len(before) < _SPIKE_LEAST_HISTORY:
+        return None
+    median = statistics.median(before)
+    deviation = statistics.median(abs(value - median) for value in before)
+    score = 0.6745 * (newest - median) / max(deviation, 1e-3 * abs(median), 1e-12)
+    if score < _SPIKE_SCORE:
+        return None
+    return (
+        f"loss {newest:.4f} is far above the median {median:.4f} of the {len(before)} steps before "
+        f"(robust z-score {score:.0f}); if it stays, lower optimizer.lr or optimizer.clip_grad"
+    )
+
+
+def both_rewards_falling(steps: Sequence[Step]) -> str | None:
+    """Chosen and rejected rewards both went down over the last 50 steps, beyond what their scatter explains.
+
+    Compares the means of two neighbouring stretches of 25 steps with the standard error of their difference.
+    """
+    falls = []
+    for name in ("rewards/chosen", "rewards/rejected"):
+        recent = values(steps, name)[-2 * _TREND_STEPS :]
+        if len(recent) < 2 * _TREND_STEPS:
+            return None
+        earlier, later = recent[:_TREND_STEPS], recent[_TREND_STEPS:]
+        error = ((statistics.variance(earlier) + statistics.variance(later)) / _TREND_STEPS) ** 0.5
+        before, after = statistics.fmean(earlier), statistics.fmean(later)
+        if before - after <= _TREND_SCORE * error:
+            return None
+        falls.append(f"{name} {before:+.4f} -> {after:+.4f}")
+    return (
+        f"both rewards fall: {', '.join(falls)} over {2 * _TREND_STEPS} steps; the margin grows by unlearning "
+        "both answers: objective.nll_coefficient holds the chosen one up, a lower optimizer.lr slows it"
+    )
+
+
+DETECTORS: tuple[Detector, ...] = (loss_spike, both_rewards_falling)
+
+
+class Alarms:
+    """The detectors over one run: each warns when it begins to see something, and again only after it had ceased."""
+
+    def __init__(self, recorded: Iterable[Step], detectors: Sequence[Detector] = DETECTORS) -> None:
+        """Continue behind the steps `recorded` so far."""
+        self._steps: deque[Step] = deque(maxlen=WINDOW)
+        self._detectors = detectors
+        self._warned = [False] * len(detectors)
+        for step in list(recorded)[-WINDOW:]:
+            self.after(step)
+
+    def after(self, step: Step) -> list[str]:
+        """New warnings, now that `step` was recorded."""
+        self._steps.append(step)
+        steps = list(self._steps)
+        found = [detector(steps) for detector in self._detectors]
+        new = [line for line, warned in zip(found, self._warned, strict=True) if line and not warned]
+        self._warned = [bool(line) for line in found]
+        return new

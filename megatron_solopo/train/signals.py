@@ -1,0 +1,141 @@
+"""Signals that ask a run to stop, and the one decision that all ranks take about them.
+
+SIGTERM, SIGUSR1 or SIGINT on any rank is a request. At the next boundary all ranks learn of it in one all-reduce of a
+single number, so that all of them stop at the same place: `StopSignals.check` raises `Stopped` on every rank.
+
+    boundary                   where                                     lost by stopping there
+    micro-batch                training, without pipeline stages         the gradients of the step that had begun
+    step                       training with pipeline stages, where      nothing
+                               micro-batches are in flight on all stages
+    batch                      evaluation, reference pass                what the pass has computed
+
+The wait is thus one micro-batch (one step with PP > 1) and the save. A second signal, 2 seconds or more after the
+first, exits at once with 128 + its number; a save that was being written stays under its temporary name.
+
+Launchers deliver one request twice (to the group, then to each rank), hence the 2 seconds. Handlers of Python run
+between two bytecodes of the main thread, which may sit in a collective for long: a thread therefore reads the
+signal's number too, from the pipe that the interpreter writes it to in the very moment.
+
+Cost: one all-reduce of 8 bytes between hosts (gloo) per boundary, no synchronization with the GPU.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_solopo import exits
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SAME_REQUEST_SECONDS = 2.0
+
+
+class Stopped(Exception):
+    """Raised on all ranks together, at a boundary, with one line of why."""
+
+
+class StopSignals:
+    """Listens for requests to stop, from `with StopSignals() as signals:` to the block's end; in the main thread only.
+
+    Until `join`, that is before there are other ranks to agree with, a signal ends the process at once with code 85.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._received_at = 0.0
+        self._group: Any = None
+        self._finished = False
+
+    def __enter__(self) -> Self:
+        self._pipe, write_end = socket.socketpair()
+        write_end.setblocking(False)
+        self._write_end = write_end
+        self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(self._pipe,), name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_IGN if self._finished else handler)
+        self._write_end.close()  # ends the thread
+
+    def join(self) -> None:
+        """Let the ranks of the world agree from here on; called by all of them together."""
+        backend = dist.get_backend()
+        # Between hosts: the decision must not make one wait for its GPU.
+        self._group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+
+    def check(self) -> None:
+        """A boundary: raises Stopped on every rank if any rank was asked to stop. Called by all ranks together."""
+        assert self._group is not None, "join comes first"
+        # The greatest request wins: who, and which signal.
+        mine = 0 if self._received is None else (dist.get_rank() + 1) * 256 + self._received
+        request = torch.tensor(mine, dtype=torch.int64, device="cpu")
+        dist.all_reduce(request, dist.ReduceOp.MAX, group=self._group)
+        if request > 0:
+            rank, number = divmod(int(request), 256)
+            raise Stopped(f"{signal.Signals(number).name} on rank {rank - 1}")
+
+    def finish(self, stopped: Stopped) -> None:
+        """All is saved: say so, and let signals change nothing from here on. Called by all ranks together.
+
+        A launcher signals the other ranks as soon as one has exited.
+        """
+        self._finished = True
+        if dist.get_rank() == 0:
+            tqdm.write(f"stopped by {stopped}; the same command continues from what is saved")
+        dist.barrier(group=self._group)
+
+    def _handle(self, number: int, frame: object) -> None:
+        """May run long after the thread has seen the same signal: it can be the first request, never the second."""
+        if self._received is None:
+            self._note(number)
+
+    def _listen(self, pipe: socket.socket) -> None:
+        while data := pipe.recv(1):
+            if data[0] in SIGNALS:
+                self._note(data[0])
+        pipe.close()
+
+    def _note(self, number: int) -> None:
+        now = time.monotonic()
+        if self._finished:
+            return
+        if self._received is None:
+            self._received, self._received_at = number, now
+            if self._group is None:
+                _exit(exits.STOPPED, f"{signal.Signals(number).name} before the ranks have met; nothing to save")
+        elif now - self._received_at >= _SAME_REQUEST_SECONDS:
+            name = signal.Signals(number).name
+            _exit(exits.of_signal(number), f"{name}, the second signal: exiting at once; what is saved stays as it is")
+
+
+@contextmanager
+def spared_children() -> Iterator[None]:
+    """Processes begun inside do not get the signals that ask a run to stop.
+
+    A save has helper processes. Schedulers signal every process of a job: the helpers would die of what their parent
+    only takes note of, and the save with them. This process still hears everything, in its listening thread.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _exit(code: int, message: str) -> None:
+    sys.stderr.write(f"[rank {os.environ.get('RANK', '0')}] {message}\n")
+    sys.stderr.flush()
+    os._exit(code)

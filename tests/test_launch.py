@@ -1,0 +1,62 @@
+"""The launcher ends as its ranks did, whatever it was told itself."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_solopo import exits
+
+# A rank that ends with 85 when it is asked to stop, and with the code that it was given otherwise.
+RANK = """
+import os, pathlib, signal, sys, time
+asked = []
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda number, frame: asked.append(number))
+pathlib.Path(sys.argv[1], f"{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}").touch()
+until = time.monotonic() + float(sys.argv[2])
+while not asked and time.monotonic() < until:
+    time.sleep(0.05)
+sys.exit(85 if asked else int(sys.argv[3]))
+"""
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    (folder / "rank.py").write_text(RANK)
+    (folder / "started").mkdir()
+    command = [sys.executable, "-m", "megatron_solopo.launch", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, "--max-restarts", "1", str(folder / "rank.py"), str(folder / "started"), *arguments],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def started(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "started").glob("*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_reaches_the_ranks_and_their_code_comes_back(tmp_path: Path, number: signal.Signals) -> None:
+    launcher = launch(tmp_path, "60", "0")
+    while len(started(tmp_path)) < 2 and launcher.poll() is None:
+        time.sleep(0.05)
+    launcher.send_signal(number)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == exits.STOPPED
+    assert started(tmp_path) == ["0-0", "1-0"], "they are not started again"
+    assert "Traceback" not in errors and "FAILED" not in errors
+
+
+def test_a_failure_is_started_again_and_its_code_comes_back(tmp_path: Path) -> None:
+    launcher = launch(tmp_path, "0.1", "7")
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 7
+    assert started(tmp_path) == ["0-0", "0-1", "1-0", "1-1"]
+    assert "rank.py FAILED" in errors
