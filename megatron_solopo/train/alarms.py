@@ -9,6 +9,8 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from megatron_solopo.train.collapse import gap_closes_from_below
+
 Step = Mapping[str, float | int | None]
 Detector = Callable[[Sequence[Step]], str | None]
 
@@ -68,7 +70,7 @@ def both_rewards_falling(steps: Sequence[Step]) -> str | None:
     )
 
 
-DETECTORS: tuple[Detector, ...] = (loss_spike, both_rewards_falling)
+DETECTORS: tuple[Detector, ...] = (loss_spike, both_rewards_falling, gap_closes_from_below)
 
 
 class Alarms:

@@ -6,13 +6,6 @@ from pathlib import Path
 from typing import Any
 
 
-def start_worker() -> None:
-    """One thread."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
 def make_bases(work: Path, seed: int, strengths: tuple[int, ...]) -> None:
     """The base models of a seed."""
     with _log(work / f"seed{seed}" / "base.log"):

@@ -49,7 +49,8 @@ def make_pairs(
             seed=seed,
         )
     )
-    select(SelectSettings(contexts, responses, triplets, str(base), seed=seed, overwrite=True))
+    # Not sub_em: a weak model also answers with a whole fact (`k07=v21`), which contains the right word.
+    select(SelectSettings(contexts, responses, triplets, str(base), score="token_f1", seed=seed, overwrite=True))
     prepare(triplets, folder / "prepared", str(base), seed=seed, overwrite=True)
     return folder / "prepared"
 

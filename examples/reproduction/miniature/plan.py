@@ -17,8 +17,10 @@ MAP_ALPHAS = (1.0, 3.0, 10.0)
 
 def all_runs() -> list[Run]:
     """Every run once, what matters most first."""
-    parts = (comparison, alphas, failures)
-    return list(dict.fromkeys(run for part in parts for seed in SEEDS for run in part(seed)))
+    first, *others = SEEDS
+    order = [comparison(seed) for seed in SEEDS] + [alphas(first), failures(first)]
+    order += [part(seed) for part in (alphas, failures) for seed in others]
+    return list(dict.fromkeys(run for part in order for run in part))
 
 
 def comparison(seed: int) -> Iterator[Run]:

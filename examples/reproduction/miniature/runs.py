@@ -18,11 +18,11 @@ from miniature.pairs import make_pairs
 
 LONG_LENGTH = 128
 STEPS, BATCH, LEARNING_RATE = 100, 8, 1e-3
-EVAL_QUESTIONS = 256
+EVAL_QUESTIONS = 128
 EVAL_SEED = 77
 """The questions that all models answer."""
 TEMPERATURE = 1.5
-_NUM_QUESTIONS, _LONGS_PER_QUESTION = 400, 4
+NUM_QUESTIONS, LONGS_PER_QUESTION = 400, 4
 _TRAJECTORIES = ("rewards/chosen", "solo_ra/gap_abs")
 _LOSS_SETTINGS: dict[str, dict[str, Any]] = {"simpo": {"beta": 2.5}, "dpo": {}, "orpo": {}}
 
@@ -68,8 +68,8 @@ def prepare_data(work: Path, strength: int, seed: int) -> None:
         base_directory(work, strength, seed),
         folder,
         long_length=LONG_LENGTH,
-        num_questions=_NUM_QUESTIONS,
-        longs_per_question=_LONGS_PER_QUESTION,
+        num_questions=NUM_QUESTIONS,
+        longs_per_question=LONGS_PER_QUESTION,
         temperature=TEMPERATURE,
         seed=seed,
     )
