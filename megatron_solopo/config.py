@@ -228,7 +228,11 @@ class CheckpointConfig(_Section):
     save_steps: PositiveInt | None = None
     """Save every this many steps, and at the end; null: only at the end."""
     resume: bool = True
-    """Continue from `<run_dir>/checkpoints/latest` where it exists; false: refuse a directory that holds a run."""
+    """Continue from the newest whole checkpoint in `<run_dir>/checkpoints`, where there is one; false: refuse a
+    directory that holds a run."""
+    verify: Literal["checksums", "sizes"] = "checksums"
+    """What a checkpoint is held against before it is loaded. checksums: the ranks read every file, each its share, at
+    what the disk gives; sizes: finds missing and cut files alone, in a moment."""
 
 
 class LoggingConfig(_Section):

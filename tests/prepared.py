@@ -34,6 +34,7 @@ def write_triplets(path: Path, rows: int, seed: int) -> Path:
             "prompt_long": words(20, 60),
             "chosen": words(1, 9),
             "rejected": words(1, 9),
+            "evidence_depths": [[], [number / rows], [number / rows, 1.0]][number % 3],
         }
         for number in range(rows)
     ]

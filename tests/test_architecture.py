@@ -27,10 +27,12 @@ ROOMS = {
     "config_file": Room(0, beside=frozenset({"config", "files"})),
     "evaluation_results": Room(0, beside=frozenset({"files"})),
     "architecture": Room(0, beside=frozenset({"config", "model_directory"})),
+    "run_directory": Room(0, beside=frozenset({"model_directory"})),
     "objective": Room(1),
     "data": Room(1),
     "plan": Room(1, beside=frozenset({"data"})),  # the real packer
     "doctor": Room(1),
+    "report": Room(1),
     "parallel": Room(1, megatron=True),
     "logprob": Room(2, megatron=True),
     "model": Room(2, beside=frozenset({"logprob"}), megatron=True),

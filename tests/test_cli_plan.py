@@ -93,6 +93,13 @@ def test_the_dry_run_of_the_command_agrees(monkeypatch: pytest.MonkeyPatch) -> N
         (["--gpus", "64", "--gpu", "h100", "--gpu-file", "none.yaml"], "none.yaml: no such file"),
         (["--gpus", "64", "--gpu", "h100", "model.path=nowhere"], "nowhere/config.json: no such file"),
         (["--gpus", "64", "--gpu", "h100", "--vary", "luck"], "unknown luck"),
+        (["--gpus", "64", "--gpu", "h100", "--explain", "tp=2,tp=4"], "'tp=2,tp=4': a size is stated twice"),
+        (["--gpus", "64", "--gpu", "h100", "--triplets", "100"], "training.global_batch_size=128: more than the 100"),
+        (["--gpus", "64", "--gpu", "a100", "model.fp8=hybrid"], "A100 has no such FP8; set model.fp8 to null"),
+        (
+            ["--gpus", "64", "--gpu", "h100", "model.fp8=e4m3", "model.fp8_recipe=mxfp8"],
+            "H100 has no such FP8; set model.fp8 to null, or model.fp8_recipe to blockwise",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(capsys: Any, arguments: list[str], words: str) -> None:

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory, is_finite
+from megatron_solopo.checkpoint.manifest import check_listed, sealed_files, write_manifest
 from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, huggingface_shapes, rules
 from megatron_solopo.checkpoint.megatron import THREADS, MegatronDirectory
 from megatron_solopo.checkpoint.megatron_writer import write_megatron
-from megatron_solopo.checkpoint.model_files import MANIFEST, read_model_files, source_dtypes, write_model_files
+from megatron_solopo.checkpoint.model_files import MANIFEST, read_model_files, source_dtypes, write_files
 from megatron_solopo.checkpoint.safetensors_writer import SafetensorsWriter
 from megatron_solopo.checkpoint.verify import Report, Verification, to_dtype, verify
 from megatron_solopo.files import atomic_path, check_writable, described_bytes
@@ -53,8 +54,10 @@ def import_model(source: Path, output: Path, *, verification: Verification) -> R
     with _output(output, total, files) as temporary:
         with _bar("import", total) as progress:
             write_megatron(weights, architecture, temporary, progress)
-        write_model_files(files, temporary / HUGGINGFACE_FOLDER)
+        write_files(files, temporary / HUGGINGFACE_FOLDER)
         report = _verified(source, temporary, output, verification, total)
+        names = [str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file()]
+        write_manifest(temporary, sealed_files(temporary, names))
         if not has_tokenizer(source):
             report.add("files", f"no tokenizer files in {source}: the export will have none")
         return report
@@ -75,6 +78,7 @@ def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verific
     stored.check(architecture)
     files = read_model_files(checkpoint)
     dtypes = _target_dtypes(checkpoint, architecture, dtype)
+    checksums = check_listed(checkpoint, checksums=True)
     total = _total_bytes(architecture, dtypes)
     files.pop(MANIFEST, None)
     if dtype is not None:
@@ -96,8 +100,10 @@ def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verific
 
             list(pool.map(export, rules(architecture).values()))
         writer.finish()
-        write_model_files(files, temporary)
-        return _verified(temporary, checkpoint, output, verification, total)
+        write_files(files, temporary)
+        report = _verified(temporary, checkpoint, output, verification, total)
+        report.add("checksums", checksums)
+        return report
 
 
 def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> Report:
@@ -108,13 +114,16 @@ def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> Repor
         )
     check_huggingface_directory(huggingface, "--hf")
     check_megatron_checkpoint(checkpoint, "--checkpoint")
+    checksums = check_listed(checkpoint, checksums=True)
     total = sum(
         torch.Size(entry.shape).numel() * DTYPES[entry.dtype].itemsize
         for entry in SafetensorsDirectory(huggingface).entries.values()
         if entry.dtype in DTYPES
     )
     with _bar("verify", total) as progress:
-        return verify(huggingface, checkpoint, logits=logits, progress=progress)
+        report = verify(huggingface, checkpoint, logits=logits, progress=progress)
+    report.add("checksums", checksums)
+    return report
 
 
 def _verified(huggingface: Path, checkpoint: Path, output: Path, verification: Verification, total: int) -> Report:

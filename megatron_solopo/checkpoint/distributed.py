@@ -1,28 +1,23 @@
 """Megatron distributed checkpoints that load under any parallel layout, complete or absent.
 
-checkpoints/iter_0000010/   Megatron's files (model, optimizer), trainer.json and huggingface/ (config, tokenizer)
-checkpoints/latest          the name of the newest complete one, written last
+checkpoints/iter_0000010/   Megatron's files (model, optimizer), trainer.json, huggingface/ (config, tokenizer) and
+                            manifest.json, which lists all of them
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_solopo.checkpoint.model_files import write_model_files
 from megatron_solopo.checkpoint.optimizer_state import initialize_state, load_state, portable
-from megatron_solopo.files import atomic_path, remove, replace, write_json
+from megatron_solopo.checkpoint.pending import Content, PendingSave
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.precision import assign
-from megatron_solopo.model_directory import HUGGINGFACE_FOLDER, MEGATRON_LM_VERSION
+from megatron_solopo.model_directory import MEGATRON_LM_VERSION
 
-_LATEST = "latest"
-_TRAINER_STATE = "trainer.json"
 _KERNEL_STATE = "_extra_state"
 _Chunk = TypeVar("_Chunk", DistributedDataParallel, ResponseModel)
 # Saved once per parameter, not per rank's share of a buffer: loads under another TP, PP, CP or DP.
@@ -32,67 +27,23 @@ _SHARDING = {
 }
 
 
-def save_checkpoint(
+def begin_save(
     root: Path,
-    step: int,
     chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    trainer_state: dict[str, Any],
-    model_files: Mapping[str, bytes],
-) -> Path:
-    """Write `root/iter_<step>` on all ranks together, then point `latest` to it. Returns its path.
+    content: Content,
+    *,
+    background: bool = False,
+) -> PendingSave:
+    """Begin to write `root/iter_<step>` on all ranks together; `complete` of what is returned makes it a checkpoint.
 
     Args:
-        trainer_state: JSON-able, the same on every rank: what is not a tensor.
-        model_files: the config, tokenizer and so on that travel with the weights; rank 0's are written.
+        background: threads write copies of the state while training goes on.
+
+    Raises ValueError on every rank, and leaves nothing behind, where one of them finds no room or cannot write.
     """
-    final = root / f"iter_{step:07d}"
-    temporary = root / f".{final.name}.incomplete"
-    if dist.get_rank() == 0:
-        remove(temporary)
-        temporary.mkdir(parents=True)
-    dist.barrier()
     state = _sharded_state(chunks, optimizer, is_loading=False) | MEGATRON_LM_VERSION
-    dist_checkpointing.save(state, str(temporary), content_metadata=dict(_SHARDING))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        write_model_files(model_files, temporary / HUGGINGFACE_FOLDER)
-        write_json(temporary / _TRAINER_STATE, trainer_state | {"step": step})
-        replace(temporary, final)
-        with atomic_path(root / _LATEST) as pointer:
-            pointer.write_text(final.name + "\n", encoding="utf-8")
-    dist.barrier()
-    return final
-
-
-def latest_checkpoint(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that `latest` names and its trainer state plus `step`, or None where nothing was saved yet.
-
-    Rank 0 looks and tells the others: on a shared file system they might not see the same yet.
-
-    Raises ValueError, on every rank, if it names a directory that is not a complete checkpoint.
-    """
-    found: list[Any] = [_read_latest(root) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], str):
-        raise ValueError(found[0])
-    checkpoint: tuple[Path, dict[str, Any]] | None = found[0]
-    return checkpoint
-
-
-def _read_latest(root: Path) -> tuple[Path, dict[str, Any]] | str | None:
-    """Path and state, or what is wrong."""
-    pointer = root / _LATEST
-    if not pointer.is_file():
-        return None
-    path = root / pointer.read_text(encoding="utf-8").strip()
-    try:
-        return path, json.loads((path / _TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return (
-            f"{pointer}: names {path}, which is not a complete checkpoint; write the name of a complete one into it, "
-            "or remove it to start anew"
-        )
+    return PendingSave(root, state, dict(_SHARDING), content, background=background)
 
 
 def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None) -> None:

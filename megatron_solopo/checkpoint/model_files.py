@@ -34,7 +34,7 @@ def read_model_files(path: Path) -> dict[str, bytes]:
     return found
 
 
-def write_model_files(files: Mapping[str, bytes], folder: Path) -> None:
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
     """Write them into a new folder."""
     for name, content in files.items():
         file = folder / name

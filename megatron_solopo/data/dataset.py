@@ -50,6 +50,10 @@ class TripletDataset:
             sequence_multiple,
         )
 
+    def response_lengths(self, response: str) -> IntArray:
+        """Tokens of every row's `chosen` or `rejected`, [rows]."""
+        return self._lengths({response})[response]
+
     def ids(self, rows: Sequence[int] | IntArray) -> list[str]:
         """Ids of some rows."""
         return [str(value) for value in self._table[np.asarray(rows).tolist()]["id"].to_pylist()]

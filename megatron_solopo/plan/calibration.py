@@ -113,6 +113,8 @@ def calibrated(path: Path, gpu: Gpu) -> Efficiency:
     rows = measured(path, gpu)
     if not rows:
         raise ValueError(f"{path}: holds no measurement of solopo or long_po on a GPU (--calibration)")
+    if gpu.device_name not in rows[0].device:
+        raise ValueError(f"{path}: measured on {rows[0].device}, which is no {gpu.device_name} (--gpu, --calibration)")
     times = np.array([row.seconds for row in rows])
     attention = np.array([row.estimate.time.compute.attention for row in rows])
     rest = np.array([row.estimate.time.seconds for row in rows]) - attention
@@ -120,6 +122,12 @@ def calibrated(path: Path, gpu: Gpu) -> Efficiency:
     default = Efficiency()
     scaled = {name: getattr(default, name) / factors[0] for name in ("gemm", "fp8_gemm", "head", "memory")}
     scaled["attention"] = default.attention / factors[1]
+    if (best := max(scaled["gemm"], scaled["attention"])) > 1:
+        raise ValueError(
+            f"{path}: computes {best:.2f} times as fast as {gpu.device_name}'s data sheet allows; is the type right? "
+            "(--calibration)"
+        )
+    # The others were scaled along with the matrix products, not measured.
     limited = {name: float(min(value, 1.0)) for name, value in scaled.items()}
     return default.model_copy(update=limited | {"source": f"{path.name}, measured on {rows[0].device}"})
 

@@ -28,7 +28,7 @@ class Efficiency(BaseModel):
     nvlink: _Share = 0.75
     network: _Share = 0.75
     host: _Share = 0.75
-    """PCIe, and Adam on the host's processors behind it."""
+    """PCIe, and the host's memory, which bounds Adam there."""
     message_seconds: float = 10e-6
     """Start of a collective or message."""
     overlap_of_context: Annotated[float, Field(ge=0, le=1)] = 0.9

@@ -3,7 +3,7 @@
 Peaks are dense (no sparsity) and per GPU; links are per direction. Users add types in a YAML file:
 
     my-gpu: {device_name: B300, memory_gib: 268, bf16_tflops: 2250, fp8_tflops: 4500, hbm_gb_per_s: 8000,
-             nvlink_gb_per_s: 900, network_gb_per_s: 50, pcie_gb_per_s: 64, gpus_per_node: 8}
+             nvlink_gb_per_s: 900, network_gb_per_s: 50, pcie_gb_per_s: 64, host_gb_per_s: 50, gpus_per_node: 8}
 """
 
 from pathlib import Path
@@ -12,11 +12,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
+from megatron_solopo.config import ModelConfig
+
 
 class Gpu(BaseModel):
     """One GPU in its usual node."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     device_name: str
     """Part of the name that CUDA gives the device."""
@@ -25,6 +27,8 @@ class Gpu(BaseModel):
     bf16_tflops: PositiveFloat
     fp8_tflops: PositiveFloat | None = None
     """None: no FP8."""
+    has_mxfp8: bool = False
+    """Whether it can scale blocks of 32 (`fp8_recipe: mxfp8`)."""
     hbm_gb_per_s: PositiveFloat
     nvlink_gb_per_s: PositiveFloat
     """To the other GPUs of the node, per direction: half of what data sheets state for both."""
@@ -32,10 +36,12 @@ class Gpu(BaseModel):
     """To other nodes, per GPU and direction: 400 Gb/s adapters, one per GPU."""
     pcie_gb_per_s: PositiveFloat = 64.0
     """To the host, per direction."""
+    host_gb_per_s: PositiveFloat = 50.0
+    """Of the host's memory, one GPU's share: 400 GB/s for eight."""
     gpus_per_node: PositiveInt = 8
 
 
-def _sheet(name: str, gib: float, bf16: float, fp8: float | None, hbm: float, nvlink: float, **more: float) -> Gpu:
+def _sheet(name: str, gib: float, bf16: float, fp8: float | None, hbm: float, nvlink: float, **more: Any) -> Gpu:
     values: dict[str, Any] = {"device_name": name, "memory_gib": gib, "bf16_tflops": bf16, "fp8_tflops": fp8}
     return Gpu(**values, hbm_gb_per_s=hbm, nvlink_gb_per_s=nvlink, **more)
 
@@ -47,8 +53,8 @@ GPUS: dict[str, Gpu] = {
     "h100-nvl": _sheet("H100 NVL", 93.1, 835, 1671, 3900, 300),
     "h100": _sheet("H100", 79.1, 989, 1979, 3350, 450),
     "h200": _sheet("H200", 139.8, 989, 1979, 4800, 450),
-    "gb200": _sheet("GB200", 184.0, 2500, 5000, 8000, 900, gpus_per_node=4),
-    "b200": _sheet("B200", 178.0, 2250, 4500, 8000, 900),
+    "gb200": _sheet("GB200", 184.0, 2500, 5000, 8000, 900, gpus_per_node=4, has_mxfp8=True),
+    "b200": _sheet("B200", 178.0, 2250, 4500, 8000, 900, has_mxfp8=True),
 }
 
 
@@ -72,7 +78,7 @@ def read_gpus(path: Path | None) -> dict[str, Gpu]:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict):
         raise ValueError(f"{path}: expected GPU types and their fields, {', '.join(Gpu.model_fields)}")
-    return GPUS | {str(name): _parse(path, str(name), fields) for name, fields in given.items()}
+    return GPUS | {str(name).lower(): _parse(path, str(name), fields) for name, fields in given.items()}
 
 
 def _parse(path: Path, name: str, fields: Any) -> Gpu:
@@ -89,3 +95,18 @@ def find_gpu(name: str, gpus: dict[str, Gpu]) -> Gpu:
     if name.lower() not in gpus:
         raise ValueError(f"--gpu {name}: unknown; known: {', '.join(gpus)}, or add it in a YAML file with --gpu-file")
     return gpus[name.lower()]
+
+
+def has_fp8(gpu: Gpu, recipe: str) -> bool:
+    """Whether a type computes FP8 with this way of scaling."""
+    return gpu.fp8_tflops is not None and (recipe != "mxfp8" or gpu.has_mxfp8)
+
+
+def check_fp8_of(gpu: Gpu, model: ModelConfig) -> None:
+    """Refuse FP8 that a type does not have; raises ValueError naming the keys."""
+    if model.fp8 is not None and not has_fp8(gpu, model.fp8_recipe):
+        others = "" if gpu.fp8_tflops is None else ", or model.fp8_recipe to blockwise or tensorwise"
+        raise ValueError(
+            f"model.fp8={model.fp8} with model.fp8_recipe={model.fp8_recipe}: {gpu.device_name} has no such FP8; "
+            f"set model.fp8 to null{others}"
+        )

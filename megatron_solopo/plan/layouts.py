@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from megatron_solopo.architecture.fp8 import check_fp8
 from megatron_solopo.architecture.layout import check_layout, check_world_size
 from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.config import Config
-from megatron_solopo.plan.gpus import Gpu
+from megatron_solopo.plan.gpus import Gpu, has_fp8
 
 SHORT_NAMES = {
     "tp": "tensor_model_parallel_size",
@@ -114,12 +115,13 @@ def exchanges_by_heads(architecture: Shape, config: Config) -> bool:
 
 
 def variants(architecture: Shape, layout: Layout, gpu: Gpu, vary: Sequence[str]) -> list[list[Layout]]:
-    """What may be tried beside the sizes: rows that differ in precision and traffic, each from fast to small.
+    """What may be tried beside the sizes: rows that differ in precision, traffic and where the optimizer's state lies.
 
-    In a row every entry takes less memory and more time than the one before, so the first that fits is the row's best.
+    In a row every entry recomputes more, takes less memory and more time than the one before: the first that fits is
+    the row's best. Rows are not ordered: with many packs in a step, moving state costs less than recomputing layers.
     """
     config = layout.config
-    can_fp8 = gpu.fp8_tflops is not None and config.model.dtype == "bfloat16"
+    can_fp8 = has_fp8(gpu, config.model.fp8_recipe) and config.model.dtype == "bfloat16"
     precisions: list[dict[str, Any]] = [{}]
     if "fp8" in vary and can_fp8:
         precisions = [{"fp8": None, "fp8_param": False, "first_last_layers_bf16": False}, {"fp8": "hybrid"}]
@@ -128,25 +130,18 @@ def variants(architecture: Shape, layout: Layout, gpu: Gpu, vary: Sequence[str])
     if "cp_comm" in vary and exchanges_by_heads(architecture, config):
         exchanges.append("a2a")
     rows = []
-    for precision in precisions:
-        for exchange in exchanges:
-            row = [
-                with_keys(
-                    config,
-                    model=precision,
-                    parallel={"cp_comm_type": exchange} | saver,
-                    optimizer={} if offload is None else {"optimizer_offload_fraction": offload},
-                )
-                for offload in _offloads(config, vary)
-                for saver in recompute
-            ]
-            rows.append([Layout(each, layout.data_parallel_size) for each in row])
+    for precision, exchange, offload in product(precisions, exchanges, _offloads(config, vary)):
+        row = [
+            with_keys(config, model=precision, parallel={"cp_comm_type": exchange} | saver, optimizer=offload)
+            for saver in recompute
+        ]
+        rows.append([Layout(each, layout.data_parallel_size) for each in row])
     return rows
 
 
-def _offloads(config: Config, vary: Sequence[str]) -> list[float | None]:
+def _offloads(config: Config, vary: Sequence[str]) -> list[dict[str, float]]:
     possible = config.optimizer.use_distributed_optimizer and config.model.dtype == "bfloat16"
-    return [0.0, 1.0] if "offload" in vary and possible else [None]
+    return [{"optimizer_offload_fraction": share} for share in (0.0, 1.0)] if "offload" in vary and possible else [{}]
 
 
 def _divisors(number: int) -> list[int]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_solopo.architecture.fp8 import FP8_MULTIPLES
 from megatron_solopo.architecture.layout import check_layout
 from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.config import Config
@@ -74,7 +75,11 @@ class Search:
     @property
     def nearest(self) -> Refusal:
         """The refused layout that comes closest to fitting, or any."""
-        return min(self.refused, key=lambda each: math.inf if each.excess_gib is None else each.excess_gib)
+        return _nearest(self.refused)
+
+
+def _nearest(refused: Sequence[Refusal]) -> Refusal:
+    return min(refused, key=lambda each: math.inf if each.excess_gib is None else each.excess_gib)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +105,9 @@ class Planner:
         objective = type(self.config.objective).model_validate(self.config.objective.model_dump() | {"name": name})
         config = self.config.model_copy(update={"objective": objective})
         # What the widest layout pads to, so that no layout is refused for the budget alone.
-        largest = Packer(self.workload, config).largest(2 * self.gpus, 1)
+        fp8 = "fp8" in self.vary or config.model.fp8 is not None
+        whole = max(FP8_MULTIPLES.values()) * self.gpus if fp8 else 1
+        largest = Packer(self.workload, config).largest(2 * self.gpus, whole)
         budget = max(config.data.max_tokens_per_pack, largest)
         data = config.data.model_copy(update={"max_tokens_per_pack": budget})
         return replace(self, config=config.model_copy(update={"data": data}))
@@ -114,7 +121,7 @@ class Planner:
             found, reasons = self._judge(layout)
             fitting += [(self._quick(variant), variant) for variant in found]
             if not found:
-                refused.append(reasons[0])
+                refused.append(_nearest(reasons))
         fitting.sort(key=lambda pair: pair[0])
         ranked = [self.estimate(layout) for _, layout in fitting[:_COMPUTED_THROUGH]]
         ranked.sort(key=lambda estimate: estimate.time.seconds)
@@ -134,7 +141,7 @@ class Planner:
                     reason = f"does not fit: {excess:.1f} GiB over {self.gpu.memory_gib} GiB with {fits.savers}"
                     refused.append(Refusal(layout.name, reason, excess))
         except ValueError as error:
-            refused.insert(0, Refusal(layout.name, str(error), None))
+            return [], [Refusal(layout.name, str(error), None)]
         return found, refused
 
     def _first_that_fits(self, row: Sequence[Layout]) -> tuple[Layout, float]:

@@ -1,6 +1,7 @@
 """What the command `plan` does, step by step: read, choose, compare, tell."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.plan import report
 from megatron_solopo.plan.calibration import calibrated
 from megatron_solopo.plan.efficiency import Efficiency
-from megatron_solopo.plan.gpus import Gpu
+from megatron_solopo.plan.gpus import Gpu, check_fp8_of
 from megatron_solopo.plan.layouts import make_layout
 from megatron_solopo.plan.plan import as_json
 from megatron_solopo.plan.proof import Proof
@@ -21,11 +22,13 @@ from megatron_solopo.plan.workload import Workload, prepared_workload, stated_wo
 def parse_sizes(text: str) -> dict[str, int | None]:
     """`tp=8,pp=4,cp=4,vpp=2` -> sizes; raises ValueError naming the part that is none."""
     sizes: dict[str, int | None] = {"tp": 1, "pp": 1, "vpp": None, "cp": 1}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name not in sizes or not value.isdigit() or not int(value):
-            raise ValueError(f"--explain {text!r}: {part!r} is none of tp=N, pp=N, vpp=N, cp=N")
-        sizes[name] = int(value)
+    stated = [re.fullmatch(r"(tp|pp|vpp|cp)=([1-9][0-9]{0,5})", part) for part in text.split(",")]
+    for match, part in zip(stated, text.split(","), strict=True):
+        if match is None:
+            raise ValueError(f"--explain {text!r}: {part!r} is none of tp=N, pp=N, vpp=N, cp=N (dp is what they leave)")
+        sizes[match[1]] = int(match[2])
+    if len({match[1] for match in stated if match}) < len(stated):
+        raise ValueError(f"--explain {text!r}: a size is stated twice")
     return sizes
 
 
@@ -45,6 +48,7 @@ def make_planner(
     """Read the model's config.json and, if given, the calibration."""
     if gpus > gpu.gpus_per_node and gpus % gpu.gpus_per_node:
         raise ValueError(f"--gpus {gpus}: more than a node of {gpu.gpus_per_node}, so it must be a multiple of that")
+    check_fp8_of(gpu, config.model)
     efficiency = Efficiency() if calibration is None else calibrated(calibration, gpu)
     architecture = read_shape(config.model.path)
     planner = Planner(architecture, config, workload, gpu, gpus, efficiency, vary=vary)
@@ -63,9 +67,10 @@ def choose(planner: Planner, search: Search, explain: str | None) -> Estimate:
         return planner.best_of(make_layout(planner.config, parse_sizes(explain), planner.gpus))
     if not search.ranked:
         nearest = search.nearest
+        advice = "" if nearest.excess_gib is None else "; take more GPUs, shorter contexts or GPUs with more memory"
         raise ValueError(
-            f"no layout fits on {planner.gpus} x {planner.gpu.device_name}; {nearest.name}: {nearest.reason}; "
-            "take more GPUs, shorter contexts or a smaller training.global_batch_size (--why-not lists all reasons)"
+            f"no layout fits on {planner.gpus} x {planner.gpu.device_name}; {nearest.name}: {nearest.reason}{advice} "
+            "(--why-not lists all reasons)"
         )
     return search.ranked[0]
 

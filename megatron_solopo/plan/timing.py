@@ -256,11 +256,12 @@ class Clock:
         return self._collective(state.gradients, size, span) + self._collective(state.parameters, size, span)
 
     def _update(self, state: State) -> float:
-        """Adam reads and writes its state once; an offloaded share crosses PCIe as gradients and weights."""
+        """Adam reads and writes its state once; the offloaded share in the host's memory, across PCIe."""
         on_gpu = 2 * state.optimizer / (self.gpu.hbm_gb_per_s * 1e9 * self.efficiency.memory)
         # fp32 gradients down and bfloat16 weights up, 6 of the 16 bytes that the host keeps.
         crossing = state.host * 6 / 16
-        return on_gpu + crossing / (self.gpu.pcie_gb_per_s * 1e9 * self.efficiency.host)
+        seconds = crossing / self.gpu.pcie_gb_per_s + 2 * state.host / self.gpu.host_gb_per_s
+        return on_gpu + seconds / (1e9 * self.efficiency.host)
 
     def _collective(self, size: float, ranks: int, span: int, messages: int | None = None) -> float:
         """Seconds of a gather or reduce-scatter that makes (or starts from) `size` bytes per rank.

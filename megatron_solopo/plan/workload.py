@@ -1,5 +1,6 @@
 """The triplets of a run and how the real packer shares them out under a layout."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from megatron_solopo.data.sizes import IntArray, TripletSizes, padded_lengths, t
 from megatron_solopo.roles import context_and_response, required_roles
 
 _SEED = 0
+_TOO_LONG = 2**31
+"""Tokens of a sequence: lengths are int32 where attention reads them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,13 +100,15 @@ def stated_workload(text: str, num_triplets: int, sample: int) -> Workload:
     """
     ranges = {}
     for part in text.split(","):
-        name, _, value = part.partition("=")
-        low, _, high = value.partition(":")
-        if name not in ("short", "long", "response") or not low.isdigit() or not (high or low).isdigit():
+        stated = re.fullmatch(r"(short|long|response)=([0-9]+)(?::([0-9]+))?", part)
+        if stated is None:
             raise ValueError(f"--tokens {part!r}: expected short=N, long=N or response=N; N may be LOW:HIGH")
-        ranges[name] = (int(low), int(high or low))
-        if not 0 < ranges[name][0] <= ranges[name][1]:
-            raise ValueError(f"--tokens {part!r}: lengths must be at least 1, and LOW at most HIGH")
+        name, low, high = stated[1], int(stated[2]), int(stated[3] or stated[2])
+        if not 0 < low <= high < _TOO_LONG:
+            raise ValueError(f"--tokens {part!r}: lengths must be from 1 to {_TOO_LONG - 1:,}, and LOW at most HIGH")
+        if name in ranges:
+            raise ValueError(f"--tokens {text!r}: {name} is stated twice")
+        ranges[name] = (low, high)
     if missing := {"short", "long", "response"} - set(ranges):
         raise ValueError(f"--tokens {text!r}: {', '.join(sorted(missing))} missing")
     generator = np.random.default_rng(_SEED)
@@ -129,8 +134,11 @@ class Packer:
         size = config.training.global_batch_size
         available = len(workload.responses["chosen"])
         generator = np.random.default_rng(_SEED)
-        # A batch of a data set that is smaller repeats rows: the trainer refuses that, a plan is still useful.
-        self.rows = generator.permutation(available)[:size] if available >= size else np.arange(size) % available
+        if available < size:
+            raise ValueError(
+                f"training.global_batch_size={size}: more than the {available} triplets of {workload.source}; lower it"
+            )
+        self.rows = generator.permutation(available)[:size]
         self._sizes_by_multiple: dict[int, TripletSizes] = {}
         self._plans: dict[tuple[int, ...], RankPacks] = {}
         self._shapes: dict[tuple[tuple[int, ...], int, int], BatchShape] = {}

@@ -87,6 +87,14 @@ def load_model(config: Config, path: Path, topology: Topology) -> list[ResponseM
     return chunks
 
 
+def load_frozen(config: Config, path: Path, topology: Topology) -> list[ResponseModel]:
+    """`load_model` for a model that is only read."""
+    chunks = load_model(config, path, topology)
+    for chunk in chunks:
+        release_exact_values(chunk)
+    return chunks
+
+
 def build_policy(config: Config, topology: Topology, max_steps: int) -> Policy:
     """The model of `config.model.path`, ready for its first step."""
     chunks = wrap_data_parallel(load_model(config, config.model.path, topology), config.optimizer)

@@ -22,12 +22,12 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.precision import precision_settings, release_exact_values
+from megatron_solopo.model.precision import precision_settings
 from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.batches import single_pass
-from megatron_solopo.train.policy import load_model
+from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.splits import Splits
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, run_schedule
 
@@ -55,7 +55,7 @@ def reference_logprobs(
     Raises ValueError naming what differs if the cache was made for other data, weights or precision.
     """
     cache = config.reference_cache
-    expected = _dependencies(config, splits)
+    expected = reference_dependencies(config, splits)
     if overwrite or not _on_rank_0((cache / _MANIFEST).is_file(), topology):
         check_replaceable(cache, _OWN_FILES, "reference.cache")
         check_writable(cache, "reference.cache")
@@ -72,7 +72,7 @@ def cached_reference(config: Config, splits: Splits) -> dict[str, ReferenceLogpr
 
     Raises ValueError if there is no cache, or naming what differs if it was made for other data, weights or precision.
     """
-    cache, expected = config.reference_cache, _dependencies(config, splits)
+    cache, expected = config.reference_cache, reference_dependencies(config, splits)
     if not (cache / _MANIFEST).is_file():
         raise ValueError(
             f"{cache}: no cached reference log-probs; write them with `megatron-solopo reference`, "
@@ -89,7 +89,7 @@ def _on_rank_0(found: bool, topology: Topology) -> bool:
     return bool(seen)
 
 
-def _dependencies(config: Config, splits: Splits) -> dict[str, Any]:
+def reference_dependencies(config: Config, splits: Splits) -> dict[str, Any]:
     """Everything the numbers depend on, by a name that a reader of the error understands."""
     return {
         "data": splits.manifest.fingerprint_parts,
@@ -120,9 +120,7 @@ def _check(cache: Path, expected: dict[str, Any]) -> None:
 def _compute(
     config: Config, splits: Splits, topology: Topology, apart: bool, boundary: Callable[[], None] | None
 ) -> dict[str, ReferenceLogprobs]:
-    chunks = load_model(config, config.reference.model_path or config.model.path, topology)
-    for chunk in chunks:
-        release_exact_values(chunk)
+    chunks = load_frozen(config, config.reference.model_path or config.model.path, topology)
     return {
         name: score_sequences(config, chunks, dataset, topology, f"reference {name}", apart=apart, boundary=boundary)
         for name, dataset in splits.datasets.items()
@@ -148,7 +146,11 @@ def score_sequences(
     """
     roles = required_roles(config.objective)
     passes = [(role,) for role in roles] if apart else [roles]
-    logps = [_score_pass(config, chunks, dataset, topology, label, together, boundary) for together in passes]
+    labels = [f"{label}, {role}" for role in roles] if apart else [label]
+    logps = [
+        _score_pass(config, chunks, dataset, topology, shown, together, boundary)
+        for shown, together in zip(labels, passes, strict=True)
+    ]
     return ReferenceLogprobs(roles, torch.cat(logps, dim=1))
 
 

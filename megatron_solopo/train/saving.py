@@ -12,14 +12,17 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_solopo.checkpoint.distributed import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_solopo.checkpoint.directory import checkpoint_name, checkpoints
+from megatron_solopo.checkpoint.distributed import begin_save, load_checkpoint
 from megatron_solopo.checkpoint.model_files import read_model_files
+from megatron_solopo.checkpoint.newest import newest_checkpoint
+from megatron_solopo.checkpoint.pending import Content
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
+from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.train.identity import check_unchanged
 from megatron_solopo.train.metrics import Metrics
 from megatron_solopo.train.policy import Policy
-from megatron_solopo.train.signals import spared_children
 
 
 @dataclass(frozen=True)
@@ -83,32 +86,35 @@ class Saver:
         collectives that all ranks reach, as long as no update of the next step has begun.
         """
         assert self._policy is not None, "restore comes first"
-        path = self._root / f"iter_{self.boundary.step:07d}"
+        path = self._root / checkpoint_name(self.boundary.step)
         if self._last_saved != self.boundary:
-            state = {**asdict(self.boundary), "identity": self._identity}
-            with spared_children():
-                save_checkpoint(
-                    self._root, state.pop("step"), self._policy.chunks, self._policy.optimizer, state, self._model_files
-                )
+            state = asdict(self.boundary) | {"identity": self._identity}
+            content = Content(state, self._model_files)
+            begin_save(self._root, self._policy.chunks, self._policy.optimizer, content).complete()
             self._last_saved = self.boundary
-            if dist.get_rank() == 0:
-                tqdm.write(f"saved {path} ({reason})")
+            _say(f"saved {path} ({reason})")
         return path
 
     def finish(self) -> None:
         """Wait until everything that was begun is on the disk; called before the process ends in whatever way."""
 
     def _find(self) -> Boundary | None:
-        latest = latest_checkpoint(self._root)
-        if latest is None:
-            return None
-        if not self._config.checkpoint.resume:
+        if not self._config.checkpoint.resume and on_rank_0(lambda: bool(checkpoints(self._root))):
             raise ValueError(
                 f"{self._config.run_dir}: holds a run with checkpoints, which checkpoint.resume=false would overwrite; "
                 "set run_dir to another directory"
             )
-        self._resumed, state = latest
+        newest = newest_checkpoint(self._root, checksums=self._config.checkpoint.verify == "checksums", say=_say)
+        if newest is None:
+            return None
+        self._resumed, state = newest
         self._loader.load_state_dict(state["loader"])
         check_unchanged(self._identity, state["identity"], self._resumed)
         self.boundary = Boundary(state["step"], self._loader.state_dict(), state.get("unrecorded"))
         return self.boundary
+
+
+def _say(line: str) -> None:
+    """A line on the console of rank 0, above a progress bar if there is one."""
+    if dist.get_rank() == 0:
+        tqdm.write(line)

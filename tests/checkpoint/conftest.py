@@ -1,11 +1,15 @@
-"""A model and its import, and copies of both to be damaged."""
+"""A model and its import, copies of both to be damaged, and a model in training."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_solopo.checkpoint.convert import import_model
+from megatron_solopo.config_file import parse_config
+from megatron_solopo.train.policy import Policy, build_policy
+from tests.ranks import layout
 from tests.tiny_models import make_model
 
 
@@ -21,3 +25,21 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(imported: Path, tmp_path: Path) -> Path:
     """Copies to be damaged."""
     return Path(shutil.copytree(imported, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Policy]:
+    path = make_model(tmp_path_factory.mktemp("model"), "qwen2_tied")
+    config = parse_config(
+        {
+            "run_dir": "unused",
+            "model": {"path": path},
+            "data": {"path": "unused", "max_tokens_per_pack": 100},
+            "training": {"global_batch_size": 1},
+        },
+        source="test",
+    )
+    with layout() as groups:
+        policy = build_policy(config, groups, max_steps=10)
+        policy.optimizer.step()  # Adam's state is there from the first step on
+        yield policy

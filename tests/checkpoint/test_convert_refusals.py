@@ -89,6 +89,11 @@ def cut(folder: Path, pattern: str, kept: Callable[[bytes], bytes]) -> None:
     file.write_bytes(kept(file.read_bytes()))
 
 
+def unreadable_without_a_manifest(folder: Path) -> None:
+    cut(folder, "*.distcp", lambda content: bytes(len(content)))
+    (folder / "manifest.json").unlink()
+
+
 class Evil(NamedTuple):
     """Pickles into a call of `os.system`."""
 
@@ -106,7 +111,8 @@ class Evil(NamedTuple):
         (lambda ck: (ck / ".metadata").write_bytes(pickle.dumps({"a": 1})), [".metadata: is no list"]),
         (lambda ck: (ck / "__1_0.distcp").unlink(), ["__1_0.distcp: is missing", "damaged"]),
         (lambda ck: cut(ck, "*.distcp", lambda content: content[:-1]), ["is cut short", "damaged"]),
-        (lambda ck: cut(ck, "*.distcp", lambda content: bytes(len(content))), ["cannot be read", "damaged"]),
+        (lambda ck: cut(ck, "*.distcp", lambda content: bytes(len(content))), ["another checksum", "damaged"]),
+        (unreadable_without_a_manifest, ["cannot be read", "damaged"]),
         (lambda ck: change_config(ck / "huggingface", intermediate_size=64), ["shape (4, 96, 32)", "(4, 128, 32)"]),
         (lambda ck: change_config(ck / "huggingface", tie_word_embeddings=False), ["1 missing", "output_layer.weight"]),
         (lambda ck: (ck / "huggingface" / "megatron_solopo.json").unlink(), ["megatron_solopo.json", "--dtype"]),

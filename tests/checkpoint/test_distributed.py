@@ -3,43 +3,19 @@
 Resuming under every parallel layout is covered by whole runs.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_solopo.checkpoint import distributed
-from megatron_solopo.checkpoint.distributed import (
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from megatron_solopo.config_file import parse_config
-from megatron_solopo.train.policy import Policy, build_policy
-from tests.ranks import layout
-from tests.tiny_models import make_model
+from megatron_solopo.checkpoint.distributed import begin_save, load_checkpoint
+from megatron_solopo.checkpoint.newest import newest_checkpoint
+from megatron_solopo.checkpoint.pending import Content
+from megatron_solopo.checkpoint.sharded import ShardedWrite
+from megatron_solopo.train.policy import Policy
 
 MODEL_FILES = {"config.json": b"{}", "additional_chat_templates/tool.jinja": b"x"}
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Policy]:
-    path = make_model(tmp_path_factory.mktemp("model"), "qwen2_tied")
-    config = parse_config(
-        {
-            "run_dir": "unused",
-            "model": {"path": path},
-            "data": {"path": "unused", "max_tokens_per_pack": 100},
-            "training": {"global_batch_size": 1},
-        },
-        source="test",
-    )
-    with layout() as groups:
-        policy = build_policy(config, groups, max_steps=10)
-        policy.optimizer.step()  # Adam's state is there from the first step on
-        yield policy
 
 
 def fill(policy: Policy, value: float) -> None:
@@ -54,15 +30,20 @@ def values(policy: Policy) -> set[float]:
 
 
 def save(policy: Policy, root: Path, step: int) -> Path:
-    return save_checkpoint(root, step, policy.chunks, policy.optimizer, {"seen": step * 4}, MODEL_FILES)
+    content = Content({"step": step, "seen": step * 4}, MODEL_FILES)
+    return begin_save(root, policy.chunks, policy.optimizer, content).complete()
+
+
+def newest(root: Path) -> tuple[Path, dict[str, int]] | None:
+    return newest_checkpoint(root, checksums=True, say=pytest.fail)
 
 
 class Interrupted(BaseException):
     """Like Ctrl-C: no Exception."""
 
 
-def interrupted_save(*args: object, **kwargs: object) -> None:
-    (Path(str(args[1])) / "half.distcp").write_text("half")
+def interrupted_write(self: ShardedWrite) -> None:
+    (self._folder / "half.distcp").write_text("half")
     raise Interrupted
 
 
@@ -71,7 +52,7 @@ def test_a_checkpoint_brings_back_weights_and_state(policy: Policy, tmp_path: Pa
     path = save(policy, tmp_path, 3)
     fill(policy, 0.5)
     assert path == tmp_path / "iter_0000003"
-    assert latest_checkpoint(tmp_path) == (path, {"seen": 12, "step": 3})
+    assert newest(tmp_path) == (path, {"seen": 12, "step": 3})
     load_checkpoint(path, policy.chunks, policy.optimizer)
     assert values(policy) == {0.25}
 
@@ -82,9 +63,9 @@ def test_an_interrupted_checkpoint_leaves_the_one_before(policy, tmp_path, monke
     fill(policy, 0.5)
     for step in (2, 1):  # a new one, and the same one again
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
-            patch.setattr(distributed.dist_checkpointing, "save", interrupted_save)
+            patch.setattr(ShardedWrite, "write", interrupted_write)
             save(policy, tmp_path, step)
-        assert latest_checkpoint(tmp_path) == (first, {"seen": 4, "step": 1})
+        assert newest(tmp_path) == (first, {"seen": 4, "step": 1})
         assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000001"]
     load_checkpoint(first, policy.chunks, None)
     assert values(policy) == {0.25}
@@ -92,16 +73,16 @@ def test_an_interrupted_checkpoint_leaves_the_one_before(policy, tmp_path, monke
 
 def test_what_an_interruption_left_is_not_in_the_way(policy, tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(distributed.dist_checkpointing, "save", interrupted_save)
+        patch.setattr(ShardedWrite, "write", interrupted_write)
         save(policy, tmp_path, 2)
-    assert latest_checkpoint(tmp_path) is None
+    assert newest(tmp_path) is None
     path = save(policy, tmp_path, 2)
-    assert latest_checkpoint(tmp_path) == (path, {"seen": 8, "step": 2}) and not (path / "half.distcp").exists()
+    assert newest(tmp_path) == (path, {"seen": 8, "step": 2}) and not (path / "half.distcp").exists()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["iter_0000002", "latest"]
 
 
 def test_nothing_saved_yet_is_no_checkpoint(policy: Policy, tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None and latest_checkpoint(tmp_path / "absent") is None
+    assert newest(tmp_path) is None and newest(tmp_path / "absent") is None
 
 
 def test_the_same_step_can_be_saved_again(policy: Policy, tmp_path: Path) -> None:
@@ -112,18 +93,6 @@ def test_the_same_step_can_be_saved_again(policy: Policy, tmp_path: Path) -> Non
     load_checkpoint(path, policy.chunks, None)
     assert values(policy) == {0.5}
     assert sorted(each.name for each in tmp_path.iterdir()) == ["iter_0000001", "latest"]
-
-
-@pytest.mark.parametrize("name", ["iter_0000009", "", "half", "torn"])
-def test_latest_must_name_a_complete_checkpoint(policy: Policy, name: str, tmp_path: Path) -> None:
-    (tmp_path / "latest").write_text(f"{name}\n")
-    (tmp_path / "half").mkdir()
-    (tmp_path / "torn").mkdir()
-    (tmp_path / "torn" / "trainer.json").write_text('{"step": ')
-    with pytest.raises(ValueError) as error:
-        latest_checkpoint(tmp_path)
-    message = str(error.value)
-    assert message.startswith(f"{tmp_path / 'latest'}: names {tmp_path / name}") and "\n" not in message
 
 
 def test_a_checkpoint_holds_no_state_of_kernels_and_loads_into_a_model_that_has_some(

@@ -145,8 +145,8 @@ def test_fp8_is_close_to_bfloat16(recipe: str, settings: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_fp8_parameters_keep_exact_master_weights(recipe: str) -> None:
-    """An update smaller than FP8's steps must not be lost, nor must the weights be those of the zero initialization."""
+def test_fp8_parameters_train_as_bfloat16_ones_do(recipe: str) -> None:
+    """Their exact master weights are compared in `test_checkpoints`."""
     settings = {"distributed_optimizer": True, "pack_multiple": RECIPES[recipe]}
     fp8_param = train("llama3", FP8 | {"fp8_recipe": recipe, "fp8_param": True}, **settings)
     bf16_param = train("llama3", FP8 | {"fp8_recipe": recipe}, **settings)

@@ -75,6 +75,18 @@ def test_a_cpus_figures_calibrate_nothing(tmp_path: Path) -> None:
         calibrated(tmp_path / "none.json", GPUS["h100"])
 
 
+def test_another_types_figures_and_impossible_ones_are_refused(tmp_path: Path) -> None:
+    path = benchmark(tmp_path / "b.json", (8192,), Efficiency())
+    with pytest.raises(ValueError, match=r"b\.json: measured on NVIDIA H100 .*, which is no B200"):
+        calibrated(path, GPUS["b200"])
+    content = json.loads(path.read_text())
+    for row in content["measurements"]:
+        row["median_seconds"] = row.get("median_seconds", 1.0) / 3
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"computes 1\.95 times as fast as H100's data sheet allows"):
+        calibrated(path, GPUS["h100"])
+
+
 def test_the_documents_show_every_measured_figure_beside_its_estimate() -> None:
     """Rows of the table in examples/plans/README.md: file, system, length, measured s, estimated s, error."""
     text = (PLANS / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import pytest
 from megatron_solopo.plan.gpus import GPUS, bf16_peak, find_gpu, read_gpus
 
 MINE = (
-    "mine: {device_name: Mine, memory_gib: 100, bf16_tflops: 500, hbm_gb_per_s: 2000, nvlink_gb_per_s: 100}\n"
+    "Mine: {device_name: Mine, memory_gib: 100, bf16_tflops: 500, hbm_gb_per_s: 2000, nvlink_gb_per_s: 100}\n"
     "h100: {device_name: H100, memory_gib: 40, bf16_tflops: 1, hbm_gb_per_s: 1, nvlink_gb_per_s: 1}\n"
 )
 
@@ -24,7 +24,8 @@ def test_users_add_and_replace_types(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("mine: {memory_gib: 10}", "mine.device_name: Field required"),
-        (MINE.replace("500", "-1"), "mine.bf16_tflops"),
+        (MINE.replace("500", "-1"), "Mine.bf16_tflops"),
+        (MINE.replace("500", ".inf"), "Mine.bf16_tflops"),
         ("mine: {speed: 1}", "the fields are device_name"),
         ("[1, 2]", "expected GPU types"),
         ("a: [", "not valid YAML"),

@@ -7,6 +7,7 @@ import pytest
 from megatron_solopo.plan import VARIED
 from megatron_solopo.plan.gpus import GPUS
 from megatron_solopo.plan.layouts import make_layout, sizes_of, variants
+from megatron_solopo.plan.memory import GIB
 from megatron_solopo.plan.search import Search
 from tests.plan.models import make_planner
 
@@ -57,18 +58,38 @@ def test_the_exchange_by_heads_is_tried_where_heads_allow_it() -> None:
         assert {each.config.parallel.cp_comm_type for row in rows for each in row} == exchanges
 
 
-def test_variants_of_a_row_take_less_memory_one_after_the_other() -> None:
+def test_variants_of_a_row_take_less_memory_and_more_time_one_after_the_other() -> None:
     planner = make_planner("llama-3.1-70b", gpus=64)
     layout = make_layout(planner.config, {"tp": 8, "pp": 2, "vpp": None, "cp": 4}, 64)
-    for row in variants(planner.architecture, layout, planner.gpu, VARIED):
+    rows = variants(planner.architecture, layout, planner.gpu, VARIED)
+    offloaded = [row[0].config.optimizer.optimizer_offload_fraction for row in rows]
+    assert set(offloaded) == {0.0, 1.0} and len(rows) == 4  # both with and without FP8
+    for row in rows:
         estimates = [planner.estimate(each) for each in row]
         sizes = [estimate.fullest.total for estimate in estimates]
-        for first in range(0, len(row), 3):  # recomputation, then the same with the optimizer in host memory
-            assert sizes[first : first + 3] == sorted(sizes[first : first + 3], reverse=True)
         times = [estimate.time.seconds for estimate in estimates]
-        assert times[:3] == sorted(times[:3])
-        if len(row) == 6:
-            assert sizes[3] < sizes[0] and estimates[3].fullest.optimizer == 0 < estimates[3].fullest.host
+        assert len(row) == 3 and sizes == sorted(sizes, reverse=True) and times == sorted(times)
+    here, away = (planner.estimate(row[0]).fullest for row in rows[:2])
+    assert away.total < here.total and away.optimizer == 0 < away.host
+
+
+def test_moving_the_state_is_preferred_to_recomputing_where_it_is_faster() -> None:
+    """Recomputation costs with every pack, moving the state once a step."""
+    planner = make_planner("llama-3.1-8b", "training.global_batch_size=256", gpus=8, vary=("recompute", "offload"))
+    layout = make_layout(planner.config, {"tp": 8, "pp": 1, "vpp": None, "cp": 1}, 8)
+    rows = variants(planner.architecture, layout, planner.gpu, planner.vary)
+    here, away = ([planner.estimate(each).fullest.total / GIB for each in row] for row in rows)
+    assert here[2] < away[1] < here[1]
+    between = planner.gpu.model_copy(update={"memory_gib": (away[1] + here[1]) / 2})
+    found = replace(planner, gpu=between).best_of(layout)
+    assert found.layout.savers == "recompute mlp, offload optimizer 1"
+    assert found.time.seconds < planner.estimate(rows[0][2]).time.seconds  # everything recomputed, which fits too
+
+
+def test_the_other_objective_is_offered_the_same_precisions() -> None:
+    planner = make_planner("llama-3.1-8b", gpus=8, vary=("fp8", "recompute"))
+    other = planner.for_objective("long_po")
+    assert {each.layout.config.model.fp8 for each in other.search().ranked} >= {"hybrid"}
 
 
 def test_fp8_is_offered_only_where_the_gpu_has_it_and_the_matrices_allow_it() -> None:

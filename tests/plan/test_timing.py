@@ -79,6 +79,15 @@ def test_vanilla_long_training_costs_about_twice_and_its_reference_pass_is_count
     assert run_of(estimate(simpo, cp=8), simpo.workload, None).reference_seconds == 0
 
 
+def test_state_on_the_host_is_updated_at_its_memorys_pace() -> None:
+    planner = make_planner(gpus=8)
+    here, away = (estimate(planner, optimizer={"optimizer_offload_fraction": share}) for share in (0.0, 1.0))
+    # 16 bytes per parameter in host memory, read and written; 4 of gradients down and 2 of weights up.
+    each = planner.architecture.num_parameters / 8
+    assert away.time.optimizer == pytest.approx(each * (32 / 50e9 + 6 / 64e9) / 0.75, rel=0.01)
+    assert here.time.optimizer < away.time.optimizer / 10
+
+
 def test_fp8_speeds_up_matrix_products_alone() -> None:
     planner = make_planner(gpus=1)
     plain, fp8 = estimate(planner).time.compute, estimate(planner, model={"fp8": "hybrid"}).time.compute

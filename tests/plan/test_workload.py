@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
@@ -17,6 +17,7 @@ NAMES = ("short", "long", "chosen", "rejected")
 LENGTHS = st.fixed_dictionaries({name: st.integers(1, 70) for name in NAMES})
 
 
+@settings(deadline=None)
 @given(st.lists(LENGTHS, min_size=1, max_size=3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 64]))
 def test_a_shape_is_the_real_packs(triplets: list[dict[str, int]], cp: int, whole: int) -> None:
     rows = [
@@ -51,8 +52,11 @@ def test_prepared_lengths_are_those_of_the_rows(tmp_path) -> None:
         ("short=10,long=20", "response missing"),
         ("short=10,long=x,response=5", "long=x"),
         ("short=10,long=20,response=5,other=1", "other=1"),
-        ("short=0,long=20,response=5", "at least 1"),
+        ("short=0,long=20,response=5", "must be from 1 to"),
         ("short=10,long=20:10,response=5", "LOW at most HIGH"),
+        ("short=10,short=11,long=20,response=5", "short is stated twice"),
+        ("short=10,long=20,response=²", "response=²"),
+        ("short=10,long=99999999999999999999,response=5", "from 1 to 2,147,483,647"),
     ],
 )
 def test_lengths_that_cannot_be_read_are_named(text: str, words: str) -> None:
@@ -84,4 +88,4 @@ def test_a_batch_is_counted_whole() -> None:
 def test_what_training_would_refuse_is_refused(keys, dp: int, words: str) -> None:
     config = with_keys(load_example("llama-3.1-8b")[0], **keys)
     with pytest.raises(ValueError, match=words):
-        Packer(stated_workload("short=3584,long=130560,response=512", 100, 100), config).pack(config, dp)
+        Packer(stated_workload("short=3584,long=130560,response=512", 200, 200), config).pack(config, dp)

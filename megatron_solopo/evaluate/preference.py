@@ -1,0 +1,214 @@
+"""Preferences on held-out triplets: does a model rank the right answer first, in the short and in the long context?
+
+model -> log-probability of both answers behind both contexts, one forward pass per role, under any layout
+      -> rewards by the run's loss type, against its reference model where that has a part
+      -> accuracies, margins and gaps by length and by depth of the evidence: .json, one .jsonl line per triplet, .png
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_solopo import __version__
+from megatron_solopo.config import Config, OptimizerConfig
+from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.prepared import load_prepared
+from megatron_solopo.data.sizes import IntArray
+from megatron_solopo.evaluate.rewards import Column, summarise_groups, triplet_columns
+from megatron_solopo.evaluation_results import EVALUATION_FOLDER
+from megatron_solopo.files import atomic_path, check_writable, sha256_json
+from megatron_solopo.parallel import topology as process_groups
+from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.report.preference_picture import draw_preference
+from megatron_solopo.report.preference_results import PreferenceResults, read_preference
+from megatron_solopo.roles import context_and_response
+from megatron_solopo.run_directory import Subject
+from megatron_solopo.train.policy import load_frozen
+from megatron_solopo.train.reference import reference_dependencies, reference_logprobs, score_sequences
+from megatron_solopo.train.splits import Splits
+from megatron_solopo.train.step import ReferenceLogprobs
+from megatron_solopo.train.trainer import prepare
+
+Split = Literal["train", "eval"]
+_SHOWN = 5
+
+
+def evaluate_preference(subject: Subject, config: Config, *, split: Split, output: Path) -> PreferenceResults:
+    """Evaluate on all ranks together; rank 0 writes `output` and, beside it, `.jsonl` and `.png`.
+
+    Args:
+        subject: the model that is evaluated.
+        config: names data, objective, reference model, precision and layout.
+        split: of the prepared data.
+        output: ends in .json; it is replaced if it holds an earlier evaluation of the same model and data.
+
+    Returns what the file holds, on every rank.
+
+    Raises ValueError for what does not fit, FloatingPointError where the model's numbers are not finite.
+    """
+    settings = _evaluation_config(subject, config, split)
+    _, topology, splits = prepare(settings)
+    dataset = splits.datasets[split]
+    try:
+        _refuse_together(output, settings, splits.manifest.fingerprint, split)
+        logps, references = _score(settings, Splits(splits.manifest, {split: dataset}), split, topology)
+        is_writer, data_parallel_size = dist.get_rank() == 0, topology.data_group.size()
+    finally:
+        process_groups.destroy(topology)
+    lengths = {role: dataset.response_lengths(context_and_response(role)[1]) for role in logps.roles}
+    columns = triplet_columns(
+        settings.objective, _by_role(logps), lengths, None if references is None else _by_role(references)
+    )
+    _check_finite(columns, dataset, subject)
+    tokens, depths = _tokens(dataset, logps.roles), dataset.evidence_depths()
+    results = PreferenceResults(
+        name=output.stem,
+        model=str(subject.path),
+        run_dir=None if subject.run_dir is None else str(subject.run_dir),
+        step=subject.step,
+        data=str(config.data.path),
+        data_fingerprint=splits.manifest.fingerprint,
+        split=split,
+        loss_type=settings.objective.loss_type,
+        beta=settings.objective.beta,
+        precision=settings.model.dtype,
+        reference=None if references is None else str(settings.reference.model_path),
+        layout=_layout(settings, data_parallel_size),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=__version__,
+        command=shlex.join(sys.argv),
+        **summarise_groups(columns, list(tokens.values())[-1], depths),
+    )
+    if is_writer:
+        _write(output, results, dataset, tokens, columns, depths)
+    return results
+
+
+def _evaluation_config(subject: Subject, config: Config, split: Split) -> Config:
+    """The config under which `subject` is scored: both answers behind both contexts, the reference as `config` has it.
+
+    Raises ValueError if the data have no such split.
+    """
+    prepared = load_prepared(config.data.path)
+    if split == "eval" and prepared.eval is None:
+        raise ValueError(
+            f"{config.data.path}: has no held-out split; prepare it with --eval-count, or take all its rows with "
+            "--split train"
+        )
+    objective = {"name": "solopo", "align": "both"} if prepared.manifest.kind == "triplet" else {"name": "short_po"}
+    reference = {"model_path": config.reference.model_path or config.model.path}
+    return config.model_copy(
+        update={
+            "run_dir": subject.run_dir or config.run_dir,
+            "model": config.model.model_copy(update={"path": subject.path}),
+            "objective": config.objective.model_copy(update=objective),
+            "reference": config.reference.model_copy(update=reference),
+            "training": config.training.model_copy(update={"eval_steps": None}),
+            "optimizer": OptimizerConfig(),  # nothing is optimized
+        }
+    )
+
+
+def default_output(subject: Subject, config: Config) -> Path:
+    """`<run>/evaluation/preference-<checkpoint>.json`, in the run of the model or else of the config."""
+    return (subject.run_dir or config.run_dir) / EVALUATION_FOLDER / f"preference-{subject.name}.json"
+
+
+def _refuse_together(path: Path, config: Config, fingerprint: str, split: Split) -> None:
+    """`_check_output` on rank 0 for all: on a shared file system the ranks need not see the same."""
+    found: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            _check_output(path, config, fingerprint, split)
+        except ValueError as error:
+            found = [str(error)]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        raise ValueError(found[0])
+
+
+def _check_output(path: Path, config: Config, fingerprint: str, split: Split) -> None:
+    """Raise ValueError if it cannot be written, or if another evaluation there would be lost."""
+    if path.suffix != ".json":
+        raise ValueError(f"--output {path}: must end in .json")
+    check_writable(path.parent, "--output")
+    if not path.exists():
+        return
+    found, objective = read_preference(path), config.objective
+    same = {
+        "model": Path(found.model).resolve() == config.model.path.resolve(),
+        "data": found.data_fingerprint == fingerprint,
+        "split": found.split == split,
+        "loss type": (found.loss_type, found.beta) == (objective.loss_type, objective.beta),
+    }
+    others = [name for name, is_same in same.items() if not is_same]
+    if others:
+        raise ValueError(
+            f"{path}: holds an evaluation of another {', '.join(others)}, which would be lost; set --output"
+        )
+
+
+def _layout(config: Config, data_parallel_size: int) -> dict[str, int]:
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    return {name: getattr(config.parallel, name) for name in names} | {"data_parallel_size": data_parallel_size}
+
+
+def _score(
+    config: Config, splits: Splits, split: str, topology: Topology
+) -> tuple[ReferenceLogprobs, ReferenceLogprobs | None]:
+    """Log-probabilities of the model, and of the reference model where rewards need it."""
+    references = None
+    if config.objective.needs_reference:
+        # A cache for each of what it depends on: evaluations of a run's checkpoints share one, and none is ever stale.
+        digest = sha256_json(reference_dependencies(config, splits))[:12]
+        cache = config.run_dir / EVALUATION_FOLDER / f"reference-{split}-{digest}"
+        cached = config.model_copy(update={"reference": config.reference.model_copy(update={"cache": cache})})
+        references = reference_logprobs(cached, splits, topology, apart=True)[split]
+    chunks = load_frozen(config, config.model.path, topology)
+    return score_sequences(config, chunks, splits.datasets[split], topology, "evaluation", apart=True), references
+
+
+def _by_role(logprobs: ReferenceLogprobs) -> dict[str, Tensor]:
+    return dict(zip(logprobs.roles, logprobs.logps.unbind(dim=1), strict=True))
+
+
+def _check_finite(columns: Mapping[str, Column], dataset: TripletDataset, subject: Subject) -> None:
+    broken = np.flatnonzero(~np.all([np.isfinite(values) for values in columns.values()], axis=0))
+    if len(broken):
+        raise FloatingPointError(
+            f"{subject.path}: rewards of {len(broken)} triplets are not finite, first "
+            f"{', '.join(dataset.ids(broken[:_SHOWN]))}; the model has diverged, or its reference has"
+        )
+
+
+def _tokens(dataset: TripletDataset, roles: Sequence[str]) -> dict[str, IntArray]:
+    """Tokens of prompt and chosen answer by context, the long one last."""
+    chosen = [role for role in roles if role.endswith("_chosen")]
+    return {f"tokens_{context_and_response(role)[0]}": dataset.sizes((role,), 1).tokens for role in chosen}
+
+
+def _write(
+    path: Path,
+    results: PreferenceResults,
+    dataset: TripletDataset,
+    tokens: Mapping[str, IntArray],
+    columns: Mapping[str, Column],
+    depths: Sequence[Sequence[float]],
+) -> None:
+    """The JSON file last: where it is, the others are."""
+    table = {name: values.tolist() for name, values in {**tokens, **columns}.items()}
+    with atomic_path(path.with_suffix(".jsonl")) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        for row, name in enumerate(dataset.ids(range(len(dataset)))):
+            line = {"id": name, "evidence_depths": depths[row]} | {key: values[row] for key, values in table.items()}
+            stream.write(json.dumps(line, allow_nan=False) + "\n")
+    with atomic_path(path.with_suffix(".png")) as temporary:
+        draw_preference(results, temporary)
+    results.write(path)

@@ -1,0 +1,96 @@
+"""From log-probabilities to rewards, accuracies and gaps of every triplet, and their means over groups of triplets.
+
+Names are those of `metrics.jsonl`, with the context behind them: `rewards/accuracies_long` is the share of triplets
+whose chosen answer has the higher reward on the long context.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_solopo.config import ObjectiveConfig
+from megatron_solopo.evaluate.groups import Mask, by_depth, by_length
+from megatron_solopo.evaluate.intervals import mean, proportion
+from megatron_solopo.objective.preference import PREFERENCE_LOSSES
+from megatron_solopo.objective.reward import Response
+from megatron_solopo.report.preference_results import CellGroup, DepthGroup, Estimate, Group, LengthGroup
+from megatron_solopo.roles import context_and_response
+
+Column = NDArray[np.float64]
+
+
+def triplet_columns(
+    objective: ObjectiveConfig,
+    logps: Mapping[str, Tensor],
+    lengths: Mapping[str, NDArray[np.int64]],
+    references: Mapping[str, Tensor] | None,
+) -> dict[str, Column]:
+    """Per triplet, float64 [D] by name.
+
+    Args:
+        objective: its `loss_type` and `beta` say what a reward is.
+        logps: role (`short_chosen`, `long_rejected`, ...) -> summed log-probability of the response [D].
+        lengths: role -> tokens of the response [D].
+        references: role -> the reference model's [D], for losses that need it.
+    """
+    contexts = list(dict.fromkeys(context_and_response(role)[0] for role in logps))
+    reward = PREFERENCE_LOSSES[objective.loss_type].reward
+    columns: dict[str, Column] = {}
+    for role, logp in logps.items():
+        context, answer = context_and_response(role)
+        reference = None if references is None else references[role].double()
+        columns[f"logps/{answer}_{context}"] = logp.double().numpy()
+        if reference is not None:
+            columns[f"reference_logps/{answer}_{context}"] = reference.numpy()
+        response = Response(logp.double(), torch.from_numpy(lengths[role]).double(), reference)
+        columns[f"rewards/{answer}_{context}"] = reward(response, objective.beta).numpy()
+    for context in contexts:
+        columns[f"rewards/margins_{context}"] = (
+            columns[f"rewards/chosen_{context}"] - columns[f"rewards/rejected_{context}"]
+        )
+    if len(contexts) > 1:
+        gap = columns["rewards/chosen_short"] - columns["rewards/chosen_long"]
+        columns |= {"solo_ra/gap_signed": gap, "solo_ra/gap_abs": np.abs(gap)}
+        columns["solo_ra/gap_abs_rejected"] = np.abs(
+            columns["rewards/rejected_short"] - columns["rewards/rejected_long"]
+        )
+    return columns
+
+
+def summarise(columns: Mapping[str, Column], mask: Mask) -> dict[str, Any]:
+    """The fields of a `Group`: means and shares over its triplets, of which there is at least one."""
+    chosen = {name: values[mask] for name, values in columns.items() if not name.startswith("reference")}
+    metrics: dict[str, Estimate] = {}
+    ties: dict[str, int | None] = {"ties_short": None, "ties_long": None}
+    for context in (context for context in ("short", "long") if f"rewards/margins_{context}" in chosen):
+        margin = chosen[f"rewards/margins_{context}"]
+        metrics[f"rewards/accuracies_{context}"] = proportion(margin > 0)
+        likelier = chosen[f"logps/chosen_{context}"] > chosen[f"logps/rejected_{context}"]
+        metrics[f"logps/accuracies_{context}"] = proportion(likelier)
+        ties[f"ties_{context}"] = int((margin == 0).sum())
+    metrics |= {name: mean(values) for name, values in chosen.items()}
+    return {"n": int(mask.sum()), **ties, "metrics": metrics}
+
+
+def summarise_groups(
+    columns: Mapping[str, Column], tokens: NDArray[np.int64], depths: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    """The fields of `PreferenceResults` that hold groups: all triplets, by length, by depth, by both.
+
+    Args:
+        columns: of `triplet_columns`.
+        tokens: by which lengths are told apart [D].
+        depths: of every triplet's pieces of evidence; none where that is not known.
+    """
+    lengths, fifths = list(by_length(tokens)), list(by_depth(depths))
+    both = [({**a, **b}, in_a & in_b) for a, in_a in lengths for b, in_b in fifths if (in_a & in_b).any()]
+    return {
+        "overall": Group(**summarise(columns, np.ones(len(tokens), dtype=bool))),
+        "by_length": [LengthGroup(**bounds, **summarise(columns, mask)) for bounds, mask in lengths],
+        "by_depth": [DepthGroup(**bounds, **summarise(columns, mask)) for bounds, mask in fifths],
+        "by_length_and_depth": [CellGroup(**bounds, **summarise(columns, mask)) for bounds, mask in both],
+    }

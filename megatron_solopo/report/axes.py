@@ -1,0 +1,91 @@
+"""Parts that the pictures share: axes without clutter, lines with bands, heat maps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from megatron_solopo.report.style import MARKERS, Theme
+
+
+@dataclass(frozen=True)
+class Point:
+    """An estimate with its 95 % interval at a context length in tokens."""
+
+    length: int
+    mean: float
+    low: float
+    high: float
+    count: int
+    """Answers or triplets behind it."""
+
+
+def dress(axis: Axes, theme: Theme, title: str = "", x: str = "", y: str = "") -> None:
+    """Colours, a light grid, no box."""
+    axis.set_facecolor(theme.background)
+    axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=theme.text)
+    axis.set_xlabel(x, color=theme.muted, fontsize=9)
+    axis.set_ylabel(y, color=theme.muted, fontsize=9)
+    axis.tick_params(colors=theme.muted, labelsize=9, length=0)
+    axis.grid(color=theme.grid, linewidth=0.8)
+    axis.set_axisbelow(True)
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
+def legend(axis: Axes, theme: Theme) -> None:
+    """A legend where there is something to tell apart."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=9, labelcolor=theme.text, loc="best")
+
+
+def banded_line(axis: Axes, points: Sequence[Point], colour: str, label: str, place: int = 0, line: str = "-") -> None:
+    """Means over the length, with the interval as a band; a single point gets a bar."""
+    lengths = [point.length for point in points]
+    means = [point.mean for point in points]
+    low, high = [point.low for point in points], [point.high for point in points]
+    marker = MARKERS[place % len(MARKERS)]
+    axis.plot(lengths, means, line, color=colour, marker=marker, markersize=5, linewidth=2, label=label)
+    if len(points) > 1:
+        axis.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
+    else:
+        axis.vlines(lengths, low, high, color=colour, alpha=0.5, linewidth=2)
+
+
+def length_axis(axis: Axes, lengths: Sequence[int]) -> None:
+    """Powers of two at equal distances, ticks where there are measurements."""
+    ticks = sorted(set(lengths))
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticklabels([short_length(tick) for tick in ticks])
+    if len(ticks) == 1:
+        axis.set_xlim(ticks[0] / 2, ticks[0] * 2)
+
+
+def short_length(tokens: int) -> str:
+    """ "128K" for 131072, "1.5K" for 1536, "512"."""
+    return f"{tokens / 1024:g}K" if tokens >= 1024 and tokens % 128 == 0 else f"{tokens:,}"
+
+
+def heat_map(axis: Axes, theme: Theme, cells: Mapping[tuple[str, str], tuple[float, int]]) -> None:
+    """Shares in [0, 1] with their numbers written in; cells without a measurement stay empty.
+
+    Args:
+        cells: (column, row) -> (share, count), columns and rows in order of appearance, the first row at the top.
+    """
+    columns, rows = (list(dict.fromkeys(key[side] for key in cells)) for side in (0, 1))
+    shares = np.full((len(rows), len(columns)), np.nan)
+    for (column, row), (share, _) in cells.items():
+        shares[rows.index(row), columns.index(column)] = share
+    axis.imshow(shares, cmap=theme.ramp, vmin=0, vmax=1, aspect="auto")
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.grid(False)
+    for (column, row), (share, count) in cells.items():
+        dark = (share > 0.55) != (theme.ramp == "viridis")
+        place = columns.index(column), rows.index(row)
+        text = f"{share:.2f}\n$n$={count}"
+        axis.annotate(text, place, ha="center", va="center", fontsize=8, color="#ffffff" if dark else "#1f2328")

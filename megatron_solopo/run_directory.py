@@ -1,0 +1,62 @@
+"""The directory of a run, and which model a path in or beside it names.
+
+config.yaml      resolved; written when training starts
+metrics.jsonl    one object per step
+checkpoints/     iter_0000010, ..., and `latest`, which names the newest complete one
+evaluation/      what `evaluate` found
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_solopo.model_directory import CONFIG, check_megatron_checkpoint, is_megatron_checkpoint
+
+RUN_CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
+_LATEST, _STEP = "latest", "iter_"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is evaluated, and the run that made it, if any."""
+
+    path: Path
+    """Hugging Face directory or Megatron checkpoint."""
+    run_dir: Path | None = None
+    step: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Short, for file names: the checkpoint's folder, or the model's."""
+        return self.path.resolve().name
+
+
+def find_subject(path: Path, option: str) -> Subject:
+    """The model that `path` names: a run (its newest checkpoint), a checkpoint, or a Hugging Face directory.
+
+    Raises ValueError, naming the command's `option`, if it is none of them.
+    """
+    if (path / CHECKPOINTS).is_dir() and not is_megatron_checkpoint(path):
+        path = _newest(path, option)
+    if is_megatron_checkpoint(path):
+        return _of_run(path)
+    if not (path / CONFIG).is_file():
+        check_megatron_checkpoint(path, option)
+    return Subject(path)
+
+
+def _newest(run_dir: Path, option: str) -> Path:
+    pointer = run_dir / CHECKPOINTS / _LATEST
+    if not pointer.is_file():
+        raise ValueError(f"{option}={run_dir}: a run that has saved no checkpoint yet; {pointer} is missing")
+    path = run_dir / CHECKPOINTS / pointer.read_text(encoding="utf-8").strip()
+    check_megatron_checkpoint(path, option)
+    return path
+
+
+def _of_run(path: Path) -> Subject:
+    folder, step = path.absolute().parent, path.absolute().name.removeprefix(_STEP)
+    if folder.name != CHECKPOINTS or not (folder.parent / RUN_CONFIG).is_file() or not step.isdigit():
+        return Subject(path)
+    # As it was named, where it was: relative paths stay short in files and messages.
+    run_dir = folder.parent if path.parent.name != CHECKPOINTS else path.parent.parent
+    return Subject(path, run_dir, int(step))

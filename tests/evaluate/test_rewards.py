@@ -1,0 +1,70 @@
+"""Worked examples: from log-probabilities to accuracies, margins and gaps."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_solopo.config import ObjectiveConfig
+from megatron_solopo.evaluate.intervals import mean, proportion
+from megatron_solopo.evaluate.rewards import summarise, summarise_groups, triplet_columns
+
+ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
+
+
+def columns(objective: ObjectiveConfig, logps: list[list[float]], references: list[list[float]] | None = None):
+    """Rows are triplets, in the order of ROLES; chosen answers have 4 tokens, rejected ones 2."""
+    by_role = dict(zip(ROLES, torch.tensor(logps).unbind(dim=1), strict=True))
+    lengths = {role: np.full(len(logps), 4 if "chosen" in role else 2) for role in ROLES}
+    if references is None:
+        return triplet_columns(objective, by_role, lengths, None)
+    return triplet_columns(objective, by_role, lengths, dict(zip(ROLES, torch.tensor(references).T, strict=True)))
+
+
+LOGPS = [[-2.0, -3.0, -9.0, -3.0], [-4.0, -4.0, -4.0, -5.0]]
+
+
+def test_dpo_rewards_are_against_the_reference() -> None:
+    found = columns(ObjectiveConfig(beta=0.5), LOGPS, [[-3.0, -3.0, -3.0, -3.0], [-4.0, -4.0, -4.0, -4.0]])
+    assert found["rewards/chosen_short"].tolist() == [0.5, 0.0]
+    assert found["rewards/chosen_long"].tolist() == [-3.0, 0.0]
+    assert found["rewards/margins_short"].tolist() == [0.5, 0.0]
+    assert found["rewards/margins_long"].tolist() == [-3.0, 0.5]
+    assert found["solo_ra/gap_signed"].tolist() == [3.5, 0.0]
+    assert found["solo_ra/gap_abs_rejected"].tolist() == [0.0, 0.5]
+    whole = summarise(found, np.array([True, True]))
+    assert (whole["n"], whole["ties_short"], whole["ties_long"]) == (2, 1, 0)
+    assert whole["metrics"]["rewards/accuracies_short"].mean == 0.5
+    assert whole["metrics"]["rewards/accuracies_long"].mean == 0.5
+    assert whole["metrics"]["logps/accuracies_long"].mean == 0.5
+    assert whole["metrics"]["logps/accuracies_short"].mean == 0.5
+
+
+def test_simpo_rewards_are_per_token_and_of_no_reference() -> None:
+    found = columns(ObjectiveConfig(loss_type="simpo", beta=2.0), LOGPS)
+    assert found["rewards/chosen_short"].tolist() == [-1.0, -2.0]
+    assert found["rewards/rejected_short"].tolist() == [-3.0, -4.0]
+    assert not any(name.startswith("reference") for name in found)
+
+
+def test_groups_are_means_over_their_own_triplets() -> None:
+    found = columns(ObjectiveConfig(loss_type="cpo", beta=1.0), LOGPS)
+    groups = summarise_groups(found, np.array([1000, 3000]), [[0.1], []])
+    assert [(each.up_to, each.n) for each in groups["by_length"]] == [(1024, 1), (4096, 1)]
+    assert [each.metrics["solo_ra/gap_abs"].mean for each in groups["by_length"]] == [7.0, 0.0]
+    assert [(each.start, each.n) for each in groups["by_depth"]] == [(0.0, 1), (None, 1)]
+    assert [(each.up_to, each.start) for each in groups["by_length_and_depth"]] == [(1024, 0.0), (4096, None)]
+    assert groups["overall"].metrics["solo_ra/gap_abs"].mean == 3.5
+
+
+def test_intervals_are_wilsons_and_the_normal_one() -> None:
+    share = proportion(np.array([True] * 8 + [False] * 2))
+    assert (share.mean, share.low, share.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)  # Newcombe 1998's form
+    assert proportion(np.array([True] * 5)).high == 1.0 and proportion(np.array([True] * 5)).low == pytest.approx(
+        0.5655, abs=1e-4
+    )
+    values = mean(np.array([1.0, 2.0, 3.0, 6.0]))
+    half = 1.959964 * math.sqrt(14 / 3) / 2
+    assert (values.mean, values.low, values.high) == pytest.approx((3.0, 3 - half, 3 + half))
+    assert mean(np.array([2.5])).low == 2.5
