@@ -1,24 +1,20 @@
 """The miniature reproduction: its tables come from its runs, its task is what it says, and a small slice of it runs."""
 
 import json
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "reproduction"
 sys.path.insert(0, str(EXAMPLE))
 
 import reproduce  # noqa: E402
 from miniature import base, evaluate, jobs, pairs, plan, runs, tables, task  # noqa: E402
-from miniature.results import Results  # noqa: E402
 
 RUNS = EXAMPLE / "runs.jsonl"
 
@@ -129,5 +125,7 @@ def test_the_smallest_slice_runs(tmp_path) -> None:
     assert found["trajectories"]["rewards/chosen"] == [round(step["rewards/chosen"], 4) for step in metrics]
     assert found["trajectories"]["rewards/chosen"][0] == 0.0  # the policy is its own reference
     triplets = [json.loads(line) for line in (tmp_path / "seed0" / "data2" / "triplets.jsonl").read_text().splitlines()]
-    assert triplets and all(row["chosen"] in row["answers"] and row["rejected"] not in row["answers"] for row in triplets)
+    assert triplets and all(
+        row["chosen"] in row["answers"] and row["rejected"] not in row["answers"] for row in triplets
+    )
     assert not (tmp_path / "runs" / run.name / "checkpoints").exists()

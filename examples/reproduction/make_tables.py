@@ -13,8 +13,12 @@ HERE = Path(__file__).parent
 
 
 @click.command(context_settings={"max_content_width": 110})
-@click.option("--runs", default=HERE / "runs.jsonl", type=click.Path(path_type=Path, exists=True), help="What reproduce.py wrote.")
-@click.option("--document", default=HERE / "RESULTS.md", type=click.Path(path_type=Path, exists=True), help="Its tables.")
+@click.option(
+    "--runs", default=HERE / "runs.jsonl", type=click.Path(path_type=Path, exists=True), help="What reproduce.py wrote."
+)
+@click.option(
+    "--document", default=HERE / "RESULTS.md", type=click.Path(path_type=Path, exists=True), help="Its tables."
+)
 def main(runs: Path, document: Path) -> None:
     """Write the tables of RESULTS.md, and the pictures beside it, anew.
 

@@ -44,7 +44,9 @@ def compare(before: Path, after: Path, output: Path) -> None:
     click.echo(f"{'words':>8} {'before':>8} {'after':>8}")
     for length, accuracy in found["before"].items():
         click.echo(f"{length:>8} {accuracy:8.2f} {found['after'][length]:8.2f}")
-    save_comparison({name: {int(length): value for length, value in each.items()} for name, each in found.items()}, output)
+    save_comparison(
+        {name: {int(length): value for length, value in each.items()} for name, each in found.items()}, output
+    )
     _ask(before, after)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-# Heavy libraries are imported by the functions: every worker, and every helper process of a checkpoint, starts this file.
+# Heavy libraries are imported by functions: every worker, and every helper process of a checkpoint, starts this file.
 
 HERE = Path(__file__).parent
 
@@ -68,7 +68,9 @@ def missing_jobs(work: Path, runs: list[Any], results: Path) -> list[Job]:
     for run in runs:
         strengths.setdefault(run.seed, set()).add(run.strength)
     found = {
-        f"base models of seed {seed}": Job(f"base models of seed {seed}", jobs.make_bases, (work, seed, tuple(sorted(levels))))
+        f"base models of seed {seed}": Job(
+            f"base models of seed {seed}", jobs.make_bases, (work, seed, tuple(sorted(levels)))
+        )
         for seed, levels in strengths.items()
         if not all(base_directory(work, level, seed).is_dir() for level in levels)
     }

@@ -1,7 +1,7 @@
 """The alignment's failure, seen in a run's metrics: the gap closes because the short reward comes down.
 
-|r(x_short, y_w) - r(x_long, y_w)| does not say which side moves. A model that cannot raise the long reward can lower the
-short one instead, and forgets what it knew. Thresholds are calibrated on the runs of `examples/reproduction`.
+|r(x_short, y_w) - r(x_long, y_w)| does not say which side moves. A model that cannot raise the long reward can lower
+the short one instead, and forgets what it knew. Thresholds are calibrated on the runs of `examples/reproduction`.
 """
 
 import statistics
@@ -26,7 +26,9 @@ def gap_closes_from_below(steps: Sequence[Mapping[str, float | int | None]]) -> 
     ]
     if len(pairs) < 2 * _STRETCH:
         return None
-    (rewards_before, gaps_before), (rewards, gaps) = zip(*pairs[:_STRETCH]), zip(*pairs[-_STRETCH:])
+    (rewards_before, gaps_before), (rewards, gaps) = (
+        zip(*stretch, strict=True) for stretch in (pairs[:_STRETCH], pairs[-_STRETCH:])
+    )
     reward_before, reward, gap_before, gap = map(statistics.fmean, (rewards_before, rewards, gaps_before, gaps))
     fall, closed = reward_before - reward, gap_before - gap
     error = ((statistics.variance(rewards_before) + statistics.variance(rewards)) / _STRETCH) ** 0.5

@@ -1,6 +1,5 @@
 """The alarm of a collapsing alignment, on made-up courses and on recorded ones of `examples/reproduction`."""
 
-import json
 import random
 from pathlib import Path
 

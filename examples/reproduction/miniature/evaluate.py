@@ -1,13 +1,12 @@
 """Accuracy against context length, of a Hugging Face model, by greedy answers."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from miniature.task import END_ID, SHORT_FACTS, draw_facts, num_facts, place_facts, questions
+from miniature.task import END_ID, draw_facts, num_facts, place_facts, questions
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 _BATCH_TOKENS = 16384

@@ -61,7 +61,9 @@ def draw_lines(axis: Any, lines: dict[str, list[dict[int, float]]]) -> None:
         if found:
             columns = [[each[length] for each in found] for length in LENGTHS]
             (line,) = axis.plot(LENGTHS, [statistics.fmean(column) for column in columns], marker="o", label=name)
-            axis.fill_between(LENGTHS, *zip(*((min(c), max(c)) for c in columns), strict=True), color=line.get_color(), alpha=0.15)
+            axis.fill_between(
+                LENGTHS, *zip(*((min(c), max(c)) for c in columns), strict=True), color=line.get_color(), alpha=0.15
+            )
     for length, label in ((SHORT_LENGTH, "short"), (LONG_LENGTH, "long")):
         axis.axvline(length, color="grey", linestyle=":", linewidth=1)
         axis.annotate(label, (length, 0.02), color="grey", xytext=(3, 0), textcoords="offset points")
@@ -78,14 +80,18 @@ def failure_map(results: Results, path: Path) -> None:
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
     rows = [(strength, loss_type) for strength in STRENGTHS for loss_type in LOSS_TYPES]
-    for (side, line), detached in ((pair, each) for pair in zip(("short", "long"), axes, strict=True) for each in (0, 1)):
+    for (side, line), detached in (
+        (pair, each) for pair in zip(("short", "long"), axes, strict=True) for each in (0, 1)
+    ):
         axis = line[detached]
         grid = np.array([[_change(results, row, alpha, bool(detached), side) for alpha in MAP_ALPHAS] for row in rows])
         image = axis.imshow(grid, cmap="RdBu", vmin=-0.6, vmax=0.6, aspect="auto")
         for (row, column), value in np.ndenumerate(grid):
             axis.text(column, row, "" if np.isnan(value) else f"{value:+.2f}", ha="center", va="center", fontsize=8)
         axis.set_xticks(range(len(MAP_ALPHAS)), [f"alpha {alpha:g}" for alpha in MAP_ALPHAS])
-        axis.set_yticks(range(len(rows)), [f"base {strength} %, {loss_type}" for strength, loss_type in rows], fontsize=8)
+        axis.set_yticks(
+            range(len(rows)), [f"base {strength} %, {loss_type}" for strength, loss_type in rows], fontsize=8
+        )
         axis.set_title(f"{side} accuracy, change{', detach_short' if detached else ''}")
     figure.colorbar(image, ax=axes)
     _save(figure, path)
@@ -95,10 +101,12 @@ def _change(results: Results, row: tuple[int, str], alpha: float, detached: bool
     """Mean over the seeds; NaN without a run."""
     strength, loss_type = row
     found = results.where(
-        lambda each: each.run.method == "solopo"
-        and each.run.align == "chosen"
-        and (each.run.strength, each.run.loss_type) == (strength, loss_type)
-        and (each.run.alpha, each.run.detach_short) == (alpha, detached)
+        lambda each: (
+            each.run.method == "solopo"
+            and each.run.align == "chosen"
+            and (each.run.strength, each.run.loss_type) == (strength, loss_type)
+            and (each.run.alpha, each.run.detach_short) == (alpha, detached)
+        )
     )
     changes = [getattr(each, side) - getattr(results.base_of(each), side) for each in found]
     return statistics.fmean(changes) if changes else float("nan")

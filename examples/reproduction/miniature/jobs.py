@@ -1,4 +1,4 @@
-"""What a worker process does, each job in a log of its own. Imports late: a worker's own children start this module too."""
+"""What a worker process does, each job in a log of its own. Heavy libraries are imported by the jobs."""
 
 import time
 from contextlib import redirect_stderr, redirect_stdout

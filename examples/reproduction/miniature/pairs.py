@@ -1,4 +1,4 @@
-"""Preference pairs from the base model's own answers to short contexts: the project's data commands, called in process."""
+"""Preference pairs from the base model's own answers to short contexts: the data commands, called in process."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +56,7 @@ def make_pairs(
 
 
 def write_contexts(path: Path, count: int, longs: int, long_length: int, seed: int) -> None:
-    """Rows as `data build` writes them: a short context, and `longs` long ones with its facts, more facts and filler."""
+    """Rows as `data build` writes them: a short context, and `longs` long ones with its facts, more, and filler."""
     with atomic_path(path) as temporary:
         temporary.write_text("".join(map(to_line, _rows(count, longs, long_length, seed))), encoding="utf-8")
 

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 from miniature.runs import Run
 
-STRENGTHS = (45, 75, 95)
+WEAK, MIDDLE, STRONG = STRENGTHS = (45, 75, 95)
 """Short accuracy of the bases, in percent."""
-STRONG = STRENGTHS[-1]
 SEEDS = (0, 1, 2)
 LOSS_TYPES = ("simpo", "dpo", "orpo")
 DEFAULT_ALPHA = {"simpo": 1.0, "dpo": 3.0, "orpo": 1.0}
@@ -47,7 +46,7 @@ def alphas(seed: int) -> Iterator[Run]:
 
 def failures(seed: int) -> Iterator[Run]:
     """Base strength, loss type and alpha, with and without `detach_short`."""
-    for strength in STRENGTHS:
+    for strength in (WEAK, STRONG, MIDDLE):
         yield Run(strength, seed, "base")
         for loss_type in LOSS_TYPES:
             yield from pairs_alone(strength, seed, loss_type)

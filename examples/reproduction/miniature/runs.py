@@ -5,7 +5,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.checkpoint.convert import export_model
@@ -17,7 +16,7 @@ from miniature.evaluate import LENGTHS, accuracy, eval_set
 from miniature.pairs import make_pairs
 
 LONG_LENGTH = 128
-STEPS, BATCH, LEARNING_RATE = 100, 8, 1e-3
+STEPS, BATCH, LEARNING_RATE = 100, 8, 5e-4
 EVAL_QUESTIONS = 128
 EVAL_SEED = 77
 """The questions that all models answer."""
@@ -86,7 +85,9 @@ def make_config(work: Path, run: Run) -> Config:
             "seed": run.seed,
             "model": {"path": base_directory(work, run.strength, run.seed)},
             "data": {"path": data / "prepared", "max_tokens_per_pack": 16384},
-            "objective": objective | _LOSS_SETTINGS[run.loss_type] | ({} if run.alpha is None else {"alpha": run.alpha}),
+            "objective": objective
+            | _LOSS_SETTINGS[run.loss_type]
+            | ({} if run.alpha is None else {"alpha": run.alpha}),
             "reference": {"cache": data / "reference"},
             "training": {"global_batch_size": BATCH, "max_steps": STEPS},
             "optimizer": {"lr": LEARNING_RATE, "lr_decay_style": "constant", "lr_warmup_iters": 5},
@@ -129,7 +130,5 @@ def costs(run_dir: Path) -> dict[str, Any]:
         "tokens": sum(step["num_tokens"] for step in steps),
         "flops": sum(step["flops"] for step in steps),
         "step_seconds": min(step["step_time"] for step in steps),
-        "trajectories": {
-            name: [round(step[name], 4) for step in steps] for name in _TRAJECTORIES if name in steps[0]
-        },
+        "trajectories": {name: [round(step[name], 4) for step in steps] for name in _TRAJECTORIES if name in steps[0]},
     }

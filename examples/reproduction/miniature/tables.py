@@ -34,10 +34,12 @@ def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
 def chosen(results: Results, strength: int, loss_type: str, method: str) -> list[Result]:
     """The seeds of one method as the paper sets it."""
     return results.where(
-        lambda each: each.run.strength == strength
-        and each.run.loss_type == loss_type
-        and each.is_default
-        and METHODS[method](each.run)
+        lambda each: (
+            each.run.strength == strength
+            and each.run.loss_type == loss_type
+            and each.is_default
+            and METHODS[method](each.run)
+        )
     )
 
 
@@ -112,7 +114,10 @@ def alpha(results: Results) -> Iterator[str]:
 def _solopo(results: Results, like: Run) -> list[Result]:
     """The seeds of a chosen-aligned setting."""
     return results.where(
-        lambda each: each.run == Run(like.strength, each.run.seed, "solopo", like.loss_type, like.alpha, "chosen", like.detach_short)
+        lambda each: (
+            each.run
+            == Run(like.strength, each.run.seed, "solopo", like.loss_type, like.alpha, "chosen", like.detach_short)
+        )
     )
 
 

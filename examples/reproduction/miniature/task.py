@@ -1,8 +1,8 @@
 """The task: look a key up among the facts of a context.
 
-A context is a row of words: facts (`k07=v21`), each of its own key, between fillers (`f13`); a question (`ask k07`) follows,
-and the answer is one word (`v21`). A fact is a single token, so that one attention hop answers: with facts of two tokens a
-model stays on a plateau for thousands of steps.
+A context is a row of words: facts (`k07=v21`), each of its own key, between fillers (`f13`). A question (`ask k07`)
+follows, and the answer is one word (`v21`). A fact is one token, so that one attention hop answers: with facts of two
+tokens a model stays on a plateau for thousands of steps.
 """
 
 from collections.abc import Sequence
