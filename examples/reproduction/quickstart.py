@@ -32,42 +32,61 @@ def contexts(output: Path) -> None:
 
 
 @main.command()
-@click.option("--before", required=True, type=_PATH, help="Hugging Face directory.")
-@click.option("--after", required=True, type=_PATH, help="Hugging Face directory.")
+@click.option("--output", required=True, type=_PATH, help="JSONL to write, as evaluate long-context reads it.")
+def questions(output: Path) -> None:
+    """Write questions on contexts of 16 to 1,024 words."""
+    from megatron_solopo.data.context_rows import to_line
+    from megatron_solopo.files import atomic_path
+    from miniature.evaluate import question_rows
+    from miniature.runs import EVAL_QUESTIONS, EVAL_SEED
+
+    with atomic_path(output) as temporary:
+        temporary.write_text("".join(map(to_line, question_rows(EVAL_QUESTIONS, EVAL_SEED))), encoding="utf-8")
+
+
+@main.command()
+@click.argument("results", nargs=2, type=_PATH)
 @click.option("--output", required=True, type=_PATH, help="PNG to write.")
-def compare(before: Path, after: Path, output: Path) -> None:
-    """Accuracy against length of two models, as a table and a picture; and an answer of each to one question."""
+def compare(results: tuple[Path, Path], output: Path) -> None:
+    """Accuracy against length before and after, as a table and a picture, from two files of evaluate long-context."""
+    from megatron_solopo.evaluation_results import read_long_context
+    from miniature.evaluate import LENGTHS, QUESTION_WORDS
     from miniature.figures import save_comparison
-    from miniature.runs import measure
 
-    found = {"before": measure(before), "after": measure(after)}
-    click.echo(f"{'words':>8} {'before':>8} {'after':>8}")
-    for length, accuracy in found["before"].items():
-        click.echo(f"{length:>8} {accuracy:8.2f} {found['after'][length]:8.2f}")
-    save_comparison(
-        {name: {int(length): value for length, value in each.items()} for name, each in found.items()}, output
-    )
-    _ask(before, after)
+    found = [
+        {
+            length: cell.score
+            for length in LENGTHS
+            for cell in [each.cell("questions.long", "exact_match", length=length + QUESTION_WORDS)]
+            if cell is not None
+        }
+        for each in map(read_long_context, results)
+    ]
+    for row in (("words", "before", "after"), *((n, f"{found[0][n]:.2f}", f"{found[1][n]:.2f}") for n in LENGTHS)):
+        click.echo("{:>8} {:>8} {:>8}".format(*row))
+    save_comparison(dict(zip(("before", "after"), found, strict=True)), output)
+    click.echo(output)
 
 
-def _ask(before: Path, after: Path) -> None:
-    """One question on a long context that only the trained model gets right, if there is one."""
+@main.command()
+@click.argument("models", nargs=2, type=_PATH)
+def ask(models: tuple[Path, Path]) -> None:
+    """Ask two Hugging Face directories one question on 512 words, one that only the second gets right if there is any."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from miniature.evaluate import eval_set, right
     from miniature.runs import EVAL_QUESTIONS, EVAL_SEED
 
-    models = [AutoModelForCausalLM.from_pretrained(each).eval() for each in (before, after)]
+    before, after = [AutoModelForCausalLM.from_pretrained(each).eval() for each in models]
     examples = eval_set(512, EVAL_QUESTIONS, EVAL_SEED)
-    gained = right(models[1], examples) & ~right(models[0], examples)
-    number = int(gained.nonzero()[0]) if gained.any() else 0
-    tokenizer, prompt = AutoTokenizer.from_pretrained(after), examples.prompts[number : number + 1]
+    number = int((right(after, examples).int() - right(before, examples).int()).argmax())
+    tokenizer, prompt = AutoTokenizer.from_pretrained(models[1]), examples.prompts[number : number + 1]
     words = tokenizer.decode(prompt[0]).split()
-    click.echo(f"\n{' '.join(words[:4])} ... {' '.join(words[-6:])}  ({len(words)} words)")
-    for name, model in zip(("before", "after"), models, strict=True):
+    click.echo(f"{' '.join(words[:4])} ... {' '.join(words[-6:])}  ({len(words)} words)")
+    for name, model in (("before", before), ("after", after)):
         answer = model.generate(prompt, max_new_tokens=2, do_sample=False)[0, prompt.shape[1] :]
         click.echo(f"{name:>8}: {tokenizer.decode(answer, skip_special_tokens=True)}")
-    click.echo(f"   right: {tokenizer.decode(examples.answers[number : number + 1])}")
+    click.echo(f"{'right':>8}: {tokenizer.decode(examples.answers[number : number + 1])}")
 
 
 if __name__ == "__main__":

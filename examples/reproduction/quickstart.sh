@@ -28,6 +28,13 @@ torchrun --standalone --nproc-per-node 2 -m megatron_solopo train --config examp
 say "4. Back to Hugging Face"
 megatron-solopo convert export --checkpoint $work/run/checkpoints/iter_0000100 --out $work/aligned
 
-say "5. What it brought"
-miniature compare --before $work/base --after $work/aligned --output $work/accuracy.png
-say "Look at $work/accuracy.png, and at $work/run: metrics.png, metrics.jsonl, config.yaml."
+say "5. Accuracy against length, before and after"
+miniature questions --output $work/questions.jsonl
+for model in base aligned; do
+    megatron-solopo evaluate long-context --model $work/$model --contexts $work/questions.jsonl --side long \
+        --lengths 18,34,66,130,258,514,1026 --batch-size 64 --output $work/evaluation/$model.json
+done
+say "6. What it brought"
+miniature compare $work/evaluation/base.json $work/evaluation/aligned.json --output $work/accuracy.png
+miniature ask $work/base $work/aligned
+say "Look at $work/accuracy.png, at $work/run (metrics.png, metrics.jsonl, config.yaml), and load $work/aligned."

@@ -1,14 +1,17 @@
 """Accuracy against context length, of a Hugging Face model, by greedy answers."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from miniature.task import END_ID, draw_facts, num_facts, place_facts, questions
+from miniature.task import END_ID, WORDS, draw_facts, num_facts, place_facts, questions, text
 
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
+QUESTION_WORDS = 2
+"""What follows the context: `ask k07`."""
 _BATCH_TOKENS = 16384
 
 
@@ -28,6 +31,19 @@ def eval_set(length: int, count: int, seed: int) -> EvalSet:
     contexts = place_facts(rng, *draw_facts(rng, count, num_facts(length)), length)
     prompts, answers = questions(contexts, rng.integers(num_facts(length), size=count))
     return EvalSet(torch.from_numpy(prompts), torch.from_numpy(answers))
+
+
+def question_rows(count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """The questions of `eval_set` for all `LENGTHS`, as rows that `evaluate long-context` reads."""
+    for length in LENGTHS:
+        examples = eval_set(length, count, seed)
+        for place, (prompt, answer) in enumerate(zip(examples.prompts, examples.answers, strict=True)):
+            yield {
+                "id": f"{length}-{place}",
+                "prompt_long": text(prompt.tolist()),
+                "answers": [WORDS[answer]],
+                "response_tokens": 2,
+            }
 
 
 @torch.inference_mode()
