@@ -71,7 +71,7 @@ def compare(results: tuple[Path, Path], output: Path) -> None:
 @main.command()
 @click.argument("models", nargs=2, type=_PATH)
 def ask(models: tuple[Path, Path]) -> None:
-    """Ask two Hugging Face directories one question on 512 words, one that only the second gets right if there is any."""
+    """Ask two Hugging Face directories a question on 512 words that only the second gets right, if there is one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from miniature.evaluate import eval_set, right

@@ -1,6 +1,7 @@
 """The pictures of RESULTS.md, from `runs.jsonl`."""
 
 import statistics
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import numpy as np
 from megatron_solopo.files import atomic_path
 from miniature.evaluate import LENGTHS
 from miniature.pairs import SHORT_LENGTH
-from miniature.plan import LOSS_TYPES, MAP_ALPHAS, STRENGTHS, STRONG
+from miniature.plan import LOSS_TYPES, MAP_ALPHAS, STRONG
 from miniature.results import Result, Results
 from miniature.runs import LONG_LENGTH
-from miniature.tables import METHODS, chosen
+from miniature.tables import METHODS, SETTINGS, aligned, chosen, like
 
 matplotlib.use("Agg")
 _DPI = 80
@@ -75,39 +76,28 @@ def draw_lines(axis: Any, lines: dict[str, list[dict[int, float]]]) -> None:
 
 
 def failure_map(results: Results, path: Path) -> None:
-    """Change of short and of long accuracy over base strength, loss and alpha, without and with `detach_short`."""
+    """Change of accuracy over base, learning rate, loss and alpha, without and with `detach_short`."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    rows = [(strength, loss_type) for strength in STRENGTHS for loss_type in LOSS_TYPES]
-    for (side, line), detached in (
-        (pair, each) for pair in zip(("short", "long"), axes, strict=True) for each in (0, 1)
-    ):
-        axis = line[detached]
-        grid = np.array([[_change(results, row, alpha, bool(detached), side) for alpha in MAP_ALPHAS] for row in rows])
-        image = axis.imshow(grid, cmap="RdBu", vmin=-0.6, vmax=0.6, aspect="auto")
-        for (row, column), value in np.ndenumerate(grid):
-            axis.text(column, row, "" if np.isnan(value) else f"{value:+.2f}", ha="center", va="center", fontsize=8)
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 9), layout="constrained")
+    rows = [(strength, rate, loss_type) for strength, rate in SETTINGS for loss_type in LOSS_TYPES]
+    labels = [f"base {strength} %, lr {rate:g}, {loss_type}" for strength, rate, loss_type in rows]
+    for (line, side), (column, detached) in product(enumerate(("short", "long")), enumerate((False, True))):
+        axis = axes[line, column]
+        cells = [[aligned(*row[:2], row[2], alpha, detached) for alpha in MAP_ALPHAS] for row in rows]
+        grid = np.array([[_change(results, like(results, run), side) for run in runs] for runs in cells])
+        image = axis.imshow(grid, cmap="RdBu", vmin=-0.5, vmax=0.5, aspect="auto")
+        for (place, number), value in np.ndenumerate(grid):
+            axis.text(number, place, "" if np.isnan(value) else f"{value:+.2f}", ha="center", va="center", fontsize=8)
         axis.set_xticks(range(len(MAP_ALPHAS)), [f"alpha {alpha:g}" for alpha in MAP_ALPHAS])
-        axis.set_yticks(
-            range(len(rows)), [f"base {strength} %, {loss_type}" for strength, loss_type in rows], fontsize=8
-        )
+        axis.set_yticks(range(len(rows)), labels if column == 0 else [""] * len(rows), fontsize=8)
         axis.set_title(f"{side} accuracy, change{', detach_short' if detached else ''}")
     figure.colorbar(image, ax=axes)
     _save(figure, path)
 
 
-def _change(results: Results, row: tuple[int, str], alpha: float, detached: bool, side: str) -> float:
+def _change(results: Results, found: list[Result], side: str) -> float:
     """Mean over the seeds; NaN without a run."""
-    strength, loss_type = row
-    found = results.where(
-        lambda each: (
-            each.run.method == "solopo"
-            and each.run.align == "chosen"
-            and (each.run.strength, each.run.loss_type) == (strength, loss_type)
-            and (each.run.alpha, each.run.detach_short) == (alpha, detached)
-        )
-    )
     changes = [getattr(each, side) - getattr(results.base_of(each), side) for each in found]
     return statistics.fmean(changes) if changes else float("nan")
 

@@ -12,12 +12,12 @@ from megatron_solopo.train.collapse import gap_closes_from_below
 from miniature.evaluate import LENGTHS
 from miniature.pairs import SHORT_LENGTH
 from miniature.plan import DEFAULT_ALPHA
-from miniature.runs import LONG_LENGTH, Run
+from miniature.runs import LEARNING_RATE, LONG_LENGTH, Run
 
 LONG_LENGTHS = tuple(length for length in LENGTHS if length >= LONG_LENGTH)
 """From the long contexts of training on."""
-COLLAPSE = 0.25
-"""A run has collapsed where it lost this share of its base's short accuracy."""
+HARM = 0.1
+"""A run did harm where it lost this share of its base's short accuracy."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Result:
     def is_default(self) -> bool:
         """Trained as the paper has it, or a baseline."""
         run = self.run
-        return not run.detach_short and run.alpha in (None, DEFAULT_ALPHA.get(run.loss_type))
+        as_usual = not run.detach_short and run.learning_rate == LEARNING_RATE
+        return as_usual and run.alpha in (None, DEFAULT_ALPHA.get(run.loss_type))
 
     def warned_at(self) -> int | None:
         """The step at which the trainer's warning begins, None without one."""
@@ -73,9 +74,13 @@ class Results:
         """The model that the run began with."""
         return self._bases[result.run.strength, result.run.seed]
 
-    def collapsed(self, result: Result) -> bool:
+    def harmed(self, result: Result) -> bool:
         """Whether short accuracy was lost."""
-        return result.short < (1 - COLLAPSE) * self.base_of(result).short
+        return self.lost(result) >= HARM
+
+    def lost(self, result: Result) -> float:
+        """Share of its base's short accuracy that a run lost."""
+        return 1 - result.short / self.base_of(result).short
 
 
 def _parse(line: dict[str, Any]) -> Result:

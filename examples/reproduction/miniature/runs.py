@@ -22,7 +22,7 @@ EVAL_SEED = 77
 """The questions that all models answer."""
 TEMPERATURE = 1.5
 NUM_QUESTIONS, LONGS_PER_QUESTION = 400, 4
-_TRAJECTORIES = ("rewards/chosen", "solo_ra/gap_abs")
+_TRAJECTORIES = ("rewards/chosen", "nll_loss", "solo_ra/gap_abs")
 _LOSS_SETTINGS: dict[str, dict[str, Any]] = {"simpo": {"beta": 2.5}, "dpo": {}, "orpo": {}}
 
 
@@ -40,6 +40,7 @@ class Run:
     """None is the loss type's default."""
     align: str = "chosen"
     detach_short: bool = False
+    learning_rate: float = LEARNING_RATE
 
     @property
     def name(self) -> str:
@@ -47,7 +48,8 @@ class Run:
         alpha = "" if self.alpha is None else f"-alpha{self.alpha:g}"
         both = "-both" if self.align == "both" else ""
         detached = "-detached" if self.detach_short else ""
-        return f"base{self.strength}-seed{self.seed}-{self.loss_type}-{self.method}{both}{alpha}{detached}"
+        rate = "" if self.learning_rate == LEARNING_RATE else f"-lr{self.learning_rate:g}"
+        return f"base{self.strength}-seed{self.seed}-{self.loss_type}-{self.method}{both}{alpha}{detached}{rate}"
 
 
 def base_directory(work: Path, strength: int, seed: int) -> Path:
@@ -90,7 +92,7 @@ def make_config(work: Path, run: Run) -> Config:
             | ({} if run.alpha is None else {"alpha": run.alpha}),
             "reference": {"cache": data / "reference"},
             "training": {"global_batch_size": BATCH, "max_steps": STEPS},
-            "optimizer": {"lr": LEARNING_RATE, "lr_decay_style": "constant", "lr_warmup_iters": 5},
+            "optimizer": {"lr": run.learning_rate, "lr_decay_style": "constant", "lr_warmup_iters": 5},
             "logging": {"tensorboard": False},
         },
         source=run.name,

@@ -1,13 +1,15 @@
 """The tables of RESULTS.md, from `runs.jsonl`."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from miniature.evaluate import LENGTHS
-from miniature.plan import ALPHAS, LOSS_TYPES, MAP_ALPHAS, STRENGTHS, STRONG
+from miniature.plan import ALPHAS, HIGH_RATE, LOSS_TYPES, MAP_ALPHAS, MIDDLE, STRONG, WEAK
 from miniature.results import Result, Results, paired, spread
-from miniature.runs import Run
+from miniature.runs import LEARNING_RATE, Run
 
 METHODS = {
     "short_po": lambda run: run.method == "short_po",
@@ -16,6 +18,15 @@ METHODS = {
     "solopo, both": lambda run: run.method == "solopo" and run.align == "both",
 }
 """Columns of the comparison, by their names."""
+SETTINGS = ((WEAK, LEARNING_RATE), (WEAK, HIGH_RATE), (MIDDLE, LEARNING_RATE), (STRONG, LEARNING_RATE))
+"""Base strength and learning rate of the failure map."""
+HARM_BANDS = (
+    ("less than 5 %", -math.inf, 0.05),
+    ("5 to 10 %", 0.05, 0.1),
+    ("10 to 25 %", 0.1, 0.25),
+    ("more", 0.25, math.inf),
+)
+"""Share of the base's short accuracy that a run lost."""
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -105,72 +116,68 @@ def alpha(results: Results) -> Iterator[str]:
     def rows() -> Iterator[Sequence[str]]:
         for loss_type in LOSS_TYPES:
             for weight in ALPHAS:
-                found = _solopo(results, Run(STRONG, 0, "solopo", loss_type, weight))
+                found = like(results, Run(STRONG, 0, "solopo", loss_type, weight))
                 yield [loss_type, f"{weight:g}", str(len(found)), *_by_length(found)]
 
     return _table(["loss", "alpha", "seeds", *map(str, LENGTHS)], rows())
 
 
-def _solopo(results: Results, like: Run) -> list[Result]:
-    """The seeds of a chosen-aligned setting."""
-    return results.where(
-        lambda each: (
-            each.run
-            == Run(like.strength, each.run.seed, "solopo", like.loss_type, like.alpha, "chosen", like.detach_short)
-        )
-    )
+def like(results: Results, run: Run) -> list[Result]:
+    """The seeds of a setting."""
+    return results.where(lambda each: replace(each.run, seed=run.seed) == run)
 
 
 def failures(results: Results) -> Iterator[str]:
-    """Short and long accuracy over base strength, loss and alpha, with and without `detach_short`."""
+    """Short and long accuracy over base strength, learning rate, loss and alpha, with and without `detach_short`."""
 
     def rows() -> Iterator[Sequence[str]]:
-        for strength in STRENGTHS:
+        for strength, rate in SETTINGS:
+            bases = like(results, Run(strength, 0, "base"))
+            place = [f"{strength} %", f"{rate:g}"]
+            yield [*place, "", "base", *_outcome(results, bases)[:3], *[""] * 5]
             for loss_type in LOSS_TYPES:
                 for method in ("short_po", "long_po"):
-                    found = chosen(results, strength, loss_type, method)
-                    yield [*_before(results, strength), loss_type, method, *_outcome(results, found), "", "", "", ""]
+                    found = like(results, Run(strength, 0, method, loss_type, learning_rate=rate))
+                    yield [*place, loss_type, method, *_outcome(results, found), *[""] * 4]
                 for weight in MAP_ALPHAS:
-                    runs = [Run(strength, 0, "solopo", loss_type, weight, detach_short=each) for each in (False, True)]
-                    cells = [cell for run in runs for cell in _outcome(results, _solopo(results, run))]
-                    yield [*_before(results, strength), loss_type, f"{weight:g}", *cells]
+                    runs = [aligned(strength, rate, loss_type, weight, detached) for detached in (False, True)]
+                    cells = [cell for run in runs for cell in _outcome(results, like(results, run))]
+                    yield [*place, loss_type, f"alpha {weight:g}", *cells]
 
-    outcome = ["seeds", "short", "long", "collapsed"]
-    head = ["base", "its short", "its long", "loss", "alpha", *outcome, *(f"detached: {each}" for each in outcome)]
-    return _table(head, rows())
+    outcome = ["seeds", "short", "long", "harmed"]
+    return _table(["base", "lr", "loss", "", *outcome, *(f"detached: {each}" for each in outcome)], rows())
 
 
-def _before(results: Results, strength: int) -> list[str]:
-    bases = results.where(lambda each: each.run.method == "base" and each.run.strength == strength)
-    return [f"{strength} %", spread(each.short for each in bases), spread(each.long for each in bases)]
+def aligned(strength: int, rate: float, loss_type: str, weight: float, detached: bool) -> Run:
+    """A cell of the failure map, of seed 0."""
+    return Run(strength, 0, "solopo", loss_type, weight, detach_short=detached, learning_rate=rate)
 
 
 def _outcome(results: Results, found: Sequence[Result]) -> list[str]:
-    if not found:
-        return ["0", "-", "-", "-"]
-    collapsed = sum(map(results.collapsed, found))
+    harmed = sum(map(results.harmed, found))
     return [
         str(len(found)),
         spread(each.short for each in found),
         spread(each.long for each in found),
-        f"{collapsed} of {len(found)}",
+        f"{harmed} of {len(found)}" if found else "-",
     ]
 
 
 def warnings(results: Results) -> Iterator[str]:
-    """How often the trainer's warning fires on runs that collapse and on others."""
+    """How often the trainer's warning fires on runs that did harm and on others."""
 
     def rows() -> Iterator[Sequence[str]]:
-        for loss_type in LOSS_TYPES:
-            solopo = results.where(lambda each: each.run.method == "solopo" and each.run.loss_type == loss_type)  # noqa: B023
-            cells = []
-            for wanted in (True, False):
-                steps = [each.warned_at() for each in solopo if results.collapsed(each) == wanted]
-                cells.append(f"{sum(step is not None for step in steps)} of {len(steps)}")
-            fired = sorted(step for each in solopo if results.collapsed(each) and (step := each.warned_at()))
-            yield [loss_type, *cells, str(fired[len(fired) // 2]) if fired else "-"]
+        solopo = results.where(lambda each: each.run.method == "solopo")
+        for name, low, high in HARM_BANDS:
+            lost = [each for each in solopo if low <= results.lost(each) < high]
+            by_loss = [[each for each in lost if each.run.loss_type == loss_type] for loss_type in LOSS_TYPES]
+            yield [name, *map(_fired, by_loss), _fired(lost)]
 
-    return _table(["loss", "warned, collapsed", "warned, not collapsed", "median step of the warning"], rows())
+    return _table(["short accuracy lost", *LOSS_TYPES, "all"], rows())
+
+
+def _fired(found: Sequence[Result]) -> str:
+    return f"{sum(each.warned_at() is not None for each in found)} of {len(found)}" if found else "-"
 
 
 TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
