@@ -12,7 +12,7 @@ say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 # Only what this script makes; runs of your own in the same folder stay.
 rm -rf "$work"
 say "1. A small Llama learns to look facts up in contexts of 16 to 32 words, from scratch"
-OMP_NUM_THREADS=2 miniature base --output $work/base
+miniature base --output $work/base
 
 say "2. Its own answers to short contexts, right and wrong ones, become preference pairs"
 miniature contexts --output $work/contexts.jsonl

@@ -129,23 +129,24 @@ def like(results: Results, run: Run) -> list[Result]:
 
 def failures(results: Results) -> Iterator[str]:
     """Short and long accuracy over base strength, learning rate, loss and alpha, with and without `detach_short`."""
-
-    def rows() -> Iterator[Sequence[str]]:
-        for strength, rate in SETTINGS:
-            bases = like(results, Run(strength, 0, "base"))
-            place = [f"{strength} %", f"{rate:g}"]
-            yield [*place, "", "base", *_outcome(results, bases)[:3], *[""] * 5]
-            for loss_type in LOSS_TYPES:
-                for method in ("short_po", "long_po"):
-                    found = like(results, Run(strength, 0, method, loss_type, learning_rate=rate))
-                    yield [*place, loss_type, method, *_outcome(results, found), *[""] * 4]
-                for weight in MAP_ALPHAS:
-                    runs = [aligned(strength, rate, loss_type, weight, detached) for detached in (False, True)]
-                    cells = [cell for run in runs for cell in _outcome(results, like(results, run))]
-                    yield [*place, loss_type, f"alpha {weight:g}", *cells]
-
     outcome = ["seeds", "short", "long", "harmed"]
-    return _table(["base", "lr", "loss", "", *outcome, *(f"detached: {each}" for each in outcome)], rows())
+    head = ["base", "lr", "loss", "", *outcome, *(f"detached: {each}" for each in outcome)]
+    return _table(head, (row for strength, rate in SETTINGS for row in _failures_from(results, strength, rate)))
+
+
+def _failures_from(results: Results, strength: int, rate: float) -> Iterator[Sequence[str]]:
+    """The rows of one base and learning rate of which there are runs."""
+    place = [f"{strength} %", f"{rate:g}"]
+    yield [*place, "", "base", *_outcome(results, like(results, Run(strength, 0, "base")))[:3], *[""] * 5]
+    for loss_type in LOSS_TYPES:
+        for method in ("short_po", "long_po"):
+            if found := like(results, Run(strength, 0, method, loss_type, learning_rate=rate)):
+                yield [*place, loss_type, method, *_outcome(results, found), *[""] * 4]
+        for weight in MAP_ALPHAS:
+            pair = [like(results, aligned(strength, rate, loss_type, weight, detached)) for detached in (False, True)]
+            if any(pair):
+                cells = [cell for found in pair for cell in _outcome(results, found)]
+                yield [*place, loss_type, f"alpha {weight:g}", *cells]
 
 
 def aligned(strength: int, rate: float, loss_type: str, weight: float, detached: bool) -> Run:
