@@ -58,13 +58,13 @@ def test_it_waits_for_two_stretches_and_passes_over_other_objectives_and_skipped
 
 
 def test_on_the_recorded_runs_it_tells_collapses_from_good_runs() -> None:
-    """Those that lost a quarter of their base's short accuracy all warn, and of those that lost little, few."""
+    """Those that lost a quarter of their base's short accuracy all warn; of those that lost little, few."""
     lines = [json.loads(line) for line in RECORDED.read_text(encoding="utf-8").splitlines()]
     bases = {(line["strength"], line["seed"]): line["accuracy"]["16"] for line in lines if line["method"] == "base"}
     fired: dict[bool, list[bool]] = {True: [], False: []}
     for line in lines:
         lost = 1 - line["accuracy"]["16"] / bases[line["strength"], line["seed"]]
-        if line["method"] == "solopo" and (lost >= 0.25 or lost < 0.05):
+        if line["method"] == "solopo" and line["alpha"] and (lost >= 0.25 or lost < 0.05):
             names = line["trajectories"]
             steps = [dict(zip(names, values, strict=True)) for values in zip(*names.values(), strict=True)]
             warned = any(gap_closes_from_below(steps[:end]) for end in range(20, len(steps) + 1))

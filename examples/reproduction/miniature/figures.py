@@ -80,7 +80,11 @@ def failure_map(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 9), layout="constrained")
-    rows = [(strength, rate, loss_type) for strength, rate in SETTINGS for loss_type in LOSS_TYPES]
+    rows = [
+        (strength, rate, loss_type)
+        for (strength, rate), loss_type in product(SETTINGS, LOSS_TYPES)
+        if any(like(results, aligned(strength, rate, loss_type, alpha, False)) for alpha in MAP_ALPHAS)
+    ]
     labels = [f"base {strength} %, lr {rate:g}, {loss_type}" for strength, rate, loss_type in rows]
     for (line, side), (column, detached) in product(enumerate(("short", "long")), enumerate((False, True))):
         axis = axes[line, column]

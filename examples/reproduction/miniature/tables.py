@@ -168,7 +168,7 @@ def warnings(results: Results) -> Iterator[str]:
     """How often the trainer's warning fires on runs that did harm and on others."""
 
     def rows() -> Iterator[Sequence[str]]:
-        solopo = results.where(lambda each: each.run.method == "solopo")
+        solopo = results.where(lambda each: each.run.method == "solopo" and each.run.alpha != 0)
         for name, low, high in HARM_BANDS:
             lost = [each for each in solopo if low <= results.lost(each) < high]
             by_loss = [[each for each in lost if each.run.loss_type == loss_type] for loss_type in LOSS_TYPES]
