@@ -46,7 +46,7 @@ ROOMS = {
     "__main__": Room(5, beside=frozenset({"cli"})),
 }
 LAZY = ("transformer_engine", "apex", "wandb", "vllm")
-PRINTING = ("cli", "cli_convert", "cli_data", "doctor")
+PRINTING = ("__main__", "cli", "cli_convert", "cli_data", "doctor")
 ADAPTS_CPU = f"{PACKAGE}.parallel"
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60

@@ -16,18 +16,18 @@ from tests.slurm.runs import computed, steps_done, write_config
 pytestmark = [NEEDS_NAMESPACES, pytest.mark.timeout(600)]
 
 STEPS = 40
-LIMIT_MINUTES = 0.1
-"""Of the watchdog: 6 seconds without progress."""
+LIMIT_MINUTES = 0.25
+"""Of the watchdog: 15 seconds without progress."""
 
 
-def start(network: Network, folder: Path, name: str) -> list[subprocess.Popen[bytes]]:
+def start(network: Network, folder: Path, name: str, *overrides: str) -> list[subprocess.Popen[bytes]]:
     """One launcher and one rank on each host, as on two nodes of a cluster; host n logs to `<name>-<n>.log`."""
     first = network.hosts[0].address
     # Hosts without names cannot tell by themselves which of them the address belongs to.
     command = [sys.executable, "-m", "megatron_solopo.launch", "--nnodes", "2", "--nproc-per-node", "1"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{first}:29500", "--rdzv-id", name]
     train = ["-m", "megatron_solopo", "train", "--config", str(folder / "config.yaml"), f"run_dir={folder / name}"]
-    train += [f"watchdog.timeout_minutes={LIMIT_MINUTES}"]
+    train += overrides
     return [
         host.start(
             [*command, "--rdzv-conf", f"is_host={1 - number}", *train],
@@ -50,7 +50,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     write_config(folder, max_steps=STEPS, save_steps=5)
     with two_hosts() as network:
         whole = end(start(network, folder, "whole"), 200)
-        launchers = start(network, folder, "cut")
+        launchers = start(network, folder, "cut", f"watchdog.timeout_minutes={LIMIT_MINUTES}")
         wait_until(lambda: steps_done(folder / "cut") >= 8, 200, "step 8")
         network.cut()
         cut_at = time.monotonic()
