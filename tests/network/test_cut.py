@@ -23,14 +23,14 @@ LIMIT_MINUTES = 0.25
 def start(network: Network, folder: Path, name: str, *overrides: str) -> list[subprocess.Popen[bytes]]:
     """One launcher and one rank on each host, as on two nodes of a cluster; host n logs to `<name>-<n>.log`."""
     first = network.hosts[0].address
-    # Hosts without names cannot tell by themselves which of them the address belongs to.
+    # Hosts that share a name cannot tell by themselves which of them an address belongs to.
     command = [sys.executable, "-m", "megatron_solopo.launch", "--nnodes", "2", "--nproc-per-node", "1"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{first}:29500", "--rdzv-id", name]
     train = ["-m", "megatron_solopo", "train", "--config", str(folder / "config.yaml"), f"run_dir={folder / name}"]
     train += overrides
     return [
         host.start(
-            [*command, "--rdzv-conf", f"is_host={1 - number}", *train],
+            [*command, "--rdzv-conf", f"is_host={1 - number}", "--local-addr", host.address, *train],
             folder / f"{name}-{number}.log",
             PYTHONUNBUFFERED="1",
         )
