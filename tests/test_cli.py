@@ -257,6 +257,8 @@ def test_doctor_reports_for_people_and_programs(capsys: pytest.CaptureFixture[st
         ("data prepare", "megatron-solopo data prepare --input"),
         ("reference", "-m megatron_solopo reference --config c.yaml"),
         ("train", "-m megatron_solopo train --config c.yaml"),
+        ("evaluate preference", "megatron-solopo evaluate preference --model runs/first"),
+        ("report", "megatron-solopo report runs/solopo runs/long_po --output report"),
     ],
 )
 def test_every_command_has_help_with_an_example(command: str, example: str, capsys: pytest.CaptureFixture[str]) -> None:
