@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin")
 INTERFACE = "cable"
+# A host has a name of its own: $0.
+_NAMED = 'echo "$0" >/proc/sys/kernel/hostname && exec "$@"'
 _CARDS = ("02:00:00:00:00:01", "02:00:00:00:00:02")
 
 
@@ -42,7 +44,19 @@ class Host:
         settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
         with output.open("wb") as stream:
             return subprocess.Popen(
-                [str(IP), "netns", "exec", self.namespace, *command],
+                [
+                    str(IP),
+                    "netns",
+                    "exec",
+                    self.namespace,
+                    "unshare",
+                    "--uts",
+                    "sh",
+                    "-c",
+                    _NAMED,
+                    self.namespace,
+                    *command,
+                ],
                 env=os.environ | settings | environment,
                 cwd=ROOT,
                 stdout=stream,
