@@ -20,9 +20,11 @@ from megatron_solopo.checkpoint.pending import Content
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.parallel.agreement import on_rank_0
+from megatron_solopo.train.bad_numbers import Skipped
 from megatron_solopo.train.identity import check_unchanged
 from megatron_solopo.train.metrics import Metrics
 from megatron_solopo.train.policy import Policy
+from megatron_solopo.train.signals import spared_children
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Boundary:
     step: int
     """Steps done."""
     loader: dict[str, int]
+    skipped: Skipped
     unrecorded: Metrics | None = None
     """The last step's metrics, until its evaluation is done and they are written: a run continues with just that."""
 
@@ -54,7 +57,7 @@ class Saver:
         self._model_files = read_model_files(config.model.path) if dist.get_rank() == 0 else {}
         self._policy: Policy | None = None
         self._resumed: Path | None = None
-        self.boundary = Boundary(0, loader.state_dict())
+        self.boundary = Boundary(0, loader.state_dict(), Skipped())
         self._last_saved = self._find()
 
     def restore(self, policy: Policy) -> None:
@@ -62,11 +65,11 @@ class Saver:
         self._policy = policy
         if self._resumed is not None:
             load_checkpoint(self._resumed, policy.chunks, policy.optimizer)
-            policy.scheduler.step(increment=self.boundary.step)
+            policy.scheduler.step(increment=self.boundary.step - self.boundary.skipped.total)
 
-    def step_done(self, metrics: Metrics) -> None:
+    def step_done(self, metrics: Metrics, skipped: Skipped) -> None:
         """Told right after an optimizer step: what is saved from here on is the state behind it."""
-        self.boundary = Boundary(int(metrics["step"] or 0), self._loader.state_dict(), metrics)
+        self.boundary = Boundary(int(metrics["step"] or 0), self._loader.state_dict(), skipped, metrics)
 
     def recorded(self) -> None:
         """Told when the step's metrics are written, its evaluation among them where one was due."""
@@ -79,18 +82,22 @@ class Saver:
             return "the end"
         return "save_steps" if every is not None and step % every == 0 else None
 
-    def save(self, reason: str) -> Path:
+    def save(self, reason: str) -> Path | None:
         """Write the state at the last boundary, complete on return, and return its path.
 
+        None where no step has updated anything yet: that state is the model as it was read, and Adam has none.
         Nothing is written where that is what the newest checkpoint holds. It may be called at any moment between two
         collectives that all ranks reach, as long as no update of the next step has begun.
         """
         assert self._policy is not None, "restore comes first"
+        if self.boundary.step == self.boundary.skipped.total:
+            return None
         path = self._root / checkpoint_name(self.boundary.step)
         if self._last_saved != self.boundary:
             state = asdict(self.boundary) | {"identity": self._identity}
             content = Content(state, self._model_files)
-            begin_save(self._root, self._policy.chunks, self._policy.optimizer, content).complete()
+            with spared_children():
+                begin_save(self._root, self._policy.chunks, self._policy.optimizer, content).complete()
             self._last_saved = self.boundary
             _say(f"saved {path} ({reason})")
         return path
@@ -110,7 +117,9 @@ class Saver:
         self._resumed, state = newest
         self._loader.load_state_dict(state["loader"])
         check_unchanged(self._identity, state["identity"], self._resumed)
-        self.boundary = Boundary(state["step"], self._loader.state_dict(), state.get("unrecorded"))
+        self.boundary = Boundary(
+            state["step"], self._loader.state_dict(), Skipped(**state["skipped"]), state["unrecorded"]
+        )
         return self.boundary
 
 
