@@ -33,7 +33,7 @@ from megatron_solopo.train.metrics import Metrics, MetricsWriter, reduce_over_ra
 from megatron_solopo.train.optimizer import check_offload, check_schedule
 from megatron_solopo.train.plot import plot_metrics
 from megatron_solopo.train.policy import StepResult, build_policy
-from megatron_solopo.train.reference import reference_logprobs
+from megatron_solopo.train.reference import fingerprint, reference_logprobs
 from megatron_solopo.train.saving import Saver
 from megatron_solopo.train.signals import Stopped, StopSignals
 from megatron_solopo.train.splits import Splits, load_splits
@@ -110,6 +110,7 @@ class Trainer:
         references: dict[str, Any] = {}
         if config.objective.needs_reference:
             references = reference_logprobs(config, splits, topology, boundary=signals.check)
+            self.saver.keep("reference.cache (its numbers)", fingerprint(references))
         self.losses = {
             name: objective_loss(config.objective, references.get(name), topology) for name in splits.datasets
         }
@@ -144,9 +145,7 @@ class Trainer:
             metrics = metrics | self._evaluate()
         if writer is not None:
             writer.write(metrics)
-        self.saver.recorded()
-        if reason := self.saver.due():
-            self.saver.save(reason)
+        self.saver.recorded(metrics)
 
     def _describe(self) -> str:
         """One line of what runs where, for the head of the log."""
@@ -249,7 +248,7 @@ class Trainer:
             self.config.run_dir,
             self.config.logging,
             self.config.model_dump(mode="json"),
-            first_step=self.step + 1,
+            first_step=self.saver.boundary.first_unrecorded_step,
             total_steps=self.max_steps,
         )
 
