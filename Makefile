@@ -33,10 +33,11 @@ test-py312: $(VENV312)/.installed ## set up, then run the parity tests on Python
 	$(VENV312)/bin/python -m pytest -m parity
 	@echo "parity tests ran with $$($(VENV312)/bin/python -V) in $(CURDIR)/$(VENV312)"
 
-lint: $(VENV)/.installed ## check style, format and types
+lint: $(VENV)/.installed ## check style, format, types and shell scripts
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck --external-sources examples/slurm/*.sh examples/slurm/*.sbatch
 
 format: $(VENV)/.installed ## sort imports and format the code
 	$(VENV)/bin/ruff check --select I --fix

@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(
-            "interrupted; started again, training and data sample go on from what is saved, other work starts anew"
+            "interrupted; started again, training, data sample and evaluate long-context go on from what is saved, "
+            "other work starts anew"
         )
     except (ValueError, FloatingPointError) as error:
         if not _is_ours(error):

@@ -10,6 +10,9 @@ What plain torchrun (2.13) does, and this launcher instead:
     ranks end with 85     reports a failure and exits 1; with             exits 85, never restarts
                           --max-restarts it starts them again
     a rank fails          exits 1                                         exits with its code, 128 + n for signal n
+    ranks start again     in a store that still holds the addresses of    in a store of their own
+    (--max-restarts)      the dead ones: "connection refused"
+                          (github.com/pytorch/pytorch/issues/135712)
 """
 
 import os
@@ -33,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Start the ranks as torchrun does and exit as they did; with `arguments` of torchrun, or the command line's."""
     options: Any = run.parse_args(list(sys.argv[1:] if arguments is None else arguments))
     options.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are handled here
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     for number in _FORWARDED:
         signal.signal(number, _forward)
     launcher: Any = api

@@ -67,7 +67,7 @@ def test_a_plan_of_prepared_data_with_everything_written(tmp_path: Path) -> None
     written = load_config(launch / "config.yaml")
     assert written.parallel.pipeline_model_parallel_size == 2 and written.training.global_batch_size == 16
     script = (launch / "submit.sbatch").read_text()
-    assert "#SBATCH --nodes=2\n" in script and f"--config {launch}/config.yaml" in script
+    assert "#SBATCH --nodes=2\n" in script and f"\nlaunch {launch}/config.yaml " in script
     subprocess.run(["bash", "-n", str(launch / "submit.sbatch")], check=True)
 
 

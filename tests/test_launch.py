@@ -24,6 +24,20 @@ while not asked and time.monotonic() < until:
 sys.exit(85 if asked else int(sys.argv[3]))
 """
 
+# Two ranks that meet over gloo; in its first life, one dies of it.
+MEETING_RANK = """
+import datetime, os, pathlib, signal, sys, time
+import torch, torch.distributed as dist
+time.sleep(2 * int(os.environ["RANK"] == "0"))  # the other one looks first: it must find nothing old
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+dist.all_reduce(torch.ones(1))
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+dist.barrier()
+pathlib.Path(sys.argv[1], f"met-{os.environ['RANK']}").touch()
+dist.destroy_process_group()
+"""
+
 
 def launch(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     (folder / "rank.py").write_text(RANK)
@@ -60,3 +74,12 @@ def test_a_failure_is_started_again_and_its_code_comes_back(tmp_path: Path) -> N
     assert launcher.returncode == 7
     assert started(tmp_path) == ["0-0", "0-1", "1-0", "1-1"]
     assert "rank.py FAILED" in errors
+
+
+def test_ranks_that_start_again_meet_each_other_not_the_dead(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(MEETING_RANK)
+    command = [sys.executable, "-m", "megatron_solopo.launch", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", str(tmp_path / "rank.py"), str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("met-*")) == ["met-0", "met-1"]

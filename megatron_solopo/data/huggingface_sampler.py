@@ -4,9 +4,10 @@ from collections import Counter
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from megatron_solopo.data.encode import encode_prompt, template_of
+from megatron_solopo.data.huggingface_model import end_tokens, load_model
 from megatron_solopo.data.sample_model import Answer, Request
 from megatron_solopo.data.sample_settings import SampleSettings
 from megatron_solopo.data.tokenizer import load_tokenizer
@@ -29,15 +30,8 @@ class HuggingFaceSampler:
         self._settings = settings
         self._tokenizer = load_tokenizer(settings.model)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                settings.model, dtype="auto", local_files_only=True, trust_remote_code=False
-            )
-        # The library raises whatever the damaged file led to.
-        except Exception as error:
-            raise ValueError(f"--model {settings.model}: no loadable model: {' '.join(str(error).split())}") from None
-        self._model = model.eval().to(self._device)
-        self._ends = self._end_tokens()
+        self._model = load_model(settings.model).to(self._device)
+        self._ends = end_tokens(settings.model, self._tokenizer)
         # What the model's own file says of top_k or penalties would change the distribution.
         self._model.generation_config = _GENERATION_CONFIG()
 
@@ -68,12 +62,6 @@ class HuggingFaceSampler:
             eos_token_id=sorted(self._ends) or None,
             pad_token_id=min(self._ends, default=0),
         )
-
-    def _end_tokens(self) -> set[int]:
-        """The tokenizer's, and those that the model's generation settings name (Llama 3 has several)."""
-        named = self._model.generation_config.eos_token_id
-        ends = set(named if isinstance(named, list) else [named]) | {self._tokenizer.eos_token_id}
-        return {int(end) for end in ends if end is not None}
 
     def _answer(self, tokens: list[int]) -> Answer:
         end = next((place for place, token in enumerate(tokens) if token in self._ends), None)

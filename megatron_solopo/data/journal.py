@@ -38,6 +38,7 @@ class Journal:
     Args:
         path: Created where it does not exist, continued where it does.
         header: Must be that of the existing file.
+        command: Whose output the file is.
 
     Attributes:
         received: Numbers of the samples in the file, by question.
@@ -46,13 +47,13 @@ class Journal:
         ValueError: The file has another header, is no journal, or another process has it open.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], command: str = "data sample") -> None:
         self.received: defaultdict[str, set[int]] = defaultdict(set)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = path.open("a+b")
         try:
             self._lock(path)
-            self._continue(path, header)
+            self._continue(path, header, command)
         except BaseException:
             self._stream.close()
             raise
@@ -63,12 +64,12 @@ class Journal:
         except BlockingIOError:
             raise ValueError(f"--output {path}: another process is writing it; wait, or name another") from None
 
-    def _continue(self, path: Path, header: dict[str, Any]) -> None:
+    def _continue(self, path: Path, header: dict[str, Any], command: str) -> None:
         end = 0
         for start, line in _complete_lines(path):
             end = start + len(line)
             if not start:
-                _check_header(path, header)
+                _check_header(path, header, command)
             else:
                 response = parse_response(path, start, line)
                 self.received[response.question_id].add(response.index)
@@ -139,10 +140,10 @@ def _complete_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise ValueError(f"--responses {path}: {error.strerror}") from None
 
 
-def _check_header(path: Path, header: dict[str, Any]) -> None:
+def _check_header(path: Path, header: dict[str, Any], command: str) -> None:
     old = read_header(path)
     if old is None:
-        raise ValueError(f"--output {path}: exists and is not the output of data sample; name another")
+        raise ValueError(f"--output {path}: exists and is not the output of {command}; name another")
     for name in sorted(old.keys() | header.keys()):
         if old.get(name) != header.get(name):
             raise ValueError(

@@ -9,17 +9,41 @@ import asyncio
 import os
 import random
 from collections import Counter
-from typing import Any
+from typing import Any, Protocol
 
 import httpx2
 from pydantic import BaseModel, ValidationError
 
 from megatron_solopo.data.sample_model import Answer, Request, RequestFailed
-from megatron_solopo.data.sample_settings import SampleSettings
 
 _PASSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 60.0
 _SHOWN_CHARACTERS = 200
+
+
+class ServerSettings(Protocol):
+    """What is asked of a server and how; `sample_settings.SampleSettings` says what each means."""
+
+    @property
+    def server(self) -> str | None: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def concurrency(self) -> int: ...
+    @property
+    def timeout(self) -> float: ...
+    @property
+    def retries(self) -> int: ...
+    @property
+    def backoff(self) -> float: ...
+    @property
+    def api_key_env(self) -> str | None: ...
+    @property
+    def seed(self) -> int: ...
 
 
 class _Message(BaseModel):
@@ -47,7 +71,7 @@ class _TryAgain(Exception):
 class OpenAIServer:
     """A client of `settings.server`; see `data.sample_model.Model`."""
 
-    def __init__(self, settings: SampleSettings) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         assert settings.server is not None
         self.concurrency = settings.concurrency
         self.retried: Counter[str] = Counter()

@@ -2,7 +2,8 @@
 
 Megatron-Core's local `DotProductAttention` refuses packing and context parallelism. This one does
 both: keys and values are gathered over the context-parallel ranks (all-gather forward,
-reduce-scatter backward), then each sequence attends to itself alone.
+reduce-scatter backward), then each sequence attends to itself alone. In generation, where Megatron-Core
+keeps the keys and values of equally long sequences, it takes whole batches instead of packs.
 """
 
 import math
@@ -55,8 +56,14 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **unused: Any,
     ) -> Tensor:
-        """Attend within each sequence. Returns [t, heads / TP * d]."""
-        assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", "packed sequences only"
+        """Attend within each sequence. Returns [t, heads / TP * d].
+
+        Without `packed_seq_params`: queries [s, b, heads / TP, d] that are the last s positions of the keys
+        [n, b, groups / TP, d]; returns [s, b, heads / TP * d].
+        """
+        if packed_seq_params is None:
+            return self._attend_cached(query, key, value)
+        assert packed_seq_params.qkv_format == "thd", "packed or cached sequences only"
         boundaries_S1 = packed_seq_params.cu_seqlens_q
         size, rank = self.context_group.size(), self.context_group.rank()
         if size > 1:
@@ -90,6 +97,15 @@ class PackedAttention(torch.nn.Module):
             mask = causal_lower_right(chunk, end)
             outputs.append(self._attention(part, key[:end], value[:end], attn_mask=mask))
         return torch.cat(outputs)
+
+    def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """A batch, with keys of earlier positions or without. Not for context parallelism."""
+        assert self.context_group.size() == 1
+        whole = len(query) == len(key)
+        mask: dict[str, Any] = {"is_causal": True} if whole else {"attn_mask": causal_lower_right(len(query), len(key))}
+        batch_first = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [s, b, h, d] -> [b, h, s, d]
+        out = F.scaled_dot_product_attention(*batch_first, scale=self.softmax_scale, enable_gqa=True, **mask)
+        return out.permute(2, 0, 1, 3).flatten(2)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
         heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [t, h, d] -> [1, h, t, d]

@@ -1,4 +1,4 @@
-"""The SLURM script and the configuration of a planned run: one place for its environment."""
+"""The SLURM script and the configuration of a planned run. How it starts is in `launch.sh`, as in examples/slurm."""
 
 import math
 import shlex
@@ -12,6 +12,8 @@ from megatron_solopo.plan.search import Estimate
 SBATCH_FILES = ("submit.sbatch", "config.yaml")
 _TIME_MARGIN = 1.25
 """Wall clock asked for, over the estimate: checkpoints, evaluation, start, and the estimate's own error."""
+_SAVING_MINUTES = 10
+"""Before the time limit, the job is asked to save and to queue again; on top of the wall clock."""
 _THREADS = 8
 
 _SCRIPT = """\
@@ -26,23 +28,16 @@ _SCRIPT = """\
 #SBATCH --cpus-per-task={cpus}
 #SBATCH --exclusive
 #SBATCH --time={time}
+#SBATCH --signal=B:USR1@{saving_seconds}
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-set -euo pipefail
 
-# Rendezvous: the first node of the job.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1)
-MASTER_PORT=${{MASTER_PORT:-29500}}
-
-{environment}
-
-# One torchrun per node. A job that was interrupted and queued again continues from its latest checkpoint:
-# set checkpoint.save_steps, or there is none before the end.
-srun --kill-on-bad-exit=1 torchrun \\
-    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {gpus_per_node} \\
-    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" \\
-    -m megatron_solopo train --config {config}
+# Settings; the environment of sbatch goes before them. launch.sh explains them, and does all the rest. Where a job is
+# interrupted, it continues from its latest checkpoint: set checkpoint.save_steps, or there may be none before the end.
+: "${{PYTHON:=python}}" "${{GPUS_PER_NODE:={gpus_per_node}}}" "${{MAX_RESTARTS:=0}}" "${{REQUEUE:=yes}}"
+source "$("$PYTHON" -c 'import megatron_solopo.plan as plan; print(plan.__path__[0])')/launch.sh"
+launch {config} "$@"
 """
 
 
@@ -57,7 +52,7 @@ def write_sbatch(estimate: Estimate, run: Run, folder: Path) -> None:
 def script(estimate: Estimate, run: Run, folder: Path) -> str:
     """The batch script, which reads the configuration in `folder`."""
     per_node = min(estimate.gpus, estimate.gpu.gpus_per_node)
-    minutes = max(10, math.ceil(run.hours * 60 * _TIME_MARGIN))
+    minutes = max(10, math.ceil(run.hours * 60 * _TIME_MARGIN)) + _SAVING_MINUTES
     hours, minutes = divmod(minutes, 60)
     return _SCRIPT.format(
         summary=f"{estimate.gpus} x {estimate.gpu.device_name}, {estimate.layout.name}",
@@ -67,21 +62,6 @@ def script(estimate: Estimate, run: Run, folder: Path) -> str:
         nodes=estimate.gpus // per_node,
         gpus_per_node=per_node,
         cpus=per_node * _THREADS,
+        saving_seconds=_SAVING_MINUTES * 60,
         time=f"{hours}:{minutes:02d}:00",
-        environment="\n".join(f"export {name}={value}" for name, value in environment(estimate).items()),
     )
-
-
-def environment(estimate: Estimate) -> dict[str, str]:
-    """What NCCL, CUDA and torch read from the environment."""
-    parallel = estimate.layout.config.parallel
-    values = {
-        "OMP_NUM_THREADS": str(_THREADS),
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        "NCCL_DEBUG": "WARN",
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
-    }
-    if parallel.tensor_model_parallel_size * parallel.context_parallel_size > 1:
-        # Communication kernels start in the order of issue, which Megatron's overlap under TP and CP counts on.
-        values["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    return values

@@ -73,7 +73,7 @@ def test_slurm_accepts_every_script_and_no_larger_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FITTING)
 def test_a_script_names_its_configuration_and_its_ranks(name: str) -> None:
     script = (LAUNCH / name / "submit.sbatch").read_text(encoding="utf-8")
-    config = re.search(r"train --config (\S+)", script)[1]
+    config = re.search(r"^launch (\S+)", script, re.MULTILINE)[1]
     assert (ROOT / config).is_file()
     nodes, per_node = (int(re.search(rf"--{key}=(\d+)", script)[1]) for key in ("nodes", "gpus-per-node"))
-    assert f"-{nodes * per_node}x" in name and f"--nproc-per-node {per_node} " in script
+    assert f"-{nodes * per_node}x" in name and f'"${{GPUS_PER_NODE:={per_node}}}"' in script

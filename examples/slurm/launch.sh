@@ -1,0 +1,1 @@
+../../megatron_solopo/plan/launch.sh

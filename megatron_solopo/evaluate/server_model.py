@@ -1,0 +1,76 @@
+"""Generation by a server with OpenAI's API, at temperature 0."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_solopo.data.openai_server import OpenAIServer
+from megatron_solopo.data.sample_model import Request, RequestFailed
+from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.evaluate.generation import Answer, Keep, generated
+from megatron_solopo.evaluate.samples import Sample, Spec
+
+
+@dataclass(frozen=True)
+class GreedySettings:
+    """How a server is asked; see `data.openai_server.ServerSettings`."""
+
+    server: str
+    model: str
+    concurrency: int
+    timeout: float
+    retries: int
+    api_key_env: str | None
+    seed: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    backoff: float = 1.0
+
+
+class ServerModel:
+    """See `generation.Generator`. Requests are under way side by side, so the seconds of one hold those of others."""
+
+    device = "server"
+    layout: dict[str, int] = {}  # noqa: RUF012
+
+    def __init__(self, settings: GreedySettings, tokenizer: Tokenizer) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+
+    def run(self, batches: Sequence[Sequence[Spec]], build: Callable[[Spec], Sample], keep: Keep) -> None:
+        """Raises ValueError where the server refuses, or does not answer after all retries."""
+        asyncio.run(self._run([spec for batch in batches for spec in batch], build, keep))
+
+    async def _run(self, specs: Sequence[Spec], build: Callable[[Spec], Sample], keep: Keep) -> None:
+        server = OpenAIServer(self._settings)
+        waiting = iter(specs)
+
+        async def work() -> None:
+            for spec in waiting:
+                sample = build(spec)
+                start = time.perf_counter()
+                answer = await self._ask(server, sample)
+                keep([generated(sample, answer, time.perf_counter() - start)])
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._settings.concurrency):
+                    group.create_task(work())
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            await server.aclose()
+
+    async def _ask(self, server: OpenAIServer, sample: Sample) -> Answer:
+        spec = sample.spec
+        request = Request(spec.id, sample.prompt, (0,), spec.max_new_tokens, self._settings.seed)
+        try:
+            (answer,) = await server.ask(request)
+        except RequestFailed as error:
+            raise ValueError(
+                f"--server {self._settings.server}: no answer to {spec.id}: {error}; what was received is kept, "
+                "the same command asks for the rest"
+            ) from None
+        # The server's own count is not in every answer; an end token is not counted.
+        return Answer(answer.text, len(self._tokenizer.encode_continuation(answer.text)), answer.finish_reason)

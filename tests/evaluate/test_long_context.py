@@ -1,0 +1,171 @@
+"""Whole evaluations: a run, its export and a server's model; resumed, refused, counted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_solopo.data.scoring import SCORERS
+from megatron_solopo.evaluate.long_context import evaluate_long_context
+from megatron_solopo.evaluate.settings import LongContextSettings
+from megatron_solopo.evaluation_results import read_long_context
+from tests.data.completion_server import completion_server
+from tests.data.musique_example import read, write
+from tests.evaluate.evaluation_models import CHECKPOINT, MAX_POSITIONS, make_run
+
+ASKED = {"tasks": ("needle_single", "variable_tracking"), "lengths": (700, 900), "depths": (0.0, 1.0), "samples": 2}
+ASKED |= {"max_new_tokens": 12, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    return make_run(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def of_run(models):
+    """Results of the run's checkpoint, by our model."""
+    return evaluate_long_context(LongContextSettings(str(models[0]), **ASKED))
+
+
+def predictions(output: Path) -> dict[str, dict]:
+    return {row["id"]: row for row in read(output.with_suffix(".predictions.jsonl"))}
+
+
+def test_a_run_is_evaluated_into_its_directory(models, of_run) -> None:
+    output = models[0] / "evaluation" / f"long_context-{CHECKPOINT}.json"
+    assert read_long_context(output) == of_run
+    assert (of_run.backend, of_run.step, of_run.run_dir) == ("megatron", 10, str(models[0]))
+    assert of_run.lengths == [700, 900] and of_run.depths == [0.0, 1.0] and of_run.max_positions == MAX_POSITIONS
+    assert of_run.main_metrics == dict.fromkeys(ASKED["tasks"], "string_match_all")
+    found = predictions(output)
+    assert len(found) == of_run.samples == 8 and of_run.prompt_tokens == 2 * 2 * (700 + 900)
+    for row in found.values():
+        assert row["scores"] == {"string_match_all": SCORERS["string_match_all"](row["prediction"], row["answers"])}
+    places = {(cell.task, cell.length, cell.depth): cell for cell in of_run.cells}
+    lengths, depths = (None, 700, 900), (None, 0.0, 1.0)
+    assert set(places) == {("needle_single", length, depth) for length in lengths for depth in depths} | {
+        ("variable_tracking", length, None) for length in lengths
+    }
+    for (task, length, depth), cell in places.items():
+        rows = [row for row in found.values() if row["task"] == task and length in (None, row["length"])]
+        rows = [row for row in rows if depth in (None, row["depth"])]
+        assert cell.n == len(rows) and cell.low <= cell.score <= cell.high
+        assert cell.score == pytest.approx(sum(row["scores"]["string_match_all"] for row in rows) / len(rows))
+        assert cell.generated_tokens == sum(row["generated_tokens"] for row in rows)
+    for kind in ("length", "depth"):
+        assert output.with_suffix(f".{kind}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_export_gives_the_same_predictions_by_transformers(models, of_run, tmp_path) -> None:
+    results = evaluate_long_context(LongContextSettings(str(models[1]), output=tmp_path / "hf.json", **ASKED))
+    ours = predictions(models[0] / "evaluation" / f"long_context-{CHECKPOINT}.json")
+    theirs = predictions(tmp_path / "hf.json")
+    assert results.backend == "transformers" and results.run_dir is None
+    for row in (*ours.values(), *theirs.values()):
+        assert row.pop("seconds") > 0
+    assert ours == theirs and len({row["prediction"] for row in ours.values()}) > 1
+
+
+def test_torchrun_shares_the_samples_between_data_parallel_ranks(models, of_run, tmp_path) -> None:
+    output = tmp_path / "dp.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "megatron_solopo", "evaluate", "long-context", "--model", str(models[0]), "--output", str(output)]
+    command += ["--tasks", ",".join(ASKED["tasks"]), "--lengths", "700,900", "--depths", "0,1", "--samples", "2"]
+    command += ["--max-new-tokens", "12"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    results = read_long_context(output)
+    assert results.layout["data_parallel_size"] == 2 and "needle_single      string_match_all" in done.stdout
+    ours = predictions(models[0] / "evaluation" / f"long_context-{CHECKPOINT}.json")
+    assert {key: row["prediction"] for key, row in predictions(output).items()} == {
+        key: row["prediction"] for key, row in ours.items()
+    }
+
+
+def test_an_interrupted_evaluation_generates_only_what_is_missing(models, of_run, tmp_path) -> None:
+    settings = LongContextSettings(str(models[1]), output=tmp_path / "again.json", **ASKED)
+    evaluate_long_context(settings)
+    journal = tmp_path / "again.responses.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    marked = [json.loads(line) | {"text": "kept"} for line in lines[1:4]]
+    kept = b"".join(json.dumps(each).encode() + b"\n" for each in marked)
+    journal.write_bytes(lines[0] + kept + lines[4][:30])  # killed while it wrote the fourth
+    evaluate_long_context(settings)
+    texts = [json.loads(line)["text"] for line in journal.read_text().splitlines()[1:]]
+    assert len(texts) == 8 and texts[:3] == ["kept"] * 3 and "kept" not in texts[3:]
+    with pytest.raises(ValueError, match=r"again\.responses\.jsonl: was begun with max_new_tokens 12, not 13"):
+        evaluate_long_context(LongContextSettings(**vars(settings) | {"max_new_tokens": 13}))
+    evaluate_long_context(LongContextSettings(**vars(settings) | {"max_new_tokens": 13, "overwrite": True}))
+    assert "kept" not in journal.read_text()
+
+
+def rows_of(tmp_path, lengths) -> Path:
+    rows = [
+        {
+            "id": str(number),
+            "prompt_short": f"Which river {number}?",
+            "prompt_long": f"Which river {number}? " + "was born " * length,
+            "answers": ["Rome"],
+            "evidence_depths": [0.9],
+            "response_tokens": 16,
+        }
+        for number, length in enumerate(lengths)
+    ]
+    return write(tmp_path / "rows.jsonl", [json.dumps(row) for row in rows])
+
+
+def test_prompts_that_do_not_fit_are_counted_and_left_out(models, tmp_path) -> None:
+    path = rows_of(tmp_path, [20, 30, 1500])
+    options = {"contexts": (path,), "lengths": (128, 256), "depths": (0.0, 1.0), "output": tmp_path / "r.json"}
+    results = evaluate_long_context(LongContextSettings(str(models[1]), **options))
+    (skipped,) = results.skipped
+    assert (skipped.task, skipped.n) == ("rows.long", 1) and skipped.length > MAX_POSITIONS
+    assert "exceed the model's 2048 positions" in skipped.reason
+    assert results.samples == 5 and set(results.main_metrics.values()) == {"sub_em"}
+    assert results.cell("rows.long", "token_f1", length=128, depth=1.0).n == 2
+    assert results.cell("rows.short", "exact_match").n == 3
+
+
+def test_a_server_is_asked_greedily(models, tmp_path) -> None:
+    path = rows_of(tmp_path, [20, 30])
+    with completion_server({0: "500"}) as server:
+        settings = LongContextSettings(
+            "name", server=server.url, tokenizer=str(models[1]), contexts=(path,), output=tmp_path / "s.json"
+        )
+        results = evaluate_long_context(settings)
+    bodies = [each.body for each in server.log]
+    assert len(bodies) == 5 and {body["temperature"] for body in bodies} == {0.0}
+    assert {body["max_tokens"] for body in bodies} == {16} and {body["model"] for body in bodies} == {"name"}
+    assert results.backend == "server" and results.max_positions is None
+    # It says: "... So the answer is: Rome."
+    assert results.cell("rows.long", "exact_match").score == results.cell("rows.long", "sub_em").score == 1
+    whole = LongContextSettings(**vars(settings) | {"scored_text": "whole"})
+    assert evaluate_long_context(whole).cell("rows.long", "exact_match").score == 0  # from the same answers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lengths": (2040,)}, r"--lengths 2040: with 12 tokens .* 2048 positions; legal: at most 2036"),
+        ({"lengths": ()}, "--tasks: needs --lengths"),
+        ({"tasks": ("needles",)}, "--tasks needles: legal: needle_single"),
+        ({"depths": (0.5, 1.5)}, "--depths 1.5: must be from 0 to 1"),
+        ({"output": None}, "--output: needed for a model that belongs to no run"),
+        ({"output": Path("r.jsonl")}, "must end in .json"),
+        ({"server": "localhost"}, "must begin with http"),
+        ({"model": "nowhere"}, "--model=nowhere: no such directory"),
+    ],
+)
+def test_mistakes_are_one_line(models, options, message, tmp_path) -> None:
+    given = {"model": str(models[1]), "output": tmp_path / "r.json"} | ASKED | options
+    with pytest.raises(ValueError, match=message):
+        evaluate_long_context(LongContextSettings(**given))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_not_for_transformers(models) -> None:
+    with pytest.raises(ValueError, match=r"--backend transformers: .* is a Megatron checkpoint; .* export it first"):
+        evaluate_long_context(LongContextSettings(str(models[0]), backend="transformers", **ASKED))
