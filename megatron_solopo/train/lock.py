@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.2
 
 
 @contextmanager
-def run_lock(run_dir: Path, *, wait_seconds: float = _WAIT_SECONDS) -> Iterator[None]:
+def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold the directory while the body runs; all ranks together, rank 0 holds it.
 
     A record lock (POSIX): the kernel lets go of it when the process ends, in whatever way, and a process that it has
@@ -30,7 +30,7 @@ def run_lock(run_dir: Path, *, wait_seconds: float = _WAIT_SECONDS) -> Iterator[
     Raises ValueError on every rank, naming the process that holds it.
     """
     held: list[TextIO] = []
-    on_rank_0(lambda: held.append(_acquire(run_dir, wait_seconds)))
+    on_rank_0(lambda: held.append(_acquire(run_dir, _WAIT_SECONDS)))
     try:
         yield
     finally:

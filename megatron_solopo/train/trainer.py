@@ -29,6 +29,7 @@ from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.batches import single_pass, training_batches
 from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
 from megatron_solopo.train.identity import run_identity
+from megatron_solopo.train.lock import run_lock
 from megatron_solopo.train.metrics import Metrics, MetricsWriter, reduce_over_ranks, reduce_sums
 from megatron_solopo.train.optimizer import check_offload, check_schedule
 from megatron_solopo.train.plot import plot_metrics
@@ -46,7 +47,11 @@ def train(config: Config) -> None:
     Raises ValueError for anything in the config, the data, the model or a checkpoint that does not fit, and
     SystemExit with code 85 where a signal asked to stop, once all is saved (`train.signals`).
     """
-    with StopSignals() as signals, _prepared(config, signals) as (architecture, topology, splits):
+    with (
+        StopSignals() as signals,
+        _prepared(config, signals) as (architecture, topology, splits),
+        run_lock(config.run_dir),
+    ):
         Trainer(config, architecture, topology, splits, signals).run()
 
 
