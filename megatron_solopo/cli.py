@@ -21,6 +21,7 @@ from megatron_solopo.cli_convert import convert
 from megatron_solopo.cli_data import data
 from megatron_solopo.cli_evaluate import evaluate
 from megatron_solopo.cli_plan import plan
+from megatron_solopo.cli_report import report
 
 _PATH = click.Path(path_type=Path)
 _LATER_RANKS_WAIT_SECONDS = 5.0
@@ -108,6 +109,7 @@ cli.add_command(convert)
 cli.add_command(data)
 cli.add_command(evaluate)
 cli.add_command(plan)
+cli.add_command(report)
 
 
 @cli.command()

@@ -10,6 +10,8 @@ What plain torchrun (2.13) does, and this launcher instead:
     ranks end with 85     reports a failure and exits 1; with             exits 85, never restarts
                           --max-restarts it starts them again
     a rank fails          exits 1                                         exits with its code, 128 + n for signal n
+    the node of the       exits 1 with a traceback                        exits 1 with one line
+    endpoint is gone
     ranks start again     in a store that still holds the addresses of    in a store of their own
     (--max-restarts)      the dead ones: "connection refused"
                           (github.com/pytorch/pytorch/issues/135712)
@@ -25,6 +27,7 @@ import psutil
 from torch.distributed import run
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
 from megatron_solopo import exits
@@ -48,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if failure.exitcode != exits.STOPPED:
             sys.stderr.write(f"{error}\n")
         sys.exit(failure.exitcode if failure.exitcode >= 0 else exits.of_signal(-failure.exitcode))
+    except RendezvousError as error:
+        # The launcher that the others met at has ended, or its node has.
+        sys.exit(f"error: the launchers have lost each other at {options.rdzv_endpoint}: {error}")
 
 
 class _Agent(LocalElasticAgent):

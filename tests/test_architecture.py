@@ -43,12 +43,12 @@ ROOMS = {
     "plan.dry_run": Room(4, beside=frozenset({"train"}), megatron=True),
     "evaluate": Room(4, beside=frozenset({"train"}), megatron=True),  # the trainer's forward passes
     "integrations": Room(4, beside=frozenset({"train"}), megatron=True),
-    **dict.fromkeys(("cli_convert", "cli_data", "cli_evaluate", "cli_plan", "launch"), Room(5)),
-    "cli": Room(5, beside=frozenset({"cli_convert", "cli_data", "cli_evaluate", "cli_plan"})),
+    **dict.fromkeys(("cli_convert", "cli_data", "cli_evaluate", "cli_plan", "cli_report", "launch"), Room(5)),
+    "cli": Room(5, beside=frozenset({"cli_convert", "cli_data", "cli_evaluate", "cli_plan", "cli_report"})),
     "__main__": Room(5, beside=frozenset({"cli"})),
 }
 LAZY = ("transformer_engine", "apex", "wandb", "vllm")
-PRINTING = ("cli", "cli_convert", "cli_data", "doctor")
+PRINTING = ("__main__", "cli", "cli_convert", "cli_data", "doctor")
 ADAPTS_CPU = f"{PACKAGE}.parallel"
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60

@@ -82,6 +82,8 @@ launch() {
 }
 
 queue_again() {
+    # A job that was cancelled, or is over its time limit, is on its way out: it saved, and that was all.
+    [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] || exit 85
     echo "queued again; the same run directory continues"
     scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this script
     echo "SLURM does not requeue this job: submit it again to continue" >&2

@@ -72,17 +72,29 @@ def figure(theme: Theme, width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), facecolor=theme.background, layout="constrained")
 
 
-def svg_uri(picture: Picture, theme: Theme) -> str:
-    """The picture as an SVG in a data URI."""
+@dataclass(frozen=True)
+class Rendered:
+    """A picture as files: SVGs in data URIs, and a light PNG."""
+
+    picture: Picture
+    light: str
+    dark: str
+    png: bytes
+
+
+def render(picture: Picture) -> Rendered:
+    """Draw a picture in both themes."""
     stream = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": picture.name}):
-        picture.draw(theme).savefig(stream, format="svg", metadata={"Date": None})
+    light = picture.draw(LIGHT)
+    light_uri = _svg_uri(light, picture.name)
+    light.set_layout_engine("none")  # laid out already, and that is the slow part
+    light.savefig(stream, format="png", dpi=_PNG_DPI)
+    return Rendered(picture, light_uri, _svg_uri(picture.draw(DARK), picture.name), stream.getvalue())
+
+
+def _svg_uri(drawn: Figure, name: str) -> str:
+    stream = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        drawn.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue().decode().replace("'DejaVu Sans'", _TYPEFACES)
     return f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}"
-
-
-def png(picture: Picture) -> bytes:
-    """The picture as a PNG in the light theme."""
-    stream = io.BytesIO()
-    picture.draw(LIGHT).savefig(stream, format="png", dpi=_PNG_DPI)
-    return stream.getvalue()

@@ -107,6 +107,17 @@ def test_a_job_whose_node_died_moves_to_the_spare_node_and_ends_the_same(
 
 
 @pytest.mark.slurm
+def test_a_cancelled_job_stays_cancelled_and_the_next_one_goes_on(runs: Runs, undisturbed: list[Any]) -> None:
+    job = runs.submit("cancelled")
+    runs.wait_for_step("cancelled", SAVE_STEPS + 1)
+    runs.slurm.run("scancel", job)
+    assert runs.slurm.wait_for_end(job, PATIENCE) == "CANCELLED"
+    runs.end("cancelled", runs.submit("cancelled"))
+    assert (runs.slurm.job(job, "JobState"), runs.slurm.job(job, "Restarts")) == ("CANCELLED", "0")
+    assert computed(runs.folder / "cancelled") == undisturbed
+
+
+@pytest.mark.slurm
 def test_a_chain_of_jobs_goes_on_where_the_one_before_stopped(runs: Runs, undisturbed: list[Any]) -> None:
     run_dir = runs.folder / "chain"
     command = (str(SCRIPTS / "chain.sh"), "4", str(SCRIPTS / "multi-node.sbatch"), str(runs.config))

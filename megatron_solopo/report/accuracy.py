@@ -1,0 +1,199 @@
+"""The pictures of evaluations: accuracy against length, and where in the context the evidence lay."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_solopo.report.axes import Point, banded_line, dress, heat_map, legend, length_axis, short_length
+from megatron_solopo.report.evaluations import answer_cells, answer_points, mean_answer_points
+from megatron_solopo.report.preference_picture import depth_cells, metric_points
+from megatron_solopo.report.runs import Run
+from megatron_solopo.report.style import Picture, Theme, figure
+
+Curve = tuple[str, int | None, Sequence[Point]]
+"""Label, the run's place (None: the model before training), points."""
+Cells = Mapping[tuple[str, str], tuple[float, int]]
+
+BAND = "Bands are 95 % confidence intervals."
+_ACROSS = 4
+LONG, SHORT = "rewards/accuracies_long", "rewards/accuracies_short"
+
+
+def accuracy_pictures(runs: Sequence[Run]) -> Iterator[Picture]:
+    """Those for which there is an evaluation."""
+    answers = answer_curves(runs, mean_answer_points)
+    tasks = list(dict.fromkeys(task for run in runs for task in _tasks(run)))
+    if answers:
+        what = tasks[0] if len(tasks) == 1 else f"the mean over {len(tasks)} tasks"
+        yield Picture(
+            "accuracy-by-length",
+            "Accuracy against context length",
+            f"Share of right answers, {what}, against the length of the prompt in tokens. {BAND}",
+            f"Accuracy by context length. {_in_words(answers)}",
+            lambda theme: _lines(theme, answers, "score"),
+        )
+    if len(tasks) > 1:
+        yield Picture(
+            "accuracy-by-task",
+            "The same by task",
+            f"Each task's own score; {BAND[0].lower()}{BAND[1:]}",
+            f"Accuracy by context length for each of the tasks {', '.join(tasks)}.",
+            lambda theme: _small_multiples(theme, runs, tasks),
+        )
+    if preferences := preference_curves(runs, LONG):
+        yield Picture(
+            "reward-accuracy-by-length",
+            "Reward accuracy against context length",
+            "Share of held-out triplets whose chosen answer has the higher reward: solid behind the long context, "
+            f"dotted behind the short one. {BAND}",
+            f"Reward accuracy by context length. {_in_words(preferences)}",
+            lambda theme: _lines(theme, preferences, "reward accuracy", preference_curves(runs, SHORT)),
+        )
+    for name, title, maps in (
+        ("accuracy-by-depth", "Accuracy by length and depth of the evidence", _answer_maps(runs)),
+        ("reward-accuracy-by-depth", "Reward accuracy by length and depth of the evidence", _reward_maps(runs)),
+    ):
+        if maps:
+            yield Picture(
+                name,
+                title,
+                "Across: length of the context in tokens. Down: depth of the evidence in it, from its start, 0, to 1.",
+                f"{title}: one heat map for each of {', '.join(label for label, _ in maps)}.",
+                partial(_maps, maps=maps),
+            )
+
+
+def answer_curves(runs: Sequence[Run], points: Callable[..., list[Point]], *arguments: str) -> list[Curve]:
+    """Of every run that answered questions, then of the models that they started from, each once."""
+    after = [
+        (run.name, place, points(run.evaluations.answers, *arguments))
+        for place, run in enumerate(runs)
+        if run.evaluations.answers is not None
+    ]
+    before = {
+        (found.model, tuple(found.main_metrics)): (
+            f"before training ({_short(found.model)})",
+            None,
+            points(found, *arguments),
+        )
+        for run in runs
+        if (found := run.evaluations.answers_before) is not None
+    }
+    return [curve for curve in (*after, *before.values()) if curve[2]]
+
+
+def preference_curves(runs: Sequence[Run], metric: str) -> list[Curve]:
+    """Of every run whose preferences were evaluated; a policy that is its own reference has none to draw."""
+    after = [
+        (run.name, place, metric_points(run.evaluations.preferences, metric))
+        for place, run in enumerate(runs)
+        if run.evaluations.preferences is not None
+    ]
+    before = {
+        (found.model, found.data_fingerprint, found.split): (
+            f"before training ({_short(found.model)})",
+            None,
+            metric_points(found, metric),
+        )
+        for run in runs
+        if (found := run.evaluations.preferences_before) is not None and found.overall.ties_short != found.overall.n
+    }
+    return [curve for curve in (*after, *before.values()) if curve[2]]
+
+
+def _tasks(run: Run) -> Iterable[str]:
+    return run.evaluations.answers.main_metrics if run.evaluations.answers is not None else ()
+
+
+def _short(model: str) -> str:
+    return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _in_words(curves: Sequence[Curve]) -> str:
+    """The first and last point of every line, for those who cannot see it."""
+    return " ".join(
+        f"{label}: {points[0].mean:.2f} at {points[0].length:,} tokens, {points[-1].mean:.2f} at {points[-1].length:,}."
+        for label, _, points in curves
+    )
+
+
+def _lines(theme: Theme, curves: Sequence[Curve], y: str, dotted: Sequence[Curve] = ()) -> Figure:
+    drawn = figure(theme, 9.5, 4.6)
+    axis = drawn.add_subplot()
+    dress(axis, theme, x="context length in tokens", y=y)
+    for label, place, points in curves:
+        _line(axis, theme, label, place, points)
+    for _, place, points in dotted:
+        axis.plot(
+            [point.length for point in points],
+            [point.mean for point in points],
+            ":",
+            color=theme.muted if place is None else theme.colour(place),
+            linewidth=1.5,
+        )
+    axis.set_ylim(-0.03, 1.03)
+    length_axis(axis, [point.length for _, _, points in curves for point in points])
+    legend(axis, theme)
+    return drawn
+
+
+def _line(axis: Axes, theme: Theme, label: str, place: int | None, points: Sequence[Point]) -> None:
+    if place is None:
+        banded_line(axis, points, theme.muted, label, 5, "--")
+    else:
+        banded_line(axis, points, theme.colour(place), label, place, theme.line(place))
+
+
+def _small_multiples(theme: Theme, runs: Sequence[Run], tasks: Sequence[str]) -> Figure:
+    rows = -(-len(tasks) // _ACROSS)
+    drawn = figure(theme, 12, 2.7 * rows + 0.4)
+    axes = drawn.subplots(rows, min(_ACROSS, len(tasks)), squeeze=False, sharey=True).flat
+    for axis, task in zip(axes, tasks, strict=False):
+        dress(axis, theme, task)
+        curves = [
+            (run.name, place, answer_points(found, task))
+            for place, run in enumerate(runs)
+            if (found := run.evaluations.answers) is not None and task in found.main_metrics
+        ]
+        for label, place, points in curves:
+            _line(axis, theme, label, place, points)
+        axis.set_ylim(-0.03, 1.03)
+        length_axis(axis, [point.length for _, _, points in curves for point in points])
+    for axis in list(drawn.axes)[len(tasks) :]:
+        axis.set_visible(False)
+    legend(drawn.axes[0], theme)
+    return drawn
+
+
+def _answer_maps(runs: Sequence[Run]) -> list[tuple[str, Cells]]:
+    found = [(run.name, answer_cells(run.evaluations.answers)) for run in runs if run.evaluations.answers is not None]
+    return [
+        (name, {(short_length(length), f"{depth:.2f}"): cell for (length, depth), cell in cells.items()})
+        for name, cells in found
+        if cells
+    ]
+
+
+def _reward_maps(runs: Sequence[Run]) -> list[tuple[str, Cells]]:
+    found = [(run.name, run.evaluations.preferences) for run in runs]
+    return [
+        (name, depth_cells(results))
+        for name, results in found
+        if results is not None and any(group.start is not None for group in results.by_depth)
+    ]
+
+
+def _maps(theme: Theme, maps: Sequence[tuple[str, Cells]]) -> Figure:
+    across = min(3, len(maps))
+    rows = -(-len(maps) // across)
+    deep = max(len({depth for _, depth in cells}) for _, cells in maps)
+    drawn = figure(theme, 4.2 * across, (0.55 * deep + 1.0) * rows)
+    axes = drawn.subplots(rows, across, squeeze=False)
+    for axis, (label, cells) in zip(axes.flat, maps, strict=False):
+        dress(axis, theme, label)
+        heat_map(axis, theme, cells)
+    for axis in list(axes.flat)[len(maps) :]:
+        axis.set_visible(False)
+    return drawn

@@ -1,0 +1,136 @@
+"""The pictures of training: what happened from step to step."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_solopo.report.axes import dress, legend
+from megatron_solopo.report.runs import Run
+from megatron_solopo.report.style import Picture, Theme, figure
+
+_MOST_POINTS = 400
+_SMOOTHED_FROM = 50
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: a line for every run and metric."""
+
+    title: str
+    metrics: tuple[tuple[str, str, str], ...]
+    """(name in metrics.jsonl, line, words); a run's colour is the same everywhere."""
+
+
+_LOSSES = (
+    Panel("Loss", (("loss", "-", ""), ("eval_loss", "o", "held out"))),
+    Panel("Preference loss", (("po_loss", "-", ""), ("eval_po_loss", "o", "held out"))),
+    Panel("Alignment loss, before alpha", (("solo_ra/loss", "-", ""), ("eval_solo_ra/loss", "o", "held out"))),
+)
+_REWARDS = (
+    Panel("Reward of the chosen answer", (("rewards/chosen", "-", ""), ("rewards/chosen_long", ":", "long context"))),
+    Panel("Reward of the rejected answer", (("rewards/rejected", "-", ""),)),
+    Panel("Reward accuracy", (("rewards/accuracies", "-", ""), ("eval_rewards/accuracies", "o", "held out"))),
+)
+_GAPS = (
+    Panel("Size of the gap", (("solo_ra/gap_abs", "-", ""), ("eval_solo_ra/gap_abs", "o", "held out"))),
+    Panel("Gap, short minus long", (("solo_ra/gap_signed", "-", ""), ("eval_solo_ra/gap_signed", "o", "held out"))),
+)
+_MACHINE = (
+    Panel("Gradient norm", (("grad_norm", "-", ""),)),
+    Panel("Learning rate", (("learning_rate", "-", ""),)),
+    Panel("Tokens per second", (("tokens_per_second", "-", ""),)),
+)
+_FIGURES = (
+    ("losses", "Losses", "What is minimised, and its two parts.", _LOSSES),
+    (
+        "rewards",
+        "Rewards",
+        "Of the pair that the loss compares. Dotted: the chosen answer behind the long context.",
+        _REWARDS,
+    ),
+    (
+        "gap",
+        "SoLo gap",
+        "Reward of the chosen answer, short minus long context. Where it closes while the chosen reward falls, it "
+        "closes from the wrong side.",
+        _GAPS,
+    ),
+    ("gradient-and-throughput", "Gradient norm and throughput", "Before clipping; tokens without padding.", _MACHINE),
+)
+
+
+def curve_pictures(runs: Sequence[Run]) -> Iterator[Picture]:
+    """Those for which any run has a metric."""
+    for name, title, caption, panels in _FIGURES:
+        shown = [
+            panel for panel in panels if any(run.series(metric)[0] for run in runs for metric, _, _ in panel.metrics)
+        ]
+        if shown:
+            smoothed = any(len(run.steps) >= _SMOOTHED_FROM for run in runs)
+            pale = " Pale: as recorded; strong: a running mean over a twentieth of the steps." if smoothed else ""
+            dots = (
+                " Dots: on held-out triplets." if name != "gradient-and-throughput" and _has_dots(runs, shown) else ""
+            )
+            yield Picture(
+                name,
+                title,
+                caption + dots + pale,
+                f"{title} over the steps of {', '.join(run.name for run in runs)}: "
+                f"{', '.join(panel.title.lower() for panel in shown)}.",
+                partial(_draw, runs=runs, panels=shown),
+            )
+
+
+def _has_dots(runs: Sequence[Run], panels: Sequence[Panel]) -> bool:
+    names = [name for panel in panels for name, line, _ in panel.metrics if line == "o"]
+    return any(run.series(name)[0] for run in runs for name in names)
+
+
+def _draw(theme: Theme, runs: Sequence[Run], panels: Sequence[Panel]) -> Figure:
+    drawn = figure(theme, 12, 3.3)
+    for axis, panel in zip(drawn.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+        dress(axis, theme, panel.title, "step")
+        for place, run in enumerate(runs):
+            for name, line, words in panel.metrics:
+                _plot(axis, theme, run, place, name, line, words)
+        if panel is panels[0]:
+            legend(axis, theme)
+    return drawn
+
+
+def _plot(axis: Axes, theme: Theme, run: Run, place: int, name: str, line: str, words: str) -> None:
+    steps, values = run.series(name)
+    if not steps:
+        return
+    colour = theme.colour(place)
+    label = run.name if not words else None
+    if line == "o" or len(steps) == 1:
+        axis.plot(steps, values, "o", color=colour, markersize=5, label=label if len(steps) == 1 else None)
+        return
+    style = theme.line(place) if line == "-" else line
+    if len(steps) < _SMOOTHED_FROM:
+        axis.plot(steps, values, style, color=colour, linewidth=1.8, label=label)
+        return
+    axis.plot(*thinned(steps, values), color=colour, linewidth=0.8, alpha=0.3)
+    axis.plot(*thinned(steps, running_mean(values)), style, color=colour, linewidth=1.8, label=label)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Mean over a window of a twentieth of the values around each, narrower at the ends."""
+    half = max(1, len(values) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    means: list[float] = ((sums[high] - sums[low]) / (high - low)).tolist()
+    return means
+
+
+def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Means of neighbours, so that at most 400 points are drawn."""
+    group = -(-len(steps) // _MOST_POINTS)
+    starts = range(0, len(steps), group)
+    return tuple([float(np.mean(each[start : start + group])) for start in starts] for each in (steps, values))  # type: ignore[return-value]

@@ -1,0 +1,208 @@
+"""The tables of the page, verdict and cost: the best of a column is marked, and what cannot be told from it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from megatron_solopo.report.axes import Point, short_length
+from megatron_solopo.report.evaluations import mean_answer_points
+from megatron_solopo.report.preference_results import PreferenceResults
+from megatron_solopo.report.runs import Run
+from megatron_solopo.report.status import status_of
+
+Mark = Literal["", "best", "even"]
+NONE = "–"  # noqa: RUF001  (an en dash: nothing there)
+
+
+@dataclass(frozen=True)
+class Value:
+    """What stands in a cell; what was not estimated has only its text."""
+
+    text: str
+    interval: str = ""
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    mark: Mark = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} [{self.interval}]" if self.interval else self.text
+
+
+@dataclass(frozen=True)
+class Table:
+    """A row for each run."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[Value]]]
+
+
+Column = tuple[str, bool, Callable[[Run], Value]]
+"""Title, whether its highest value is the best, and how a run's cell is found."""
+_MISSING = Value(NONE)
+
+
+def verdict_table(runs: Sequence[Run]) -> Table:
+    """How each run ended and how well its model does."""
+    columns: list[Column] = [
+        ("status", False, lambda run: Value(status_of(run).word)),
+        ("steps", False, lambda run: Value(f"{run.last_step:,}")),
+    ]
+    lengths = _common_lengths(runs)
+    for length in dict.fromkeys((lengths[0], lengths[-1]) if lengths else ()):
+        title = f"accuracy at {short_length(length)}"
+        columns.append((title, True, partial(_answers, length=length)))
+    columns += [
+        ("reward accuracy, short", True, lambda run: _preference(run, "rewards/accuracies_short")),
+        ("reward accuracy, long", True, lambda run: _preference(run, "rewards/accuracies_long")),
+        ("SoLo gap", False, lambda run: _preference(run, "solo_ra/gap_abs")),
+        ("last loss", False, lambda run: _last(run, "loss")),
+    ]
+    return _table(runs, columns)
+
+
+def cost_table(runs: Sequence[Run]) -> Table:
+    """What the recorded steps took; evaluation, checkpoints and the reference pass are not in it."""
+    columns: list[Column] = [
+        ("tokens", False, lambda run: _sum(run.total("num_tokens"), lambda value: f"{value:,.0f}")),
+        ("model FLOPs", False, lambda run: _sum(run.total("flops"), _flops)),
+        ("time of steps", False, lambda run: _sum(run.total("step_time"), _duration)),
+        ("process-hours", False, lambda run: _sum(_process_hours(run), lambda value: f"{value:,.3g}")),
+        ("tokens per second", False, lambda run: _sum(_speed(run), lambda value: f"{value:,.0f}")),
+        ("MFU", False, lambda run: _sum(_mean(run, "mfu"), lambda value: f"{value:.1%}")),
+        (
+            "peak memory",
+            False,
+            lambda run: _sum(_most(run, "peak_memory_bytes"), lambda value: f"{value / 2**30:.2f} GiB"),
+        ),
+    ]
+    return _table(runs, columns)
+
+
+def verdict_sentences(runs: Sequence[Run]) -> list[str]:
+    """Who is ahead at the longest context that all were asked about, and whether that is more than chance."""
+    sentences = []
+    lengths = _common_lengths(runs)
+    if lengths:
+        scores = [(run.name, value) for run in runs if (value := _answers(run, lengths[-1])).mean is not None]
+        sentences.append(_compared(f"At {lengths[-1]:,} tokens", "accuracy", scores))
+    rewards = [
+        (run.name, value) for run in runs if (value := _preference(run, "rewards/accuracies_long")).mean is not None
+    ]
+    if rewards:
+        sentences.append(_compared("On held-out triplets", "reward accuracy behind the long context", rewards))
+    return sentences
+
+
+def _compared(where: str, what: str, scores: Sequence[tuple[str, Value]]) -> str:
+    (name, best), *others = sorted(scores, key=lambda each: -(each[1].mean or 0.0))
+    said = f"{where}, {name} has {'the highest ' if others else ''}{what}, {best}."
+    if not others:
+        return said
+    even = [other for other, value in others if _overlap(value, best)]
+    if even:
+        return f"{said} The intervals of {' and '.join(even)} overlap with it: these data do not tell them apart."
+    return f"{said} No other run's interval overlaps with it; {others[0][0]} follows with {others[0][1]}."
+
+
+def _table(runs: Sequence[Run], columns: Sequence[Column]) -> Table:
+    """Columns that no run has anything for are left out."""
+    found = [(title, _marked([value(run) for run in runs], is_ranked)) for title, is_ranked, value in columns]
+    kept = [(title, values) for title, values in found if any(value.text != NONE for value in values)]
+    rows = [(run.name, [values[place] for _, values in kept]) for place, run in enumerate(runs)]
+    return Table([title for title, _ in kept], rows)
+
+
+def _marked(values: list[Value], is_ranked: bool) -> list[Value]:
+    known = [value for value in values if value.mean is not None]
+    if not is_ranked or len({value.mean for value in known}) < 2:
+        return values
+    best = max(known, key=lambda value: value.mean or 0.0)
+
+    def mark(value: Value) -> Mark:
+        if value.mean is None:
+            return ""
+        return "best" if value.mean == best.mean else "even" if _overlap(value, best) else ""
+
+    return [replace(value, mark=mark(value)) for value in values]
+
+
+def _overlap(one: Value, other: Value) -> bool:
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return False
+    return one.low <= other.high and other.low <= one.high
+
+
+def _common_lengths(runs: Sequence[Run]) -> list[int]:
+    """Lengths at which all runs that answered questions have a mean over the same tasks."""
+    found = [run.evaluations.answers for run in runs if run.evaluations.answers is not None]
+    if not found or len({tuple(sorted(each.main_metrics.items())) for each in found}) > 1:
+        return []
+    lengths = [{point.length for point in mean_answer_points(each)} for each in found]
+    return sorted(set.intersection(*lengths))
+
+
+def _answers(run: Run, length: int) -> Value:
+    results = run.evaluations.answers
+    points: list[Point] = [] if results is None else mean_answer_points(results)
+    return next((_share(point.mean, point.low, point.high) for point in points if point.length == length), _MISSING)
+
+
+def _preference(run: Run, name: str) -> Value:
+    results: PreferenceResults | None = run.evaluations.preferences
+    if results is None or name not in results.overall.metrics:
+        return _MISSING
+    found = results.overall.metrics[name]
+    if name.startswith("rewards/accuracies"):
+        return _share(found.mean, found.low, found.high)
+    return Value(f"{found.mean:.3g}", f"{found.low:.3g}, {found.high:.3g}", found.mean, found.low, found.high)
+
+
+def _share(mean: float, low: float, high: float) -> Value:
+    return Value(f"{mean:.1%}", f"{100 * low:.0f}, {100 * high:.0f}", mean, low, high)
+
+
+def _last(run: Run, name: str) -> Value:
+    values = run.series(name)[1]
+    return Value(f"{values[-1]:.4g}") if values else _MISSING
+
+
+def _sum(value: float | None, text: Callable[[float], str]) -> Value:
+    return _MISSING if value is None else Value(text(value), mean=value)
+
+
+def _process_hours(run: Run) -> float | None:
+    hours = [
+        step["step_time"] * step["num_processes"] / 3600
+        for step in run.steps
+        if step.get("step_time") is not None and step.get("num_processes") is not None
+    ]
+    return sum(hours) if hours else None
+
+
+def _speed(run: Run) -> float | None:
+    tokens, seconds = run.total("num_tokens"), run.total("step_time")
+    return tokens / seconds if tokens and seconds else None
+
+
+def _mean(run: Run, name: str) -> float | None:
+    values = run.series(name)[1]
+    return sum(values) / len(values) if values else None
+
+
+def _most(run: Run, name: str) -> float | None:
+    return max(run.series(name)[1], default=None)
+
+
+def _flops(value: float) -> str:
+    for size, unit in ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:,.0f} FLOP"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

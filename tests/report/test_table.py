@@ -1,0 +1,96 @@
+"""What the tables and sentences say of runs."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_solopo.report.axes import Point, short_length
+from megatron_solopo.report.curves import running_mean, thinned
+from megatron_solopo.report.evaluations import mean_answer_points
+from megatron_solopo.report.runs import Run, read_runs
+from megatron_solopo.report.table import cost_table, verdict_sentences, verdict_table
+from tests.report.written_runs import LENGTHS, accuracy, write_answers, write_preferences, write_run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Run]:
+    paths = []
+    for name, skill in (("good", 0.9), ("near", 0.85), ("poor", 0.1)):
+        paths.append(write_run(tmp_path / name))
+        write_answers(paths[-1], skill=skill, step=120)
+        write_preferences(paths[-1], skill=skill, step=120)
+    return read_runs(paths)
+
+
+def test_the_best_is_marked_and_what_cannot_be_told_from_it(runs: list[Run]) -> None:
+    table = verdict_table(runs)
+    place = table.columns.index("accuracy at 16K")
+    cells = [values[place] for _, values in table.rows]
+    assert [cell.mark for cell in cells] == ["best", "even", ""]
+    assert cells[0].mean == accuracy(0.9, 16384, 0.5) and cells[0].interval
+    shortest = [values[table.columns.index("accuracy at 1K")] for _, values in table.rows]
+    assert [cell.mark for cell in shortest] == ["", "", ""], "equal in all runs"
+
+
+def test_sentences_say_what_the_intervals_allow(runs: list[Run]) -> None:
+    near, rewards = verdict_sentences(runs)
+    assert near.startswith("At 16,384 tokens, good has the highest accuracy, ")
+    assert near.endswith("The intervals of near overlap with it: these data do not tell them apart.")
+    assert "reward accuracy behind the long context" in rewards
+    apart = verdict_sentences([runs[0], runs[2]])[0]
+    assert "No other run's interval overlaps with it; poor follows with" in apart
+    assert "highest" not in verdict_sentences(runs[:1])[0]
+
+
+def test_runs_without_evaluation_have_no_verdict_and_no_empty_columns(tmp_path: Path) -> None:
+    found = read_runs([write_run(tmp_path / "one"), write_run(tmp_path / "two", steps=0)])
+    assert verdict_sentences(found) == []
+    assert verdict_table(found).columns == ["status", "steps", "last loss"]
+
+
+def test_lengths_are_compared_only_where_all_were_asked_the_same(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / "one"), write_run(tmp_path / "two")]
+    write_answers(paths[0], skill=0.5, step=120)
+    write_answers(paths[1], skill=0.5, step=120, tasks=("qa",))
+    assert not any(column.startswith("accuracy at") for column in verdict_table(read_runs(paths)).columns)
+
+
+def test_costs_are_sums_over_the_steps(runs: list[Run]) -> None:
+    table = cost_table(runs[:1])
+    (_, values), *_ = table.rows
+    cells = dict(zip(table.columns, map(str, values), strict=True))
+    assert cells["tokens"] == "10,800,000" and cells["model FLOPs"] == "492 PFLOP"
+    assert cells["time of steps"] == "0:05:00" and cells["process-hours"] == "0.667"
+    assert cells["tokens per second"] == "36,000" and cells["peak memory"] == "42.00 GiB"
+    assert "MFU" not in cells, "not known on this device"
+
+
+def test_a_mean_over_tasks_is_surer_than_each_task(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_answers(run, skill=0.5, step=120, tasks=("one", "two", "three", "four"))
+    write_answers(run, skill=0.5, step=None)
+    evaluations = read_runs([run])[0].evaluations
+    assert evaluations.answers is not None and evaluations.answers_before is not None
+    several, single = mean_answer_points(evaluations.answers), mean_answer_points(evaluations.answers_before)
+    assert [point.length for point in several] == list(LENGTHS)
+    for mean, alone in zip(several, single, strict=True):
+        assert mean.mean == pytest.approx(alone.mean) and mean.count == 4 * alone.count
+        assert mean.high - mean.low == pytest.approx((alone.high - alone.low) / 2)
+    assert single[0] == Point(1024, *(getattr(single[0], name) for name in ("mean", "low", "high")), 100)
+
+
+def test_long_curves_keep_their_course() -> None:
+    steps, values = thinned(range(1, 10_001), [float(step) for step in range(1, 10_001)])
+    assert len(steps) == 400 and steps == values and steps[0] == 13.0
+    assert running_mean([1.0] * 50) == pytest.approx([1.0] * 50)
+    assert running_mean([0.0, 3.0, 6.0]) == pytest.approx([1.5, 3.0, 4.5])
+
+
+def test_lengths_are_short() -> None:
+    assert [short_length(length) for length in (512, 1024, 1536, 131072, 1000)] == [
+        "512",
+        "1K",
+        "1.5K",
+        "128K",
+        "1,000",
+    ]
