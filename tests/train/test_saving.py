@@ -132,7 +132,8 @@ DEATHS = {
 def test_killed_inside_a_save_it_continues_from_the_good_one(where: str, mode: bool, folder: Path) -> None:
     name = f"killed-{list(DEATHS).index(where)}-{mode}"
     die_in, continues_at = DEATHS[where]
-    with pytest.raises(TimeoutError, match=r"killed: \[0\]"):
+    # Whichever is noticed first: that rank 0 is dead, or that rank 1 has lost it.
+    with pytest.raises((TimeoutError, RuntimeError), match=r"killed: \[0\]|rank 1 failed(.|\n)*gloo"):
         launch(folder, name, die_in=die_in, checkpoint={"async_save": mode})
     left = sorted(path.name for path in (folder / name / "checkpoints").iterdir())
     assert ("iter_0000003" in left) == (where == "between name and latest"), left
