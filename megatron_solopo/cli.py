@@ -160,26 +160,38 @@ def reference(path: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
 
 @cli.command()
 @_with_config
-def train(path: Path, overrides: tuple[str, ...]) -> None:
+@click.option("--preflight-only", is_flag=True, help="Check everything, try the largest pack, and do not train.")
+def train(path: Path, overrides: tuple[str, ...], preflight_only: bool) -> None:
     """Train. OVERRIDES are dotted keys over the config file.
 
     Started again, it continues from what is saved. SIGTERM, SIGUSR1 or SIGINT on any rank saves at the next boundary (a
     micro-batch; a step with pipeline stages) and exits with code 85; a second signal exits at once. torchrun turns 85
     into 1 and kills its ranks after --shutdown-timeout (30) seconds: `python -m megatron_solopo.launch` takes the same
-    options, passes the signals on, waits, and exits as the ranks did.
+    options, passes the signals on, waits, and exits as the ranks did. A rank without progress for watchdog.* minutes
+    names who did not arrive and exits with 86.
+
+    Before the first step all ranks check that they start alike, see one run directory with room, and reach each other;
+    --preflight-only does that, tries forward and backward of the largest pack, and ends.
 
     \b
     Examples:
       megatron-solopo train --config c.yaml
       torchrun --nproc-per-node 8 -m megatron_solopo train --config c.yaml \\
           parallel.context_parallel_size=8 objective.alpha=3
+      torchrun --nproc-per-node 8 -m megatron_solopo train --config c.yaml --preflight-only
     """
     from megatron_solopo.config_file import load_config
 
     config = load_config(path, overrides)
     # Only now, so that a mistake in the config is told before megatron has been imported.
+    from megatron_solopo.train.trainer import preflight
     from megatron_solopo.train.trainer import train as run
 
+    if preflight_only:
+        for check, found in preflight(config):
+            if os.environ.get("RANK", "0") == "0":
+                click.echo(f"{check:14} {found}")
+        return
     run(config)
     if os.environ.get("RANK", "0") == "0":
         click.echo(f"run directory: {config.run_dir}")

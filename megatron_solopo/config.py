@@ -79,6 +79,9 @@ class ParallelConfig(Section):
     cp_comm_type: Literal["p2p", "a2a"] = "p2p"
     """How context-parallel ranks exchange keys and values in Transformer Engine's attention: in a ring (p2p), or by
     heads (a2a), which needs the heads of a tensor-parallel rank to divide by CP."""
+    distributed_timeout_minutes: PositiveFloat = 60.0
+    """After this long a collective fails (gloo) or ends the process (NCCL). The net below `watchdog`, whose limits
+    should be shorter: it says who is missing."""
     recompute_granularity: Literal["selective", "full"] | None = None
     """Computes activations again in the backward pass: whole layers (full), or `recompute_modules` of each."""
     recompute_method: Literal["uniform", "block"] = "uniform"
@@ -214,6 +217,23 @@ class TrainingConfig(Section):
     num_train_epochs: PositiveFloat = 1.0
     eval_steps: PositiveInt | None = None
     """Evaluate on the held-out split every this many steps, and at the end; null: never."""
+    try_largest_pack: bool | None = None
+    """Try forward and backward of the largest pack before the first step, so that too little memory shows at once;
+    null: where there is a GPU. It takes about as long as that pack does in a step, once per pipeline stage."""
+    max_skipped_steps_in_a_row: PositiveInt = 10
+    """A step whose loss or gradient is NaN or infinite updates nothing and is skipped; after this many, one after the
+    other, the run ends with an error and the checkpoint from before the first of them."""
+
+
+class WatchdogConfig(Section):
+    """How long a rank may stand still before it writes its stacks, names who did not arrive, and ends with code 86."""
+
+    timeout_minutes: PositiveFloat = 10.0
+    """Within one micro-batch, optimizer update, or batch of an evaluation or a reference pass."""
+    start_timeout_minutes: PositiveFloat = 30.0
+    """Where each of these comes for the first time (weights are read, kernels compiled, ranks connected)."""
+    save_timeout_minutes: PositiveFloat = 30.0
+    """Within a save."""
 
 
 class LoggingConfig(Section):
@@ -238,6 +258,7 @@ class Config(Section):
     reference: ReferenceConfig = ReferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property

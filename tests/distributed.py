@@ -48,10 +48,13 @@ def run_distributed(function: Callable[..., Any], world_size: int, *arguments: A
                 process.join()
 
 
-def exit_codes(function: Callable[..., Any], world_size: int, *arguments: Any, patience: float) -> list[int | None]:
-    """Like `run_distributed`, for functions that end their process: the exit codes, None after `patience` seconds.
+def exit_codes(
+    function: Callable[..., Any], world_size: int, *arguments: Any, patience: float, until: int | None = None
+) -> list[int | None]:
+    """Like `run_distributed`, for functions that end their process: the exit codes, None for ranks that did not end.
 
-    A rank that was ended by signal n has the code -n. Ranks that are still there are killed then.
+    A rank that was ended by signal n has the code -n. Ranks that are still there are killed after `patience` seconds,
+    or once `until` ranks have ended.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     deadline = time.monotonic() + patience
@@ -62,8 +65,10 @@ def exit_codes(function: Callable[..., Any], world_size: int, *arguments: Any, p
         ]
         for process in ranks:
             process.start()
-        for process in ranks:
-            process.join(timeout=max(0.0, deadline - time.monotonic()))
+        while time.monotonic() < deadline:
+            if sum(process.exitcode is not None for process in ranks) >= (until or world_size):
+                break
+            time.sleep(0.1)
         codes = [process.exitcode for process in ranks]
         for process in ranks:
             process.kill()

@@ -19,6 +19,7 @@ _MODULES = (
     "tests.logprob.test_sequence",
     "tests.model.test_attention",
     "tests.model.test_head",
+    "tests.evaluate.test_long_context",
     "tests.evaluate.test_megatron_model",
 )
 

@@ -79,7 +79,7 @@ def compare(baseline: Config, candidate: Config, triplets: int, steps: int) -> t
     from megatron_solopo.model.precision import check_precision
     from megatron_solopo.objective import required_roles
     from megatron_solopo.parallel import topology as process_groups
-    from megatron_solopo.train.trainer import prepare
+    from megatron_solopo.train.session import prepare
 
     architecture, topology, splits = prepare(baseline)
     try:

@@ -125,6 +125,16 @@ class GlobalBatchLoader:
             start = self.consumed_triplets + number * size
             yield start, self._packer.packs_needed(self._stream(start, start + size))
 
+    def largest_pack(self, num_batches: int) -> Pack:
+        """Of the next batches' packs on all ranks, or the largest triplet alone if that is larger; alike on all."""
+        size = self._identity["global_batch_size"]
+        packs = [np.array([self._packer.sizes.padded_tokens.argmax()])]
+        for number in range(num_batches):
+            start = self.consumed_triplets + number * size
+            rows = self._stream(start, start + size)
+            packs += [rows[positions] for rank in self._packer.plan(rows) for positions in rank]
+        return self._packer.pack(max(packs, key=lambda rows: int(self._packer.sizes.padded_tokens[rows].sum())))
+
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands; the same on every rank."""
         return {**self._identity, "consumed_triplets": self.consumed_triplets}
@@ -193,8 +203,15 @@ class _Packer:
             )
 
     def training_batch(self, rows: IntArray) -> GlobalBatch:
-        plan = plan_global_batch(self.sizes.select(rows), **self._limits())
+        plan = self.plan(rows)
         return self._build(rows, plan, [True] * len(plan[self.packing.dp_rank]))
+
+    def plan(self, rows: IntArray) -> RankPacks:
+        return plan_global_batch(self.sizes.select(rows), **self._limits())
+
+    def pack(self, rows: IntArray) -> Pack:
+        multiples = self.packing.sequence_multiple, self.packing.pack_multiple
+        return build_pack(self.dataset.rows(rows, self.roles), self.roles, *multiples)
 
     def packs_needed(self, rows: IntArray) -> int:
         limits = self._limits()
@@ -217,12 +234,8 @@ class _Packer:
         packing = self.packing
         num_tokens = int(self.sizes.tokens[rows].sum())
         num_packs = sum(len(packs) for packs in plan)
-        multiples = packing.sequence_multiple, packing.pack_multiple
         return GlobalBatch(
-            packs=[
-                build_pack(self.dataset.rows(rows[positions], self.roles), self.roles, *multiples)
-                for positions in plan[packing.dp_rank]
-            ],
+            packs=[self.pack(rows[positions]) for positions in plan[packing.dp_rank]],
             counted=counted,
             num_triplets=len(rows),
             num_tokens=num_tokens,

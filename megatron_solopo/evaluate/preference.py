@@ -33,9 +33,9 @@ from megatron_solopo.roles import context_and_response
 from megatron_solopo.run_directory import Subject
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.reference import reference_dependencies, reference_logprobs, score_sequences
+from megatron_solopo.train.session import prepare
 from megatron_solopo.train.splits import Splits
 from megatron_solopo.train.step import ReferenceLogprobs
-from megatron_solopo.train.trainer import prepare
 
 Split = Literal["train", "eval"]
 _SHOWN = 5

@@ -27,7 +27,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_solopo.checkpoint.loading import load_weights
-from megatron_solopo.checkpoint.model_files import read_model_files, write_model_files
+from megatron_solopo.checkpoint.model_files import read_model_files, write_files
 from megatron_solopo.config import Config
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.files import atomic_path
@@ -201,7 +201,7 @@ class Solopo:
             folder = path / HUGGINGFACE_FOLDER
             if is_megatron_checkpoint(path) and not folder.exists():
                 with atomic_path(folder) as temporary:
-                    write_model_files(files, temporary)
+                    write_files(files, temporary)
 
     def _call(self, pretrain: Callable[..., Any], provider: Callable[..., Any], keywords: dict[str, Any]) -> None:
         model_type = ModelType.encoder_or_decoder

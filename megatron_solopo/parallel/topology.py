@@ -1,7 +1,9 @@
 """Process groups: who this process is among the ranks, and whom it talks to."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -47,8 +49,11 @@ class Topology:
         return dist.get_global_rank(self.pipeline_group, self.pipeline_group.size() - 1)
 
 
-def initialize(config: ParallelConfig, seed: int) -> Topology:
+def initialize(config: ParallelConfig, seed: int, check: Callable[[], None] | None = None) -> Topology:
     """Join the process group that torchrun describes (or make one of a single process) and split it.
+
+    Args:
+        check: called between the two, where all ranks have met and not yet relied on having the same sizes.
 
     Raises ValueError for a world size that does not fit, before any process waits for another.
     """
@@ -65,12 +70,16 @@ def initialize(config: ParallelConfig, seed: int) -> Topology:
     device = _device()
     owns_world = not dist.is_initialized()
     if owns_world:
-        _join(device, world_size)
+        _join(device, world_size, timedelta(minutes=config.distributed_timeout_minutes))
+    if check is not None:
+        check()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        # An int by its annotation, but it goes into a timedelta.
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     model_parallel_cuda_manual_seed(seed)
     return _of_existing_groups(device, config.virtual_pipeline_model_parallel_size or 1, owns_world)
@@ -126,10 +135,10 @@ def _device() -> torch.device:
     return device
 
 
-def _join(device: torch.device, world_size: int) -> None:
+def _join(device: torch.device, world_size: int, timeout: timedelta) -> None:
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         assert world_size == 1
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

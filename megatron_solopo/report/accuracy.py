@@ -17,7 +17,7 @@ Curve = tuple[str, int | None, Sequence[Point]]
 Cells = Mapping[tuple[str, str], tuple[float, int]]
 
 BAND = "Bands are 95 % confidence intervals."
-_ACROSS = 4
+_ACROSS, _MAPS_ACROSS = 4, 3
 LONG, SHORT = "rewards/accuracies_long", "rewards/accuracies_short"
 
 
@@ -186,11 +186,10 @@ def _reward_maps(runs: Sequence[Run]) -> list[tuple[str, Cells]]:
 
 
 def _maps(theme: Theme, maps: Sequence[tuple[str, Cells]]) -> Figure:
-    across = min(3, len(maps))
-    rows = -(-len(maps) // across)
+    rows = -(-len(maps) // _MAPS_ACROSS)
     deep = max(len({depth for _, depth in cells}) for _, cells in maps)
-    drawn = figure(theme, 4.2 * across, (0.55 * deep + 1.0) * rows)
-    axes = drawn.subplots(rows, across, squeeze=False)
+    drawn = figure(theme, 4.2 * _MAPS_ACROSS, (0.55 * deep + 1.0) * rows)
+    axes = drawn.subplots(rows, _MAPS_ACROSS, squeeze=False)  # unused places stay empty: one map is no poster
     for axis, (label, cells) in zip(axes.flat, maps, strict=False):
         dress(axis, theme, label)
         heat_map(axis, theme, cells)

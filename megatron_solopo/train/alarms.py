@@ -68,7 +68,14 @@ def both_rewards_falling(steps: Sequence[Step]) -> str | None:
     )
 
 
-DETECTORS: tuple[Detector, ...] = (loss_spike, both_rewards_falling)
+def evaluation_not_finite(steps: Sequence[Step]) -> str | None:
+    """The newest evaluation had a loss that is NaN or infinite; it is null in `metrics.jsonl`."""
+    if steps[-1].get("eval_loss", 0.0) is not None:
+        return None
+    return "the loss of the held-out triplets is not finite, though the training steps are; look at their rows"
+
+
+DETECTORS: tuple[Detector, ...] = (loss_spike, both_rewards_falling, evaluation_not_finite)
 
 
 class Alarms:

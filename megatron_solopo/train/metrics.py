@@ -1,6 +1,7 @@
 """Metrics of a run: reduced over the ranks, and written where people and programs look."""
 
 import json
+import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,11 @@ def reduce_over_ranks(values: Sequence[float], operation: Any, topology: Topolog
     return result
 
 
+def finite_or_none(values: Mapping[str, float | int | None]) -> Metrics:
+    """JSON has neither NaN nor infinity: None stands for them."""
+    return {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+
+
 class MetricsWriter:
     """Writes on rank 0: `metrics.jsonl`, TensorBoard, W&B if asked for, one console line per step, and alarms."""
 
@@ -73,7 +79,7 @@ class MetricsWriter:
         step = int(metrics["step"] or 0)
         for sink in self._sinks:
             sink(step, {name: value for name, value in metrics.items() if value is not None and name != "step"})
-        done = step - self._first_step + 1
+        done = max(1, step - self._first_step + 1)  # a step that was done before, but for its evaluation, comes first
         remaining = (time.monotonic() - self._started) / done * (self._total_steps - step)
         self.say(console_line(metrics, self._total_steps, remaining))
         for warning in self._alarms.after(metrics):
@@ -82,6 +88,8 @@ class MetricsWriter:
 
 def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -> str:
     """One step for a person: progress, losses, rewards, speed, time to go. Negative values are shown as such."""
+    if metrics.get("skipped"):
+        return f"step {metrics['step']}/{total_steps} | skipped, {metrics['skipped_steps']} so far"
     parts = [f"step {metrics['step']}/{total_steps}", f"loss {metrics['loss']:.4f}"]
     if "solo_ra/gap_abs" in metrics:
         parts.append(f"po {metrics['po_loss']:.4f} gap {metrics['solo_ra/gap_abs']:.4f}")
@@ -89,7 +97,7 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
         f"rewards {metrics['rewards/chosen']:+.4f} {metrics['rewards/rejected']:+.4f} "
         f"accuracy {metrics['rewards/accuracies']:.2f}"
     )
-    if "eval_loss" in metrics:
+    if metrics.get("eval_loss") is not None:
         parts.append(f"eval loss {metrics['eval_loss']:.4f} accuracy {metrics['eval_rewards/accuracies']:.2f}")
     parts.append(f"grad {metrics['grad_norm']:.3f} lr {metrics['learning_rate']:.2e}")
     parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -23,7 +24,7 @@ def wrap_data_parallel(chunks: Sequence[ResponseModel], optimizer: OptimizerConf
     """Give each model chunk its gradient buffers and data-parallel gradient reduction (in fp32)."""
     config = chunks[0].config
     # Without this, Megatron's schedules skip the data-parallel, norm and tied-embedding gradient sync.
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _note_and_finalize
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=optimizer.grad_reduce_in_fp32,
         overlap_grad_reduce=False,
@@ -34,6 +35,16 @@ def wrap_data_parallel(chunks: Sequence[ResponseModel], optimizer: OptimizerConf
     for chunk in chunks:  # now that there are buffers to add to
         fuse_weight_gradients(chunk)
     return wrapped
+
+
+def _note_and_finalize(model: Sequence[DistributedDataParallel], *arguments: Any, **keywords: Any) -> None:
+    """Keep whether this rank's own gradient is finite, not waiting for the answer, and let Megatron reduce it.
+
+    Afterwards a NaN is everywhere, and nobody can tell whose it was.
+    """
+    sums = [buffer.grad_data.sum() for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    model[0].gradient_was_finite = torch.stack(sums).isfinite().all()
+    finalize_model_grads(list(model), *arguments, **keywords)
 
 
 def check_offload(optimizer: OptimizerConfig, model: ModelConfig) -> None:

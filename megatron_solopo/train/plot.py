@@ -26,7 +26,7 @@ def plot_metrics(metrics: list[Metrics], path: Path) -> None:
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 7), layout="constrained")
     for axis, (title, names) in zip(axes.flat, _PANELS.items(), strict=True):
         for name in names:
-            points = [(each["step"], each[name]) for each in metrics if name in each]
+            points = [(each["step"], each[name]) for each in metrics if each.get(name) is not None]
             if points:
                 # Evaluations are far apart, and a single step would be an invisible line: dots.
                 marker = "o" if name.startswith("eval_") or len(points) == 1 else ""

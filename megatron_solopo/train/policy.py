@@ -1,10 +1,12 @@
 """The model that is trained: its chunks, optimizer and learning-rate schedule, and one step of them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -18,6 +20,7 @@ from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.microbatch import Microbatch
 from megatron_solopo.model.precision import release_exact_values
 from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.metrics import reduce_over_ranks
 from megatron_solopo.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import LossFunction, run_schedule
 
@@ -31,6 +34,10 @@ class StepResult:
     grad_norm: float
     """Norm of the whole gradient before clipping, equal on every rank."""
     learning_rate: float
+    skipped: bool
+    """Whether the loss or the gradient was not finite on any rank, so that nothing was updated on all of them."""
+    gradient_was_finite: bool
+    """Of this rank alone, before it was reduced."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Policy:
     ) -> StepResult:
         """Forward and backward over this rank's packs, then one optimizer step on all ranks together.
 
+        Where a loss or the gradient is not finite on any rank, no rank updates anything, the schedule neither.
         `before_pack` is that of `run_schedule`; where it raises, the policy is as it was.
         """
         for chunk in self.chunks:
@@ -58,9 +66,17 @@ class Policy:
         self.optimizer.zero_grad()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         reports = run_schedule(self.chunks, packs, loss_function, topology, forward_only=False, before_pack=before_pack)
-        _, grad_norm, _ = self.optimizer.step()
-        self.scheduler.step(increment=1)
-        return StepResult(reports, float(grad_norm), learning_rate)
+        # Both are idempotent: Megatron's step does them again.
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        finite = math.isfinite(grad_norm) and all(bool(report.isfinite().all()) for report in reports)
+        (broken,) = reduce_over_ranks([not finite], dist.ReduceOp.MAX, topology)
+        if not broken:
+            _, grad_norm, _ = self.optimizer.step()
+            self.scheduler.step(increment=1)
+        return StepResult(
+            reports, float(grad_norm), learning_rate, bool(broken), bool(self.chunks[0].gradient_was_finite)
+        )
 
     def evaluate(
         self, packs: Sequence[Pack], loss_function: Callable[[Microbatch], LossFunction], topology: Topology

@@ -24,6 +24,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.agreement import on_rank_0, together
+from megatron_solopo.train.bad_numbers import Skipped
 from megatron_solopo.train.due import SaveClock
 from megatron_solopo.train.identity import check_unchanged
 from megatron_solopo.train.metrics import Metrics
@@ -37,6 +38,7 @@ class Boundary:
     step: int
     """Steps done."""
     loader: dict[str, int]
+    skipped: Skipped
     unrecorded: Metrics | None = None
     """The last step's metrics, until its evaluation is done and they are written: a run continues with just that."""
     metrics: Metrics | None = None
@@ -88,34 +90,44 @@ class Saver:
         if self._resumed is None:
             return
         load_checkpoint(self._resumed, policy.chunks, policy.optimizer)
-        policy.scheduler.step(increment=self.boundary.step)
+        policy.scheduler.step(increment=self.boundary.step - self.boundary.skipped.total)
         if self._resumed_state["layout"] == self._layout():
             content = together((self._resumed / _rng_file()).read_bytes)
             restore_rng(content)
             self.boundary = replace(self.boundary, rng=content)
 
-    def step_done(self, metrics: Metrics) -> None:
+    def step_done(self, metrics: Metrics, skipped: Skipped) -> None:
         """Told right after an optimizer step: what is saved from here on is the state behind it."""
-        self.boundary = Boundary(int(metrics["step"] or 0), self._loader.state_dict(), metrics)
+        self.boundary = Boundary(int(metrics["step"] or 0), self._loader.state_dict(), skipped, metrics)
 
     def recorded(self, metrics: Metrics) -> None:
-        """Told when the step's metrics are written, its evaluation among them where one was due: saves where due."""
+        """Told when the step's metrics are written, its evaluation among them where one was due."""
         self.boundary = replace(self.boundary, unrecorded=None, metrics=metrics)
-        self._settle(wait=False)
-        if reason := self._clock.due(self.boundary.step):
-            is_last = self.boundary.step == self._max_steps
-            self._save(reason, background=self._config.checkpoint.async_save and not is_last)
 
-    def save(self, reason: str) -> Path:
+    def due(self) -> str | None:
+        """Why the run must be saved at this boundary, or None; asked once per step. Completes what is written by now.
+
+        Raises ValueError on every rank if a save in the background failed.
+        """
+        self._settle(wait=False)
+        return self._clock.due(self.boundary.step)
+
+    def save_due(self, reason: str) -> None:
+        """Save at a step's end: in the background where `async_save` says so, but for the last step."""
+        is_last = self.boundary.step == self._max_steps
+        self._save(reason, background=self._config.checkpoint.async_save and not is_last)
+
+    def save(self, reason: str) -> Path | None:
         """Write the state at the last boundary, complete on return, and return its path.
 
+        None where no step has updated anything yet: that state is the model as it was read, and Adam has none.
         Nothing is written where that is what the newest checkpoint holds. It may be called at any moment between two
         collectives that all ranks reach, as long as no update of the next step has begun. Raises ValueError on every
         rank if one of them could not write; what was saved before is intact then.
         """
         self._save(reason, background=False)
         self.finish()
-        return self._root / checkpoint_name(self.boundary.step)
+        return self._root / checkpoint_name(self.boundary.step) if self._last_saved == self.boundary else None
 
     def finish(self) -> None:
         """Wait until what was begun is complete; called before the process ends in whatever way. Raises as `save`."""
@@ -124,7 +136,7 @@ class Saver:
     def _save(self, reason: str, *, background: bool) -> None:
         assert self._policy is not None, "restore comes first"
         self.finish()
-        if self._last_saved == self.boundary:
+        if self._last_saved == self.boundary or self.boundary.step == self.boundary.skipped.total:
             return
         started = time.monotonic()
         self._clock.begun()
@@ -159,10 +171,11 @@ class Saver:
 
     def _boundary_of(self, state: dict[str, Any]) -> Boundary:
         if self._resumed is None:
-            return Boundary(0, self._loader.state_dict())
+            return Boundary(0, self._loader.state_dict(), Skipped())
         self._loader.load_state_dict(state["loader"])
         check_unchanged(self._identity, state["identity"], self._resumed)
-        return Boundary(state["step"], self._loader.state_dict(), state["unrecorded"], state["metrics"])
+        skipped = Skipped(**state["skipped"])
+        return Boundary(state["step"], self._loader.state_dict(), skipped, state["unrecorded"], state["metrics"])
 
     def _layout(self) -> dict[str, int]:
         """What a rank's number means."""

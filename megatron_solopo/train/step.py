@@ -104,9 +104,16 @@ def forward_microbatch(
 
 
 def objective_loss(
-    objective: ObjectiveConfig, references: ReferenceLogprobs | None, topology: Topology
+    objective: ObjectiveConfig,
+    references: ReferenceLogprobs | None,
+    topology: Topology,
+    observe: Callable[[Pack, Tensor], None] | None = None,
 ) -> Callable[[Microbatch], LossFunction]:
-    """The loss function of training and evaluation; reports fp32 [M], the sums of `metric_names(objective)`."""
+    """The loss function of training and evaluation; reports fp32 [M], the sums of `metric_names(objective)`.
+
+    Args:
+        observe: told every pack with its triplets' losses [T].
+    """
 
     def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pack = microbatch.pack
@@ -119,6 +126,8 @@ def objective_loss(
         result = compute_objective(
             objective, _by_role(logps_TR, pack.roles), _by_role(lengths_TR, pack.roles), reference
         )
+        if observe is not None:
+            observe(microbatch.pack, result.loss_T)
         report_M = torch.stack([result.metrics[name].sum() for name in metric_names(objective)]).float()
         return result.loss_T.sum() * topology.context_group.size(), _count(pack, topology), report_M
 

@@ -7,38 +7,34 @@ config -> process groups -> prepared data -> reference log-probs (cached) -> pol
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_solopo import exits
-from megatron_solopo.architecture.huggingface import Architecture, read_architecture
-from megatron_solopo.architecture.layout import check_layout
 from megatron_solopo.config import Config
-from megatron_solopo.config_file import check_not_by_hand, save_config
-from megatron_solopo.data.loader import GlobalBatch
-from megatron_solopo.files import check_writable, read_jsonl
-from megatron_solopo.model.precision import check_precision
-from megatron_solopo.model.spec import uses_transformer_engine
+from megatron_solopo.config_file import save_config
+from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
+from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import metric_names
-from megatron_solopo.parallel import topology as process_groups
-from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.bad_numbers import SKIPPED_FILE, TripletLosses, describe, record_skip
 from megatron_solopo.train.batches import single_pass, training_batches
 from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
 from megatron_solopo.train.identity import run_identity
+from megatron_solopo.train.largest_pack import Trial, is_wanted, try_largest_pack
 from megatron_solopo.train.lock import run_lock
-from megatron_solopo.train.metrics import Metrics, MetricsWriter, reduce_over_ranks, reduce_sums
-from megatron_solopo.train.optimizer import check_offload, check_schedule
+from megatron_solopo.train.metrics import Metrics, MetricsWriter, finite_or_none, reduce_over_ranks, reduce_sums
+from megatron_solopo.train.optimizer import check_schedule
 from megatron_solopo.train.plot import plot_metrics
-from megatron_solopo.train.policy import StepResult, build_policy
+from megatron_solopo.train.policy import Policy, StepResult, build_policy
+from megatron_solopo.train.preflight import Row, check_surroundings
 from megatron_solopo.train.reference import fingerprint, reference_logprobs
 from megatron_solopo.train.saving import Saver
-from megatron_solopo.train.signals import Stopped, StopSignals
-from megatron_solopo.train.splits import Splits, load_splits
+from megatron_solopo.train.session import Session, open_session
+from megatron_solopo.train.signals import Stopped
 from megatron_solopo.train.step import objective_loss
+from megatron_solopo.train.watchdog import SAVE
 
 
 def train(config: Config) -> None:
@@ -47,12 +43,33 @@ def train(config: Config) -> None:
     Raises ValueError for anything in the config, the data, the model or a checkpoint that does not fit, and
     SystemExit with code 85 where a signal asked to stop, once all is saved (`train.signals`).
     """
-    with (
-        StopSignals() as signals,
-        _prepared(config, signals) as (architecture, topology, splits),
-        run_lock(config.run_dir),
-    ):
-        Trainer(config, architecture, topology, splits, signals).run()
+    with open_session(config) as session, run_lock(config.run_dir):
+        _check_surroundings(session)
+        Trainer(session).run()
+
+
+def preflight(config: Config) -> list[Row]:
+    """What is checked before the first step, the largest pack always among it; returns what was found, and trains not.
+
+    Raises ValueError for the first thing that does not fit.
+    """
+    with open_session(config) as session:
+        rows = _check_surroundings(session)
+        loader = training_batches(config, session.splits.datasets["train"], session.topology)
+        policy = build_policy(config, session.topology, _max_steps(config, len(session.splits.datasets["train"])))
+        return [*rows, ("largest pack", str(_try_largest_pack(session, policy, loader)))]
+
+
+def _check_surroundings(session: Session) -> list[Row]:
+    return check_surroundings(
+        session.config, session.architecture, session.topology, lambda check: session.begin(check, 0)
+    )
+
+
+def _try_largest_pack(session: Session, policy: Policy, loader: GlobalBatchLoader) -> Trial:
+    session.begin("preflight: largest pack", 0)
+    num_rows = len(session.splits.datasets["train"])
+    return try_largest_pack(session.config, policy, loader, num_rows, session.topology, session.watchdog.progress)
 
 
 def precompute_reference(config: Config, *, overwrite: bool) -> Path:
@@ -61,76 +78,58 @@ def precompute_reference(config: Config, *, overwrite: bool) -> Path:
         raise ValueError(
             f"objective.loss_type={config.objective.loss_type} uses no reference model; nothing to compute"
         )
-    with StopSignals() as signals, _prepared(config, signals) as (_, topology, splits):
-        reference_logprobs(config, splits, topology, overwrite=overwrite, boundary=signals.check)
+    with open_session(config) as session:
+        reference_logprobs(
+            config,
+            session.splits,
+            session.topology,
+            overwrite=overwrite,
+            boundary=lambda: session.boundary("reference pass", 0),
+        )
     return config.reference_cache
-
-
-@contextmanager
-def _prepared(config: Config, signals: StopSignals) -> Iterator[tuple[Architecture, Topology, Splits]]:
-    """What `prepare` returns, until the process groups are left; `Stopped` becomes the exit code."""
-    architecture, topology, splits = prepare(config)
-    try:
-        signals.join()
-        yield architecture, topology, splits
-    except Stopped as stopped:
-        signals.finish(stopped)
-        raise SystemExit(exits.STOPPED) from None
-    finally:
-        process_groups.destroy(topology)
-
-
-def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
-    """Check model, layout, data and directories, cheapest first, then join the process groups."""
-    architecture = read_architecture(config.model.path)
-    check_layout(architecture, config.parallel)
-    uses_transformer_engine(config.model)  # refuses what cannot run here
-    check_precision(architecture, config.model, config.parallel, config.optimizer)
-    check_offload(config.optimizer, config.model)
-    splits = load_splits(config, architecture)
-    check_writable(config.run_dir, "run_dir")
-    check_not_by_hand(config.run_dir / "config.yaml")
-    return architecture, process_groups.initialize(config.parallel, config.seed), splits
 
 
 class Trainer:
     """One run on this rank."""
 
-    def __init__(
-        self,
-        config: Config,
-        architecture: Architecture,
-        topology: Topology,
-        splits: Splits,
-        signals: StopSignals,
-    ) -> None:
-        self.config, self.architecture, self.topology, self.splits = config, architecture, topology, splits
-        self.signals = signals
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.config, self.architecture = session.config, session.architecture
+        self.topology, self.splits = session.topology, session.splits
+        config, splits, topology = self.config, self.splits, self.topology
         self.names = metric_names(config.objective)
         self.loader = training_batches(config, splits.datasets["train"], topology)
         self.max_steps = _max_steps(config, len(splits.datasets["train"]))
         check_schedule(config.optimizer, self.max_steps)
         self.saver = Saver(config, self.loader, run_identity(config, splits), self.max_steps)
-        self.step = self.saver.boundary.step
+        self.step, self.skipped = self.saver.boundary.step, self.saver.boundary.skipped
+        self.before_skips = self.saver.boundary
+        self.triplet_losses = TripletLosses()
         references: dict[str, Any] = {}
         if config.objective.needs_reference:
-            references = reference_logprobs(config, splits, topology, boundary=signals.check)
+            references = reference_logprobs(config, splits, topology, boundary=self._boundary("reference pass"))
             self.saver.keep("reference.cache (its numbers)", fingerprint(references))
         self.losses = {
-            name: objective_loss(config.objective, references.get(name), topology) for name in splits.datasets
+            name: objective_loss(config.objective, references.get(name), topology, observe)
+            for name, observe in {"train": self.triplet_losses.observe, "eval": None}.items()
         }
         self.policy = build_policy(config, topology, self.max_steps)
         self.saver.restore(self.policy)
+        self.trial = None
+        if is_wanted(config, topology) and self.step < self.max_steps:
+            self.trial = _try_largest_pack(session, self.policy, self.loader)
 
     def run(self) -> None:
         """Train to the last step, or save and raise Stopped where a signal asked to stop."""
         writer = self._start_writing()
         if writer is not None:
             writer.say(self._describe())
+            if self.trial is not None:
+                writer.say(f"the largest pack fits: {self.trial}")
         try:
             self._run_steps(writer)
         except Stopped as stopped:
-            self.saver.save(str(stopped))
+            self._save(str(stopped))
             self.saver.finish()
             raise
         self.saver.finish()
@@ -141,7 +140,6 @@ class Trainer:
         if self.saver.boundary.unrecorded is not None:
             self._complete_step(self.saver.boundary.unrecorded, writer)
         while self.step < self.max_steps:
-            self.signals.check()
             self._complete_step(self._train_step(), writer)
 
     def _complete_step(self, metrics: Metrics, writer: MetricsWriter | None) -> None:
@@ -151,6 +149,16 @@ class Trainer:
         if writer is not None:
             writer.write(metrics)
         self.saver.recorded(metrics)
+        if reason := self.saver.due():
+            self.session.begin(SAVE, self.step)
+            self.saver.save_due(reason)
+
+    def _save(self, reason: str) -> Path | None:
+        self.session.begin(SAVE, self.step)
+        return self.saver.save(reason)
+
+    def _boundary(self, phase: str) -> Callable[[], None]:
+        return lambda: self.session.boundary(phase, self.step)
 
     def _describe(self) -> str:
         """One line of what runs where, for the head of the log."""
@@ -170,36 +178,45 @@ class Trainer:
     def _train_step(self) -> Metrics:
         started = time.monotonic()
         reset_peak_memory()
+        if not self.skipped.in_a_row:
+            self.before_skips = self.saver.boundary
+        self.session.boundary("data", self.step + 1)
         batch = self.loader.next_batch()
+        self.session.begin("forward and backward", self.step + 1)
+        self.triplet_losses.clear()
         result = self.policy.step(
             batch.packs,
             self.losses["train"],
             self.topology,
-            before_pack=self.signals.check if self._can_stop_within_a_step() else None,
+            before_pack=self.session.before_pack,
         )
         self.step += 1
+        self.session.begin("metrics", self.step)
         sums = reduce_sums(result.reports, len(self.names), self.topology)
         means = {name: total / batch.num_triplets for name, total in zip(self.names, sums, strict=True)}
-        self._check_finite(means | {"grad_norm": result.grad_norm}, batch)
-        metrics = {"step": self.step} | means | self._costs(batch, result, time.monotonic() - started)
-        self.saver.step_done(metrics)
+        self.skipped = self.skipped.after(skipped=result.skipped)
+        if result.skipped:
+            self._skip(batch, result)
+        counts = {"skipped": int(result.skipped), "skipped_steps": self.skipped.total}
+        measured = means | self._costs(batch, result, time.monotonic() - started)
+        metrics = {"step": self.step} | finite_or_none(measured) | counts
+        self.saver.step_done(metrics, self.skipped)
         return metrics
 
-    def _can_stop_within_a_step(self) -> bool:
-        """Whether a step can be left between two packs without a trace.
-
-        Pipeline stages have several packs in flight, and the scales of FP8's delayed recipe remember every forward.
-        """
-        model = self.config.model
-        return self.topology.pipeline_group.size() == 1 and (model.fp8 is None or model.fp8_recipe != "delayed")
-
-    def _check_finite(self, values: Mapping[str, float], batch: GlobalBatch) -> None:
-        """Stop, on all ranks together, before numbers that are not finite reach a file."""
-        broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-        if broken:
+    def _skip(self, batch: GlobalBatch, result: StepResult) -> None:
+        """Say what was skipped; where it was one too many, save what was there before and give up."""
+        skip = describe(self.step, self.triplet_losses, batch.packs, gradient_is_finite=result.gradient_was_finite)
+        if dist.get_rank() == 0:
+            record_skip(self.config.run_dir, skip)
+        if self.skipped.in_a_row >= self.config.training.max_skipped_steps_in_a_row:
+            self.saver.boundary = self.before_skips
+            saved = self._save("before the skipped steps")
+            self.saver.finish()
+            kept = f"{saved} holds the run before the first of them" if saved else "nothing was updated before them"
             raise FloatingPointError(
-                f"step {self.step}: {', '.join(broken)}; this rank's triplets were "
-                f"{', '.join(triplet for pack in batch.packs for triplet in pack.ids)}. Nothing of this step was saved"
+                f"{skip}; it is number {self.skipped.in_a_row} in a row, and "
+                f"training.max_skipped_steps_in_a_row={self.config.training.max_skipped_steps_in_a_row}. {kept}; "
+                f"{self.config.run_dir / SKIPPED_FILE} names them all"
             )
 
     def _costs(self, batch: GlobalBatch, result: StepResult, seconds: float) -> Metrics:
@@ -230,13 +247,13 @@ class Trainer:
         """Mean metrics over the whole held-out split, under the prefix `eval_`."""
         dataset = self.splits.datasets["eval"]
         reports = []
-        for batch in single_pass(self.config, dataset, self.topology, "evaluation", boundary=self.signals.check):
+        boundary = self._boundary("evaluation")
+        for batch in single_pass(self.config, dataset, self.topology, "evaluation", boundary=boundary):
             found = self.policy.evaluate(batch.packs, self.losses["eval"], self.topology)
             reports += [report for report, counted in zip(found, batch.counted, strict=bool(found)) if counted]
         sums = reduce_sums(reports, len(self.names), self.topology)
         means = {f"eval_{name}": total / len(dataset) for name, total in zip(self.names, sums, strict=True)}
-        self._check_finite(means, batch)
-        return means
+        return finite_or_none(means)
 
     def _evaluation_due(self) -> bool:
         every = self.config.training.eval_steps

@@ -13,8 +13,8 @@ from megatron_solopo.checkpoint.convert import export_model, verify_models
 from megatron_solopo.config import Config
 from megatron_solopo.config_file import parse_config
 from megatron_solopo.files import read_jsonl
-from megatron_solopo.parallel import topology
-from megatron_solopo.train.trainer import Trainer, prepare, train
+from megatron_solopo.train.session import open_session
+from megatron_solopo.train.trainer import Trainer, train
 from tests.distributed import run_distributed
 from tests.prepared import make_prepared
 from tests.scoring import expected, joined, score
@@ -49,16 +49,13 @@ def train_all(folder: Path) -> dict[str, Tensor | None]:
     found = {}
     for family, parallel in FAMILIES.items():
         settings = config(folder, family, folder / family / "source", parallel, max_steps=2)
-        architecture, groups, splits = prepare(settings)
-        try:
-            trainer = Trainer(settings, architecture, groups, splits)
+        with open_session(settings) as session:
+            trainer = Trainer(session)
             torch.distributed.barrier()
             if torch.distributed.get_rank() == 0:
                 shutil.rmtree(folder / family / "source")
             trainer.run()
-            found[family] = score(trainer.policy.chunks, groups)
-        finally:
-            topology.destroy(groups)
+            found[family] = score(trainer.policy.chunks, session.topology)
     train(config(folder, "on", folder / family_checkpoint("qwen2_tied", 2), CP2, max_steps=1))
     return found
 

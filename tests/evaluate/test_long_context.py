@@ -1,11 +1,12 @@
 """Whole evaluations: a run, its export and a server's model; resumed, refused, counted."""
 
+import functools
 import json
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megatron_solopo.data.scoring import SCORERS
 from megatron_solopo.evaluate.long_context import evaluate_long_context
@@ -13,10 +14,45 @@ from megatron_solopo.evaluate.settings import LongContextSettings
 from megatron_solopo.evaluation_results import read_long_context
 from tests.data.completion_server import completion_server
 from tests.data.musique_example import read, write
-from tests.evaluate.evaluation_models import CHECKPOINT, MAX_POSITIONS, make_run
+from tests.evaluate.evaluation_models import CHECKPOINT, MAX_POSITIONS, make_model, make_run
+from tests.ranks import two_ranks
 
 ASKED = {"tasks": ("needle_single", "variable_tracking"), "lengths": (700, 900), "depths": (0.0, 1.0), "samples": 2}
 ASKED |= {"max_new_tokens": 12, "batch_size": 2}
+_SINGLE = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
+PARALLEL = {
+    "tp2": {"tensor_model_parallel_size": 2},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "dp2": {"data_parallel_size": 2},
+}
+
+
+def evaluate_here(folder: Path, model: Path, **options):
+    """By our model, on the ranks at hand: its layout, and predictions by sample."""
+    settings = LongContextSettings(str(model), output=folder / "r.json", backend="megatron", **ASKED | options)
+    results = evaluate_long_context(settings)
+    if results is None:
+        return None
+    return results.layout, {key: row["prediction"] for key, row in predictions(settings.output).items()}
+
+
+def on_two_ranks() -> dict:
+    """By layout; transformers saves on rank 0 alone, in its folder."""
+    found = {}
+    with tempfile.TemporaryDirectory() as own:
+        shared = [str(make_model(Path(own) / "model").parent)]
+        dist.broadcast_object_list(shared, src=0)
+        for key, sizes in PARALLEL.items():
+            options = {name: size for name, size in sizes.items() if name in _SINGLE}
+            found[key] = evaluate_here(Path(shared[0]) / key, Path(shared[0]) / "model", **options)
+            dist.barrier()
+    return found
+
+
+@functools.cache
+def one_process() -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        return evaluate_here(Path(folder), make_model(Path(folder) / "model"))[1]
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +105,12 @@ def test_the_export_gives_the_same_predictions_by_transformers(models, of_run, t
     assert ours == theirs and len({row["prediction"] for row in ours.values()}) > 1
 
 
-def test_torchrun_shares_the_samples_between_data_parallel_ranks(models, of_run, tmp_path) -> None:
-    output = tmp_path / "dp.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "megatron_solopo", "evaluate", "long-context", "--model", str(models[0]), "--output", str(output)]
-    command += ["--tasks", ",".join(ASKED["tasks"]), "--lengths", "700,900", "--depths", "0,1", "--samples", "2"]
-    command += ["--max-new-tokens", "12"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    results = read_long_context(output)
-    assert results.layout["data_parallel_size"] == 2 and "needle_single      string_match_all" in done.stdout
-    ours = predictions(models[0] / "evaluation" / f"long_context-{CHECKPOINT}.json")
-    assert {key: row["prediction"] for key, row in predictions(output).items()} == {
-        key: row["prediction"] for key, row in ours.items()
-    }
+@pytest.mark.parametrize("key", PARALLEL)
+def test_parallel_ranks_evaluate_as_one_process_does(key) -> None:
+    """Data-parallel ranks share the samples; rank 0 alone keeps and returns them."""
+    (layout, found), other = (rank[key] for rank in two_ranks(__name__))
+    assert other is None and layout == {"data_parallel_size": 1} | _SINGLE | PARALLEL[key]
+    assert found == one_process()
 
 
 def test_an_interrupted_evaluation_generates_only_what_is_missing(models, of_run, tmp_path) -> None:

@@ -53,16 +53,18 @@ def dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return torch.cat(outputs)
 
 
-def packed(group: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """The same through the module, as Megatron-Core's SelfAttention calls it."""
+def module(group: Any, scale: float | None = None) -> PackedAttention:
     config = TransformerConfig(
         num_layers=1, hidden_size=32, num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=SIZE
     )
-    attention = PackedAttention(
-        config, 1, AttnMaskType.causal, "self", softmax_scale=scale, pg_collection=SimpleNamespace(cp=group)
-    )
+    collection = SimpleNamespace(cp=group)
+    return PackedAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=scale, pg_collection=collection)
+
+
+def packed(group: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """The same through the module, as Megatron-Core's SelfAttention calls it."""
     packing = PackedSeqParams(qkv_format="thd", cu_seqlens_q=BOUNDARIES, cu_seqlens_kv=BOUNDARIES)
-    return attention(query, key, value, None, packed_seq_params=packing)
+    return module(group, scale)(query, key, value, None, packed_seq_params=packing)
 
 
 def differentiate(run: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -110,6 +112,17 @@ def test_the_past_does_not_see_the_future(position: int) -> None:
     end = next(int(boundary) for boundary in BOUNDARIES if boundary > position)
     changed = (before != after).any(dim=1).nonzero().flatten().tolist()
     assert changed == list(range(position, end))
+
+
+@pytest.mark.parametrize("last", [1, 3, 8])
+def test_a_batch_attends_to_what_came_before(last: int) -> None:
+    """The last positions of the last sequence with the keys of all of it, as in generation; twice in one batch."""
+    expected = dense(*(inputs()[name] for name in NAMES), SIZE**-0.5)[-last:]
+    sequence = {name: inputs()[name][BOUNDARIES[2] :] for name in NAMES}
+    with layout() as groups:
+        query, key, value = (torch.stack([sequence[name]] * 2, dim=1) for name in NAMES)
+        found = module(groups.context_group)(query[-last:], key, value, None)
+    torch.testing.assert_close(found, torch.stack([expected] * 2, dim=1))
 
 
 def on_two_ranks() -> dict[str, Tensor]:

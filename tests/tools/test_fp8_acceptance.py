@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from megatron_solopo.config_file import load_config
 from megatron_solopo.parallel import topology
-from megatron_solopo.train.trainer import prepare
+from megatron_solopo.train.session import prepare
 from tests.distributed import run_distributed
 from tests.prepared import make_prepared
 from tests.ranks import layout

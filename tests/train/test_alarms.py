@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_solopo.train.alarms import Alarms, Step, both_rewards_falling, loss_spike, values
+from megatron_solopo.train.alarms import Alarms, Step, both_rewards_falling, evaluation_not_finite, loss_spike, values
 
 
 def course(losses: Sequence[float | None]) -> list[dict[str, Any]]:
@@ -64,6 +64,11 @@ def test_both_rewards_falling_is_told_with_the_remedy() -> None:
 def test_a_healthy_course_of_rewards_is_silent(chosen_slope: float, rejected_slope: float, length: int) -> None:
     steps = rewards(noisy(length, 0.0, chosen_slope), noisy(length, -0.5, rejected_slope, seed=1))
     assert both_rewards_falling(steps) is None
+
+
+def test_an_evaluation_that_is_not_finite_is_told() -> None:
+    steps: list[Step] = [{"loss": 0.5}, {"loss": 0.5, "eval_loss": 0.5}, {"loss": 0.5, "eval_loss": None}]
+    assert [bool(evaluation_not_finite(steps[: end + 1])) for end in range(3)] == [False, False, True]
 
 
 def above_one(steps: Sequence[Step]) -> str | None:

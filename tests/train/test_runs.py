@@ -18,7 +18,8 @@ from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import compute_objective
 from megatron_solopo.parallel import topology
 from megatron_solopo.train.reference import reference_logprobs
-from megatron_solopo.train.trainer import precompute_reference, prepare, train
+from megatron_solopo.train.session import prepare
+from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
 from tests.prepared import make_prepared
 from tests.tiny_models import make_model
@@ -140,8 +141,9 @@ def not_finite_error(folder: Path) -> str:
         result = compute_objective(*arguments)
         return replace(result, loss_T=result.loss_T * math.nan)
 
+    training = {"global_batch_size": 4, "max_steps": STEPS, "max_skipped_steps_in_a_row": 2}
     with mock.patch.object(step, "compute_objective", broken), pytest.raises(FloatingPointError) as error:
-        train(config(folder, "nan", TP2))
+        train(config(folder, "nan", TP2, training=training))
     return str(error.value)
 
 
@@ -200,11 +202,15 @@ def test_a_run_that_was_changed_is_not_continued(found: dict[str, Any], folder: 
     assert len(losses(folder, "whole")) == STEPS
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_poisons_nothing(found: dict[str, Any], folder: Path) -> None:
+def test_a_loss_that_stays_not_finite_ends_the_run_as_it_was_before(found: dict[str, Any], folder: Path) -> None:
     message = found["not finite"]
-    assert message.startswith("step 1: ") and "grad_norm is nan" in message and message.count("row-") == 4
-    assert not (folder / "nan" / "checkpoints").exists()
-    assert (folder / "nan" / "metrics.jsonl").exists() is False
+    assert message.startswith("step 2 skipped: the loss of row-") and message.count("row-") == 4
+    assert "2 in a row" in message and "max_skipped_steps_in_a_row=2" in message and "\n" not in message
+    run = folder / "nan"
+    assert "nothing was updated before them" in message and not (run / "checkpoints").exists()
+    skips = read_jsonl(run / "skipped_steps.jsonl")
+    assert [(skip["step"], len(skip["triplets"])) for skip in skips] == [(1, 4), (2, 4)]
+    assert not set(skips[0]["triplets"]) & set(skips[1]["triplets"])
 
 
 def test_the_same_layout_resumes_exactly(found: dict[str, Any], folder: Path) -> None:

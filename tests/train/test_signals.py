@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_solopo import exits
 from megatron_solopo.config import Config
-from megatron_solopo.train import policy, reference, signals, step
+from megatron_solopo.train import policy, reference, signals, step, trainer
 from megatron_solopo.train.signals import Stopped, StopSignals, spared_children
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import exit_codes, run_distributed
@@ -26,7 +26,7 @@ LAYOUTS = {"pipeline": TP2_PP2, "data": TP2_DP2}
 RUNS: dict[str, tuple[str, Any, str, int, int, int]] = {
     # With pipeline stages the step is finished; without, it is left before its first or its second micro-batch.
     "pipeline-step": ("pipeline", policy.Policy, "step", 3, 2, 3),
-    "pipeline-evaluation": ("pipeline", policy.Policy, "evaluate", 1, 3, 2),
+    "pipeline-evaluation": ("pipeline", trainer, "single_pass", 1, 3, 2),
     "data-step": ("data", policy.Policy, "step", 3, 0, 2),
     "data-micro-batch": ("data", step, "forward_microbatch", 5, 3, 2),
 }

@@ -1,0 +1,165 @@
+"""What is checked before step 0, by all ranks together, so that a mistake costs a minute and not a night.
+
+    check          what it finds                                              cost
+    same start     another config, data, model or library on one rank         one exchange of a few KiB per rank
+    run directory  a rank that does not see it, no room for one checkpoint    one small file
+    groups         a group whose collective fails or does not end             one all-reduce of a number in each
+    largest pack   too little memory                                          forward and backward of that pack, as many
+                                                                              times as there are pipeline stages
+
+The first three always run; the last where there is a GPU, or as `training.try_largest_pack` says.
+"""
+
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_solopo import __version__
+from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
+from megatron_solopo.config import Config
+from megatron_solopo.files import described_bytes
+from megatron_solopo.parallel.agreement import on_rank_0, raise_first
+from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.splits import Splits
+
+Row = tuple[str, str]
+"""A check and what it found."""
+
+_PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "numpy")
+_SHARED_WITHIN_SECONDS = 10.0
+_FP32_WEIGHT_AND_MOMENTS_BYTES = 12
+
+
+def start_facts(config: Config, splits: Splits) -> dict[str, str]:
+    """What must be the same on every rank, by the key or the package that decides it."""
+    facts = {key: repr(value) for key, value in _dotted(config.model_dump(mode="json"))}
+    facts["data.path (its content)"] = splits.manifest.fingerprint
+    facts["model.path (its weights)"] = weights_fingerprint(config.model.path)
+    facts["python"] = platform.python_version()
+    facts["megatron-solopo"] = __version__
+    return facts | {name: _version(name) for name in _PACKAGES}
+
+
+def check_same_start(facts: Mapping[str, str]) -> None:
+    """Raise ValueError, on every rank, naming what one rank has otherwise than rank 0, and both values.
+
+    It needs nothing but the world: the other groups are made of sizes that are compared here.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), dict(facts)))
+    first_host, first = everyone[0]
+    for rank, (host, found) in enumerate(everyone):
+        for key in sorted(first.keys() | found.keys()):
+            if first.get(key) != found.get(key):
+                raise ValueError(
+                    f"the ranks do not start alike: {key} is {first.get(key)} on rank 0 ({first_host}), but "
+                    f"{found.get(key)} on rank {rank} ({host}); start every rank with the same config and environment"
+                )
+
+
+def check_surroundings(
+    config: Config, architecture: Architecture, topology: Topology, begin: Callable[[str], None]
+) -> list[Row]:
+    """The run directory and the groups.
+
+    Args:
+        begin: told the name of every check, so that one that hangs is known.
+
+    Raises ValueError, on every rank, for a directory that is not shared or too full.
+    """
+    begin("preflight: run directory")
+    rows = [
+        ("same start", f"config, data, model and packages are the same on {dist.get_world_size()} ranks"),
+        ("run directory", _check_run_dir(config.run_dir, architecture.num_parameters)),
+    ]
+    sizes = []
+    for name, group in _groups(topology):
+        begin(f"preflight: a collective over the {name} ranks")
+        total = torch.ones(1, device=topology.device)
+        dist.all_reduce(total, group=group)
+        if int(total) != group.size():
+            raise ValueError(f"an all-reduce over {group.size()} {name} ranks counted {int(total)}: a faulty network")
+        sizes.append(f"{name} {group.size()}")
+    return [*rows, ("groups", ", ".join(sizes))]
+
+
+def _check_run_dir(run_dir: Path, num_parameters: int) -> str:
+    """Whether all ranks see the same directory, and one checkpoint's room in it."""
+    probe = on_rank_0(lambda: _write_probe(run_dir))
+    seen = _appears(Path(probe))
+    free = psutil.disk_usage(str(run_dir)).free if seen else 0
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), seen, free))
+    on_rank_0(lambda: Path(probe).unlink(missing_ok=True))
+    blind = [f"rank {rank} ({host})" for rank, (host, sees, _) in enumerate(everyone) if not sees]
+    if blind:
+        raise ValueError(
+            f"run_dir={run_dir}: {', '.join(blind)} cannot see what rank 0 writes there; set run_dir to a directory "
+            "that all hosts share"
+        )
+    least, needed = min(each[2] for each in everyone), num_parameters * _FP32_WEIGHT_AND_MOMENTS_BYTES
+    problem = None
+    if least < needed:
+        problem = (
+            f"run_dir={run_dir}: {described_bytes(least)} free, but one checkpoint takes {described_bytes(needed)}; "
+            "make room, or set run_dir to another directory"
+        )
+    raise_first([problem])
+    return f"seen by all, {described_bytes(least)} free, {described_bytes(needed)} per checkpoint"
+
+
+def _write_probe(run_dir: Path) -> str:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    probe = run_dir / f".preflight-{uuid4().hex}"
+    probe.touch()
+    return str(probe)
+
+
+def _appears(path: Path) -> bool:
+    """Network file systems show a new file late."""
+    until = time.monotonic() + _SHARED_WITHIN_SECONDS
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _groups(topology: Topology) -> Iterator[tuple[str, Any]]:
+    """The groups of a step that this rank is in, in the same order on all their ranks."""
+    yield "all", dist.group.WORLD
+    yield "tensor-parallel", topology.tensor_group
+    yield "pipeline-parallel", topology.pipeline_group
+    yield "context-parallel", topology.context_group
+    yield "data-parallel", topology.data_group
+    yield "data- and context-parallel", parallel_state.get_data_parallel_group(with_context_parallel=True)
+    yield "model-parallel", parallel_state.get_model_parallel_group()
+    embedding = parallel_state.get_embedding_group(check_initialized=False)
+    if embedding is not None and dist.get_rank() in dist.get_process_group_ranks(embedding):
+        yield "embedding", embedding
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

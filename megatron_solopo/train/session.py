@@ -1,0 +1,91 @@
+"""What a run works in: checked inputs, process groups, and who watches over it.
+
+A session's places are where a run can be asked to stop, and what a watchdog calls progress. All ranks come to the same
+places in the same order.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from megatron_solopo import exits
+from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.layout import check_layout
+from megatron_solopo.config import Config
+from megatron_solopo.config_file import check_not_by_hand
+from megatron_solopo.files import check_writable
+from megatron_solopo.model.precision import check_precision
+from megatron_solopo.model.spec import uses_transformer_engine
+from megatron_solopo.parallel import topology as process_groups
+from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.optimizer import check_offload
+from megatron_solopo.train.preflight import check_same_start, start_facts
+from megatron_solopo.train.signals import Stopped, StopSignals
+from megatron_solopo.train.splits import Splits, load_splits
+from megatron_solopo.train.watchdog import Watchdog, watching
+
+
+@dataclass(frozen=True)
+class Session:
+    """The surroundings of one run on this rank."""
+
+    config: Config
+    architecture: Architecture
+    topology: Topology
+    splits: Splits
+    signals: StopSignals
+    watchdog: Watchdog
+
+    def begin(self, phase: str, step: int) -> None:
+        """A place where nothing can be left half done: the watchdog is told, and that is all."""
+        self.watchdog.arrive(phase, step)
+
+    def boundary(self, phase: str, step: int) -> None:
+        """A place where a run can stop: raises Stopped, on every rank, if any was asked to."""
+        self.watchdog.arrive(phase, step)
+        self.signals.check()
+
+    def before_pack(self) -> None:
+        """Within a step, before this stage's forward of a pack; a boundary where the step can be left without a trace.
+
+        Pipeline stages have several packs in flight, and the scales of FP8's delayed recipe remember every forward.
+        """
+        self.watchdog.progress()
+        model = self.config.model
+        delayed_scales = model.fp8 is not None and model.fp8_recipe == "delayed"
+        if self.topology.pipeline_group.size() == 1 and not delayed_scales:
+            self.signals.check()
+
+
+@contextmanager
+def open_session(config: Config) -> Iterator[Session]:
+    """A session, until the process groups are left; `Stopped` leaves it as SystemExit with code 85."""
+    with StopSignals() as signals:
+        architecture, topology, splits = prepare(config)
+        try:
+            signals.join()
+            with watching(config.watchdog, config.run_dir) as watchdog:
+                yield Session(config, architecture, topology, splits, signals, watchdog)
+        except Stopped as stopped:
+            signals.finish(stopped)
+            raise SystemExit(exits.STOPPED) from None
+        finally:
+            process_groups.destroy(topology)
+
+
+def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
+    """Check model, layout, data and directories, cheapest first, then join the process groups.
+
+    Raises ValueError for what does not fit, or is not the same on all ranks.
+    """
+    architecture = read_architecture(config.model.path)
+    check_layout(architecture, config.parallel)
+    uses_transformer_engine(config.model)  # refuses what cannot run here
+    check_precision(architecture, config.model, config.parallel, config.optimizer)
+    check_offload(config.optimizer, config.model)
+    splits = load_splits(config, architecture)
+    check_writable(config.run_dir, "run_dir")
+    check_not_by_hand(config.run_dir / "config.yaml")
+    facts = start_facts(config, splits)
+    topology = process_groups.initialize(config.parallel, config.seed, lambda: check_same_start(facts))
+    return architecture, topology, splits

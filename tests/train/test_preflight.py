@@ -1,0 +1,103 @@
+"""Before step 0: ranks that differ are named, what does not fit is one line, and trying it leaves no trace."""
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_solopo.config import Config, ObjectiveConfig
+from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.prepared import load_prepared
+from megatron_solopo.objective import required_roles
+from megatron_solopo.train import largest_pack
+from megatron_solopo.train import preflight as checks
+from megatron_solopo.train.trainer import preflight, train
+from tests.distributed import run_distributed
+from tests.train.runs import make_inputs, recorded, small_config
+
+TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+
+
+def config(folder: Path, name: str, **sections: Any) -> Config:
+    training = {"global_batch_size": 4, "max_steps": 2, **sections.pop("training", {})}
+    parallel = sections.pop("parallel", TP2_PP2)
+    return small_config(folder, name, parallel, training=training, objective={"loss_type": "simpo"}, **sections)
+
+
+def refused(settings: Config) -> str:
+    with pytest.raises(ValueError) as error:
+        preflight(settings)
+    return str(error.value)
+
+
+def out_of_memory(*arguments: Any, **keywords: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def run_all(folder: Path) -> dict[str, Any]:
+    rank = dist.get_rank()
+    found: dict[str, Any] = {"rows": preflight(config(folder, "rows"))}
+    left = sorted(path.name for path in (folder / "rows").iterdir())
+    data = load_prepared(folder / "prepared").train
+    dataset = TripletDataset(data, {"short": "prompt_short", "long": "prompt_long"})
+    found["longest"] = int(dataset.sizes(required_roles(ObjectiveConfig()), 4).padded_tokens.max())
+    mine = {"optimizer": {"lr": 1e-2 if rank == 3 else 1e-3}}
+    found["config"] = refused(config(folder, "differs", **mine))
+    sizes = {"parallel": {"tensor_model_parallel_size": 4 if rank == 2 else 2}}
+    found["layout"] = refused(config(folder, "differs", **sizes))
+    with mock.patch.object(checks, "_appears", lambda path: rank != 1):
+        found["shared"] = refused(config(folder, "differs"))
+    full = mock.Mock(free=1000 + rank)
+    with mock.patch.object(checks.psutil, "disk_usage", lambda path: full):
+        found["full"] = refused(config(folder, "differs"))
+    with mock.patch.object(largest_pack, "run_schedule", out_of_memory):
+        found["memory"] = refused(config(folder, "differs"))
+    for name, tried in (("tried", True), ("untried", False)):
+        train(config(folder, name, training={"try_largest_pack": tried}))
+    return found | {"left": left}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("preflight"))
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    return run_distributed(run_all, 4, folder)
+
+
+def test_what_was_checked_is_told(found: list[dict[str, Any]]) -> None:
+    rows = dict(found[0]["rows"])
+    assert list(rows) == ["same start", "run directory", "groups", "largest pack"]
+    assert "tensor-parallel 2" in rows["groups"] and "all 4" in rows["groups"] and "embedding 2" in rows["groups"]
+    assert "tokens" in rows["largest pack"] and "peak memory" in rows["largest pack"]
+    assert found[0]["left"] == [], "nothing stays in the run directory"
+
+
+@pytest.mark.parametrize(
+    ("what", "parts"),
+    [
+        ("config", ["optimizer.lr is 0.001 on rank 0 (", "0.01 on rank 3 ("]),
+        ("layout", ["parallel.tensor_model_parallel_size is 2 on rank 0 (", "4 on rank 2 ("]),
+        ("shared", ["run_dir=", "rank 1 (", "cannot see"]),
+        ("full", ["run_dir=", "1,000 bytes free", "one checkpoint takes"]),
+        ("memory", ["out of memory", "tokens of row-", "data.max_tokens_per_pack=200", "recompute_granularity=full"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(found: list[dict[str, Any]], what: str, parts: list[str]) -> None:
+    for rank in found:
+        assert all(part in rank[what] for part in parts) and "\n" not in rank[what], rank[what]
+
+
+def test_the_trial_leaves_no_trace(found: list[dict[str, Any]], folder: Path) -> None:
+    tried = recorded(folder, "tried")
+    assert len(tried) == 2 and tried == recorded(folder, "untried")
+
+
+def test_the_largest_pack_is_the_largest(found: list[dict[str, Any]], folder: Path) -> None:
+    """With one triplet per pack: the longest triplet of the training split, its sequences padded to 2 x TP each."""
+    assert dict(found[0]["rows"])["largest pack"].startswith(f"{found[0]['longest']} tokens")
