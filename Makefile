@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-py312 find-py312 lint format
+.PHONY: help quickstart musique test test-py312 find-py312 lint format
 
 # Distributed tests start several processes; one thread each keeps them from fighting over the cores.
 test test-py312: export OMP_NUM_THREADS := 1
@@ -22,8 +22,11 @@ help: ## show this list
 	@echo
 	@echo "PYTHON=/path/to/python3.11-or-newer and PYTHON312=/path/to/python3.12 choose the interpreters."
 
-quickstart: $(VENV)/.installed ## set up, then train the small example on two processes
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/musique/quickstart.sh
+quickstart: $(VENV)/.installed ## set up, then see SoLoPO work: a small model on two processes, accuracy before and after
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/reproduction/quickstart.sh
+
+musique: $(VENV)/.installed ## set up, then train on real text on two processes, under two layouts
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/musique/run.sh
 
 test: $(VENV)/.installed ## set up, then run all tests
 	$(VENV)/bin/python -m pytest $(PARALLEL)

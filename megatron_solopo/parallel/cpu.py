@@ -10,10 +10,13 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 from torch.utils._device import _device_constructors
 
 DEVICE_VARIABLE = "MEGATRON_SOLOPO_DEVICE"
@@ -50,6 +53,7 @@ def adapt_if_needed() -> None:
     _adapt_device_and_random_state()
     _adapt_streams()
     _adapt_tensors()
+    _share_gloo_device()
 
 
 def _hide_gpu_libraries() -> None:
@@ -137,6 +141,34 @@ def _adapt_tensors() -> None:
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
     torch.Tensor.type = type_as_on_cuda  # type: ignore[method-assign, assignment]
+
+
+def _share_gloo_device() -> None:
+    """All process groups of this process wait for messages in one thread.
+
+    torch gives every group a thread of its own, which looks for messages a hundred times a second: with Megatron's
+    dozens of groups, tests on few cores did little else.
+    """
+    if not dist.is_gloo_available():
+        return
+    group_class: Any = dist.ProcessGroupGloo
+    initialize = group_class.__init__
+
+    def initialize_shared(self: Any, store: Any, rank: int, size: int, timeout: timedelta = default_pg_timeout) -> None:
+        options = group_class._Options()
+        options._devices, options._timeout = _gloo_devices(), timeout
+        initialize(self, store, rank, size, options)
+
+    group_class.__init__ = initialize_shared
+
+
+@functools.cache
+def _gloo_devices() -> list[Any]:
+    """As torch chooses them: of the interfaces that are named, or the default one."""
+    names = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if not names:
+        return [dist.ProcessGroupGloo.create_default_device()]
+    return [dist.ProcessGroupGloo.create_device(interface=name) for name in names.split(",")]
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

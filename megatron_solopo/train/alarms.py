@@ -9,6 +9,8 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from megatron_solopo.train.collapse import gap_closes_from_below
+
 Step = Mapping[str, float | int | None]
 Detector = Callable[[Sequence[Step]], str | None]
 
@@ -75,7 +77,7 @@ def evaluation_not_finite(steps: Sequence[Step]) -> str | None:
     return "the loss of the held-out triplets is not finite, though the training steps are; look at their rows"
 
 
-DETECTORS: tuple[Detector, ...] = (loss_spike, both_rewards_falling, evaluation_not_finite)
+DETECTORS: tuple[Detector, ...] = (loss_spike, both_rewards_falling, gap_closes_from_below, evaluation_not_finite)
 
 
 class Alarms:

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_solopo.parallel import cpu
+from tests.ranks import layout
 
 on_cpu = pytest.mark.skipif(not cpu.is_cpu(), reason="torch.cuda is not adapted where there is CUDA")
 FACTORIES = [
@@ -150,3 +154,22 @@ def test_megatron_on_a_cpu_does_not_take_the_gpu_libraries_that_are_installed(tm
         text=True,
     )
     assert done.stdout.strip() == "<class 'torch.optim.adamw.AdamW'>", done.stderr
+
+
+@on_cpu
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_process_groups_wait_for_messages_in_one_thread() -> None:
+    def loops() -> int:
+        names = (task / "comm" for task in Path("/proc/self/task").iterdir())
+        return sum(name.read_text().strip() == "gloo_tcp_loop" for name in names)
+
+    with layout():
+        before = loops()
+        groups = [dist.new_group(backend="gloo", timeout=timedelta(seconds=10 + number)) for number in range(5)]
+        assert loops() == before == 1
+        assert all(isinstance(backend(group), dist.ProcessGroupGloo) for group in groups)
+        assert [backend(group).options._timeout.total_seconds() for group in groups] == [10, 11, 12, 13, 14]
+
+
+def backend(group: Any) -> Any:
+    return group._get_backend(torch.device("cpu"))

@@ -91,7 +91,8 @@ class Cluster:
     def cut_power(self, node: str) -> None:
         """SIGKILL to everything that runs on a node, its daemon included."""
         steps = [process for process in psutil.process_iter() if _is_step_of(process, self.folder, node)]
-        doomed = [each for step in steps for each in (*step.children(recursive=True), step)]
+        # Those that could tell the controller what happened go first: a node that loses power tells nothing.
+        doomed = [*steps, *(each for step in steps for each in step.children(recursive=True))]
         for process in (self.daemons.pop(node), *doomed):
             with suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -1,0 +1,37 @@
+"""Write the tables of RESULTS.md, and its pictures, anew from a file of runs."""
+
+from pathlib import Path
+
+import click
+
+from megatron_solopo.files import atomic_path
+from miniature.figures import draw_all
+from miniature.results import Results
+from miniature.tables import regenerate
+
+HERE = Path(__file__).parent
+
+
+@click.command(context_settings={"max_content_width": 110})
+@click.option(
+    "--runs", default=HERE / "runs.jsonl", type=click.Path(path_type=Path, exists=True), help="What reproduce.py wrote."
+)
+@click.option(
+    "--document", default=HERE / "RESULTS.md", type=click.Path(path_type=Path, exists=True), help="Its tables."
+)
+def main(runs: Path, document: Path) -> None:
+    """Write the tables of RESULTS.md, and the pictures beside it, anew.
+
+    \b
+    Example, for runs of your own:
+      python examples/reproduction/make_tables.py --runs examples/reproduction/work/runs.jsonl
+    """
+    text = regenerate(document.read_text(encoding="utf-8"), runs)
+    with atomic_path(document) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    draw_all(Results(runs), document.parent)
+    click.echo(f"{document} and its pictures, from {runs}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The pictures of RESULTS.md, from `runs.jsonl`."""
+
+import statistics
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from megatron_solopo.files import atomic_path
+from miniature.evaluate import LENGTHS
+from miniature.pairs import SHORT_LENGTH
+from miniature.plan import LOSS_TYPES, MAP_ALPHAS, STRONG
+from miniature.results import Result, Results
+from miniature.runs import LONG_LENGTH
+from miniature.tables import METHODS, SETTINGS, aligned, chosen, like
+
+matplotlib.use("Agg")
+_DPI = 80
+
+
+def draw_all(results: Results, folder: Path) -> None:
+    """Write every picture."""
+    accuracy_by_length(results, folder / "accuracy.png")
+    failure_map(results, folder / "failures.png")
+
+
+def accuracy_by_length(results: Results, path: Path) -> None:
+    """A panel per loss; a line per method, mean over the seeds and their range."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(LOSS_TYPES), figsize=(13, 4), sharey=True, layout="constrained")
+    base = _accuracies(results.where(lambda each: each.run.method == "base" and each.run.strength == STRONG))
+    for axis, loss_type in zip(axes, LOSS_TYPES, strict=True):
+        found = {name: _accuracies(chosen(results, STRONG, loss_type, name)) for name in METHODS}
+        draw_lines(axis, {"base": base} | found)
+        axis.set_title(loss_type)
+    axes[0].set_ylabel("accuracy")
+    axes[0].legend()
+    _save(figure, path)
+
+
+def _accuracies(found: list[Result]) -> list[dict[int, float]]:
+    return [each.accuracy for each in found]
+
+
+def save_comparison(models: dict[str, dict[int, float]], path: Path) -> None:
+    """Accuracy against length of single models, by name, into a PNG."""
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    draw_lines(axis, {name: [accuracy] for name, accuracy in models.items()})
+    axis.set_ylabel("accuracy")
+    axis.legend()
+    _save(figure, path)
+
+
+def draw_lines(axis: Any, lines: dict[str, list[dict[int, float]]]) -> None:
+    """Accuracy against length, a line and a band per name; the lengths of training are marked."""
+    for name, found in lines.items():
+        if found:
+            columns = [[each[length] for each in found] for length in LENGTHS]
+            (line,) = axis.plot(LENGTHS, [statistics.fmean(column) for column in columns], marker="o", label=name)
+            axis.fill_between(
+                LENGTHS, *zip(*((min(c), max(c)) for c in columns), strict=True), color=line.get_color(), alpha=0.15
+            )
+    for length, label in ((SHORT_LENGTH, "short"), (LONG_LENGTH, "long")):
+        axis.axvline(length, color="grey", linestyle=":", linewidth=1)
+        axis.annotate(label, (length, 0.02), color="grey", xytext=(3, 0), textcoords="offset points")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(LENGTHS, LENGTHS)
+    axis.set_xlabel("words of context")
+    axis.set_ylim(0, 1)
+    axis.grid(alpha=0.3)
+
+
+def failure_map(results: Results, path: Path) -> None:
+    """Change of accuracy over base, learning rate, loss and alpha, without and with `detach_short`."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 9), layout="constrained")
+    rows = [
+        (strength, rate, loss_type)
+        for (strength, rate), loss_type in product(SETTINGS, LOSS_TYPES)
+        if any(like(results, aligned(strength, rate, loss_type, alpha, False)) for alpha in MAP_ALPHAS)
+    ]
+    labels = [f"base {strength} %, lr {rate:g}, {loss_type}" for strength, rate, loss_type in rows]
+    for (line, side), (column, detached) in product(enumerate(("short", "long")), enumerate((False, True))):
+        axis = axes[line, column]
+        cells = [[aligned(*row[:2], row[2], alpha, detached) for alpha in MAP_ALPHAS] for row in rows]
+        grid = np.array([[_change(results, like(results, run), side) for run in runs] for runs in cells])
+        image = axis.imshow(grid, cmap="RdBu", vmin=-0.5, vmax=0.5, aspect="auto")
+        for (place, number), value in np.ndenumerate(grid):
+            axis.text(number, place, "" if np.isnan(value) else f"{value:+.2f}", ha="center", va="center", fontsize=8)
+        axis.set_xticks(range(len(MAP_ALPHAS)), [f"alpha {alpha:g}" for alpha in MAP_ALPHAS])
+        axis.set_yticks(range(len(rows)), labels if column == 0 else [""] * len(rows), fontsize=8)
+        axis.set_title(f"{side} accuracy, change{', detach_short' if detached else ''}")
+    figure.colorbar(image, ax=axes)
+    _save(figure, path)
+
+
+def _change(results: Results, found: list[Result], side: str) -> float:
+    """Mean over the seeds; NaN without a run."""
+    changes = [getattr(each, side) - getattr(results.base_of(each), side) for each in found]
+    return statistics.fmean(changes) if changes else float("nan")
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=_DPI)
+    pyplot.close(figure)

@@ -1,0 +1,59 @@
+"""Which runs there are."""
+
+from collections.abc import Iterator
+
+from miniature.runs import LEARNING_RATE, Run
+
+WEAK, MIDDLE, STRONG = STRENGTHS = (45, 75, 95)
+"""Short accuracy of the bases, in percent."""
+SEEDS = (0, 1, 2)
+LOSS_TYPES = ("simpo", "dpo", "orpo")
+DEFAULT_ALPHA = {"simpo": 1.0, "dpo": 3.0, "orpo": 1.0}
+"""The paper's."""
+ALPHAS = (0.0, 0.3, 1.0, 3.0, 10.0)
+MAP_ALPHAS = (1.0, 3.0, 10.0)
+HIGH_RATE = 2 * LEARNING_RATE
+"""Of the failures from the weak base, besides the learning rate of all other runs."""
+
+
+def all_runs() -> list[Run]:
+    """Every run once, what matters most first."""
+    first, *others = SEEDS
+    order = [comparison(seed) for seed in SEEDS]
+    order += [alphas(first), failures(first, WEAK), failures(first, STRONG), failures(first, WEAK, HIGH_RATE)]
+    order += [alphas(seed) for seed in others]
+    order += [failures(seed, WEAK, rate) for rate in (HIGH_RATE, LEARNING_RATE) for seed in others]
+    order += [failures(first, MIDDLE)] + [failures(seed, strength) for strength in (STRONG, MIDDLE) for seed in others]
+    return list(dict.fromkeys(run for part in order for run in part))
+
+
+def comparison(seed: int) -> Iterator[Run]:
+    """The methods side by side, from the strong base."""
+    yield Run(STRONG, seed, "base")
+    for loss_type in LOSS_TYPES:
+        yield from pairs_alone(STRONG, seed, loss_type)
+        for align in ("chosen", "both"):
+            yield Run(STRONG, seed, "solopo", loss_type, DEFAULT_ALPHA[loss_type], align)
+
+
+def pairs_alone(strength: int, seed: int, loss_type: str, rate: float = LEARNING_RATE) -> Iterator[Run]:
+    """What SoLoPO is compared with."""
+    for method in ("short_po", "long_po"):
+        yield Run(strength, seed, method, loss_type, learning_rate=rate)
+
+
+def alphas(seed: int) -> Iterator[Run]:
+    """Weights of the alignment, from the strong base."""
+    for loss_type in LOSS_TYPES:
+        for alpha in ALPHAS:
+            yield Run(STRONG, seed, "solopo", loss_type, alpha)
+
+
+def failures(seed: int, strength: int, rate: float = LEARNING_RATE) -> Iterator[Run]:
+    """Loss type and alpha from one base, with and without `detach_short`, beside what has no alignment."""
+    yield Run(strength, seed, "base")
+    for loss_type in LOSS_TYPES:
+        yield from pairs_alone(strength, seed, loss_type, rate)
+        for alpha in MAP_ALPHAS:
+            for detached in (False, True):
+                yield Run(strength, seed, "solopo", loss_type, alpha, "chosen", detached, rate)
