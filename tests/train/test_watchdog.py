@@ -21,7 +21,7 @@ from tests.distributed import exit_codes
 from tests.train.runs import at_call, make_inputs, small_config
 
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-LIMIT_SECONDS = 8.0
+LIMIT_SECONDS = 12.0
 
 
 def stop_rank_2(folder: Path) -> None:
@@ -44,7 +44,7 @@ def stop_this_process() -> None:
 
 
 def test_a_stopped_rank_is_named_by_the_others_which_end(tmp_path: Path) -> None:
-    codes = exit_codes(stop_rank_2, 4, make_inputs(tmp_path), patience=120, until=3)
+    codes = exit_codes(stop_rank_2, 4, make_inputs(tmp_path), patience=240, until=3)
     assert codes == [exits.HUNG, exits.HUNG, None, exits.HUNG]
     for rank in (0, 1, 3):
         told = (tmp_path / "run" / "hangs" / f"rank-{rank:04d}.txt").read_text()
@@ -61,11 +61,11 @@ def never_let_go(folder: Path) -> None:
     config = WatchdogConfig(start_timeout_minutes=1 / 60)
     with watchdog.watching(config, folder):
         time.sleep(0.5)
-        ctypes.PyDLL(None).sleep(60)
+        ctypes.PyDLL(None).sleep(200)
 
 
 def test_a_held_lock_does_not_keep_a_rank_for_ever(tmp_path: Path) -> None:
-    assert exit_codes(never_let_go, 1, tmp_path, patience=30) == [1]
+    assert exit_codes(never_let_go, 1, tmp_path, patience=90) == [1]
 
 
 def waits(folder: Path) -> None:
