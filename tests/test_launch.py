@@ -17,7 +17,10 @@ import os, pathlib, signal, sys, time
 asked = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(number, lambda number, frame: asked.append(number))
-pathlib.Path(sys.argv[1], f"{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}").touch()
+folder, life = pathlib.Path(sys.argv[1]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+(folder / f"{os.environ['RANK']}-{life}").touch()
+while not asked and len(list(folder.glob(f"*-{life}"))) < 2:
+    time.sleep(0.02)  # else one may have failed before the other began
 until = time.monotonic() + float(sys.argv[2])
 while not asked and time.monotonic() < until:
     time.sleep(0.05)
@@ -62,7 +65,7 @@ def test_a_signal_reaches_the_ranks_and_their_code_comes_back(tmp_path: Path, nu
     while len(started(tmp_path)) < 2 and launcher.poll() is None:
         time.sleep(0.05)
     launcher.send_signal(number)
-    _, errors = launcher.communicate(timeout=60)
+    _, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == exits.STOPPED
     assert started(tmp_path) == ["0-0", "1-0"], "they are not started again"
     assert "Traceback" not in errors and "FAILED" not in errors
@@ -70,7 +73,7 @@ def test_a_signal_reaches_the_ranks_and_their_code_comes_back(tmp_path: Path, nu
 
 def test_a_failure_is_started_again_and_its_code_comes_back(tmp_path: Path) -> None:
     launcher = launch(tmp_path, "0.1", "7")
-    _, errors = launcher.communicate(timeout=60)
+    _, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 7
     assert started(tmp_path) == ["0-0", "0-1", "1-0", "1-1"]
     assert "rank.py FAILED" in errors
@@ -80,6 +83,6 @@ def test_ranks_that_start_again_meet_each_other_not_the_dead(tmp_path: Path) -> 
     (tmp_path / "rank.py").write_text(MEETING_RANK)
     command = [sys.executable, "-m", "megatron_solopo.launch", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", str(tmp_path / "rank.py"), str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.glob("met-*")) == ["met-0", "met-1"]

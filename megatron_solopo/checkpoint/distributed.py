@@ -20,10 +20,12 @@ from megatron_solopo.model_directory import MEGATRON_LM_VERSION
 
 _KERNEL_STATE = "_extra_state"
 _Chunk = TypeVar("_Chunk", DistributedDataParallel, ResponseModel)
-# Saved once per parameter, not per rank's share of a buffer: loads under another TP, PP, CP or DP.
+# Saved once per parameter, not per rank's share of a buffer: loads under another TP, PP, CP or DP. Gathered for that in
+# host memory, by the first data-parallel rank alone, which writes it. Otherwise every rank would hold the whole of it,
+# and take 4 bytes per parameter on its GPU meanwhile.
 _SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 
 

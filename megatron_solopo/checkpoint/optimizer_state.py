@@ -13,7 +13,12 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 
 def portable(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's sharded state without the classes in its parameter groups, which no safe reader takes back."""
+    """An optimizer's sharded state without the classes in its parameter groups, which no safe reader takes back.
+
+    Moments that another data-parallel rank has gathered are no part of this rank's state.
+    """
+    if state.get("param_state", ...) is None:
+        state = {key: value for key, value in state.items() if key != "param_state"}
     groups = state.get("optimizer", {}).get("param_groups")
     if groups is None:
         return state

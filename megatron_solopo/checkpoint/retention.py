@@ -40,7 +40,9 @@ def tidy(root: Path, config: CheckpointConfig) -> None:
     if config.keep_last is None:
         return
     pinned = {read_pointer(root, BEST), newest}
-    for path in checkpoints(root)[config.keep_last :]:
+    # Those that a person has turned back from are newer: they do not count, and are not this run's to remove.
+    own = [path for path in checkpoints(root) if step_of(path.name) <= step_of(newest or "")]
+    for path in own[config.keep_last :]:
         if path.name in pinned or (config.keep_every is not None and step_of(path.name) % config.keep_every == 0):
             continue
         aside = path.with_name(f".{path.name}.deleted")

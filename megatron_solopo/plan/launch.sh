@@ -31,6 +31,8 @@ launch() {
     # CUDA_DEVICE_MAX_CONNECTIONS=1 is needed under TP and CP, and in the way without them: the program sets it itself.
     # NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME (ib0, eth0, ...): set both where a node has several networks and the
     # wrong one is taken: "connection refused" or "timed out" at the start.
+    # Every rank is connected to every other one: 1,024 open files, the usual soft limit, are too few for 1,024 ranks.
+    ulimit -S -n "$(ulimit -H -n)" || true
     # Lines reach the log when they are written, and a crash in native code leaves a Python stack.
     export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 
@@ -46,7 +48,8 @@ launch() {
     local options=(
         --ntasks-per-node=1
         # All of the node's cores: srun does not take them over from sbatch, and one task would get one core.
-        --cpus-per-task="$SLURM_CPUS_ON_NODE"
+        # salloc has no SLURM_CPUS_ON_NODE; this one reads 96(x2), or 96,48.
+        --cpus-per-task="${SLURM_JOB_CPUS_PER_NODE%%[(,]*}"
         # Launchers that stop together do not end in the same instant: the first one's end is not the others' yet.
         --kill-on-bad-exit=0 --wait=120
     )
@@ -69,7 +72,7 @@ launch() {
         exit 0
     elif ((code == 85)) || [[ $asked ]]; then
         # 85: all is saved. Anything else after a request: it did not come to that, and the last checkpoint counts.
-        [[ $REQUEUE == yes ]] || exit 0
+        [[ $REQUEUE == yes ]] || exit $((code == 85 ? 0 : code))
         queue_again
     elif ! timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true; then
         # The other nodes' ranks feel a dead node long before SLURM does (SlurmdTimeout). It then queues the job again

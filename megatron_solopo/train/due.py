@@ -61,9 +61,9 @@ class SaveClock:
         return None
 
     def _lead(self) -> float:
-        if self._slowest_save is None or self._slowest_step is None:
-            return _ASSUMED_SECONDS
-        return _MARGIN * (self._slowest_step + self._slowest_save)
+        timed = _MARGIN * ((self._slowest_step or 0.0) + (self._slowest_save or 0.0))
+        both = self._slowest_step is not None and self._slowest_save is not None
+        return timed if both else max(timed, _ASSUMED_SECONDS)
 
 
 def deadline(config: CheckpointConfig) -> float | None:

@@ -23,7 +23,7 @@ from megatron_solopo.checkpoint.rng import restore_rng, rng_state
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.objective import metric_names
-from megatron_solopo.parallel.agreement import on_rank_0, together
+from megatron_solopo.parallel.agreement import described_error, on_rank_0, together
 from megatron_solopo.train.bad_numbers import Skipped
 from megatron_solopo.train.due import SaveClock
 from megatron_solopo.train.identity import check_unchanged
@@ -155,10 +155,17 @@ class Saver:
         self._pending = None
         path = pending.save.complete()
         self._last_saved = pending.boundary
-        on_rank_0(lambda: tidy(self._root, self._config.checkpoint))
+        on_rank_0(self._tidy)
         seconds = time.monotonic() - pending.started
         self._clock.saved(seconds)
         _say(f"saved {path} ({pending.reason}; {seconds:.1f} s)")
+
+    def _tidy(self) -> None:
+        """Old checkpoints that cannot be removed, because somebody reads them on NFS, do not end a run."""
+        try:
+            tidy(self._root, self._config.checkpoint)
+        except OSError as error:
+            _say(f"warning: {self._root} was not tidied: {described_error(error)}")
 
     def _find(self) -> tuple[Path | None, dict[str, Any]]:
         if not self._config.checkpoint.resume and on_rank_0(lambda: bool(checkpoints(self._root))):

@@ -25,8 +25,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -119,20 +117,6 @@ class StopSignals:
         elif now - self._received_at >= _SAME_REQUEST_SECONDS:
             name = signal.Signals(number).name
             _exit(exits.of_signal(number), f"{name}, the second signal: exiting at once; what is saved stays as it is")
-
-
-@contextmanager
-def spared_children() -> Iterator[None]:
-    """Processes begun inside do not get the signals that ask a run to stop.
-
-    A save has helper processes. Schedulers signal every process of a job: the helpers would die of what their parent
-    only takes note of, and the save with them. This process still hears everything, in its listening thread.
-    """
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _exit(code: int, message: str) -> None:

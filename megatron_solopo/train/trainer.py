@@ -149,8 +149,8 @@ class Trainer:
         if writer is not None:
             writer.write(metrics)
         self.saver.recorded(metrics)
+        self.session.begin(SAVE, self.step)  # `due` completes what was begun in the background
         if reason := self.saver.due():
-            self.session.begin(SAVE, self.step)
             self.saver.save_due(reason)
 
     def _save(self, reason: str) -> Path | None:

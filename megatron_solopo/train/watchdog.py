@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from megatron_solopo.train.roll_call import RollCall
 SAVE = "save"
 _LARGEST_PULSE_SECONDS = 5.0
 _LOCK_HELD_SECONDS = 60.0
+_FILE_SECONDS = 10.0
 
 
 class Watchdog:
@@ -86,22 +87,33 @@ class Watchdog:
     def _give_up(self, waited: float) -> None:
         where = f"step {self._step}, {self._phase}"
         self._tell(f"rank {self._rank}: no progress for {waited:.0f} s in {where} (limit {self._limit:.0f} s)")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(f"{datetime.now().isoformat(timespec='seconds')} {where}\n")
-            stream.flush()
-            faulthandler.dump_traceback(stream)
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
+        self._keep(f"{datetime.now().isoformat(timespec='seconds')} {where}\n", stacks=True)
         if self._roll_call is not None:
             missing = self._roll_call.missing()
             self._tell(f"rank {self._rank}: {missing}")
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(f"{missing}\n\n")
+            self._keep(f"{missing}\n\n", stacks=False)
             self._roll_call.leave()
             if self._rank == 0:
                 # Without torchrun the store lives in this process: the others may still want to read.
                 time.sleep(min(10.0, self._limit))
         os._exit(exits.HUNG)
+
+    def _keep(self, text: str, *, stacks: bool) -> None:
+        """Write into the file, if that is done soon: a file system that does not answer may be why the run hangs."""
+
+        def write() -> None:
+            with suppress(OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("a", encoding="utf-8") as stream:
+                    stream.write(text)
+                    stream.flush()
+                    if stacks:
+                        faulthandler.dump_traceback(stream)
+
+        thread = threading.Thread(target=write, name="watchdog's file", daemon=True)
+        thread.start()
+        thread.join(_FILE_SECONDS)
 
     def _tell(self, line: str) -> None:
         sys.stderr.write(f"hung: {line}\n")

@@ -48,11 +48,13 @@ def test_the_best_stays(greater: bool, best: int, stay: list[int], tmp_path: Pat
 
 
 def test_what_latest_names_stays_where_a_person_turned_back(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
+    for step in range(1, 7):
         save(tmp_path, step, CheckpointConfig())
-    (tmp_path / "latest").write_text("iter_0000001\n")
-    tidy(tmp_path, CheckpointConfig(keep_last=1))
-    assert kept(tmp_path) == [1, 3]
+    (tmp_path / "latest").write_text("iter_0000002\n")
+    save(tmp_path, 3, CheckpointConfig(keep_last=2))
+    assert kept(tmp_path) == [2, 3, 4, 5, 6], "the one before stays, in case the newest gets damaged"
+    save(tmp_path, 4, CheckpointConfig(keep_last=1))
+    assert kept(tmp_path) == [4, 5, 6]
 
 
 def test_a_metric_that_does_not_exist_is_refused_with_the_legal_ones() -> None:

@@ -54,6 +54,15 @@ def test_the_last_save_before_a_deadline_is_in_time_and_late() -> None:
     assert end == 200 and run.saves[late] == f"checkpoint.must_save_by={moment}"
 
 
+def test_steps_longer_than_the_time_assumed_are_saved_before_the_deadline() -> None:
+    config = CheckpointConfig(must_save_by="2030-01-31T18:00:00+00:00")
+    by = deadline(config)
+    assert by is not None
+    run = Run(config, steps=5, step=700, save=20, start=by - 1800)
+    (first, *_) = run.saves
+    assert run.saved_at[first] <= by and run.saves[first].startswith("checkpoint.must_save_by")
+
+
 def test_a_deadline_that_has_passed_saves_nothing() -> None:
     run = Run(CheckpointConfig(must_save_by="2020-01-01T00:00"), steps=5, step=10, save=1, start=2e9)
     assert list(run.saves) == [5]

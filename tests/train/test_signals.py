@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_solopo import exits
 from megatron_solopo.config import Config
 from megatron_solopo.train import policy, reference, signals, step, trainer
-from megatron_solopo.train.signals import Stopped, StopSignals, spared_children
+from megatron_solopo.train.signals import Stopped, StopSignals
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import exit_codes, run_distributed
 from tests.train.runs import at_call, make_inputs, recorded, small_config
@@ -124,22 +124,6 @@ def test_a_second_signal_exits_at_once_even_from_a_collective() -> None:
 def test_one_request_delivered_twice_is_one() -> None:
     numbers = (signal.SIGUSR1, signal.SIGUSR1)
     assert exit_codes(wait_in_a_collective, 2, numbers, 0.1, 60.0, 2.0, patience=90) == [exits.STOPPED] * 2
-
-
-def test_helpers_of_a_save_are_spared() -> None:
-    context = multiprocessing.get_context("fork")
-    with spared_children():
-        helper = context.Process(target=time.sleep, args=(30,))
-        helper.start()
-    try:
-        for number in signals.SIGNALS:
-            os.kill(helper.pid or 0, number)
-        helper.join(timeout=0.5)
-        assert helper.is_alive()
-    finally:
-        helper.kill()
-        helper.join()
-    assert not set(signals.SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_before_the_ranks_have_met_a_signal_ends_the_process() -> None:
