@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -18,6 +16,9 @@ from pydantic import (
     Strict,
     model_validator,
 )
+
+from megatron_solopo.config_checkpoint import CheckpointConfig
+from megatron_solopo.config_section import Section
 
 LossType = Literal["dpo", "simpo", "orpo", "ipo", "cpo", "hinge", "robust"]
 ObjectiveName = Literal["solopo", "short_po", "long_po"]
@@ -29,14 +30,7 @@ _Decay = Annotated[float, Field(ge=0, lt=1)]
 _PAPER_ALPHA = {"dpo": 3.0}
 
 
-class _Section(BaseModel):
-    # Strict: `true` is no number and 1.5 no integer.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """What is trained."""
 
     path: _Path
@@ -61,7 +55,7 @@ class ModelConfig(_Section):
     num_layers_at_end_in_bf16: NonNegativeInt = 1
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which triplets, and how they are packed."""
 
     path: _Path
@@ -72,7 +66,7 @@ class DataConfig(_Section):
     """Upper bound on the triplets of one pack; 1 turns packing off."""
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """Megatron-Core's parallel sizes; what remains of the world size is data parallel."""
 
     tensor_model_parallel_size: PositiveInt = 1
@@ -92,7 +86,7 @@ class ParallelConfig(_Section):
     """Computes activations again in the backward pass: whole layers (full), or `recompute_modules` of each."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     recompute_num_layers: PositiveInt = 1
-    recompute_modules: list[Literal["core_attn", "mlp"]] = ["core_attn"]
+    recompute_modules: list[Literal["core_attn", "mlp"]] = Field(default=["core_attn"])
     """What `recompute_granularity: selective` computes again."""
     cpu_offloading_num_layers: NonNegativeInt = 0
     """Layers whose activations wait in host memory for the backward pass; needs a GPU and Transformer Engine."""
@@ -108,7 +102,7 @@ class ParallelConfig(_Section):
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
-class ObjectiveConfig(_Section):
+class ObjectiveConfig(Section):
     """The loss; every formula is in `megatron_solopo.objective`."""
 
     name: ObjectiveName = "solopo"
@@ -167,14 +161,14 @@ class ObjectiveConfig(_Section):
         return self.loss_type in ("dpo", "ipo", "hinge", "robust")
 
 
-class LogprobConfig(_Section):
+class LogprobConfig(Section):
     """The response-only head."""
 
     chunk_tokens: PositiveInt = 1024
     """Response rows projected to the vocabulary at a time; logits never exceed this many rows."""
 
 
-class ReferenceConfig(_Section):
+class ReferenceConfig(Section):
     """The frozen model that rewards are measured against."""
 
     model_path: _Path | None = None
@@ -183,7 +177,7 @@ class ReferenceConfig(_Section):
     """Directory of the cached log-probs; null: `<run_dir>/reference`."""
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """Adam and its schedule, in Megatron-Core's names."""
 
     lr: PositiveFloat = 1e-6
@@ -213,7 +207,7 @@ class OptimizerConfig(_Section):
         return self
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """Length, batch and what happens between steps."""
 
     global_batch_size: PositiveInt
@@ -231,20 +225,7 @@ class TrainingConfig(_Section):
     other, the run ends with an error and the checkpoint from before the first of them."""
 
 
-class CheckpointConfig(_Section):
-    """Megatron distributed checkpoints under `<run_dir>/checkpoints`."""
-
-    save_steps: PositiveInt | None = None
-    """Save every this many steps, and at the end; null: only at the end."""
-    resume: bool = True
-    """Continue from the newest whole checkpoint in `<run_dir>/checkpoints`, where there is one; false: refuse a
-    directory that holds a run."""
-    verify: Literal["checksums", "sizes"] = "checksums"
-    """What a checkpoint is held against before it is loaded. checksums: the ranks read every file, each its share, at
-    what the disk gives; sizes: finds missing and cut files alone, in a moment."""
-
-
-class WatchdogConfig(_Section):
+class WatchdogConfig(Section):
     """How long a rank may stand still before it writes its stacks, names who did not arrive, and ends with code 86."""
 
     timeout_minutes: PositiveFloat = 10.0
@@ -255,14 +236,14 @@ class WatchdogConfig(_Section):
     """Within a save."""
 
 
-class LoggingConfig(_Section):
+class LoggingConfig(Section):
     """Where metrics go besides `metrics.jsonl` and the console."""
 
     tensorboard: bool = True
     wandb_project: str | None = None
 
 
-class Config(_Section):
+class Config(Section):
     """One run."""
 
     run_dir: _Path

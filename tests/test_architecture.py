@@ -22,7 +22,9 @@ class Room:
 
 # "" is the package's own __init__; a dotted name is one module that lives apart from its folder's room.
 ROOMS = {
-    **dict.fromkeys(("", "config", "exits", "files", "model_directory", "progress"), Room(0)),
+    **dict.fromkeys(("", "config_section", "exits", "files", "model_directory", "progress"), Room(0)),
+    "config_checkpoint": Room(0, beside=frozenset({"config_section"})),
+    "config": Room(0, beside=frozenset({"config_checkpoint", "config_section"})),
     "roles": Room(0, beside=frozenset({"config"})),
     "config_file": Room(0, beside=frozenset({"config", "files"})),
     "evaluation_results": Room(0, beside=frozenset({"files"})),

@@ -29,8 +29,8 @@ def newest_checkpoint(root: Path, *, checksums: bool, say: Callable[[str], Any])
     for path in on_rank_0(lambda: _candidates(root)):
         problem = _problem(path, checksums)
         if problem is None:
-            on_rank_0(lambda path=path: _turn_to(path, damaged, say))  # type: ignore[misc]
-            return path, on_rank_0(lambda path=path: _read_state(path))  # type: ignore[misc]
+            on_rank_0(lambda path=path: _turn_to(path, damaged, say))
+            return path, on_rank_0(lambda path=path: _read_state(path))
         damaged[path] = problem
     if damaged:
         raise ValueError(

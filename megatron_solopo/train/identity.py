@@ -30,6 +30,6 @@ def check_unchanged(identity: Mapping[str, Any], saved: Mapping[str, Any], check
     ]
     if changed:
         raise ValueError(
-            f"{checkpoint}: a run keeps its objective, optimizer, model and data, but now {', '.join(changed)}; "
-            "restore that, or set run_dir to another directory"
+            f"{checkpoint}: a run keeps its objective, optimizer, model, data and reference, but now "
+            f"{', '.join(changed)}; restore that, or set run_dir to another directory"
         )

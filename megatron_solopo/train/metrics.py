@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -114,6 +115,15 @@ def keep_before(path: Path, first_step: int) -> None:
             )
 
 
+def wandb_run_id(run_dir: Path) -> str:
+    """The id of this run on W&B, made at its first start: continued, it is the same run there."""
+    file = run_dir / "wandb_run_id"
+    if not file.is_file():
+        with atomic_path(file) as temporary:
+            temporary.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
+    return file.read_text(encoding="utf-8").strip()
+
+
 def _tensorboard(run_dir: Path, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -134,5 +144,6 @@ def _wandb(run_dir: Path, project: str, config: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"logging.wandb_project={project}: the package wandb is missing; pip install 'megatron-solopo[wandb]'"
         ) from None
-    run = wandb.init(project=project, dir=str(run_dir), config=dict(config))
+    # W&B leaves out steps that it has already: what a run did twice, after a checkpoint and a crash, is there once.
+    run = wandb.init(project=project, dir=str(run_dir), config=dict(config), id=wandb_run_id(run_dir), resume="allow")
     return lambda step, values: run.log(dict(values), step=step)

@@ -6,8 +6,9 @@
 The numbers do not depend on TP, PP, CP or packing, so a cache made under one layout serves all.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,14 @@ def cached_reference(config: Config, splits: Splits) -> dict[str, ReferenceLogpr
         )
     _check(cache, expected)
     return {name: _read(cache, name, dataset, expected["roles"]) for name, dataset in splits.datasets.items()}
+
+
+def fingerprint(references: Mapping[str, ReferenceLogprobs]) -> str:
+    """Hex SHA-256 of the numbers themselves: of a cache that is computed again they may differ in the last bits."""
+    digest = hashlib.sha256()
+    for name, logprobs in sorted(references.items()):
+        digest.update(f"{name} {logprobs.roles}".encode() + logprobs.logps.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _on_rank_0(found: bool, topology: Topology) -> bool:

@@ -117,8 +117,10 @@ class RollCall:
             self._post()
             self._store.set("verdict", self._verdict(before, self._places()))
         else:
+            # It holds the lock meanwhile, so that it must post itself: who waits here is not silent.
             while not self._store.check(["verdict"]):
-                time.sleep(self._pulse_seconds / 10)
+                self._post()
+                time.sleep(self._pulse_seconds / 2)
         return str(self._store.get("verdict").decode())
 
     def _places(self) -> list[Place | None]:

@@ -23,12 +23,13 @@ from megatron_solopo.train.batches import single_pass, training_batches
 from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
 from megatron_solopo.train.identity import run_identity
 from megatron_solopo.train.largest_pack import Trial, is_wanted, try_largest_pack
+from megatron_solopo.train.lock import run_lock
 from megatron_solopo.train.metrics import Metrics, MetricsWriter, finite_or_none, reduce_over_ranks, reduce_sums
 from megatron_solopo.train.optimizer import check_schedule
 from megatron_solopo.train.plot import plot_metrics
 from megatron_solopo.train.policy import Policy, StepResult, build_policy
 from megatron_solopo.train.preflight import Row, check_surroundings
-from megatron_solopo.train.reference import reference_logprobs
+from megatron_solopo.train.reference import fingerprint, reference_logprobs
 from megatron_solopo.train.saving import Saver
 from megatron_solopo.train.session import Session, open_session
 from megatron_solopo.train.signals import Stopped
@@ -42,7 +43,7 @@ def train(config: Config) -> None:
     Raises ValueError for anything in the config, the data, the model or a checkpoint that does not fit, and
     SystemExit with code 85 where a signal asked to stop, once all is saved (`train.signals`).
     """
-    with open_session(config) as session:
+    with open_session(config) as session, run_lock(config.run_dir):
         _check_surroundings(session)
         Trainer(session).run()
 
@@ -107,6 +108,7 @@ class Trainer:
         references: dict[str, Any] = {}
         if config.objective.needs_reference:
             references = reference_logprobs(config, splits, topology, boundary=self._boundary("reference pass"))
+            self.saver.keep("reference.cache (its numbers)", fingerprint(references))
         self.losses = {
             name: objective_loss(config.objective, references.get(name), topology, observe)
             for name, observe in {"train": self.triplet_losses.observe, "eval": None}.items()
@@ -146,9 +148,10 @@ class Trainer:
             metrics = metrics | self._evaluate()
         if writer is not None:
             writer.write(metrics)
-        self.saver.recorded()
+        self.saver.recorded(metrics)
         if reason := self.saver.due():
-            self._save(reason)
+            self.session.begin(SAVE, self.step)
+            self.saver.save_due(reason)
 
     def _save(self, reason: str) -> Path | None:
         self.session.begin(SAVE, self.step)
@@ -267,7 +270,7 @@ class Trainer:
             self.config.run_dir,
             self.config.logging,
             self.config.model_dump(mode="json"),
-            first_step=self.step + 1,
+            first_step=self.saver.boundary.first_unrecorded_step,
             total_steps=self.max_steps,
         )
 

@@ -139,8 +139,11 @@ def test_wandb_gets_the_config_and_every_number(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=start))
     write(tmp_path, [step_metrics(1)], logging=LoggingConfig(tensorboard=False, wandb_project="solopo"))
-    assert started == {"project": "solopo", "dir": str(tmp_path), "config": {"seed": 1}}
+    run_id = started.pop("id")
+    assert started == {"project": "solopo", "dir": str(tmp_path), "config": {"seed": 1}, "resume": "allow"}
     assert logged == [(1, {name: v for name, v in step_metrics(1).items() if name not in ("step", "mfu")})]
+    write(tmp_path, [step_metrics(2)], first_step=2, logging=LoggingConfig(tensorboard=False, wandb_project="solopo"))
+    assert started["id"] == run_id, "continued, it is the same run there"
 
 
 def test_wandb_that_is_missing_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

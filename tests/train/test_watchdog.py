@@ -1,10 +1,12 @@
 """A run that hangs ends by itself, with the stacks, and with the name of who did not arrive."""
 
 import ctypes
+import json
 import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,21 @@ def test_a_rank_that_is_behind_is_named_with_its_phase() -> None:
     time.sleep(0.2)
     assert ranks[0].missing() == "alive but behind: rank 1 (node0) last at step 3, data"
     assert ranks[2].missing() == ranks[0].missing(), "the first one's finding is everybody's"
+
+
+def test_who_waits_for_the_finding_is_not_silent() -> None:
+    store = dist.HashStore()
+    rank = calls(2, store)[0]
+    store.add("verdict/asked", 1)  # rank 1 was first, and is reading
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(rank.missing)
+        pulses = []
+        for _ in range(2):
+            time.sleep(0.1)
+            pulses.append(json.loads(store.get("place/0"))["pulse"])
+        store.set("verdict", "rank 7")
+        assert found.result() == "rank 7"
+    assert pulses[1] > pulses[0]
 
 
 def test_all_alike_is_the_networks_fault() -> None:

@@ -1,0 +1,69 @@
+"""One run per run directory."""
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import torch.distributed as dist
+
+from megatron_solopo.parallel.agreement import on_rank_0
+
+LOCK = ".lock"
+_WAIT_SECONDS = 10.0
+_POLL_SECONDS = 0.2
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the directory while the body runs; all ranks together, rank 0 holds it.
+
+    A record lock (POSIX): the kernel lets go of it when the process ends, in whatever way, and a process that it has
+    forked does not inherit it. NFS hands it between nodes, if mounted with locks (not `nolock` or `local_lock`), and
+    frees that of a dead node when its lease ends. A predecessor that is just ending is waited for.
+
+    Raises ValueError on every rank, naming the process that holds it.
+    """
+    held: list[TextIO] = []
+    on_rank_0(lambda: held.append(_acquire(run_dir, _WAIT_SECONDS)))
+    try:
+        yield
+    finally:
+        for stream in held:
+            stream.close()
+
+
+def _acquire(run_dir: Path, wait_seconds: float) -> TextIO:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = run_dir / LOCK
+    stream = file.open("a+", encoding="utf-8")
+    until = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                return stream  # a file system without locks: nothing to be told apart by
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                stream.close()
+                raise
+        if time.monotonic() > until:
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            stream.close()
+            raise ValueError(
+                f"{run_dir}: {holder} trains in it; end that first, or set run_dir to another directory. If it is "
+                f"known to be dead, its node's lock has not been freed yet: remove {file}"
+            )
+        time.sleep(_POLL_SECONDS)
+    stream.truncate(0)
+    job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}{job} ({dist.get_world_size()} ranks)\n")
+    stream.flush()
+    return stream

@@ -1,0 +1,189 @@
+"""Runs that save in the background, die inside a save, or find a damaged checkpoint: real processes, two ranks."""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_solopo.config_file import parse_config
+from megatron_solopo.files import read_jsonl
+from megatron_solopo.train import lock
+from megatron_solopo.train.trainer import train
+from tests.distributed import run_distributed
+from tests.prepared import make_prepared
+from tests.tiny_models import make_model
+
+STEPS = 4
+CONFIG: dict[str, Any] = {
+    "data": {"max_tokens_per_pack": 400},
+    "training": {"global_batch_size": 4, "max_steps": STEPS, "eval_steps": 2},
+    "optimizer": {"lr": 1e-3},
+    "checkpoint": {"save_steps": 1},
+    "parallel": {"tensor_model_parallel_size": 2},
+}
+
+
+def launch(folder: Path, run: str, *, die_in: str = "", **sections: dict[str, Any]) -> str:
+    """Train on two processes; returns what rank 0 said, or the error that both ended with.
+
+    Args:
+        die_in: `module:function:n`: rank 0 gets SIGKILL where it calls that function for the n-th time.
+    """
+    config = CONFIG | {
+        "run_dir": folder / run,
+        "model": {"path": folder / "model"},
+        "data": CONFIG["data"] | {"path": folder / "prepared"},
+        "reference": {"cache": folder / "reference"},
+    }
+    config |= {name: config[name] | section for name, section in sections.items()}
+    said: list[str] = run_distributed(run_one, 2, config, die_in)
+    return said[0]
+
+
+def run_one(config: dict[str, Any], die_in: str) -> str:
+    """On every rank."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), mock.patch.object(lock, "_WAIT_SECONDS", 0.5), dying(die_in):
+        try:
+            train(parse_config(config, source="test"))
+        except ValueError as error:
+            return f"error: {error}"
+    return said.getvalue()
+
+
+def dying(die_in: str) -> contextlib.AbstractContextManager[Any]:
+    if not die_in or os.environ["RANK"] != "0":
+        return contextlib.nullcontext()
+    module, name, number = die_in.split(":")
+    *owners, name = name.split(".")
+    owner: Any = importlib.import_module(module)
+    for each in owners:
+        owner = getattr(owner, each)
+    original, calls = getattr(owner, name), []
+
+    def killed(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        if len(calls) == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    return mock.patch.object(owner, name, killed)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    make_model(path / "model", "qwen2_tied", seed=0)
+    make_prepared(path / "prepared", rows=15, eval_count=5, seed=0)
+    launch(path, "whole")
+    return path
+
+
+def metrics(folder: Path, run: str) -> list[dict[str, Any]]:
+    """Without what the clock and the machine decide."""
+    noise = ("step_time", "tokens_per_second", "peak_memory_bytes", "mfu")
+    return [{k: v for k, v in step.items() if k not in noise} for step in read_jsonl(folder / run / "metrics.jsonl")]
+
+
+def tensors(checkpoint: Path) -> dict[str, str]:
+    """Checksums of the files that hold weights and optimizer. Random number generators are not seeded alike."""
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    found = {name: each["checksum"] for name, each in files.items() if name.endswith(".distcp")}
+    assert len(found) >= 2
+    return found
+
+
+def copy(folder: Path, run: str, until: int) -> Path:
+    """The run directory as it was after step `until`, one step further than its newest checkpoint."""
+    shutil.copytree(folder / "whole", folder / run)
+    for step in range(until, STEPS + 1):
+        shutil.rmtree(folder / run / "checkpoints" / f"iter_{step:07d}")
+    (folder / run / "checkpoints" / "latest").write_text(f"iter_{until - 1:07d}\n")
+    return folder / run / "checkpoints"
+
+
+def test_async_saves_are_the_synchronous_ones_bit_by_bit(folder: Path) -> None:
+    launch(folder, "async", checkpoint={"async_save": True, "keep_last": 2, "keep_every": 2})
+    assert metrics(folder, "async") == metrics(folder, "whole")
+    saved = sorted(path.name for path in (folder / "async" / "checkpoints").iterdir())
+    assert saved == ["iter_0000002", "iter_0000003", "iter_0000004", "latest"]
+    for name in saved[:3]:
+        assert tensors(folder / "async" / "checkpoints" / name) == tensors(folder / "whole" / "checkpoints" / name)
+
+
+DEATHS = {
+    "inside the write": ("megatron_solopo.checkpoint.sharded:ShardedWrite._write_file:5", 3),
+    "between name and latest": ("megatron_solopo.checkpoint.directory:sync_directory:5", 4),
+}
+
+
+@pytest.mark.parametrize(("where", "mode"), [*((where, False) for where in DEATHS), ("inside the write", True)])
+def test_killed_inside_a_save_it_continues_from_the_good_one(where: str, mode: bool, folder: Path) -> None:
+    name = f"killed-{list(DEATHS).index(where)}-{mode}"
+    die_in, continues_at = DEATHS[where]
+    # Whichever is noticed first: that rank 0 is dead, or that rank 1 has lost it.
+    with pytest.raises((TimeoutError, RuntimeError), match=r"killed: \[0\]|rank 1 failed(.|\n)*gloo"):
+        launch(folder, name, die_in=die_in, checkpoint={"async_save": mode})
+    left = sorted(path.name for path in (folder / name / "checkpoints").iterdir())
+    assert ("iter_0000003" in left) == (where == "between name and latest"), left
+    assert (folder / name / "checkpoints" / "latest").read_text() == "iter_0000002\n"
+    said = launch(folder, name, checkpoint={"async_save": mode})
+    assert f"at step {continues_at}" in said, said
+    assert metrics(folder, name) == metrics(folder, "whole")
+    last = f"checkpoints/iter_{STEPS:07d}"
+    assert tensors(folder / name / last) == tensors(folder / "whole" / last)
+    assert not [path.name for path in (folder / name / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-len(content) // 3] ^= 8
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_continues(folder: Path) -> None:
+    name = "damaged"
+    checkpoints = copy(folder, name, until=4)
+    flip(checkpoints / "iter_0000003" / "__1_0.distcp")
+    said = launch(folder, name)
+    assert f"damaged: {checkpoints / 'iter_0000003' / '__1_0.distcp'}: " in said and "at step 3" in said
+    assert (checkpoints / "damaged_iter_0000003").is_dir()
+    assert metrics(folder, name) == metrics(folder, "whole")
+    events = EventAccumulator(str(folder / name / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, STEPS + 1)), "each step once"
+
+
+def test_another_reference_is_refused(folder: Path) -> None:
+    copy(folder, "other-reference", until=3)
+    make_model(folder / "other_model", "qwen2_tied", seed=3)
+    said = launch(
+        folder,
+        "other-reference",
+        reference={"model_path": folder / "other_model", "cache": folder / "other"},
+    )
+    assert (
+        said.startswith("error: ") and "iter_0000002: a run keeps" in said and "reference.cache (its numbers)" in said
+    )
+
+
+def test_two_runs_do_not_share_a_directory(folder: Path) -> None:
+    copy(folder, "shared", until=3)
+    file = str(folder / "shared" / ".lock")
+    code = f"import fcntl, time; f = open({file!r}, 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True)"
+    with subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(120)"], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline()
+        said = launch(folder, "shared")
+        holder.kill()
+    assert said.startswith("error: ") and "trains in it; end that first" in said
+    assert not (folder / "shared" / "checkpoints" / "iter_0000003").exists()
