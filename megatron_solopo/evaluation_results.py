@@ -43,7 +43,7 @@ class Cell(_Part):
     prompt_tokens: int
     generated_tokens: int
     seconds: float
-    """Wall time of the generation; the samples of a batch share its time equally."""
+    """Wall time of the generation; samples that are generated side by side share it."""
 
 
 class Skipped(_Part):
@@ -83,7 +83,7 @@ class LongContextResults(_Part):
     prompt_tokens: int
     generated_tokens: int
     seconds: float
-    """Wall time of all generation, interrupted sessions included; making the prompts is not in it."""
+    """Wall time of all generation, interrupted sessions included; making the prompts is in it for a server alone."""
     layout: dict[str, int]
     """Parallel sizes by Megatron-Core's names, and `data_parallel_size`; empty but for backend megatron."""
     device: str

@@ -31,7 +31,7 @@ class Generated(Response):
     """The right ones."""
     tokens: int
     seconds: float
-    """The sample's share of its batch's time."""
+    """The sample's share of the wall time."""
 
 
 Keep = Callable[[Sequence[Generated]], None]

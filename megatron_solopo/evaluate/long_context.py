@@ -27,7 +27,7 @@ from megatron_solopo.evaluate.results import make_results
 from megatron_solopo.evaluate.samples import Spec
 from megatron_solopo.evaluate.settings import LongContextSettings
 from megatron_solopo.evaluate.target import Target, resolve, stored_dtype
-from megatron_solopo.evaluation_results import LongContextResults
+from megatron_solopo.evaluation_results import LongContextResults, read_long_context
 from megatron_solopo.files import atomic_path, check_writable, read_jsonl, remove
 from megatron_solopo.progress import bar_style
 
@@ -45,6 +45,11 @@ def evaluate_long_context(settings: LongContextSettings) -> LongContextResults |
     if target.backend != "megatron" and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
             f"torchrun started several processes, but backend {target.backend} runs in one; start it alone"
+        )
+    if target.backend != "megatron" and settings.model_ranks != 1:
+        raise ValueError(
+            f"--tensor-model-parallel-size and --pipeline-model-parallel-size: backend {target.backend} runs in one "
+            "process; leave them out, or start with torchrun"
         )
     tokenizer = load_tokenizer(settings.tokenizer or target.path or "")
     plan = make_plan(settings, target, tokenizer)
@@ -73,6 +78,11 @@ def _output(settings: LongContextSettings, target: Target) -> Path:
     if output is None:
         raise ValueError("--output: needed for a model that belongs to no run, such as --output results/base.json")
     check_writable(output.parent, "--output")
+    if output.exists():
+        try:
+            read_long_context(output)
+        except ValueError as error:
+            raise ValueError(f"{error}; it would be lost, set --output or --name") from None
     return output
 
 

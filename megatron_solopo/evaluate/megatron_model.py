@@ -68,7 +68,7 @@ class MegatronModel:
             found: list[Any] = [None] * size
             dist.all_gather_object(found, own, group=group)
             if dist.get_rank() == 0:
-                keep([each for answers in found for each in answers])
+                keep(_sharing_time(found))
 
     def _generate(self, samples: Sequence[Sample]) -> list[Generated]:
         return generate_batch(self, samples, self._tokenizer, self._ends, self._topology.device)
@@ -116,6 +116,13 @@ class MegatronModel:
         nothing = torch.zeros((), device=logits_B1V.device)
         count = torch.ones((), dtype=torch.int, device=logits_B1V.device)
         return nothing, count, logits_B1V[:, -1, : self._vocab_size].argmax(dim=-1)
+
+
+def _sharing_time(found: Sequence[Sequence[Generated]]) -> list[Generated]:
+    """Answers of ranks that worked side by side: each gets its share of the slowest rank's time."""
+    slowest = max(sum(each.seconds for each in answers) for answers in found)
+    together = [each for answers in found for each in answers]
+    return [each.model_copy(update={"seconds": slowest / len(together)}) for each in together]
 
 
 def _rounded(length: int) -> int:

@@ -29,7 +29,8 @@ class GreedySettings:
 
 
 class ServerModel:
-    """See `generation.Generator`. Requests are under way side by side, so the seconds of one hold those of others."""
+    """See `generation.Generator`. Requests are under way side by side; the seconds of an answer are those since the
+    one before it, so that they add up to the wall time."""
 
     device = "server"
     layout: dict[str, int] = {}  # noqa: RUF012
@@ -44,14 +45,16 @@ class ServerModel:
 
     async def _run(self, specs: Sequence[Spec], build: Callable[[Spec], Sample], keep: Keep) -> None:
         server = OpenAIServer(self._settings)
-        waiting = iter(specs)
+        waiting, last = iter(specs), time.perf_counter()
 
         async def work() -> None:
+            nonlocal last
             for spec in waiting:
                 sample = build(spec)
-                start = time.perf_counter()
                 answer = await self._ask(server, sample)
-                keep([generated(sample, answer, time.perf_counter() - start)])
+                now = time.perf_counter()
+                keep([generated(sample, answer, now - last)])
+                last = now
 
         try:
             async with asyncio.TaskGroup() as group:

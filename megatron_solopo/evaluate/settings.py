@@ -46,6 +46,11 @@ class LongContextSettings:
     seed: int = 0
     overwrite: bool = False
 
+    @property
+    def model_ranks(self) -> int:
+        """Processes that one copy of our model takes."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
     def check(self) -> None:
         """Raise ValueError with one line per mistake."""
         if mistakes := [*self._wrong_numbers(), *self._wrong_tasks(), *self._wrong_places()]:
@@ -72,6 +77,8 @@ class LongContextSettings:
             mistakes.append("nothing to evaluate: name --tasks and --lengths, or --contexts, or both")
         if self.tasks and not self.lengths:
             mistakes.append("--tasks: needs --lengths, such as --lengths 4096,8192")
+        if self.tasks and not self.depths:
+            mistakes.append("--depths: names none; the default is 0,0.25,0.5,0.75,1")
         if QA in self.tasks and self.corpus is None:
             mistakes.append(f"--tasks {QA}: needs --corpus")
         if self.scored_text == "final" and not self.answer_marker.strip():
@@ -84,6 +91,8 @@ class LongContextSettings:
             mistakes.append(f"--server {self.server}: must begin with http:// or https://")
         if self.server is not None and self.tokenizer is None:
             mistakes.append("--server: needs --tokenizer, the model's own, to make prompts of exact lengths")
+        if self.server is not None and self.backend != "auto":
+            mistakes.append(f"--backend {self.backend}: has no part where --server generates")
         if self.output is not None and self.output.suffix != ".json":
             mistakes.append(f"--output {self.output}: must end in .json")
         if self.output is not None and self.name is not None:

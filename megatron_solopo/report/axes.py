@@ -74,9 +74,10 @@ def heat_map(axis: Axes, theme: Theme, cells: Mapping[tuple[str, str], tuple[flo
     """Shares in [0, 1] with their numbers written in; cells without a measurement stay empty.
 
     Args:
-        cells: (column, row) -> (share, count), columns and rows in order of appearance, the first row at the top.
+        cells: (column, row) -> (share, count), columns in order of appearance, rows sorted, the first at the top.
     """
-    columns, rows = (list(dict.fromkeys(key[side] for key in cells)) for side in (0, 1))
+    # Not every column has every row: their order of appearance says nothing.
+    columns, rows = list(dict.fromkeys(column for column, _ in cells)), sorted({row for _, row in cells})
     shares = np.full((len(rows), len(columns)), np.nan)
     for (column, row), (share, _) in cells.items():
         shares[rows.index(row), columns.index(column)] = share

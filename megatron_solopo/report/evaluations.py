@@ -23,9 +23,21 @@ class Evaluations:
     preferences_before: PreferenceResults | None = None
 
 
-def read_evaluations(run_dir: Path, notes: list[str]) -> Evaluations:
-    """Read `<run_dir>/evaluation/*.json`; what cannot be read goes into the notes."""
-    return chosen(read_files(sorted((run_dir / EVALUATION_FOLDER).glob("*.json")), notes))
+def read_evaluations(run_dir: Path, base: str | None, notes: list[str]) -> Evaluations:
+    """Read `<run_dir>/evaluation/*.json`; what cannot be read, or is not shown, goes into the notes.
+
+    Args:
+        base: the model that the run started from, as its config names it.
+    """
+    found = read_files(sorted((run_dir / EVALUATION_FOLDER).glob("*.json")), notes)
+    shown = chosen(found, base)
+    kept = [shown.answers, shown.preferences, shown.answers_before, shown.preferences_before]
+    if left := [each.name for each in found if not any(each is one for one in kept)]:
+        notes.append(
+            f"Not shown: {', '.join(left)} in {EVALUATION_FOLDER}; of the run, and of the model before it, the newest "
+            "of each kind is."
+        )
+    return shown
 
 
 def read_files(paths: Sequence[Path], notes: list[str]) -> list[LongContextResults | PreferenceResults]:
@@ -45,16 +57,20 @@ def read_files(paths: Sequence[Path], notes: list[str]) -> list[LongContextResul
     return found
 
 
-def chosen(results: Sequence[LongContextResults | PreferenceResults]) -> Evaluations:
-    """The newest of each kind; results without a step are of the model before training."""
+def chosen(results: Sequence[LongContextResults | PreferenceResults], base: str | None) -> Evaluations:
+    """The newest of each kind; of the model before training those of `base`, which an export of the run is not."""
     answers = [each for each in results if isinstance(each, LongContextResults)]
     preferences = [each for each in results if isinstance(each, PreferenceResults)]
     return Evaluations(
         _newest([each for each in answers if each.step is not None]),
         _newest([each for each in preferences if each.step is not None]),
-        _newest([each for each in answers if each.step is None]),
-        _newest([each for each in preferences if each.step is None]),
+        _newest([each for each in answers if _is_of(each, base)]),
+        _newest([each for each in preferences if _is_of(each, base)]),
     )
+
+
+def _is_of(results: Result, base: str | None) -> bool:
+    return results.step is None and base is not None and Path(results.model).resolve() == Path(base).resolve()
 
 
 def _newest(results: Sequence[Result]) -> Result | None:

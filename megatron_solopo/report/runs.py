@@ -89,7 +89,8 @@ def _read(path: Path, name: str) -> Run:
     notes: list[str] = []
     config = _read_config(path / RUN_CONFIG, notes)
     steps = _read_steps(path / METRICS, notes)
-    return Run(path, name, config, steps, _total_steps(config), read_evaluations(path, notes), notes)
+    evaluations = read_evaluations(path, config.get("model.path"), notes)
+    return Run(path, name, config, steps, _total_steps(config), evaluations, notes)
 
 
 def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:

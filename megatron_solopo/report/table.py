@@ -1,5 +1,6 @@
 """The tables of the page, verdict and cost: the best of a column is marked, and what cannot be told from it."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,10 +101,10 @@ def _compared(where: str, what: str, scores: Sequence[tuple[str, Value]]) -> str
     said = f"{where}, {name} has {'the highest ' if others else ''}{what}, {best}."
     if not others:
         return said
-    even = [other for other, value in others if _overlap(value, best)]
+    even = [other for other, value in others if _even(best, value)]
     if even:
-        return f"{said} The intervals of {' and '.join(even)} overlap with it: these data do not tell them apart."
-    return f"{said} No other run's interval overlaps with it; {others[0][0]} follows with {others[0][1]}."
+        return f"{said} The interval of its difference to {' and '.join(even)} holds 0: chance may have decided."
+    return f"{said} No interval of its difference to another run holds 0; {others[0][0]} follows with {others[0][1]}."
 
 
 def _table(runs: Sequence[Run], columns: Sequence[Column]) -> Table:
@@ -123,15 +124,20 @@ def _marked(values: list[Value], is_ranked: bool) -> list[Value]:
     def mark(value: Value) -> Mark:
         if value.mean is None:
             return ""
-        return "best" if value.mean == best.mean else "even" if _overlap(value, best) else ""
+        return "best" if value.mean == best.mean else "even" if _even(best, value) else ""
 
     return [replace(value, mark=mark(value)) for value in values]
 
 
-def _overlap(one: Value, other: Value) -> bool:
-    if one.low is None or one.high is None or other.low is None or other.high is None:
+def _even(best: Value, other: Value) -> bool:
+    """Whether the 95 % interval of the difference holds 0: Newcombe's (1998, method 10), from both means' intervals.
+
+    It takes the runs for independent; on the same questions they mostly err alike, and it is too wide rather than too
+    narrow. Intervals that overlap would not do: two may overlap where the difference is clear.
+    """
+    if best.mean is None or best.low is None or other.mean is None or other.high is None:
         return False
-    return one.low <= other.high and other.low <= one.high
+    return best.mean - other.mean <= math.hypot(best.mean - best.low, other.high - other.mean)
 
 
 def _common_lengths(runs: Sequence[Run]) -> list[int]:

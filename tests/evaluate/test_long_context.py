@@ -181,6 +181,9 @@ def test_a_server_is_asked_greedily(models, tmp_path) -> None:
         ({"lengths": ()}, "--tasks: needs --lengths"),
         ({"tasks": ("needles",)}, "--tasks needles: legal: needle_single"),
         ({"depths": (0.5, 1.5)}, "--depths 1.5: must be from 0 to 1"),
+        ({"depths": ()}, "--depths: names none"),
+        ({"tensor_model_parallel_size": 2}, "backend transformers runs in one process"),
+        ({"server": "http://x", "tokenizer": "t", "backend": "megatron"}, "--backend megatron: has no part"),
         ({"output": None}, "--output: needed for a model that belongs to no run"),
         ({"output": Path("r.jsonl")}, "must end in .json"),
         ({"server": "localhost"}, "must begin with http"),
@@ -192,6 +195,13 @@ def test_mistakes_are_one_line(models, options, message, tmp_path) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_long_context(LongContextSettings(**given))
     assert not list(tmp_path.iterdir())
+
+
+def test_another_file_is_not_lost(models, tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"kind": "preference"}')
+    with pytest.raises(ValueError, match=r"config\.json: .* it would be lost, set --output or --name"):
+        evaluate_long_context(LongContextSettings(str(models[1]), output=tmp_path / "config.json", **ASKED))
+    assert (tmp_path / "config.json").read_text() == '{"kind": "preference"}'
 
 
 def test_a_checkpoint_is_not_for_transformers(models) -> None:

@@ -86,13 +86,18 @@ def test_the_newest_evaluation_and_the_one_before_training_are_found(tmp_path: P
     for step in (40, 120, None):
         write_answers(run, skill=0.5, step=step)
     write_preferences(run, skill=0.5, step=120)
+    export = json.loads((run / "evaluation" / "long-context-None.json").read_text())
+    export |= {"name": "export", "model": "aligned", "created": "2027-01-01T00:00:00+00:00"}
+    (run / "evaluation" / "export.json").write_text(json.dumps(export))
     (run / "evaluation" / "damaged.json").write_text('{"kind": "preference"')
     (run / "evaluation" / "old.json").write_text('{"kind": "long_context", "schema_version": 7}')
     (run / "evaluation" / "other.json").write_text("[1]")
     (found,) = read_runs([run])
     assert found.evaluations.answers is not None and found.evaluations.answers.step == 120
-    assert found.evaluations.answers_before is not None and found.evaluations.preferences_before is None
-    damaged, old = found.notes
+    assert found.evaluations.answers_before is not None
+    assert found.evaluations.answers_before.model == "models/base" and found.evaluations.preferences_before is None
+    damaged, old, hidden = found.notes
+    assert "Not shown: export, long-context in evaluation" in hidden
     assert "evaluation/damaged.json was left out: not valid JSON" in damaged
     assert "evaluation/old.json was left out" in old and "schema_version" in old
 

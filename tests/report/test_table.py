@@ -1,13 +1,17 @@
 """What the tables and sentences say of runs."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from megatron_solopo.report.axes import Point, short_length
+from megatron_solopo.report.axes import Point, heat_map, short_length
 from megatron_solopo.report.curves import running_mean, thinned
 from megatron_solopo.report.evaluations import mean_answer_points
 from megatron_solopo.report.runs import Run, read_runs
+from megatron_solopo.report.style import LIGHT
 from megatron_solopo.report.table import cost_table, verdict_sentences, verdict_table
 from tests.report.written_runs import LENGTHS, accuracy, write_answers, write_preferences, write_run
 
@@ -35,11 +39,36 @@ def test_the_best_is_marked_and_what_cannot_be_told_from_it(runs: list[Run]) -> 
 def test_sentences_say_what_the_intervals_allow(runs: list[Run]) -> None:
     near, rewards = verdict_sentences(runs)
     assert near.startswith("At 16,384 tokens, good has the highest accuracy, ")
-    assert near.endswith("The intervals of near overlap with it: these data do not tell them apart.")
+    assert near.endswith("The interval of its difference to near holds 0: chance may have decided.")
     assert "reward accuracy behind the long context" in rewards
     apart = verdict_sentences([runs[0], runs[2]])[0]
-    assert "No other run's interval overlaps with it; poor follows with" in apart
+    assert "No interval of its difference to another run holds 0; poor follows with" in apart
     assert "highest" not in verdict_sentences(runs[:1])[0]
+
+
+@pytest.mark.parametrize(("right", "mark"), [(72, "even"), (65, "")])
+def test_a_difference_is_told_by_its_own_interval(tmp_path: Path, right: int, mark: str) -> None:
+    """80 of 100 against 72 and 65: the intervals of both overlap with the first's, but 0.15 [0.03, 0.27] is clear."""
+    bounds = {80: (0.7112, 0.8666), 72: (0.6252, 0.7986), 65: (0.5525, 0.7364)}  # Wilson's
+    for name, count in (("good", 80), ("other", right)):
+        low, high = bounds[count]
+        path = write_preferences(write_run(tmp_path / name), skill=0.5, step=120)
+        written = json.loads(path.read_text())
+        written["overall"]["metrics"]["rewards/accuracies_long"] = {"mean": count / 100, "low": low, "high": high}
+        path.write_text(json.dumps(written))
+    table = verdict_table(read_runs([tmp_path / "good", tmp_path / "other"]))
+    place = table.columns.index("reward accuracy, long")
+    assert [values[place].mark for _, values in table.rows] == ["best", mark]
+    assert bounds[right][1] > bounds[80][0]
+
+
+def test_depths_are_in_order_though_a_length_lacks_some() -> None:
+    axis = Figure().add_subplot()
+    cells = {("1K", "0.50"): (0.5, 4), ("2K", "0.00"): (0.9, 4), ("2K", "unknown"): (0.1, 4), ("2K", "0.50"): (0.2, 4)}
+    heat_map(axis, LIGHT, cells)
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["0.00", "0.50", "unknown"]
+    shown = np.ma.getdata(axis.images[0].get_array())
+    assert shown[:, 1].tolist() == [0.9, 0.2, 0.1] and shown[1, 0] == 0.5
 
 
 def test_runs_without_evaluation_have_no_verdict_and_no_empty_columns(tmp_path: Path) -> None:

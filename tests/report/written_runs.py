@@ -21,6 +21,7 @@ def write_run(path: Path, *, steps: int = 120, max_steps: int | None = 120, seed
     sections = {
         "run_dir": str(path),
         "seed": seed,
+        "model": {"path": "models/base"},
         "training": {"global_batch_size": 8, "max_steps": max_steps},
         **config,
     }

@@ -137,7 +137,8 @@ def failures(results: Results) -> Iterator[str]:
 def _failures_from(results: Results, strength: int, rate: float) -> Iterator[Sequence[str]]:
     """The rows of one base and learning rate of which there are runs."""
     place = [f"{strength} %", f"{rate:g}"]
-    yield [*place, "", "base", *_outcome(results, like(results, Run(strength, 0, "base")))[:3], *[""] * 5]
+    if found := like(results, Run(strength, 0, "base")):
+        yield [*place, "", "base", *_outcome(results, found)[:3], *[""] * 5]
     for loss_type in LOSS_TYPES:
         for method in ("short_po", "long_po"):
             if found := like(results, Run(strength, 0, method, loss_type, learning_rate=rate)):

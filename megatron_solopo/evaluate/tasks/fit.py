@@ -33,8 +33,11 @@ def fit(build: Build, excess: Callable[[Content], int], most_units: int | None =
         most_units: How many units there are; padding does not stand in for what is missing. None: no bound.
     """
     units = _most(lambda n: excess(build(n, "")), most_units)
-    if units is None or units == most_units:
+    if units is None:
         return None
+    if units == most_units:
+        whole = build(units, "")
+        return None if excess(whole) else whole
     prompts = (_pad(build, excess, units - fewer) for fewer in range(min(_BACKWARDS, units + 1)))
     return next((prompt for prompt in prompts if prompt is not None), None)
 

@@ -55,7 +55,7 @@ def test_lists_and_questions_have_exactly_the_asked_length(tokenizers, style, co
 
 
 def test_a_prompt_depends_on_the_seed_and_its_number_alone(tokenizers) -> None:
-    names, lengths = ["needle_multi_key", "common_words"], (1200, 1500)
+    names, lengths = ["needle_multi_key", "common_words"], (1600, 1800)
     first, again, other = (
         samples_of(tasks_of(tokenizers["byte_level"], names, lengths, seed=seed)) for seed in (1, 1, 2)
     )
@@ -147,3 +147,14 @@ def test_what_cannot_be_made_is_refused(tokenizers, tmp_path, names, length, opt
     chosen = options | ({"corpus": corpus} if options.get("corpus") else {})
     with pytest.raises(ValueError, match=message):
         tasks_of(tokenizers["byte_level"], names, [length], **{"samples": 1} | chosen).check()
+
+
+def test_a_corpus_that_just_suffices_is_taken_whole(tokenizers, tmp_path) -> None:
+    prompt = PromptTemplate(DEFAULT_TEMPLATE, titles=True, template="plain")
+    corpus = QuestionCorpus(write(tmp_path / "few.jsonl", first_lines(4)), "musique", prompt, 0)
+    tokenizer = tokenizers["byte_level"]
+    with pytest.raises(ValueError, match="too few documents") as error:
+        tasks_of(tokenizer, ["qa"], [90_000], corpus=corpus, samples=1).check()
+    length = int(re.search(r"for (\d+) tokens", str(error.value))[1])
+    (sample,) = samples_of(tasks_of(tokenizer, ["qa"], [length], corpus=corpus, samples=1))
+    assert len(encode_prompt(sample.prompt, tokenizer, "plain")) == length
