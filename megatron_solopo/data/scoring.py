@@ -70,12 +70,8 @@ def _f1(said: list[str], gold: list[str]) -> float:
 
 def final_answer(response: str, marker: str) -> tuple[str, bool]:
     """What stands behind the last marker, ignoring its case, and whether there is one; else all of the response."""
-    # casefold would change the length of some characters, and with it the place.
-    lowered = response.lower()
-    place = lowered.rfind(marker.lower())
-    if place < 0 or len(lowered) != len(response):
-        return response, False
-    return response[place + len(marker) :].strip(), True
+    found = list(re.finditer(re.escape(marker), response, re.IGNORECASE))
+    return (response[found[-1].end() :].strip(), True) if found else (response, False)
 
 
 SCORERS: dict[Score, Callable[[str, Sequence[str]], float]] = {

@@ -34,6 +34,8 @@ class Generated(Response):
     """The sample's share of the wall time."""
 
 
+Build = Callable[[Spec], Sample | None]
+"""Makes a sample's prompt; None where there is none of its length."""
 Keep = Callable[[Sequence[Generated]], None]
 """Called with answers as they come, on the one process that writes."""
 
@@ -45,8 +47,8 @@ class Generator(Protocol):
     layout: dict[str, int]
     """Parallel sizes, empty where there are none."""
 
-    def run(self, batches: Sequence[Sequence[Spec]], build: Callable[[Spec], Sample], keep: Keep) -> None:
-        """Answer every sample. The prompts of a batch are equally long and have the same room."""
+    def run(self, batches: Sequence[Sequence[Spec]], build: Build, keep: Keep) -> None:
+        """Answer every sample that can be made. The prompts of a batch are equally long and have the same room."""
 
 
 class LocalModel(Protocol):
@@ -72,10 +74,17 @@ def batched(specs: Iterable[Spec], size: int) -> list[list[Spec]]:
     return batches
 
 
+def built(specs: Iterable[Spec], build: Build) -> list[Sample]:
+    """The samples that can be made."""
+    return [sample for sample in map(build, specs) if sample is not None]
+
+
 def generate_batch(
     model: LocalModel, samples: Sequence[Sample], tokenizer: Tokenizer, ends: Collection[int], device: torch.device
 ) -> list[Generated]:
     """Answers to one batch."""
+    if not samples:
+        return []
     ids = [encode_prompt(sample.prompt, tokenizer, template_of(sample.prompt)) for sample in samples]
     assert all(len(prompt) == samples[0].spec.prompt_tokens for prompt in ids)
     start = time.perf_counter()

@@ -10,12 +10,16 @@ Mask = NDArray[np.bool_]
 DEPTH_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
+def bucket_bound(tokens: int) -> int:
+    """The least power of two that is not below this number of tokens."""
+    return 1 << (max(tokens, 1) - 1).bit_length()
+
+
 def by_length(tokens: NDArray[np.int64]) -> Iterator[tuple[dict[str, Any], Mask]]:
     """Powers of two: {"above": 4096, "up_to": 8192} holds lengths in (4096, 8192]; only buckets that hold any."""
-    exponents = np.ceil(np.log2(np.maximum(tokens, 1))).astype(int)
-    for exponent in np.unique(exponents):
-        up_to = 1 << int(exponent)
-        yield {"above": up_to // 2, "up_to": up_to}, exponents == exponent
+    bounds = np.array([bucket_bound(int(each)) for each in tokens], dtype=np.int64)
+    for up_to in map(int, np.unique(bounds)):
+        yield {"above": up_to // 2, "up_to": up_to}, bounds == up_to
 
 
 def by_depth(depths: Sequence[Sequence[float]]) -> Iterator[tuple[dict[str, Any], Mask]]:

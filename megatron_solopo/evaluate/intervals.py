@@ -1,7 +1,7 @@
 """95 % confidence intervals of what is counted and what is measured over triplets."""
 
 import math
-from statistics import NormalDist
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from megatron_solopo.evaluate.statistics import estimate
 from megatron_solopo.report.preference_results import Estimate
 
-_Z = NormalDist().inv_cdf(0.975)
+_GRID = 100_001
+_FAR = 40.0
 
 
 def proportion(hits: NDArray[np.bool_]) -> Estimate:
@@ -19,7 +20,22 @@ def proportion(hits: NDArray[np.bool_]) -> Estimate:
 
 
 def mean(values: NDArray[np.float64]) -> Estimate:
-    """Mean, with the normal interval of its standard error; a single value has no spread, and no width."""
+    """Mean, with Student's interval of its standard error; a single value says nothing of its spread, and has none."""
     center = float(np.mean(values))
-    half = _Z * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    if len(values) == 1:
+        return Estimate(mean=center, low=None, high=None)
+    half = student_t(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return Estimate(mean=center, low=center - half, high=center + half)
+
+
+@lru_cache
+def student_t(degrees: int) -> float:
+    """The 97.5th percentile of Student's t; degrees of freedom, at least 1.
+
+    With t = sqrt(degrees) tan(angle) the density of the angle is cos(angle) ** (degrees - 1), which is summed over the
+    half of it above 0 by the trapezoidal rule, as far as there is any: 95 % of that lies below the percentile.
+    """
+    angles = np.linspace(0.0, min(math.pi / 2, _FAR / math.sqrt(degrees)), _GRID)
+    density = np.cos(angles) ** (degrees - 1)
+    below = np.concatenate(([0.0], np.cumsum(density[1:] + density[:-1])))
+    return math.sqrt(degrees) * math.tan(float(np.interp(0.95 * below[-1], below, angles)))

@@ -116,8 +116,10 @@ def _evaluate(
     if answers is None:
         return None
     marker = settings.answer_marker if settings.scored_text == "final" else None
-    scored = [score(spec, answers[spec.id], plan.metrics[spec.task], marker) for spec in plan.specs]
-    results = make_results(settings, target, output.stem, plan, scored, model)
+    answered = [spec for spec in plan.specs if spec.id in answers]
+    scored = [score(spec, answers[spec.id], plan.metrics[spec.task], marker) for spec in answered]
+    skipped = [*plan.skipped, *plan.unfit(spec for spec in plan.specs if spec.id not in answers)]
+    results = make_results(settings, target, output.stem, plan.metrics, plan.max_positions, scored, skipped, model)
     _write(output, results, scored)
     return results
 
@@ -125,7 +127,10 @@ def _evaluate(
 def _generate(
     settings: LongContextSettings, target: Target, output: Path, plan: Plan, tokenizer: Tokenizer, model: Generator
 ) -> dict[str, Generated] | None:
-    """Every answer by its sample, from the journal or new; None but on the rank that writes."""
+    """Answers by their samples, from the journal or new, all but of samples that cannot be made.
+
+    None but on the rank that writes.
+    """
     path = output.with_suffix(".responses.jsonl")
     if int(os.environ.get("RANK", "0")):
         model.run(batched(_agreed(plan.specs, None), settings.batch_size), plan.build, lambda answers: None)

@@ -22,7 +22,7 @@ from megatron_solopo.checkpoint.loading import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.data.huggingface_model import end_tokens
 from megatron_solopo.data.tokenizer import Tokenizer
-from megatron_solopo.evaluate.generation import Generated, Keep, generate_batch
+from megatron_solopo.evaluate.generation import Build, Generated, Keep, built, generate_batch
 from megatron_solopo.evaluate.samples import Sample, Spec
 from megatron_solopo.evaluate.transformers_model import described_device
 from megatron_solopo.model.build import build_model
@@ -58,13 +58,13 @@ class MegatronModel:
             "data_parallel_size": topology.data_group.size(),
         }
 
-    def run(self, batches: Sequence[Sequence[Spec]], build: Callable[[Spec], Sample], keep: Keep) -> None:
+    def run(self, batches: Sequence[Sequence[Spec]], build: Build, keep: Keep) -> None:
         """All ranks together, with the same batches; global rank 0 keeps."""
         group = self._topology.data_group
         size, rank = group.size(), group.rank()
         for start in range(0, len(batches), size):
             taken = list(batches[start : start + size])
-            own = self._generate([build(spec) for spec in taken[rank]]) if rank < len(taken) else []
+            own = self._generate(built(taken[rank], build)) if rank < len(taken) else []
             found: list[Any] = [None] * size
             dist.all_gather_object(found, own, group=group)
             if dist.get_rank() == 0:

@@ -1,6 +1,7 @@
 """From settings to samples: where they come from, which fit the model, and what an answer depends on."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from megatron_solopo.data.prompt import PromptTemplate, read_template
 from megatron_solopo.data.scoring import Score
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.evaluate.question_file import QuestionFile, Side
-from megatron_solopo.evaluate.samples import Sample, Source, Spec, check_names
+from megatron_solopo.evaluate.samples import Sample, Source, Spec, Unfit, check_names
 from megatron_solopo.evaluate.settings import LongContextSettings
 from megatron_solopo.evaluate.target import Target
 from megatron_solopo.evaluate.tasks.catalog import QA, GeneratedTasks, TaskPlan
@@ -34,7 +35,7 @@ class Plan:
 
     Attributes:
         specs: Samples that fit the model.
-        skipped: Those that do not, counted.
+        skipped: Those that do not, counted; of those that fit, `unfit` counts what cannot be made.
         metrics: Of each task, the main one first.
         max_positions: Of the model, None where unknown.
     """
@@ -45,9 +46,22 @@ class Plan:
     max_positions: int | None
     sources: dict[str, Source]
 
-    def build(self, spec: Spec) -> Sample:
-        """One sample with its prompt."""
-        return self.sources[spec.task].build(spec)
+    def build(self, spec: Spec) -> Sample | None:
+        """One sample with its prompt; None, on every rank alike, where no prompt of its length can be made."""
+        try:
+            return self.sources[spec.task].build(spec)
+        except Unfit:
+            return None
+
+    def unfit(self, specs: Iterable[Spec]) -> list[Skipped]:
+        """Those of these samples that cannot be made, counted."""
+        found: Counter[tuple[str, int, str]] = Counter()
+        for spec in specs:
+            try:
+                self.sources[spec.task].build(spec)
+            except Unfit as error:
+                found[spec.task, spec.length, error.reason] += 1
+        return [Skipped(task=task, length=length, n=n, reason=reason) for (task, length, reason), n in found.items()]
 
 
 def make_plan(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> Plan:

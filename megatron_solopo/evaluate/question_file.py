@@ -2,18 +2,25 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_solopo.data.encode import check_template, template_of
 from megatron_solopo.data.measure import Measure
 from megatron_solopo.data.row import Content
 from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.evaluate.groups import bucket_bound
 from megatron_solopo.evaluate.samples import QA_METRICS, Sample, Spec
 
 Side = Literal["short", "long"]
 DEFAULT_ROOM = 256
+
+
+def _not_blank(answer: str) -> str:
+    if not answer.strip():
+        raise ValueError("is blank, and would be found in every response")
+    return answer
 
 
 class QuestionRow(BaseModel):
@@ -28,7 +35,7 @@ class QuestionRow(BaseModel):
     question_id: str | None = None
     prompt_short: Content | None = None
     prompt_long: Content | None = None
-    answers: list[str] = Field(min_length=1)
+    answers: list[Annotated[str, AfterValidator(_not_blank)]] = Field(min_length=1)
     evidence_depths: list[float] = []
     """In the long context."""
     response_tokens: int | None = Field(default=None, ge=1)
@@ -117,7 +124,7 @@ class QuestionFile:
 
     def _bucket(self, tokens: int) -> int:
         longer = [bound for bound in self._buckets if bound >= tokens]
-        return longer[0] if longer else 1 << (tokens - 1).bit_length()
+        return longer[0] if longer else bucket_bound(tokens)
 
     def _depth(self, evidence: Sequence[float]) -> float | None:
         if not evidence or not self._depths:

@@ -43,6 +43,18 @@ class Sample:
     answers: tuple[str, ...]
 
 
+class Unfit(ValueError):
+    """No prompt of a sample's length can be made.
+
+    Attributes:
+        reason: In words that other samples share, by which they are counted; the message has this one's numbers.
+    """
+
+    def __init__(self, spec: Spec, reason: str, message: str) -> None:
+        super().__init__(f"--lengths {spec.length}: {spec.task}: {message}")
+        self.reason = reason
+
+
 class Source(Protocol):
     """Tasks, or files of questions."""
 
@@ -53,7 +65,7 @@ class Source(Protocol):
         """Every sample, cheap to list."""
 
     def build(self, spec: Spec) -> Sample:
-        """One sample, the same whenever it is built."""
+        """One sample, the same whenever it is built. Raises Unfit, likewise, where none of its length can be made."""
 
 
 def check_names(sources: Sequence[Source]) -> None:

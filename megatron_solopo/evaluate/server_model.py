@@ -2,13 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_solopo.data.openai_server import OpenAIServer
 from megatron_solopo.data.sample_model import Request, RequestFailed
 from megatron_solopo.data.tokenizer import Tokenizer
-from megatron_solopo.evaluate.generation import Answer, Keep, generated
+from megatron_solopo.evaluate.generation import Answer, Build, Keep, generated
 from megatron_solopo.evaluate.samples import Sample, Spec
 
 
@@ -39,11 +39,11 @@ class ServerModel:
         self._settings = settings
         self._tokenizer = tokenizer
 
-    def run(self, batches: Sequence[Sequence[Spec]], build: Callable[[Spec], Sample], keep: Keep) -> None:
+    def run(self, batches: Sequence[Sequence[Spec]], build: Build, keep: Keep) -> None:
         """Raises ValueError where the server refuses, or does not answer after all retries."""
         asyncio.run(self._run([spec for batch in batches for spec in batch], build, keep))
 
-    async def _run(self, specs: Sequence[Spec], build: Callable[[Spec], Sample], keep: Keep) -> None:
+    async def _run(self, specs: Sequence[Spec], build: Build, keep: Keep) -> None:
         server = OpenAIServer(self._settings)
         waiting, last = iter(specs), time.perf_counter()
 
@@ -51,6 +51,8 @@ class ServerModel:
             nonlocal last
             for spec in waiting:
                 sample = build(spec)
+                if sample is None:
+                    continue
                 answer = await self._ask(server, sample)
                 now = time.perf_counter()
                 keep([generated(sample, answer, now - last)])

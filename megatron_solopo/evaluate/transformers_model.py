@@ -1,6 +1,6 @@
 """Generation by transformers, on a Hugging Face directory."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 
 from megatron_solopo.data.huggingface_model import end_tokens, load_model
 from megatron_solopo.data.tokenizer import Tokenizer
-from megatron_solopo.evaluate.generation import Keep, generate_batch
-from megatron_solopo.evaluate.samples import Sample, Spec
+from megatron_solopo.evaluate.generation import Build, Keep, built, generate_batch
+from megatron_solopo.evaluate.samples import Spec
 from megatron_solopo.parallel.cpu import is_cpu
 
 # The library's class is not typed.
@@ -32,11 +32,10 @@ class TransformersModel:
         # What the model's own file says of sampling or penalties is not greedy generation.
         self._model.generation_config = _GENERATION_CONFIG()
 
-    def run(self, batches: Sequence[Sequence[Spec]], build: Callable[[Spec], Sample], keep: Keep) -> None:
+    def run(self, batches: Sequence[Sequence[Spec]], build: Build, keep: Keep) -> None:
         """One batch after the other."""
         for batch in batches:
-            samples = [build(spec) for spec in batch]
-            keep(generate_batch(self, samples, self._tokenizer, self._ends, self._device))
+            keep(generate_batch(self, built(batch, build), self._tokenizer, self._ends, self._device))
 
     def greedy(self, prompts_BT: Tensor, max_new_tokens: int, ends: Collection[int]) -> Tensor:
         """See `generation.LocalModel`."""

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_solopo.evaluation_results import LongContextResults
 from megatron_solopo.report.axes import Point, banded_line, dress, heat_map, legend, length_axis, short_length
-from megatron_solopo.report.evaluations import answer_cells, answer_points, mean_answer_points
+from megatron_solopo.report.evaluations import answer_cells, answer_points, common_tasks, mean_answer_points
 from megatron_solopo.report.preference_picture import depth_cells, metric_points
 from megatron_solopo.report.runs import Run
 from megatron_solopo.report.style import Picture, Theme, figure
@@ -23,10 +25,12 @@ LONG, SHORT = "rewards/accuracies_long", "rewards/accuracies_short"
 
 def accuracy_pictures(runs: Sequence[Run]) -> Iterator[Picture]:
     """Those for which there is an evaluation."""
-    answers = answer_curves(runs, mean_answer_points)
     tasks = list(dict.fromkeys(task for run in runs for task in _tasks(run)))
+    common = common_tasks(_all_answers(runs))
+    answers = answer_curves(runs, mean_answer_points, common) if common else []
     if answers:
-        what = tasks[0] if len(tasks) == 1 else f"the mean over {len(tasks)} tasks"
+        what = common[0] if len(common) == 1 else f"the mean over {len(common)} tasks"
+        what += " that all have" if len(common) < len(tasks) else ""
         yield Picture(
             "accuracy-by-length",
             "Accuracy against context length",
@@ -34,10 +38,10 @@ def accuracy_pictures(runs: Sequence[Run]) -> Iterator[Picture]:
             f"Accuracy by context length. {_in_words(answers)}",
             lambda theme: _lines(theme, answers, "score"),
         )
-    if len(tasks) > 1:
+    if len(tasks) > 1 or (tasks and not answers):
         yield Picture(
             "accuracy-by-task",
-            "The same by task",
+            "Accuracy against context length by task",
             f"Each task's own score; {BAND[0].lower()}{BAND[1:]}",
             f"Accuracy by context length for each of the tasks {', '.join(tasks)}.",
             lambda theme: _small_multiples(theme, runs, tasks),
@@ -65,7 +69,7 @@ def accuracy_pictures(runs: Sequence[Run]) -> Iterator[Picture]:
             )
 
 
-def answer_curves(runs: Sequence[Run], points: Callable[..., list[Point]], *arguments: str) -> list[Curve]:
+def answer_curves(runs: Sequence[Run], points: Callable[..., list[Point]], *arguments: Any) -> list[Curve]:
     """Of every run that answered questions, then of the models that they started from, each once."""
     after = [
         (run.name, place, points(run.evaluations.answers, *arguments))
@@ -101,6 +105,12 @@ def preference_curves(runs: Sequence[Run], metric: str) -> list[Curve]:
         if (found := run.evaluations.preferences_before) is not None and found.overall.ties_short != found.overall.n
     }
     return [curve for curve in (*after, *before.values()) if curve[2]]
+
+
+def _all_answers(runs: Sequence[Run]) -> list[LongContextResults]:
+    """After training and before."""
+    found = [each for run in runs for each in (run.evaluations.answers, run.evaluations.answers_before)]
+    return [each for each in found if each is not None]
 
 
 def _tasks(run: Run) -> Iterable[str]:

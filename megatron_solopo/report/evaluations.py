@@ -1,7 +1,7 @@
 """The evaluations that lie in a run's directory, and which of them a page shows."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -83,12 +83,20 @@ def answer_points(results: LongContextResults, task: str) -> list[Point]:
     return [Point(each.length or 0, each.score, each.low, each.high, each.n) for each in cells if each is not None]
 
 
-def mean_answer_points(results: LongContextResults) -> list[Point]:
-    """Mean over the tasks, at the lengths that all of them have.
+def common_tasks(found: Iterable[LongContextResults]) -> list[str]:
+    """Tasks that all results have, with the same main metric."""
+    first, *others = [each.main_metrics for each in found] or [{}]
+    return [task for task, metric in first.items() if all(other.get(task) == metric for other in others)]
+
+
+def mean_answer_points(results: LongContextResults, tasks: Sequence[str] | None = None) -> list[Point]:
+    """Mean over the tasks (None: all), each weighing the same, at the lengths that all of them have.
 
     The tasks' samples are independent, so that the half-widths of their intervals add in squares.
     """
-    by_task = [{point.length: point for point in answer_points(results, task)} for task in results.main_metrics]
+    by_task = [
+        {point.length: point for point in answer_points(results, task)} for task in tasks or results.main_metrics
+    ]
     points = []
     for length in results.lengths:
         here = [points_of[length] for points_of in by_task if length in points_of]
@@ -101,7 +109,7 @@ def mean_answer_points(results: LongContextResults) -> list[Point]:
 
 
 def answer_cells(results: LongContextResults) -> dict[tuple[int, float], tuple[float, int]]:
-    """(length, depth) -> score, samples: over the tasks that have a depth, each sample weighing the same."""
+    """(length, depth) -> score, samples: mean over the tasks that have it, each weighing the same."""
     found: dict[tuple[int, float], tuple[float, int]] = {}
     for length in results.lengths:
         for depth in results.depths:
@@ -110,5 +118,5 @@ def answer_cells(results: LongContextResults) -> dict[tuple[int, float], tuple[f
             )
             cells = [each for each in places if each is not None]
             if count := sum(each.n for each in cells):
-                found[length, depth] = (sum(each.score * each.n for each in cells) / count, count)
+                found[length, depth] = (sum(each.score for each in cells) / len(cells), count)
     return found

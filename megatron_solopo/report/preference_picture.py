@@ -1,5 +1,6 @@
 """What `evaluate preference` found, in one picture."""
 
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -51,7 +52,9 @@ def metric_points(results: PreferenceResults, name: str) -> list[Point]:
 
 
 def _values(estimate: Estimate) -> tuple[float, float, float]:
-    return estimate.mean, estimate.low, estimate.high
+    """An interval that is not known is NaN, which is not drawn."""
+    low, high = (math.nan if end is None else end for end in (estimate.low, estimate.high))
+    return estimate.mean, low, high
 
 
 def depth_cells(results: PreferenceResults) -> dict[tuple[str, str], tuple[float, int]]:

@@ -21,10 +21,13 @@ class Estimate(_Part):
     """A mean over triplets and its 95 % confidence interval."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    """Null, as `high`, where a single triplet says nothing of the spread."""
+    high: float | None
 
     def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.mean:+.4f} [one triplet]"
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 

@@ -162,11 +162,13 @@ def _preference(run: Run, name: str) -> Value:
     found = results.overall.metrics[name]
     if name.startswith("rewards/accuracies"):
         return _share(found.mean, found.low, found.high)
-    return Value(f"{found.mean:.3g}", f"{found.low:.3g}, {found.high:.3g}", found.mean, found.low, found.high)
+    interval = "" if found.low is None or found.high is None else f"{found.low:.3g}, {found.high:.3g}"
+    return Value(f"{found.mean:.3g}", interval, found.mean, found.low, found.high)
 
 
-def _share(mean: float, low: float, high: float) -> Value:
-    return Value(f"{mean:.1%}", f"{100 * low:.0f}, {100 * high:.0f}", mean, low, high)
+def _share(mean: float, low: float | None, high: float | None) -> Value:
+    interval = "" if low is None or high is None else f"{100 * low:.0f}, {100 * high:.0f}"
+    return Value(f"{mean:.1%}", interval, mean, low, high)
 
 
 def _last(run: Run, name: str) -> Value:

@@ -75,7 +75,7 @@ def test_exact_match_takes_the_best_answer() -> None:
         ("First, the answer is: no. So THE ANSWER IS: Turin.", ("Turin.", True)),
         ("Turin", ("Turin", False)),
         ("The answer is:", ("", True)),
-        ("\u0130, the answer is: Turin", ("\u0130, the answer is: Turin", False)),  # lower case is longer
+        ("\u0130\u0130, the Answer is: Turin", ("Turin", True)),  # lower case is longer
     ],
 )
 def test_the_final_answer_stands_behind_the_last_marker(response, found) -> None:

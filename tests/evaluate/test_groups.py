@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_solopo.evaluate.groups import by_depth, by_length
+from megatron_solopo.evaluate.groups import bucket_bound, by_depth, by_length
 
 
 def test_lengths_fall_into_powers_of_two_that_hold_their_upper_bound() -> None:
@@ -15,6 +15,14 @@ def test_lengths_fall_into_powers_of_two_that_hold_their_upper_bound() -> None:
         16384: [False, True, False, False, False],
     }
     assert all(bounds["above"] == bounds["up_to"] // 2 for bounds, _ in by_length(np.array([5, 600, 70000])))
+
+
+@pytest.mark.parametrize("exponent", [1, 13, 29, 49, 52])
+def test_bounds_are_exact(exponent: int) -> None:
+    """A float logarithm takes 2**49 + 1 for 2**49."""
+    assert bucket_bound(1 << exponent) == 1 << exponent and bucket_bound((1 << exponent) + 1) == 2 << exponent
+    (found,) = by_length(np.array([(1 << exponent) + 1]))
+    assert found[0] == {"above": 1 << exponent, "up_to": 2 << exponent}
 
 
 def test_a_triplet_counts_at_the_depth_of_each_piece_and_once() -> None:

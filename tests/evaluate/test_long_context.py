@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megatron_solopo.data.scoring import SCORERS
 from megatron_solopo.evaluate.long_context import evaluate_long_context
 from megatron_solopo.evaluate.settings import LongContextSettings
-from megatron_solopo.evaluation_results import read_long_context
+from megatron_solopo.evaluate.table import render
+from megatron_solopo.evaluation_results import Skipped, read_long_context
 from tests.data.completion_server import completion_server
 from tests.data.musique_example import read, write
 from tests.evaluate.evaluation_models import CHECKPOINT, MAX_POSITIONS, make_model, make_run
@@ -29,7 +30,7 @@ PARALLEL = {
 
 def evaluate_here(folder: Path, model: Path, **options):
     """By our model, on the ranks at hand: its layout, and predictions by sample."""
-    settings = LongContextSettings(str(model), output=folder / "r.json", backend="megatron", **ASKED | options)
+    settings = LongContextSettings(str(model), output=folder / "r.json", **ASKED | {"backend": "megatron"} | options)
     results = evaluate_long_context(settings)
     if results is None:
         return None
@@ -46,7 +47,41 @@ def on_two_ranks() -> dict:
             options = {name: size for name, size in sizes.items() if name in _SINGLE}
             found[key] = evaluate_here(Path(shared[0]) / key, Path(shared[0]) / "model", **options)
             dist.barrier()
+        found["unfit"] = evaluate_unfit(Path(shared[0]) / "unfit", Path(shared[0]) / "model")
+        dist.barrier()
     return found
+
+
+def questions(folder: Path) -> Path:
+    """Two questions; the answer to the second lies in most documents, which it cannot be asked over."""
+    texts = ["The mill stands in Turin.", "The school stands in Rome.", *["Many a road leads to Rome."] * 20]
+    rows = [
+        {
+            "id": str(place),
+            "question": f"Where does the {name} stand?",
+            "answer": city,
+            "answer_aliases": [],
+            "answerable": True,
+            "paragraphs": [
+                {"idx": n, "title": f"Page {n}", "paragraph_text": f"{text} Page {n}.", "is_supporting": n == place}
+                for n, text in enumerate(texts)
+            ],
+        }
+        for place, (name, city) in enumerate((("mill", "Turin"), ("school", "Rome")))
+    ]
+    return write(folder / "questions.jsonl", [json.dumps(row) for row in rows])
+
+
+def evaluate_unfit(folder: Path, model: Path, **options):
+    """One question that can be asked and one that cannot; twice, as if it were resumed."""
+    folder.mkdir(exist_ok=True)
+    asked = {"tasks": ("qa",), "lengths": (500,), "corpus": questions(folder), "batch_size": 1, **options}
+    found = [evaluate_here(folder, model, **asked) for _ in range(2)]
+    if found[0] is None:
+        return None
+    assert found[0] == found[1]
+    results = read_long_context(folder / "r.json")
+    return found[0][1], results.samples, results.skipped, render(results)
 
 
 @functools.cache
@@ -111,6 +146,24 @@ def test_parallel_ranks_evaluate_as_one_process_does(key) -> None:
     (layout, found), other = (rank[key] for rank in two_ranks(__name__))
     assert other is None and layout == {"data_parallel_size": 1} | _SINGLE | PARALLEL[key]
     assert found == one_process()
+
+
+def test_a_sample_that_cannot_be_made_is_counted_and_the_rest_answered(models, tmp_path) -> None:
+    """On two ranks, of which the second has nothing else, as in one process; rank 0 alone tells."""
+    ours, other = (rank["unfit"] for rank in two_ranks(__name__))
+    texts, samples, skipped, table = ours
+    assert other is None and samples == len(texts) == 1
+    reason = "--corpus holds too few documents"
+    assert skipped == [Skipped(task="qa", length=500, n=1, reason=reason)]
+    assert f"skipped: 1 of qa at 500: {reason}" in table
+    model = make_model(tmp_path / "model")
+    for backend in ("megatron", "transformers"):
+        assert evaluate_unfit(tmp_path / backend, model, backend=backend)[:3] == ours[:3]
+    chosen = {"tasks": ("qa",), "lengths": (500,), "samples": 2, "max_new_tokens": 12}
+    with completion_server() as server:
+        asked = {"server": server.url, "tokenizer": str(model), "output": tmp_path / "s.json"} | chosen
+        results = evaluate_long_context(LongContextSettings("m", corpus=questions(tmp_path), **asked))
+    assert (results.samples, results.skipped) == (1, skipped)
 
 
 def test_an_interrupted_evaluation_generates_only_what_is_missing(models, of_run, tmp_path) -> None:

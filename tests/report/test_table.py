@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from megatron_solopo.evaluation_results import read_long_context
+from megatron_solopo.report.accuracy import accuracy_pictures
 from megatron_solopo.report.axes import Point, heat_map, short_length
 from megatron_solopo.report.curves import running_mean, thinned
-from megatron_solopo.report.evaluations import mean_answer_points
+from megatron_solopo.report.evaluations import answer_cells, common_tasks, mean_answer_points
+from megatron_solopo.report.preference_picture import draw_preference
+from megatron_solopo.report.preference_results import read_preference
 from megatron_solopo.report.runs import Run, read_runs
 from megatron_solopo.report.style import LIGHT
 from megatron_solopo.report.table import cost_table, verdict_sentences, verdict_table
@@ -106,6 +110,43 @@ def test_a_mean_over_tasks_is_surer_than_each_task(tmp_path: Path) -> None:
         assert mean.mean == pytest.approx(alone.mean) and mean.count == 4 * alone.count
         assert mean.high - mean.low == pytest.approx((alone.high - alone.low) / 2)
     assert single[0] == Point(1024, *(getattr(single[0], name) for name in ("mean", "low", "high")), 100)
+
+
+def test_curves_are_means_over_the_tasks_that_all_have(tmp_path: Path) -> None:
+    run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other")
+    write_answers(run, skill=0.9, step=120, tasks=("one", "two"))
+    write_answers(run, skill=0.1, step=None, tasks=("two", "three"))
+    found = read_runs([run])
+    picture, by_task = list(accuracy_pictures(found))[:2]
+    assert ", two that all have, against" in picture.caption and by_task.name == "accuracy-by-task"
+    results = [found[0].evaluations.answers, found[0].evaluations.answers_before]
+    assert common_tasks(each for each in results if each is not None) == ["two"]
+    write_answers(other, skill=0.9, step=120, tasks=("four",))
+    assert "accuracy-by-length" not in [each.name for each in accuracy_pictures(read_runs([run, other]))]
+
+
+def test_a_map_weighs_tasks_equally(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    results = read_long_context(write_answers(run, skill=0.5, step=120, tasks=("one", "two")))
+    cells = [
+        each.model_copy(update={"score": 1.0, "n": 60} if each.task == "one" else {"score": 0.0})
+        for each in results.cells
+    ]
+    found = answer_cells(results.model_copy(update={"cells": cells}))
+    assert set(found.values()) == {(0.5, 80)}
+
+
+def test_what_a_single_triplet_does_not_say_is_not_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    path = write_preferences(run, skill=0.5, step=120)
+    content = json.loads(path.read_text())
+    for group in (content["overall"], *content["by_length"]):
+        group["metrics"]["solo_ra/gap_abs"] |= {"low": None, "high": None}
+    path.write_text(json.dumps(content))
+    table = verdict_table(read_runs([run]))
+    gap = table.rows[0][1][table.columns.index("SoLo gap")]
+    assert gap.interval == "" and gap.mean == pytest.approx(0.2)
+    draw_preference(read_preference(path), tmp_path / "picture.png")
 
 
 def test_long_curves_keep_their_course() -> None:

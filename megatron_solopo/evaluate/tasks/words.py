@@ -25,9 +25,10 @@ def words_draft(length: int, rng: np.random.Generator) -> Draft:
         # Of the units alone: the same units give the same list, whatever was tried before.
         shuffled = np.random.default_rng((order_seed, units)).permutation(entries)
         listed = " ".join(f"{number}. {word}" for number, word in enumerate(shuffled, start=1))
-        remark = f"(Remark, not part of the list: {padding})\n\n" if padding else ""
+        # No heading: it would cost its tokens at once, and the lengths between could not be met.
+        before = f"{padding} " if padding else ""
         return (
-            f"Below is a numbered list of words. Some words come more often than others.\n\n{remark}{listed}\n\n"
+            f"{before}Below is a numbered list of words. Some words come more often than others.\n\n{listed}\n\n"
             f"Question: Which {COMMON} words come most often in the list?"
         )
 

@@ -149,6 +149,30 @@ def test_what_cannot_be_made_is_refused(tokenizers, tmp_path, names, length, opt
         tasks_of(tokenizers["byte_level"], names, [length], **{"samples": 1} | chosen).check()
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_short_lists_meet_every_length(tokenizers, style) -> None:
+    tokenizer = tokenizers[style]
+    with pytest.raises(ValueError, match="takes at least") as error:
+        tasks_of(tokenizer, ["common_words"], [100], samples=1).check()
+    least = int(re.search(r"at least (\d+)", str(error.value))[1])
+    try:
+        tasks_of(tokenizer, ["common_words"], [least + 1], samples=1).check()
+    except ValueError as unfit:  # a byte-level vocabulary may have no padding of a single token
+        assert style == "byte_level" and str(unfit).endswith(f"; the next that can be met is {least + 2}")
+    for sample in samples_of(tasks_of(tokenizer, ["common_words"], [least, *range(least + 2, least + 40)], samples=1)):
+        assert len(encode_prompt(sample.prompt, tokenizer, "plain")) == sample.spec.length
+
+
+def test_a_length_that_no_padding_meets_names_the_next(tokenizers) -> None:
+    class Even(Measure):
+        def prompt(self, prompt) -> int:
+            return super().prompt(prompt) // 2 * 2
+
+    plan = TaskPlan(("needle_single",), (901,), (0.5,), 1, 0)
+    with pytest.raises(ValueError, match=r"no padding meets this length; the next that can be met is 902$"):
+        GeneratedTasks(plan, Even(tokenizers["byte_level"], "plain"), "plain").check()
+
+
 def test_a_corpus_that_just_suffices_is_taken_whole(tokenizers, tmp_path) -> None:
     prompt = PromptTemplate(DEFAULT_TEMPLATE, titles=True, template="plain")
     corpus = QuestionCorpus(write(tmp_path / "few.jsonl", first_lines(4)), "musique", prompt, 0)
