@@ -32,6 +32,8 @@ CP2 = {"context_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 DP2: dict[str, Any] = {}
+# Written under the first and continued under the second; those of RESUMED were written under TP2.
+ACROSS = {"cp2-dp2": (CP2, DP2), "vpp2-cp2": (VPP2, CP2), "dp2-pp2": (DP2, PP2)}
 RESUMED = {"tp2": TP2, "cp2": CP2, "pp2": PP2, "vpp2": VPP2, "dp2": DP2}
 
 
@@ -65,6 +67,10 @@ def run_all(folder: Path) -> dict[str, Any]:
     for name, parallel in RESUMED.items():
         interrupted(folder, name)
         train(config(folder, name, parallel))
+    for name, (wrote, continues) in ACROSS.items():
+        train(config(folder, f"{name}-whole", wrote))
+        interrupted(folder, name, source=f"{name}-whole")
+        train(config(folder, name, continues))
     plain = {"optimizer": {"lr": 1e-3, "lr_warmup_iters": 1, "use_distributed_optimizer": False}}
     train(config(folder, "plain-whole", TP2, **plain))
     for name, parallel in (("plain-tp2", TP2), ("plain-pp2", PP2)):
@@ -221,7 +227,7 @@ def test_the_same_layout_resumes_exactly(found: dict[str, Any], folder: Path) ->
     assert losses(folder, "bfloat16-tp2") == losses(folder, "bfloat16")
 
 
-@pytest.mark.parametrize("name", [*RESUMED, "plain-pp2"])
+@pytest.mark.parametrize("name", [*RESUMED, *ACROSS, "plain-pp2"])
 def test_another_layout_resumes_to_rounding(found: dict[str, Any], folder: Path, name: str) -> None:
     assert losses(folder, name) == pytest.approx(losses(folder, "whole"), rel=1e-5)
 
@@ -229,32 +235,12 @@ def test_another_layout_resumes_to_rounding(found: dict[str, Any], folder: Path,
 def test_metrics_hold_what_is_promised_once_per_step(found: dict[str, Any], folder: Path) -> None:
     steps = read_jsonl(folder / "cp2" / "metrics.jsonl")
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
-    promised = [
-        "loss",
-        "po_loss",
-        "solo_ra/loss",
-        "solo_ra/gap_abs",
-        "solo_ra/gap_signed",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/margins",
-        "rewards/accuracies",
-        "rewards/chosen_long",
-        "logps/chosen",
-        "logps/rejected",
-        "logps/chosen_long",
-        "grad_norm",
-        "learning_rate",
-        "num_triplets",
-        "num_tokens",
-        "pack_fill",
-        "step_time",
-        "tokens_per_second",
-        "mfu",
-        "peak_memory_bytes",
-        "flops",
-        "num_processes",
-    ]
+    promised = """
+        loss po_loss solo_ra/loss solo_ra/gap_abs solo_ra/gap_signed rewards/chosen rewards/rejected
+        rewards/margins rewards/accuracies rewards/chosen_long logps/chosen logps/rejected logps/chosen_long
+        grad_norm learning_rate num_triplets num_tokens pack_fill step_time tokens_per_second mfu
+        peak_memory_bytes flops num_processes
+    """.split()
     for step in steps:
         assert set(promised) <= set(step)
         assert step["num_triplets"] == 4 and 0 < step["pack_fill"] <= 1 and step["peak_memory_bytes"] > 1e6
