@@ -235,12 +235,32 @@ def test_another_layout_resumes_to_rounding(found: dict[str, Any], folder: Path,
 def test_metrics_hold_what_is_promised_once_per_step(found: dict[str, Any], folder: Path) -> None:
     steps = read_jsonl(folder / "cp2" / "metrics.jsonl")
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
-    promised = """
-        loss po_loss solo_ra/loss solo_ra/gap_abs solo_ra/gap_signed rewards/chosen rewards/rejected
-        rewards/margins rewards/accuracies rewards/chosen_long logps/chosen logps/rejected logps/chosen_long
-        grad_norm learning_rate num_triplets num_tokens pack_fill step_time tokens_per_second mfu
-        peak_memory_bytes flops num_processes
-    """.split()
+    promised = [
+        "loss",
+        "po_loss",
+        "solo_ra/loss",
+        "solo_ra/gap_abs",
+        "solo_ra/gap_signed",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "rewards/chosen_long",
+        "logps/chosen",
+        "logps/rejected",
+        "logps/chosen_long",
+        "grad_norm",
+        "learning_rate",
+        "num_triplets",
+        "num_tokens",
+        "pack_fill",
+        "step_time",
+        "tokens_per_second",
+        "mfu",
+        "peak_memory_bytes",
+        "flops",
+        "num_processes",
+    ]
     for step in steps:
         assert set(promised) <= set(step)
         assert step["num_triplets"] == 4 and 0 < step["pack_fill"] <= 1 and step["peak_memory_bytes"] > 1e6
