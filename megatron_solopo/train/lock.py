@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_solopo.parallel.agreement import on_rank_0
 
 LOCK = ".lock"
+_JOB = ", SLURM job {} after {} restarts"
 _WAIT_SECONDS = 10.0
 _POLL_SECONDS = 0.2
 
@@ -25,7 +26,8 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
     A record lock (POSIX): the kernel lets go of it when the process ends, in whatever way, and a process that it has
     forked does not inherit it. NFS hands it between nodes, if mounted with locks (not `nolock` or `local_lock`), and
-    frees that of a dead node when its lease ends. A predecessor that is just ending is waited for.
+    frees that of a dead node when its lease ends, which may take minutes. A predecessor that is just ending is waited
+    for; the start of a SLURM job before this one, which is dead since SLURM started the job again, only that long.
 
     Raises ValueError on every rank, naming the process that holds it.
     """
@@ -57,13 +59,29 @@ def _acquire(run_dir: Path, wait_seconds: float) -> TextIO:
             stream.seek(0)
             holder = stream.read().strip() or "another process"
             stream.close()
+            if _is_our_former_self(holder):
+                file.unlink(missing_ok=True)  # its lock goes with its file
+                return _acquire(run_dir, wait_seconds)
             raise ValueError(
                 f"{run_dir}: {holder} trains in it; end that first, or set run_dir to another directory. If it is "
                 f"known to be dead, its node's lock has not been freed yet: remove {file}"
             )
         time.sleep(_POLL_SECONDS)
     stream.truncate(0)
-    job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+    job = _JOB.format(*_job()) if "SLURM_JOB_ID" in os.environ else ""
     stream.write(f"process {os.getpid()} on {socket.gethostname()}{job} ({dist.get_world_size()} ranks)\n")
     stream.flush()
     return stream
+
+
+def _job() -> tuple[str, int]:
+    """The SLURM job that this process belongs to, and how often it was queued again."""
+    return os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _is_our_former_self(holder: str) -> bool:
+    """Whether an earlier start of this very job holds the lock: its node is dead, or SLURM had not started it again."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return False
+    job, restarts = _job()
+    return any(_JOB.format(job, earlier) in holder for earlier in range(restarts))
