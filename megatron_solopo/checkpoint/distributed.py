@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_solopo.checkpoint.optimizer_state import initialize_state, load_state, portable
+from megatron_solopo.checkpoint.optimizer_state import initialize_state, load_state, sharded_state
 from megatron_solopo.checkpoint.pending import Content, PendingSave
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.precision import assign
@@ -80,9 +80,7 @@ def _sharded_state(
     if optimizer is None:
         return model
     parameters = model["model"] if len(chunks) == 1 else model
-    return model | {
-        "optimizer": portable(optimizer.sharded_state_dict(dict(parameters), is_loading=is_loading, metadata=metadata))
-    }
+    return model | {"optimizer": sharded_state(optimizer, dict(parameters), is_loading=is_loading, metadata=metadata)}
 
 
 def _metadata() -> dict[str, Any]:

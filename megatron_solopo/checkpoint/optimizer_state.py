@@ -5,11 +5,50 @@ classes in its groups: a checkpoint that one of them wrote must load into the ot
 running code.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+
+def sharded_state(
+    optimizer: MegatronOptimizer, parameters: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """What Megatron calls `sharded_state_dict`, in a form that every other optimizer here reads, under any layout.
+
+    Args:
+        parameters: the model's own sharded state, for the places of its parameters.
+    """
+    with _places_without_padding(optimizer):
+        return portable(optimizer.sharded_state_dict(parameters, is_loading=is_loading, metadata=metadata))
+
+
+@contextmanager
+def _places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Megatron gathers a buffer's state without the padding between its buckets, but then cuts the parameters out at
+    places that count it (0.16 and 0.19): behind the first bucket it would save other numbers, and zeros at the end.
+
+    Tied embeddings have a bucket of their own under pipeline parallelism.
+    """
+    buffers = getattr(_inner(optimizer), "buffers", [])
+    kept = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        padding, before = 0, {}
+        for bucket in buffer.buckets:
+            before[bucket.bucket_id] = padding
+            padding += bucket.grad_data.numel() - bucket.numel_unpadded
+        buffer.param_index_map = {
+            parameter: (start - before[number], end - before[number], number)
+            for parameter, (start, end, number) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in zip(buffers, kept, strict=True):
+            buffer.param_index_map = places
 
 
 def portable(state: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,9 @@ launch() {
 
     # --- Stop: --signal=B:USR1@SECONDS, preemption, scancel --batch --signal=USR1, Ctrl-C under salloc. ---------------
     # SIGTERM to srun would kill the ranks hard. scancel reaches every process of the step; they agree, save, exit 85.
-    trap 'asked=yes; echo "asked to stop: saving"; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM INT
+    # SIGTERM comes to the ranks from SLURM itself: passed on as well, it could seem a second request, to exit at once.
+    trap 'asked=yes; echo "asked to stop: saving"; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 INT
+    trap 'asked=yes; echo "asked to stop: saving"' TERM
     while true; do
         wait "$step"
         code=$?

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_solopo.parallel.agreement import on_rank_0
 
 LOCK = ".lock"
+_JOB = ", SLURM job {} after {} restarts"
 _WAIT_SECONDS = 10.0
 _POLL_SECONDS = 0.2
 
@@ -25,45 +26,77 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
     A record lock (POSIX): the kernel lets go of it when the process ends, in whatever way, and a process that it has
     forked does not inherit it. NFS hands it between nodes, if mounted with locks (not `nolock` or `local_lock`), and
-    frees that of a dead node when its lease ends. A predecessor that is just ending is waited for.
+    frees that of a dead node when its lease ends, which may take minutes. A predecessor that is just ending is waited
+    for; the start of a SLURM job before this one, which is dead since SLURM started the job again, only that long.
+
+    A run that is refused before it has written anything leaves no directory behind.
 
     Raises ValueError on every rank, naming the process that holds it.
     """
+    is_new = not run_dir.exists()
     held: list[TextIO] = []
     on_rank_0(lambda: held.append(_acquire(run_dir, _WAIT_SECONDS)))
     try:
         yield
     finally:
         for stream in held:
+            if is_new and list(run_dir.iterdir()) == [run_dir / LOCK]:
+                (run_dir / LOCK).unlink()
+                run_dir.rmdir()
             stream.close()
 
 
 def _acquire(run_dir: Path, wait_seconds: float) -> TextIO:
-    run_dir.mkdir(parents=True, exist_ok=True)
     file = run_dir / LOCK
-    stream = file.open("a+", encoding="utf-8")
     until = time.monotonic() + wait_seconds
     while True:
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                return stream  # a file system without locks: nothing to be told apart by
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                stream.close()
-                raise
-        if time.monotonic() > until:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        stream = file.open("a+", encoding="utf-8")
+        if not _try_lock(stream):
             stream.seek(0)
             holder = stream.read().strip() or "another process"
             stream.close()
-            raise ValueError(
-                f"{run_dir}: {holder} trains in it; end that first, or set run_dir to another directory. If it is "
-                f"known to be dead, its node's lock has not been freed yet: remove {file}"
-            )
+        elif file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno())):
+            break
+        else:  # its last holder has removed it since it was opened
+            stream.close()
+            continue
+        if time.monotonic() > until:
+            if not _is_our_former_self(holder):
+                raise ValueError(
+                    f"{run_dir}: {holder} trains in it; end that first, or set run_dir to another directory. If it is "
+                    f"known to be dead, its node's lock has not been freed yet: remove {file}"
+                )
+            file.unlink(missing_ok=True)  # its lock goes with its file
         time.sleep(_POLL_SECONDS)
     stream.truncate(0)
-    job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+    job = _JOB.format(*_job()) if "SLURM_JOB_ID" in os.environ else ""
     stream.write(f"process {os.getpid()} on {socket.gethostname()}{job} ({dist.get_world_size()} ranks)\n")
     stream.flush()
     return stream
+
+
+def _try_lock(stream: TextIO) -> bool:
+    """Whether the lock is ours now; on a file system without locks it always is: nothing to be told apart by."""
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            stream.close()
+            raise
+    return True
+
+
+def _job() -> tuple[str, int]:
+    """The SLURM job that this process belongs to, and how often it was queued again."""
+    return os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _is_our_former_self(holder: str) -> bool:
+    """Whether an earlier start of this very job holds the lock: its node is dead, or SLURM had not started it again."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return False
+    job, restarts = _job()
+    return any(_JOB.format(job, earlier) in holder for earlier in range(restarts))

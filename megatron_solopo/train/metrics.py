@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from megatron_solopo.config import LoggingConfig
 from megatron_solopo.files import atomic_path, read_jsonl
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.alarms import Alarms
+from megatron_solopo.train.bad_numbers import SKIPPED_FILE
 
 Metrics = dict[str, float | int | None]
 
@@ -54,7 +56,8 @@ class MetricsWriter:
     ) -> None:
         """Continue after `first_step` - 1: later lines of an interrupted run are dropped, as they will be run again."""
         self.path = run_dir / "metrics.jsonl"
-        keep_before(self.path, first_step)
+        for file in (self.path, run_dir / SKIPPED_FILE):
+            keep_before(file, first_step)
         self._sinks = [_tensorboard(run_dir, first_step)] if logging.tensorboard else []
         if logging.wandb_project:
             self._sinks.append(_wandb(run_dir, logging.wandb_project, config))
@@ -76,6 +79,9 @@ class MetricsWriter:
         """Record one step; `metrics` holds `step`."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics, allow_nan=False) + "\n")
+            stream.flush()
+            # A checkpoint must never be ahead of its metrics, not even after a power loss.
+            os.fsync(stream.fileno())
         step = int(metrics["step"] or 0)
         for sink in self._sinks:
             sink(step, {name: value for name, value in metrics.items() if value is not None and name != "step"})
@@ -106,7 +112,7 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
 
 
 def keep_before(path: Path, first_step: int) -> None:
-    """Drop the lines of a `metrics.jsonl` from `first_step` on, if there is one."""
+    """Drop the lines of a file of steps from `first_step` on, if there is one."""
     if path.is_file():
         kept = [metrics for metrics in read_jsonl(path) if metrics["step"] < first_step]
         with atomic_path(path) as temporary:

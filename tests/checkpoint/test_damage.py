@@ -117,6 +117,30 @@ def test_a_disk_that_fills_up_during_the_save_leaves_what_was_saved(policy, room
         assert save(policy, disk, 2).is_dir()
 
 
+def test_a_save_in_the_background_that_fails_is_told_when_it_is_completed(policy, tmp_path, monkeypatch) -> None:
+    with mounted(tmp_path / "disk", "size=4m") as disk:
+        good = save(policy, disk, 1)
+        (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - (180 << 10)))
+        monkeypatch.setattr(pending, "_free_bytes", lambda path: 1 << 40)
+        begun = begin_save(disk, policy.chunks, policy.optimizer, Content({"step": 2}, {}), background=True)
+        with pytest.raises(ValueError, match=r"iter_0000002 was not saved: .*No space left on device"):
+            begun.complete()
+        assert sorted(path.name for path in disk.iterdir()) == ["iter_0000001", "latest", "other"]
+        assert newest_checkpoint(disk, checksums=True, say=pytest.fail) == (good, {"step": 1})
+
+
+def test_a_save_in_the_background_holds_the_state_it_began_with(policy, tmp_path) -> None:
+    before = [p.detach().clone() for chunk in policy.chunks for p in chunk.parameters()]
+    begun = begin_save(tmp_path, policy.chunks, policy.optimizer, Content({"step": 1}, {}), background=True)
+    with torch.no_grad():
+        for chunk in policy.chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(7.0)
+    load_checkpoint(begun.complete(), policy.chunks, policy.optimizer)
+    after = [p.detach() for chunk in policy.chunks for p in chunk.parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 def test_too_little_room_is_told_before_anything_is_written(policy, tmp_path) -> None:
     with mounted(tmp_path / "disk", "size=1m") as disk:
         with pytest.raises(ValueError, match=r"it takes \d.* are free on its file system") as error:

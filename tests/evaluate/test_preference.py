@@ -13,7 +13,7 @@ from megatron_solopo.config_file import load_config, parse_config
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.evaluate.preference import default_output, evaluate_preference
 from megatron_solopo.files import read_jsonl
-from megatron_solopo.report.preference_results import PreferenceResults, read_preference
+from megatron_solopo.report.preference_results import Estimate, PreferenceResults, read_preference
 from megatron_solopo.run_directory import find_subject
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
@@ -152,8 +152,16 @@ def numbers_of(results: PreferenceResults) -> list[float]:
         number
         for group in groups
         for estimate in group.metrics.values()
-        for number in (group.n, estimate.mean, estimate.low, estimate.high)
+        for number in (group.n, estimate.mean, *_interval(estimate, group.n))
     ]
+
+
+def _interval(estimate: Estimate, n: int) -> tuple[float, ...]:
+    """None of a single triplet's mean; shares have Wilson's."""
+    if estimate.low is None or estimate.high is None:
+        assert n == 1 and estimate.low is estimate.high
+        return ()
+    return estimate.low, estimate.high
 
 
 def test_a_run_is_evaluated_in_its_own_directory(folder: Path, refused: dict[str, str]) -> None:

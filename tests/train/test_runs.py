@@ -32,6 +32,8 @@ CP2 = {"context_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 DP2: dict[str, Any] = {}
+# Written under the first and continued under the second; those of RESUMED were written under TP2.
+ACROSS = {"cp2-dp2": (CP2, DP2), "vpp2-cp2": (VPP2, CP2), "dp2-pp2": (DP2, PP2)}
 RESUMED = {"tp2": TP2, "cp2": CP2, "pp2": PP2, "vpp2": VPP2, "dp2": DP2}
 
 
@@ -65,6 +67,10 @@ def run_all(folder: Path) -> dict[str, Any]:
     for name, parallel in RESUMED.items():
         interrupted(folder, name)
         train(config(folder, name, parallel))
+    for name, (wrote, continues) in ACROSS.items():
+        train(config(folder, f"{name}-whole", wrote))
+        interrupted(folder, name, source=f"{name}-whole")
+        train(config(folder, name, continues))
     plain = {"optimizer": {"lr": 1e-3, "lr_warmup_iters": 1, "use_distributed_optimizer": False}}
     train(config(folder, "plain-whole", TP2, **plain))
     for name, parallel in (("plain-tp2", TP2), ("plain-pp2", PP2)):
@@ -221,7 +227,7 @@ def test_the_same_layout_resumes_exactly(found: dict[str, Any], folder: Path) ->
     assert losses(folder, "bfloat16-tp2") == losses(folder, "bfloat16")
 
 
-@pytest.mark.parametrize("name", [*RESUMED, "plain-pp2"])
+@pytest.mark.parametrize("name", [*RESUMED, *ACROSS, "plain-pp2"])
 def test_another_layout_resumes_to_rounding(found: dict[str, Any], folder: Path, name: str) -> None:
     assert losses(folder, name) == pytest.approx(losses(folder, "whole"), rel=1e-5)
 
