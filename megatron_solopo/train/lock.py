@@ -29,49 +29,64 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     frees that of a dead node when its lease ends, which may take minutes. A predecessor that is just ending is waited
     for; the start of a SLURM job before this one, which is dead since SLURM started the job again, only that long.
 
+    A run that is refused before it has written anything leaves no directory behind.
+
     Raises ValueError on every rank, naming the process that holds it.
     """
+    is_new = not run_dir.exists()
     held: list[TextIO] = []
     on_rank_0(lambda: held.append(_acquire(run_dir, _WAIT_SECONDS)))
     try:
         yield
     finally:
         for stream in held:
+            if is_new and list(run_dir.iterdir()) == [run_dir / LOCK]:
+                (run_dir / LOCK).unlink()
+                run_dir.rmdir()
             stream.close()
 
 
 def _acquire(run_dir: Path, wait_seconds: float) -> TextIO:
-    run_dir.mkdir(parents=True, exist_ok=True)
     file = run_dir / LOCK
-    stream = file.open("a+", encoding="utf-8")
     until = time.monotonic() + wait_seconds
     while True:
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                return stream  # a file system without locks: nothing to be told apart by
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                stream.close()
-                raise
-        if time.monotonic() > until:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        stream = file.open("a+", encoding="utf-8")
+        if not _try_lock(stream):
             stream.seek(0)
             holder = stream.read().strip() or "another process"
             stream.close()
-            if _is_our_former_self(holder):
-                file.unlink(missing_ok=True)  # its lock goes with its file
-                return _acquire(run_dir, wait_seconds)
-            raise ValueError(
-                f"{run_dir}: {holder} trains in it; end that first, or set run_dir to another directory. If it is "
-                f"known to be dead, its node's lock has not been freed yet: remove {file}"
-            )
+        elif file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno())):
+            break
+        else:  # its last holder has removed it since it was opened
+            stream.close()
+            continue
+        if time.monotonic() > until:
+            if not _is_our_former_self(holder):
+                raise ValueError(
+                    f"{run_dir}: {holder} trains in it; end that first, or set run_dir to another directory. If it is "
+                    f"known to be dead, its node's lock has not been freed yet: remove {file}"
+                )
+            file.unlink(missing_ok=True)  # its lock goes with its file
         time.sleep(_POLL_SECONDS)
     stream.truncate(0)
     job = _JOB.format(*_job()) if "SLURM_JOB_ID" in os.environ else ""
     stream.write(f"process {os.getpid()} on {socket.gethostname()}{job} ({dist.get_world_size()} ranks)\n")
     stream.flush()
     return stream
+
+
+def _try_lock(stream: TextIO) -> bool:
+    """Whether the lock is ours now; on a file system without locks it always is: nothing to be told apart by."""
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            stream.close()
+            raise
+    return True
 
 
 def _job() -> tuple[str, int]:

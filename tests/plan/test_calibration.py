@@ -92,7 +92,7 @@ def test_the_documents_show_every_measured_figure_beside_its_estimate() -> None:
     text = (PLANS / "README.md").read_text(encoding="utf-8")
     shown = {tuple(re.split(r"\s*\|\s*", line.strip("| "))[:3]) for line in text.splitlines() if ".json |" in line}
     expected = set()
-    for path in sorted([*ROOT.glob("tools/*.json"), *ROOT.glob("examples/**/*benchmark*.json")]):
+    for path in sorted([*ROOT.glob("tools/*benchmark*.json"), *ROOT.glob("examples/**/*benchmark*.json")]):
         for row in measured(path):
             expected.add((path.name, row.system, f"{row.long_tokens:,}"))
             cells = f"| {path.name} | {row.system} | {row.long_tokens:,} | {row.seconds:.3f} | "

@@ -80,6 +80,17 @@ def test_a_job_that_slurm_started_again_does_not_wait_for_its_dead_self(tmp_path
         process.communicate()
 
 
+def test_a_run_that_wrote_nothing_leaves_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), run_lock(tmp_path / "new"):
+        raise RuntimeError
+    assert not (tmp_path / "new").exists()
+    with run_lock(tmp_path / "new"):
+        (tmp_path / "new" / "metrics.jsonl").touch()
+    with run_lock(tmp_path / "new"):
+        pass
+    assert (tmp_path / "new" / ".lock").exists()
+
+
 def test_a_second_run_is_told_who_runs_and_kill_9_frees_the_directory(tmp_path: Path, holder) -> None:
     with pytest.raises(ValueError) as error, run_lock(tmp_path):
         pytest.fail("was locked twice")
