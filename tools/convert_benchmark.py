@@ -4,8 +4,9 @@
     python tools/convert_benchmark.py --json convert.json
 
 The model has random weights and the figures of Qwen2.5-1.5B with an untied head: 3.55 GB in bfloat16. Each measurement
-is a process of its own, the command that a user runs; the copy writes to the disk (fsync), as the conversions do.
-In turn, medians of the repeats. Fails where a conversion exceeds the bound on its memory. Linux only.
+is a process of its own, the command that a user runs; the copy writes to the disk (fsync), as the conversions do. A
+copy takes longer where memory was not used before, so every conversion has one beside it, in turn before and after.
+Medians of the repeats. Fails where a conversion exceeds the bound on its memory. Linux only.
 """
 
 import json
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,66 +100,81 @@ def high_water(pid: int) -> int:
     return int(lines[0][1]) * 1024 if lines else 0
 
 
-def commands(folder: Path) -> dict[str, tuple[list[str], Path]]:
-    """By name: what is run, and the directory that it makes."""
+@dataclass(frozen=True)
+class Work:
+    """A command, and the directory that it makes."""
+
+    name: str
+    command: list[str]
+    output: Path
+
+    def run(self) -> tuple[float, int]:
+        """As `run`, with clean disks and without what an earlier one has made."""
+        shutil.rmtree(self.output, ignore_errors=True)
+        os.sync()
+        return run(self.command)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One conversion, and the copy beside it."""
+
+    seconds: float
+    copy_seconds: float
+    peak_bytes: int
+
+    @property
+    def of_copy(self) -> float:
+        """Its throughput by that of the copy."""
+        return self.copy_seconds / self.seconds
+
+
+def conversions(folder: Path) -> list[Work]:
+    """Each export comes after the import that it reads."""
     convert = [sys.executable, "-m", "megatron_solopo", "convert"]
-    source, megatron, exported = (str(folder / name) for name in ("source", "megatron", "exported"))
-    found = {
-        "copy": [sys.executable, "-c", COPY, source, str(folder / "copied")],
-        "import, unverified": [*convert, "import", "--hf", source, "--out", megatron, "--verify", "none"],
-        "export, unverified": [*convert, "export", "--checkpoint", megatron, "--out", exported, "--verify", "none"],
-        "import, every bit compared": [
-            *convert, "import", "--hf", source, "--out", f"{megatron}-2", "--verify", "tensors",
-        ],
-        "export, every bit compared": [
-            *convert, "export", "--checkpoint", megatron, "--out", f"{exported}-2", "--verify", "tensors",
-        ],
-    }  # fmt: skip
-    outputs = (
-        folder / "copied",
-        folder / "megatron",
-        folder / "exported",
-        folder / "megatron-2",
-        folder / "exported-2",
-    )
-    return {name: (command, output) for (name, command), output in zip(found.items(), outputs, strict=True)}
-
-
-def measure(folder: Path, repeats: int) -> dict[str, list[tuple[float, int]]]:
-    """Every command in turn, as often as asked for; each starts with clean disks."""
-    work = commands(folder)
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in work}
-    for _ in range(repeats):
-        for name, (command, _) in work.items():
-            os.sync()
-            found[name].append(run(command))
-            click.echo(f"{name}: {found[name][-1][0]:.1f} s", err=True)
-        for _, output in work.values():
-            shutil.rmtree(output)
+    source, megatron = folder / "source", folder / "megatron"
+    found = []
+    for name, verification in (("unverified", "none"), ("every bit compared", "tensors")):
+        for work, key, read, written in (
+            ("import", "--hf", source, megatron),
+            ("export", "--checkpoint", megatron, folder / "exported"),
+        ):
+            arguments = [work, key, str(read), "--out", str(written), "--verify", verification]
+            found.append(Work(f"{work}, {name}", [*convert, *arguments], written))
     return found
 
 
-def rows(found: dict[str, list[tuple[float, int]]], nbytes: int) -> list[dict[str, Any]]:
-    copy = statistics.median(seconds for seconds, _ in found["copy"])
-    result = []
-    for name, runs in found.items():
-        seconds = statistics.median(each for each, _ in runs)
-        result.append(
-            {
-                "work": name,
-                "seconds": seconds,
-                "gb_per_second": nbytes / _GB / seconds,
-                "of_copy": copy / seconds,
-                "peak_bytes": max(peak for _, peak in runs),
-                "all_seconds": [each for each, _ in runs],
-            }
-        )
-    return result
+def measure(folder: Path, repeats: int) -> dict[str, list[Pair]]:
+    """Every conversion with its copy, as often as asked for."""
+    copy = Work("copy", [sys.executable, "-c", COPY, str(folder / "source"), str(folder / "copied")], folder / "copied")
+    found: dict[str, list[Pair]] = {}
+    for repeat in range(repeats):
+        for work in conversions(folder):
+            measured = {each.name: each.run() for each in ((copy, work) if repeat % 2 else (work, copy))}
+            pair = Pair(measured[work.name][0], measured["copy"][0], measured[work.name][1])
+            found.setdefault(work.name, []).append(pair)
+            click.echo(f"{work.name}: {pair.seconds:.1f} s, copy {pair.copy_seconds:.1f} s", err=True)
+            shutil.rmtree(copy.output)
+    return found
+
+
+def rows(found: dict[str, list[Pair]], nbytes: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "work": name,
+            "seconds": (seconds := statistics.median(pair.seconds for pair in pairs)),
+            "gb_per_second": nbytes / _GB / seconds,
+            "of_copy": statistics.median(pair.of_copy for pair in pairs),
+            "peak_bytes": max(pair.peak_bytes for pair in pairs),
+            "pairs": [asdict(pair) for pair in pairs],
+        }
+        for name, pairs in found.items()
+    ]
 
 
 @click.command(help=__doc__.replace("    python", "\b\n    python"))
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to work; by default a temporary directory.")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
 def main(folder: Path | None, repeats: int, json_path: Path | None) -> None:
     """Measure, print a table, write JSON."""
@@ -173,14 +190,15 @@ def main(folder: Path | None, repeats: int, json_path: Path | None) -> None:
         [
             row["work"],
             f"{row['seconds']:.1f}",
-            " ".join(f"{seconds:.1f}" for seconds in row["all_seconds"]),
+            " ".join(f"{pair['seconds']:.1f}/{pair['copy_seconds']:.1f}" for pair in row["pairs"]),
             f"{row['gb_per_second']:.2f}",
             f"{row['of_copy']:.2f}",
             f"{row['peak_bytes'] / _MIB:,.0f}",
         ]
         for row in measured
     ]
-    click.echo(table(("work", "median s", "all s", "GB/s", "of the copy's", "peak resident MiB"), cells))
+    titles = ("work", "median s", "all s / copy s", "GB/s", "of the copy's", "peak resident MiB")
+    click.echo(table(titles, cells))
     if json_path:
         json_path.write_text(json.dumps(result | {"rows": measured}, indent=2) + "\n", encoding="utf-8")
     if (worst := max(row["peak_bytes"] for row in measured)) > bound:

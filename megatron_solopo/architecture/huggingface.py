@@ -1,6 +1,6 @@
 """What a Hugging Face `config.json` says about a model, in the terms Megatron-Core needs.
 
-Everything is derived from the config, rotary frequencies by transformers' own code. What we
+Everything is derived from the config, scaled rotary frequencies by transformers' own code. What we
 cannot reproduce exactly is refused by name rather than approximated.
 """
 
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.model_directory import huggingface_directory
@@ -58,12 +59,12 @@ def read_architecture(path: Path) -> Architecture:
     with _named_errors(file):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     _refuse_unsupported(config, file)
-    with _named_errors(file):
-        rotary = LlamaRotaryEmbedding(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if 2 * len(rotary.inv_freq) != head_dim:
+    with _named_errors(file):
+        inv_freq, rotary_scale = _rotary(config, head_dim)
+    if 2 * len(inv_freq) != head_dim:
         raise ValueError(
-            f"{file}: {len(rotary.inv_freq)} rotary frequencies do not rotate head_dim={head_dim} whole; "
+            f"{file}: {len(inv_freq)} rotary frequencies do not rotate head_dim={head_dim} whole; "
             "supported: partial_rotary_factor 1.0"
         )
     return Architecture(
@@ -80,8 +81,8 @@ def read_architecture(path: Path) -> Architecture:
         add_qkv_bias=config.model_type == "qwen2",
         qk_layernorm=config.model_type == "qwen3",
         tied_embeddings=config.tie_word_embeddings,
-        inv_freq=rotary.inv_freq.float(),
-        rotary_scale=rotary.attention_scaling,
+        inv_freq=inv_freq.float(),
+        rotary_scale=rotary_scale,
     )
 
 
@@ -115,6 +116,18 @@ def _named_errors(file: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(f"{file}: transformers cannot read it: {' '.join(str(error).split())[:300]}") from None
+
+
+def _rotary(config: Any, head_dim: int) -> tuple[Tensor, float]:
+    """Frequencies and the factor on cos and sin.
+
+    transformers keeps those of no scaling with each model, whose modules take 1.5 s to import; of them there is only
+    one kind (`LlamaRotaryEmbedding.compute_default_rope_parameters`).
+    """
+    rope = config.rope_parameters
+    if rope["rope_type"] == "default":
+        return 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim), 1.0
+    return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
 
 
 def _max_sequence_length(config: Any) -> int:

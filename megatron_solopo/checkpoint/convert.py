@@ -98,7 +98,7 @@ def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verific
                     writer.write(name, to_dtype(name, block, dtypes[name]), row)
                     progress(block.numel() * dtypes[name].itemsize)
 
-            list(pool.map(export, rules(architecture).values()))
+            list(pool.map(export, _far_apart(list(rules(architecture).values()))))
         writer.finish()
         write_files(files, temporary)
         report = _verified(temporary, checkpoint, output, verification, total)
@@ -153,6 +153,15 @@ def _target_dtypes(checkpoint: Path, architecture: Architecture, dtype: Dtype | 
 
 def _names(architecture: Architecture) -> list[str]:
     return [name for rule in rules(architecture).values() for name in rule.huggingface]
+
+
+def _far_apart(table: list[Rule]) -> list[Rule]:
+    """In an order whose neighbours, which threads write at once, lie in different files where there are several.
+
+    File systems let one thread at a time write to a file.
+    """
+    stride = -(-len(table) // THREADS)
+    return [rule for start in range(stride) for rule in table[start::stride]]
 
 
 def _meta_tensors(architecture: Architecture, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:

@@ -1,72 +1,29 @@
-"""Reads single tensors of a Megatron distributed checkpoint, without building its model and without running code of it.
+"""Reads parameters of a Megatron distributed checkpoint, without building its model and without running code of it.
 
 Megatron stores the layers of a model stacked in one tensor, [layers, ...], cut into pieces as the
-ranks that wrote it held them. Tensors are read through torch's own distributed checkpointing. Its
-list of pieces (`.metadata`) is a pickle; it is read here by an unpickler that knows no class but
-those that belong there.
+ranks that wrote it held them.
 """
 
-import io
 import math
-import pickle
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Collection
 from pathlib import Path
-from threading import Lock
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, Metadata
+from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.checkpoint.huggingface import DTYPES, check_names
 from megatron_solopo.checkpoint.mapping import ReadRows, Rule, megatron_shape, rules
+from megatron_solopo.checkpoint.megatron_metadata import read_metadata
+from megatron_solopo.checkpoint.megatron_piece import Piece
 from megatron_solopo.model_directory import METADATA, check_megatron_checkpoint
 
 THREADS = 2
 """Convert side by side: while one waits for the disk or for the kernel, the other computes."""
-_LARGE_BYTES = 1 << 25
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
-_SAFE_CLASSES = {
-    "torch": {"Size", "device"},  # and every dtype
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {
-        "BytesIOWriteData",
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath"},
-}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stored piece of a tensor: bytes [start, start + length) of a file, torch's own format."""
-
-    key: str
-    offsets: tuple[int, ...]
-    file: Path
-    start: int
-    length: int
 
 
 class MegatronDirectory:
@@ -76,31 +33,36 @@ class MegatronDirectory:
         """Raises ValueError if `path` is no checkpoint, or if its list of pieces or one of its files is damaged."""
         check_megatron_checkpoint(path, "--checkpoint")
         self.path = path
-        self._reader = _Reader(path)
-        # While one thread holds a large piece and the parameter that it goes into, the others wait.
-        self._large = Lock()
-        metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self._storage: dict[MetadataIndex, Any] = metadata.storage_data
+        metadata = read_metadata(path)
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and key.startswith(_MODEL_KEYS)
         }
+        self._pieces = self._find_pieces(metadata)
         self._check_files()
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Collection[Piece]:
         """Every stored piece of every model tensor."""
-        for key, entry in self.tensors.items():
-            for number, chunk in enumerate(entry.chunks):
-                info = self._storage.get(MetadataIndex(key, chunk.offsets, number))
-                if info is None:
-                    raise ValueError(f"{self.path / METADATA}: says of no file that it holds {key} {chunk.offsets}")
-                if Path(info.relative_path).name != info.relative_path:
-                    raise ValueError(
-                        f"{self.path / METADATA}: says that {key} lies in {info.relative_path}, outside the checkpoint"
-                    )
-                yield Piece(key, tuple(chunk.offsets), self.path / info.relative_path, info.offset, info.length)
+        return self._pieces.values()
+
+    def _find_pieces(self, metadata: Metadata) -> dict[MetadataIndex, Piece]:
+        return {
+            MetadataIndex(key, chunk.offsets): self._find_piece(metadata, key, chunk)
+            for key, entry in self.tensors.items()
+            for chunk in entry.chunks
+        }
+
+    def _find_piece(self, metadata: Metadata, key: str, chunk: ChunkStorageMetadata) -> Piece:
+        info = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
+        if info is None:
+            raise ValueError(f"{self.path / METADATA}: says of no file that it holds {key} {chunk.offsets}")
+        if Path(info.relative_path).name != info.relative_path:
+            raise ValueError(
+                f"{self.path / METADATA}: says that {key} lies in {info.relative_path}, outside the checkpoint"
+            )
+        place, dtype = self.path / info.relative_path, self.tensors[key].properties.dtype
+        return Piece(key, tuple(chunk.offsets), tuple(chunk.sizes), dtype, place, info.offset, info.length)
 
     def _check_files(self) -> None:
         sizes: dict[Path, int] = {}
@@ -142,100 +104,33 @@ class MegatronDirectory:
         return found
 
     def rows_of(self, rule: Rule) -> ReadRows:
-        """A function that reads rows of one parameter, in the precision they are stored in.
-
-        A stored piece is read as a whole. Where pieces are large, as training writes them, the parameter is read once
-        and kept while the function lives.
-        """
+        """A function that reads rows of one parameter, in the precision they are stored in."""
         key, layer = rule.stored_at
-        entry = self.tensors[key]
-        rows, *others = list(entry.size)[0 if layer is None else 1 :]
+        others = list(self.tensors[key].size)[1 if layer is None else 2 :]
 
         def read(start: int, end: int) -> Tensor:
-            offsets = [start, *[0] * len(others)]
+            offsets, sizes = [start, *[0] * len(others)], [end - start, *others]
             if layer is None:
-                return self._read(key, offsets, [end - start, *others])
-            return self._read(key, [layer, *offsets], [1, end - start, *others])[0]
+                return self._read(key, offsets, sizes)
+            return self._read(key, [layer, *offsets], [1, *sizes])[0]
 
-        @cache
-        def whole() -> Tensor:
-            with self._large:
-                return read(0, rows)
-
-        largest = max(chunk.sizes.numel() for chunk in entry.chunks) * entry.properties.dtype.itemsize
-        return read if largest <= _LARGE_BYTES else lambda start, end: whole()[start:end]
+        return read
 
     def _read(self, key: str, offsets: list[int], sizes: list[int]) -> Tensor:
-        """One box of a tensor."""
+        """One box of a tensor; memory is taken only where several pieces are joined."""
         entry = self.tensors[key]
-        target = torch.empty(sizes, dtype=entry.properties.dtype)
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, entry, [box])
-        if sum(math.prod(item.lengths) for item in items) != target.numel():
+        if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
             raise ValueError(f"{self.path}: {key} is not stored whole; the checkpoint is damaged")
-        try:
-            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        except (RuntimeError, pickle.UnpicklingError, EOFError, AssertionError) as error:
-            raise ValueError(
-                f"{self.path}: {key} cannot be read: {' '.join(str(error).split())[:200]}; the checkpoint is damaged"
-            ) from None
-        return target
+        parts = [_part(self._pieces[item.storage_index].read(), item.storage_offsets, item.lengths) for item in items]
+        if len(parts) == 1:
+            return parts[0]
+        joined = torch.empty(sizes, dtype=entry.properties.dtype)
+        for item, part in zip(items, parts, strict=True):
+            _part(joined, item.dest_offsets, item.lengths).copy_(part)
+        return joined
 
 
-class _Into(DefaultLoadPlanner):
-    """Reads into one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self._target
-
-
-class _Reader(FileSystemReader):
-    """torch's reader, with an unpickler that runs no code."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        file = Path(self.path) / METADATA
-        try:
-            metadata = _Unpickler(io.BytesIO(file.read_bytes()), file).load()
-        except _Refused:
-            raise
-        # A torn pickle raises whatever its bytes lead to.
-        except Exception as error:
-            raise ValueError(f"{file}: cannot be read: {type(error).__name__}: {error}") from None
-        if not isinstance(metadata, Metadata) or not metadata.storage_data:
-            raise ValueError(f"{file}: is no list of stored tensors")
-        return metadata
-
-
-class _Refused(ValueError):
-    """The list of pieces holds what has no place in one."""
-
-
-class _Unpickler(pickle._Unpickler):
-    """Makes instances of the classes above and nothing else. In Python, where each step of it can be replaced."""
-
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
-
-    def __init__(self, stream: io.BytesIO, file: Path) -> None:
-        super().__init__(stream)
-        self._file = file
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in _SAFE_CLASSES.get(module, ()):
-            raise _Refused(f"{self._file}: names {module}.{name}, which has no place in a checkpoint; it was not run")
-        return super().find_class(module, name)
-
-    def load_build(self) -> None:
-        """Sets the attributes of an instance, never those of a class or a function, which all others share."""
-        target = self.stack[-2]
-        if isinstance(target, type) or callable(target):
-            raise _Refused(
-                f"{self._file}: would change {target!r}, which has no place in a checkpoint; it was not done"
-            )
-        super().load_build()
-
-    dispatch[pickle.BUILD[0]] = load_build
+def _part(tensor: Tensor, offsets: torch.Size, lengths: torch.Size) -> Tensor:
+    return tensor[tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))]

@@ -9,7 +9,6 @@ The vocabulary is stored without padding: Megatron pads with zeros when it loads
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def write_megatron(
     groups = [[_bytes_item(key, content) for key, content in objects.items()], *_by_file(pieces)]
     plans = writer.prepare_global_plan([SavePlan(items) for items in groups])
     # One thread's file goes to the disk while the other reads and fuses.
-    with _without_checksums(), ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(THREADS, initializer=_leave_out_checksums) as pool:
         results = list(pool.map(lambda plan: writer.write_data(plan, planner).value(), plans))
     writer.finish(_metadata(pieces, objects, architecture), results)
     torch.save({"content_metadata": {}} | MEGATRON_LM_VERSION, path / "common.pt")
@@ -140,15 +139,9 @@ def _metadata(pieces: list[_Piece], objects: dict[str, bytes], architecture: Arc
     return Metadata(entries)
 
 
-@contextmanager
-def _without_checksums() -> Iterator[None]:
-    """torch's CRC-32 of each piece costs more than writing it, and torch never reads it; every bit is compared."""
-    before = torch.serialization.get_crc32_options()
+def _leave_out_checksums() -> None:
+    """For this thread: torch's CRC-32 of each piece costs more than writing it, and torch never reads it."""
     torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
 
 
 class _LazyPlanner(DefaultSavePlanner):

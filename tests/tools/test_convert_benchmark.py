@@ -55,8 +55,29 @@ def test_a_command_that_fails_ends_the_benchmark(benchmark: Any) -> None:
         benchmark.run([sys.executable, "-c", "raise SystemExit(3)"])
 
 
-def test_times_are_medians_and_memory_the_worst(benchmark: Any) -> None:
-    found = {"copy": [(2.0, 5), (1.0, 6), (4.0, 7)], "import": [(5.0, 9), (4.0, 30), (3.0, 10)]}
-    copy, work = benchmark.rows(found, 8 * 10**9)
-    assert (copy["seconds"], copy["of_copy"], copy["peak_bytes"]) == (2.0, 1.0, 7)
-    assert (work["seconds"], work["gb_per_second"], work["of_copy"], work["peak_bytes"]) == (4.0, 2.0, 0.5, 30)
+def test_times_are_medians_of_pairs_and_memory_the_worst(benchmark: Any) -> None:
+    pairs = [benchmark.Pair(5.0, 2.0, 9), benchmark.Pair(4.0, 1.0, 30), benchmark.Pair(3.0, 2.7, 10)]
+    (work,) = benchmark.rows({"import": pairs}, 8 * 10**9)
+    assert (work["seconds"], work["gb_per_second"], work["of_copy"], work["peak_bytes"]) == (4.0, 2.0, 0.4, 30)
+
+
+def test_every_conversion_has_a_copy_in_turn_before_and_after(benchmark: Any, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "source").mkdir()
+    ran = []
+
+    def run(command: list[str]) -> tuple[float, int]:
+        output = {"-c": "copied", "import": "megatron", "export": "exported"}[
+            next(each for each in command if each in ("-c", "import", "export"))
+        ]
+        assert (tmp_path / "megatron").exists() or output != "exported"
+        (tmp_path / output).mkdir()
+        ran.append(output)
+        return (2.0 if output == "copied" else 4.0), len(ran)
+
+    monkeypatch.setattr(benchmark, "run", run)
+    found = benchmark.measure(tmp_path, 2)
+    after = ["megatron", "copied", "exported", "copied"]
+    before = ["copied", "megatron", "copied", "exported"]
+    assert ran == after * 2 + before * 2
+    assert [len(pairs) for pairs in found.values()] == [2] * 4
+    assert {(pair.seconds, pair.copy_seconds) for pairs in found.values() for pair in pairs} == {(4.0, 2.0)}

@@ -1,0 +1,85 @@
+"""Pieces of tensors, mapped where torch has written them."""
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_solopo.checkpoint.megatron_piece import Piece
+
+
+def store(path: Path, *tensors: Tensor) -> list[Piece]:
+    """Several in one file, as torch's distributed checkpointing writes them."""
+    pieces = []
+    with path.open("wb") as stream:
+        for number, tensor in enumerate(tensors):
+            buffer = io.BytesIO()
+            torch.save(tensor, buffer)
+            start = stream.tell()
+            stream.write(buffer.getvalue())
+            shape = tuple(tensor.shape)
+            pieces.append(Piece(f"weight {number}", (0,), shape, tensor.dtype, path, start, stream.tell() - start))
+    return pieces
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_layout_is_read_as_torch_reads_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole = torch.randn(12, 7).to(dtype)
+    stored = [torch.randn(3).to(dtype), whole, whole.T, whole[2:5], whole[:, 1:3], torch.randn(1, 5, 3).to(dtype)]
+    pieces = store(tmp_path / "file", *stored)
+    assert any(piece.start % dtype.itemsize for piece in pieces) or any(piece.start % 64 for piece in pieces)
+    for piece, tensor in zip(pieces, stored, strict=True):
+        found = piece.read()
+        assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found, tensor)
+
+
+def test_a_large_piece_takes_memory_for_what_is_used_alone(tmp_path: Path) -> None:
+    (piece,) = store(tmp_path / "file", torch.ones(1 << 14, 1 << 10))
+    process = psutil.Process()
+    before = process.memory_info().rss
+    rows = piece.read()[100:200]
+    assert rows.sum() == 100 << 10
+    taken = process.memory_info().rss - before
+    assert taken < 8 << 20, taken
+
+
+def test_the_file_stays_as_it_is(tmp_path: Path) -> None:
+    (piece,) = store(tmp_path / "file", torch.ones(4))
+    before = piece.file.read_bytes()
+    piece.read().zero_()
+    assert piece.file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda piece: replace(piece, shape=(4, 3)), "holds torch.float32 of shape (3, 4)"),
+        (lambda piece: replace(piece, dtype=torch.bfloat16), "instead of torch.bfloat16"),
+        (lambda piece: replace(piece, length=piece.length - 1), "cannot be read"),
+        (lambda piece: replace(piece, length=10), "cannot be read"),
+        (lambda piece: replace(piece, start=piece.start + 1), "cannot be read"),
+    ],
+    ids=["shape", "precision", "cut", "cut to its beginning", "place"],
+)
+def test_what_is_not_there_is_named(tmp_path: Path, damage: Callable[[Piece], Piece], problem: str) -> None:
+    piece = damage(store(tmp_path / "file", torch.ones(3, 4))[0])
+    with pytest.raises(ValueError, match="the checkpoint is damaged") as caught:
+        piece.read()
+    message = str(caught.value)
+    assert problem in message
+    assert message.startswith(f"{tmp_path / 'file'}: weight 0 cannot be read: ")
+
+
+def test_something_else_than_a_tensor_is_named(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"a": 1}, buffer)
+    (tmp_path / "file").write_bytes(buffer.getvalue())
+    piece = Piece("weight", (0,), (1,), torch.float32, tmp_path / "file", 0, len(buffer.getvalue()))
+    with pytest.raises(ValueError, match="weight cannot be read"):
+        piece.read()
