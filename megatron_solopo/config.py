@@ -54,6 +54,11 @@ class ModelConfig(Section):
     num_layers_at_start_in_bf16: NonNegativeInt = 1
     num_layers_at_end_in_bf16: NonNegativeInt = 1
 
+    @property
+    def has_delayed_scales(self) -> bool:
+        """Whether FP8 values are scaled by what earlier forward passes saw, so that none goes without a trace."""
+        return self.fp8 is not None and self.fp8_recipe == "delayed"
+
 
 class DataConfig(Section):
     """Which triplets, and how they are packed."""

@@ -5,11 +5,12 @@ predictions (`<name>.predictions.jsonl`) and the pictures (`<name>.*.png`).
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_solopo.files import write_json
+from megatron_solopo.validation import first_problem
 
 EVALUATION_FOLDER = "evaluation"
 
@@ -17,11 +18,35 @@ Backend = Literal["megatron", "transformers", "server"]
 Interval = Literal["wilson", "bootstrap"]
 
 
-class _Part(BaseModel):
+class ResultsPart(BaseModel):
+    """A part of a file of results."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class Cell(_Part):
+class Results(ResultsPart):
+    """A whole file of results."""
+
+    def write(self, path: Path) -> None:
+        """Write the file, complete or not at all."""
+        write_json(path, self.model_dump(mode="json"))
+
+
+AnyResults = TypeVar("AnyResults", bound=Results)
+
+
+def read_results(path: Path, kind: type[AnyResults], command: str) -> AnyResults:
+    """Read a file that `command` writes. Raises ValueError naming it and the field that is not of the schema."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = first_problem(error, "the whole file")
+        raise ValueError(f"{path}: {problem} (expected results of {command})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+
+
+class Cell(ResultsPart):
     """The mean score of some samples. Sums are over the cell's samples."""
 
     task: str
@@ -46,7 +71,7 @@ class Cell(_Part):
     """Wall time of the generation; samples that are generated side by side share it."""
 
 
-class Skipped(_Part):
+class Skipped(ResultsPart):
     """Samples that were not asked for, counted."""
 
     task: str
@@ -55,7 +80,7 @@ class Skipped(_Part):
     reason: str
 
 
-class LongContextResults(_Part):
+class LongContextResults(Results):
     """The file that `evaluate long-context` writes."""
 
     kind: Literal["long_context"] = "long_context"
@@ -98,18 +123,7 @@ class LongContextResults(_Part):
         place = (task, metric, length, depth)
         return next((each for each in self.cells if (each.task, each.metric, each.length, each.depth) == place), None)
 
-    def write(self, path: Path) -> None:
-        """Write the file, complete or not at all."""
-        write_json(path, self.model_dump(mode="json"))
-
 
 def read_long_context(path: Path) -> LongContextResults:
-    """Read the file. Raises ValueError naming it and the field that is not of the schema."""
-    try:
-        return LongContextResults.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        detail = error.errors()[0]
-        field = ".".join(map(str, detail["loc"])) or "the whole file"
-        raise ValueError(f"{path}: {field}: {detail['msg']} (expected results of evaluate long-context)") from None
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+    """Read the file, see `read_results`."""
+    return read_results(path, LongContextResults, "evaluate long-context")

@@ -22,12 +22,12 @@ class Room:
 
 # "" is the package's own __init__; a dotted name is one module that lives apart from its folder's room.
 ROOMS = {
-    **dict.fromkeys(("", "config_section", "exits", "files", "model_directory", "progress"), Room(0)),
+    **dict.fromkeys(("", "config_section", "exits", "files", "model_directory", "progress", "validation"), Room(0)),
     "config_checkpoint": Room(0, beside=frozenset({"config_section"})),
     "config": Room(0, beside=frozenset({"config_checkpoint", "config_section"})),
     "roles": Room(0, beside=frozenset({"config"})),
     "config_file": Room(0, beside=frozenset({"config", "files"})),
-    "evaluation_results": Room(0, beside=frozenset({"files"})),
+    "evaluation_results": Room(0, beside=frozenset({"files", "validation"})),
     "architecture": Room(0, beside=frozenset({"config", "model_directory"})),
     "run_directory": Room(0, beside=frozenset({"model_directory"})),
     "objective": Room(1),

@@ -11,7 +11,7 @@ One process alone changes it: rank 0 of the run that holds the run directory's l
 import re
 from pathlib import Path
 
-from megatron_solopo.checkpoint.manifest import sync_directory
+from megatron_solopo.checkpoint.manifest import sync_directory, sync_file
 from megatron_solopo.files import atomic_path, remove, replace
 
 LATEST = "latest"
@@ -52,14 +52,14 @@ def write_pointer(root: Path, pointer: str, name: str) -> None:
     """Point to another checkpoint."""
     with atomic_path(root / pointer) as temporary:
         temporary.write_text(name + "\n", encoding="utf-8")
+        sync_file(temporary)
     sync_directory(root)
 
 
 def publish(temporary: Path, final: Path) -> None:
     """Give a complete checkpoint its name, then point `latest` to it; see `recover` for a death in between."""
     root = final.parent
-    with atomic_path(root / _NEXT) as pointer:
-        pointer.write_text(final.name + "\n", encoding="utf-8")
+    write_pointer(root, _NEXT, final.name)
     replace(temporary, final)
     sync_directory(root)
     (root / _NEXT).replace(root / LATEST)

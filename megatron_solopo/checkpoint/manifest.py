@@ -37,8 +37,7 @@ class Entry:
 
 def sealed(file: Path) -> Entry:
     """Bring a file to the disk; returns its size and its checksum as read back."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+    sync_file(file)
     return _entry(file)
 
 
@@ -55,7 +54,7 @@ def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
     content = {"algorithm": _ALGORITHM, "files": listed, "checksum": _checksum_of(listed)}
     file = folder / MANIFEST
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    sealed(file)
+    sync_file(file)
     for each in {folder, *((folder / name).parent for name in files)}:
         sync_directory(each)
 
@@ -125,6 +124,12 @@ def shown(found: list[str]) -> str:
     """Damages in one line, the first few by name; empty where there are none."""
     more = f" and {counted(len(found) - _SHOWN, 'more file')}" if len(found) > _SHOWN else ""
     return "; ".join(found[:_SHOWN]) + more
+
+
+def sync_file(path: Path) -> None:
+    """Bring what was written to a file to the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def sync_directory(path: Path) -> None:

@@ -5,7 +5,6 @@ header in JSON with every tensor's precision, shape and place, then the tensors'
 """
 
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from megatron_solopo.checkpoint.huggingface import DTYPES, INDEX
+from megatron_solopo.checkpoint.manifest import sync_file
 from megatron_solopo.files import write_json
 
 _HEADER_MULTIPLE = 8
@@ -94,19 +94,14 @@ class SafetensorsWriter:
             self._missing[name] -= tensor.numel()
             self._unflushed_bytes += tensor.nbytes
             if self._unflushed_bytes >= _FLUSH_BYTES:
-                self._flushes.append(self._flusher.submit(_flush, place.file))
+                self._flushes.append(self._flusher.submit(sync_file, place.file))
                 self._unflushed_bytes = 0
 
     def finish(self) -> None:
         """Make sure that all is written, and on the disk."""
         missing = {name: count for name, count in self._missing.items() if count}
         assert not missing, missing
-        self._flushes += [self._flusher.submit(_flush, file) for file in self._files]
+        self._flushes += [self._flusher.submit(sync_file, file) for file in self._files]
         for flush in self._flushes:
             flush.result()
         self._flusher.shutdown()
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())

@@ -1,14 +1,17 @@
-"""The rows that `data build` writes, as `data sample` and `data select` read them."""
+"""The rows that `data build` writes, as `data sample`, `data select` and `evaluate` read them."""
 
 import json
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_solopo.data.row import Content
+from megatron_solopo.validation import first_problem
+
+Row = TypeVar("Row", bound=BaseModel)
 
 
 class ContextRow(BaseModel):
@@ -27,13 +30,19 @@ class ContextRow(BaseModel):
     """Room for a response, in tokens, its end included."""
 
 
-def read_contexts(path: Path) -> Iterator[tuple[int, ContextRow]]:
-    """Every row with its byte offset. Raises ValueError naming the line and field of the first that is none."""
+def read_contexts(path: Path, row: type[Row]) -> Iterator[tuple[int, int, Row]]:
+    """Every row with its line number and byte offset.
+
+    Args:
+        row: what is read of each, `ContextRow` or fewer fields.
+
+    Raises ValueError naming the line and field of the first that is none.
+    """
     offset = 0
     try:
         with path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
-                yield offset, parse_context(line, f"{path}:{number}")
+                yield number, offset, parse_context(line, f"{path}:{number}", row)
                 offset += len(line)
     except OSError as error:
         raise ValueError(f"--contexts {path}: {error.strerror}") from None
@@ -41,19 +50,18 @@ def read_contexts(path: Path) -> Iterator[tuple[int, ContextRow]]:
         raise ValueError(f"--contexts {path}: holds no row, expected the output of data build")
 
 
-def parse_context(line: bytes, where: str) -> ContextRow:
+def parse_context(line: bytes, where: str, row: type[Row]) -> Row:
     """One line of the file; raises ValueError."""
     try:
-        return ContextRow.model_validate_json(line)
+        return row.model_validate_json(line)
     except ValidationError as error:
-        detail = error.errors()[0]
-        field = ".".join(map(str, detail["loc"])) or "the whole line"
-        raise ValueError(f"{where}: {field}: {detail['msg']} (expected a row of data build)") from None
+        problem = first_problem(error, "the whole line")
+        raise ValueError(f"{where}: {problem} (expected a row of data build)") from None
 
 
 def by_question(path: Path) -> Iterator[list[ContextRow]]:
     """The rows of one question after the other; they stand together in the file."""
-    for _, rows in groupby((row for _, row in read_contexts(path)), key=lambda row: row.question_id):
+    for _, rows in groupby((row for _, _, row in read_contexts(path, ContextRow)), key=lambda row: row.question_id):
         yield list(rows)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megatron_solopo.validation import first_problem
+
 
 class Response(BaseModel):
     """One sampled response."""
@@ -121,11 +123,9 @@ def parse_response(path: Path, offset: int, line: bytes) -> Response:
     try:
         return Response.model_validate_json(line)
     except ValidationError as error:
-        detail = error.errors()[0]
-        field = ".".join(map(str, detail["loc"])) or "the whole line"
         with path.open("rb") as stream:
             number = stream.read(offset).count(b"\n") + 1
-        raise ValueError(f"{path}:{number}: {field}: {detail['msg']} (expected a response)") from None
+        raise ValueError(f"{path}:{number}: {first_problem(error, 'the whole line')} (expected a response)") from None
 
 
 def _complete_lines(path: Path) -> Iterator[tuple[int, bytes]]:

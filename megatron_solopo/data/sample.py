@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_solopo.data.context_rows import parse_context, read_contexts
+from megatron_solopo.data.context_rows import ContextRow, parse_context, read_contexts
 from megatron_solopo.data.journal import Journal, Response, read_offsets
 from megatron_solopo.data.report import Bars, Chart, Histogram, check_output, provenance, write_report
 from megatron_solopo.data.sample_model import Model, Request, RequestFailed
@@ -99,7 +99,7 @@ def _index(path: Path) -> tuple[dict[str, int], int]:
     """Byte offset of each question's first row, whose short context is that of all its rows; and the least room."""
     offsets: dict[str, int] = {}
     room = 0
-    for offset, row in read_contexts(path):
+    for _, offset, row in read_contexts(path, ContextRow):
         offsets.setdefault(row.question_id, offset)
         room = min(room or row.response_tokens, row.response_tokens)
     return offsets, room
@@ -126,7 +126,7 @@ def _requests(
             if not missing:
                 continue
             stream.seek(offset)
-            prompt = parse_context(stream.readline(), str(settings.contexts)).prompt_short
+            prompt = parse_context(stream.readline(), str(settings.contexts), ContextRow).prompt_short
             for start in range(0, len(missing), size):
                 indices = tuple(missing[start : start + size])
                 yield Request(

@@ -158,13 +158,11 @@ def _agreed(specs: Sequence[Spec], missing: set[str] | None) -> list[Spec]:
 
 
 def _write(output: Path, results: LongContextResults, scored: Sequence[Scored]) -> None:
-    from megatron_solopo.evaluate.plot import plot_depth, plot_length
+    from megatron_solopo.report.answer_picture import draw_answers
 
     with atomic_path(output.with_suffix(".predictions.jsonl")) as temporary, temporary.open("w", encoding="utf-8") as f:
         f.writelines(json.dumps(_prediction(each), ensure_ascii=False) + "\n" for each in scored)
-    plot_length(results, output.with_suffix(".length.png"))
-    if not plot_depth(results, output.with_suffix(".depth.png")):
-        remove(output.with_suffix(".depth.png"))
+    draw_answers(results, output.with_suffix(".length.png"), output.with_suffix(".depth.png"))
     results.write(output)
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from megatron_solopo.data.context_rows import parse_context, read_contexts
 from megatron_solopo.data.encode import check_template, template_of
 from megatron_solopo.data.measure import Measure
 from megatron_solopo.data.row import Content
@@ -91,14 +92,14 @@ class QuestionFile:
         """Reads the row again: prompts are not held."""
         with self._path.open("rb") as stream:
             stream.seek(spec.key)
-            row = _parse(stream.readline(), str(self._path))
+            row = parse_context(stream.readline(), str(self._path), QuestionRow)
         prompt = row.prompt("short" if spec.task.endswith(".short") else "long")
         assert prompt is not None
         return Sample(spec, prompt, tuple(row.answers))
 
     def _plan_side(self, side: Side, limit: int | None) -> Iterator[Spec]:
         asked: set[str] = set()
-        for number, offset, row in _rows(self._path):
+        for number, offset, row in read_contexts(self._path, QuestionRow):
             if limit is not None and len(asked) >= limit:
                 return
             prompt = row.prompt(side)
@@ -131,26 +132,3 @@ class QuestionFile:
             return None
         mean = sum(evidence) / len(evidence)
         return min(self._depths, key=lambda depth: abs(depth - mean))
-
-
-def _rows(path: Path) -> Iterator[tuple[int, int, QuestionRow]]:
-    """(line, byte offset, row)."""
-    offset = 0
-    try:
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                yield number, offset, _parse(line, f"{path}:{number}")
-                offset += len(line)
-    except OSError as error:
-        raise ValueError(f"--contexts {path}: {error.strerror}") from None
-    if not offset:
-        raise ValueError(f"--contexts {path}: holds no row")
-
-
-def _parse(line: bytes, where: str) -> QuestionRow:
-    try:
-        return QuestionRow.model_validate_json(line)
-    except ValidationError as error:
-        detail: Any = error.errors()[0]
-        field = ".".join(map(str, detail["loc"])) or "the whole line"
-        raise ValueError(f"{where}: {field}: {detail['msg']} (expected a row of data build)") from None

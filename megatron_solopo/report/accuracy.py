@@ -1,6 +1,6 @@
 """The pictures of evaluations: accuracy against length, and where in the context the evidence lay."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,18 +8,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_solopo.evaluation_results import LongContextResults
-from megatron_solopo.report.axes import Point, banded_line, dress, heat_map, legend, length_axis, short_length
-from megatron_solopo.report.evaluations import answer_cells, answer_points, common_tasks, mean_answer_points
+from megatron_solopo.report.answer_picture import depth_map
+from megatron_solopo.report.axes import Cells, Point, banded_line, dress, heat_maps, legend, length_axis
+from megatron_solopo.report.evaluations import answer_points, common_tasks, mean_answer_points
 from megatron_solopo.report.preference_picture import depth_cells, metric_points
 from megatron_solopo.report.runs import Run
 from megatron_solopo.report.style import Picture, Theme, figure
 
 Curve = tuple[str, int | None, Sequence[Point]]
 """Label, the run's place (None: the model before training), points."""
-Cells = Mapping[tuple[str, str], tuple[float, int]]
 
 BAND = "Bands are 95 % confidence intervals."
-_ACROSS, _MAPS_ACROSS = 4, 3
+_ACROSS = 4
 LONG, SHORT = "rewards/accuracies_long", "rewards/accuracies_short"
 
 
@@ -65,7 +65,7 @@ def accuracy_pictures(runs: Sequence[Run]) -> Iterator[Picture]:
                 title,
                 "Across: length of the context in tokens. Down: depth of the evidence in it, from its start, 0, to 1.",
                 f"{title}: one heat map for each of {', '.join(label for label, _ in maps)}.",
-                partial(_maps, maps=maps),
+                partial(heat_maps, maps=maps),
             )
 
 
@@ -178,12 +178,8 @@ def _small_multiples(theme: Theme, runs: Sequence[Run], tasks: Sequence[str]) ->
 
 
 def _answer_maps(runs: Sequence[Run]) -> list[tuple[str, Cells]]:
-    found = [(run.name, answer_cells(run.evaluations.answers)) for run in runs if run.evaluations.answers is not None]
-    return [
-        (name, {(short_length(length), f"{depth:.2f}"): cell for (length, depth), cell in cells.items()})
-        for name, cells in found
-        if cells
-    ]
+    found = [(run.name, depth_map(run.evaluations.answers)) for run in runs if run.evaluations.answers is not None]
+    return [(name, cells) for name, cells in found if cells]
 
 
 def _reward_maps(runs: Sequence[Run]) -> list[tuple[str, Cells]]:
@@ -193,16 +189,3 @@ def _reward_maps(runs: Sequence[Run]) -> list[tuple[str, Cells]]:
         for name, results in found
         if results is not None and any(group.start is not None for group in results.by_depth)
     ]
-
-
-def _maps(theme: Theme, maps: Sequence[tuple[str, Cells]]) -> Figure:
-    rows = -(-len(maps) // _MAPS_ACROSS)
-    deep = max(len({depth for _, depth in cells}) for _, cells in maps)
-    drawn = figure(theme, 4.2 * _MAPS_ACROSS, (0.55 * deep + 1.0) * rows)
-    axes = drawn.subplots(rows, _MAPS_ACROSS, squeeze=False)  # unused places stay empty: one map is no poster
-    for axis, (label, cells) in zip(axes.flat, maps, strict=False):
-        dress(axis, theme, label)
-        heat_map(axis, theme, cells)
-    for axis in list(axes.flat)[len(maps) :]:
-        axis.set_visible(False)
-    return drawn

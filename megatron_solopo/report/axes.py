@@ -5,9 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from megatron_solopo.report.style import MARKERS, Theme
+from megatron_solopo.report.style import MARKERS, Theme, figure
+
+Cells = Mapping[tuple[str, str], tuple[float, int]]
+"""(column, row) -> (share in [0, 1], count); columns in order of appearance."""
+_ACROSS = 3
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,8 @@ def short_length(tokens: int) -> str:
     return f"{tokens / 1024:g}K" if tokens >= 1024 and tokens % 128 == 0 else f"{tokens:,}"
 
 
-def heat_map(axis: Axes, theme: Theme, cells: Mapping[tuple[str, str], tuple[float, int]]) -> None:
-    """Shares in [0, 1] with their numbers written in; cells without a measurement stay empty.
-
-    Args:
-        cells: (column, row) -> (share, count), columns in order of appearance, rows sorted, the first at the top.
-    """
+def heat_map(axis: Axes, theme: Theme, cells: Cells) -> None:
+    """Shares with their numbers written in; cells without a measurement stay empty. Rows are sorted from the top."""
     # Not every column has every row: their order of appearance says nothing.
     columns, rows = list(dict.fromkeys(column for column, _ in cells)), sorted({row for _, row in cells})
     shares = np.full((len(rows), len(columns)), np.nan)
@@ -90,3 +91,17 @@ def heat_map(axis: Axes, theme: Theme, cells: Mapping[tuple[str, str], tuple[flo
         place = columns.index(column), rows.index(row)
         text = f"{share:.2f}\n$n$={count}"
         axis.annotate(text, place, ha="center", va="center", fontsize=8, color="#ffffff" if dark else "#1f2328")
+
+
+def heat_maps(theme: Theme, maps: Sequence[tuple[str, Cells]]) -> Figure:
+    """Several, each with its title."""
+    rows = -(-len(maps) // _ACROSS)
+    deep = max(len({depth for _, depth in cells}) for _, cells in maps)
+    drawn = figure(theme, 4.2 * _ACROSS, (0.55 * deep + 1.0) * rows)
+    axes = drawn.subplots(rows, _ACROSS, squeeze=False)  # unused places stay empty: one map is no poster
+    for axis, (label, cells) in zip(axes.flat, maps, strict=False):
+        dress(axis, theme, label)
+        heat_map(axis, theme, cells)
+    for axis in list(axes.flat)[len(maps) :]:
+        axis.set_visible(False)
+    return drawn

@@ -108,13 +108,16 @@ def mean_answer_points(results: LongContextResults, tasks: Sequence[str] | None 
     return points
 
 
-def answer_cells(results: LongContextResults) -> dict[tuple[int, float], tuple[float, int]]:
-    """(length, depth) -> score, samples: mean over the tasks that have it, each weighing the same."""
+def answer_cells(
+    results: LongContextResults, tasks: Sequence[str] | None = None
+) -> dict[tuple[int, float], tuple[float, int]]:
+    """(length, depth) -> score, samples: mean over the tasks (None: all) that have it, weighing the same."""
     found: dict[tuple[int, float], tuple[float, int]] = {}
     for length in results.lengths:
         for depth in results.depths:
             places = (
-                results.cell(task, name, length=length, depth=depth) for task, name in results.main_metrics.items()
+                results.cell(task, results.main_metrics[task], length=length, depth=depth)
+                for task in tasks or results.main_metrics
             )
             cells = [each for each in places if each is not None]
             if count := sum(each.n for each in cells):

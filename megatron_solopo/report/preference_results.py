@@ -8,16 +8,12 @@ triplet (`.jsonl`) and a picture (`.png`).
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from megatron_solopo.files import write_json
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from megatron_solopo.evaluation_results import Results, ResultsPart, read_results
 
 
-class Estimate(_Part):
+class Estimate(ResultsPart):
     """A mean over triplets and its 95 % confidence interval."""
 
     mean: float
@@ -31,7 +27,7 @@ class Estimate(_Part):
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
-class Group(_Part):
+class Group(ResultsPart):
     """Some triplets."""
 
     n: int = Field(ge=1)
@@ -61,7 +57,7 @@ class CellGroup(LengthGroup, DepthGroup):
     """Triplets of a length and a depth."""
 
 
-class PreferenceResults(_Part):
+class PreferenceResults(Results):
     """The file that `evaluate preference` writes."""
 
     kind: Literal["preference"] = "preference"
@@ -122,18 +118,7 @@ class PreferenceResults(_Part):
             )
         return "\n".join(line.rstrip() for line in lines)
 
-    def write(self, path: Path) -> None:
-        """Write the file, complete or not at all."""
-        write_json(path, self.model_dump(mode="json"))
-
 
 def read_preference(path: Path) -> PreferenceResults:
-    """Read the file. Raises ValueError naming it and the field that is not of the schema."""
-    try:
-        return PreferenceResults.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        detail = error.errors()[0]
-        field = ".".join(map(str, detail["loc"])) or "the whole file"
-        raise ValueError(f"{path}: {field}: {detail['msg']} (expected results of evaluate preference)") from None
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+    """Read the file, see `read_results`."""
+    return read_results(path, PreferenceResults, "evaluate preference")

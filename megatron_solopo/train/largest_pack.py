@@ -42,8 +42,7 @@ def is_wanted(config: Config, topology: Topology) -> bool:
     """`training.try_largest_pack`; if not set: on a GPU, unless FP8's delayed scales would remember the trial."""
     if config.training.try_largest_pack is not None:
         return config.training.try_largest_pack
-    delayed_scales = config.model.fp8 is not None and config.model.fp8_recipe == "delayed"
-    return topology.device.type == "cuda" and not delayed_scales
+    return topology.device.type == "cuda" and not config.model.has_delayed_scales
 
 
 def try_largest_pack(

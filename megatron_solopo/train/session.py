@@ -51,10 +51,8 @@ class Session:
         Pipeline stages have several packs in flight, and the scales of FP8's delayed recipe remember every forward.
         """
         self.watchdog.progress()
-        model = self.config.model
-        delayed_scales = model.fp8 is not None and model.fp8_recipe == "delayed"
-        if self.topology.pipeline_group.size() == 1 and not delayed_scales:
-            self.signals.check()
+        if self.topology.pipeline_group.size() == 1 and not self.config.model.has_delayed_scales:
+            self.signals.check_meanwhile()
 
 
 @contextmanager

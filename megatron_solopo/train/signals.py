@@ -1,6 +1,6 @@
 """Signals that ask a run to stop, and the one decision that all ranks take about them.
 
-SIGTERM, SIGUSR1 or SIGINT on any rank is a request. At the next boundary all ranks learn of it in one all-reduce of a
+SIGTERM, SIGUSR1 or SIGINT on any rank is a request. At boundaries all ranks learn of it in one all-reduce of a
 single number, so that all of them stop at the same place: `StopSignals.check` raises `Stopped` on every rank.
 
     boundary                   where                                     lost by stopping there
@@ -9,14 +9,16 @@ single number, so that all of them stop at the same place: `StopSignals.check` r
                                micro-batches are in flight on all stages
     batch                      evaluation, reference pass                what the pass has computed
 
-The wait is thus one micro-batch (one step with PP > 1) and the save. A second signal, 2 seconds or more after the
-first, exits at once with 128 + its number; a save that was being written stays under its temporary name.
+Micro-batches wait for nobody: what the ranks begin to agree on at one, they act on at the next (`check_meanwhile`).
+The wait is thus at most two micro-batches (one step with PP > 1) and the save. A second signal, 2 seconds or more after
+the first, exits at once with 128 + its number; a save that was being written stays under its temporary name.
 
 Launchers deliver one request twice (to the group, then to each rank), hence the 2 seconds. Handlers of Python run
 between two bytecodes of the main thread, which may sit in a collective for long: a thread therefore reads the
 signal's number too, from the pipe that the interpreter writes it to in the very moment.
 
-Cost: one all-reduce of 8 bytes between hosts (gloo) per boundary, no synchronization with the GPU.
+Cost: one all-reduce of 8 bytes between hosts (gloo) per boundary, no synchronization with the GPU, and within a step
+none of the hosts either: those with less to do run ahead.
 """
 
 import os
@@ -51,6 +53,7 @@ class StopSignals:
         self._received: int | None = None
         self._received_at = 0.0
         self._group: Any = None
+        self._agreeing: tuple[torch.Tensor, dist.Work] | None = None
         self._finished = False
 
     def __enter__(self) -> Self:
@@ -76,11 +79,23 @@ class StopSignals:
 
     def check(self) -> None:
         """A boundary: raises Stopped on every rank if any rank was asked to stop. Called by all ranks together."""
+        self.check_meanwhile()
+        self._conclude()
+
+    def check_meanwhile(self) -> None:
+        """`check` for requests up to the last boundary alone; the ranks agree on later ones while they work."""
         assert self._group is not None, "join comes first"
+        self._conclude()
         # The greatest request wins: who, and which signal.
         mine = 0 if self._received is None else (dist.get_rank() + 1) * 256 + self._received
         request = torch.tensor(mine, dtype=torch.int64, device="cpu")
-        dist.all_reduce(request, dist.ReduceOp.MAX, group=self._group)
+        self._agreeing = request, dist.all_reduce(request, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def _conclude(self) -> None:
+        if self._agreeing is None:
+            return
+        (request, work), self._agreeing = self._agreeing, None
+        work.wait()
         if request > 0:
             rank, number = divmod(int(request), 256)
             raise Stopped(f"{signal.Signals(number).name} on rank {rank - 1}")

@@ -14,8 +14,7 @@ from megatron_solopo.model.spec import layer_spec
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
 from tests.integrations.megatron_runs import BATCH, STEPS, arguments, config, pretrain, recorded
-from tests.prepared import make_prepared
-from tests.tiny_models import make_model
+from tests.train.runs import make_inputs
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
@@ -168,11 +167,7 @@ def run_with_evaluation(argv: list[str], **keywords: Any) -> tuple[list[dict[str
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("megatron_lm")
-    make_model(path / "model", "qwen2_tied", seed=0)
-    make_model(path / "reference_model", "qwen2_tied", seed=1)
-    make_prepared(path / "prepared", rows=14, eval_count=4, seed=0)
-    return path
+    return make_inputs(tmp_path_factory.mktemp("megatron_lm"), rows=14, eval_count=4)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from megatron_solopo.integrations import PreferenceTask
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
 from tests.integrations.megatron_runs import STEPS, config, recorded
-from tests.prepared import make_prepared
 from tests.ranks import layout
-from tests.tiny_models import make_model
+from tests.train.runs import make_inputs
 
 pytestmark = pytest.mark.parity
 
@@ -42,11 +41,7 @@ def run_all(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("own_loop")
-    make_model(path / "model", "qwen2_tied", seed=0)
-    make_model(path / "reference_model", "qwen2_tied", seed=1)
-    make_prepared(path / "prepared", rows=10, eval_count=0, seed=0)
-    return path
+    return make_inputs(tmp_path_factory.mktemp("own_loop"), rows=10, eval_count=0)
 
 
 @pytest.fixture(scope="module")

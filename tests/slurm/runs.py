@@ -6,17 +6,12 @@ from typing import Any
 import yaml
 
 from megatron_solopo.files import read_jsonl
-from tests.prepared import make_prepared
-from tests.tiny_models import make_model
-
-MEASURED = ("step_time", "tokens_per_second", "mfu", "peak_memory_bytes")
+from tests.train.runs import make_inputs
 
 
 def write_config(folder: Path, *, max_steps: int, save_steps: int) -> Path:
     """Model, data and `config.yaml` in `folder`; every run names its own `run_dir`."""
-    make_model(folder / "model", "qwen2_tied", seed=0)
-    make_model(folder / "reference_model", "qwen2_tied", seed=1)
-    make_prepared(folder / "prepared", rows=40, eval_count=5, seed=0)
+    make_inputs(folder, rows=40)
     config: dict[str, Any] = {
         "run_dir": str(folder / "unnamed"),
         "model": {"path": str(folder / "model")},
@@ -36,11 +31,3 @@ def steps_done(run_dir: Path) -> int:
     """Steps in the metrics so far."""
     path = run_dir / "metrics.jsonl"
     return len(read_jsonl(path)) if path.exists() else 0
-
-
-def computed(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics of every step that do not measure the machine: the same to the last bit in runs that are the same."""
-    return [
-        {key: value for key, value in step.items() if key not in MEASURED}
-        for step in read_jsonl(run_dir / "metrics.jsonl")
-    ]

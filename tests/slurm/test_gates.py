@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.slurm.cluster import NEEDS_SLURM, ROOT, Cluster, cluster, wait_until
-from tests.slurm.runs import computed, steps_done, write_config
+from tests.slurm.runs import steps_done, write_config
+from tests.train.runs import recorded
 
 pytestmark = [NEEDS_SLURM, pytest.mark.timeout(900)]
 
@@ -69,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 @pytest.fixture(scope="module")
 def undisturbed(runs: Runs) -> list[dict[str, Any]]:
     runs.end("undisturbed", runs.submit("undisturbed"))
-    return computed(runs.folder / "undisturbed")
+    return recorded(runs.folder, "undisturbed")
 
 
 def test_two_nodes_run_the_shipped_script(runs: Runs, undisturbed: list[dict[str, Any]]) -> None:
@@ -86,7 +87,7 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_the_same(runs: Runs, und
     log = runs.log("preempted")
     assert runs.slurm.job(job, "Restarts") == "1"
     assert log.count("asked to stop: saving") == log.count("stopped by SIGUSR1") == 1, log
-    assert computed(runs.folder / "preempted") == undisturbed
+    assert recorded(runs.folder, "preempted") == undisturbed
 
 
 @pytest.mark.slurm
@@ -102,7 +103,7 @@ def test_a_job_whose_node_died_moves_to_the_spare_node_and_ends_the_same(
     wait_until(lambda: runs.slurm.job(job, "Restarts") == "1", PATIENCE, "the requeue")
     runs.end(name, job)
     assert len(runs.nodes(job)) == 2 and node not in runs.nodes(job)
-    assert computed(runs.folder / name) == undisturbed
+    assert recorded(runs.folder, name) == undisturbed
     runs.slurm.restore_power(node)
 
 
@@ -114,7 +115,7 @@ def test_a_cancelled_job_stays_cancelled_and_the_next_one_goes_on(runs: Runs, un
     assert runs.slurm.wait_for_end(job, PATIENCE) == "CANCELLED"
     runs.end("cancelled", runs.submit("cancelled"))
     assert (runs.slurm.job(job, "JobState"), runs.slurm.job(job, "Restarts")) == ("CANCELLED", "0")
-    assert computed(runs.folder / "cancelled") == undisturbed
+    assert recorded(runs.folder, "cancelled") == undisturbed
 
 
 @pytest.mark.slurm
@@ -135,4 +136,4 @@ def test_a_chain_of_jobs_goes_on_where_the_one_before_stopped(runs: Runs, undist
     for job in jobs[2:]:
         assert runs.slurm.wait_for_end(job, PATIENCE) == "COMPLETED"
     assert saved < (run_dir / "checkpoints" / "latest").read_text() == f"iter_{STEPS:07d}\n"
-    assert computed(run_dir) == undisturbed
+    assert recorded(runs.folder, "chain") == undisturbed

@@ -18,10 +18,11 @@ from tests.tiny_models import make_model
 _MEASURED = ("step_time", "tokens_per_second", "mfu", "peak_memory_bytes")
 
 
-def make_inputs(folder: Path) -> Path:
-    """A tiny model and prepared data: 10 triplets to train on, 5 held out."""
+def make_inputs(folder: Path, *, rows: int = 15, eval_count: int = 5) -> Path:
+    """A tiny model, another one for reference, and prepared triplets, some of them held out."""
     make_model(folder / "model", "qwen2_tied", seed=0)
-    make_prepared(folder / "prepared", rows=15, eval_count=5, seed=0)
+    make_model(folder / "reference_model", "qwen2_tied", seed=1)
+    make_prepared(folder / "prepared", rows=rows, eval_count=eval_count, seed=0)
     return folder
 
 
@@ -44,7 +45,7 @@ def small_config(folder: Path, name: str, parallel: dict[str, Any], **sections: 
 
 
 def recorded(folder: Path, name: str) -> list[dict[str, Any]]:
-    """What a run wrote per step, without what the clock and the machine decide."""
+    """What a run wrote per step, without what the clock and the machine decide: the same bits in equal runs."""
     steps = read_jsonl(folder / name / "metrics.jsonl")
     return [{key: value for key, value in step.items() if key not in _MEASURED} for step in steps]
 

@@ -22,7 +22,7 @@ from megatron_solopo.train.session import prepare
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
 from tests.prepared import make_prepared
-from tests.tiny_models import make_model
+from tests.train.runs import make_inputs
 
 pytestmark = pytest.mark.parity
 
@@ -167,10 +167,7 @@ def interrupted(folder: Path, name: str, source: str = "whole") -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runs")
-    make_model(path / "model", "qwen2_tied", seed=0)
-    make_model(path / "reference_model", "qwen2_tied", seed=1)
-    make_prepared(path / "prepared", rows=15, eval_count=5, seed=0)
+    path = make_inputs(tmp_path_factory.mktemp("runs"))
     make_prepared(path / "other_prepared", rows=15, eval_count=5, seed=1)
     return path
 

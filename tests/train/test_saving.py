@@ -19,12 +19,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_solopo.config_file import parse_config
-from megatron_solopo.files import read_jsonl
 from megatron_solopo.train import lock
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
-from tests.prepared import make_prepared
 from tests.tiny_models import make_model
+from tests.train.runs import make_inputs, recorded
 
 STEPS = 4
 CONFIG: dict[str, Any] = {
@@ -85,17 +84,9 @@ def dying(die_in: str) -> contextlib.AbstractContextManager[Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runs")
-    make_model(path / "model", "qwen2_tied", seed=0)
-    make_prepared(path / "prepared", rows=15, eval_count=5, seed=0)
+    path = make_inputs(tmp_path_factory.mktemp("runs"))
     launch(path, "whole")
     return path
-
-
-def metrics(folder: Path, run: str) -> list[dict[str, Any]]:
-    """Without what the clock and the machine decide."""
-    noise = ("step_time", "tokens_per_second", "peak_memory_bytes", "mfu")
-    return [{k: v for k, v in step.items() if k not in noise} for step in read_jsonl(folder / run / "metrics.jsonl")]
 
 
 def stored(checkpoint: Path) -> dict[Any, Any]:
@@ -123,7 +114,7 @@ def copy(folder: Path, run: str, until: int) -> Path:
 
 def test_async_saves_are_the_synchronous_ones_bit_by_bit(folder: Path) -> None:
     launch(folder, "async", checkpoint={"async_save": True, "keep_last": 2, "keep_every": 2})
-    assert metrics(folder, "async") == metrics(folder, "whole")
+    assert recorded(folder, "async") == recorded(folder, "whole")
     saved = sorted(path.name for path in (folder / "async" / "checkpoints").iterdir())
     assert saved == ["iter_0000002", "iter_0000003", "iter_0000004", "latest"]
     for name in saved[:3]:
@@ -132,7 +123,7 @@ def test_async_saves_are_the_synchronous_ones_bit_by_bit(folder: Path) -> None:
 
 DEATHS = {
     "inside the write": ("megatron_solopo.checkpoint.sharded:ShardedWrite._write_file:5", 3),
-    "between name and latest": ("megatron_solopo.checkpoint.directory:sync_directory:5", 4),
+    "between name and latest": ("megatron_solopo.checkpoint.directory:sync_directory:8", 4),
 }
 
 
@@ -148,7 +139,7 @@ def test_killed_inside_a_save_it_continues_from_the_good_one(where: str, mode: b
     assert (folder / name / "checkpoints" / "latest").read_text() == "iter_0000002\n"
     said = launch(folder, name, checkpoint={"async_save": mode})
     assert f"at step {continues_at}" in said, said
-    assert metrics(folder, name) == metrics(folder, "whole")
+    assert recorded(folder, name) == recorded(folder, "whole")
     last = f"checkpoints/iter_{STEPS:07d}"
     assert stored(folder / name / last) == stored(folder / "whole" / last)
     assert not [path.name for path in (folder / name / "checkpoints").iterdir() if path.name.startswith(".")]
@@ -167,7 +158,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_continues(folder: Path)
     said = launch(folder, name)
     assert f"damaged: {checkpoints / 'iter_0000003' / '__1_0.distcp'}: " in said and "at step 3" in said
     assert (checkpoints / "damaged_iter_0000003").is_dir()
-    assert metrics(folder, name) == metrics(folder, "whole")
+    assert recorded(folder, name) == recorded(folder, "whole")
     events = EventAccumulator(str(folder / name / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, STEPS + 1)), "each step once"
 

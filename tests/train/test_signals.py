@@ -126,6 +126,28 @@ def test_one_request_delivered_twice_is_one() -> None:
     assert exit_codes(wait_in_a_collective, 2, numbers, 0.1, 60.0, 2.0, patience=90) == [exits.STOPPED] * 2
 
 
+def test_within_a_step_no_rank_waits_and_all_stop_at_the_next_boundary() -> None:
+    assert exit_codes(agree_meanwhile, 2, patience=90) == [exits.STOPPED] * 2
+
+
+def agree_meanwhile() -> None:
+    """Rank 1 does not come to its first boundary before rank 0 has left it."""
+    signals = StopSignals()
+    with signals:
+        signals.join()
+        if dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            signals.check_meanwhile()
+            dist.send(torch.zeros(1), 1)
+        else:
+            dist.recv(torch.zeros(1), 0)
+            signals.check_meanwhile()
+        try:
+            signals.check_meanwhile()
+        except Stopped:
+            os._exit(exits.STOPPED)
+
+
 def test_before_the_ranks_have_met_a_signal_ends_the_process() -> None:
     assert exit_codes(signalled_before_joining, 1, patience=90) == [exits.STOPPED]
 
