@@ -15,6 +15,7 @@ from tests.distributed import run_distributed
 _MODULES = (
     "tests.parallel.test_context",
     "tests.parallel.test_topology",
+    "tests.checkpoint.test_optimizer_share",
     "tests.logprob.test_vocab_parallel",
     "tests.logprob.test_sequence",
     "tests.model.test_attention",

@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_solopo.checkpoint.optimizer_state import initialize_state, load_state, sharded_state
+from megatron_solopo.checkpoint.optimizer_state import initialize_state, load_state, state_to_load, state_to_save
 from megatron_solopo.checkpoint.pending import Content, PendingSave
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.precision import assign
@@ -44,7 +44,8 @@ def begin_save(
 
     Raises ValueError on every rank, and leaves nothing behind, where one of them finds no room or cannot write.
     """
-    state = _sharded_state(chunks, optimizer, is_loading=False) | MEGATRON_LM_VERSION
+    model, metadata = _sharded_model_state(chunks), _metadata()
+    state = model | {"optimizer": state_to_save(optimizer, _parameters(model), metadata)} | MEGATRON_LM_VERSION
     return PendingSave(root, state, dict(_SHARDING), content, background=background)
 
 
@@ -52,11 +53,15 @@ def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optim
     """Load parameters, and the optimizer's state if one is given, under the current layout."""
     if optimizer is not None:
         initialize_state(optimizer)
-    state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), str(path))
+    model = _sharded_model_state(chunks)
+    state = dist_checkpointing.load(model, str(path))
     for key, chunk in _keyed(chunks).items():
         missing, unexpected = chunk.module.load_state_dict(state[key], strict=False)
         assert not unexpected and all(name.endswith(_KERNEL_STATE) for name in missing), (missing, unexpected)
     if optimizer is not None:
+        wanted = {"optimizer": state_to_load(optimizer, _parameters(_sharded_model_state(chunks)), _metadata())}
+        # Who is asked to hold all of a tensor holds none of it, where another rank owns the parameter.
+        state = dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
         load_state(optimizer, state["optimizer"])
 
 
@@ -72,15 +77,14 @@ def load_parameters(path: Path, chunks: Sequence[ResponseModel]) -> None:
             assign(parameter, loaded[key][name])
 
 
-def _sharded_state(
-    chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None, *, is_loading: bool
-) -> dict[str, Any]:
+def _sharded_model_state(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
     metadata = _metadata()
-    model = {key: _sharded_model(chunk.module, metadata) for key, chunk in _keyed(chunks).items()}
-    if optimizer is None:
-        return model
-    parameters = model["model"] if len(chunks) == 1 else model
-    return model | {"optimizer": sharded_state(optimizer, dict(parameters), is_loading=is_loading, metadata=metadata)}
+    return {key: _sharded_model(chunk.module, metadata) for key, chunk in _keyed(chunks).items()}
+
+
+def _parameters(model: dict[str, Any]) -> dict[str, Any]:
+    """The model's sharded state as optimizers want it."""
+    return dict(model["model"] if len(model) == 1 else model)
 
 
 def _metadata() -> dict[str, Any]:

@@ -12,18 +12,27 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_solopo.checkpoint.optimizer_share import requested_share
 
 
-def sharded_state(
-    optimizer: MegatronOptimizer, parameters: dict[str, Any], *, is_loading: bool, metadata: dict[str, Any]
-) -> dict[str, Any]:
+def state_to_save(optimizer: MegatronOptimizer, parameters: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     """What Megatron calls `sharded_state_dict`, in a form that every other optimizer here reads, under any layout.
 
     Args:
         parameters: the model's own sharded state, for the places of its parameters.
     """
     with _places_without_padding(optimizer):
-        return portable(optimizer.sharded_state_dict(parameters, is_loading=is_loading, metadata=metadata))
+        return portable(optimizer.sharded_state_dict(parameters, is_loading=False, metadata=metadata))
+
+
+def state_to_load(optimizer: MegatronOptimizer, parameters: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """Of what `state_to_save` gave under any layout, what this rank needs; `load_state` takes it."""
+    inner = _inner(optimizer)
+    if not isinstance(inner, DistributedOptimizer):
+        return portable(optimizer.sharded_state_dict(parameters, is_loading=True, metadata=metadata))
+    return portable(inner.state_dict() | {"param_state": requested_share(inner, parameters)})
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import pytest
 from megatron_solopo import exits
 from tests.network.hosts import NEEDS_NAMESPACES, Network, two_hosts
 from tests.slurm.cluster import wait_until
-from tests.slurm.runs import computed, steps_done, write_config
+from tests.slurm.runs import steps_done, write_config
+from tests.train.runs import recorded
 
 pytestmark = [NEEDS_NAMESPACES, pytest.mark.timeout(600)]
 
@@ -66,4 +67,4 @@ def test_both_sides_end_in_time_and_name_the_missing_rank(story: dict[str, Any])
 
 def test_the_run_goes_on_and_ends_the_same(story: dict[str, Any]) -> None:
     assert story["again"] == [0, 0]
-    assert computed(story["folder"] / "cut") == computed(story["folder"] / "whole")
+    assert recorded(story["folder"], "cut") == recorded(story["folder"], "whole")
