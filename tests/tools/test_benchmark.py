@@ -1,5 +1,6 @@
 """The benchmark at toy sizes on a CPU, through its command line."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -9,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from click.testing import CliRunner
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SHORT, LONG, RESPONSE, STEPS, WARMUP = 64, (128, 256), 16, 3, 2
@@ -147,9 +149,11 @@ def test_an_override_changes_what_is_computed(rows, tmp_path) -> None:
         (["--warmup=0"], "--warmup"),
     ],
 )
-def test_mistakes_are_one_line(arguments, complaint) -> None:
-    run = run_benchmark(OURS, *arguments)
-    assert run.returncode == 2
+def test_mistakes_are_one_line(arguments, complaint, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(TOOLS)
+    benchmark = importlib.import_module("benchmark")
+    run = CliRunner().invoke(benchmark.main, [*SIZES, OURS, *arguments])
+    assert run.exit_code == 2
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("Error")]
     assert complaint in line
 
