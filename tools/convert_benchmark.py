@@ -67,7 +67,7 @@ def make_model(path: Path) -> tuple[int, int]:
         for name, shape in huggingface_shapes(rule, architecture).items()
     }
     meta = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
-    writer = SafetensorsWriter(path, meta)
+    writer = SafetensorsWriter(path, meta, max_shard_bytes=5 * _GB)
     torch.manual_seed(0)
     for name, shape in shapes.items():
         writer.write(name, torch.randn(shape).mul_(0.02).bfloat16())

@@ -35,6 +35,7 @@ from megatron_solopo.progress import bar_style
 Dtype = Literal["bfloat16", "float16", "float32"]
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NEARLY_FULL_BYTES = 1 << 26
+_SMALL_MODEL_BYTES, _LARGEST_FILE_BYTES = 10**9, 5 * 10**9
 
 
 def import_model(source: Path, output: Path, *, verification: Verification) -> Report:
@@ -84,7 +85,7 @@ def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verific
     if dtype is not None:
         files["config.json"] = _config_with_dtype(files["config.json"], dtype)
     with _output(output, total, files) as temporary:
-        writer = SafetensorsWriter(temporary, _meta_tensors(architecture, dtypes))
+        writer = SafetensorsWriter(temporary, _meta_tensors(architecture, dtypes), _file_bytes(total))
         with _bar("export", total) as progress, ThreadPoolExecutor(THREADS) as pool:
 
             def export(rule: Rule) -> None:
@@ -153,6 +154,11 @@ def _target_dtypes(checkpoint: Path, architecture: Architecture, dtype: Dtype | 
 
 def _names(architecture: Architecture) -> list[str]:
     return [name for rule in rules(architecture).values() for name in rule.huggingface]
+
+
+def _file_bytes(total: int) -> int:
+    """Most bytes in a file: as is usual, but two files at least of a model that takes its time, see `_far_apart`."""
+    return min(_LARGEST_FILE_BYTES, max(_SMALL_MODEL_BYTES, total // THREADS + 1))
 
 
 def _far_apart(table: list[Rule]) -> list[Rule]:

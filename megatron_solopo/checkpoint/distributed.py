@@ -53,16 +53,20 @@ def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optim
     """Load parameters, and the optimizer's state if one is given, under the current layout."""
     if optimizer is not None:
         initialize_state(optimizer)
-    model = _sharded_model_state(chunks)
-    state = dist_checkpointing.load(model, str(path))
+    _load_model(path, chunks)
+    if optimizer is not None:
+        wanted = {"optimizer": state_to_load(optimizer, _parameters(_sharded_model_state(chunks)), _metadata())}
+        # Megatron's check wants every tensor's first replica asked for, whose rank may own nothing of the parameter.
+        state = dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
+        load_state(optimizer, state["optimizer"])
+
+
+def _load_model(path: Path, chunks: Sequence[DistributedDataParallel]) -> None:
+    """Apart, so that what was loaded is gone before the optimizer's state comes."""
+    state = dist_checkpointing.load(_sharded_model_state(chunks), str(path))
     for key, chunk in _keyed(chunks).items():
         missing, unexpected = chunk.module.load_state_dict(state[key], strict=False)
         assert not unexpected and all(name.endswith(_KERNEL_STATE) for name in missing), (missing, unexpected)
-    if optimizer is not None:
-        wanted = {"optimizer": state_to_load(optimizer, _parameters(_sharded_model_state(chunks)), _metadata())}
-        # Who is asked to hold all of a tensor holds none of it, where another rank owns the parameter.
-        state = dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
-        load_state(optimizer, state["optimizer"])
 
 
 def load_parameters(path: Path, chunks: Sequence[ResponseModel]) -> None:

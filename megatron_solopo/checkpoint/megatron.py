@@ -61,6 +61,11 @@ class MegatronDirectory:
             raise ValueError(
                 f"{self.path / METADATA}: says that {key} lies in {info.relative_path}, outside the checkpoint"
             )
+        if getattr(info, "transform_descriptors", None):
+            raise ValueError(
+                f"{self.path / METADATA}: says that {key} is stored through {', '.join(info.transform_descriptors)}; "
+                "supported: plain files"
+            )
         place, dtype = self.path / info.relative_path, self.tensors[key].properties.dtype
         return Piece(key, tuple(chunk.offsets), tuple(chunk.sizes), dtype, place, info.offset, info.length)
 

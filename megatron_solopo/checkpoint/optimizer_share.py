@@ -2,7 +2,8 @@
 
 Megatron has every data-parallel rank ask for the state of all parameters of its TP and PP rank, 12 bytes per
 parameter in host memory and from the file system, of which it keeps its share: on a node of eight GPUs 768 GB for a
-model of 8 billion parameters without TP and PP. Here a rank asks for the parameters that it owns a part of.
+model of 8 billion parameters without TP and PP. Here a rank asks for the parameters that it owns a part of, and for
+all of each.
 """
 
 from collections.abc import Iterator

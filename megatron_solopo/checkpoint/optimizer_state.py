@@ -32,7 +32,7 @@ def state_to_load(optimizer: MegatronOptimizer, parameters: dict[str, Any], meta
     inner = _inner(optimizer)
     if not isinstance(inner, DistributedOptimizer):
         return portable(optimizer.sharded_state_dict(parameters, is_loading=True, metadata=metadata))
-    return portable(inner.state_dict() | {"param_state": requested_share(inner, parameters)})
+    return {"param_state": requested_share(inner, parameters)}  # all else comes from the checkpoint unasked
 
 
 @contextmanager
@@ -96,12 +96,12 @@ def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     them the same one, which would then advance once per parameter.
     """
     inner = _inner(optimizer)
-    moments = state.pop("param_state", None)
+    moments = state.pop("param_state", {})  # none of a rank that owns no parameter
     if "param_groups" in state.get("optimizer", {}):
         groups = [complete_group(inner.optimizer, group) for group in state["optimizer"]["param_groups"]]
         state = state | {"optimizer": state["optimizer"] | {"param_groups": groups}}
     inner.load_state_dict(state)
-    if moments is None:  # not sharded: its state was loaded whole
+    if not isinstance(inner, DistributedOptimizer):  # its state was loaded whole
         return
     steps = {parameter: each.pop("step") for parameter, each in inner.optimizer.state.items() if "step" in each}
     inner.load_parameter_state_from_fully_reshardable(moments)

@@ -35,7 +35,7 @@ class _Place:
 class SafetensorsWriter:
     """Files of a model in a directory; tensors, and parts of them, may come in any order and from several threads."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = 5 * 10**9) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
         """Write headers and, for several files, the index.
 
         Args:

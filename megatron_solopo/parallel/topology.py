@@ -15,8 +15,9 @@ from megatron_solopo.architecture.layout import check_world_size, packs_multiple
 from megatron_solopo.config import ParallelConfig
 from megatron_solopo.parallel import cpu
 
-# The world's own group and that of the signals are as large as the world; Megatron's data-parallel ones together less.
-_WORLD_GROUPS = 4
+# Gloo groups as large as the world, if all of it is data parallel: on CPUs ten, beside NCCL Megatron's three and that
+# of the signals.
+_WORLD_GROUPS = 10
 _OTHER_FILES = 1024
 
 
@@ -160,4 +161,4 @@ def _allow_sockets(world_size: int) -> None:
     wanted = _OTHER_FILES + _WORLD_GROUPS * world_size
     if soft != resource.RLIM_INFINITY and soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

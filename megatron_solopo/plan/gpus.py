@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
 from megatron_solopo.config import ModelConfig
+from megatron_solopo.validation import first_problem
 
 
 class Gpu(BaseModel):
@@ -85,9 +86,8 @@ def _parse(path: Path, name: str, fields: Any) -> Gpu:
     try:
         return Gpu.model_validate(fields)
     except ValidationError as error:
-        detail = error.errors()[0]
-        where = ".".join([name, *(str(part) for part in detail["loc"])])
-        raise ValueError(f"{path}: {where}: {detail['msg']}; the fields are {', '.join(Gpu.model_fields)}") from None
+        problem = first_problem(error, "all of it")
+        raise ValueError(f"{path}: {name}.{problem}; the fields are {', '.join(Gpu.model_fields)}") from None
 
 
 def find_gpu(name: str, gpus: dict[str, Gpu]) -> Gpu:

@@ -12,13 +12,15 @@ from megatron_solopo.report.evaluations import answer_cells, answer_points
 from megatron_solopo.report.style import LIGHT, Theme, figure
 
 _DPI = 150
+_ACROSS = 3
 
 
 def draw_answers(results: LongContextResults, by_length: Path, by_depth: Path) -> None:
     """Draw a result into PNGs; `by_depth` is removed where no task has depths."""
     _save(length_figure(results, LIGHT), by_length)
     if maps := depth_maps(results):
-        _save(heat_maps(LIGHT, maps), by_depth)
+        axes = ("tokens of the prompt", "depth of the evidence, 0 is the start")
+        _save(heat_maps(LIGHT, maps, *axes, across=min(len(maps), _ACROSS)), by_depth)
     else:
         remove(by_depth)
 

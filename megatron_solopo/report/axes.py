@@ -93,14 +93,16 @@ def heat_map(axis: Axes, theme: Theme, cells: Cells) -> None:
         axis.annotate(text, place, ha="center", va="center", fontsize=8, color="#ffffff" if dark else "#1f2328")
 
 
-def heat_maps(theme: Theme, maps: Sequence[tuple[str, Cells]]) -> Figure:
-    """Several, each with its title."""
-    rows = -(-len(maps) // _ACROSS)
+def heat_maps(
+    theme: Theme, maps: Sequence[tuple[str, Cells]], x: str = "", y: str = "", across: int = _ACROSS
+) -> Figure:
+    """Several, each with its title; a row has room for `across`."""
+    rows = -(-len(maps) // across)
     deep = max(len({depth for _, depth in cells}) for _, cells in maps)
-    drawn = figure(theme, 4.2 * _ACROSS, (0.55 * deep + 1.0) * rows)
-    axes = drawn.subplots(rows, _ACROSS, squeeze=False)  # unused places stay empty: one map is no poster
+    drawn = figure(theme, 4.2 * across, (0.55 * deep + 1.0) * rows)
+    axes = drawn.subplots(rows, across, squeeze=False)  # unused places stay empty: one map is no poster
     for axis, (label, cells) in zip(axes.flat, maps, strict=False):
-        dress(axis, theme, label)
+        dress(axis, theme, label, x, y)
         heat_map(axis, theme, cells)
     for axis in list(axes.flat)[len(maps) :]:
         axis.set_visible(False)

@@ -9,7 +9,8 @@ single number, so that all of them stop at the same place: `StopSignals.check` r
                                micro-batches are in flight on all stages
     batch                      evaluation, reference pass                what the pass has computed
 
-Micro-batches wait for nobody: what the ranks begin to agree on at one, they act on at the next (`check_meanwhile`).
+What the ranks begin to agree on at one micro-batch, they act on at the next (`check_meanwhile`): none waits there, but
+for those that have not come to the one before.
 The wait is thus at most two micro-batches (one step with PP > 1) and the save. A second signal, 2 seconds or more after
 the first, exits at once with 128 + its number; a save that was being written stays under its temporary name.
 
@@ -18,7 +19,7 @@ between two bytecodes of the main thread, which may sit in a collective for long
 signal's number too, from the pipe that the interpreter writes it to in the very moment.
 
 Cost: one all-reduce of 8 bytes between hosts (gloo) per boundary, no synchronization with the GPU, and within a step
-none of the hosts either: those with less to do run ahead.
+none of the hosts but to within a micro-batch of each other.
 """
 
 import os

@@ -64,10 +64,10 @@ def test_one_process_makes_its_own_world_and_ends_it() -> None:
 @pytest.mark.parametrize(
     ("limits", "world_size", "expected"),
     [
-        ((1024, 524_288), 8, (1056, 524_288)),
-        ((1024, 524_288), 1024, (5120, 524_288)),
+        ((1024, 524_288), 8, (1104, 524_288)),
+        ((1024, 524_288), 1024, (11_264, 524_288)),
         ((1024, 4096), 1024, (4096, 4096)),
-        ((1024, resource.RLIM_INFINITY), 1024, (5120, resource.RLIM_INFINITY)),
+        ((1024, resource.RLIM_INFINITY), 1024, (11_264, resource.RLIM_INFINITY)),
         ((65_536, 65_536), 1024, None),
         ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 1024, None),
     ],

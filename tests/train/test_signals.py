@@ -126,7 +126,7 @@ def test_one_request_delivered_twice_is_one() -> None:
     assert exit_codes(wait_in_a_collective, 2, numbers, 0.1, 60.0, 2.0, patience=90) == [exits.STOPPED] * 2
 
 
-def test_within_a_step_no_rank_waits_and_all_stop_at_the_next_boundary() -> None:
+def test_within_a_step_a_rank_runs_one_boundary_ahead_and_all_stop_at_the_next() -> None:
     assert exit_codes(agree_meanwhile, 2, patience=90) == [exits.STOPPED] * 2
 
 
