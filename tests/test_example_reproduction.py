@@ -1,12 +1,14 @@
 """The miniature reproduction: its tables come from its runs, its task is what it says, and a small slice of it runs."""
 
 import json
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 
@@ -17,6 +19,27 @@ import reproduce  # noqa: E402
 from miniature import base, evaluate, jobs, pairs, plan, runs, tables, task  # noqa: E402
 
 RUNS = EXAMPLE / "runs.jsonl"
+
+
+def test_workers_end_with_a_program_that_was_killed(tmp_path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, time\n"
+        f"sys.path.insert(0, {str(EXAMPLE)!r})\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from reproduce import start_worker\n"
+        "if __name__ == '__main__':\n"
+        "    with ProcessPoolExecutor(1, get_context('spawn'), start_worker) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        pool.submit(time.sleep, 300).result()\n"
+    )
+    started = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    worker = psutil.Process(int(started.stdout.readline()))
+    started.kill()
+    started.wait()
+    worker.wait(timeout=30)  # raises where it goes on
 
 
 def test_the_tables_of_the_results_come_from_the_runs() -> None:

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +107,21 @@ def finish(jobs: list[Job], pool: ProcessPoolExecutor, processes: int, results: 
 
 
 def start_worker() -> None:
-    """Keep the libraries' notes out of the progress bar; one thread each."""
+    """Keep the libraries' notes out of the progress bar; one thread each; end where the program was killed."""
     import torch
 
+    threading.Thread(target=end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+
+
+def end_with_parent() -> None:
+    """A killed program cannot end its workers, which would write beside those of the next one."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 if __name__ == "__main__":

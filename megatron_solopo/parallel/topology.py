@@ -1,6 +1,7 @@
 """Process groups: who this process is among the ranks, and whom it talks to."""
 
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,10 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_solopo.architecture.layout import check_world_size, packs_multiple, sequence_multiple
 from megatron_solopo.config import ParallelConfig
 from megatron_solopo.parallel import cpu
+
+# The world's own group and that of the signals are as large as the world; Megatron's data-parallel ones together less.
+_WORLD_GROUPS = 4
+_OTHER_FILES = 1024
 
 
 @dataclass(frozen=True)
@@ -137,8 +142,22 @@ def _device() -> torch.device:
 
 def _join(device: torch.device, world_size: int, timeout: timedelta) -> None:
     backend = "gloo" if device.type == "cpu" else "nccl"
+    _allow_sockets(world_size)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         assert world_size == 1
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _allow_sockets(world_size: int) -> None:
+    """Raise this process's own limit of open files, 1,024 by default, as far as it may be and is needed.
+
+    Every gloo group, those beside NCCL's too, connects all of its ranks with each other. (torch's TORCH_GLOO_LAZY_INIT
+    would connect only those that talk, but hung in several trials on 4 and 8 ranks with torch 2.13.)
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OTHER_FILES + _WORLD_GROUPS * world_size
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))

@@ -1,5 +1,6 @@
 """Where a rank stands among the others, and which world sizes are refused."""
 
+import resource
 from typing import Any
 
 import pytest
@@ -58,6 +59,25 @@ def test_one_process_makes_its_own_world_and_ends_it() -> None:
         assert groups.owns_world and dist.get_world_size() == 1
         assert groups.is_last_stage and groups.sequence_multiple == 2
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("limits", "world_size", "expected"),
+    [
+        ((1024, 524_288), 8, (1056, 524_288)),
+        ((1024, 524_288), 1024, (5120, 524_288)),
+        ((1024, 4096), 1024, (4096, 4096)),
+        ((1024, resource.RLIM_INFINITY), 1024, (5120, resource.RLIM_INFINITY)),
+        ((65_536, 65_536), 1024, None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 1024, None),
+    ],
+)
+def test_a_process_may_open_a_socket_to_every_rank(limits, world_size, expected, monkeypatch) -> None:
+    changed = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, new: changed.append(new))
+    topology._allow_sockets(world_size)
+    assert changed == ([] if expected is None else [expected])
 
 
 def test_a_wrong_world_size_is_refused_before_any_process_waits(monkeypatch) -> None:

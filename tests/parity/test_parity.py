@@ -19,6 +19,7 @@ from megatron_solopo.data.packing import build_pack
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.context import shard_indices
 from tests.distributed import run_distributed
+from tests.layouts import cp, pp, tp
 from tests.parity import plain
 from tests.parity.layouts import (
     ADAM_EPS,
@@ -46,18 +47,6 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4, 1e-4
 # Two updates of about 1e-3, read off weights of about 0.1 in fp32: the subtraction keeps four digits.
 UPDATE_TOLERANCE = 2e-3
 NUM_TRIPLETS = 4
-
-
-def tp(size: int, **more: Any) -> dict[str, Any]:
-    return {"tensor_model_parallel_size": size, **more}
-
-
-def pp(size: int, chunks: int | None = None, **more: Any) -> dict[str, Any]:
-    return {"pipeline_model_parallel_size": size, "virtual_pipeline_model_parallel_size": chunks, **more}
-
-
-def cp(size: int, **more: Any) -> dict[str, Any]:
-    return {"context_parallel_size": size, **more}
 
 
 DPO_BOTH = {"name": "solopo", "loss_type": "dpo", "beta": 0.1, "align": "both"}

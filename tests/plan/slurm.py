@@ -11,24 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.plan.models import ROOT
+from tests.slurm.conf import COMMON
 
 CONTROLLER = shutil.which("slurmctld") or shutil.which("slurmctld", path="/usr/sbin")
 NODES = 128
-_CONF = """\
+_CONF = (
+    COMMON
+    + """\
 ClusterName=plans
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser={user}
-AuthType=auth/none
-CredType=cred/none
-MailProg=/bin/true
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -39,6 +32,7 @@ SuspendTime=600
 NodeName=node[001-{nodes}] CPUs=64 RealMemory=4000 Gres=gpu:8 State=CLOUD
 PartitionName=main Nodes=node[001-{nodes}] Default=YES MaxTime=INFINITE State=UP
 """
+)
 
 
 @contextmanager

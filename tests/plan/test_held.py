@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,6 +13,7 @@ from megatron_solopo.plan.parameters import Chunk, model_chunks
 from megatron_solopo.plan.pipeline import most_alive, stage_order
 from megatron_solopo.plan.state import rank_state
 from tests.distributed import run_distributed
+from tests.layouts import cp, pp, tp
 from tests.plan.held import Case, Held, run_cases, shapes
 from tests.tiny_models import FAMILIES
 
@@ -22,18 +22,6 @@ BF16 = {"dtype": "bfloat16"}
 FULL = {"recompute_granularity": "full"}
 CORE = {"recompute_granularity": "selective"}
 MLP = {"recompute_granularity": "selective", "recompute_modules": ["mlp", "core_attn"]}
-
-
-def tp(size: int, **more: Any) -> dict[str, Any]:
-    return {"tensor_model_parallel_size": size, **more}
-
-
-def pp(size: int, chunks: int | None = None, **more: Any) -> dict[str, Any]:
-    return {"pipeline_model_parallel_size": size, "virtual_pipeline_model_parallel_size": chunks, **more}
-
-
-def cp(size: int, **more: Any) -> dict[str, Any]:
-    return {"context_parallel_size": size, **more}
 
 
 ONE = [

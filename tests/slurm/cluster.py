@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.slurm.conf import COMMON
+
 ROOT = Path(__file__).resolve().parents[2]
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
@@ -23,25 +25,17 @@ NEEDS_SLURM = pytest.mark.skipif(
     any(shutil.which(program, path=PATH) is None for program in PROGRAMS) or os.geteuid() != 0,
     reason="SLURM is not installed (apt-get install slurm-wlm), or this is not root",
 )
-_CONF = """\
+_CONF = (
+    COMMON
+    + """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
-AuthType=auth/none
-CredType=cred/none
 # SLURM keeps a requeued job from starting for as long as its old credentials live: 5 seconds, not 120.
 AuthInfo=cred_expire=5
 MpiDefault=none
-MailProg=/bin/true
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 ReturnToService=2
@@ -59,6 +53,7 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+)
 
 
 @dataclass
