@@ -103,7 +103,11 @@ def build(as_json: bool, **options: Any) -> None:
 @_option("--max-tokens", type=int, help="Of a response.  [default: the contexts' room less 8]")
 @_option("--samples-per-request", default=8, help="Responses asked for at once; without --server, the batch.")
 @_option("--concurrency", default=32, help="Requests under way at once.")
-@_option("--timeout", default=600.0, help="Seconds that a request may take.")
+@_option(
+    "--timeout",
+    default=600.0,
+    help="Seconds that a request may take; one to a vLLM that is being stopped may hang as long.",
+)
 @_option("--retries", default=8, help="How often a request that fails is sent again.")
 @_option("--backoff", default=1.0, help="Seconds before the first retry; doubled each time, up to a minute.")
 @_option("--api-key-env", help="Environment variable that holds the server's key.")

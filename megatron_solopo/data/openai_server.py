@@ -2,7 +2,7 @@
 
 Prompts that are text go to /completions, chat messages to /chat/completions. Whatever may pass by itself (no
 connection, a timeout, overload, an error of the server's) is tried again after a growing wait; a request that the
-server calls wrong ends the run.
+server calls wrong ends the run, and so does an answer cut before it had the tokens asked for.
 """
 
 import asyncio
@@ -19,6 +19,10 @@ from megatron_solopo.data.sample_model import Answer, Request, RequestFailed
 _PASSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 60.0
 _SHOWN_CHARACTERS = 200
+_ABORTED = "abort"
+"""Why an answer of vLLM or SGLang ended that was stopped from outside (paused, put to sleep): it is part of one."""
+_LENGTH = "length"
+_MODELS_SECONDS = 10.0
 
 
 class ServerSettings(Protocol):
@@ -56,8 +60,22 @@ class _Choice(BaseModel):
     finish_reason: str | None = None
 
 
+class _Usage(BaseModel):
+    completion_tokens: int | None = None
+
+
 class _Completion(BaseModel):
     choices: list[_Choice]
+    usage: _Usage | None = None
+
+
+class _ServedModel(BaseModel):
+    id: str
+    max_model_len: int | None = None
+
+
+class _ServedModels(BaseModel):
+    data: list[_ServedModel]
 
 
 class _TryAgain(Exception):
@@ -120,7 +138,9 @@ class OpenAIServer:
         if response.status_code != 200:
             detail = " ".join(response.text.split())[:_SHOWN_CHARACTERS]
             raise ValueError(f"--server {self._url}: refuses with HTTP {response.status_code}: {detail}")
-        return _answers(response, len(request.indices))
+        completion = _completion(response, len(request.indices))
+        self._refuse_cut(completion, request.max_tokens)
+        return _answers(completion)
 
     def _body(self, request: Request) -> tuple[str, dict[str, Any]]:
         body: dict[str, Any] = {
@@ -134,6 +154,28 @@ class OpenAIServer:
         if isinstance(request.prompt, str):
             return "/completions", body | {"prompt": request.prompt}
         return "/chat/completions", body | {"messages": request.prompt}
+
+    def _refuse_cut(self, completion: _Completion, max_tokens: int) -> None:
+        """vLLM takes a request whose prompt leaves less room than it asks for, and lowers `max_tokens` unsaid."""
+        cut = sum(choice.finish_reason == _LENGTH for choice in completion.choices)
+        tokens = completion.usage.completion_tokens if completion.usage else None
+        if tokens is not None and tokens < cut * max_tokens:
+            raise ValueError(
+                f"--server {self._url}: ended an answer before the {max_tokens} tokens asked for: its context has no "
+                "room for prompt and answer; give it a longer one (vLLM: --max-model-len) or ask for fewer tokens"
+            )
+
+
+def served_positions(settings: ServerSettings) -> int | None:
+    """Longest sequence of the server's model, as vLLM and SGLang tell; None where it does not answer or say."""
+    assert settings.server is not None
+    url = f"{settings.server.rstrip('/')}/models"
+    try:
+        response = httpx2.get(url, headers=_authorization(settings.api_key_env), timeout=_MODELS_SECONDS)
+        models = _ServedModels.model_validate_json(response.content).data
+    except (httpx2.RequestError, httpx2.InvalidURL, ValidationError):
+        return None
+    return next((model.max_model_len for model in models if model.id == settings.model), None)
 
 
 def _authorization(variable: str | None) -> dict[str, str]:
@@ -153,12 +195,23 @@ def _asked_wait(response: httpx2.Response) -> float | None:
         return None
 
 
-def _answers(response: httpx2.Response, asked: int) -> list[Answer]:
+def _completion(response: httpx2.Response, asked: int) -> _Completion:
+    """At most as many choices as were asked for."""
     try:
-        choices = _Completion.model_validate_json(response.content).choices[:asked]
+        completion = _Completion.model_validate_json(response.content)
     except ValidationError:
         raise _TryAgain("an answer that is no completion") from None
-    if not choices:
+    completion.choices = completion.choices[:asked]
+    if not completion.choices:
         raise _TryAgain("an answer without choices")
+    if any(choice.finish_reason == _ABORTED for choice in completion.choices):
+        raise _TryAgain("an aborted answer")
+    return completion
+
+
+def _answers(completion: _Completion) -> list[Answer]:
+    choices = completion.choices
     texts = [choice.message.content if choice.message else choice.text for choice in choices]
-    return [Answer(text or "", choice.finish_reason) for text, choice in zip(texts, choices, strict=True)]
+    # The server counts the tokens of all choices together.
+    tokens = completion.usage.completion_tokens if completion.usage and len(choices) == 1 else None
+    return [Answer(text or "", choice.finish_reason, tokens) for text, choice in zip(texts, choices, strict=True)]

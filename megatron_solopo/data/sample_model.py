@@ -24,6 +24,8 @@ class Answer:
 
     text: str
     finish_reason: str | None
+    tokens: int | None = None
+    """With the end token; None where the model does not say."""
 
 
 class RequestFailed(Exception):

@@ -95,18 +95,9 @@ def _one_process_model(settings: LongContextSettings, target: Target, tokenizer:
         from megatron_solopo.evaluate.transformers_model import TransformersModel
 
         return TransformersModel(target.path, tokenizer, _dtype(settings, target.path))
-    from megatron_solopo.evaluate.server_model import GreedySettings, ServerModel
+    from megatron_solopo.evaluate.server_model import ServerModel, greedy_settings
 
-    assert settings.server is not None
-    greedy = GreedySettings(
-        settings.server,
-        settings.model,
-        settings.concurrency,
-        settings.timeout,
-        settings.retries,
-        settings.api_key_env,
-    )
-    return ServerModel(greedy, tokenizer)
+    return ServerModel(greedy_settings(settings), tokenizer)
 
 
 def _evaluate(

@@ -66,7 +66,7 @@ class Plan:
 
 def make_plan(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> Plan:
     """Raises ValueError for tasks whose lengths the model does not take, or files that hold no question."""
-    positions = None if target.path is None else _max_positions(target.path)
+    positions = _served_positions(settings) if target.path is None else _max_positions(target.path)
     sources: list[Source] = _files(settings, tokenizer)
     if settings.tasks:
         tasks = _tasks(settings, tokenizer)
@@ -151,6 +151,13 @@ def _refuse_overlong(specs: list[Spec], positions: int | None) -> None:
 
 def _total(spec: Spec) -> int:
     return spec.prompt_tokens + spec.max_new_tokens
+
+
+def _served_positions(settings: LongContextSettings) -> int | None:
+    from megatron_solopo.data.openai_server import served_positions
+    from megatron_solopo.evaluate.server_model import greedy_settings
+
+    return served_positions(greedy_settings(settings))
 
 
 def _max_positions(path: Path) -> int | None:

@@ -10,6 +10,7 @@ from megatron_solopo.data.sample_model import Request, RequestFailed
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.evaluate.generation import Answer, Build, Keep, generated
 from megatron_solopo.evaluate.samples import Sample, Spec
+from megatron_solopo.evaluate.settings import LongContextSettings
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,19 @@ class GreedySettings:
     temperature: float = 0.0
     top_p: float = 1.0
     backoff: float = 1.0
+
+
+def greedy_settings(settings: LongContextSettings) -> GreedySettings:
+    """Of an evaluation with a server."""
+    assert settings.server is not None
+    return GreedySettings(
+        settings.server,
+        settings.model,
+        settings.concurrency,
+        settings.timeout,
+        settings.retries,
+        settings.api_key_env,
+    )
 
 
 class ServerModel:
@@ -77,5 +91,8 @@ class ServerModel:
                 f"--server {self._settings.server}: no answer to {spec.id}: {error}; what was received is kept, "
                 "the same command asks for the rest"
             ) from None
-        # The server's own count is not in every answer; an end token is not counted.
-        return Answer(answer.text, len(self._tokenizer.encode_continuation(answer.text)), answer.finish_reason)
+        # The server's own count is not in every answer; without it, an end token is not counted.
+        tokens = answer.tokens
+        if tokens is None:
+            tokens = len(self._tokenizer.encode_continuation(answer.text))
+        return Answer(answer.text, tokens, answer.finish_reason)

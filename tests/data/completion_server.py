@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Fault = Literal["429", "500", "hang", "disconnect", "half", "garbage", "no choices", "fewer", "400"]
+Fault = Literal["429", "500", "hang", "disconnect", "half", "garbage", "no choices", "fewer", "400", "abort", "cut"]
 
 
 @dataclass
@@ -33,6 +33,11 @@ class CompletionServer:
     """By number of the request, from 0."""
     answers_before_hanging: int | None = None
     """Requests that are answered; later ones wait for `release`."""
+    positions: int | None = None
+    """Longest sequence of the model."""
+    tokens: int | None = None
+    """Told of every answer, where it is told."""
+    model: str = "tiny"
     log: list[Served] = field(default_factory=list)
     release: threading.Event = field(default_factory=threading.Event)
     url: str = ""
@@ -64,6 +69,14 @@ def choices_of(served: Served) -> list[dict[str, Any]]:
     return [{"text": text, "finish_reason": "stop"} for text in texts]
 
 
+def cut_short(served: Served, tokens: int) -> dict[str, Any]:
+    """What vLLM 0.32 answers where a sequence ends before its time: it says "length", and how many tokens came."""
+    reason = {"abort": "abort", "cut": "length"}[served.outcome]
+    choices = [each | {"finish_reason": reason} for each in choices_of(served)]
+    usage = {"prompt_tokens": 4, "total_tokens": 4 + tokens, "completion_tokens": tokens}
+    return {"object": "text_completion", "choices": choices, "usage": usage}
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Any
@@ -79,7 +92,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         status = int(fault) if fault.isdigit() else 200
-        content = json.dumps({"choices": [] if fault == "no choices" else choices_of(served)}).encode()
+        answer: dict[str, Any] = {"choices": [] if fault == "no choices" else choices_of(served)}
+        if state.tokens is not None:
+            answer["usage"] = {"completion_tokens": state.tokens * len(answer["choices"])}
+        content = json.dumps(answer).encode()
+        if fault in ("abort", "cut"):
+            content = json.dumps(cut_short(served, served.body["n"] * served.body["max_tokens"] - 1)).encode()
         if fault == "garbage":
             content = b"<html>proxy</html>"
         elif status != 200:
@@ -92,6 +110,15 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "half":
             content = content[: len(content) // 2]
             self.close_connection = True
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        state: CompletionServer = self.server.state
+        models = [{"id": state.model, "object": "model", "max_model_len": state.positions}]
+        content = json.dumps({"object": "list", "data": models}).encode()
+        self.send_response(200 if self.path == "/v1/models" else 404)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
         self.wfile.write(content)
 
     def log_message(self, *arguments: Any) -> None:
@@ -107,11 +134,14 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def completion_server(
-    faults: Mapping[int, Fault] | None = None, answers_before_hanging: int | None = None
+    faults: Mapping[int, Fault] | None = None,
+    answers_before_hanging: int | None = None,
+    positions: int | None = None,
+    tokens: int | None = None,
 ) -> Iterator[CompletionServer]:
     """Serve on a free port of this machine until the block ends."""
     server = _Server(("127.0.0.1", 0), _Handler)
-    state = CompletionServer(faults or {}, answers_before_hanging)
+    state = CompletionServer(faults or {}, answers_before_hanging, positions, tokens)
     state.url = f"http://127.0.0.1:{server.server_port}/v1"
     server.state = state  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)

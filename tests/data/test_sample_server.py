@@ -194,6 +194,26 @@ def test_a_server_that_refuses_ends_the_run_at_once(contexts) -> None:
         assert len(server.log) <= 4 and "\n" not in str(error.value)
 
 
+def test_an_answer_that_the_server_aborted_is_asked_for_again(contexts) -> None:
+    with completion_server({1: "abort"}) as server:
+        report = sample(settings(contexts, server.url))
+        check_complete(contexts.with_name("responses.jsonl"), server)
+    assert report.retried == {"an aborted answer": 1}
+
+
+def test_an_answer_cut_before_its_room_is_used_ends_the_run(contexts) -> None:
+    with completion_server({2: "cut"}) as server:
+        with pytest.raises(
+            ValueError, match=r"ended an answer before the 92 tokens asked for: .* --max-model-len"
+        ) as error:
+            sample(settings(contexts, server.url))
+        assert "\n" not in str(error.value)
+        report = sample(settings(contexts, server.url))
+        texts = {each.text for each in received(contexts.with_name("responses.jsonl"))}
+    assert report.responses == len(texts) == QUESTIONS * SAMPLES
+    assert {each.finish_reason for each in received(contexts.with_name("responses.jsonl"))} == {"stop"}
+
+
 def test_a_server_that_is_gone_is_not_waited_for_by_every_request(contexts) -> None:
     with completion_server() as server:
         url = server.url

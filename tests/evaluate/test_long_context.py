@@ -227,6 +227,21 @@ def test_a_server_is_asked_greedily(models, tmp_path) -> None:
     assert evaluate_long_context(whole).cell("rows.long", "exact_match").score == 0  # from the same answers
 
 
+def test_a_server_is_not_asked_for_more_than_it_says_it_holds(models, tmp_path) -> None:
+    """It would take such a prompt, and cut the answer to it."""
+    asked = {"tokenizer": str(models[1]), "output": tmp_path / "s.json"}
+    with completion_server(positions=200, tokens=5) as server:
+        files = {"server": server.url, "contexts": (rows_of(tmp_path, [20, 30, 400]),)}
+        results = evaluate_long_context(LongContextSettings("tiny", **asked | files))
+        with pytest.raises(ValueError, match=r"--lengths 700: with 64 tokens .* 200 positions; legal: at most 136"):
+            tasks = {"server": server.url, "tasks": ("needle_single",), "lengths": (700,)}
+            evaluate_long_context(LongContextSettings("tiny", **asked | tasks))
+        assert len(server.log) == 5
+    assert (results.max_positions, results.samples, results.skipped[0].n) == (200, 5, 1)
+    # As the server counts them.
+    assert {row["generated_tokens"] for row in predictions(asked["output"]).values()} == {5}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
