@@ -2,10 +2,12 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_solopo.checkpoint import distributed
 from megatron_solopo.checkpoint.optimizer_state import complete_group, initialize_state, load_state, portable
@@ -40,9 +42,8 @@ def test_a_hybrid_optimizer_makes_its_state_by_a_step_of_its_own(monkeypatch: py
 def test_a_hybrid_optimizer_counts_on_after_it_was_loaded() -> None:
     """Its groups override those inside before every step: a `step` left there would stand still."""
     optimizer = hybrid()
-    loaded = SimpleNamespace(optimizer=optimizer)
-    loaded.load_state_dict = lambda state: optimizer.param_groups[0].update(step=7)
-    loaded.load_parameter_state_from_fully_reshardable = lambda moments: None
+    loaded = mock.Mock(spec=DistributedOptimizer, optimizer=optimizer)
+    loaded.load_state_dict.side_effect = lambda state: optimizer.param_groups[0].update(step=7)
     load_state(loaded, {"param_state": {}, "optimizer": {"param_groups": [{"lr": 0.1}]}})
     assert all("step" not in group for group in optimizer.param_groups)
 
