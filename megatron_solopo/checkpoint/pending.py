@@ -74,14 +74,23 @@ class PendingSave:
         Raises ValueError on every rank if one of them failed; then nothing of it is left, and what was saved before
         is as it was.
         """
-        with self._complete_or_absent():
-            files = together(self._written.result)
-            gathered = self._write.gather()
-            listed: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-            dist.gather_object(files, listed)
-            on_rank_0(lambda: self._seal(gathered or [], listed or []))
-        self._pool.shutdown()
+        try:
+            with self._complete_or_absent():
+                files = together(self._written.result)
+                gathered = self._write.gather()
+                listed: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+                dist.gather_object(files, listed)
+                on_rank_0(lambda: self._seal(gathered or [], listed or []))
+        finally:
+            self._pool.shutdown()
         return self.path
+
+    def abandon(self) -> None:
+        """Instead of `complete`, after a failure: wait for this rank's own thread, and for no other rank.
+
+        What is written stays under its temporary name; the next save of that step removes it.
+        """
+        self._pool.shutdown()
 
     @contextmanager
     def _complete_or_absent(self) -> Iterator[None]:

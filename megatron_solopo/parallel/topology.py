@@ -61,7 +61,8 @@ def initialize(config: ParallelConfig, seed: int, check: Callable[[], None] | No
     Args:
         check: called between the two, where all ranks have met and not yet relied on having the same sizes.
 
-    Raises ValueError for a world size that does not fit, before any process waits for another.
+    Raises ValueError for a world size that does not fit, before any process waits for another. What it raises later
+    leaves no group of its own behind.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
@@ -75,8 +76,20 @@ def initialize(config: ParallelConfig, seed: int, check: Callable[[], None] | No
         _prepare_cuda(config)
     device = _device()
     owns_world = not dist.is_initialized()
-    if owns_world:
-        _join(device, world_size, timedelta(minutes=config.distributed_timeout_minutes))
+    if not owns_world:
+        return _split(config, seed, check, device, owns_world=False)
+    _join(device, world_size, timedelta(minutes=config.distributed_timeout_minutes))
+    try:
+        return _split(config, seed, check, device, owns_world=True)
+    except BaseException:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        raise
+
+
+def _split(
+    config: ParallelConfig, seed: int, check: Callable[[], None] | None, device: torch.device, *, owns_world: bool
+) -> Topology:
     if check is not None:
         check()
     parallel_state.initialize_model_parallel(

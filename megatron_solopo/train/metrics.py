@@ -5,8 +5,9 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ class MetricsWriter:
         self.path = run_dir / "metrics.jsonl"
         for file in (self.path, run_dir / SKIPPED_FILE):
             keep_before(file, first_step)
-        self._sinks = [_tensorboard(run_dir, first_step)] if logging.tensorboard else []
+        self._sinks: list[Callable[[int, Mapping[str, float]], None]] = []
+        self._tensorboard = _tensorboard(run_dir, first_step) if logging.tensorboard else None
+        if self._tensorboard is not None:
+            self._sinks.append(partial(_add_scalars, self._tensorboard))
         if logging.wandb_project:
             self._sinks.append(_wandb(run_dir, logging.wandb_project, config))
         self._total_steps = total_steps
@@ -74,6 +78,11 @@ class MetricsWriter:
     def say(self, line: str) -> None:
         """A line on the console, above a progress bar if there is one."""
         tqdm.write(line)
+
+    def close(self) -> None:
+        """End the thread of TensorBoard's writer. W&B ends its run itself, when the process does."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def write(self, metrics: Metrics) -> None:
         """Record one step; `metrics` holds `step`."""
@@ -133,14 +142,13 @@ def wandb_run_id(run_dir: Path) -> str:
 def _tensorboard(run_dir: Path, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
-    def write(step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
 
-    return write
+def _add_scalars(writer: Any, step: int, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        writer.add_scalar(name, value, step)
+    writer.flush()
 
 
 def _wandb(run_dir: Path, project: str, config: Mapping[str, Any]) -> Any:

@@ -51,10 +51,12 @@ class RollCall:
         self._left = False
         self._moved = threading.Event()
         self._lock = threading.Lock()  # a store serves one thread at a time
+        self._poster: threading.Thread | None = None
 
     def start(self) -> None:
         """Post until `leave`."""
-        threading.Thread(target=self._post_forever, name="roll call", daemon=True).start()
+        self._poster = threading.Thread(target=self._post_forever, name="roll call", daemon=True)
+        self._poster.start()
 
     def at(self, count: int, step: int, phase: str) -> None:
         """This rank has come to a place."""
@@ -62,10 +64,16 @@ class RollCall:
         self._moved.set()
 
     def leave(self) -> None:
-        """The last post; from here on this rank's silence means nothing."""
+        """The last post; from here on this rank's silence means nothing. Waits until the posting thread has ended.
+
+        A store that does not answer keeps its threads: they are waited for within a few pulses, no longer.
+        """
+        until = time.monotonic() + self._patience_seconds
         self._left = True
         self._moved.set()
         self._within(self._post)
+        if self._poster is not None:
+            self._poster.join(max(0.0, until - time.monotonic()))
 
     def missing(self) -> str:
         """One line of who did not arrive, within a few pulses whatever the network does."""
@@ -90,8 +98,12 @@ class RollCall:
 
         thread = threading.Thread(target=attempt, name="roll call", daemon=True)
         thread.start()
-        thread.join(_PATIENCE_PULSES * self._pulse_seconds)
+        thread.join(self._patience_seconds)
         return result[0] if result else None
+
+    @property
+    def _patience_seconds(self) -> float:
+        return _PATIENCE_PULSES * self._pulse_seconds
 
     def _post_forever(self) -> None:
         while True:

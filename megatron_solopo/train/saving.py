@@ -133,6 +133,17 @@ class Saver:
         """Wait until what was begun is complete; called before the process ends in whatever way. Raises as `save`."""
         self._settle(wait=True)
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether a save was begun and is not complete."""
+        return self._pending is not None
+
+    def abandon(self) -> None:
+        """After a failure: wait for this rank's part of what was begun, and for no other rank. It stays incomplete."""
+        if self._pending is not None:
+            self._pending.save.abandon()
+            self._pending = None
+
     def _save(self, reason: str, *, background: bool) -> None:
         assert self._policy is not None, "restore comes first"
         self.finish()

@@ -57,17 +57,23 @@ class Session:
 
 @contextmanager
 def open_session(config: Config) -> Iterator[Session]:
-    """A session, until the process groups are left; `Stopped` leaves it as SystemExit with code 85."""
+    """A session, until the process groups are left; `Stopped` leaves it as SystemExit with code 85.
+
+    However it ends, the threads that may hold a group or a collective end before the groups do, and the thread that
+    listens for signals right after. The interpreter aborts where such a thread is left when it ends.
+    """
     with StopSignals() as signals:
         architecture, topology, splits = prepare(config)
         try:
             signals.join()
             with watching(config.watchdog, config.run_dir) as watchdog:
                 yield Session(config, architecture, topology, splits, signals, watchdog)
+                signals.conclude()
         except Stopped as stopped:
             signals.finish(stopped)
             raise SystemExit(exits.STOPPED) from None
         finally:
+            signals.leave()
             process_groups.destroy(topology)
 
 

@@ -18,16 +18,21 @@ Launchers deliver one request twice (to the group, then to each rank), hence the
 between two bytecodes of the main thread, which may sit in a collective for long: a thread therefore reads the
 signal's number too, from the pipe that the interpreter writes it to in the very moment.
 
+The thread holds the numbers alone, and the block's end joins it. The main thread alone holds the group and the
+all-reduce: another thread that frees them while the interpreter ends would abort the process.
+
 Cost: one all-reduce of 8 bytes between hosts (gloo) per boundary, no synchronization with the GPU, and within a step
 none of the hosts but to within a micro-batch of each other.
 """
 
+import ctypes
 import os
 import signal
 import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any, Self
 
 import torch
@@ -51,32 +56,33 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self._received: int | None = None
-        self._received_at = 0.0
+        self._requests = _Requests()
         self._group: Any = None
         self._agreeing: tuple[torch.Tensor, dist.Work] | None = None
-        self._finished = False
 
     def __enter__(self) -> Self:
-        self._pipe, write_end = socket.socketpair()
+        pipe, write_end = socket.socketpair()
         write_end.setblocking(False)
         self._write_end = write_end
-        self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, self._requests.handle) for number in SIGNALS}
         self._wakeup = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(self._pipe,), name="signals", daemon=True).start()
+        self._thread = threading.Thread(target=self._requests.listen, args=(pipe,), name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_IGN if self._finished else handler)
         self._write_end.close()  # ends the thread
+        self._thread.join()
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_IGN if self._requests.finished else handler)
 
     def join(self) -> None:
         """Let the ranks of the world agree from here on; called by all of them together."""
         backend = dist.get_backend()
         # Between hosts: the decision must not make one wait for its GPU.
         self._group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+        self._requests.ranks_have_met = True
 
     def check(self) -> None:
         """A boundary: raises Stopped on every rank if any rank was asked to stop. Called by all ranks together."""
@@ -88,7 +94,8 @@ class StopSignals:
         assert self._group is not None, "join comes first"
         self._conclude()
         # The greatest request wins: who, and which signal.
-        mine = 0 if self._received is None else (dist.get_rank() + 1) * 256 + self._received
+        received = self._requests.received
+        mine = 0 if received is None else (dist.get_rank() + 1) * 256 + received
         request = torch.tensor(mine, dtype=torch.int64, device="cpu")
         self._agreeing = request, dist.all_reduce(request, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
@@ -101,22 +108,48 @@ class StopSignals:
             rank, number = divmod(int(request), 256)
             raise Stopped(f"{signal.Signals(number).name} on rank {rank - 1}")
 
+    def conclude(self) -> None:
+        """The work is done: wait for the last agreement, and ignore what it asks. Called by all ranks together."""
+        with suppress(Stopped):
+            self._conclude()
+
+    def leave(self) -> None:
+        """Let go of the group, before it is destroyed; called by each rank alone.
+
+        After a failure another rank may never join the last agreement. torch waits for it before it frees the group,
+        in the worst case until the group's timeout. The group then stays until the process has ended.
+        """
+        if self._agreeing is not None and not self._agreeing[1].is_completed():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
+        self._agreeing = self._group = None
+
     def finish(self, stopped: Stopped) -> None:
         """All is saved: say so, and let signals change nothing from here on. Called by all ranks together.
 
         A launcher signals the other ranks as soon as one has exited.
         """
-        self._finished = True
+        self._requests.finished = True
         if dist.get_rank() == 0:
             tqdm.write(f"stopped by {stopped}; the same command continues from what is saved")
         dist.barrier(group=self._group)
 
-    def _handle(self, number: int, frame: object) -> None:
+
+class _Requests:
+    """What this process was asked; all that the thread holds."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.ranks_have_met = False
+        self.finished = False
+        self._received_at = 0.0
+
+    def handle(self, number: int, frame: object) -> None:
         """May run long after the thread has seen the same signal: it can be the first request, never the second."""
-        if self._received is None:
+        if self.received is None:
             self._note(number)
 
-    def _listen(self, pipe: socket.socket) -> None:
+    def listen(self, pipe: socket.socket) -> None:
+        """The thread: read numbers until the pipe's other end closes."""
         while data := pipe.recv(1):
             if data[0] in SIGNALS:
                 self._note(data[0])
@@ -124,11 +157,11 @@ class StopSignals:
 
     def _note(self, number: int) -> None:
         now = time.monotonic()
-        if self._finished:
+        if self.finished:
             return
-        if self._received is None:
-            self._received, self._received_at = number, now
-            if self._group is None:
+        if self.received is None:
+            self.received, self._received_at = number, now
+            if not self.ranks_have_met:
                 _exit(exits.STOPPED, f"{signal.Signals(number).name} before the ranks have met; nothing to save")
         elif now - self._received_at >= _SAME_REQUEST_SECONDS:
             name = signal.Signals(number).name

@@ -6,6 +6,7 @@ config -> process groups -> prepared data -> reference log-probs (cached) -> pol
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_solopo.config_file import save_config
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import metric_names
+from megatron_solopo.parallel.agreement import described_error
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE, TripletLosses, describe, record_skip
 from megatron_solopo.train.batches import single_pass, training_batches
 from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
@@ -128,13 +130,27 @@ class Trainer:
                 writer.say(f"the largest pack fits: {self.trial}")
         try:
             self._run_steps(writer)
+            self.saver.finish()
         except Stopped as stopped:
             self._save(str(stopped))
             self.saver.finish()
             raise
-        self.saver.finish()
+        finally:
+            self._end_threads(writer)
         if writer is not None:
             plot_metrics(read_jsonl(writer.path), self.config.run_dir / "metrics.png")
+
+    def _end_threads(self, writer: MetricsWriter | None) -> None:
+        """Wait for the threads that write: after a failure a save may still be on its way to the disk."""
+        if self.saver.is_pending:
+            error = sys.exception()
+            assert error is not None, "success and a stop complete it"
+            told = f"{described_error(error)}; waiting for this rank's files of the save that was begun"
+            sys.stderr.write(f"[rank {dist.get_rank()}] {told}\n")
+            self.session.watchdog.wait_for_own_save()
+            self.saver.abandon()
+        if writer is not None:
+            writer.close()
 
     def _run_steps(self, writer: MetricsWriter | None) -> None:
         if self.saver.boundary.unrecorded is not None:

@@ -49,6 +49,11 @@ class Watchdog:
         self._limit = 60 * config.start_timeout_minutes
         self._since = time.monotonic()
         self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Watch until `end`."""
+        self._thread.start()
 
     def arrive(self, phase: str, step: int) -> None:
         """The main thread has come to a place that every rank comes to, in the same order."""
@@ -64,7 +69,12 @@ class Watchdog:
         """The main thread is getting on, in its own way: the time counts anew."""
         self._since = time.monotonic()
 
-    def watch(self) -> None:
+    def wait_for_own_save(self) -> None:
+        """The main thread waits for this rank's files alone, which other ranks do not: it has as long as for a save."""
+        self._limit = 60 * self._config.save_timeout_minutes
+        self.progress()
+
+    def _watch(self) -> None:
         """The thread: look now and then."""
         armed = 0.0
         while not self._ended.wait(min(1.0, self._limit / 10)):
@@ -78,8 +88,9 @@ class Watchdog:
                 )
 
     def end(self) -> None:
-        """Stop watching."""
+        """Stop watching, and wait until the thread has ended. If it is giving up already, it ends the process."""
         self._ended.set()
+        self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         if self._roll_call is not None:
             self._roll_call.leave()
@@ -125,7 +136,7 @@ def watching(config: WatchdogConfig, run_dir: Path) -> Iterator[Watchdog]:
     """A watchdog over this rank; begun by all ranks together, once they have met."""
     roll_call = _roll_call(config) if dist.get_world_size() > 1 else None
     watchdog = Watchdog(config, run_dir, dist.get_rank(), roll_call)
-    threading.Thread(target=watchdog.watch, name="watchdog", daemon=True).start()
+    watchdog.start()
     try:
         yield watchdog
     finally:
