@@ -4,7 +4,7 @@ import atexit
 import os
 import sys
 
-from megatron_solopo.cli import main
+from megatron_solopo.cli.main import main
 
 
 def leave(code: str | int | None) -> None:

@@ -9,7 +9,7 @@ evaluation/      what `evaluate` found
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_solopo.model_directory import CONFIG, check_megatron_checkpoint, is_megatron_checkpoint
+from megatron_solopo.architecture.model_directory import CONFIG, check_megatron_checkpoint, is_megatron_checkpoint
 
 RUN_CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
 _LATEST, _STEP = "latest", "iter_"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_solopo.config_file import parse_config
+from megatron_solopo.config import parse_config
 from megatron_solopo.data.packing import Pack, build_pack
 from megatron_solopo.model.microbatch import Microbatch
 from megatron_solopo.parallel import topology

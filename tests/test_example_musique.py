@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_solopo.data.tokenizer import load_tokenizer
-from tests.data.musique_example import first_lines, load_script
+from tests.triplets.musique_example import first_lines, load_script
 
 
 @pytest.fixture(scope="module")

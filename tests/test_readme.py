@@ -8,9 +8,8 @@ import click
 import pytest
 import yaml
 
-from megatron_solopo.cli import cli
-from megatron_solopo.config import Config
-from megatron_solopo.config_file import load_config, parse_config
+from megatron_solopo.cli.main import cli
+from megatron_solopo.config import Config, load_config, parse_config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("examples/*/*.md"), *ROOT.glob("examples/*/*.sh")]

@@ -32,20 +32,18 @@ from bench_profile import StepProfiler
 
 from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
-from megatron_solopo.checkpoint.loading import global_parameters
+from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules, to_megatron
-from megatron_solopo.config import Config, ObjectiveConfig
-from megatron_solopo.config_file import parse_config
+from megatron_solopo.config import Config, ObjectiveConfig, parse_config
 from megatron_solopo.data.packing import Pack, build_pack
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.layer_spec import uses_transformer_engine
 from megatron_solopo.model.precision import assign, check_precision
-from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.objective import metric_names, required_roles
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-from megatron_solopo.train.policy import Policy
+from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss
 
 

@@ -96,17 +96,17 @@ class Results:
         click.echo(f"{place}{name} at {row['long_tokens']:,}: {outcome or row['status']} ({took:.0f} s)", err=True)
 
     def _complete(self, row: Row) -> Row:
-        from megatron_solopo.train.cost import peak_flops  # slow to import; a process measures meanwhile
+        from megatron_solopo.train.metrics import peak_flops  # slow to import; a process measures meanwhile
 
         return complete(row, *self._size(row["system"], row["long_tokens"]), peak_flops())
 
     def _size(self, system: str, long_tokens: int) -> tuple[int, float]:
         """Tokens and model FLOPs of one step."""
         from megatron_solopo.architecture.huggingface import read_architecture
-        from megatron_solopo.config_file import parse_config
+        from megatron_solopo.config import parse_config
         from megatron_solopo.data.packing import build_pack
         from megatron_solopo.objective import required_roles
-        from megatron_solopo.train.cost import training_flops
+        from megatron_solopo.train.metrics import training_flops
 
         key = (LONG_PO if system == TRL else system, long_tokens)
         if key not in self._sizes:

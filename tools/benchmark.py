@@ -35,7 +35,7 @@ from bench_report import markdown, plot
 from bench_results import TOOLS, Results, on_gpu, run_worker
 from reporting import environment
 
-from megatron_solopo.config_file import load_config
+from megatron_solopo.config import load_config
 
 _PACKAGES = (
     *("torch", "megatron-core", "transformer-engine", "transformers", "trl", "accelerate", "liger-kernel"),
@@ -44,8 +44,8 @@ _PACKAGES = (
 _NOTES = (
     "Our systems keep fp32 master weights and fp32 Adam moments beside bfloat16 weights, and reduce gradients in fp32; "
     "TRL trains bfloat16 weights with bfloat16 gradients and moments, which is faster and takes less memory.",
-    "MFU and TFLOP/s count the model's FLOPs by true lengths (megatron_solopo.train.cost), neither recomputation nor "
-    "padding, against the dense bfloat16 peak; TRL's are those of its pair, which is long_po's.",
+    "MFU and TFLOP/s count the model's FLOPs by true lengths (megatron_solopo.train.metrics), neither recomputation "
+    "nor padding, against the dense bfloat16 peak; TRL's are those of its pair, which is long_po's.",
     "Step time is forward, backward, gradient norm and optimizer; loading data and logging are not in it.",
 )
 

@@ -29,7 +29,7 @@ PHASES = {
         "megatron.core.optimizer.optimizer:ChainedOptimizer.step",
     ),
     "save": ("megatron_solopo.train.saving:Saver._save",),
-    "latest": ("megatron_solopo.checkpoint.pending:publish",),
+    "latest": ("megatron_solopo.checkpoint.save:publish",),
 }
 PER_STEP = ("forward", "backward", "optimizer")
 WRITTEN_BY_RANK_0 = "latest"
@@ -104,7 +104,7 @@ def run_rank(arguments: Sequence[str], moments: Sequence[Moment], usual: dict[st
 
     Appends to `folder/kills.jsonl` before it kills; writes `folder/phases-<rank>.json` where it came to the end.
     """
-    from megatron_solopo.cli import main
+    from megatron_solopo.cli.main import main
 
     rank, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     chosen = moments[life] if life < len(moments) and moments[life].rank == rank else None

@@ -27,8 +27,8 @@ import torch
 from cpu_benchmark import environment, table
 
 from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.checkpoint.huggingface import SafetensorsWriter
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules
-from megatron_solopo.checkpoint.safetensors_writer import SafetensorsWriter
 from megatron_solopo.files import write_json
 
 _GB, _MIB, _GIB = 10**9, 2**20, 2**30

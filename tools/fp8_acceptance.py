@@ -27,8 +27,7 @@ import torch
 from reporting import environment, table
 from torch import Tensor
 
-from megatron_solopo.config import Config
-from megatron_solopo.config_file import load_config
+from megatron_solopo.config import Config, load_config
 from megatron_solopo.files import atomic_path, check_replaceable, write_json
 
 matplotlib.use("Agg")
@@ -79,9 +78,9 @@ def compare(baseline: Config, candidate: Config, triplets: int, steps: int) -> t
     from megatron_solopo.model.precision import check_precision
     from megatron_solopo.objective import required_roles
     from megatron_solopo.parallel import topology as process_groups
-    from megatron_solopo.train.session import prepare
+    from megatron_solopo.train.session import check_and_join
 
-    architecture, topology, splits = prepare(baseline)
+    architecture, topology, splits = check_and_join(baseline)
     try:
         check_precision(architecture, candidate.model, candidate.parallel, candidate.optimizer)
         train = splits.datasets["train"].head(triplets)

@@ -20,13 +20,12 @@ from torch import Tensor
 from megatron_solopo.config import Config, ObjectiveConfig
 from megatron_solopo.objective import metric_names, required_roles
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES
-from megatron_solopo.objective.reward import Response
+from megatron_solopo.objective.reward import ResponseLogprobs
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.train.batches import training_batches
 from megatron_solopo.train.metrics import reduce_sums
 from megatron_solopo.train.policy import Policy, build_policy, load_model
 from megatron_solopo.train.reference import score_sequences
-from megatron_solopo.train.splits import Splits
+from megatron_solopo.train.run_data import Splits, training_batches
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss, run_schedule
 
 GAP = "solo_ra/gap_abs"
@@ -137,7 +136,7 @@ def raw_gaps(objective: ObjectiveConfig, logps_TR: Tensor, lengths_TR: Tensor) -
     roles = required_roles(objective)
     reward = PREFERENCE_LOSSES[objective.loss_type].reward
     short, long = (
-        reward(Response(logps_TR[:, place], lengths_TR[:, place], torch.zeros(len(logps_TR))), objective.beta)
+        reward(ResponseLogprobs(logps_TR[:, place], lengths_TR[:, place], torch.zeros(len(logps_TR))), objective.beta)
         for place in (roles.index("short_chosen"), roles.index("long_chosen"))
     )
     return short - long

@@ -33,9 +33,8 @@ from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.train.cost import training_flops
-from megatron_solopo.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-from megatron_solopo.train.policy import Policy
+from megatron_solopo.train.metrics import training_flops
+from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss, run_schedule
 
 RESPONSE_ONLY, FULL_LOGITS = HEADS = ("response-only", "full logits")

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import click
 
-from megatron_solopo.data.measure import Measure
-from megatron_solopo.data.prompt import DEFAULT_TEMPLATE, PromptTemplate
 from megatron_solopo.data.row import Content
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.evaluate.tasks.catalog import QA, GeneratedTasks, TaskPlan
 from megatron_solopo.evaluate.tasks.questions import QuestionCorpus
+from megatron_solopo.triplets.prompt import DEFAULT_TEMPLATE, Measure, PromptTemplate
 
 CORPUS = Path(__file__).parents[1] / "musique" / "musique.jsonl"
 TASKS = ("needle_single", "variable_tracking", "common_words", QA)

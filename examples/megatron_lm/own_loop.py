@@ -16,10 +16,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional
 
-from megatron_solopo.checkpoint.loading import load_weights
-from megatron_solopo.config import Config
-from megatron_solopo.config_file import load_config
-from megatron_solopo.model.spec import layer_spec
+from megatron_solopo.checkpoint.load import load_weights
+from megatron_solopo.config import Config, load_config
+from megatron_solopo.model.layer_spec import layer_spec
 
 
 def build_model(config: Config, tied_embeddings: bool) -> GPTModel:

@@ -33,7 +33,7 @@ def cases() -> Iterator[tuple[str, list[str]]]:
 
 def make(name: str, arguments: list[str]) -> bool:
     """Write one plan; returns whether a layout fits."""
-    from megatron_solopo.cli import main
+    from megatron_solopo.cli.main import main
 
     text = StringIO()
     try:

@@ -35,8 +35,8 @@ def contexts(output: Path) -> None:
 @click.option("--output", required=True, type=_PATH, help="JSONL to write, as evaluate long-context reads it.")
 def questions(output: Path) -> None:
     """Write questions on contexts of 16 to 1,024 words."""
-    from megatron_solopo.data.context_rows import to_line
     from megatron_solopo.files import atomic_path
+    from megatron_solopo.triplets.contexts import to_line
     from miniature.evaluate import question_rows
     from miniature.runs import EVAL_QUESTIONS, EVAL_SEED
 
@@ -49,7 +49,7 @@ def questions(output: Path) -> None:
 @click.option("--output", required=True, type=_PATH, help="PNG to write.")
 def compare(results: tuple[Path, Path], output: Path) -> None:
     """Accuracy against length before and after, as a table and a picture, from two files of evaluate long-context."""
-    from megatron_solopo.evaluation_results import read_long_context
+    from megatron_solopo.results.long_context import read_long_context
     from miniature.evaluate import LENGTHS, QUESTION_WORDS
     from miniature.figures import save_comparison
 

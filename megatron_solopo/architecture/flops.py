@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_solopo.architecture.shape import Shape
+from megatron_solopo.architecture.huggingface import Shape
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Which FP8 settings and layouts a model's matrices allow, whatever the machine: arithmetic alone."""
 
-from megatron_solopo.architecture.shape import Shape
+from megatron_solopo.architecture.huggingface import Shape
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 
 # Rows and columns of an FP8 matrix product's operands; rows are the tokens of a pack that one rank holds.

@@ -1,6 +1,6 @@
 """Which parallel layouts divide a model and a number of GPUs, and what they pad to: arithmetic alone, no Megatron."""
 
-from megatron_solopo.architecture.shape import Shape
+from megatron_solopo.architecture.huggingface import Shape
 from megatron_solopo.config import ParallelConfig
 
 _VOCAB_MULTIPLE_PER_RANK = 128

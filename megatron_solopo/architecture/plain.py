@@ -9,8 +9,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from megatron_solopo.architecture.shape import Shape
-from megatron_solopo.model_directory import CONFIG, huggingface_directory
+from megatron_solopo.architecture.huggingface import Shape
+from megatron_solopo.architecture.model_directory import CONFIG, huggingface_directory
 
 
 def read_shape(path: Path) -> Shape:

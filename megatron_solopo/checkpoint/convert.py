@@ -14,22 +14,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
-from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory, is_finite
-from megatron_solopo.checkpoint.manifest import check_listed, sealed_files, write_manifest
-from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, huggingface_shapes, rules
-from megatron_solopo.checkpoint.megatron import THREADS, MegatronDirectory
-from megatron_solopo.checkpoint.megatron_writer import write_megatron
-from megatron_solopo.checkpoint.model_files import MANIFEST, read_model_files, source_dtypes, write_files
-from megatron_solopo.checkpoint.safetensors_writer import SafetensorsWriter
-from megatron_solopo.checkpoint.verify import Report, Verification, to_dtype, verify
-from megatron_solopo.files import atomic_path, check_writable, described_bytes
-from megatron_solopo.model_directory import (
+from megatron_solopo.architecture.model_directory import (
     HUGGINGFACE_FOLDER,
     check_huggingface_directory,
     check_megatron_checkpoint,
     has_tokenizer,
     is_megatron_checkpoint,
 )
+from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory, SafetensorsWriter, all_finite
+from megatron_solopo.checkpoint.manifest import check_listed, sealed_files, write_manifest
+from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, huggingface_shapes, rules
+from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory
+from megatron_solopo.checkpoint.megatron_writer import write_megatron
+from megatron_solopo.checkpoint.model_files import MODEL_FILES_MANIFEST, read_model_files, source_dtypes, write_files
+from megatron_solopo.checkpoint.verify import Verification, VerificationReport, to_dtype, verify
+from megatron_solopo.files import atomic_path, check_writable, described_bytes
 from megatron_solopo.progress import bar_style
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -38,7 +37,7 @@ _NEARLY_FULL_BYTES = 1 << 26
 _SMALL_MODEL_BYTES, _LARGEST_FILE_BYTES = 10**9, 5 * 10**9
 
 
-def import_model(source: Path, output: Path, *, verification: Verification) -> Report:
+def import_model(source: Path, output: Path, *, verification: Verification) -> VerificationReport:
     """Write the Hugging Face model in `source` as a Megatron checkpoint, each tensor in the precision it has.
 
     Raises ValueError for a model that is not supported or damaged, an existing `output`, too little space, or a
@@ -64,7 +63,9 @@ def import_model(source: Path, output: Path, *, verification: Verification) -> R
         return report
 
 
-def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verification: Verification) -> Report:
+def export_model(
+    checkpoint: Path, output: Path, *, dtype: Dtype | None, verification: Verification
+) -> VerificationReport:
     """Write the model of a Megatron checkpoint as a Hugging Face directory.
 
     Args:
@@ -81,7 +82,7 @@ def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verific
     dtypes = _target_dtypes(checkpoint, architecture, dtype)
     checksums = check_listed(checkpoint, checksums=True)
     total = _total_bytes(architecture, dtypes)
-    files.pop(MANIFEST, None)
+    files.pop(MODEL_FILES_MANIFEST, None)
     if dtype is not None:
         files["config.json"] = _config_with_dtype(files["config.json"], dtype)
     with _output(output, total, files) as temporary:
@@ -91,7 +92,7 @@ def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verific
             def export(rule: Rule) -> None:
                 read = stored.rows_of(rule)
                 for name, row, block in huggingface_blocks(rule, architecture, read, stored.dtype(rule).itemsize):
-                    if not is_finite(block):
+                    if not all_finite(block):
                         raise ValueError(
                             f"{checkpoint}: {name} is not finite (NaN or infinity); the checkpoint is damaged or its "
                             "training diverged: take an earlier one"
@@ -107,7 +108,7 @@ def export_model(checkpoint: Path, output: Path, *, dtype: Dtype | None, verific
         return report
 
 
-def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> Report:
+def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> VerificationReport:
     """Compare two existing directories; raises ValueError if one is not what it should be."""
     if is_megatron_checkpoint(huggingface) and not is_megatron_checkpoint(checkpoint):
         raise ValueError(
@@ -127,9 +128,11 @@ def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> Repor
     return report
 
 
-def _verified(huggingface: Path, checkpoint: Path, output: Path, verification: Verification, total: int) -> Report:
+def _verified(
+    huggingface: Path, checkpoint: Path, output: Path, verification: Verification, total: int
+) -> VerificationReport:
     """Raises ValueError where something differs."""
-    report = Report()
+    report = VerificationReport()
     if verification == "none":
         report.add("verification", "skipped: not asked for")
         return report

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import xxhash
 
+from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER
 from megatron_solopo.files import counted
-from megatron_solopo.model_directory import HUGGINGFACE_FOLDER
 
 MANIFEST = "manifest.json"
 _ALGORITHM = "xxh3_128"
@@ -27,7 +27,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileEntry:
     """A file as it was when the checkpoint was complete."""
 
     bytes: int
@@ -35,20 +35,20 @@ class Entry:
     """Hex XXH3, 128 bits."""
 
 
-def sealed(file: Path) -> Entry:
+def sealed(file: Path) -> FileEntry:
     """Bring a file to the disk; returns its size and its checksum as read back."""
     sync_file(file)
     return _entry(file)
 
 
-def sealed_files(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
+def sealed_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     """`sealed` for files of a folder, several at a time."""
     names = list(names)
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: sealed(folder / name), names), strict=True))
 
 
-def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
+def write_manifest(folder: Path, files: Mapping[str, FileEntry]) -> None:
     """Write it into `folder`, last of all files, and bring the folder itself to the disk."""
     listed = {name: asdict(files[name]) for name in sorted(files)}
     content = {"algorithm": _ALGORITHM, "files": listed, "checksum": _checksum_of(listed)}
@@ -59,7 +59,7 @@ def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
         sync_directory(each)
 
 
-def read_manifest(folder: Path) -> dict[str, Entry]:
+def read_manifest(folder: Path) -> dict[str, FileEntry]:
     """Files by their name in `folder`; raises ValueError, naming the manifest, if it is missing or damaged."""
     file = folder / MANIFEST
     try:
@@ -67,7 +67,7 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         listed = content["files"]
         if content["algorithm"] != _ALGORITHM or content["checksum"] != _checksum_of(listed):
             raise ValueError
-        return {name: Entry(**entry) for name, entry in listed.items()}
+        return {name: FileEntry(**entry) for name, entry in listed.items()}
     except FileNotFoundError:
         raise ValueError(f"{file}: is missing; it is the last file that a save writes") from None
     except OSError as error:
@@ -76,7 +76,7 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         raise ValueError(f"{file}: is damaged") from None
 
 
-def share(files: Mapping[str, Entry], rank: int, ranks: int) -> dict[str, Entry]:
+def share(files: Mapping[str, FileEntry], rank: int, ranks: int) -> dict[str, FileEntry]:
     """The files that one of several ranks looks at: about as many bytes each, every file once."""
     loads = [0] * ranks
     mine = {}
@@ -88,7 +88,7 @@ def share(files: Mapping[str, Entry], rank: int, ranks: int) -> dict[str, Entry]
     return mine
 
 
-def damages(folder: Path, files: Mapping[str, Entry], *, checksums: bool) -> list[str]:
+def damages(folder: Path, files: Mapping[str, FileEntry], *, checksums: bool) -> list[str]:
     """One line for every file, but those to edit, that is not as it was: its path, and what is wrong.
 
     Args:
@@ -100,7 +100,7 @@ def damages(folder: Path, files: Mapping[str, Entry], *, checksums: bool) -> lis
         return [damage for damage in found if damage]
 
 
-def edited(folder: Path, files: Mapping[str, Entry]) -> list[str]:
+def edited(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
     """Names of the model's small files that somebody has changed or removed since."""
     listed = {name: entry for name, entry in files.items() if _is_to_edit(name)}
     return [name for name, entry in listed.items() if _damage(folder / name, entry, checksums=True)]
@@ -141,7 +141,7 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _damage(file: Path, expected: Entry, checksums: bool) -> str | None:
+def _damage(file: Path, expected: FileEntry, checksums: bool) -> str | None:
     try:
         size = file.stat().st_size
         if size != expected.bytes:
@@ -159,14 +159,14 @@ def _is_to_edit(name: str) -> bool:
     return name.startswith(f"{HUGGINGFACE_FOLDER}/")
 
 
-def _entry(file: Path) -> Entry:
+def _entry(file: Path) -> FileEntry:
     digest, size = xxhash.xxh3_128(), 0
     buffer = memoryview(bytearray(_BLOCK_BYTES))
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
             digest.update(buffer[:count])
             size += count
-    return Entry(size, digest.hexdigest())
+    return FileEntry(size, digest.hexdigest())
 
 
 def _checksum_of(listed: Mapping[str, object]) -> str:

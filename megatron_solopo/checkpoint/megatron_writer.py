@@ -27,11 +27,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import BytesIOWriteData, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.model_directory import FORMAT, MEGATRON_LM_VERSION
 from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
 from megatron_solopo.checkpoint.mapping import Rule, megatron_rows, megatron_shape, row_blocks, rules
-from megatron_solopo.checkpoint.megatron import THREADS
+from megatron_solopo.checkpoint.megatron_reader import THREADS
 from megatron_solopo.files import write_json
-from megatron_solopo.model_directory import FORMAT, MEGATRON_LM_VERSION
 
 _FILE_BYTES = 1 << 30
 # The fields of Megatron's CheckpointingConfig that every version of it knows; to import it takes seconds.

@@ -1,4 +1,7 @@
-"""Compares a Hugging Face directory with a Megatron checkpoint: config, every bit of every tensor, logits."""
+"""Logits of a Hugging Face directory, by transformers, and of a Megatron checkpoint, by our model.
+
+Compares a Hugging Face directory with a Megatron checkpoint: config, every bit of every tensor, logits.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -7,20 +10,117 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
-from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory, bitwise_equal, is_finite, shown_names
+from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory, all_finite, bitwise_equal, shown_names
+from megatron_solopo.checkpoint.load import global_parameters, load_weights
 from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, rules
-from megatron_solopo.checkpoint.megatron import THREADS, MegatronDirectory
+from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory
+from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.files import counted
+from megatron_solopo.model.build import build_model
+from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.parallel import topology
+
+LOGITS_LIMIT = 1e-5
+_LENGTHS = (96, 32)
+_GIB = 1 << 30
+
+
+class TransformersError(Exception):
+    """transformers cannot load or run a model, for whatever reason; one line."""
+
+
+def memory_missing(architecture: Architecture) -> str:
+    """Why the logits cannot be compared on this machine, or an empty string: the model must fit in fp32, once."""
+    needed = int(1.25 * 4 * architecture.num_parameters) + _GIB
+    available = psutil.virtual_memory().available
+    if needed <= available:
+        return ""
+    return f"the model in fp32 needs {needed / _GIB:.1f} GiB of memory, {available / _GIB:.1f} GiB are available"
+
+
+def logits_error(huggingface: Path, checkpoint: Path) -> tuple[float, int]:
+    """Greatest relative error |ours - theirs| / |theirs| of a position's logits, in fp32, and the number of positions.
+
+    One model is in memory at a time. Where the Hugging Face weights are of another precision than the
+    checkpoint's, the latter are rounded likewise first. Raises TransformersError.
+    """
+    architecture = read_architecture(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(length, architecture.max_sequence_length) for length in _LENGTHS]
+    sequences = [torch.randint(architecture.vocab_size, (length,), generator=generator) for length in lengths]
+    theirs_TV = _huggingface_logits(huggingface, sequences)
+    ours_TV = _our_logits(checkpoint, architecture, SafetensorsDirectory(huggingface), sequences)
+    error = (ours_TV - theirs_TV).norm(dim=1) / theirs_TV.norm(dim=1)
+    return float(error.nan_to_num(nan=torch.inf).max()), len(error)
+
+
+@torch.no_grad()
+def _huggingface_logits(path: Path, sequences: list[Tensor]) -> Tensor:
+    """fp32 [T, V]."""
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+        return torch.cat([model(input_ids=tokens.unsqueeze(0)).logits[0] for tokens in sequences])
+    # What it raises shares no base class: a package that is missing, a field that its checks let pass, ...
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TransformersError(f"{path}: transformers cannot run it: {type(error).__name__}: {reason}") from None
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def _our_logits(
+    path: Path, architecture: Architecture, precision: SafetensorsDirectory, sequences: list[Tensor]
+) -> Tensor:
+    """fp32 [T, V], of the sequences packed into one."""
+    groups = topology.initialize(ParallelConfig(), seed=1)
+    try:
+        config = ModelConfig(path=path, dtype="float32", implementation="local")
+        (model,) = build_model(architecture, config, ParallelConfig(), chunk_tokens=1, device=groups.device)
+        load_weights([model], architecture, path)
+        _round(model, architecture, precision)
+        lengths = torch.tensor([0, *(len(tokens) for tokens in sequences)])
+        boundaries_S1 = lengths.cumsum(0).to(torch.int32)
+        longest = int(lengths.max())
+        packing = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=boundaries_S1,
+            cu_seqlens_kv=boundaries_S1,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        logits_1TV = model(torch.cat(sequences).unsqueeze(0), None, None, packed_seq_params=packing)
+        return logits_1TV[0, :, : architecture.vocab_size].clone()
+    finally:
+        topology.destroy(groups)
+
+
+def _round(model: ResponseModel, architecture: Architecture, precision: SafetensorsDirectory) -> None:
+    """Give every parameter the precision of its Hugging Face tensors."""
+    table = rules(architecture)
+    for name, parameter in global_parameters(model):
+        entry = precision.entries[table[name].huggingface[0]]
+        parameter.copy_(parameter.to(DTYPES[entry.dtype]))
+
 
 Verification = Literal["full", "tensors", "none"]
 
 
 @dataclass
-class Report:
+class VerificationReport:
     """A small table, and what was found wrong: one line each."""
 
     rows: list[tuple[str, str]] = field(default_factory=list)
@@ -37,7 +137,7 @@ class Report:
             self.failures.append(failure)
 
 
-def verify(huggingface: Path, checkpoint: Path, *, logits: bool, progress: Callable[[int], Any]) -> Report:
+def verify(huggingface: Path, checkpoint: Path, *, logits: bool, progress: Callable[[int], Any]) -> VerificationReport:
     """Compare the two directories. Where precisions differ, the checkpoint's numbers are rounded as an export would.
 
     Raises ValueError if one of them is not what it should be; what merely differs is in the report's failures.
@@ -46,7 +146,7 @@ def verify(huggingface: Path, checkpoint: Path, *, logits: bool, progress: Calla
     source, stored = SafetensorsDirectory(huggingface), MegatronDirectory(checkpoint)
     source.check(read_architecture(huggingface))
     stored.check(architecture)
-    report = Report()
+    report = VerificationReport()
     differing = ", ".join(_differing_fields(read_architecture(huggingface), architecture))
     message = f"{huggingface} and {checkpoint}: config.json differs in {differing}" if differing else ""
     report.add("config", differing or "same model, same rotary frequencies", message)
@@ -85,7 +185,7 @@ def _differing_fields(huggingface: Architecture, checkpoint: Architecture) -> It
 
 
 def _compare_tensors(
-    report: Report,
+    report: VerificationReport,
     source: SafetensorsDirectory,
     stored: MegatronDirectory,
     architecture: Architecture,
@@ -136,10 +236,10 @@ def _compare(
         same = bitwise_equal(to_dtype(name, block, other.dtype), other)
         if not same:
             found.differing[name] = None
-        if not is_finite(other):
+        if not all_finite(other):
             found.damaged[f"{name} in {source.path / source.entries[name].file}"] = None
         # The very same numbers need not be looked at twice.
-        if not (same and block.dtype is other.dtype) and not is_finite(block):
+        if not (same and block.dtype is other.dtype) and not all_finite(block):
             found.damaged[f"{name} in {stored.path}"] = None
         progress(other.nbytes)
     return found
@@ -162,11 +262,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _compare_logits(
-    report: Report, huggingface: Path, checkpoint: Path, architecture: Architecture, rounded: str
+    report: VerificationReport, huggingface: Path, checkpoint: Path, architecture: Architecture, rounded: str
 ) -> None:
-    # Only here: megatron and transformers' models take seconds to import.
-    from megatron_solopo.checkpoint.logits import LOGITS_LIMIT, TransformersError, logits_error, memory_missing
-
     if missing := memory_missing(architecture):
         report.add("logits", f"skipped: {missing}")
         return

@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from megatron_solopo.config import context_and_response
+from megatron_solopo.data.batch_plan import IntArray, TripletSizes, triplet_sizes
 from megatron_solopo.data.packing import TokenizedTriplet
 from megatron_solopo.data.prepared import token_lengths
 from megatron_solopo.data.row import DEPTHS_FIELD
-from megatron_solopo.data.sizes import IntArray, TripletSizes, triplet_sizes
-from megatron_solopo.roles import context_and_response
 
 
 class TripletDataset:

@@ -15,8 +15,8 @@ from datasets import Dataset, Features, List, Value
 
 from megatron_solopo.data.prepared import PROMPT_COLUMNS
 from megatron_solopo.data.row import DEPTHS_FIELD, PROMPT_FIELDS, RESPONSE_FIELDS, Content, Kind, Message
+from megatron_solopo.data.row_files import read_rows
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_solopo.data.triplet import read_rows
 
 Template = Literal["chat", "plain"]
 

@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 
 from megatron_solopo.data.batch_plan import (
+    IntArray,
     RankPacks,
+    TripletSizes,
     check_batch_size,
     packs_needed,
+    padded_lengths,
     plan_global_batch,
     plan_single_pass,
 )
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.packing import Pack, build_pack
-from megatron_solopo.data.sizes import IntArray, TripletSizes, padded_lengths
 
 _STATE_KEYS = {"seed": "seed", "dataset_length": "data.path", "global_batch_size": "training.global_batch_size"}
 """What a saved state must agree on -> the key that sets it."""

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_solopo.data.sizes import padded_lengths
-from megatron_solopo.roles import context_and_response
+from megatron_solopo.config import context_and_response
+from megatron_solopo.data.batch_plan import padded_lengths
 
 PAD_TOKEN = 0
 """Id at padded positions. Padding trails each sequence and no label is there, so any legal id would do."""

@@ -38,7 +38,7 @@ class RowError:
 
 
 @dataclass
-class Row:
+class PreferenceRow:
     """One row as read; what could not be read is None, and `errors` says why."""
 
     line: int
@@ -56,11 +56,11 @@ class Row:
         self.errors.append(RowError(self.line, field_name, reason))
 
 
-def parse_row(line: int, value: Any) -> Row:
+def parse_row(line: int, value: Any) -> PreferenceRow:
     """Check one row by itself: types, missing and blank fields, roles, equal responses."""
     if not isinstance(value, dict):
         return bad_row(line, f"expected a JSON object, got {_type_name(value)}")
-    row = Row(line)
+    row = PreferenceRow(line)
     row.kind = _parse_kind(value, row)
     row.id = _parse_id(value, row)
     for name in (*PROMPT_FIELDS.get(row.kind, ()), *RESPONSE_FIELDS) if row.kind else RESPONSE_FIELDS:
@@ -76,12 +76,12 @@ def parse_row(line: int, value: Any) -> Row:
     return row
 
 
-def bad_row(line: int, reason: str) -> Row:
+def bad_row(line: int, reason: str) -> PreferenceRow:
     """A row that could not be read at all."""
-    return Row(line, errors=[RowError(line, "", reason)])
+    return PreferenceRow(line, errors=[RowError(line, "", reason)])
 
 
-def _parse_kind(value: dict[str, Any], row: Row) -> Kind | None:
+def _parse_kind(value: dict[str, Any], row: PreferenceRow) -> Kind | None:
     kinds = [kind for kind, names in PROMPT_FIELDS.items() if any(value.get(name) is not None for name in names)]
     if len(kinds) == 1:
         return kinds[0]
@@ -90,7 +90,7 @@ def _parse_kind(value: dict[str, Any], row: Row) -> Kind | None:
     return None
 
 
-def _parse_id(value: dict[str, Any], row: Row) -> str | None:
+def _parse_id(value: dict[str, Any], row: PreferenceRow) -> str | None:
     given = value.get("id")
     if given is None and row.kind == "pair":
         return str(row.line)
@@ -162,7 +162,7 @@ def _check_text(text: str) -> str:
     return text
 
 
-def _check_together(row: Row) -> None:
+def _check_together(row: PreferenceRow) -> None:
     """Check what involves several fields: one form in a row, and two different responses."""
     forms: dict[str, Form] = {
         name: "text" if isinstance(content, str) else "messages" for name, content in row.contents.items()

@@ -26,8 +26,8 @@ from megatron_solopo.data.prepared import (
     token_lengths,
 )
 from megatron_solopo.data.row import RESPONSE_FIELDS, Kind
+from megatron_solopo.data.row_files import ValidationReport, validate_file
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_solopo.data.triplet import ValidationReport, validate_file
 from megatron_solopo.files import atomic_path, check_replaceable, remove, sha256_file, sha256_json, write_json
 
 _SHOWN = 5

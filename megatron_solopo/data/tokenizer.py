@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 from sentencepiece import SentencePieceProcessor
 
+from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.files import sha256_file, sha256_json
-from megatron_solopo.model_directory import huggingface_directory
 
 # Text put before a continuation and cut off again. Several, since a tokenizer may merge one with what follows.
 _ANCHORS = (".", "0", "a", "(", "A", "\n")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.data.encode import encode_prompt, template_of
-from megatron_solopo.data.journal import Response
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.evaluate.samples import Sample, Spec
+from megatron_solopo.generate.journal import StoredResponse
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Answer:
     """stop: an end token came; length: the room was used up; others as a server says."""
 
 
-class Generated(Response):
+class Generated(StoredResponse):
     """An answer as it is kept on the disk; `question_id` is the sample's id, `index` is 0."""
 
     answers: list[str]
@@ -34,7 +34,7 @@ class Generated(Response):
     """The sample's share of the wall time."""
 
 
-Build = Callable[[Spec], Sample | None]
+MakeSample = Callable[[Spec], Sample | None]
 """Makes a sample's prompt; None where there is none of its length."""
 Keep = Callable[[Sequence[Generated]], None]
 """Called with answers as they come, on the one process that writes."""
@@ -47,7 +47,7 @@ class Generator(Protocol):
     layout: dict[str, int]
     """Parallel sizes, empty where there are none."""
 
-    def run(self, batches: Sequence[Sequence[Spec]], build: Build, keep: Keep) -> None:
+    def run(self, batches: Sequence[Sequence[Spec]], build: MakeSample, keep: Keep) -> None:
         """Answer every sample that can be made. The prompts of a batch are equally long and have the same room."""
 
 
@@ -74,7 +74,7 @@ def batched(specs: Iterable[Spec], size: int) -> list[list[Spec]]:
     return batches
 
 
-def built(specs: Iterable[Spec], build: Build) -> list[Sample]:
+def built(specs: Iterable[Spec], build: MakeSample) -> list[Sample]:
     """The samples that can be made."""
     return [sample for sample in map(build, specs) if sample is not None]
 

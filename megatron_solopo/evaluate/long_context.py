@@ -17,19 +17,18 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_solopo.config import ParallelConfig
-from megatron_solopo.data.journal import Journal
-from megatron_solopo.data.scoring import Score
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_solopo.evaluate.cells import Scored, score
 from megatron_solopo.evaluate.generation import Generated, Generator, batched
-from megatron_solopo.evaluate.plan import Plan, identity, make_plan
-from megatron_solopo.evaluate.results import make_results
+from megatron_solopo.evaluate.sample_plan import Plan, identity, make_plan
 from megatron_solopo.evaluate.samples import Spec
+from megatron_solopo.evaluate.scores import Scored, make_results, score
 from megatron_solopo.evaluate.settings import LongContextSettings
 from megatron_solopo.evaluate.target import Target, resolve, stored_dtype
-from megatron_solopo.evaluation_results import LongContextResults, read_long_context
 from megatron_solopo.files import atomic_path, check_writable, read_jsonl, remove
+from megatron_solopo.generate.journal import Journal
+from megatron_solopo.generate.scoring import Score
 from megatron_solopo.progress import bar_style
+from megatron_solopo.results.long_context import LongContextResults, read_long_context
 
 _COMMAND = "evaluate long-context"
 
@@ -149,7 +148,7 @@ def _agreed(specs: Sequence[Spec], missing: set[str] | None) -> list[Spec]:
 
 
 def _write(output: Path, results: LongContextResults, scored: Sequence[Scored]) -> None:
-    from megatron_solopo.report.answer_picture import draw_answers
+    from megatron_solopo.report.evaluation_pictures import draw_answers
 
     with atomic_path(output.with_suffix(".predictions.jsonl")) as temporary, temporary.open("w", encoding="utf-8") as f:
         f.writelines(json.dumps(_prediction(each), ensure_ascii=False) + "\n" for each in scored)

@@ -18,15 +18,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface import read_architecture
-from megatron_solopo.checkpoint.loading import load_weights
+from megatron_solopo.architecture.model_directory import huggingface_directory
+from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
-from megatron_solopo.data.huggingface_model import end_tokens
 from megatron_solopo.data.tokenizer import Tokenizer
-from megatron_solopo.evaluate.generation import Build, Generated, Keep, built, generate_batch
+from megatron_solopo.evaluate.generation import Generated, Keep, MakeSample, built, generate_batch
 from megatron_solopo.evaluate.samples import Sample, Spec
 from megatron_solopo.evaluate.transformers_model import described_device
+from megatron_solopo.generate.transformers import end_tokens
 from megatron_solopo.model.build import build_model
-from megatron_solopo.model_directory import huggingface_directory
 from megatron_solopo.parallel.topology import Topology
 
 _LEAST_STEP = 64
@@ -58,7 +58,7 @@ class MegatronModel:
             "data_parallel_size": topology.data_group.size(),
         }
 
-    def run(self, batches: Sequence[Sequence[Spec]], build: Build, keep: Keep) -> None:
+    def run(self, batches: Sequence[Sequence[Spec]], build: MakeSample, keep: Keep) -> None:
         """All ranks together, with the same batches; global rank 0 keeps."""
         group = self._topology.data_group
         size, rank = group.size(), group.rank()

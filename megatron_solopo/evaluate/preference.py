@@ -18,23 +18,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_solopo import __version__
-from megatron_solopo.config import Config, OptimizerConfig
+from megatron_solopo.config import Config, OptimizerConfig, context_and_response
+from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
-from megatron_solopo.data.sizes import IntArray
-from megatron_solopo.evaluate.rewards import Column, summarise_groups, triplet_columns
-from megatron_solopo.evaluation_results import EVALUATION_FOLDER
+from megatron_solopo.evaluate.rewards import TripletColumn, summarise_groups, triplet_columns
 from megatron_solopo.files import atomic_path, check_writable, sha256_json
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.report.preference_picture import draw_preference
-from megatron_solopo.report.preference_results import PreferenceResults, read_preference
-from megatron_solopo.roles import context_and_response
+from megatron_solopo.report.evaluation_pictures import draw_preference
+from megatron_solopo.results.long_context import EVALUATION_FOLDER
+from megatron_solopo.results.preference import PreferenceResults, read_preference
 from megatron_solopo.run_directory import Subject
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.reference import reference_dependencies, reference_logprobs, score_sequences
-from megatron_solopo.train.session import prepare
-from megatron_solopo.train.splits import Splits
+from megatron_solopo.train.run_data import Splits
+from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.step import ReferenceLogprobs
 
 Split = Literal["train", "eval"]
@@ -55,7 +54,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
     Raises ValueError for what does not fit, FloatingPointError where the model's numbers are not finite.
     """
     settings = _evaluation_config(subject, config, split)
-    _, topology, splits = prepare(settings)
+    _, topology, splits = check_and_join(settings)
     dataset = splits.datasets[split]
     try:
         _refuse_together(output, settings, splits.manifest.fingerprint, split)
@@ -180,7 +179,7 @@ def _by_role(logprobs: ReferenceLogprobs) -> dict[str, Tensor]:
     return dict(zip(logprobs.roles, logprobs.logps.unbind(dim=1), strict=True))
 
 
-def _check_finite(columns: Mapping[str, Column], dataset: TripletDataset, subject: Subject) -> None:
+def _check_finite(columns: Mapping[str, TripletColumn], dataset: TripletDataset, subject: Subject) -> None:
     broken = np.flatnonzero(~np.all([np.isfinite(values) for values in columns.values()], axis=0))
     if len(broken):
         raise FloatingPointError(
@@ -200,7 +199,7 @@ def _write(
     results: PreferenceResults,
     dataset: TripletDataset,
     tokens: Mapping[str, IntArray],
-    columns: Mapping[str, Column],
+    columns: Mapping[str, TripletColumn],
     depths: Sequence[Sequence[float]],
 ) -> None:
     """The JSON file last: where it is, the others are."""

@@ -12,15 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_solopo.config import ObjectiveConfig
-from megatron_solopo.evaluate.groups import Mask, by_depth, by_length
-from megatron_solopo.evaluate.intervals import mean, proportion
+from megatron_solopo.config import ObjectiveConfig, context_and_response
+from megatron_solopo.evaluate.statistics import Mask, by_depth, by_length, mean, proportion
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES
-from megatron_solopo.objective.reward import Response
-from megatron_solopo.report.preference_results import CellGroup, DepthGroup, Estimate, Group, LengthGroup
-from megatron_solopo.roles import context_and_response
+from megatron_solopo.objective.reward import ResponseLogprobs
+from megatron_solopo.results.preference import CellGroup, DepthGroup, Group, LengthGroup, MeanWithInterval
 
-Column = NDArray[np.float64]
+TripletColumn = NDArray[np.float64]
 
 
 def triplet_columns(
@@ -28,7 +26,7 @@ def triplet_columns(
     logps: Mapping[str, Tensor],
     lengths: Mapping[str, NDArray[np.int64]],
     references: Mapping[str, Tensor] | None,
-) -> dict[str, Column]:
+) -> dict[str, TripletColumn]:
     """Per triplet, float64 [D] by name.
 
     Args:
@@ -39,14 +37,14 @@ def triplet_columns(
     """
     contexts = list(dict.fromkeys(context_and_response(role)[0] for role in logps))
     reward = PREFERENCE_LOSSES[objective.loss_type].reward
-    columns: dict[str, Column] = {}
+    columns: dict[str, TripletColumn] = {}
     for role, logp in logps.items():
         context, answer = context_and_response(role)
         reference = None if references is None else references[role].double()
         columns[f"logps/{answer}_{context}"] = logp.double().numpy()
         if reference is not None:
             columns[f"reference_logps/{answer}_{context}"] = reference.numpy()
-        response = Response(logp.double(), torch.from_numpy(lengths[role]).double(), reference)
+        response = ResponseLogprobs(logp.double(), torch.from_numpy(lengths[role]).double(), reference)
         columns[f"rewards/{answer}_{context}"] = reward(response, objective.beta).numpy()
     for context in contexts:
         columns[f"rewards/margins_{context}"] = (
@@ -61,10 +59,10 @@ def triplet_columns(
     return columns
 
 
-def summarise(columns: Mapping[str, Column], mask: Mask) -> dict[str, Any]:
+def summarise(columns: Mapping[str, TripletColumn], mask: Mask) -> dict[str, Any]:
     """The fields of a `Group`: means and shares over its triplets, of which there is at least one."""
     chosen = {name: values[mask] for name, values in columns.items() if not name.startswith("reference")}
-    metrics: dict[str, Estimate] = {}
+    metrics: dict[str, MeanWithInterval] = {}
     ties: dict[str, int | None] = {"ties_short": None, "ties_long": None}
     for context in (context for context in ("short", "long") if f"rewards/margins_{context}" in chosen):
         margin = chosen[f"rewards/margins_{context}"]
@@ -77,7 +75,7 @@ def summarise(columns: Mapping[str, Column], mask: Mask) -> dict[str, Any]:
 
 
 def summarise_groups(
-    columns: Mapping[str, Column], tokens: NDArray[np.int64], depths: Sequence[Sequence[float]]
+    columns: Mapping[str, TripletColumn], tokens: NDArray[np.int64], depths: Sequence[Sequence[float]]
 ) -> dict[str, Any]:
     """The fields of `PreferenceResults` that hold groups: all triplets, by length, by depth, by both.
 

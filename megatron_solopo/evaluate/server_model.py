@@ -5,12 +5,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_solopo.data.openai_server import OpenAIServer
-from megatron_solopo.data.sample_model import Request, RequestFailed
 from megatron_solopo.data.tokenizer import Tokenizer
-from megatron_solopo.evaluate.generation import Answer, Build, Keep, generated
+from megatron_solopo.evaluate.generation import Answer, Keep, MakeSample, generated
 from megatron_solopo.evaluate.samples import Sample, Spec
 from megatron_solopo.evaluate.settings import LongContextSettings
+from megatron_solopo.generate.model import Request, RequestFailed
+from megatron_solopo.generate.server import OpenAIServer
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class ServerModel:
         self._settings = settings
         self._tokenizer = tokenizer
 
-    def run(self, batches: Sequence[Sequence[Spec]], build: Build, keep: Keep) -> None:
+    def run(self, batches: Sequence[Sequence[Spec]], build: MakeSample, keep: Keep) -> None:
         """Raises ValueError where the server refuses, or does not answer after all retries."""
         asyncio.run(self._run([spec for batch in batches for spec in batch], build, keep))
 
-    async def _run(self, specs: Sequence[Spec], build: Build, keep: Keep) -> None:
+    async def _run(self, specs: Sequence[Spec], build: MakeSample, keep: Keep) -> None:
         server = OpenAIServer(self._settings)
         waiting, last = iter(specs), time.perf_counter()
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_solopo.evaluation_results import EVALUATION_FOLDER, Backend
-from megatron_solopo.model_directory import huggingface_directory, is_megatron_checkpoint
+from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
+from megatron_solopo.results.long_context import EVALUATION_FOLDER, Backend
 from megatron_solopo.run_directory import Subject, find_subject
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from megatron_solopo.data.huggingface_model import end_tokens, load_model
 from megatron_solopo.data.tokenizer import Tokenizer
-from megatron_solopo.evaluate.generation import Build, Keep, built, generate_batch
+from megatron_solopo.evaluate.generation import Keep, MakeSample, built, generate_batch
 from megatron_solopo.evaluate.samples import Spec
+from megatron_solopo.generate.transformers import end_tokens, load_transformers_model
 from megatron_solopo.parallel.cpu import is_cpu
 
 # The library's class is not typed.
@@ -28,11 +28,11 @@ class TransformersModel:
         self.device = described_device(self._device)
         self._tokenizer = tokenizer
         self._ends = end_tokens(path, tokenizer)
-        self._model: Any = load_model(path, dtype).to(self._device)
+        self._model: Any = load_transformers_model(path, dtype).to(self._device)
         # What the model's own file says of sampling or penalties is not greedy generation.
         self._model.generation_config = _GENERATION_CONFIG()
 
-    def run(self, batches: Sequence[Sequence[Spec]], build: Build, keep: Keep) -> None:
+    def run(self, batches: Sequence[Sequence[Spec]], build: MakeSample, keep: Keep) -> None:
         """One batch after the other."""
         for batch in batches:
             keep(generate_batch(self, built(batch, build), self._tokenizer, self._ends, self._device))

@@ -15,8 +15,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import torch
 from pydantic import BaseModel
 
-from megatron_solopo.config import Config, DataConfig, LogprobConfig, ModelConfig, ObjectiveConfig, ReferenceConfig
-from megatron_solopo.config_file import parse_config
+from megatron_solopo.config import (
+    Config,
+    DataConfig,
+    LogprobConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ReferenceConfig,
+    parse_config,
+)
 
 _PREFIX = "solopo"
 # Section -> the class it is made of, and the flag of each key ("" where it is the key's own name).

@@ -1,4 +1,11 @@
-"""Plugs SoLoPO into Megatron-LM's own `pretrain()`: three arguments of the call in `pretrain_gpt.py` change.
+"""Global batches as the endless iterator of micro-batches that Megatron-LM's training loop reads.
+
+Every metric of every training step, negative ones too: Megatron-LM's console line leaves those out.
+
+`metrics.jsonl` has the names and the form of our own trainer's, without what Megatron-LM alone knows:
+gradient norm, learning rate, times and evaluation are in its own log, TensorBoard and W&B.
+
+Plugs SoLoPO into Megatron-LM's own `pretrain()`: three arguments of the call in `pretrain_gpt.py` change.
 
     from megatron_solopo.integrations.megatron_lm import Solopo
 
@@ -16,27 +23,147 @@
 
 import argparse
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
+from tqdm import tqdm
 
-from megatron_solopo.checkpoint.loading import load_weights
+from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER, is_megatron_checkpoint
+from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.checkpoint.model_files import read_model_files, write_files
 from megatron_solopo.config import Config
+from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.files import atomic_path
 from megatron_solopo.integrations.arguments import add_arguments, config_from_args, flags_for_keys
-from megatron_solopo.integrations.step_log import StepLog
-from megatron_solopo.integrations.stream import PackStream, StepPack
 from megatron_solopo.integrations.task import PreferenceTask
 from megatron_solopo.model.build import build_chunk
-from megatron_solopo.model_directory import HUGGINGFACE_FOLDER, is_megatron_checkpoint
+from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.metrics import keep_before
+
+
+@dataclass(frozen=True, eq=False)
+class StepPack:
+    """A pack and its place: Megatron-LM's loop tells a forward step neither."""
+
+    pack: Pack
+    split: str
+    number: int
+    """Of this rank's packs of the step, from 0."""
+    batch: GlobalBatch
+    """The step's."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the step ends with this pack."""
+        return self.number == len(self.batch.packs) - 1
+
+
+class PackStream:
+    """`num_packs` packs per global batch, for as many batches as are asked for.
+
+    Megatron-LM fixes the number of micro-batches of a step beforehand: global batch size / (micro-batch
+    size x DP). So its micro-batch size is the mean number of triplets in a pack: the triplets of a global
+    batch are packed into just that many packs, as even in cost as can be.
+
+    Args:
+        loader: with `packs_multiple=num_packs`.
+        consumed_triplets: where to start in the loader's stream.
+        num_batches: how many batches will be asked for; they are looked at now, by their lengths.
+
+    Raises ValueError if the token budget of a pack is too small for so few packs in one of them.
+    """
+
+    def __init__(
+        self, loader: GlobalBatchLoader, split: str, num_packs: int, *, consumed_triplets: int, num_batches: int
+    ) -> None:
+        loader.load_state_dict(loader.state_dict() | {"consumed_triplets": consumed_triplets})
+        self._loader, self._split, self._num_packs = loader, split, num_packs
+        self._step: Iterator[StepPack] = iter(())
+        for start, needed in loader.packs_needed(num_batches):
+            self._check(start, needed)
+
+    def __iter__(self) -> "PackStream":
+        return self
+
+    def __next__(self) -> StepPack:
+        """The next pack."""
+        item = next(self._step, None)
+        if item is None:
+            self._step = self._read()
+            item = next(self._step)
+        return item
+
+    def _read(self) -> Iterator[StepPack]:
+        start = self._loader.consumed_triplets
+        batch = self._loader.next_batch()
+        self._check(start, len(batch.packs))
+        return (StepPack(pack, self._split, number, batch) for number, pack in enumerate(batch.packs))
+
+    def _check(self, start: int, needed: int) -> None:
+        if needed > self._num_packs:
+            raise ValueError(
+                f"the batch of the {self._split} stream that starts with triplet {start} needs {needed} packs on each "
+                f"data-parallel rank, but has {self._num_packs} (global batch size / (micro-batch size x DP)): raise "
+                "data.max_tokens_per_pack (micro-batch size x the largest triplet always suffices) or "
+                "data.max_triplets_per_pack, or lower --micro-batch-size"
+            )
+
+
+class StepLog:
+    """Sums the reports of a step's packs, and writes their means when the last one has come.
+
+    It lives on the last pipeline stage, where losses are. The ranks of a data-parallel group meet in one
+    all-reduce per step; the very first of them writes.
+    """
+
+    def __init__(self, run_dir: Path, names: Sequence[str], topology: Topology, first_step: int) -> None:
+        """Continue at `first_step`: later lines of an interrupted run are dropped, as those steps are run again."""
+        self._path, self._names, self._topology = run_dir / "metrics.jsonl", names, topology
+        self._step = first_step - 1
+        self._batch: GlobalBatch | None = None
+        self._reports: list[Tensor] = []
+        groups = (topology.data_group, topology.context_group, topology.tensor_group)
+        self._writes = topology.is_last_stage and all(group.rank() == 0 for group in groups)
+        if self._writes:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            keep_before(self._path, first_step)
+
+    def add(self, item: StepPack, report: Tensor) -> None:
+        """Take the report of one pack, fp32 sums [M]."""
+        if item.number == 0:
+            self._reports = []
+        self._reports.append(report)
+        if not item.is_last:
+            return
+        sums = torch.stack(self._reports).double().sum(dim=0)
+        dist.all_reduce(sums, group=self._topology.data_group)
+        # Megatron-LM may run a step again to tell a faulty GPU from a faulty program: same batch, same step.
+        is_new = item.batch is not self._batch
+        self._batch = item.batch
+        self._step += is_new
+        if self._writes and is_new:
+            self._write((sums / item.batch.num_triplets).tolist(), item.batch)
+
+    def _write(self, means: list[float], batch: GlobalBatch) -> None:
+        metrics = dict(zip(self._names, means, strict=True))
+        counts = {"num_triplets": batch.num_triplets, "num_tokens": batch.num_tokens, "pack_fill": batch.pack_fill}
+        # NaN is no JSON: a run that has gone wrong says so with null, and Megatron-LM's own checks stop it.
+        line = {name: value if value - value == 0 else None for name, value in (metrics | counts).items()}
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": self._step} | line, allow_nan=False) + "\n")
+        shown = " | ".join(f"{name} {value:+.4f}" for name, value in metrics.items())
+        tqdm.write(f" solopo iteration {self._step} | {shown}")
+
 
 ReportingLossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 

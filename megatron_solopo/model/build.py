@@ -1,5 +1,9 @@
-"""Builds this rank's model chunks from an architecture and the parallel layout."""
+"""Fused kernels that add weight gradients straight to Megatron's gradient buffers.
 
+Builds this rank's model chunks from an architecture and the parallel layout.
+"""
+
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,10 +14,26 @@ from megatron.core.transformer import TransformerConfig
 from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.architecture.layout import check_layout, padded_vocab_size
 from megatron_solopo.config import ModelConfig, ParallelConfig
-from megatron_solopo.model.fusion import supports_gradient_accumulation_fusion
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.layer_spec import layer_spec, uses_transformer_engine
 from megatron_solopo.model.precision import precision_settings
-from megatron_solopo.model.spec import layer_spec, uses_transformer_engine
+from megatron_solopo.parallel.cpu import is_cpu
+
+
+def supports_gradient_accumulation_fusion() -> bool:
+    """Whether NVIDIA Apex's fused weight-gradient kernel, which Megatron's own linear layers use, can run here."""
+    return not is_cpu() and find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def fuse_weight_gradients(model: torch.nn.Module) -> None:
+    """Let Transformer Engine's linear layers add their weight gradients to `main_grad` themselves.
+
+    They need no Apex for that. Megatron's configuration has one switch for them and for its own output layer,
+    which does need it and refuses to be built without.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def transformer_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:

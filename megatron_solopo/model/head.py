@@ -14,7 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_solopo.logprob.vocab_parallel import label_logprobs
+from megatron_solopo.model.logprob import label_logprobs
 
 
 @dataclass

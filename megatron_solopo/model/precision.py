@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_solopo.architecture.fp8 import check_fp8
 from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_solopo.model.spec import uses_transformer_engine
+from megatron_solopo.model.layer_spec import uses_transformer_engine
 
 # Transformer Engine's own question for each recipe; what to take instead where the answer is no.
 _AVAILABLE = {

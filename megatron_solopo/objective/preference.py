@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from megatron_solopo.config import LossType, ObjectiveConfig
 from megatron_solopo.objective.reward import (
-    Response,
+    ResponseLogprobs,
     log_odds_reward,
     log_ratio_reward,
     logp_reward,
@@ -74,7 +74,7 @@ def orpo_loss(margin_T: Tensor, chosen_nll_T: Tensor, odds_weight: float) -> Ten
 class PreferenceLoss:
     """One loss type: how a response is rewarded and how a pair is judged."""
 
-    reward: Callable[[Response, float], Tensor]
+    reward: Callable[[ResponseLogprobs, float], Tensor]
     """(response, beta) -> reward [T]."""
     pair_loss: Callable[[Tensor, Tensor, ObjectiveConfig], Tensor]
     """(reward margin [T], NLL per token of the chosen response [T], config) -> loss [T]."""

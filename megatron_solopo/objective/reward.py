@@ -16,7 +16,7 @@ _LARGEST_MEAN_LOGP = -(2.0**-24)
 
 
 @dataclass(frozen=True)
-class Response:
+class ResponseLogprobs:
     """The responses of one role (such as `short_chosen`), one per triplet."""
 
     logp_T: Tensor
@@ -38,12 +38,12 @@ class Response:
         return self.logp_T - self.reference_logp_T
 
 
-def log_ratio_reward(response: Response, beta: float) -> Tensor:
+def log_ratio_reward(response: ResponseLogprobs, beta: float) -> Tensor:
     """beta * (log pi(y|x) - log pi_ref(y|x)), DPO's implicit reward (arXiv 2305.18290)."""
     return beta * response.log_ratio_T
 
 
-def mean_log_ratio_reward(response: Response, beta: float) -> Tensor:
+def mean_log_ratio_reward(response: ResponseLogprobs, beta: float) -> Tensor:
     """beta * (log pi(y|x) - log pi_ref(y|x)) / |y|, the averaged form that TRL's `ipo` puts into the loss.
 
     TRL charts the rewards of `ipo` without the division by |y|.
@@ -51,17 +51,17 @@ def mean_log_ratio_reward(response: Response, beta: float) -> Tensor:
     return beta * response.log_ratio_T / response.length_T
 
 
-def mean_logp_reward(response: Response, beta: float) -> Tensor:
+def mean_logp_reward(response: ResponseLogprobs, beta: float) -> Tensor:
     """beta * log pi(y|x) / |y|, SimPO (arXiv 2405.14734)."""
     return beta * response.mean_logp_T
 
 
-def logp_reward(response: Response, beta: float) -> Tensor:
+def logp_reward(response: ResponseLogprobs, beta: float) -> Tensor:
     """beta * log pi(y|x), CPO (arXiv 2401.08417)."""
     return beta * response.logp_T
 
 
-def log_odds_reward(response: Response, beta: float) -> Tensor:
+def log_odds_reward(response: ResponseLogprobs, beta: float) -> Tensor:
     """log(p / (1 - p)) with p = exp(log pi(y|x) / |y|), ORPO (arXiv 2403.07691); `beta` has no part in it.
 
     p stays below 1 - 2**-24, where float32 still tells it from 1: above, the reward is constant (16.6) and its

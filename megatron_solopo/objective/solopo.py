@@ -1,4 +1,6 @@
-"""The training objective of a pack of triplets.
+"""SoLo-RA, the short-to-long reward alignment of SoLoPO (arXiv 2505.11166).
+
+The training objective of a pack of triplets.
 
     solopo:    L = L_PO(x_short, y_w, y_l) + alpha * s(r(x_short, y_w) - r(x_long, y_w))     (arXiv 2505.11166)
     short_po:  L = L_PO(x_short, y_w, y_l)
@@ -8,18 +10,42 @@ each plus `nll_coefficient` * NLL per token of y_w on the pair's own context (th
 2404.19733). With `align: both`, solopo adds the distance of y_l to that of y_w under the same alpha.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import huber_loss
 
-from megatron_solopo.config import ObjectiveConfig
-from megatron_solopo.objective.alignment import alignment_distance
+from megatron_solopo.config import ObjectiveConfig, context_and_response, required_roles
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES
-from megatron_solopo.objective.reward import Response
-from megatron_solopo.roles import context_and_response, required_roles
+from megatron_solopo.objective.reward import ResponseLogprobs
+
+Distance = Literal["l1", "l2", "huber"]
+
+DISTANCES: dict[Distance, Callable[[Tensor, float], Tensor]] = {
+    "l1": lambda gap_T, _: gap_T.abs(),
+    "l2": lambda gap_T, _: gap_T.square(),
+    "huber": lambda gap_T, delta: huber_loss(gap_T, torch.zeros_like(gap_T), reduction="none", delta=delta),
+}
+
+
+def alignment_distance(
+    short_reward_T: Tensor, long_reward_T: Tensor, distance: Distance, huber_delta: float, detach_short: bool
+) -> Tensor:
+    """s(g) of the gap g = r(x_short, y) - r(x_long, y) of one response, `[T]`, not yet weighted by alpha.
+
+    - l1: |g|, the paper's; with a logistic pair loss it bounds the pair loss of the long context.
+    - l2: g**2, the bound for a squared pair loss.
+    - huber: g**2 / 2 up to `huber_delta`, then huber_delta * (|g| - huber_delta / 2).
+
+    With `detach_short` the gradient reaches the long reward alone: a gap is then closed by raising (or lowering)
+    the long side, never by giving up what the short side has learned.
+    """
+    target_T = short_reward_T.detach() if detach_short else short_reward_T
+    return DISTANCES[distance](target_T - long_reward_T, huber_delta)
 
 
 @dataclass(frozen=True)
@@ -67,7 +93,8 @@ def compute_objective(
     assert reference_logps is not None or not config.needs_reference, f"{config.loss_type} needs reference log-probs"
     references = reference_logps if config.needs_reference else None
     responses = {
-        role: Response(logps[role], lengths[role], None if references is None else references[role]) for role in roles
+        role: ResponseLogprobs(logps[role], lengths[role], None if references is None else references[role])
+        for role in roles
     }
     loss_type = PREFERENCE_LOSSES[config.loss_type]
     rewards = {role: loss_type.reward(response, config.beta) for role, response in responses.items()}

@@ -10,8 +10,8 @@ Shapes: t tokens of a pack on this rank (T / CP); H hidden, F feed-forward, q an
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_solopo.architecture.huggingface import Shape
 from megatron_solopo.architecture.layout import padded_vocab_size
-from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.config import Config
 from megatron_solopo.plan.parameters import Chunk
 from megatron_solopo.plan.workload import PackShape

@@ -12,21 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from megatron_solopo.architecture.gpus import GPUS, Efficiency, Gpu
+from megatron_solopo.architecture.huggingface import Shape
 from megatron_solopo.architecture.plain import read_shape
-from megatron_solopo.architecture.shape import Shape
-from megatron_solopo.config import Config
-from megatron_solopo.config_file import parse_config
-from megatron_solopo.plan.efficiency import Efficiency
-from megatron_solopo.plan.gpus import GPUS, Gpu
+from megatron_solopo.config import Config, parse_config
 from megatron_solopo.plan.layouts import Layout, with_keys
-from megatron_solopo.plan.search import Estimate, Planner
+from megatron_solopo.plan.search import LayoutEstimate, Planner
 from megatron_solopo.plan.workload import Workload
 
 _OURS = ("solopo", "long_po")
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class MeasuredRun:
     """One measurement of a benchmark beside its estimate."""
 
     device: str
@@ -34,7 +32,7 @@ class Measured:
     long_tokens: int
     seconds: float
     allocated_bytes: int | None
-    estimate: Estimate
+    estimate: LayoutEstimate
 
     @property
     def error(self) -> float:
@@ -42,7 +40,7 @@ class Measured:
         return self.estimate.time.seconds / self.seconds - 1
 
 
-def measured(path: Path, gpu: Gpu | None = None, efficiency: Efficiency | None = None) -> list[Measured]:
+def measured(path: Path, gpu: Gpu | None = None, efficiency: Efficiency | None = None) -> list[MeasuredRun]:
     """The successful GPU measurements of `solopo` and `long_po` of a benchmark file, each with its estimate.
 
     Args:
@@ -68,7 +66,7 @@ def measured(path: Path, gpu: Gpu | None = None, efficiency: Efficiency | None =
             config = parse_config(configs[row["variant"] or next(iter(configs))], str(path))
             estimate = _estimate(architecture, config, gpu, efficiency or Efficiency(), sizes, row)
             seconds, memory = float(row["median_seconds"]), row["allocated_bytes"]
-            found.append(Measured(device, row["system"], row["long_tokens"], seconds, memory, estimate))
+            found.append(MeasuredRun(device, row["system"], row["long_tokens"], seconds, memory, estimate))
     return found
 
 
@@ -85,7 +83,7 @@ def _estimate(
     efficiency: Efficiency,
     sizes: dict[str, Any],
     row: dict[str, Any],
-) -> Estimate:
+) -> LayoutEstimate:
     """A step of the benchmark: every triplet is a pack of its own."""
     response, triplets = sizes["response_tokens"], sizes["triplets"]
     lengths = {"short": sizes["short_tokens"] - response, "long": row["long_tokens"] - response}

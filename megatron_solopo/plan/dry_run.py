@@ -1,4 +1,8 @@
-"""Builds ranks of a layout as they would be on the cluster, in no memory: the proof of a plan.
+"""What autograd keeps alive, counted as it happens.
+
+Bytes that the trained model holds from its first step on: the figures that a plan must meet.
+
+Builds ranks of a layout as they would be on the cluster, in no memory: the proof of a plan.
 
 A fake process group of the full world size gives each rank its place; model, gradient buffers and optimizer are
 Megatron-Core's own on the meta device, so their sizes are exact. Megatron's schedule then runs the heaviest packs,
@@ -7,10 +11,10 @@ is replaced by one that has the inputs, outputs and saved tensors of flash atten
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -20,7 +24,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_solopo.architecture.huggingface import Architecture
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, required_roles
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.build import build_model
@@ -28,16 +32,107 @@ from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.plan.layouts import Layout, with_keys
-from megatron_solopo.plan.memory import alive_bytes
-from megatron_solopo.plan.proof import DistinctRank, Proof, distinct_ranks
-from megatron_solopo.plan.saved import SavedMeter
-from megatron_solopo.plan.state import rank_state
+from megatron_solopo.plan.layouts import DistinctRank, Layout, Proof, distinct_ranks, with_keys
+from megatron_solopo.plan.memory import alive_bytes, rank_state
 from megatron_solopo.plan.workload import PackShape
-from megatron_solopo.roles import required_roles
-from megatron_solopo.train.footprint import gradient_bytes, initialize_state, parameter_bytes, state_bytes
-from megatron_solopo.train.optimizer import build_optimizer, wrap_data_parallel
+from megatron_solopo.train.policy import build_optimizer, wrap_data_parallel
 from megatron_solopo.train.step import run_microbatches
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+
+
+class SavedMeter:
+    """Bytes of the storages that tensors saved for backward keep alive: now, and at most so far.
+
+    A storage that several tensors share counts once, parameters' do not count.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = {parameter.untyped_storage()._cdata for parameter in parameters}
+        self._holders: dict[int, int] = {}
+        self.now = self.most = 0
+
+    @contextmanager
+    def counting(self) -> Iterator["SavedMeter"]:
+        """Count what is saved in the body, until its last use."""
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda kept: kept.tensor):
+            yield self
+
+    def _keep(self, tensor: Tensor) -> "_Kept":
+        return _Kept(tensor, self)
+
+    def add(self, tensor: Tensor) -> None:
+        """One more holder of a tensor's storage."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._parameters:
+            return
+        self._holders[key] = self._holders.get(key, 0) + 1
+        if self._holders[key] == 1:
+            self.now += tensor.untyped_storage().nbytes()
+            self.most = max(self.most, self.now)
+
+    def remove(self, tensor: Tensor) -> None:
+        """One holder less."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._parameters:
+            return
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            del self._holders[key]
+            self.now -= tensor.untyped_storage().nbytes()
+
+
+class _Kept:
+    """A saved tensor; autograd drops it when its graph is done."""
+
+    def __init__(self, tensor: Tensor, meter: SavedMeter) -> None:
+        self.tensor, self.meter = tensor, meter
+        meter.add(tensor)
+
+    def __del__(self) -> None:
+        self.meter.remove(self.tensor)
+
+
+def parameter_bytes(chunks: Sequence["DistributedDataParallel"]) -> int:
+    """Parameters; under the distributed optimizer in Megatron's padded buffers."""
+    total = 0
+    for buffer in (buffer for chunk in chunks for buffer in chunk.buffers):
+        tensors = buffer.params if buffer.param_data is None else [buffer.param_data]
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return total
+
+
+def gradient_bytes(chunks: Sequence["DistributedDataParallel"]) -> int:
+    """Gradient buffers, padding included."""
+    buffers = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
+    return sum(tensor.numel() * tensor.element_size() for tensor in buffers)
+
+
+def initialize_moments(optimizer: "MegatronOptimizer") -> None:
+    """Make Adam's moments, which a first step would make."""
+    for part in _parts(optimizer):
+        if part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer, part.config)
+
+
+def optimizer_state_bytes(optimizer: "MegatronOptimizer", chunks: Sequence["DistributedDataParallel"]) -> int:
+    """Moments and, where they are not the model's own, fp32 weights; counters of steps do not count."""
+    models = {tensor.untyped_storage()._cdata for chunk in chunks for tensor in chunk.parameters()}
+    total = 0
+    for part in _parts(optimizer):
+        for weight in (weight for group in part.optimizer.param_groups for weight in group["params"]):
+            moments = [value for value in part.optimizer.state[weight].values() if torch.is_tensor(value)]
+            tensors = [tensor for tensor in (weight, *moments) if tensor.dim() > 0]
+            total += sum(t.numel() * t.element_size() for t in tensors if t.untyped_storage()._cdata not in models)
+    return total
+
+
+def _parts(optimizer: "MegatronOptimizer") -> Sequence["MegatronOptimizer"]:
+    parts: Sequence["MegatronOptimizer"] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return parts
+
 
 _META = torch.device("meta")
 _SEED = 1
@@ -76,8 +171,8 @@ def _prove(architecture: Architecture, layout: Layout, rank: DistinctRank, pack:
             chunks = _chunks(architecture, config)
             wrapped = wrap_data_parallel(chunks, config.optimizer)
             optimizer = build_optimizer(wrapped, config.optimizer)
-            initialize_state(optimizer)
-            built = (parameter_bytes(wrapped), gradient_bytes(wrapped), state_bytes(optimizer, wrapped))
+            initialize_moments(optimizer)
+            built = (parameter_bytes(wrapped), gradient_bytes(wrapped), optimizer_state_bytes(optimizer, wrapped))
             saved = _run(wrapped, chunks, microbatch, num_packs) if rank.runs_schedule else None
         pipeline_rank = groups.pipeline_group.rank()
         data_rank = groups.data_group.rank() * groups.context_group.size() + groups.context_group.rank()

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_solopo.architecture.huggingface import Shape
 from megatron_solopo.architecture.layout import padded_vocab_size
-from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.config import ModelConfig, ParallelConfig
 
 _PARAMETER_ALIGNMENT = 64

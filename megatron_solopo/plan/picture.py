@@ -7,7 +7,7 @@ import matplotlib
 
 from megatron_solopo.files import atomic_path
 from megatron_solopo.plan.memory import GIB
-from megatron_solopo.plan.search import Estimate
+from megatron_solopo.plan.search import LayoutEstimate
 
 matplotlib.use("Agg")
 
@@ -15,7 +15,7 @@ _ROUNDS = 6
 """Rounds of the schedule that are drawn; the rest repeats them."""
 
 
-def draw(estimate: Estimate, path: Path) -> None:
+def draw_plan(estimate: LayoutEstimate, path: Path) -> None:
     """Draw a PNG."""
     from matplotlib import pyplot
 
@@ -28,7 +28,7 @@ def draw(estimate: Estimate, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw_memory(estimate: Estimate, axis: Any) -> None:
+def _draw_memory(estimate: LayoutEstimate, axis: Any) -> None:
     ranks = [stage.pipeline_rank for stage in estimate.stages]
     bottom = [0.0] * len(ranks)
     for name in estimate.stages[0].parts:
@@ -41,7 +41,7 @@ def _draw_memory(estimate: Estimate, axis: Any) -> None:
     axis.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=4)
 
 
-def _draw_timeline(estimate: Estimate, axis: Any) -> None:
+def _draw_timeline(estimate: LayoutEstimate, axis: Any) -> None:
     stages = estimate.time.timeline.stages
     chunks = 1 + max(span.work.chunk for span in stages[0])
     shown = _ROUNDS * max(2, len(stages)) * chunks

@@ -4,10 +4,10 @@ import math
 import shlex
 from pathlib import Path
 
-from megatron_solopo.config_file import save_config
+from megatron_solopo.config import save_config
 from megatron_solopo.files import atomic_path
-from megatron_solopo.plan.plan import Run
-from megatron_solopo.plan.search import Estimate
+from megatron_solopo.plan.answer import PlannedRun
+from megatron_solopo.plan.search import LayoutEstimate
 
 SBATCH_FILES = ("submit.sbatch", "config.yaml")
 _TIME_MARGIN = 1.25
@@ -41,7 +41,7 @@ launch {config} "$@"
 """
 
 
-def write_sbatch(estimate: Estimate, run: Run, folder: Path) -> None:
+def write_sbatch(estimate: LayoutEstimate, run: PlannedRun, folder: Path) -> None:
     """Write `submit.sbatch` and `config.yaml` of a layout into a folder, which is made if it is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     save_config(estimate.layout.config, folder / "config.yaml")
@@ -49,7 +49,7 @@ def write_sbatch(estimate: Estimate, run: Run, folder: Path) -> None:
         temporary.write_text(script(estimate, run, folder), encoding="utf-8")
 
 
-def script(estimate: Estimate, run: Run, folder: Path) -> str:
+def script(estimate: LayoutEstimate, run: PlannedRun, folder: Path) -> str:
     """The batch script, which reads the configuration in `folder`."""
     per_node = min(estimate.gpus, estimate.gpu.gpus_per_node)
     minutes = max(10, math.ceil(run.hours * 60 * _TIME_MARGIN)) + _SAVING_MINUTES

@@ -6,14 +6,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_solopo.architecture.fp8 import FP8_MULTIPLES
+from megatron_solopo.architecture.gpus import Efficiency, Gpu, Reserve
+from megatron_solopo.architecture.huggingface import Shape
 from megatron_solopo.architecture.layout import check_layout
-from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.config import Config
-from megatron_solopo.plan.efficiency import Efficiency, Reserve
-from megatron_solopo.plan.gpus import Gpu
 from megatron_solopo.plan.layouts import Layout, check, make_layout, sizes_of, variants
-from megatron_solopo.plan.memory import GIB, StageMemory, fullest_stage, stage_memory
-from megatron_solopo.plan.state import State, rank_state
+from megatron_solopo.plan.memory import GIB, StageMemory, State, fullest_stage, rank_state, stage_memory
 from megatron_solopo.plan.timing import Clock, StepTime
 from megatron_solopo.plan.workload import BatchShape, Packer, PackShape, Workload
 
@@ -22,7 +20,7 @@ _COMPUTED_THROUGH = 20
 
 
 @dataclass(frozen=True, eq=False)
-class Estimate:
+class LayoutEstimate:
     """One layout that was computed through."""
 
     layout: Layout
@@ -66,7 +64,7 @@ class Refusal:
 class Search:
     """Everything that was looked at."""
 
-    ranked: list[Estimate]
+    ranked: list[LayoutEstimate]
     """The best of those that fit, best first."""
     num_fitting: int
     """Of all variants."""
@@ -157,7 +155,7 @@ class Planner:
                 break
         return layout, excess
 
-    def best_of(self, layout: Layout) -> Estimate:
+    def best_of(self, layout: Layout) -> LayoutEstimate:
         """The fastest variant of one layout that fits, or its smallest; raises ValueError if it is illegal."""
         rows = variants(self.architecture, layout, self.gpu, self.vary)
         judged = [self._first_that_fits(row) for row in rows]
@@ -186,12 +184,12 @@ class Planner:
             self._states[key] = rank_state(self.architecture, config, rank, layout.data_parallel_size)
         return self._states[key]
 
-    def estimate(self, layout: Layout) -> Estimate:
+    def estimate(self, layout: Layout) -> LayoutEstimate:
         """Compute a layout through, whether it fits or not; raises ValueError if it is illegal."""
         check(self.architecture, layout)
         batch = self.packer.pack(layout.config, layout.data_parallel_size)
         ranks = range(layout.config.parallel.pipeline_model_parallel_size)
-        return Estimate(
+        return LayoutEstimate(
             layout,
             batch,
             [self._memory(layout, rank, batch.heaviest_rank) for rank in ranks],

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_solopo.architecture.flops import forward_flops
+from megatron_solopo.architecture.gpus import Efficiency, Gpu
+from megatron_solopo.architecture.huggingface import Shape
 from megatron_solopo.architecture.layout import padded_vocab_size
-from megatron_solopo.architecture.shape import Shape
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import element_bytes
-from megatron_solopo.plan.efficiency import Efficiency
-from megatron_solopo.plan.gpus import Gpu
+from megatron_solopo.plan.memory import State
 from megatron_solopo.plan.parameters import model_chunks
 from megatron_solopo.plan.pipeline import Timeline, Work, simulate
-from megatron_solopo.plan.state import State
 from megatron_solopo.plan.workload import PackShape
 
 _ATTENTION_BACKWARD = 2.5

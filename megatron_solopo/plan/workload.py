@@ -9,10 +9,16 @@ import numpy as np
 
 from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.architecture.layout import packs_multiple, sequence_multiple
-from megatron_solopo.config import Config
-from megatron_solopo.data.batch_plan import RankPacks, check_batch_size, plan_global_batch
-from megatron_solopo.data.sizes import IntArray, TripletSizes, padded_lengths, triplet_sizes
-from megatron_solopo.roles import context_and_response, required_roles
+from megatron_solopo.config import Config, context_and_response, required_roles
+from megatron_solopo.data.batch_plan import (
+    IntArray,
+    RankPacks,
+    TripletSizes,
+    check_batch_size,
+    padded_lengths,
+    plan_global_batch,
+    triplet_sizes,
+)
 
 _SEED = 0
 _TOO_LONG = 2**31

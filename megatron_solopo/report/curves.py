@@ -8,9 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_solopo.report.axes import dress, legend
-from megatron_solopo.report.runs import Run
-from megatron_solopo.report.style import Picture, Theme, figure
+from megatron_solopo.report.figure import Picture, Theme, dress, figure, legend
+from megatron_solopo.report.runs import RunRecord
 
 _MOST_POINTS = 400
 _SMOOTHED_FROM = 50
@@ -63,7 +62,7 @@ _FIGURES = (
 )
 
 
-def curve_pictures(runs: Sequence[Run]) -> Iterator[Picture]:
+def curve_pictures(runs: Sequence[RunRecord]) -> Iterator[Picture]:
     """Those for which any run has a metric."""
     for name, title, caption, panels in _FIGURES:
         shown = [
@@ -85,12 +84,12 @@ def curve_pictures(runs: Sequence[Run]) -> Iterator[Picture]:
             )
 
 
-def _has_dots(runs: Sequence[Run], panels: Sequence[Panel]) -> bool:
+def _has_dots(runs: Sequence[RunRecord], panels: Sequence[Panel]) -> bool:
     names = [name for panel in panels for name, line, _ in panel.metrics if line == "o"]
     return any(run.series(name)[0] for run in runs for name in names)
 
 
-def _draw(theme: Theme, runs: Sequence[Run], panels: Sequence[Panel]) -> Figure:
+def _draw(theme: Theme, runs: Sequence[RunRecord], panels: Sequence[Panel]) -> Figure:
     drawn = figure(theme, 12, 3.3)
     for axis, panel in zip(drawn.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
         dress(axis, theme, panel.title, "step")
@@ -102,7 +101,7 @@ def _draw(theme: Theme, runs: Sequence[Run], panels: Sequence[Panel]) -> Figure:
     return drawn
 
 
-def _plot(axis: Axes, theme: Theme, run: Run, place: int, name: str, line: str, words: str) -> None:
+def _plot(axis: Axes, theme: Theme, run: RunRecord, place: int, name: str, line: str, words: str) -> None:
     steps, values = run.series(name)
     if not steps:
         return

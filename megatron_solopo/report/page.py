@@ -18,19 +18,17 @@ import jinja2
 
 from megatron_solopo import __version__
 from megatron_solopo.files import atomic_path, check_writable, write_json
-from megatron_solopo.report.accuracy import accuracy_pictures
 from megatron_solopo.report.curves import curve_pictures
-from megatron_solopo.report.differences import config_differences
-from megatron_solopo.report.runs import Run, read_runs
-from megatron_solopo.report.status import status_of
-from megatron_solopo.report.style import DARK, LIGHT, Rendered, render
+from megatron_solopo.report.evaluation_pictures import accuracy_pictures
+from megatron_solopo.report.figure import DARK, LIGHT, Rendered, render
+from megatron_solopo.report.runs import RunRecord, config_differences, read_runs, status_of
 from megatron_solopo.report.table import cost_table, verdict_sentences, verdict_table
 
 _TEMPLATE = "page.html.j2"
 _PAGE, _NUMBERS = "index.html", "report.json"
 
 
-def write_report(paths: Sequence[Path], output: Path) -> Path:
+def write_comparison(paths: Sequence[Path], output: Path) -> Path:
     """Compare runs on one page; an earlier report in `output` is replaced. Returns the page.
 
     Raises ValueError for a path that is no run, and for an output that holds other files.
@@ -60,7 +58,7 @@ def _is_ours(path: Path) -> bool:
     return path.name in (_PAGE, _NUMBERS) or path.suffix == ".png"
 
 
-def _page(runs: Sequence[Run], accuracy: Sequence[Rendered], curves: Sequence[Rendered]) -> str:
+def _page(runs: Sequence[RunRecord], accuracy: Sequence[Rendered], curves: Sequence[Rendered]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -87,7 +85,7 @@ def _made() -> dict[str, str]:
     return {"version": __version__, "created": created, "command": shlex.join(sys.argv)}
 
 
-def _numbers(runs: Sequence[Run]) -> dict[str, Any]:
+def _numbers(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """What `report.json` holds."""
     verdict, cost = verdict_table(runs), cost_table(runs)
     rows = [

@@ -1,24 +1,149 @@
-"""What is left of a run, read as it is: finished or not, whole or damaged."""
+"""The evaluations that lie in a run's directory, and which of them a page shows.
+
+What is left of a run, read as it is: finished or not, whole or damaged.
+
+How a run ended, in a word and a sentence.
+
+Which settings of the runs differ.
+"""
 
 import json
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import yaml
 
-from megatron_solopo.report.evaluations import Evaluations, read_evaluations
+from megatron_solopo.report.figure import Point
+from megatron_solopo.results.long_context import EVALUATION_FOLDER, LongContextResults, read_long_context
+from megatron_solopo.results.preference import PreferenceResults, read_preference
 from megatron_solopo.run_directory import METRICS, RUN_CONFIG
 
-_MANIFEST = "manifest.json"
-
-Step = dict[str, Any]
+Result = TypeVar("Result", LongContextResults, PreferenceResults)
 
 
 @dataclass(frozen=True)
-class Run:
+class Evaluations:
+    """Of one run: each the newest checkpoint's, and of the model before training where that was evaluated too."""
+
+    answers: LongContextResults | None = None
+    preferences: PreferenceResults | None = None
+    answers_before: LongContextResults | None = None
+    preferences_before: PreferenceResults | None = None
+
+
+def read_evaluations(run_dir: Path, base: str | None, notes: list[str]) -> Evaluations:
+    """Read `<run_dir>/evaluation/*.json`; what cannot be read, or is not shown, goes into the notes.
+
+    Args:
+        base: the model that the run started from, as its config names it.
+    """
+    found = read_files(sorted((run_dir / EVALUATION_FOLDER).glob("*.json")), notes)
+    shown = chosen(found, base)
+    kept = [shown.answers, shown.preferences, shown.answers_before, shown.preferences_before]
+    if left := [each.name for each in found if not any(each is one for one in kept)]:
+        notes.append(
+            f"Not shown: {', '.join(left)} in {EVALUATION_FOLDER}; of the run, and of the model before it, the newest "
+            "of each kind is."
+        )
+    return shown
+
+
+def read_files(paths: Sequence[Path], notes: list[str]) -> list[LongContextResults | PreferenceResults]:
+    """Results of either kind; files of another kind are left alone."""
+    found: list[LongContextResults | PreferenceResults] = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_bytes())
+            kind = content.get("kind") if isinstance(content, dict) else None
+            if kind == "long_context":
+                found.append(read_long_context(path))
+            elif kind == "preference":
+                found.append(read_preference(path))
+        except (OSError, ValueError) as error:
+            reason = "not valid JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+            notes.append(f"{EVALUATION_FOLDER}/{path.name} was left out: {reason}")
+    return found
+
+
+def chosen(results: Sequence[LongContextResults | PreferenceResults], base: str | None) -> Evaluations:
+    """The newest of each kind; of the model before training those of `base`, which an export of the run is not."""
+    answers = [each for each in results if isinstance(each, LongContextResults)]
+    preferences = [each for each in results if isinstance(each, PreferenceResults)]
+    return Evaluations(
+        _newest([each for each in answers if each.step is not None]),
+        _newest([each for each in preferences if each.step is not None]),
+        _newest([each for each in answers if _is_of(each, base)]),
+        _newest([each for each in preferences if _is_of(each, base)]),
+    )
+
+
+def _is_of(results: Result, base: str | None) -> bool:
+    return results.step is None and base is not None and Path(results.model).resolve() == Path(base).resolve()
+
+
+def _newest(results: Sequence[Result]) -> Result | None:
+    return max(results, key=lambda each: (each.step or 0, each.created), default=None)
+
+
+def answer_points(results: LongContextResults, task: str) -> list[Point]:
+    """A task's main score by length."""
+    cells = (results.cell(task, results.main_metrics[task], length=length) for length in results.lengths)
+    return [Point(each.length or 0, each.score, each.low, each.high, each.n) for each in cells if each is not None]
+
+
+def common_tasks(found: Iterable[LongContextResults]) -> list[str]:
+    """Tasks that all results have, with the same main metric."""
+    first, *others = [each.main_metrics for each in found] or [{}]
+    return [task for task, metric in first.items() if all(other.get(task) == metric for other in others)]
+
+
+def mean_answer_points(results: LongContextResults, tasks: Sequence[str] | None = None) -> list[Point]:
+    """Mean over the tasks (None: all), each weighing the same, at the lengths that all of them have.
+
+    The tasks' samples are independent, so that the half-widths of their intervals add in squares.
+    """
+    by_task = [
+        {point.length: point for point in answer_points(results, task)} for task in tasks or results.main_metrics
+    ]
+    points = []
+    for length in results.lengths:
+        here = [points_of[length] for points_of in by_task if length in points_of]
+        if here and len(here) == len(by_task):
+            mean = sum(point.mean for point in here) / len(here)
+            below = sum((point.mean - point.low) ** 2 for point in here) ** 0.5 / len(here)
+            above = sum((point.high - point.mean) ** 2 for point in here) ** 0.5 / len(here)
+            points.append(Point(length, mean, mean - below, mean + above, sum(point.count for point in here)))
+    return points
+
+
+def answer_cells(
+    results: LongContextResults, tasks: Sequence[str] | None = None
+) -> dict[tuple[int, float], tuple[float, int]]:
+    """(length, depth) -> score, samples: mean over the tasks (None: all) that have it, weighing the same."""
+    found: dict[tuple[int, float], tuple[float, int]] = {}
+    for length in results.lengths:
+        for depth in results.depths:
+            places = (
+                results.cell(task, results.main_metrics[task], length=length, depth=depth)
+                for task in tasks or results.main_metrics
+            )
+            cells = [each for each in places if each is not None]
+            if count := sum(each.n for each in cells):
+                found[length, depth] = (sum(each.score for each in cells) / len(cells), count)
+    return found
+
+
+_MANIFEST = "manifest.json"
+
+RecordedStep = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecord:
     """One run directory."""
 
     path: Path
@@ -26,7 +151,7 @@ class Run:
     """The shortest end of its path that no other run of the page has."""
     config: dict[str, Any]
     """By dotted key; empty where there is no config.yaml."""
-    steps: list[Step]
+    steps: list[RecordedStep]
     """Readable lines of metrics.jsonl, by step; values that are not finite are kept."""
     total_steps: int | None
     """Steps asked for; None where neither config nor data tell."""
@@ -55,7 +180,7 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
     """Read run directories. Raises ValueError naming the first that is none, or that is given twice."""
     resolved = [path.resolve() for path in paths]
     for path, place in zip(paths, resolved, strict=True):
@@ -85,12 +210,12 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read(path: Path, name: str) -> Run:
+def _read(path: Path, name: str) -> RunRecord:
     notes: list[str] = []
     config = _read_config(path / RUN_CONFIG, notes)
     steps = _read_steps(path / METRICS, notes)
     evaluations = read_evaluations(path, config.get("model.path"), notes)
-    return Run(path, name, config, steps, _total_steps(config), evaluations, notes)
+    return RunRecord(path, name, config, steps, _total_steps(config), evaluations, notes)
 
 
 def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -112,12 +237,12 @@ def _flat(section: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return items
 
 
-def _read_steps(path: Path, notes: list[str]) -> list[Step]:
+def _read_steps(path: Path, notes: list[str]) -> list[RecordedStep]:
     """Every readable line; the last of two with one step counts, as after a restart."""
     if not path.is_file():
         notes.append(f"{path.name} is missing: no step was recorded.")
         return []
-    steps: dict[int, Step] = {}
+    steps: dict[int, RecordedStep] = {}
     damaged = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
@@ -141,3 +266,73 @@ def _total_steps(config: dict[str, Any]) -> int | None:
         return math.ceil(triplets / int(config["training.global_batch_size"]))
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
+
+
+Word = Literal["finished", "unfinished", "diverged", "not started", "steps unknown"]
+
+_WATCHED = ("loss", "po_loss", "grad_norm")
+_LEAST_STEPS = 20
+_ROSE = 2.0
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What the page says of a run."""
+
+    word: Word
+    sentence: str
+
+
+def status_of(run: RunRecord) -> RunStatus:
+    """From what was recorded; a run that is still going and one that was stopped look alike."""
+    if not run.steps:
+        return RunStatus("not started", "No step was recorded.")
+    for step in run.steps:
+        broken = [f"{name} is {step[name]}" for name in _WATCHED if _is_broken(step.get(name))]
+        if broken:
+            return RunStatus("diverged", f"At step {step['step']} {', '.join(broken)}.")
+    if rose := _rose(run):
+        return RunStatus("diverged", rose)
+    if run.total_steps is None:
+        return RunStatus("steps unknown", f"{run.last_step:,} steps recorded; how many were asked for is not known.")
+    if run.last_step < run.total_steps:
+        return RunStatus("unfinished", f"{run.last_step:,} of {run.total_steps:,} steps: still running, or stopped.")
+    return RunStatus("finished", f"All {run.total_steps:,} steps.")
+
+
+def _is_broken(value: object) -> bool:
+    return isinstance(value, float) and not is_finite(value)
+
+
+def _rose(run: RunRecord) -> str:
+    """Compares medians of the first and the last tenth: a single spike is no divergence."""
+    losses = run.series("loss")[1]
+    if len(losses) < _LEAST_STEPS:
+        return ""
+    tenth = len(losses) // 10
+    first, last = statistics.median(losses[:tenth]), statistics.median(losses[-tenth:])
+    if last <= _ROSE * max(first, 0.1):
+        return ""
+    return f"The loss rose from {first:.3g} to {last:.3g} (medians of the first and the last tenth of the steps)."
+
+
+_ABSENT = object()
+
+
+def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Dotted key and each run's value, for the keys that are not the same in all; `run_dir` always differs."""
+    known = [run for run in runs if run.config]
+    keys = dict.fromkeys(key for run in known for key in run.config)
+    differing = [
+        key for key in keys if key != "run_dir" and len({repr(run.config.get(key, _ABSENT)) for run in known}) > 1
+    ]
+    return [(key, [_shown(run, key) for run in runs]) for key in differing]
+
+
+def _shown(run: RunRecord, key: str) -> str:
+    if not run.config:
+        return "unknown"
+    value: Any = run.config.get(key, _ABSENT)
+    if value is _ABSENT:
+        return "no such key"  # a run of another version
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

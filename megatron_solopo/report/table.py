@@ -6,11 +6,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from megatron_solopo.report.axes import Point, short_length
-from megatron_solopo.report.evaluations import mean_answer_points
-from megatron_solopo.report.preference_results import PreferenceResults
-from megatron_solopo.report.runs import Run
-from megatron_solopo.report.status import status_of
+from megatron_solopo.report.figure import Point, short_length
+from megatron_solopo.report.runs import RunRecord, mean_answer_points, status_of
+from megatron_solopo.results.preference import PreferenceResults
 
 Mark = Literal["", "best", "even"]
 NONE = "–"  # noqa: RUF001  (an en dash: nothing there)
@@ -39,14 +37,14 @@ class Table:
     rows: list[tuple[str, list[Value]]]
 
 
-Column = tuple[str, bool, Callable[[Run], Value]]
+TableColumn = tuple[str, bool, Callable[[RunRecord], Value]]
 """Title, whether its highest value is the best, and how a run's cell is found."""
 _MISSING = Value(NONE)
 
 
-def verdict_table(runs: Sequence[Run]) -> Table:
+def verdict_table(runs: Sequence[RunRecord]) -> Table:
     """How each run ended and how well its model does."""
-    columns: list[Column] = [
+    columns: list[TableColumn] = [
         ("status", False, lambda run: Value(status_of(run).word)),
         ("steps", False, lambda run: Value(f"{run.last_step:,}")),
     ]
@@ -63,9 +61,9 @@ def verdict_table(runs: Sequence[Run]) -> Table:
     return _table(runs, columns)
 
 
-def cost_table(runs: Sequence[Run]) -> Table:
+def cost_table(runs: Sequence[RunRecord]) -> Table:
     """What the recorded steps took; evaluation, checkpoints and the reference pass are not in it."""
-    columns: list[Column] = [
+    columns: list[TableColumn] = [
         ("tokens", False, lambda run: _sum(run.total("num_tokens"), lambda value: f"{value:,.0f}")),
         ("model FLOPs", False, lambda run: _sum(run.total("flops"), _flops)),
         ("time of steps", False, lambda run: _sum(run.total("step_time"), _duration)),
@@ -81,7 +79,7 @@ def cost_table(runs: Sequence[Run]) -> Table:
     return _table(runs, columns)
 
 
-def verdict_sentences(runs: Sequence[Run]) -> list[str]:
+def verdict_sentences(runs: Sequence[RunRecord]) -> list[str]:
     """Who is ahead at the longest context that all were asked about, and whether that is more than chance."""
     sentences = []
     lengths = _common_lengths(runs)
@@ -107,7 +105,7 @@ def _compared(where: str, what: str, scores: Sequence[tuple[str, Value]]) -> str
     return f"{said} No interval of its difference to another run holds 0; {others[0][0]} follows with {others[0][1]}."
 
 
-def _table(runs: Sequence[Run], columns: Sequence[Column]) -> Table:
+def _table(runs: Sequence[RunRecord], columns: Sequence[TableColumn]) -> Table:
     """Columns that no run has anything for are left out."""
     found = [(title, _marked([value(run) for run in runs], is_ranked)) for title, is_ranked, value in columns]
     kept = [(title, values) for title, values in found if any(value.text != NONE for value in values)]
@@ -140,7 +138,7 @@ def _even(best: Value, other: Value) -> bool:
     return best.mean - other.mean <= math.hypot(best.mean - best.low, other.high - other.mean)
 
 
-def _common_lengths(runs: Sequence[Run]) -> list[int]:
+def _common_lengths(runs: Sequence[RunRecord]) -> list[int]:
     """Lengths at which all runs that answered questions have a mean over the same tasks."""
     found = [run.evaluations.answers for run in runs if run.evaluations.answers is not None]
     if not found or len({tuple(sorted(each.main_metrics.items())) for each in found}) > 1:
@@ -149,13 +147,13 @@ def _common_lengths(runs: Sequence[Run]) -> list[int]:
     return sorted(set.intersection(*lengths))
 
 
-def _answers(run: Run, length: int) -> Value:
+def _answers(run: RunRecord, length: int) -> Value:
     results = run.evaluations.answers
     points: list[Point] = [] if results is None else mean_answer_points(results)
     return next((_share(point.mean, point.low, point.high) for point in points if point.length == length), _MISSING)
 
 
-def _preference(run: Run, name: str) -> Value:
+def _preference(run: RunRecord, name: str) -> Value:
     results: PreferenceResults | None = run.evaluations.preferences
     if results is None or name not in results.overall.metrics:
         return _MISSING
@@ -171,7 +169,7 @@ def _share(mean: float, low: float | None, high: float | None) -> Value:
     return Value(f"{mean:.1%}", interval, mean, low, high)
 
 
-def _last(run: Run, name: str) -> Value:
+def _last(run: RunRecord, name: str) -> Value:
     values = run.series(name)[1]
     return Value(f"{values[-1]:.4g}") if values else _MISSING
 
@@ -180,7 +178,7 @@ def _sum(value: float | None, text: Callable[[float], str]) -> Value:
     return _MISSING if value is None else Value(text(value), mean=value)
 
 
-def _process_hours(run: Run) -> float | None:
+def _process_hours(run: RunRecord) -> float | None:
     hours = [
         step["step_time"] * step["num_processes"] / 3600
         for step in run.steps
@@ -189,17 +187,17 @@ def _process_hours(run: Run) -> float | None:
     return sum(hours) if hours else None
 
 
-def _speed(run: Run) -> float | None:
+def _speed(run: RunRecord) -> float | None:
     tokens, seconds = run.total("num_tokens"), run.total("step_time")
     return tokens / seconds if tokens and seconds else None
 
 
-def _mean(run: Run, name: str) -> float | None:
+def _mean(run: RunRecord, name: str) -> float | None:
     values = run.series(name)[1]
     return sum(values) / len(values) if values else None
 
 
-def _most(run: Run, name: str) -> float | None:
+def _most(run: RunRecord, name: str) -> float | None:
     return max(run.series(name)[1], default=None)
 
 

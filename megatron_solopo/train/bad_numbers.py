@@ -26,16 +26,16 @@ SKIPPED_FILE = "skipped_steps.jsonl"
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedSteps:
     """How many steps a run has skipped; the same on every rank, and kept in checkpoints."""
 
     total: int = 0
     in_a_row: int = 0
     """Up to and with the last step."""
 
-    def after(self, *, skipped: bool) -> "Skipped":
+    def after(self, *, skipped: bool) -> "SkippedSteps":
         """The count behind one more step."""
-        return Skipped(self.total + skipped, self.in_a_row + 1 if skipped else 0)
+        return SkippedSteps(self.total + skipped, self.in_a_row + 1 if skipped else 0)
 
 
 class TripletLosses:

@@ -18,18 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
+from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.layer_spec import uses_transformer_engine
 from megatron_solopo.model.precision import precision_settings
-from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.train.batches import single_pass
 from megatron_solopo.train.policy import load_frozen
-from megatron_solopo.train.splits import Splits
+from megatron_solopo.train.run_data import Splits, single_pass
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, run_schedule
 
 _MANIFEST = "reference.json"

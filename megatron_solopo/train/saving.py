@@ -1,34 +1,143 @@
-"""What of a run is saved, and how it continues.
+"""What a run keeps from its first step to its last.
+
+When a run is saved: by steps, by the clock, and before a deadline.
+
+What of a run is saved, and how it continues.
 
 A save holds the state at the last step boundary: weights and optimizer as the step's update left them, and the place in
 the data behind it, so that one asked for in the middle of a step repeats that step.
 """
 
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_solopo.checkpoint.directory import checkpoint_name, checkpoints
-from megatron_solopo.checkpoint.distributed import begin_save, load_checkpoint
+from megatron_solopo.architecture.model_directory import huggingface_directory
+from megatron_solopo.checkpoint.directory import (
+    check_best_metric,
+    checkpoint_name,
+    checkpoints,
+    newest_checkpoint,
+    tidy,
+)
+from megatron_solopo.checkpoint.load import begin_save, load_checkpoint
 from megatron_solopo.checkpoint.model_files import read_model_files
-from megatron_solopo.checkpoint.newest import newest_checkpoint
-from megatron_solopo.checkpoint.pending import Content, PendingSave
-from megatron_solopo.checkpoint.retention import check_best_metric, tidy
 from megatron_solopo.checkpoint.rng import restore_rng, rng_state
-from megatron_solopo.config import Config
+from megatron_solopo.checkpoint.save import CheckpointContent, PendingSave
+from megatron_solopo.config import CheckpointConfig, Config
 from megatron_solopo.data.loader import GlobalBatchLoader
+from megatron_solopo.files import sha256_file
+from megatron_solopo.model.precision import precision_settings
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.agreement import described_error, on_rank_0, together
-from megatron_solopo.train.bad_numbers import Skipped
-from megatron_solopo.train.due import SaveClock
-from megatron_solopo.train.identity import check_unchanged
+from megatron_solopo.train.bad_numbers import SkippedSteps
 from megatron_solopo.train.metrics import Metrics
 from megatron_solopo.train.policy import Policy
+from megatron_solopo.train.run_data import Splits
+
+
+def run_identity(config: Config, splits: Splits) -> dict[str, Any]:
+    """JSON-able values, by the key that sets each."""
+    sections = {"objective": config.objective, "optimizer": config.optimizer}
+    keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
+    return keys | {
+        "model.dtype": config.model.dtype,
+        "model.fp8": precision_settings(config.model) or None,
+        "model.path (its config.json)": sha256_file(huggingface_directory(config.model.path) / "config.json"),
+        "data.path (its content)": splits.manifest.fingerprint,
+    }
+
+
+def check_unchanged(identity: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise ValueError naming what differs from the identity that a checkpoint of this run was saved with."""
+    changed = [
+        f"{key}={value!r} (it was {saved.get(key)!r})" for key, value in identity.items() if saved.get(key) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{checkpoint}: a run keeps its objective, optimizer, model, data and reference, but now "
+            f"{', '.join(changed)}; restore that, or set run_dir to another directory"
+        )
+
+
+_SLURM_END = "SLURM_JOB_END_TIME"
+# Until a save and a step have been timed.
+_ASSUMED_SECONDS = 300.0
+_MARGIN = 2.0
+
+
+class SaveClock:
+    """Says when a save is due. All ranks ask together; where the time decides, rank 0's clock does for all."""
+
+    def __init__(
+        self, config: CheckpointConfig, last_step: int, *, first_step: int = 0, now: Callable[[], float] = time.time
+    ) -> None:
+        """`last_step` is saved in any case; raises ValueError if the end of the SLURM job is asked for and unknown."""
+        self._config, self._last_step, self._now = config, last_step, now
+        self._deadline = deadline(config)
+        self._saved_at = self._stepped_at = now()
+        self._slowest_step: float | None = None
+        self._slowest_save: float | None = None
+        self._is_timed = config.every_minutes is not None or self._deadline is not None
+        self._step = first_step
+
+    def due(self, step: int) -> str | None:
+        """Why the run must be saved behind `step`, or None; asked once per step."""
+        now = self._now()
+        if step > self._step:  # a step has passed since it was asked last, and not a save
+            self._slowest_step = max(self._slowest_step or 0.0, now - self._stepped_at)
+        self._step, self._stepped_at = step, now
+        every = self._config.save_steps
+        if step == self._last_step:
+            return "the end"
+        if every is not None and step % every == 0:
+            return f"checkpoint.save_steps={every}"
+        return on_rank_0(lambda: self._timed_reason(now)) if self._is_timed else None
+
+    def begun(self) -> None:
+        """Told when a save begins: it holds the state of this moment."""
+        self._saved_at = self._now()
+
+    def saved(self, seconds: float) -> None:
+        """Told when it is complete, and how long that took."""
+        self._slowest_save = max(self._slowest_save or 0.0, seconds)
+        self._stepped_at = self._now()
+
+    def _timed_reason(self, now: float) -> str | None:
+        minutes = self._config.every_minutes
+        if minutes is not None and now - self._saved_at >= 60 * minutes:
+            return f"checkpoint.every_minutes={minutes:g}"
+        # The last boundary from which one more step and a save still fit is the one to save at.
+        if self._deadline is not None and self._saved_at < self._deadline - self._lead() <= now < self._deadline:
+            return f"checkpoint.must_save_by={self._config.must_save_by}"
+        return None
+
+    def _lead(self) -> float:
+        timed = _MARGIN * ((self._slowest_step or 0.0) + (self._slowest_save or 0.0))
+        both = self._slowest_step is not None and self._slowest_save is not None
+        return timed if both else max(timed, _ASSUMED_SECONDS)
+
+
+def deadline(config: CheckpointConfig) -> float | None:
+    """`must_save_by` in seconds since 1970, None where there is none."""
+    if config.must_save_by is None:
+        return None
+    if config.must_save_by != "slurm":
+        return datetime.fromisoformat(config.must_save_by).timestamp()
+    end = os.environ.get(_SLURM_END, "")
+    if not end.isdigit():
+        raise ValueError(
+            f"checkpoint.must_save_by=slurm: {_SLURM_END} is not set, as it is in jobs of SLURM 22.05 and later that "
+            "have a time limit; give the time itself, as 2030-01-31T18:00:00"
+        )
+    return float(end)
 
 
 @dataclass(frozen=True)
@@ -38,7 +147,7 @@ class Boundary:
     step: int
     """Steps done."""
     loader: dict[str, int]
-    skipped: Skipped
+    skipped: SkippedSteps
     unrecorded: Metrics | None = None
     """The last step's metrics, until its evaluation is done and they are written: a run continues with just that."""
     metrics: Metrics | None = None
@@ -96,7 +205,7 @@ class Saver:
             restore_rng(content)
             self.boundary = replace(self.boundary, rng=content)
 
-    def step_done(self, metrics: Metrics, skipped: Skipped) -> None:
+    def step_done(self, metrics: Metrics, skipped: SkippedSteps) -> None:
         """Told right after an optimizer step: what is saved from here on is the state behind it."""
         self.boundary = Boundary(int(metrics["step"] or 0), self._loader.state_dict(), skipped, metrics)
 
@@ -152,7 +261,7 @@ class Saver:
         started = time.monotonic()
         self._clock.begun()
         state = asdict(self.boundary) | {"identity": self._identity, "layout": self._layout()}
-        content = Content(state, self._model_files, {_rng_file(): state.pop("rng")})
+        content = CheckpointContent(state, self._model_files, {_rng_file(): state.pop("rng")})
         policy = self._policy
         save = begin_save(self._root, policy.chunks, policy.optimizer, content, background=background)
         self._pending = _Pending(save, self.boundary, reason, started)
@@ -189,10 +298,10 @@ class Saver:
 
     def _boundary_of(self, state: dict[str, Any]) -> Boundary:
         if self._resumed is None:
-            return Boundary(0, self._loader.state_dict(), Skipped())
+            return Boundary(0, self._loader.state_dict(), SkippedSteps())
         self._loader.load_state_dict(state["loader"])
         check_unchanged(self._identity, state["identity"], self._resumed)
-        skipped = Skipped(**state["skipped"])
+        skipped = SkippedSteps(**state["skipped"])
         return Boundary(state["step"], self._loader.state_dict(), skipped, state["unrecorded"], state["metrics"])
 
     def _layout(self) -> dict[str, int]:

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from megatron_solopo import exits
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.architecture.layout import check_layout
-from megatron_solopo.config import Config
-from megatron_solopo.config_file import check_not_by_hand
+from megatron_solopo.config import Config, check_not_by_hand
 from megatron_solopo.files import check_writable
+from megatron_solopo.model.layer_spec import uses_transformer_engine
 from megatron_solopo.model.precision import check_precision
-from megatron_solopo.model.spec import uses_transformer_engine
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.train.optimizer import check_offload
+from megatron_solopo.train.policy import check_offload
 from megatron_solopo.train.preflight import check_same_start, start_facts
+from megatron_solopo.train.run_data import Splits, load_splits
 from megatron_solopo.train.signals import Stopped, StopSignals
-from megatron_solopo.train.splits import Splits, load_splits
 from megatron_solopo.train.watchdog import Watchdog, watching
 
 
@@ -63,7 +62,7 @@ def open_session(config: Config) -> Iterator[Session]:
     listens for signals right after. The interpreter aborts where such a thread is left when it ends.
     """
     with StopSignals() as signals:
-        architecture, topology, splits = prepare(config)
+        architecture, topology, splits = check_and_join(config)
         try:
             signals.join()
             with watching(config.watchdog, config.run_dir) as watchdog:
@@ -77,7 +76,7 @@ def open_session(config: Config) -> Iterator[Session]:
             process_groups.destroy(topology)
 
 
-def prepare(config: Config) -> tuple[Architecture, Topology, Splits]:
+def check_and_join(config: Config) -> tuple[Architecture, Topology, Splits]:
     """Check model, layout, data and directories, cheapest first, then join the process groups.
 
     Raises ValueError for what does not fit, or is not the same on all ranks.

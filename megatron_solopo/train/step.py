@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.packing import Pack
-from megatron_solopo.logprob.sequence import sequence_logprobs
+from megatron_solopo.model.logprob import sequence_logprobs
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.objective import compute_objective, metric_names
 from megatron_solopo.parallel.topology import Topology

@@ -14,25 +14,30 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_solopo.config import Config
-from megatron_solopo.config_file import save_config
+from megatron_solopo.config import Config, save_config
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.agreement import described_error
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE, TripletLosses, describe, record_skip
-from megatron_solopo.train.batches import single_pass, training_batches
-from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, reset_peak_memory, training_flops
-from megatron_solopo.train.identity import run_identity
-from megatron_solopo.train.largest_pack import Trial, is_wanted, try_largest_pack
 from megatron_solopo.train.lock import run_lock
-from megatron_solopo.train.metrics import Metrics, MetricsWriter, finite_or_none, reduce_over_ranks, reduce_sums
-from megatron_solopo.train.optimizer import check_schedule
+from megatron_solopo.train.metrics import (
+    Metrics,
+    MetricsWriter,
+    finite_or_none,
+    peak_flops,
+    peak_memory_bytes,
+    reduce_over_ranks,
+    reduce_sums,
+    reset_peak_memory,
+    training_flops,
+)
 from megatron_solopo.train.plot import plot_metrics
-from megatron_solopo.train.policy import Policy, StepResult, build_policy
-from megatron_solopo.train.preflight import Row, check_surroundings
+from megatron_solopo.train.policy import Policy, StepResult, build_policy, check_schedule
+from megatron_solopo.train.preflight import Finding, Trial, check_surroundings, is_wanted, try_largest_pack
 from megatron_solopo.train.reference import fingerprint, reference_logprobs
-from megatron_solopo.train.saving import Saver
+from megatron_solopo.train.run_data import single_pass, training_batches
+from megatron_solopo.train.saving import Saver, run_identity
 from megatron_solopo.train.session import Session, open_session
 from megatron_solopo.train.signals import Stopped
 from megatron_solopo.train.step import objective_loss
@@ -50,7 +55,7 @@ def train(config: Config) -> None:
         Trainer(session).run()
 
 
-def preflight(config: Config) -> list[Row]:
+def preflight(config: Config) -> list[Finding]:
     """What is checked before the first step, the largest pack always among it; returns what was found, and trains not.
 
     Raises ValueError for the first thing that does not fit.
@@ -62,7 +67,7 @@ def preflight(config: Config) -> list[Row]:
         return [*rows, ("largest pack", str(_try_largest_pack(session, policy, loader)))]
 
 
-def _check_surroundings(session: Session) -> list[Row]:
+def _check_surroundings(session: Session) -> list[Finding]:
     return check_surroundings(
         session.config, session.architecture, session.topology, lambda check: session.begin(check, 0)
     )

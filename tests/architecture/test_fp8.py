@@ -6,11 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_solopo.architecture.fp8 import pack_multiple
-from megatron_solopo.config import ModelConfig, ParallelConfig
+from megatron_solopo.config import ROLES, ModelConfig, ParallelConfig
 from megatron_solopo.data.loader import Packing
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.parallel.context import shard_indices
-from megatron_solopo.roles import ROLES
 
 # Transformer Engine's documentation of its recipes, and Megatron-Core's padding for them.
 TOKENS_PER_RANK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}

@@ -9,9 +9,8 @@ from unittest import mock
 import pytest
 
 from megatron_solopo.architecture import huggingface
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface import Shape, read_architecture
 from megatron_solopo.architecture.plain import read_shape
-from megatron_solopo.architecture.shape import Shape
 from tests.architecture.test_huggingface import REFUSED, write
 from tests.tiny_models import FAMILIES
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_solopo.checkpoint import convert, logits
+from megatron_solopo.checkpoint import convert
+from megatron_solopo.checkpoint import verify as logits
 from megatron_solopo.checkpoint.convert import export_model, import_model, verify_models
 from megatron_solopo.checkpoint.huggingface import INDEX
-from megatron_solopo.cli import main
+from megatron_solopo.cli.main import main
 from tests.conversions import QUERY, WEIGHTS, change, change_config, refusal
 from tests.prepared import make_tokenizer
 

@@ -17,10 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_solopo.checkpoint import convert, logits, verify
+from megatron_solopo.checkpoint import convert, verify
+from megatron_solopo.checkpoint import verify as logits
 from megatron_solopo.checkpoint.convert import export_model, import_model
 from megatron_solopo.checkpoint.huggingface import SafetensorsDirectory
-from megatron_solopo.cli import main
+from megatron_solopo.cli.main import main
 from tests.conversions import QUERY, WEIGHTS, change, change_config, refusal
 
 

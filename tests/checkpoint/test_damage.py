@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_solopo.checkpoint import pending
-from megatron_solopo.checkpoint.distributed import begin_save, load_checkpoint
-from megatron_solopo.checkpoint.newest import newest_checkpoint
-from megatron_solopo.checkpoint.pending import Content
+from megatron_solopo.checkpoint import save as pending
+from megatron_solopo.checkpoint.directory import newest_checkpoint
+from megatron_solopo.checkpoint.load import begin_save, load_checkpoint
+from megatron_solopo.checkpoint.save import CheckpointContent
 from megatron_solopo.train.policy import Policy
 
 
 def save(policy: Policy, root: Path, step: int) -> Path:
-    return begin_save(root, policy.chunks, policy.optimizer, Content({"step": step}, {"config.json": b"{}"})).complete()
+    return begin_save(
+        root, policy.chunks, policy.optimizer, CheckpointContent({"step": step}, {"config.json": b"{}"})
+    ).complete()
 
 
 def flip(file: Path) -> None:
@@ -122,7 +124,7 @@ def test_a_save_in_the_background_that_fails_is_told_when_it_is_completed(policy
         good = save(policy, disk, 1)
         (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - (180 << 10)))
         monkeypatch.setattr(pending, "_free_bytes", lambda path: 1 << 40)
-        begun = begin_save(disk, policy.chunks, policy.optimizer, Content({"step": 2}, {}), background=True)
+        begun = begin_save(disk, policy.chunks, policy.optimizer, CheckpointContent({"step": 2}, {}), background=True)
         with pytest.raises(ValueError, match=r"iter_0000002 was not saved: .*No space left on device"):
             begun.complete()
         assert sorted(path.name for path in disk.iterdir()) == ["iter_0000001", "latest", "other"]
@@ -131,7 +133,7 @@ def test_a_save_in_the_background_that_fails_is_told_when_it_is_completed(policy
 
 def test_a_save_in_the_background_holds_the_state_it_began_with(policy, tmp_path) -> None:
     before = [p.detach().clone() for chunk in policy.chunks for p in chunk.parameters()]
-    begun = begin_save(tmp_path, policy.chunks, policy.optimizer, Content({"step": 1}, {}), background=True)
+    begun = begin_save(tmp_path, policy.chunks, policy.optimizer, CheckpointContent({"step": 1}, {}), background=True)
     with torch.no_grad():
         for chunk in policy.chunks:
             for parameter in chunk.parameters():

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_solopo.checkpoint.distributed import begin_save, load_checkpoint
-from megatron_solopo.checkpoint.newest import newest_checkpoint
-from megatron_solopo.checkpoint.pending import Content
-from megatron_solopo.checkpoint.sharded import ShardedWrite
+from megatron_solopo.checkpoint.directory import newest_checkpoint
+from megatron_solopo.checkpoint.load import begin_save, load_checkpoint
+from megatron_solopo.checkpoint.save import CheckpointContent, ShardedWrite
 from megatron_solopo.train.policy import Policy
 
 MODEL_FILES = {"config.json": b"{}", "additional_chat_templates/tool.jinja": b"x"}
@@ -30,7 +29,7 @@ def values(policy: Policy) -> set[float]:
 
 
 def save(policy: Policy, root: Path, step: int) -> Path:
-    content = Content({"step": step, "seen": step * 4}, MODEL_FILES)
+    content = CheckpointContent({"step": step, "seen": step * 4}, MODEL_FILES)
     return begin_save(root, policy.chunks, policy.optimizer, content).complete()
 
 

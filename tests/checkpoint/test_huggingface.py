@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.architecture.huggingface import read_architecture
-from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.checkpoint.huggingface import bitwise_equal
-from megatron_solopo.checkpoint.loading import load_weights
+from megatron_solopo.checkpoint.load import load_weights
+from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel

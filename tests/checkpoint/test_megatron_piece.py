@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_solopo.checkpoint.megatron_piece import Piece
+from megatron_solopo.checkpoint.megatron_reader import Piece
 
 
 def store(path: Path, *tensors: Tensor) -> list[Piece]:

@@ -9,12 +9,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from megatron_solopo.checkpoint import distributed
-from megatron_solopo.checkpoint.distributed import begin_save, load_checkpoint
-from megatron_solopo.checkpoint.optimizer_share import requested_share
-from megatron_solopo.checkpoint.optimizer_state import initialize_state, load_state
-from megatron_solopo.checkpoint.pending import Content
-from megatron_solopo.config_file import parse_config
+from megatron_solopo.checkpoint import load as distributed
+from megatron_solopo.checkpoint.load import begin_save, load_checkpoint
+from megatron_solopo.checkpoint.optimizer_state import initialize_state, load_state, requested_share
+from megatron_solopo.checkpoint.save import CheckpointContent
+from megatron_solopo.config import parse_config
 from megatron_solopo.train.policy import Policy, build_policy
 from tests.ranks import layout, two_ranks
 from tests.tiny_models import make_model
@@ -45,7 +44,7 @@ def saved_and_loaded(sizes: dict[str, int]) -> dict[str, Any]:
         )
         saved, ours, theirs = (build_policy(config, groups, max_steps=10) for _ in range(3))
         wanted = invent(saved)
-        path = begin_save(folder, saved.chunks, saved.optimizer, Content({"step": 1}, {})).complete()
+        path = begin_save(folder, saved.chunks, saved.optimizer, CheckpointContent({"step": 1}, {})).complete()
         load_checkpoint(path, ours.chunks, ours.optimizer)
         load_as_megatron_does(path, theirs)
         model = distributed._parameters(distributed._sharded_model_state(ours.chunks))

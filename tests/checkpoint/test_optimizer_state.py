@@ -9,7 +9,7 @@ import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_solopo.checkpoint import distributed
+from megatron_solopo.checkpoint import load as distributed
 from megatron_solopo.checkpoint.optimizer_state import complete_group, initialize_state, load_state, portable
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.checkpoint import megatron_writer
-from megatron_solopo.checkpoint.huggingface import Entry
+from megatron_solopo.checkpoint.huggingface import StoredTensor
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, megatron_shape, rules
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.build import build_model
@@ -138,7 +138,7 @@ def test_pieces_of_a_checkpoint_are_small_and_cover_it(model) -> None:
 
     class Source:
         path = "source"
-        entries = {name: Entry("model.safetensors", (), "BF16") for name in names}  # noqa: RUF012
+        entries = {name: StoredTensor("model.safetensors", (), "BF16") for name in names}  # noqa: RUF012
 
     pieces = list(megatron_writer._pieces(Source(), architecture))  # type: ignore[arg-type]
     assert sum(piece.nbytes for piece in pieces) == 2 * parameters

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_solopo.checkpoint.directory import checkpoint_name, publish, read_pointer, temporary_path
-from megatron_solopo.checkpoint.retention import check_best_metric, tidy
-from megatron_solopo.config_checkpoint import CheckpointConfig
+from megatron_solopo.checkpoint.directory import (
+    check_best_metric,
+    checkpoint_name,
+    publish,
+    read_pointer,
+    temporary_path,
+    tidy,
+)
+from megatron_solopo.config import CheckpointConfig
 
 
 def save(root: Path, step: int, config: CheckpointConfig, **metrics: float | None) -> None:

@@ -10,8 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_solopo.checkpoint.huggingface import SafetensorsDirectory, bitwise_equal
-from megatron_solopo.checkpoint.safetensors_writer import SafetensorsWriter
+from megatron_solopo.checkpoint.huggingface import SafetensorsDirectory, SafetensorsWriter, bitwise_equal
 from tests.tiny_models import make_model
 
 INDEX = "model.safetensors.index.json"

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.checkpoint.convert import export_model, verify_models
-from megatron_solopo.config import Config
-from megatron_solopo.config_file import parse_config
+from megatron_solopo.config import Config, parse_config
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.train.session import open_session
 from megatron_solopo.train.trainer import Trainer, train

@@ -3,12 +3,12 @@
 import pytest
 from datasets import disable_progress_bars
 
-from megatron_solopo.data.corpus.question import Question
-from megatron_solopo.data.corpus.read import read_questions
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
-from tests.data.musique_example import QUESTIONS, load_script
+from megatron_solopo.triplets.corpus.formats import Question
+from megatron_solopo.triplets.corpus.read import read_questions
 from tests.data.sample_rows import triplet, write_rows
 from tests.data.tiny_tokenizers import write_hugging_face, write_sentencepiece
+from tests.triplets.musique_example import QUESTIONS, load_script
 
 disable_progress_bars()
 

@@ -5,8 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_solopo.data.batch_plan import plan_global_batch, plan_single_pass
-from megatron_solopo.data.sizes import TripletSize, padded_lengths, triplet_sizes
+from megatron_solopo.data.batch_plan import (
+    TripletSize,
+    padded_lengths,
+    plan_global_batch,
+    plan_single_pass,
+    triplet_sizes,
+)
 
 SOLOPO = ("short_chosen", "short_rejected", "long_chosen")
 MAX_TOKENS = 1000

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_solopo.config import ROLES
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.loader import GlobalBatchLoader, Packing, sequential_batches
-from megatron_solopo.roles import ROLES
 
 SOLOPO, LONG_PO = ROLES[:3], ROLES[2:]
 COLUMNS = {"short": "prompt_short", "long": "prompt_long"}

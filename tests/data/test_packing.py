@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_solopo.config import ROLES
 from megatron_solopo.data.packing import PAD_TOKEN, TokenizedTriplet, build_pack
-from megatron_solopo.roles import ROLES
 
 ROLE_SETS = [ROLES[:3], ROLES[:2], ROLES[2:], ROLES]
 

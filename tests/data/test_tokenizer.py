@@ -5,13 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_solopo.data.tokenizer import load_tokenizer
-from tests.data.tiny_tokenizers import (
-    ALPHABET,
-    CHATML,
-    STRICT,
-    write_hugging_face,
-    write_sentencepiece,
-)
+from tests.data.tiny_tokenizers import ALPHABET, CHATML, STRICT, write_hugging_face, write_sentencepiece
 
 TEXT = st.text(alphabet=ALPHABET, min_size=1, max_size=40)
 STYLES = ("byte_level", "metaspace", "prepend", "sentencepiece")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_solopo.evaluate.groups import bucket_bound, by_depth, by_length
+from megatron_solopo.evaluate.statistics import bucket_bound, by_depth, by_length
 
 
 def test_lengths_fall_into_powers_of_two_that_hold_their_upper_bound() -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_solopo.data.scoring import SCORERS
 from megatron_solopo.evaluate.long_context import evaluate_long_context
+from megatron_solopo.evaluate.scores import render
 from megatron_solopo.evaluate.settings import LongContextSettings
-from megatron_solopo.evaluate.table import render
-from megatron_solopo.evaluation_results import Skipped, read_long_context
-from tests.data.completion_server import completion_server
-from tests.data.musique_example import read, write
+from megatron_solopo.generate.scoring import SCORERS
+from megatron_solopo.results.long_context import SkippedSamples, read_long_context
 from tests.evaluate.evaluation_models import CHECKPOINT, MAX_POSITIONS, make_model, make_run
+from tests.generate.completion_server import completion_server
 from tests.ranks import two_ranks
+from tests.triplets.musique_example import read, write
 
 ASKED = {"tasks": ("needle_single", "variable_tracking"), "lengths": (700, 900), "depths": (0.0, 1.0), "samples": 2}
 ASKED |= {"max_new_tokens": 12, "batch_size": 2}
@@ -154,7 +154,7 @@ def test_a_sample_that_cannot_be_made_is_counted_and_the_rest_answered(models, t
     texts, samples, skipped, table = ours
     assert other is None and samples == len(texts) == 1
     reason = "--corpus holds too few documents"
-    assert skipped == [Skipped(task="qa", length=500, n=1, reason=reason)]
+    assert skipped == [SkippedSamples(task="qa", length=500, n=1, reason=reason)]
     assert f"skipped: 1 of qa at 500: {reason}" in table
     model = make_model(tmp_path / "model")
     for backend in ("megatron", "transformers"):

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported once, before ranks are forked)
 
-from megatron_solopo.config import Config
-from megatron_solopo.config_file import load_config, parse_config
+from megatron_solopo.config import Config, load_config, parse_config
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.evaluate.preference import default_output, evaluate_preference
 from megatron_solopo.files import read_jsonl
-from megatron_solopo.report.preference_results import Estimate, PreferenceResults, read_preference
+from megatron_solopo.results.preference import MeanWithInterval, PreferenceResults, read_preference
 from megatron_solopo.run_directory import find_subject
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
@@ -156,7 +155,7 @@ def numbers_of(results: PreferenceResults) -> list[float]:
     ]
 
 
-def _interval(estimate: Estimate, n: int) -> tuple[float, ...]:
+def _interval(estimate: MeanWithInterval, n: int) -> tuple[float, ...]:
     """None of a single triplet's mean; shares have Wilson's."""
     if estimate.low is None or estimate.high is None:
         assert n == 1 and estimate.low is estimate.high

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from megatron_solopo.data.encode import encode_prompt
-from megatron_solopo.evaluate.question_file import DEFAULT_ROOM, QuestionFile
-from tests.data.musique_example import construct, first_lines, read, write
+from megatron_solopo.evaluate.samples import DEFAULT_ROOM, QuestionFile
 from tests.data.tiny_tokenizers import write_hugging_face
+from tests.triplets.musique_example import construct, first_lines, read, write
 
 
 def rows_file(tmp_path, rows):

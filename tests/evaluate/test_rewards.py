@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_solopo.config import ObjectiveConfig
-from megatron_solopo.evaluate.intervals import mean, proportion, student_t
 from megatron_solopo.evaluate.rewards import summarise, summarise_groups, triplet_columns
+from megatron_solopo.evaluate.statistics import mean, proportion, student_t
 
 ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
 

@@ -13,8 +13,7 @@ from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel import topology
-from megatron_solopo.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-from megatron_solopo.train.policy import Policy
+from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss
 
 pytestmark = pytest.mark.gpu

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from megatron_solopo.config import Config
-from megatron_solopo.config_file import parse_config
+from megatron_solopo.config import Config, parse_config
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.parallel.cpu import is_cpu
 from tests.tiny_models import FAMILIES

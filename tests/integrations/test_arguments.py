@@ -9,12 +9,7 @@ import pytest
 import torch
 
 from megatron_solopo.config import DataConfig, LogprobConfig, ObjectiveConfig, ReferenceConfig
-from megatron_solopo.integrations.arguments import (
-    add_arguments,
-    check_arguments,
-    config_from_args,
-    flags_for_keys,
-)
+from megatron_solopo.integrations.arguments import add_arguments, check_arguments, config_from_args, flags_for_keys
 
 REQUIRED = {
     "--solopo-model-path": "model",

@@ -10,7 +10,7 @@ import torch
 from megatron_solopo.checkpoint.convert import import_model
 from megatron_solopo.config import ModelConfig
 from megatron_solopo.files import read_jsonl
-from megatron_solopo.model.spec import layer_spec
+from megatron_solopo.model.layer_spec import layer_spec
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
 from tests.integrations.megatron_runs import BATCH, STEPS, arguments, config, pretrain, recorded

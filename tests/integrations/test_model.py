@@ -10,10 +10,10 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.config import ModelConfig, ParallelConfig
-from megatron_solopo.integrations.model import check_transformer_config, prepare_model
+from megatron_solopo.integrations.task import check_transformer_config, prepare_model
 from megatron_solopo.model.build import build_model, padded_vocab_size, transformer_config
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.spec import layer_spec
+from megatron_solopo.model.layer_spec import layer_spec
 from tests.ranks import layout
 from tests.tiny_models import make_model
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.loader import GlobalBatchLoader, Packing
-from megatron_solopo.integrations.stream import PackStream
+from megatron_solopo.integrations.megatron_lm import PackStream
 
 ROLES = ("short_chosen", "short_rejected", "long_chosen")
 ROWS, BATCH = 14, 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_solopo.config import ObjectiveConfig
-from megatron_solopo.objective.alignment import DISTANCES, alignment_distance
+from megatron_solopo.objective.solopo import DISTANCES, alignment_distance
 
 GAPS = [-7.0, -1.0, -0.2, 0.0, 0.3, 1.0, 4.0]
 DELTA = 0.8

@@ -19,7 +19,7 @@ from megatron_solopo.objective.preference import (
     robust_loss,
     simpo_loss,
 )
-from megatron_solopo.objective.reward import Response
+from megatron_solopo.objective.reward import ResponseLogprobs
 
 MARGINS = [-30.0, -2.5, -0.3, 0.0, 0.4, 1.7, 25.0]
 NLL = 1.25
@@ -134,6 +134,6 @@ def test_the_reward_reads_a_reference_exactly_where_the_config_says_so(loss_type
     reward = PREFERENCE_LOSSES[loss_type].reward
     logp_T, length_T = torch.tensor([-4.0]), torch.tensor([3])
     if ObjectiveConfig(loss_type=loss_type).needs_reference:
-        assert reward(Response(logp_T, length_T, logp_T), 0.1).item() == 0.0
+        assert reward(ResponseLogprobs(logp_T, length_T, logp_T), 0.1).item() == 0.0
     else:
-        assert math.isfinite(reward(Response(logp_T, length_T, None), 0.1).item())
+        assert math.isfinite(reward(ResponseLogprobs(logp_T, length_T, None), 0.1).item())

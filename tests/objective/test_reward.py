@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_solopo.objective.reward import (
-    Response,
+    ResponseLogprobs,
     log1mexp,
     log_odds_reward,
     log_ratio_reward,
@@ -25,8 +25,10 @@ BETA = 0.7
 MEAN_LOGPS = [-1e-7, -1e-5, -1e-3, -0.1, -0.6931, -math.log(2), -0.6932, -1.0, -5.0, -20.0, -50.0]
 
 
-def response(dtype: torch.dtype = torch.float64) -> Response:
-    return Response(torch.tensor(LOGPS, dtype=dtype), torch.tensor(LENGTHS), torch.tensor(REFERENCES, dtype=dtype))
+def response(dtype: torch.dtype = torch.float64) -> ResponseLogprobs:
+    return ResponseLogprobs(
+        torch.tensor(LOGPS, dtype=dtype), torch.tensor(LENGTHS), torch.tensor(REFERENCES, dtype=dtype)
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_gradients_and_dtype(reward):
     logp_T = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
     references_T = torch.tensor(REFERENCES, dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda x: reward(Response(x, torch.tensor(LENGTHS), references_T), BETA), logp_T, eps=1e-6, atol=1e-7
+        lambda x: reward(ResponseLogprobs(x, torch.tensor(LENGTHS), references_T), BETA), logp_T, eps=1e-6, atol=1e-7
     )
     assert reward(response(torch.float32), BETA).dtype == torch.float32
 
@@ -61,7 +63,7 @@ def test_gradients_and_dtype(reward):
 def test_log_odds_are_exact_from_certain_to_hopeless(mean_logp, dtype, tolerance):
     length = 16  # a power of two: logp / length is exact
     logp_T = torch.tensor([mean_logp * length], dtype=dtype, requires_grad=True)
-    reward_T = log_odds_reward(Response(logp_T, torch.tensor([length]), None), BETA)
+    reward_T = log_odds_reward(ResponseLogprobs(logp_T, torch.tensor([length]), None), BETA)
     (gradient_T,) = torch.autograd.grad(reward_T.sum(), logp_T)
 
     with mpmath.workdps(60):
@@ -88,7 +90,7 @@ def test_log1mexp_keeps_relative_accuracy(mean_logp):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_log_odds_of_a_certain_response_are_finite(logp, dtype):
     logp_T = torch.tensor([logp, -2.0], dtype=dtype, requires_grad=True)
-    reward_T = log_odds_reward(Response(logp_T, torch.tensor([4, 4]), None), BETA)
+    reward_T = log_odds_reward(ResponseLogprobs(logp_T, torch.tensor([4, 4]), None), BETA)
     reward_T.sum().backward()
     assert reward_T[0].item() == pytest.approx(24 * math.log(2), rel=1e-6)
     assert logp_T.grad[0].item() == 0.0
@@ -97,7 +99,7 @@ def test_log_odds_of_a_certain_response_are_finite(logp, dtype):
 
 def test_log_odds_of_an_impossible_response_are_finite():
     logp_T = torch.tensor([-1e6], requires_grad=True)
-    reward_T = log_odds_reward(Response(logp_T, torch.tensor([2]), None), BETA)
+    reward_T = log_odds_reward(ResponseLogprobs(logp_T, torch.tensor([2]), None), BETA)
     reward_T.backward()
     assert reward_T.item() == -5e5
     assert logp_T.grad.item() == 0.5
@@ -106,4 +108,4 @@ def test_log_odds_of_an_impossible_response_are_finite():
 @pytest.mark.parametrize("reward", [log_ratio_reward, mean_log_ratio_reward])
 def test_missing_reference_is_refused(reward):
     with pytest.raises(AssertionError, match="reference"):
-        reward(Response(torch.zeros(2), torch.ones(2, dtype=torch.int64), None), BETA)
+        reward(ResponseLogprobs(torch.zeros(2), torch.ones(2, dtype=torch.int64), None), BETA)

@@ -146,7 +146,7 @@ def test_megatron_on_a_cpu_does_not_take_the_gpu_libraries_that_are_installed(tm
     for name in ("transformer_engine", "apex"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('{name} was imported')")
-    program = "import megatron_solopo.train.optimizer as o; from megatron.core import optimizer; print(optimizer.Adam)"
+    program = "import megatron_solopo.train.policy as o; from megatron.core import optimizer; print(optimizer.Adam)"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"MEGATRON_SOLOPO_DEVICE": "cpu", "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},

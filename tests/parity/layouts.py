@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface import read_architecture
-from megatron_solopo.checkpoint.loading import global_parameters
+from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.checkpoint.mapping import rules, to_huggingface
-from megatron_solopo.config import Config
-from megatron_solopo.config_file import parse_config
+from megatron_solopo.config import Config, parse_config
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.objective import metric_names, required_roles
 from megatron_solopo.parallel import topology

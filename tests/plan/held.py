@@ -16,11 +16,9 @@ from megatron_solopo.model.build import build_model
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.plan.saved import SavedMeter
+from megatron_solopo.plan.dry_run import SavedMeter, gradient_bytes, optimizer_state_bytes, parameter_bytes
 from megatron_solopo.plan.workload import PackShape, pack_shape
-from megatron_solopo.train.footprint import gradient_bytes, parameter_bytes, state_bytes
-from megatron_solopo.train.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
-from megatron_solopo.train.policy import Policy
+from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss
 from tests.parity.layouts import Layout, make_config
 
@@ -115,7 +113,7 @@ def _train(config: Config, groups: Topology) -> Held:
         num_parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
         parameters=parameter_bytes(wrapped),
         gradients=gradient_bytes(wrapped),
-        optimizer=state_bytes(optimizer, wrapped),
+        optimizer=optimizer_state_bytes(optimizer, wrapped),
         saved=meter.most,
     )
 

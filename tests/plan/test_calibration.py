@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
+from megatron_solopo.architecture.gpus import GPUS, Efficiency
 from megatron_solopo.plan.calibration import calibrated, measured
-from megatron_solopo.plan.efficiency import Efficiency
-from megatron_solopo.plan.gpus import GPUS
 from tests.plan.models import PLANS, ROOT, load_example
 
 DEVICE = "NVIDIA H100 80GB HBM3, 580.1, 81559 MiB"

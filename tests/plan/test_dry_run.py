@@ -9,8 +9,7 @@ import torch.distributed as dist
 
 from megatron_solopo.architecture.huggingface import read_architecture
 from megatron_solopo.plan.dry_run import dry_run
-from megatron_solopo.plan.layouts import Layout, make_layout
-from megatron_solopo.plan.proof import distinct_ranks
+from megatron_solopo.plan.layouts import Layout, distinct_ranks, make_layout
 from tests.plan.held import Case, shapes
 from tests.plan.models import make_planner
 from tests.plan.test_held import BF16, FULL, cp, pp, tp

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_solopo.config_file import load_config
+from megatron_solopo.config import load_config
 from megatron_solopo.plan.layouts import Layout
 from megatron_solopo.plan.memory import GIB
 from tests.plan.models import PLANS, ROOT, TOKENS, make_planner
@@ -45,7 +45,9 @@ def test_a_kept_plan_is_todays(name: str, arguments: list[str]) -> None:
         return
     config = load_config(LAUNCH / name / "config.yaml")
     model, gpus, gpu = re.fullmatch(r"(.+)-(\d+)x(h\d00)", name).groups()
-    planner = make_planner(model, gpus=int(gpus), gpu=importlib.import_module("megatron_solopo.plan.gpus").GPUS[gpu])
+    planner = make_planner(
+        model, gpus=int(gpus), gpu=importlib.import_module("megatron_solopo.architecture.gpus").GPUS[gpu]
+    )
     config = config.model_copy(update={"model": planner.config.model, "run_dir": planner.config.run_dir})
     layout = Layout(config, int(gpus) // config.parallel.model_parallel_size)
     estimate = planner.estimate(layout)

@@ -8,10 +8,9 @@ import pytest
 from megatron_solopo.architecture.huggingface import read_architecture
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import element_bytes
-from megatron_solopo.plan.memory import alive_bytes
+from megatron_solopo.plan.memory import alive_bytes, rank_state
 from megatron_solopo.plan.parameters import Chunk, model_chunks
 from megatron_solopo.plan.pipeline import most_alive, stage_order
-from megatron_solopo.plan.state import rank_state
 from tests.distributed import run_distributed
 from tests.layouts import cp, pp, tp
 from tests.plan.held import Case, Held, run_cases, shapes

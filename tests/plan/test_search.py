@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_solopo.architecture.gpus import GPUS
 from megatron_solopo.plan import VARIED
-from megatron_solopo.plan.gpus import GPUS
 from megatron_solopo.plan.layouts import make_layout, sizes_of, variants
 from megatron_solopo.plan.memory import GIB
 from megatron_solopo.plan.search import Search

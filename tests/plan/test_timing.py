@@ -4,17 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_solopo.plan.efficiency import Efficiency
-from megatron_solopo.plan.gpus import GPUS
+from megatron_solopo.architecture.gpus import GPUS, Efficiency
+from megatron_solopo.plan.answer import model_flops_utilization, overrides, run_of
 from megatron_solopo.plan.layouts import Layout, make_layout, with_keys
-from megatron_solopo.plan.plan import model_flops_utilization, overrides, run_of
-from megatron_solopo.plan.search import Estimate, Planner
+from megatron_solopo.plan.search import LayoutEstimate, Planner
 from tests.plan.models import load_example, make_planner
 
 PERFECT = Efficiency(gemm=1, fp8_gemm=1, attention=1, head=1, memory=1, message_seconds=0)
 
 
-def estimate(planner: Planner, tp: int = 1, pp: int = 1, cp: int = 1, **sections: dict) -> Estimate:
+def estimate(planner: Planner, tp: int = 1, pp: int = 1, cp: int = 1, **sections: dict) -> LayoutEstimate:
     layout = make_layout(planner.config, {"tp": tp, "pp": pp, "vpp": None, "cp": cp}, planner.gpus)
     return planner.estimate(Layout(with_keys(layout.config, **sections), layout.data_parallel_size))
 

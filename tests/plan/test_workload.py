@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_solopo.config import ROLES
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.parallel.context import shard_indices
 from megatron_solopo.plan.layouts import with_keys
 from megatron_solopo.plan.workload import Packer, pack_shape, prepared_workload, stated_workload
-from megatron_solopo.roles import ROLES
 from tests.plan.models import load_example
 from tests.prepared import make_prepared
 

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_solopo.evaluation_results import LongContextResults, read_long_context
-from megatron_solopo.report import answer_picture
-from megatron_solopo.report.answer_picture import depth_maps, draw_answers, length_figure
-from megatron_solopo.report.axes import heat_maps
-from megatron_solopo.report.style import LIGHT
+from megatron_solopo.report import evaluation_pictures as answer_picture
+from megatron_solopo.report.evaluation_pictures import depth_maps, draw_answers, length_figure
+from megatron_solopo.report.figure import LIGHT, heat_maps
+from megatron_solopo.results.long_context import LongContextResults, read_long_context
 from tests.report.written_runs import write_answers, write_run
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from megatron_solopo.report.page import write_report
-from megatron_solopo.report.style import DARK, LIGHT, Theme
+from megatron_solopo.report.figure import DARK, LIGHT, Theme
+from megatron_solopo.report.page import write_comparison
 from tests.report.browser import chromium
 from tests.report.written_runs import write_answers, write_preferences, write_run
 
@@ -32,7 +32,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place, run in enumerate(runs):
         write_answers(run, skill=0.9 - 0.4 * place, step=120, tasks=("niah", "qa"))
         write_preferences(run, skill=0.9 - 0.4 * place, step=120)
-    return write_report(runs, folder / "report")
+    return write_comparison(runs, folder / "report")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_solopo.cli import main
+from megatron_solopo.cli.main import main
 from tests.report.written_runs import step_line, write_answers, write_preferences, write_run
 
 
@@ -112,7 +112,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_report_needs_neither_torch_nor_megatron(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=2)
     script = (
-        "import sys; from megatron_solopo.cli import main; main(sys.argv[1:]); "
+        "import sys; from megatron_solopo.cli.main import main; main(sys.argv[1:]); "
         "sys.exit(' '.join({'torch', 'megatron', 'transformers', 'datasets'} & set(sys.modules)) or None)"
     )
     done = subprocess.run(

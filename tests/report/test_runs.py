@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_solopo.report.differences import config_differences
-from megatron_solopo.report.runs import read_runs
-from megatron_solopo.report.status import status_of
+from megatron_solopo.report.runs import config_differences, read_runs, status_of
 from tests.report.written_runs import step_line, write_answers, write_preferences, write_run
 
 

@@ -7,21 +7,18 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from megatron_solopo.evaluation_results import read_long_context
-from megatron_solopo.report.accuracy import accuracy_pictures
-from megatron_solopo.report.axes import Point, heat_map, short_length
 from megatron_solopo.report.curves import running_mean, thinned
-from megatron_solopo.report.evaluations import answer_cells, common_tasks, mean_answer_points
-from megatron_solopo.report.preference_picture import draw_preference
-from megatron_solopo.report.preference_results import read_preference
-from megatron_solopo.report.runs import Run, read_runs
-from megatron_solopo.report.style import LIGHT
+from megatron_solopo.report.evaluation_pictures import accuracy_pictures, draw_preference
+from megatron_solopo.report.figure import LIGHT, Point, heat_map, short_length
+from megatron_solopo.report.runs import RunRecord, answer_cells, common_tasks, mean_answer_points, read_runs
 from megatron_solopo.report.table import cost_table, verdict_sentences, verdict_table
+from megatron_solopo.results.long_context import read_long_context
+from megatron_solopo.results.preference import read_preference
 from tests.report.written_runs import LENGTHS, accuracy, write_answers, write_preferences, write_run
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> list[Run]:
+def runs(tmp_path: Path) -> list[RunRecord]:
     paths = []
     for name, skill in (("good", 0.9), ("near", 0.85), ("poor", 0.1)):
         paths.append(write_run(tmp_path / name))
@@ -30,7 +27,7 @@ def runs(tmp_path: Path) -> list[Run]:
     return read_runs(paths)
 
 
-def test_the_best_is_marked_and_what_cannot_be_told_from_it(runs: list[Run]) -> None:
+def test_the_best_is_marked_and_what_cannot_be_told_from_it(runs: list[RunRecord]) -> None:
     table = verdict_table(runs)
     place = table.columns.index("accuracy at 16K")
     cells = [values[place] for _, values in table.rows]
@@ -40,7 +37,7 @@ def test_the_best_is_marked_and_what_cannot_be_told_from_it(runs: list[Run]) -> 
     assert [cell.mark for cell in shortest] == ["", "", ""], "equal in all runs"
 
 
-def test_sentences_say_what_the_intervals_allow(runs: list[Run]) -> None:
+def test_sentences_say_what_the_intervals_allow(runs: list[RunRecord]) -> None:
     near, rewards = verdict_sentences(runs)
     assert near.startswith("At 16,384 tokens, good has the highest accuracy, ")
     assert near.endswith("The interval of its difference to near holds 0: chance may have decided.")
@@ -88,7 +85,7 @@ def test_lengths_are_compared_only_where_all_were_asked_the_same(tmp_path: Path)
     assert not any(column.startswith("accuracy at") for column in verdict_table(read_runs(paths)).columns)
 
 
-def test_costs_are_sums_over_the_steps(runs: list[Run]) -> None:
+def test_costs_are_sums_over_the_steps(runs: list[RunRecord]) -> None:
     table = cost_table(runs[:1])
     (_, values), *_ = table.rows
     cells = dict(zip(table.columns, map(str, values), strict=True))

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from megatron_solopo.evaluation_results import Cell, LongContextResults
-from megatron_solopo.report.preference_results import PreferenceResults
+from megatron_solopo.results.long_context import Cell, LongContextResults
+from megatron_solopo.results.preference import PreferenceResults
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

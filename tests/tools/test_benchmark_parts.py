@@ -113,7 +113,7 @@ def logprobs_of_both(folder: Path) -> tuple[list[float], list[float]]:
     import bench_ours
     from bench_case import random_model
 
-    from megatron_solopo.config_file import parse_config
+    from megatron_solopo.config import parse_config
     from tests.ranks import layout
 
     plan = make_plan(folder, 64)

@@ -12,9 +12,9 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 
-from megatron_solopo.config_file import load_config
+from megatron_solopo.config import load_config
 from megatron_solopo.parallel import topology
-from megatron_solopo.train.session import prepare
+from megatron_solopo.train.session import check_and_join
 from tests.distributed import run_distributed
 from tests.prepared import make_prepared
 from tests.ranks import layout
@@ -141,7 +141,7 @@ def test_the_compared_gradient_holds_the_alignments_part(config: Path, monkeypat
     norms = []
     for alpha in (0.0, 3.0):
         loaded = load_config(config, [f"objective.alpha={alpha}", "optimizer.use_distributed_optimizer=false"])
-        _, groups, splits = prepare(loaded)
+        _, groups, splits = check_and_join(loaded)
         try:
             gradients = precision_runs.run_precision(loaded, splits, groups, steps=1).gradients
         finally:

@@ -8,8 +8,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from megatron_solopo.config import Config
-from megatron_solopo.config_file import parse_config
+from megatron_solopo.config import Config, parse_config
 from megatron_solopo.files import read_jsonl
 from tests.prepared import make_prepared
 from tests.tiny_models import make_model

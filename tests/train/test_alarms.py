@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from megatron_solopo.train.alarms import Alarms, Step, both_rewards_falling, evaluation_not_finite, loss_spike, values
+from megatron_solopo.train.alarms import (
+    Alarms,
+    StepMetrics,
+    both_rewards_falling,
+    evaluation_not_finite,
+    loss_spike,
+    values,
+)
 
 
 def course(losses: Sequence[float | None]) -> list[dict[str, Any]]:
@@ -47,7 +54,7 @@ def test_earlier_spikes_do_not_hide_a_later_one() -> None:
     assert loss_spike(course([*losses, 3.0]))
 
 
-def rewards(chosen: Sequence[float], rejected: Sequence[float]) -> list[Step]:
+def rewards(chosen: Sequence[float], rejected: Sequence[float]) -> list[StepMetrics]:
     return [{"rewards/chosen": a, "rewards/rejected": b} for a, b in zip(chosen, rejected, strict=True)]
 
 
@@ -67,11 +74,11 @@ def test_a_healthy_course_of_rewards_is_silent(chosen_slope: float, rejected_slo
 
 
 def test_an_evaluation_that_is_not_finite_is_told() -> None:
-    steps: list[Step] = [{"loss": 0.5}, {"loss": 0.5, "eval_loss": 0.5}, {"loss": 0.5, "eval_loss": None}]
+    steps: list[StepMetrics] = [{"loss": 0.5}, {"loss": 0.5, "eval_loss": 0.5}, {"loss": 0.5, "eval_loss": None}]
     assert [bool(evaluation_not_finite(steps[: end + 1])) for end in range(3)] == [False, False, True]
 
 
-def above_one(steps: Sequence[Step]) -> str | None:
+def above_one(steps: Sequence[StepMetrics]) -> str | None:
     return "high" if (values(steps[-1:], "loss") or [0.0])[0] > 1 else None
 
 

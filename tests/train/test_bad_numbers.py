@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import compute_objective
 from megatron_solopo.train import step
-from megatron_solopo.train.bad_numbers import Skipped
+from megatron_solopo.train.bad_numbers import SkippedSteps
 from megatron_solopo.train.policy import Policy, StepResult
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
@@ -130,7 +130,7 @@ def test_a_bad_loss_is_told_with_its_triplet_alone(folder: Path) -> None:
 
 
 def test_steps_in_a_row_are_counted() -> None:
-    count = Skipped()
+    count = SkippedSteps()
     found = []
     for skipped in (True, True, False, True):
         count = count.after(skipped=skipped)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from megatron_solopo import progress
-from megatron_solopo.config_file import parse_config
+from megatron_solopo.config import parse_config
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
-from megatron_solopo.train import batches
+from megatron_solopo.train import run_data as batches
 from tests.prepared import make_prepared
 from tests.ranks import layout
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_solopo.train.alarms import DETECTORS, Alarms
-from megatron_solopo.train.collapse import gap_closes_from_below
+from megatron_solopo.train.alarms import DETECTORS, Alarms, gap_closes_from_below
 
 RECORDED = Path(__file__).resolve().parents[2] / "examples" / "reproduction" / "runs.jsonl"
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
-from megatron_solopo.train import cost
-from megatron_solopo.train.cost import peak_flops, peak_memory_bytes, training_flops
+from megatron_solopo.train import metrics as cost
+from megatron_solopo.train.metrics import peak_flops, peak_memory_bytes, training_flops
 from tests.tiny_models import FAMILIES, VOCAB_SIZE
 
 ROLES = ("short_chosen", "short_rejected", "long_chosen")

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_solopo.config_checkpoint import CheckpointConfig
-from megatron_solopo.train.due import SaveClock, deadline
+from megatron_solopo.config import CheckpointConfig
+from megatron_solopo.train.saving import SaveClock, deadline
 from tests.ranks import layout
 
 

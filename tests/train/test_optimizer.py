@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_solopo.config import ModelConfig, OptimizerConfig
-from megatron_solopo.train import optimizer
-from megatron_solopo.train.optimizer import build_scheduler, check_offload, check_schedule
+from megatron_solopo.train import policy as optimizer
+from megatron_solopo.train.policy import build_scheduler, check_offload, check_schedule
 
 LR, MIN_LR, WARMUP, STEPS = 8e-4, 2e-4, 4, 12
 

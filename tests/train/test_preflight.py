@@ -12,8 +12,8 @@ from megatron_solopo.config import Config, ObjectiveConfig
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.objective import required_roles
-from megatron_solopo.train import largest_pack
 from megatron_solopo.train import preflight as checks
+from megatron_solopo.train import preflight as largest_pack
 from megatron_solopo.train.trainer import preflight, train
 from tests.distributed import run_distributed
 from tests.train.runs import make_inputs, recorded, small_config

@@ -12,13 +12,12 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported once, before ranks are forked)
 
-from megatron_solopo.config import Config
-from megatron_solopo.config_file import parse_config
+from megatron_solopo.config import Config, parse_config
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import compute_objective
 from megatron_solopo.parallel import topology
 from megatron_solopo.train.reference import reference_logprobs
-from megatron_solopo.train.session import prepare
+from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
 from tests.prepared import make_prepared
@@ -90,7 +89,7 @@ def live_and_cached(folder: Path, cache: str, parallel: dict[str, Any]) -> dict[
     settings = settings.model_copy(
         update={"reference": settings.reference.model_copy(update={"cache": folder / cache})}
     )
-    _, groups, splits = prepare(settings)
+    _, groups, splits = check_and_join(settings)
     try:
         return {name: each.logps for name, each in reference_logprobs(settings, splits, groups).items()}
     finally:

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_solopo.config_file import parse_config
+from megatron_solopo.config import parse_config
 from megatron_solopo.train import lock
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
@@ -122,7 +122,7 @@ def test_async_saves_are_the_synchronous_ones_bit_by_bit(folder: Path) -> None:
 
 
 DEATHS = {
-    "inside the write": ("megatron_solopo.checkpoint.sharded:ShardedWrite._write_file:5", 3),
+    "inside the write": ("megatron_solopo.checkpoint.save:ShardedWrite._write_file:5", 3),
     "between name and latest": ("megatron_solopo.checkpoint.directory:sync_directory:8", 4),
 }
 

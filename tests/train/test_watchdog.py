@@ -17,8 +17,8 @@ from megatron_solopo import exits
 from megatron_solopo.config import WatchdogConfig
 from megatron_solopo.train import watchdog
 from megatron_solopo.train.policy import Policy
-from megatron_solopo.train.roll_call import RollCall
 from megatron_solopo.train.trainer import train
+from megatron_solopo.train.watchdog import RollCall
 from tests.distributed import exit_codes
 from tests.train.runs import at_call, make_inputs, small_config
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_solopo.data.context_rows import to_line
-from megatron_solopo.data.sample import sample
-from megatron_solopo.data.sample_settings import SampleSettings
-from megatron_solopo.data.select import select
-from megatron_solopo.data.select_settings import SelectSettings
 from megatron_solopo.data.tokenize import prepare
 from megatron_solopo.files import atomic_path
+from megatron_solopo.triplets.contexts import to_line
+from megatron_solopo.triplets.sample import sample
+from megatron_solopo.triplets.select import select
+from megatron_solopo.triplets.settings import SampleSettings, SelectSettings
 from miniature.task import LONG_FACTS, SHORT_FACTS, WORDS, draw_facts, place_facts, questions, text
 
 SHORT_LENGTH = 16

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo.train.alarms import WINDOW, Step
-from megatron_solopo.train.collapse import gap_closes_from_below
+from megatron_solopo.train.alarms import WINDOW, StepMetrics, gap_closes_from_below
 from miniature.evaluate import LENGTHS
 from miniature.pairs import SHORT_LENGTH
 from miniature.plan import DEFAULT_ALPHA
@@ -50,7 +49,7 @@ class Result:
     def warned_at(self) -> int | None:
         """The step at which the trainer's warning begins, None without one."""
         trajectories = self.recorded["trajectories"]
-        steps: list[Step] = [
+        steps: list[StepMetrics] = [
             dict(zip(trajectories, values, strict=True)) for values in zip(*trajectories.values(), strict=True)
         ]
         for end in range(1, len(steps) + 1):

@@ -8,8 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.checkpoint.convert import export_model
-from megatron_solopo.config import Config
-from megatron_solopo.config_file import parse_config
+from megatron_solopo.config import Config, parse_config
 from megatron_solopo.files import read_jsonl, remove
 from megatron_solopo.train.trainer import precompute_reference, train
 from miniature.evaluate import LENGTHS, accuracy, eval_set

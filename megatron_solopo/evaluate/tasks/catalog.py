@@ -4,17 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_solopo.data.encode import Template
-from megatron_solopo.data.measure import Measure
 from megatron_solopo.data.row import Content
-from megatron_solopo.data.scoring import Score
-from megatron_solopo.data.seeds import generator
 from megatron_solopo.evaluate.samples import QA_METRICS, Sample, Spec, Unfit
-from megatron_solopo.evaluate.tasks.draft import Draft
-from megatron_solopo.evaluate.tasks.fit import fit
-from megatron_solopo.evaluate.tasks.needles import NEEDLES, needle_draft
+from megatron_solopo.evaluate.tasks.fit import Draft, fit
 from megatron_solopo.evaluate.tasks.questions import QuestionCorpus
-from megatron_solopo.evaluate.tasks.tracking import tracking_draft
-from megatron_solopo.evaluate.tasks.words import words_draft
+from megatron_solopo.evaluate.tasks.synthetic import NEEDLES, needle_draft, tracking_draft, words_draft
+from megatron_solopo.generate.scoring import Score
+from megatron_solopo.triplets.prompt import Measure
+from megatron_solopo.triplets.seeds import generator
 
 QA, _TRACKING, _WORDS = "qa", "variable_tracking", "common_words"
 _RULER_METRICS: tuple[Score, ...] = ("string_match_all",)

@@ -1,4 +1,6 @@
-"""Prompts of exactly so many tokens, whatever the tokenizer.
+"""What a task makes before its length is fitted.
+
+Prompts of exactly so many tokens, whatever the tokenizer.
 
 Only the whole prompt is ever measured, since tokenizers merge across every seam. As many units (sentences, documents,
 words of a list) are taken as fit; neutral sentences and then single words go into the prompt's padding; the last token
@@ -6,11 +8,30 @@ or two are met by trying short endings, and with fewer words or units where no e
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 
 from megatron_solopo.data.row import Content
 
-Build = Callable[[int, str], Content]
+
+@dataclass(frozen=True)
+class Draft:
+    """One sample without its length.
+
+    Attributes:
+        build: (units, padding) -> text; more of either make it longer.
+        lead: How an answer begins; a plain prompt ends with it, a chat message leaves it out.
+        answers: What is scored against.
+        most_units: How many units there are; None: no bound.
+    """
+
+    build: Callable[[int, str], str]
+    lead: str
+    answers: tuple[str, ...]
+    most_units: int | None = None
+
+
+PromptBuilder = Callable[[int, str], Content]
 """(units, padding) -> prompt; more of either make it longer."""
 
 _SENTENCES = (
@@ -24,7 +45,7 @@ _ENDINGS = ("", ".", " a", " on", " on.", " x", " I I", " a.", "!", " -", " it i
 _BACKWARDS = 6
 
 
-def fit(build: Build, excess: Callable[[Content], int], most_units: int | None = None) -> Content | None:
+def fit(build: PromptBuilder, excess: Callable[[Content], int], most_units: int | None = None) -> Content | None:
     """A prompt without excess, the same for the same arguments; None where none was found.
 
     Args:
@@ -42,7 +63,7 @@ def fit(build: Build, excess: Callable[[Content], int], most_units: int | None =
     return next((prompt for prompt in prompts if prompt is not None), None)
 
 
-def _pad(build: Build, excess: Callable[[Content], int], units: int) -> Content | None:
+def _pad(build: PromptBuilder, excess: Callable[[Content], int], units: int) -> Content | None:
     """A prompt of these units without excess, if some padding gives one."""
 
     def padded(padding: str) -> int:

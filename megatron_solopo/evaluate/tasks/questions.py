@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_solopo.data.corpus.question import Document, Question, entity_golds, leaks, normalise
-from megatron_solopo.data.corpus.read import BadRow, Format, read_questions
-from megatron_solopo.data.prompt import PromptTemplate
-from megatron_solopo.data.seeds import generator
-from megatron_solopo.evaluate.tasks.draft import Draft
+from megatron_solopo.evaluate.tasks.fit import Draft
+from megatron_solopo.triplets.corpus.formats import Document, Question, entity_golds, leaks, normalise
+from megatron_solopo.triplets.corpus.read import BadRow, Format, read_questions
+from megatron_solopo.triplets.prompt import PromptTemplate
+from megatron_solopo.triplets.seeds import generator
 
 
 class QuestionCorpus:

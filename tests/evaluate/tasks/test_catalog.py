@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_solopo.data.encode import encode_prompt
-from megatron_solopo.data.measure import Measure
-from megatron_solopo.data.prompt import DEFAULT_TEMPLATE, PromptTemplate
-from megatron_solopo.data.scoring import SCORERS
 from megatron_solopo.evaluate.tasks.catalog import TASKS, GeneratedTasks, TaskPlan
-from megatron_solopo.evaluate.tasks.haystack import read_sentences
 from megatron_solopo.evaluate.tasks.questions import QuestionCorpus
-from tests.data.musique_example import QUESTIONS, first_lines, write
+from megatron_solopo.evaluate.tasks.synthetic import read_sentences
+from megatron_solopo.generate.scoring import SCORERS
+from megatron_solopo.triplets.prompt import DEFAULT_TEMPLATE, Measure, PromptTemplate
+from tests.triplets.musique_example import QUESTIONS, first_lines, write
 
 STYLES = ("byte_level", "metaspace", "prepend", "identity", "nmt")
 NEEDLES_AND_CHAINS = [name for name in TASKS if name not in ("qa", "common_words")]

@@ -1,0 +1,48 @@
+"""The configuration of a run: its schema, and how a file becomes one."""
+
+from megatron_solopo.config.load import check_not_by_hand, load_config, parse_config, save_config
+from megatron_solopo.config.schema import (
+    ROLES,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    FP8Recipe,
+    LoggingConfig,
+    LogprobConfig,
+    LossType,
+    ModelConfig,
+    ObjectiveConfig,
+    ObjectiveName,
+    OptimizerConfig,
+    ParallelConfig,
+    ReferenceConfig,
+    TrainingConfig,
+    WatchdogConfig,
+    context_and_response,
+    required_roles,
+)
+
+__all__ = [
+    "ROLES",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "FP8Recipe",
+    "LoggingConfig",
+    "LogprobConfig",
+    "LossType",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "ObjectiveName",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ReferenceConfig",
+    "TrainingConfig",
+    "WatchdogConfig",
+    "check_not_by_hand",
+    "context_and_response",
+    "load_config",
+    "parse_config",
+    "required_roles",
+    "save_config",
+]

@@ -1,0 +1,172 @@
+"""From settings to samples: where they come from, which fit the model, and what an answer depends on."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
+from megatron_solopo.checkpoint.model_files import weights_fingerprint
+from megatron_solopo.data.encode import Template
+from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.evaluate.samples import QuestionFile, Sample, Side, Source, Spec, Unfit, check_task_names
+from megatron_solopo.evaluate.settings import LongContextSettings
+from megatron_solopo.evaluate.target import Target
+from megatron_solopo.evaluate.tasks.catalog import QA, GeneratedTasks, TaskPlan
+from megatron_solopo.evaluate.tasks.questions import QuestionCorpus
+from megatron_solopo.evaluate.tasks.synthetic import read_sentences
+from megatron_solopo.files import sha256_file, sha256_text
+from megatron_solopo.generate.scoring import Score
+from megatron_solopo.results.long_context import SkippedSamples
+from megatron_solopo.triplets.prompt import Measure, PromptTemplate, read_template
+
+_SAMPLES = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of the model.
+
+    Attributes:
+        specs: Samples that fit the model.
+        skipped: Those that do not, counted; of those that fit, `unfit` counts what cannot be made.
+        metrics: Of each task, the main one first.
+        max_positions: Of the model, None where unknown.
+    """
+
+    specs: list[Spec]
+    skipped: list[SkippedSamples]
+    metrics: dict[str, tuple[Score, ...]]
+    max_positions: int | None
+    sources: dict[str, Source]
+
+    def build(self, spec: Spec) -> Sample | None:
+        """One sample with its prompt; None, on every rank alike, where no prompt of its length can be made."""
+        try:
+            return self.sources[spec.task].build(spec)
+        except Unfit:
+            return None
+
+    def unfit(self, specs: Iterable[Spec]) -> list[SkippedSamples]:
+        """Those of these samples that cannot be made, counted."""
+        found: Counter[tuple[str, int, str]] = Counter()
+        for spec in specs:
+            try:
+                self.sources[spec.task].build(spec)
+            except Unfit as error:
+                found[spec.task, spec.length, error.reason] += 1
+        return [
+            SkippedSamples(task=task, length=length, n=n, reason=reason) for (task, length, reason), n in found.items()
+        ]
+
+
+def make_plan(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> Plan:
+    """Raises ValueError for tasks whose lengths the model does not take, or files that hold no question."""
+    positions = _served_positions(settings) if target.path is None else _max_positions(target.path)
+    sources: list[Source] = _files(settings, tokenizer)
+    if settings.tasks:
+        tasks = _tasks(settings, tokenizer)
+        _refuse_overlong(tasks.plan(), positions)
+        tasks.check()
+        sources.insert(0, tasks)
+    check_task_names(sources)
+    by_task = {task: source for source in sources for task in source.metrics}
+    metrics = {task: by_task[task].metrics[task] for task in by_task}
+    planned = [spec for source in sources for spec in source.plan()]
+    fitting = [spec for spec in planned if positions is None or _total(spec) <= positions]
+    left_out = Counter((spec.task, spec.length) for spec in planned) - Counter((s.task, s.length) for s in fitting)
+    reason = f"prompt and room for the answer exceed the model's {positions} positions"
+    skipped = [SkippedSamples(task=task, length=length, n=n, reason=reason) for (task, length), n in left_out.items()]
+    if not fitting:
+        raise ValueError(f"--contexts: {reason} in all {len(planned)} samples")
+    return Plan(fitting, skipped, metrics, positions, by_task)
+
+
+def identity(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that decides an answer, by the option's name; not which samples are asked."""
+    files = [settings.corpus, settings.haystack, settings.prompt_template]
+    hashes = {str(path): sha256_file(path) for path in (*settings.contexts, *files) if path is not None}
+    return {
+        "model": settings.model if target.path is None else weights_fingerprint(target.path),
+        "backend": target.backend,
+        "dtype": settings.dtype,
+        "tokenizer": tokenizer.fingerprint,
+        "template": sha256_text(tokenizer.chat_template or "") if _template(settings, tokenizer) == "chat" else "plain",
+        "seed": settings.seed,
+        "max_new_tokens": settings.max_new_tokens,
+        "files": hashes,
+    }
+
+
+def _tasks(settings: LongContextSettings, tokenizer: Tokenizer) -> GeneratedTasks:
+    template = _template(settings, tokenizer)
+    asked = TaskPlan(
+        settings.tasks,
+        settings.lengths,
+        settings.depths,
+        settings.samples or _SAMPLES,
+        settings.seed,
+        settings.max_new_tokens,
+    )
+    sentences = None if settings.haystack is None else read_sentences(settings.haystack)
+    corpus = None
+    if QA in settings.tasks:
+        assert settings.corpus is not None
+        prompt = PromptTemplate(read_template(settings.prompt_template), titles=True, template=template)
+        corpus = QuestionCorpus(settings.corpus, settings.format, prompt, settings.seed)
+    return GeneratedTasks(asked, Measure(tokenizer, template), template, sentences, corpus)
+
+
+def _files(settings: LongContextSettings, tokenizer: Tokenizer) -> list[Source]:
+    sides: tuple[Side, ...] = ("short", "long") if settings.side == "both" else (settings.side,)
+    return [
+        QuestionFile(
+            path, sides, tokenizer, settings.lengths, settings.depths, settings.max_new_tokens, settings.samples
+        )
+        for path in settings.contexts
+    ]
+
+
+def _template(settings: LongContextSettings, tokenizer: Tokenizer) -> Template:
+    if settings.template == "auto":
+        return "plain" if tokenizer.chat_template is None else "chat"
+    if settings.template == "chat" and tokenizer.chat_template is None:
+        raise ValueError("--template chat: the tokenizer has no chat template; legal: plain")
+    return settings.template
+
+
+def _refuse_overlong(specs: list[Spec], positions: int | None) -> None:
+    for spec in specs:
+        if positions is not None and _total(spec) > positions:
+            most = positions - spec.max_new_tokens
+            raise ValueError(
+                f"--lengths {spec.length}: with {spec.max_new_tokens} tokens for the answer to {spec.task} it exceeds "
+                f"the model's {positions} positions; legal: at most {most}, or a smaller --max-new-tokens"
+            )
+
+
+def _total(spec: Spec) -> int:
+    return spec.prompt_tokens + spec.max_new_tokens
+
+
+def _served_positions(settings: LongContextSettings) -> int | None:
+    from megatron_solopo.evaluate.server_model import greedy_settings
+    from megatron_solopo.generate.server import served_positions
+
+    return served_positions(greedy_settings(settings))
+
+
+def _max_positions(path: Path) -> int | None:
+    """Positions that the model was made for; None where its config does not say."""
+    try:
+        return read_architecture(path).max_sequence_length
+    except ValueError:
+        if is_megatron_checkpoint(path):
+            raise
+    # transformers runs other models than we do.
+    config = AutoConfig.from_pretrained(huggingface_directory(path), local_files_only=True, trust_remote_code=False)
+    return getattr(config, "max_position_embeddings", None)

@@ -1,0 +1,152 @@
+"""Responses on disk as they come: a file that a killed program can continue, without losing or repeating one.
+
+JSON lines. The first is {"journal": ...}, all that decides what a response may be; the others are responses, appended
+and synced to the disk before they count as received. A last line without its end is one that was being written when
+the program was killed: it never counted, is cut off, and its response asked for again.
+"""
+
+import fcntl
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_solopo.errors import first_problem
+
+
+class StoredResponse(BaseModel):
+    """One sampled response."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    question_id: str
+    index: int = Field(ge=0)
+    """Number of the sample, from 0."""
+    text: str
+    finish_reason: str | None = None
+    """As the server says: length where the response was cut at its greatest number of tokens."""
+    seed: int | None = None
+    """Of the request; the responses of one request share it."""
+
+
+class Journal:
+    """The file, opened to append. Use as a context manager.
+
+    Args:
+        path: Created where it does not exist, continued where it does.
+        header: Must be that of the existing file.
+        command: Whose output the file is.
+
+    Attributes:
+        received: Numbers of the samples in the file, by question.
+
+    Raises:
+        ValueError: The file has another header, is no journal, or another process has it open.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any], command: str = "data sample") -> None:
+        self.received: defaultdict[str, set[int]] = defaultdict(set)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("a+b")
+        try:
+            self._lock(path)
+            self._continue(path, header, command)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def _lock(self, path: Path) -> None:
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--output {path}: another process is writing it; wait, or name another") from None
+
+    def _continue(self, path: Path, header: dict[str, Any], command: str) -> None:
+        end = 0
+        for start, line in _complete_lines(path):
+            end = start + len(line)
+            if not start:
+                _check_header(path, header, command)
+            else:
+                response = parse_response(path, start, line)
+                self.received[response.question_id].add(response.index)
+        self._stream.truncate(end)
+        if not end:
+            self._append([json.dumps({"journal": header}, ensure_ascii=False)])
+
+    def append(self, responses: Sequence[StoredResponse]) -> None:
+        """Write responses; they are on the disk when this returns."""
+        self._append([response.model_dump_json() for response in responses])
+        for response in responses:
+            self.received[response.question_id].add(response.index)
+
+    def _append(self, lines: Sequence[str]) -> None:
+        self._stream.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """What decided the responses; None for a file of responses that no `data sample` wrote."""
+    first = next((line for _, line in _complete_lines(path)), b"{}")
+    try:
+        value = json.loads(first)
+    except ValueError:
+        return None
+    header = value.get("journal") if isinstance(value, dict) else None
+    return header if isinstance(header, dict) else None
+
+
+def read_offsets(path: Path) -> Iterator[tuple[int, StoredResponse]]:
+    """Every response with its byte offset, in the order they came. Raises ValueError naming a line that is none."""
+    has_header = read_header(path) is not None
+    for start, line in _complete_lines(path):
+        if start or not has_header:
+            yield start, parse_response(path, start, line)
+
+
+def parse_response(path: Path, offset: int, line: bytes) -> StoredResponse:
+    """One line of the file; raises ValueError."""
+    try:
+        return StoredResponse.model_validate_json(line)
+    except ValidationError as error:
+        with path.open("rb") as stream:
+            number = stream.read(offset).count(b"\n") + 1
+        raise ValueError(f"{path}:{number}: {first_problem(error, 'the whole line')} (expected a response)") from None
+
+
+def _complete_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    try:
+        with path.open("rb") as stream:
+            for line in stream:
+                if line.endswith(b"\n"):
+                    yield offset, line
+                offset += len(line)
+    except OSError as error:
+        raise ValueError(f"--responses {path}: {error.strerror}") from None
+
+
+def _check_header(path: Path, header: dict[str, Any], command: str) -> None:
+    old = read_header(path)
+    if old is None:
+        raise ValueError(f"--output {path}: exists and is not the output of {command}; name another")
+    for name in sorted(old.keys() | header.keys()):
+        if old.get(name) != header.get(name):
+            raise ValueError(
+                f"--output {path}: was begun with {name} {old.get(name)}, not {header.get(name)}; "
+                "name another output, or ask for the same"
+            )

@@ -1,0 +1,1 @@
+"""Files of results that evaluations write and reports read."""

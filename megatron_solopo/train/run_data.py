@@ -1,0 +1,156 @@
+"""The prepared data of a run, checked against its objective and its model.
+
+Global batches of a run: the data room's loaders, for this rank's place and this run's budget.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_solopo.architecture.fp8 import pack_multiple
+from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.model_directory import has_tokenizer
+from megatron_solopo.config import Config
+from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, sequential_batches
+from megatron_solopo.data.prepared import PreparedManifest, load_prepared
+from megatron_solopo.data.tokenizer import load_tokenizer
+from megatron_solopo.objective import required_roles
+from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.progress import bar_style
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The training split and, where one was held out, the evaluation split."""
+
+    manifest: PreparedManifest
+    datasets: dict[str, TripletDataset]
+    """By name: train, eval."""
+
+
+def load_splits(config: Config, architecture: Architecture) -> Splits:
+    """Open `data.path`.
+
+    Raises ValueError if it is not complete, holds pairs where triplets are needed, was tokenized with
+    another tokenizer than the model's, has sequences longer than the model's positions, or has no
+    held-out split where evaluation is asked for.
+    """
+    prepared = load_prepared(config.data.path)
+    manifest = prepared.manifest
+    if manifest.kind == "pair" and config.objective.name == "solopo":
+        raise ValueError(
+            f"{config.data.path}: holds plain pairs (prompt, chosen, rejected), but objective.name=solopo needs "
+            "prompt_short and prompt_long; prepare triplets, or set objective.name=short_po"
+        )
+    _check_tokenizer(config, manifest, architecture)
+    columns = {"short": prepared.prompt_column("short"), "long": prepared.prompt_column("long")}
+    _check_lengths(config, manifest, architecture, columns)
+    datasets = {"train": TripletDataset(prepared.train, columns)}
+    if prepared.eval is not None:
+        datasets["eval"] = TripletDataset(prepared.eval, columns)
+    elif config.training.eval_steps is not None:
+        raise ValueError(
+            f"training.eval_steps={config.training.eval_steps}, but {config.data.path} has no held-out split; "
+            "prepare it with --eval-count, or remove the key"
+        )
+    return Splits(manifest, datasets)
+
+
+def _check_tokenizer(config: Config, manifest: PreparedManifest, architecture: Architecture) -> None:
+    problem = ""
+    if manifest.vocab_size > architecture.vocab_size:
+        problem = f"with {manifest.vocab_size} tokens, but the model {config.model.path} has {architecture.vocab_size}"
+    elif _model_tokenizer(config) not in (None, manifest.fingerprint_parts["tokenizer"]):
+        problem = f"by {manifest.tokenizer}, which is not the tokenizer of the model {config.model.path}"
+    if problem:
+        raise ValueError(f"{config.data.path}: tokenized {problem}; prepare the data with the model's own tokenizer")
+
+
+def _model_tokenizer(config: Config) -> str | None:
+    """Fingerprint of the tokenizer beside the weights, or None where there is none."""
+    if not has_tokenizer(config.model.path):
+        return None
+    return load_tokenizer(config.model.path).fingerprint
+
+
+def _check_lengths(
+    config: Config, manifest: PreparedManifest, architecture: Architecture, columns: Mapping[str, str]
+) -> None:
+    """Compares upper bounds: the longest prompt and the longest response of the contexts in use."""
+    contexts = {role.split("_")[0] for role in required_roles(config.objective)}
+    longest = max(manifest.lengths[columns[context]].max for context in contexts)
+    longest += max(manifest.lengths[answer].max for answer in ("chosen", "rejected"))
+    if longest > architecture.max_sequence_length:
+        raise ValueError(
+            f"{config.data.path}: sequences of up to {longest} tokens, but the model {config.model.path} has "
+            f"{architecture.max_sequence_length} positions; prepare the data with --max-length, or extend the model in "
+            "its config.json (rope_parameters, max_position_embeddings)"
+        )
+
+
+_SINGLE_PASS_TRIPLETS_PER_RANK = 16
+
+
+def training_batches(
+    config: Config,
+    dataset: TripletDataset,
+    topology: Topology,
+    *,
+    global_batch_size: int | None = None,
+    packs_multiple: int | None = None,
+) -> GlobalBatchLoader:
+    """Endless shuffled global batches; raises ValueError where data, batch and budget do not fit.
+
+    Args:
+        global_batch_size: triplets per batch; None: the config's.
+        packs_multiple: every rank's number of packs is a multiple of this; None: of what the schedule needs.
+    """
+    packing = _packing(config, topology)
+    if packs_multiple is not None:
+        packing = replace(packing, packs_multiple=packs_multiple)
+    return GlobalBatchLoader(
+        dataset,
+        required_roles(config.objective),
+        packing,
+        global_batch_size=global_batch_size or config.training.global_batch_size,
+        seed=config.seed,
+    )
+
+
+def single_pass(
+    config: Config,
+    dataset: TripletDataset,
+    topology: Topology,
+    label: str,
+    roles: Sequence[str] | None = None,
+    boundary: Callable[[], None] | None = None,
+) -> Iterator[GlobalBatch]:
+    """Every triplet once, with a progress bar named `label` on rank 0; some packs may not be `counted`.
+
+    Args:
+        roles: the sequences of a triplet that share a pack; None: those that the objective reads.
+        boundary: called before every batch, by all ranks together.
+    """
+    chunk_size = _SINGLE_PASS_TRIPLETS_PER_RANK * topology.data_group.size()
+    roles = required_roles(config.objective) if roles is None else roles
+    batches = sequential_batches(dataset, roles, _packing(config, topology), chunk_size=chunk_size)
+    total = -(-len(dataset) // chunk_size)
+    for batch in tqdm(batches, label, total, unit="batch", disable=dist.get_rank() != 0, **bar_style("batches")):
+        if boundary is not None:
+            boundary()
+        yield batch
+
+
+def _packing(config: Config, topology: Topology) -> Packing:
+    return Packing(
+        sequence_multiple=topology.sequence_multiple,
+        pack_multiple=pack_multiple(config.parallel, config.model),
+        max_tokens_per_pack=config.data.max_tokens_per_pack,
+        max_triplets_per_pack=config.data.max_triplets_per_pack,
+        dp_rank=topology.data_group.rank(),
+        dp_size=topology.data_group.size(),
+        packs_multiple=topology.packs_multiple,
+    )

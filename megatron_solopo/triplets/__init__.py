@@ -1,0 +1,1 @@
+"""Make preference data: contexts, sampled answers, triplets."""

@@ -1,0 +1,129 @@
+"""The text that a model is asked to continue: instruction, documents, question.
+
+Lengths in tokens of prompts and responses, exactly as `data prepare` will make them.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from megatron_solopo.data.encode import Template, render_prompt, render_response
+from megatron_solopo.data.row import Content
+from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.triplets.corpus.formats import Document
+
+DEFAULT_TEMPLATE = """\
+Answer the question from the passages below. Reason step by step, name the passage that each step rests on, \
+and end with "So the answer is:" and the answer.
+{% for document in documents %}
+{% if document.title %}Title: {{ document.title }}
+{% endif %}{{ document.text }}
+{% endfor %}
+Question: {{ question }}
+
+Answer:
+"""
+# A document that occurs in no corpus, to find where another begins and ends.
+_PROBE = Document("Qxqz", "Qxqz vrrk.")
+
+
+class PromptTemplate:
+    """A Jinja template over `documents` (each with `title` and `text`) and `question`.
+
+    Args:
+        text: The template; every document and the question must come out of it.
+        titles: Whether documents show their titles.
+        chat: Whether a prompt is one user message instead of a string.
+
+    Raises:
+        ValueError: The text is no template, or leaves a document or the question out.
+    """
+
+    def __init__(self, text: str, *, titles: bool, template: Template) -> None:
+        # The template is data of the user's, perhaps from somebody else: it can compute text and nothing else.
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+        )
+        self._titles = titles
+        self._template = template
+        try:
+            self._jinja = environment.from_string(text)
+            probed = self.text([_PROBE, Document("Other", "Another.")], "Who was it?")
+        except TemplateError as error:
+            raise ValueError(
+                f"--prompt-template: not a usable Jinja template: {' '.join(str(error).split())}"
+            ) from None
+        for name, value in (("documents", _PROBE.text), ("documents", "Another."), ("question", "Who was it?")):
+            if probed.count(value) != 1:
+                raise ValueError(
+                    f"--prompt-template: must write each of `{name}` once, as {{{{ {name} }}}} or in a loop"
+                )
+
+    def text(self, documents: Sequence[Document], question: str) -> str:
+        """The prompt as text."""
+        shown = documents if self._titles else [Document("", document.text) for document in documents]
+        return self._jinja.render(documents=shown, question=question)
+
+    def prompt(self, documents: Sequence[Document], question: str) -> Content:
+        """The prompt as a row of a triplet file has it."""
+        text = self.text(documents, question)
+        return text if self._template == "plain" else [{"role": "user", "content": text}]
+
+    def framed(self, documents: Sequence[Document]) -> str:
+        """Documents as they stand between two others: from behind the text of the first to the text of the second.
+
+        What a document adds to `framed([])` in tokens is what it adds to a prompt, wherever the tokenizer's
+        merges do not reach from one document into the next.
+        """
+        text = self.text([_PROBE, *documents, _PROBE], "?")
+        return text[text.index(_PROBE.text) : text.rindex(_PROBE.text) + len(_PROBE.text)]
+
+
+def read_template(path: Path | None) -> str:
+    """The user's template, or the default one. Raises ValueError for a file that cannot be read."""
+    if path is None:
+        return DEFAULT_TEMPLATE
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--prompt-template {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompt-template {path}: is not UTF-8 text") from None
+
+
+class Measure:
+    """Counts tokens, special ones and the chat template's included.
+
+    Args:
+        tokenizer: The model's own.
+        template: plain or chat, see `data.tokenize.prepare`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: Template) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+
+    def prompt(self, prompt: Content) -> int:
+        """Tokens of a prompt, up to where the response starts."""
+        if self._template == "plain":
+            return self._tokenizer.count(str(prompt), add_special_tokens=True)
+        return self._tokenizer.count(render_prompt(prompt, self._tokenizer), add_special_tokens=False)
+
+    def response(self, prompt: Content, response: str) -> int:
+        """Tokens of a response to a prompt, its end token or the template's end of a message included."""
+        if self._template == "plain":
+            return len(self._tokenizer.encode_continuation(response)) + 1
+        rendered = render_response(prompt, response, self._tokenizer)
+        return len(self._tokenizer.encode_continuation(rendered))
+
+    def document_counter(self, prompt: PromptTemplate) -> Callable[[Sequence[Document]], list[int]]:
+        """A function that tells what each of some documents adds to a prompt, each tokenized once."""
+        frame = self._tokenizer.count(prompt.framed([]), add_special_tokens=False)
+
+        def count(documents: Sequence[Document]) -> list[int]:
+            framed = (prompt.framed([document]) for document in documents)
+            return [self._tokenizer.count(text, add_special_tokens=False) - frame for text in framed]
+
+        return count

@@ -1,0 +1,343 @@
+"""From the responses to one question to pairs of a chosen and a rejected one.
+
+From contexts and responses to triplets: score, choose, reject, write.
+
+Streaming: contexts are read once, question by question; of the responses only places in their file are held.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_solopo.data.encode import check_template, template_of
+from megatron_solopo.data.row import Content
+from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_solopo.files import atomic_path, sha256_file
+from megatron_solopo.generate.journal import StoredResponse, parse_response, read_header, read_offsets
+from megatron_solopo.generate.scoring import SCORERS, final_answer, token_f1
+from megatron_solopo.progress import bar_style
+from megatron_solopo.triplets.contexts import ContextRow, by_question, to_line
+from megatron_solopo.triplets.prompt import Measure
+from megatron_solopo.triplets.report import Bars, Chart, Histogram, check_output, provenance, write_stage_report
+from megatron_solopo.triplets.seeds import generator
+from megatron_solopo.triplets.settings import SelectSettings
+
+_CUT = "length"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A response that may be trained on."""
+
+    index: int
+    text: str
+    tokens: int
+    """With the end token, as in training."""
+    score: float
+    f1: float
+    """`token_f1` of the same text, which policies compare by."""
+    marked: bool
+    """Whether the answer marker was found, where it was looked for."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What becomes the answers of a triplet."""
+
+    chosen: Candidate
+    rejected: Candidate
+
+
+class Judge:
+    """Scores and pairs responses as the settings say."""
+
+    def __init__(self, settings: SelectSettings) -> None:
+        self._settings = settings
+
+    def candidates(
+        self, responses: Sequence[StoredResponse], row: ContextRow, measure: Measure
+    ) -> tuple[list[Candidate], Counter[str]]:
+        """The responses that may be trained on, and the others by the reason why not."""
+        excluded: Counter[str] = Counter()
+        seen: set[str] = set()
+        found = []
+        for response in sorted(responses, key=lambda each: each.index):
+            text = response.text.strip()
+            if reason := self._unfit(response, text, seen):
+                excluded[reason] += 1
+                continue
+            seen.add(text)
+            tokens = measure.response(row.prompt_short, text)
+            if tokens > row.response_tokens:
+                excluded["longer than the room that the contexts leave"] += 1
+                continue
+            scored, marked = self._scored_text(text)
+            score = SCORERS[self._settings.score](scored, row.answers)
+            found.append(Candidate(response.index, text, tokens, score, token_f1(scored, row.answers), marked))
+        return found, excluded
+
+    def split(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+        """(right, wrong)."""
+        right = [each for each in candidates if each.score >= self._settings.threshold]
+        return right, [each for each in candidates if each.score < self._settings.threshold]
+
+    def pairs(self, right: Sequence[Candidate], wrong: Sequence[Candidate], rng: np.random.Generator) -> Iterator[Pair]:
+        """Pairs, best first; no response is in two of them."""
+        waiting = _shuffled(wrong, rng)
+        made = 0
+        for chosen in sorted(_shuffled(right, rng), key=self._chosen_key()):
+            allowed = [each for each in waiting if self._allowed(chosen, each)]
+            if allowed and made < self._settings.max_pairs_per_question:
+                rejected = min(allowed, key=self._rejected_key(chosen))
+                waiting.remove(rejected)
+                made += 1
+                yield Pair(chosen, rejected)
+
+    def is_tied(self, right: Sequence[Candidate]) -> bool:
+        """Whether chance decides which right response comes first, though the policy was to."""
+        if self._settings.chosen == "random" or len(right) < 2:
+            return False
+        first, second = sorted(map(self._chosen_key(), right))[:2]
+        return first == second
+
+    def _unfit(self, response: StoredResponse, text: str, seen: set[str]) -> str:
+        if not text:
+            return "empty"
+        if response.finish_reason == _CUT:
+            return "cut at --max-tokens"
+        return "the same as another" if text in seen else ""
+
+    def _scored_text(self, text: str) -> tuple[str, bool]:
+        """What is scored, and whether the marker was found or not asked for."""
+        if self._settings.scored_text == "whole":
+            return text, True
+        return final_answer(text, self._settings.answer_marker)
+
+    def _chosen_key(self) -> Callable[[Candidate], float]:
+        keys: dict[str, Callable[[Candidate], float]] = {
+            "shortest": lambda each: each.tokens,
+            "random": lambda each: 0,
+            "highest_f1": lambda each: -each.f1,
+        }
+        return keys[self._settings.chosen]
+
+    def _rejected_key(self, chosen: Candidate) -> Callable[[Candidate], float]:
+        keys: dict[str, Callable[[Candidate], float]] = {
+            "random": lambda each: 0,
+            "highest_f1": lambda each: -each.f1,
+            "nearest_length": lambda each: abs(np.log(each.tokens / chosen.tokens)),
+        }
+        return keys[self._settings.rejected]
+
+    def _allowed(self, chosen: Candidate, rejected: Candidate) -> bool:
+        ratio = chosen.tokens / rejected.tokens
+        low, high = self._settings.min_length_ratio, self._settings.max_length_ratio
+        return (low is None or ratio >= low) and (high is None or ratio <= high)
+
+
+def _shuffled(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
+    return [candidates[place] for place in rng.permutation(len(candidates))]
+
+
+@dataclass
+class SelectReport:
+    """What a selection read, wrote and left out; `report.json` holds the same."""
+
+    provenance: dict[str, Any]
+    questions: int = 0
+    questions_with_pairs: int = 0
+    triplets_written: int = 0
+    questions_without_pair: Counter[str] = field(default_factory=Counter)
+    """By reason: every response right, every one wrong, none usable, no pair within the length ratio."""
+    questions_tied: int = 0
+    """Where chance decided between right responses that the policy calls equal."""
+    responses: int = 0
+    excluded: Counter[str] = field(default_factory=Counter)
+    """Responses by the reason why they cannot be trained on."""
+    responses_right: int = 0
+    responses_without_marker: int = 0
+    """Scored whole, since the text before a final answer is not in them."""
+    responses_to_other_questions: int = 0
+    mean_length_ratio: float = 0.0
+    """Tokens of chosen over rejected, mean over the pairs: far from 1, length is a shortcut."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain dictionaries, lists and numbers."""
+        # Not dataclasses.asdict: Python 3.11's makes Counters of pairs.
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+
+    def __str__(self) -> str:
+        used = self.responses - self.excluded.total()
+        lines = [
+            f"questions: {self.questions}, {self.questions_with_pairs} of them with pairs, "
+            f"{self.questions_tied} of these by chance between equals",
+            *(f"  without, {reason}: {count}" for reason, count in sorted(self.questions_without_pair.items())),
+            f"responses: {self.responses}, {used} scored, {self.responses_right} of them right",
+            *(f"  not used, {reason}: {count}" for reason, count in sorted(self.excluded.items())),
+        ]
+        if self.responses_without_marker:
+            lines.append(f"  scored whole, without the answer's marker: {self.responses_without_marker}")
+        if self.responses_to_other_questions:
+            lines.append(f"  to questions that the contexts do not have: {self.responses_to_other_questions}")
+        lines.append(
+            f"triplets: {self.triplets_written}, chosen {self.mean_length_ratio:.2f} times as long as rejected"
+        )
+        return "\n".join(lines)
+
+
+def select(settings: SelectSettings) -> SelectReport:
+    """Write triplets of id, prompt_short, prompt_long, chosen, rejected, and for analysis what led to them.
+
+    Raises:
+        ValueError: A setting is illegal, a file is not what it should be, the responses are of other contexts, or no
+            pair could be made.
+    """
+    settings.check()
+    check_output(settings.output, settings.overwrite, [settings.contexts, settings.responses])
+    tokenizer = load_tokenizer(settings.tokenizer)
+    _check_belonging(settings)
+    inputs = [settings.contexts, settings.responses]
+    made = provenance(inputs, settings.seed, asdict(settings), (settings.tokenizer, tokenizer))
+    selection = _Selection(settings, tokenizer, SelectReport(made))
+    with atomic_path(settings.output) as temporary:
+        with temporary.open("w", encoding="utf-8") as stream:
+            for text in selection.lines():
+                stream.write(text)
+        if not selection.report.triplets_written:
+            raise ValueError(f"--responses {settings.responses}: no pair could be made\n{selection.report}")
+    selection.write_report()
+    return selection.report
+
+
+def _check_belonging(settings: SelectSettings) -> None:
+    header = read_header(settings.responses)
+    if header and header.get("contexts") != sha256_file(settings.contexts):
+        raise ValueError(
+            f"--responses {settings.responses}: were sampled from other contexts than {settings.contexts}, "
+            "whose hash differs"
+        )
+
+
+class _Selection:
+    """One run over the contexts."""
+
+    def __init__(self, settings: SelectSettings, tokenizer: Tokenizer, report: SelectReport) -> None:
+        self.report = report
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._judge = Judge(settings)
+        self._places: defaultdict[str, list[int]] = defaultdict(list)
+        self._scores: list[float] = []
+        self._ratios: list[float] = []
+        self._tokens: list[tuple[int, int]] = []
+        self._depths: list[float] = []
+
+    def lines(self) -> Iterator[str]:
+        """Every triplet as a line, in the order of the contexts."""
+        for offset, response in read_offsets(self._settings.responses):
+            self._places[response.question_id].append(offset)
+        known: set[str] = set()
+        for rows in tqdm(by_question(self._settings.contexts), desc="Selecting", **bar_style("questions")):
+            if rows[0].question_id in known:
+                raise ValueError(
+                    f"--contexts {self._settings.contexts}: the rows of question {rows[0].question_id!r} do not stand "
+                    "together, as data build writes them"
+                )
+            known.add(rows[0].question_id)
+            for number, pair in enumerate(self._pairs(rows[0])):
+                for row in rows:
+                    self.report.triplets_written += 1
+                    self._depths += row.evidence_depths
+                    yield to_line(_triplet(row, pair, number, self._settings))
+        others = (len(places) for question, places in self._places.items() if question not in known)
+        self.report.responses_to_other_questions = sum(others)
+        self.report.mean_length_ratio = sum(self._ratios) / max(1, len(self._ratios))
+
+    def _pairs(self, row: ContextRow) -> list[Pair]:
+        """The pairs of one question, counted."""
+        report = self.report
+        responses = self._responses(row.question_id)
+        candidates, excluded = self._judge.candidates(responses, row, self._measure(row.prompt_short))
+        right, wrong = self._judge.split(candidates)
+        pairs = list(self._judge.pairs(right, wrong, generator(self._settings.seed, row.question_id)))
+        report.questions += 1
+        report.responses += len(responses)
+        report.excluded += excluded
+        report.responses_right += len(right)
+        report.responses_without_marker += sum(not each.marked for each in candidates)
+        self._scores += [each.score for each in candidates]
+        if pairs:
+            report.questions_with_pairs += 1
+            report.questions_tied += self._judge.is_tied(right)
+        else:
+            report.questions_without_pair[_why_none(responses, right, wrong)] += 1
+        self._ratios += [pair.chosen.tokens / pair.rejected.tokens for pair in pairs]
+        self._tokens += [(pair.chosen.tokens, pair.rejected.tokens) for pair in pairs]
+        return pairs
+
+    def _measure(self, prompt: Content) -> Measure:
+        template = template_of(prompt)
+        check_template(template, self._tokenizer, self._settings.tokenizer)
+        return Measure(self._tokenizer, template)
+
+    def _responses(self, question: str) -> list[StoredResponse]:
+        """Read from their places; of two with one number, which only a file made by hand has, the first."""
+        path = self._settings.responses
+        found: dict[int, StoredResponse] = {}
+        with path.open("rb") as stream:
+            for place in self._places.get(question, ()):
+                stream.seek(place)
+                response = parse_response(path, place, stream.readline())
+                found.setdefault(response.index, response)
+        return list(found.values())
+
+    def write_report(self) -> None:
+        """`report.json` and the page."""
+        charts: list[Chart] = [
+            Histogram(f"Score of a response ({self._settings.score})", "score", self._scores, (0, 1)),
+            Histogram("Chosen", "tokens", [chosen for chosen, _ in self._tokens]),
+            Histogram("Rejected", "tokens", [rejected for _, rejected in self._tokens]),
+            Histogram("Chosen over rejected", "ratio of tokens", self._ratios),
+            Histogram("Evidence in the long context", "depth, 0 is the start", self._depths, (0, 1)),
+            Bars("Questions without a pair", self.report.questions_without_pair),
+            Bars("Responses that were not used", self.report.excluded),
+        ]
+        name = self._settings.output.name
+        write_stage_report(self._settings.output, f"Triplets: {name}", str(self.report), self.report.to_json(), charts)
+
+
+def _why_none(responses: list[StoredResponse], right: list[Candidate], wrong: list[Candidate]) -> str:
+    if not responses:
+        return "no response"
+    if not right and not wrong:
+        return "no response that can be used"
+    if not right:
+        return "every response is wrong"
+    return "no pair within the length ratio" if wrong else "every response is right"
+
+
+def _triplet(row: ContextRow, pair: Pair, number: int, settings: SelectSettings) -> dict[str, Any]:
+    """A row of the triplet file, in the form of its prompts."""
+    chosen, rejected = (_content(row.prompt_short, each.text) for each in (pair.chosen, pair.rejected))
+    return {
+        "id": f"{row.id}#{number}" if settings.max_pairs_per_question > 1 else row.id,
+        "prompt_short": row.prompt_short,
+        "prompt_long": row.prompt_long,
+        "chosen": chosen,
+        "rejected": rejected,
+        "question_id": row.question_id,
+        "question": row.question,
+        "answers": row.answers,
+        "evidence_depths": row.evidence_depths,
+        "score": settings.score,
+        "scores": [pair.chosen.score, pair.rejected.score],
+        "samples": [pair.chosen.index, pair.rejected.index],
+    }
+
+
+def _content(prompt: Content, response: str) -> Content:
+    return response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]

@@ -1,0 +1,223 @@
+"""Layers, defaults and the one line per mistake that a user reads."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from megatron_solopo.config import Config, ObjectiveConfig, ParallelConfig, load_config, parse_config, save_config
+
+MINIMAL = {
+    "run_dir": "runs/one",
+    "model": {"path": "model"},
+    "data": {"path": "data", "max_tokens_per_pack": 4096},
+    "training": {"global_batch_size": 8},
+}
+
+
+def load(tmp_path: Path, extra: str = "", overrides: tuple[str, ...] = ()) -> Config:
+    """The minimal config, `extra` YAML lines after it, and the overrides."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + extra, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def mistakes(tmp_path: Path, extra: str = "", overrides: tuple[str, ...] = ()) -> list[str]:
+    with pytest.raises(ValueError) as raised:
+        load(tmp_path, extra, overrides)
+    return str(raised.value).splitlines()
+
+
+def test_defaults_are_one_process_and_the_solopo_objective(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    assert config.run_dir == Path("runs/one") and config.data.max_tokens_per_pack == 4096
+    assert config.parallel.model_parallel_size == 1 and not config.parallel.uses_sequence_parallel
+    assert (config.objective.name, config.objective.loss_type, config.objective.align) == ("solopo", "dpo", "chosen")
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "alpha"),
+    [("dpo", 3), ("simpo", 1), ("orpo", 1), ("ipo", 1), ("cpo", 1), ("hinge", 1), ("robust", 1)],
+)
+def test_alpha_defaults_to_the_papers_and_yields_to_the_users(loss_type: str, alpha: float) -> None:
+    assert ObjectiveConfig(loss_type=loss_type).alignment_weight == alpha
+    assert ObjectiveConfig(loss_type=loss_type, alpha=0.25).alignment_weight == 0.25
+    assert ObjectiveConfig(loss_type=loss_type, alpha=0).alignment_weight == 0
+
+
+def test_only_losses_with_a_reference_need_one() -> None:
+    need = {each for each in ("dpo", "simpo", "orpo", "ipo", "cpo", "hinge", "robust") if _needs_reference(each)}
+    assert need == {"dpo", "ipo", "hinge", "robust"}
+
+
+def _needs_reference(loss_type: str) -> bool:
+    return ObjectiveConfig(loss_type=loss_type).needs_reference
+
+
+@pytest.mark.parametrize(
+    ("tensor", "setting", "expected"),
+    [(1, None, False), (2, None, True), (2, False, False), (2, True, True)],
+)
+def test_sequence_parallel_follows_tensor_parallel_unless_set(
+    tensor: int, setting: bool | None, expected: bool
+) -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor, sequence_parallel=setting)
+    assert parallel.uses_sequence_parallel is expected
+
+
+def test_model_parallel_size_is_the_product() -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3, context_parallel_size=5)
+    assert parallel.model_parallel_size == 30
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    extra = "objective: {alpha: 2, beta: 0.5}\n"
+    config = load(tmp_path, extra, ("objective.alpha=4", "parallel.context_parallel_size=2", "objective.alpha=5"))
+    assert (config.objective.alpha, config.objective.beta, config.objective.gamma) == (5, 0.5, 0.5)
+    assert config.parallel.context_parallel_size == 2 and config.parallel.tensor_model_parallel_size == 1
+
+
+def test_an_override_of_null_takes_the_default_back(tmp_path: Path) -> None:
+    config = load(tmp_path, "objective: {alpha: 2}\n", ("objective.alpha=null",))
+    assert config.objective.alpha is None and config.objective.alignment_weight == 3
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.0e-05", "0.00001", "1E-5"])
+def test_a_learning_rate_is_a_float_in_every_notation(tmp_path: Path, text: str) -> None:
+    for config in (load(tmp_path, f"optimizer: {{lr: {text}}}\n"), load(tmp_path, "", (f"optimizer.lr={text}",))):
+        assert isinstance(config.optimizer.lr, float) and config.optimizer.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("override", "unknown", "suggested"),
+    [
+        ("objective.alpah=2", "objective.alpah", "objective.alpha"),
+        ("objectives.alpha=2", "objectives", "objective"),
+        ("parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size", "parallel.tensor_model_parallel_size"),
+        ("context_parallel_size=2", "context_parallel_size", "parallel.context_parallel_size"),
+        ("alpha=2", "alpha", "objective.alpha"),
+        ("optimizer.beta=0.1", "optimizer.beta", "objective.beta"),
+    ],
+)
+def test_an_unknown_key_suggests_the_nearest(tmp_path: Path, override: str, unknown: str, suggested: str) -> None:
+    (line,) = mistakes(tmp_path, "", (override,))
+    assert f"unknown key {unknown};" in line and f"did you mean {suggested}?" in line
+
+
+def test_an_unknown_key_like_no_other_lists_the_legal_ones(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, "", ("logging.zzz=1",))
+    assert "unknown key logging.zzz" in line and "legal here: tensorboard, wandb_project" in line
+    (line,) = mistakes(tmp_path, "", ("optimizer.foo=1",))
+    assert "did you mean" not in line and "min_lr" in line and "clip_grad" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "legal"),
+    [
+        ("objective.loss_type=kto", "objective.loss_type='kto'", "'dpo', 'simpo', 'orpo', 'ipo', 'cpo', 'hinge'"),
+        ("objective.distance=l3", "objective.distance='l3'", "'l1', 'l2' or 'huber'"),
+        ("parallel.recompute_granularity=some", "parallel.recompute_granularity='some'", "'selective' or 'full'"),
+        ("model.dtype=float16", "model.dtype='float16'", "'float32' or 'bfloat16'"),
+        ("parallel.tensor_model_parallel_size=0", "parallel.tensor_model_parallel_size=0", "greater than 0"),
+        ("optimizer.lr=-1e-5", "optimizer.lr=-1e-05", "greater than 0"),
+        ("optimizer.lr=.nan", "optimizer.lr=nan", "finite"),
+        ("training.global_batch_size=many", "training.global_batch_size='many'", "valid integer"),
+        ("training.max_steps=1.5", "training.max_steps=1.5", "valid integer"),
+        ("seed=[1,2]", "seed=[1, 2]", "valid integer"),
+        ("checkpoint.resume=perhaps", "checkpoint.resume='perhaps'", "valid boolean"),
+        ("objective=3", "objective=3", "dictionary"),
+    ],
+)
+def test_a_wrong_value_names_key_value_and_what_is_legal(tmp_path: Path, override: str, key: str, legal: str) -> None:
+    (line,) = mistakes(tmp_path, "", (override,))
+    assert str(tmp_path / "config.yaml") in line and key in line and legal in line
+
+
+@pytest.mark.parametrize("override", ["seed=true", "objective.alpha=true", "training.global_batch_size=true"])
+def test_true_is_not_a_number(tmp_path: Path, override: str) -> None:
+    (line,) = mistakes(tmp_path, "", (override,))
+    assert override.split("=")[0] in line
+
+
+def test_a_beta_for_orpo_is_refused_and_told_its_name_here(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, "", ("objective.loss_type=orpo", "objective.beta=0.2"))
+    assert "beta=0.2" in line and "orpo_lambda" in line
+    assert load(tmp_path, "", ("objective.loss_type=orpo", "objective.orpo_lambda=0.2")).objective.beta == 0.1
+
+
+def test_an_offloaded_optimizer_must_be_the_distributed_one(tmp_path: Path) -> None:
+    overrides = ("optimizer.optimizer_offload_fraction=0.5", "optimizer.use_distributed_optimizer=false")
+    (line,) = mistakes(tmp_path, "", overrides)
+    assert "optimizer_offload_fraction=0.5" in line and "use_distributed_optimizer=true" in line
+    assert load(tmp_path, "", overrides[:1]).optimizer.optimizer_offload_fraction == 0.5
+
+
+def test_one_virtual_chunk_is_no_interleaving(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, "", ("parallel.virtual_pipeline_model_parallel_size=1",))
+    assert "parallel.virtual_pipeline_model_parallel_size=1" in line and "greater than or equal to 2" in line
+
+
+def test_every_mistake_has_a_line_of_its_own(tmp_path: Path) -> None:
+    lines = mistakes(tmp_path, "", ("objective.beta=-1", "objective.typo_key=1", "seed=x", "optimizer.lr=0"))
+    assert len(lines) == 4
+    for key in ("objective.beta", "objective.typo_key", "seed", "optimizer.lr"):
+        assert sum(key in line for line in lines) == 1
+
+
+def test_required_keys_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("data: {path: d}\nmodel: {}\n")
+    with pytest.raises(ValueError) as raised:
+        load_config(path)
+    required = [
+        f"{path}: {key} is required" for key in ("run_dir", "model.path", "data.max_tokens_per_pack", "training")
+    ]
+    assert str(raised.value).splitlines() == required
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a: [1\n", b"a: 1\na: 2\n", b"\xff\xfe\x00", b"- 1\n- 2\n", b"3\n", b"seed: ${nowhere}\n"],
+    ids=["syntax", "duplicate key", "not UTF-8", "a list", "a number", "interpolation"],
+)
+def test_a_file_that_is_no_config_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as raised:
+        load_config(path)
+    assert "\n" not in str(raised.value) and str(raised.value).startswith(str(path))
+
+
+def test_an_absent_file_and_a_directory_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"absent\.yaml: no such config file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ValueError, match="is a directory"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("override", ["objective.alpha", "--alpha", "=3", "objective.alpha=[1"])
+def test_a_malformed_override_is_quoted(tmp_path: Path, override: str) -> None:
+    (line,) = mistakes(tmp_path, "", (override,))
+    assert f"override {override!r}" in line
+
+
+def test_save_and_load_give_the_same_config(tmp_path: Path) -> None:
+    overrides = (
+        "objective.loss_type=simpo",
+        "optimizer.lr=1e-5",
+        "parallel.context_parallel_size=2",
+        "reference.cache=c",
+    )
+    config = load(tmp_path, "logging: {wandb_project: solo}\n", overrides)
+    saved = tmp_path / "run" / "config.yaml"
+    save_config(config, saved)
+    assert load_config(saved) == config
+    assert yaml.safe_load(saved.read_text())["optimizer"]["adam_beta2"] == 0.95, "defaults are written out"
+    assert [path.name for path in saved.parent.iterdir()] == ["config.yaml"]
+
+
+def test_a_config_does_not_change_after_loading(tmp_path: Path) -> None:
+    config = parse_config(MINIMAL, source="test")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.objective.alpha = 1

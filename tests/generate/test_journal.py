@@ -1,0 +1,64 @@
+"""The file of responses: complete lines count, and a cut one does not."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_solopo.generate.journal import Journal, StoredResponse, read_header, read_offsets
+from tests.triplets.context_files import response, write_lines
+
+HEADER = {"model": "m", "seed": 0}
+
+
+def test_every_cut_of_the_file_continues_to_the_same_responses(tmp_path) -> None:
+    responses = [
+        StoredResponse(**response(number, index, f"text \u00e9 {index}\n")) for number in (1, 2) for index in range(2)
+    ]
+    whole = tmp_path / "whole.jsonl"
+    with Journal(whole, HEADER) as journal:
+        journal.append(responses)
+    content = whole.read_bytes()
+    for size in range(len(content) + 1):
+        path = tmp_path / "cut.jsonl"
+        path.write_bytes(content[:size])
+        with Journal(path, HEADER) as journal:
+            missing = [each for each in responses if each.index not in journal.received[each.question_id]]
+            assert len(missing) == 4 - max(0, content[:size].count(b"\n") - 1)
+            journal.append(missing)
+        assert path.read_bytes() == content and [each for _, each in read_offsets(path)] == responses
+
+
+def test_offsets_lead_to_their_lines(tmp_path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", [response(1, 0, "a\u00e9"), response(1, 1, "b")])
+    assert read_header(path) is None
+    for offset, found in read_offsets(path):
+        assert StoredResponse.model_validate_json(path.read_bytes()[offset:].split(b"\n")[0]) == found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"id": 1}\n', "is not the output of data sample"),
+        ("not json\n", "is not the output of data sample"),
+        ('{"journal": {"model": "m", "seed": 0}}\n{"index": 1}\n', r"r\.jsonl:2: question_id: Field required"),
+        ('{"journal": {"model": "m", "seed": 0}}\n{"ind\n{"index": 1}\n', r"r\.jsonl:2: the whole line"),
+        ('{"journal": {"model": "m"}}\n', "was begun with seed None, not 0"),
+    ],
+)
+def test_another_file_is_not_written_to(content, message, tmp_path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Journal(path, HEADER)
+    assert path.read_text() == content
+
+
+def test_two_processes_do_not_write_one_file(tmp_path) -> None:
+    path = tmp_path / "r.jsonl"
+    program = "from pathlib import Path; from megatron_solopo.generate.journal import Journal;"
+    program += f"Journal(Path({str(path)!r}), {HEADER})"
+    with Journal(path, HEADER):
+        other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert other.returncode == 1 and "another process is writing it" in other.stderr
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
