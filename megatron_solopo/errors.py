@@ -1,6 +1,13 @@
-"""What is wrong with data that does not fit its schema, in the words of one line."""
+"""What a user can mend, told apart from what is a fault of this program."""
 
 from pydantic import ValidationError
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: one line with what, where, the legal values and the key to change.
+
+    The command line prints the line alone and ends with exit code 2. Every other exception keeps its traceback.
+    """
 
 
 def first_problem(error: ValidationError, whole: str) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from megatron_solopo.errors import UserError
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -49,7 +51,7 @@ def replace(complete: Path, path: Path) -> None:
 def check_replaceable(path: Path, own_names: Collection[str], key: str) -> None:
     """Refuse to replace a directory that holds anything but `own_names`.
 
-    Raises ValueError naming the directory, a foreign file and the `key` to change.
+    Raises UserError naming the directory, a foreign file and the `key` to change.
     """
     if not path.exists():
         return
@@ -57,14 +59,14 @@ def check_replaceable(path: Path, own_names: Collection[str], key: str) -> None:
         [path.name] if path.is_file() else sorted(each.name for each in path.iterdir() if each.name not in own_names)
     )
     if foreign:
-        raise ValueError(f"{path}: holds {foreign[0]}, which would be lost; set {key} to another directory")
+        raise UserError(f"{path}: holds {foreign[0]}, which would be lost; set {key} to another directory")
 
 
 def check_writable(path: Path, key: str) -> None:
     """Raise ValueError, naming `key`, if `path` could not be created; asked before hours are spent on its content."""
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"{key}={path}: cannot be written, {existing} is no directory that this user may write to")
+        raise UserError(f"{key}={path}: cannot be written, {existing} is no directory that this user may write to")
 
 
 def _writer() -> str:

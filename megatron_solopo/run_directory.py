@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_solopo.architecture.model_directory import CONFIG, check_megatron_checkpoint, is_megatron_checkpoint
+from megatron_solopo.errors import UserError
 
 RUN_CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
 _LATEST, _STEP = "latest", "iter_"
@@ -33,7 +34,7 @@ class Subject:
 def find_subject(path: Path, option: str) -> Subject:
     """The model that `path` names: a run (its newest checkpoint), a checkpoint, or a Hugging Face directory.
 
-    Raises ValueError, naming the command's `option`, if it is none of them.
+    Raises UserError, naming the command's `option`, if it is none of them.
     """
     if (path / CHECKPOINTS).is_dir() and not is_megatron_checkpoint(path):
         path = _newest(path, option)
@@ -47,7 +48,7 @@ def find_subject(path: Path, option: str) -> Subject:
 def _newest(run_dir: Path, option: str) -> Path:
     pointer = run_dir / CHECKPOINTS / _LATEST
     if not pointer.is_file():
-        raise ValueError(f"{option}={run_dir}: a run that has saved no checkpoint yet; {pointer} is missing")
+        raise UserError(f"{option}={run_dir}: a run that has saved no checkpoint yet; {pointer} is missing")
     path = run_dir / CHECKPOINTS / pointer.read_text(encoding="utf-8").strip()
     check_megatron_checkpoint(path, option)
     return path

@@ -9,6 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_solopo.errors import UserError
+
 WEIGHTS = "model.safetensors"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
@@ -16,7 +18,7 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
 def refusal(folder: Path, action: Callable[[], Any]) -> str:
     """The one line of error; nothing but what was there before is there afterwards."""
     before = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         action()
     assert sorted(path.name for path in folder.iterdir()) == before
     assert "\n" not in str(error.value)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import (
     atomic_path,
     check_replaceable,
@@ -90,9 +91,9 @@ def test_a_directory_with_foreign_files_is_not_replaceable(tmp_path: Path) -> No
     (folder / "own").write_text("x")
     check_replaceable(folder, {"own"}, "cache.path")
     (folder / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match=r"cache: holds thesis\.tex, .* set cache\.path to another"):
+    with pytest.raises(UserError, match=r"cache: holds thesis\.tex, .* set cache\.path to another"):
         check_replaceable(folder, {"own"}, "cache.path")
-    with pytest.raises(ValueError, match=r"thesis\.tex"):
+    with pytest.raises(UserError, match=r"thesis\.tex"):
         check_replaceable(folder / "thesis.tex", {"own"}, "cache.path")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.run_directory import Subject, find_subject
 
 
@@ -51,6 +52,6 @@ def test_what_is_no_model_is_one_line(run: Path, spoil: str) -> None:
     elif spoil:
         (run / spoil).unlink()
     path = run if spoil else run / "absent"
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         find_subject(path, "--model")
     assert str(error.value).startswith("--model=") and "\n" not in str(error.value)

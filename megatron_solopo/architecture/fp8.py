@@ -2,6 +2,7 @@
 
 from megatron_solopo.architecture.huggingface import Shape
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.errors import UserError
 
 # Rows and columns of an FP8 matrix product's operands; rows are the tokens of a pack that one rank holds.
 FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
@@ -20,11 +21,11 @@ def pack_multiple(parallel: ParallelConfig, model: ModelConfig) -> int:
 
 
 def check_fp8(architecture: Shape, model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig) -> None:
-    """Refuse FP8 settings that contradict each other or do not fit the model; raises ValueError naming the key."""
+    """Refuse FP8 settings that contradict each other or do not fit the model; raises UserError naming the key."""
     if model.fp8 is None:
         for key in ("fp8_param", "first_last_layers_bf16"):
             if getattr(model, key):
-                raise ValueError(f"model.{key}=true needs model.fp8=hybrid or e4m3")
+                raise UserError(f"model.{key}=true needs model.fp8=hybrid or e4m3")
         return
     _check_combination(model, optimizer)
     _check_bfloat16_layers(architecture, model, parallel)
@@ -33,18 +34,18 @@ def check_fp8(architecture: Shape, model: ModelConfig, parallel: ParallelConfig,
 
 def _check_combination(model: ModelConfig, optimizer: OptimizerConfig) -> None:
     if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
-        raise ValueError(
+        raise UserError(
             "model.first_last_layers_bf16=true has no meaning with model.fp8_recipe=delayed, which scales all layers "
             "together; set model.fp8_recipe to tensorwise or blockwise"
         )
     if not model.fp8_param:
         return
     if model.fp8_recipe == "mxfp8":
-        raise ValueError("model.fp8_param=true is not supported with model.fp8_recipe=mxfp8; set it to false")
+        raise UserError("model.fp8_param=true is not supported with model.fp8_recipe=mxfp8; set it to false")
     if not optimizer.use_distributed_optimizer:
-        raise ValueError("model.fp8_param=true needs optimizer.use_distributed_optimizer=true")
+        raise UserError("model.fp8_param=true needs optimizer.use_distributed_optimizer=true")
     if optimizer.optimizer_offload_fraction:
-        raise ValueError(
+        raise UserError(
             "model.fp8_param=true is not supported with optimizer.optimizer_offload_fraction="
             f"{optimizer.optimizer_offload_fraction}; set one of them to its default"
         )
@@ -57,7 +58,7 @@ def _check_bfloat16_layers(architecture: Shape, model: ModelConfig, parallel: Pa
     layers = architecture.num_layers // parallel.pipeline_model_parallel_size
     for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         if getattr(model, key) > layers:
-            raise ValueError(
+            raise UserError(
                 f"model.{key}={getattr(model, key)} is more than the {layers} layers of a pipeline stage "
                 f"(parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size})"
             )
@@ -74,7 +75,7 @@ def _check_widths(architecture: Shape, model: ModelConfig, parallel: ParallelCon
         ("feed-forward columns / TP", a.ffn_hidden_size // tp),
     ):
         if width % multiple:
-            raise ValueError(
+            raise UserError(
                 f"model.fp8_recipe={model.fp8_recipe} needs matrices of multiples of {multiple}, but {what} is {width} "
                 f"(parallel.tensor_model_parallel_size={tp}); choose another recipe, a smaller TP, or model.fp8=null"
             )

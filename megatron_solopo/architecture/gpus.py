@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from megatron_solopo.config import ModelConfig
-from megatron_solopo.errors import first_problem
+from megatron_solopo.errors import UserError, first_problem
 
 
 class Gpu(BaseModel):
@@ -71,18 +71,18 @@ def bf16_peak(device_name: str) -> float | None:
 def read_gpus(path: Path | None) -> dict[str, Gpu]:
     """The table, with the types of a YAML file added or replaced.
 
-    Raises ValueError naming the file, the type and the field that is wrong.
+    Raises UserError naming the file, the type and the field that is wrong.
     """
     if path is None:
         return GPUS
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file (--gpu-file)") from None
+        raise UserError(f"{path}: no such file (--gpu-file)") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(given, dict):
-        raise ValueError(f"{path}: expected GPU types and their fields, {', '.join(Gpu.model_fields)}")
+        raise UserError(f"{path}: expected GPU types and their fields, {', '.join(Gpu.model_fields)}")
     return GPUS | {str(name).lower(): _parse(path, str(name), fields) for name, fields in given.items()}
 
 
@@ -91,13 +91,13 @@ def _parse(path: Path, name: str, fields: Any) -> Gpu:
         return Gpu.model_validate(fields)
     except ValidationError as error:
         problem = first_problem(error, "all of it")
-        raise ValueError(f"{path}: {name}.{problem}; the fields are {', '.join(Gpu.model_fields)}") from None
+        raise UserError(f"{path}: {name}.{problem}; the fields are {', '.join(Gpu.model_fields)}") from None
 
 
 def find_gpu(name: str, gpus: dict[str, Gpu]) -> Gpu:
-    """Look up a type; raises ValueError listing the known ones."""
+    """Look up a type; raises UserError listing the known ones."""
     if name.lower() not in gpus:
-        raise ValueError(f"--gpu {name}: unknown; known: {', '.join(gpus)}, or add it in a YAML file with --gpu-file")
+        raise UserError(f"--gpu {name}: unknown; known: {', '.join(gpus)}, or add it in a YAML file with --gpu-file")
     return gpus[name.lower()]
 
 
@@ -107,10 +107,10 @@ def has_fp8(gpu: Gpu, recipe: str) -> bool:
 
 
 def check_fp8_of(gpu: Gpu, model: ModelConfig) -> None:
-    """Refuse FP8 that a type does not have; raises ValueError naming the keys."""
+    """Refuse FP8 that a type does not have; raises UserError naming the keys."""
     if model.fp8 is not None and not has_fp8(gpu, model.fp8_recipe):
         others = "" if gpu.fp8_tflops is None else ", or model.fp8_recipe to blockwise or tensorwise"
-        raise ValueError(
+        raise UserError(
             f"model.fp8={model.fp8} with model.fp8_recipe={model.fp8_recipe}: {gpu.device_name} has no such FP8; "
             f"set model.fp8 to null{others}"
         )

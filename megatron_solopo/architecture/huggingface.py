@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_solopo.architecture.model_directory import huggingface_directory
+from megatron_solopo.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Architecture(Shape):
 def read_architecture(path: Path) -> Architecture:
     """Read `config.json` of a Hugging Face directory, or of the one inside a Megatron checkpoint.
 
-    Raises ValueError naming the file, the offending field and the supported values.
+    Raises UserError naming the file, the offending field and the supported values.
     """
     path = huggingface_directory(path)
     file = path / "config.json"
@@ -94,7 +95,7 @@ def read_architecture(path: Path) -> Architecture:
     with _named_errors(file):
         inv_freq, rotary_scale = _rotary(config, head_dim)
     if 2 * len(inv_freq) != head_dim:
-        raise ValueError(
+        raise UserError(
             f"{file}: {len(inv_freq)} rotary frequencies do not rotate head_dim={head_dim} whole; "
             "supported: partial_rotary_factor 1.0"
         )
@@ -120,21 +121,21 @@ def read_architecture(path: Path) -> Architecture:
 def _check_model_type(file: Path) -> None:
     """Refuse what is no config of a supported model, before transformers looks for the code of an unknown one."""
     if not file.is_file():
-        raise ValueError(
+        raise UserError(
             f"{file}: no such file; a model is a Hugging Face directory, or a Megatron checkpoint with a "
             "folder huggingface/; set model.path to one"
         )
     try:
         fields = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from None
+        raise UserError(f"{file}: not valid JSON: {error}") from None
     fields = fields if isinstance(fields, dict) else {}
     model_type = fields.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise ValueError(f"{file}: model_type={model_type!r} is not supported; supported: {_listed(MODEL_TYPES)}")
+        raise UserError(f"{file}: model_type={model_type!r} is not supported; supported: {_listed(MODEL_TYPES)}")
     if (quantization := fields.get("quantization_config")) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(
+        raise UserError(
             f"{file}: quantization_config with quant_method={method!r} is not supported; supported: none "
             "(take the unquantized model, or save it dequantized and without that field)"
         )
@@ -146,7 +147,7 @@ def _named_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{file}: transformers cannot read it: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{file}: transformers cannot read it: {' '.join(str(error).split())[:300]}") from None
 
 
 def _rotary(config: Any, head_dim: int) -> tuple[Tensor, float]:
@@ -172,20 +173,20 @@ def _max_sequence_length(config: Any) -> int:
 def _refuse_unsupported(config: Any, file: Path) -> None:
     rope_type = config.rope_parameters.get("rope_type")
     if rope_type not in ROPE_TYPES:
-        raise ValueError(f"{file}: rope_type={rope_type!r} is not supported; supported: {_listed(ROPE_TYPES)}")
+        raise UserError(f"{file}: rope_type={rope_type!r} is not supported; supported: {_listed(ROPE_TYPES)}")
     required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
     for field, value in required.items():
         found = getattr(config, field, value)
         if found is not None and found != value:
-            raise ValueError(f"{file}: {field}={found!r} is not supported; supported: {value!r}")
+            raise UserError(f"{file}: {field}={found!r} is not supported; supported: {value!r}")
     if getattr(config, "sliding_window", None) is not None:
-        raise ValueError(
+        raise UserError(
             f"{file}: sliding_window={config.sliding_window} is not supported; supported: null "
             "(long-context alignment needs full attention)"
         )
     other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if other_layers:
-        raise ValueError(
+        raise UserError(
             f"{file}: layer_types={_listed(sorted(other_layers))} is not supported; supported: full_attention"
         )
     _refuse_impossible(config, file)
@@ -195,10 +196,10 @@ def _refuse_impossible(config: Any, file: Path) -> None:
     for field in _COUNTS:
         count = getattr(config, field)
         if count is not None and count < 1:
-            raise ValueError(f"{file}: {field}={count} must be at least 1")
+            raise UserError(f"{file}: {field}={count} must be at least 1")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if groups and heads % groups:
-        raise ValueError(f"{file}: num_key_value_heads={groups} must divide num_attention_heads={heads}")
+        raise UserError(f"{file}: num_key_value_heads={groups} must divide num_attention_heads={heads}")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from megatron_solopo.architecture.huggingface import Shape
 from megatron_solopo.config import ParallelConfig
+from megatron_solopo.errors import UserError
 
 _VOCAB_MULTIPLE_PER_RANK = 128
 
@@ -19,10 +20,10 @@ def packs_multiple(pipeline_model_parallel_size: int, num_model_chunks: int) -> 
 def check_world_size(config: ParallelConfig, world_size: int) -> None:
     """Refuse a world size that the parallel sizes do not divide.
 
-    Raises ValueError naming the sizes and what to change.
+    Raises UserError naming the sizes and what to change.
     """
     if world_size % config.model_parallel_size:
-        raise ValueError(
+        raise UserError(
             f"{world_size} processes, but parallel.tensor_model_parallel_size="
             f"{config.tensor_model_parallel_size} x pipeline_model_parallel_size="
             f"{config.pipeline_model_parallel_size} x context_parallel_size={config.context_parallel_size} "
@@ -38,36 +39,36 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
 
 
 def check_layout(architecture: Shape, parallel: ParallelConfig) -> None:
-    """Refuse a layout that does not divide the model; raises ValueError naming both numbers and the key."""
+    """Refuse a layout that does not divide the model; raises UserError naming both numbers and the key."""
     tp = parallel.tensor_model_parallel_size
     for what, count in (
         ("attention heads", architecture.num_attention_heads),
         ("feed-forward columns", architecture.ffn_hidden_size),
     ):
         if count % tp:
-            raise ValueError(f"parallel.tensor_model_parallel_size={tp} does not divide the model's {count} {what}")
+            raise UserError(f"parallel.tensor_model_parallel_size={tp} does not divide the model's {count} {what}")
     groups = architecture.num_query_groups
     if groups % tp and tp % groups:
-        raise ValueError(
+        raise UserError(
             f"parallel.tensor_model_parallel_size={tp} is neither a divisor nor a multiple of the model's "
             f"{groups} key-value heads"
         )
     if parallel.uses_sequence_parallel and tp == 1:
-        raise ValueError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1")
+        raise UserError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1")
     chunks = parallel.virtual_pipeline_model_parallel_size
     stages = parallel.pipeline_model_parallel_size * (chunks or 1)
     if chunks is not None and parallel.pipeline_model_parallel_size == 1:
-        raise ValueError(
+        raise UserError(
             f"parallel.virtual_pipeline_model_parallel_size={chunks} needs parallel.pipeline_model_parallel_size > 1"
         )
     layers_per_stage = architecture.num_layers // stages
     if parallel.recompute_granularity == "full" and parallel.recompute_num_layers > max(layers_per_stage, 1):
-        raise ValueError(
+        raise UserError(
             f"parallel.recompute_num_layers={parallel.recompute_num_layers} is more than the {layers_per_stage} "
             "layers of a pipeline stage"
         )
     if architecture.num_layers % stages:
-        raise ValueError(
+        raise UserError(
             f"the model's {architecture.num_layers} layers do not divide into {stages} pipeline stages "
             "(parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size)"
         )
@@ -84,7 +85,7 @@ def _check_exchange_by_heads(architecture: Shape, parallel: ParallelConfig) -> N
         ("key-value heads", max(architecture.num_query_groups // tp, 1)),
     ):
         if count % cp:
-            raise ValueError(
+            raise UserError(
                 f"parallel.cp_comm_type=a2a: the {count} {what} of a tensor-parallel rank do not divide by "
                 f"parallel.context_parallel_size={cp}; set parallel.cp_comm_type=p2p"
             )
@@ -102,4 +103,4 @@ def _check_activation_offload(architecture: Shape, parallel: ParallelConfig) -> 
     elif count >= architecture.num_layers:
         problem = f"must be below the model's {architecture.num_layers} layers"
     if problem:
-        raise ValueError(f"parallel.cpu_offloading_num_layers={count} {problem}")
+        raise UserError(f"parallel.cpu_offloading_num_layers={count} {problem}")

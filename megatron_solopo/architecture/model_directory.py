@@ -6,6 +6,8 @@ checkpoint/huggingface/   config.json, generation config, tokenizer, chat templa
 
 from pathlib import Path
 
+from megatron_solopo.errors import UserError
+
 HUGGINGFACE_FOLDER = "huggingface"
 METADATA, FORMAT = ".metadata", "metadata.json"
 # Megatron-LM takes a checkpoint that does not say so for one of its oldest form, whose attention weights it reorders.
@@ -35,14 +37,14 @@ def check_huggingface_directory(path: Path, option: str) -> None:
     named = f"{option}={path}"
     _check_is_directory(path, named, " (names of a hub are not downloaded)")
     if is_megatron_checkpoint(path):
-        raise ValueError(f"{named}: is a Megatron checkpoint already; {option} must be a Hugging Face directory")
+        raise UserError(f"{named}: is a Megatron checkpoint already; {option} must be a Hugging Face directory")
     if _is_inside_checkpoint(path):
-        raise ValueError(
+        raise UserError(
             f"{named}: is a folder of the Megatron checkpoint {path.parent} and holds no weights; "
             f"{option} must be a Hugging Face directory"
         )
     if not (path / CONFIG).is_file():
-        raise ValueError(f"{named}: holds no {CONFIG}; {option} must be a Hugging Face directory")
+        raise UserError(f"{named}: holds no {CONFIG}; {option} must be a Hugging Face directory")
 
 
 def check_megatron_checkpoint(path: Path, option: str) -> None:
@@ -50,19 +52,19 @@ def check_megatron_checkpoint(path: Path, option: str) -> None:
     named = f"{option}={path}"
     if is_megatron_checkpoint(path):
         if not (config := huggingface_directory(path) / CONFIG).is_file():
-            raise ValueError(f"{config}: no such file; {named} needs the model's config and tokenizer in that folder")
+            raise UserError(f"{config}: no such file; {named} needs the model's config and tokenizer in that folder")
         return
     beside = ", ".join(each.name for each in _complete(path.parent, "iter_*"))
     _check_is_directory(path, named, f"; {path.parent} holds {beside}" if beside else "")
     if _is_inside_checkpoint(path):
-        raise ValueError(f"{named}: is a folder of a Megatron checkpoint; did you mean {path.parent}?")
+        raise UserError(f"{named}: is a folder of a Megatron checkpoint; did you mean {path.parent}?")
     kind = "is a Hugging Face directory" if (path / CONFIG).is_file() else "is no complete Megatron checkpoint"
-    raise ValueError(f"{named}: {kind}; {option} must hold {METADATA} and {FORMAT}{_meant(path)}")
+    raise UserError(f"{named}: {kind}; {option} must hold {METADATA} and {FORMAT}{_meant(path)}")
 
 
 def _check_is_directory(path: Path, named: str, hint: str) -> None:
     if not path.is_dir():
-        raise ValueError(f"{named}: {'is a file, not a directory' if path.exists() else f'no such directory{hint}'}")
+        raise UserError(f"{named}: {'is a file, not a directory' if path.exists() else f'no such directory{hint}'}")
 
 
 def _is_inside_checkpoint(path: Path) -> bool:

@@ -11,12 +11,13 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, Validati
 
 from megatron_solopo.architecture.huggingface import Shape
 from megatron_solopo.architecture.model_directory import CONFIG, huggingface_directory
+from megatron_solopo.errors import UserError
 
 
 def read_shape(path: Path) -> Shape:
     """The shape of the model in a Hugging Face directory, or of the one inside a Megatron checkpoint.
 
-    Raises ValueError naming the file, the offending field and the supported values.
+    Raises UserError naming the file, the offending field and the supported values.
     """
     try:
         plain = _Plain.model_validate_json((huggingface_directory(path) / CONFIG).read_bytes())
@@ -110,4 +111,4 @@ class _Plain(BaseModel):
 def _require(holds: bool) -> None:
     """The message is never shown: what is not plain is read by transformers."""
     if not holds:
-        raise ValueError("not plain")
+        raise UserError("not plain")

@@ -28,6 +28,7 @@ from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirector
 from megatron_solopo.checkpoint.megatron_writer import write_megatron
 from megatron_solopo.checkpoint.model_files import MODEL_FILES_MANIFEST, read_model_files, source_dtypes, write_files
 from megatron_solopo.checkpoint.verify import Verification, VerificationReport, to_dtype, verify
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_writable, described_bytes
 from megatron_solopo.progress import bar_style
 
@@ -40,7 +41,7 @@ _SMALL_MODEL_BYTES, _LARGEST_FILE_BYTES = 10**9, 5 * 10**9
 def import_model(source: Path, output: Path, *, verification: Verification) -> VerificationReport:
     """Write the Hugging Face model in `source` as a Megatron checkpoint, each tensor in the precision it has.
 
-    Raises ValueError for a model that is not supported or damaged, an existing `output`, too little space, or a
+    Raises UserError for a model that is not supported or damaged, an existing `output`, too little space, or a
     checkpoint that does not verify; `output` does not exist then.
     """
     check_huggingface_directory(source, "--hf")
@@ -71,7 +72,7 @@ def export_model(
     Args:
         dtype: precision to write; None: of each tensor, the one it had in the Hugging Face directory it came from.
 
-    Raises ValueError for a damaged checkpoint, an existing `output`, too little space, numbers that are not finite or
+    Raises UserError for a damaged checkpoint, an existing `output`, too little space, numbers that are not finite or
     beyond the range of `dtype`, or files that do not verify; `output` does not exist then.
     """
     stored = MegatronDirectory(checkpoint)
@@ -93,7 +94,7 @@ def export_model(
                 read = stored.rows_of(rule)
                 for name, row, block in huggingface_blocks(rule, architecture, read, stored.dtype(rule).itemsize):
                     if not all_finite(block):
-                        raise ValueError(
+                        raise UserError(
                             f"{checkpoint}: {name} is not finite (NaN or infinity); the checkpoint is damaged or its "
                             "training diverged: take an earlier one"
                         )
@@ -109,9 +110,9 @@ def export_model(
 
 
 def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> VerificationReport:
-    """Compare two existing directories; raises ValueError if one is not what it should be."""
+    """Compare two existing directories; raises UserError if one is not what it should be."""
     if is_megatron_checkpoint(huggingface) and not is_megatron_checkpoint(checkpoint):
-        raise ValueError(
+        raise UserError(
             f"--hf={huggingface}: is a Megatron checkpoint, and --checkpoint={checkpoint} is none; exchange the two"
         )
     check_huggingface_directory(huggingface, "--hf")
@@ -131,7 +132,7 @@ def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> Verif
 def _verified(
     huggingface: Path, checkpoint: Path, output: Path, verification: Verification, total: int
 ) -> VerificationReport:
-    """Raises ValueError where something differs."""
+    """Raises UserError where something differs."""
     report = VerificationReport()
     if verification == "none":
         report.add("verification", "skipped: not asked for")
@@ -139,7 +140,7 @@ def _verified(
     with _bar("verify", total) as progress:
         report = verify(huggingface, checkpoint, logits=verification == "full", progress=progress)
     if report.failures:
-        raise ValueError(f"{output}: was not written, for it did not verify: {'; '.join(report.failures)}")
+        raise UserError(f"{output}: was not written, for it did not verify: {'; '.join(report.failures)}")
     return report
 
 
@@ -149,7 +150,7 @@ def _target_dtypes(checkpoint: Path, architecture: Architecture, dtype: Dtype | 
         return dict.fromkeys(names, getattr(torch, dtype))
     came_in = source_dtypes(checkpoint)
     if absent := [name for name in names if name not in came_in]:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint}: does not say which precision {absent[0]} came in; choose one instead, with --dtype"
         )
     return {name: DTYPES[came_in[name]] for name in names}
@@ -200,16 +201,16 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], Any]]:
 
 
 def _check_output(output: Path, source: Path) -> None:
-    """Raises ValueError, before the work, where `output` cannot or must not be written."""
+    """Raises UserError, before the work, where `output` cannot or must not be written."""
     if output.exists():
-        raise ValueError(f"{output}: exists already; choose another --out, or remove it first")
+        raise UserError(f"{output}: exists already; choose another --out, or remove it first")
     if output.is_symlink():
-        raise ValueError(
+        raise UserError(
             f"{output}: is a link to {output.readlink()}, which does not exist; choose another --out, or remove "
             "the link first"
         )
     if output.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{output}: lies inside {source}, which is converted; choose another --out")
+        raise UserError(f"{output}: lies inside {source}, which is converted; choose another --out")
     check_writable(output, "--out")
 
 
@@ -228,7 +229,7 @@ def _check_space(output: Path, needed: int) -> None:
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise ValueError(
+        raise UserError(
             f"{output}: needs {described_bytes(needed)}, but {described_bytes(free)} are free on its file system; "
             "choose another --out, or make room"
         )
@@ -246,7 +247,7 @@ def _named_when_full(output: Path, needed: int) -> Iterator[None]:
         is_full = is_full or shutil.disk_usage(output.absolute().parent).free < _NEARLY_FULL_BYTES
         if not is_full:
             raise
-        raise ValueError(
+        raise UserError(
             f"{output}: no space was left on its file system while it was written; it needs "
             f"{described_bytes(needed)}; nothing of it was kept"
         ) from None

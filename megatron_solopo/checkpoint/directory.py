@@ -34,6 +34,7 @@ from megatron_solopo.checkpoint.manifest import (
     sync_file,
 )
 from megatron_solopo.config import CheckpointConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, remove, replace
 from megatron_solopo.parallel.agreement import on_rank_0
 
@@ -135,7 +136,7 @@ def check_best_metric(config: CheckpointConfig, names: Iterable[str], evaluates:
     legal += [f"eval_{name}" for name in legal] if evaluates else []
     if config.best_metric is not None and config.best_metric not in legal:
         hint = "" if evaluates else "; those that begin with eval_ need training.eval_steps"
-        raise ValueError(
+        raise UserError(
             f"checkpoint.best_metric={config.best_metric} is no metric of this run; legal: {', '.join(legal)}{hint}"
         )
 
@@ -190,7 +191,7 @@ def newest_checkpoint(root: Path, *, checksums: bool, say: Callable[[str], Any])
         checksums: read every file whole; False: compare sizes alone.
         say: told, on rank 0, of every damaged checkpoint in a line.
 
-    Raises ValueError on every rank, and renames nothing, if there are checkpoints but none of them is good.
+    Raises UserError on every rank, and renames nothing, if there are checkpoints but none of them is good.
     """
     damaged: dict[Path, str] = {}
     for path in on_rank_0(lambda: _candidates(root)):
@@ -200,7 +201,7 @@ def newest_checkpoint(root: Path, *, checksums: bool, say: Callable[[str], Any])
             return path, on_rank_0(lambda path=path: _read_state(path))
         damaged[path] = problem
     if damaged:
-        raise ValueError(
+        raise UserError(
             f"{root}: holds no checkpoint that is whole: {'; '.join(damaged.values())}. Bring one back, or set run_dir "
             "to another directory to start anew"
         )

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.checkpoint.manifest import sync_file
 from megatron_solopo.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Index, huggingface_shapes, rules
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted, write_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -52,7 +53,7 @@ class SafetensorsDirectory:
     """The tensors of a Hugging Face directory, read one at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError if there are no safetensors weights, or if the index or a shard is missing or damaged."""
+        """Raises UserError if there are no safetensors weights, or if the index or a shard is missing or damaged."""
         self.path = path
         self.entries = self._locate()
 
@@ -61,7 +62,7 @@ class SafetensorsDirectory:
             return self._checked_index()
         if not (self.path / SINGLE).is_file():
             pickled = "; " + _CONVERT_PICKLED if any(self.path.glob("pytorch_model*.bin")) else ""
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: holds neither {SINGLE} nor {INDEX}; model weights must be safetensors{pickled}"
             )
         return self._entries_in(SINGLE)
@@ -73,21 +74,21 @@ class SafetensorsDirectory:
             weight_map = json.loads(file.read_bytes())["weight_map"]
             index = {name: str(shard) for name, shard in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{file}: not an index of safetensors shards: {type(error).__name__}: {error}; "
                 'expected a JSON object whose "weight_map" maps tensors to files'
             ) from None
         for name, shard in index.items():
             if Path(shard).is_absolute() or ".." in Path(shard).parts:
-                raise ValueError(f"{file}: says that {name} lies in {shard}, outside the directory")
+                raise UserError(f"{file}: says that {name} lies in {shard}, outside the directory")
         held = {shard: self._entries_in(shard) for shard in sorted(set(index.values()))}
         for name, shard in index.items():
             if name not in held[shard]:
-                raise ValueError(f"{file}: says that {shard} holds {name}, which it does not")
+                raise UserError(f"{file}: says that {shard} holds {name}, which it does not")
         for shard, entries in held.items():
             for name in entries:
                 if index.get(name) != shard:
-                    raise ValueError(f"{file}: does not say that {shard} holds {name}, which it does")
+                    raise UserError(f"{file}: does not say that {shard} holds {name}, which it does")
         return {name: held[shard][name] for name, shard in index.items()}
 
     def _entries_in(self, file: str) -> dict[str, StoredTensor]:
@@ -99,11 +100,11 @@ class SafetensorsDirectory:
 
     @contextmanager
     def _open(self, file: str) -> Iterator[safe_open]:
-        """Raises ValueError where safetensors refuses header or size."""
+        """Raises UserError where safetensors refuses header or size."""
         try:
             shard = safe_open(self.path / file, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path / file}: cannot be read: {error}") from None
+            raise UserError(f"{self.path / file}: cannot be read: {error}") from None
         with shard:
             yield shard
 
@@ -114,10 +115,10 @@ class SafetensorsDirectory:
             return part
 
     def read_finite(self, name: str, index: Index = (slice(None),)) -> Tensor:
-        """`read`, but raises ValueError, naming tensor and file, where there is NaN or infinity."""
+        """`read`, but raises UserError, naming tensor and file, where there is NaN or infinity."""
         part = self.read(name, index)
         if not all_finite(part):
-            raise ValueError(
+            raise UserError(
                 f"{self.path / self.entries[name].file}: {name} is not finite (NaN or infinity); "
                 "the file is damaged or its training diverged: take another copy"
             )
@@ -126,7 +127,7 @@ class SafetensorsDirectory:
     def check(self, architecture: Architecture) -> None:
         """Compare with what the config asks for.
 
-        Raises ValueError naming missing, unexpected or misshapen tensors, and those of a precision that is not
+        Raises UserError naming missing, unexpected or misshapen tensors, and those of a precision that is not
         of `DTYPES`; and where tied embeddings are stored twice, with different numbers.
         """
         shapes: dict[str, tuple[int, ...]] = {}
@@ -139,9 +140,9 @@ class SafetensorsDirectory:
         for name, shape in shapes.items():
             entry = self.entries[name]
             if entry.shape != shape:
-                raise ValueError(f"{self.path}: {name} has shape {entry.shape}, but config.json asks for {shape}")
+                raise UserError(f"{self.path}: {name} has shape {entry.shape}, but config.json asks for {shape}")
             if entry.dtype not in DTYPES:
-                raise ValueError(
+                raise UserError(
                     f"{self.path}: {name} is stored as {entry.dtype}; supported: {', '.join(DTYPES)}. "
                     "Quantized weights must be converted first"
                 )
@@ -157,7 +158,7 @@ class SafetensorsDirectory:
             rows = (slice(start, min(start + step, embedding.shape[0])),)
             same = same and bitwise_equal(self.read(HF_EMBEDDING, rows), self.read(HF_OUTPUT, rows))
         if not same:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: holds {HF_OUTPUT} beside {HF_EMBEDDING}, and they differ, but config.json ties them; "
                 "set tie_word_embeddings to false there, or remove the one that is not meant"
             )
@@ -166,10 +167,10 @@ class SafetensorsDirectory:
 def check_tensor_names(
     path: Path, found: Collection[str], expected: Collection[str], architecture: Architecture
 ) -> None:
-    """Raises ValueError, naming the first few, if tensors are missing or unexpected."""
+    """Raises UserError, naming the first few, if tensors are missing or unexpected."""
     for problem, names in (("missing", set(expected) - set(found)), ("unexpected", set(found) - set(expected))):
         if names:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {counted(len(names), f'{problem} tensor')} for a {architecture.model_type} model "
                 f"with {counted(architecture.num_layers, 'layer')}: {shown_names(sorted(names))}"
             )

@@ -49,7 +49,7 @@ def begin_save(
     Args:
         background: threads write copies of the state while training goes on.
 
-    Raises ValueError on every rank, and leaves nothing behind, where one of them finds no room or cannot write.
+    Raises UserError on every rank, and leaves nothing behind, where one of them finds no room or cannot write.
     """
     model, metadata = _sharded_model_state(chunks), _metadata()
     state = model | {"optimizer": state_to_save(optimizer, _parameters(model), metadata)} | MEGATRON_LM_VERSION
@@ -125,7 +125,7 @@ def _keyed(chunks: Sequence[_Chunk]) -> dict[str, _Chunk]:
 def load_weights(chunks: Sequence[ResponseModel], architecture: Architecture, path: Path) -> None:
     """Fill every parameter of this rank from the model in `path`, cast to the model's precision.
 
-    Raises ValueError naming missing, unexpected or misshapen tensors, before any parameter is touched.
+    Raises UserError naming missing, unexpected or misshapen tensors, before any parameter is touched.
     """
     if is_megatron_checkpoint(path):
         MegatronDirectory(path).check(architecture)

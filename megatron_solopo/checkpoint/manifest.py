@@ -17,6 +17,7 @@ from pathlib import Path
 import xxhash
 
 from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
 
 MANIFEST = "manifest.json"
@@ -60,20 +61,20 @@ def write_manifest(folder: Path, files: Mapping[str, FileEntry]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, FileEntry]:
-    """Files by their name in `folder`; raises ValueError, naming the manifest, if it is missing or damaged."""
+    """Files by their name in `folder`; raises UserError, naming the manifest, if it is missing or damaged."""
     file = folder / MANIFEST
     try:
         content = json.loads(file.read_bytes())
         listed = content["files"]
         if content["algorithm"] != _ALGORITHM or content["checksum"] != _checksum_of(listed):
-            raise ValueError
+            raise UserError
         return {name: FileEntry(**entry) for name, entry in listed.items()}
     except FileNotFoundError:
-        raise ValueError(f"{file}: is missing; it is the last file that a save writes") from None
+        raise UserError(f"{file}: is missing; it is the last file that a save writes") from None
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{file}: is damaged") from None
+        raise UserError(f"{file}: is damaged") from None
 
 
 def share(files: Mapping[str, FileEntry], rank: int, ranks: int) -> dict[str, FileEntry]:
@@ -109,13 +110,13 @@ def edited(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
 def check_listed(folder: Path, *, checksums: bool) -> str:
     """Hold a checkpoint against its manifest; returns what was found, for a report.
 
-    Raises ValueError naming the files that are damaged, or the manifest if it is. A checkpoint without one passes.
+    Raises UserError naming the files that are damaged, or the manifest if it is. A checkpoint without one passes.
     """
     if not (folder / MANIFEST).exists():
         return "none in this checkpoint"
     files = read_manifest(folder)
     if problem := shown(damages(folder, files, checksums=checksums)):
-        raise ValueError(f"{problem}; the checkpoint is damaged")
+        raise UserError(f"{problem}; the checkpoint is damaged")
     changed = ", ".join(edited(folder, files))
     return f"{counted(len(files), 'file')} as written" + (f", but changed by hand: {changed}" if changed else "")
 

@@ -34,6 +34,7 @@ from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.architecture.model_directory import METADATA, check_megatron_checkpoint
 from megatron_solopo.checkpoint.huggingface import DTYPES, check_tensor_names
 from megatron_solopo.checkpoint.mapping import ReadRows, Rule, megatron_shape, rules
+from megatron_solopo.errors import UserError
 
 _SAFE_CLASSES = {
     "torch": {"Size", "device"},  # and every dtype
@@ -63,7 +64,7 @@ _SAFE_CLASSES = {
 
 
 def read_metadata(checkpoint: Path) -> Metadata:
-    """Raises ValueError, naming the file, where it is damaged or holds what has no place in it."""
+    """Raises UserError, naming the file, where it is damaged or holds what has no place in it."""
     file = checkpoint / METADATA
     try:
         metadata = _Unpickler(io.BytesIO(file.read_bytes()), file).load()
@@ -71,9 +72,9 @@ def read_metadata(checkpoint: Path) -> Metadata:
         raise
     # A torn pickle raises whatever its bytes lead to.
     except Exception as error:
-        raise ValueError(f"{file}: cannot be read: {type(error).__name__}: {error}") from None
+        raise UserError(f"{file}: cannot be read: {type(error).__name__}: {error}") from None
     if not isinstance(metadata, Metadata) or not metadata.storage_data:
-        raise ValueError(f"{file}: is no list of stored tensors")
+        raise UserError(f"{file}: is no list of stored tensors")
     return metadata
 
 
@@ -123,7 +124,7 @@ class Piece:
     def read(self) -> Tensor:
         """The numbers, mapped: of `shape` and `dtype`, with a hold on the file while the tensor lives.
 
-        Raises ValueError, naming the file, where something else is stored there. A file that somebody cuts short while
+        Raises UserError, naming the file, where something else is stored there. A file that somebody cuts short while
         it is mapped ends the process (SIGBUS), as it does with safetensors.
         """
         with self.file.open("rb") as stream:
@@ -138,7 +139,7 @@ class Piece:
                 return numbers.as_strided(like.shape, like.stride(), like.storage_offset())
             except Exception as error:
                 problem = " ".join(str(error).split())[:200] or type(error).__name__
-                raise ValueError(
+                raise UserError(
                     f"{self.file}: {self.key} cannot be read: {problem}; the checkpoint is damaged"
                 ) from None
 
@@ -147,11 +148,11 @@ class Piece:
         view = _create_file_view(stream, self.start, self.length)
         like = torch.load(view, map_location="meta", weights_only=True)
         if (tuple(like.shape), like.dtype) != (self.shape, self.dtype):
-            raise ValueError(f"holds {like.dtype} of shape {tuple(like.shape)} instead of {self.dtype} of {self.shape}")
+            raise UserError(f"holds {like.dtype} of shape {tuple(like.shape)} instead of {self.dtype} of {self.shape}")
         view.seek(0)
         start = self.start + torch._C.PyTorchFileReader(view).get_record_offset("data/0")
         if start + like.untyped_storage().nbytes() > self.start + self.length:
-            raise ValueError("it ends before its last number")
+            raise UserError("it ends before its last number")
         return like, start
 
 
@@ -164,7 +165,7 @@ class MegatronDirectory:
     """The model's tensors in a Megatron checkpoint; the optimizer's state and everything else is passed over."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError if `path` is no checkpoint, or if its list of pieces or one of its files is damaged."""
+        """Raises UserError if `path` is no checkpoint, or if its list of pieces or one of its files is damaged."""
         check_megatron_checkpoint(path, "--checkpoint")
         self.path = path
         metadata = read_metadata(path)
@@ -190,13 +191,13 @@ class MegatronDirectory:
     def _find_piece(self, metadata: Metadata, key: str, chunk: ChunkStorageMetadata) -> Piece:
         info = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
         if info is None:
-            raise ValueError(f"{self.path / METADATA}: says of no file that it holds {key} {chunk.offsets}")
+            raise UserError(f"{self.path / METADATA}: says of no file that it holds {key} {chunk.offsets}")
         if Path(info.relative_path).name != info.relative_path:
-            raise ValueError(
+            raise UserError(
                 f"{self.path / METADATA}: says that {key} lies in {info.relative_path}, outside the checkpoint"
             )
         if getattr(info, "transform_descriptors", None):
-            raise ValueError(
+            raise UserError(
                 f"{self.path / METADATA}: says that {key} is stored through {', '.join(info.transform_descriptors)}; "
                 "supported: plain files"
             )
@@ -210,12 +211,12 @@ class MegatronDirectory:
                 sizes[piece.file] = piece.file.stat().st_size if piece.file.is_file() else -1
             if sizes[piece.file] < piece.start + piece.length:
                 problem = "is missing" if sizes[piece.file] < 0 else f"is cut short at {sizes[piece.file]:,} bytes"
-                raise ValueError(f"{piece.file}: {problem}, {piece.key} was stored there; the checkpoint is damaged")
+                raise UserError(f"{piece.file}: {problem}, {piece.key} was stored there; the checkpoint is damaged")
 
     def check(self, architecture: Architecture) -> None:
         """Compare with what the config asks for; a vocabulary may be padded.
 
-        Raises ValueError naming missing, unexpected or misshapen tensors, or a precision that is not supported.
+        Raises UserError naming missing, unexpected or misshapen tensors, or a precision that is not supported.
         """
         expected = {}
         for rule in rules(architecture).values():
@@ -225,9 +226,9 @@ class MegatronDirectory:
         for key, shape in expected.items():
             found, dtype = tuple(self.tensors[key].size), self.tensors[key].properties.dtype
             if found != shape:
-                raise ValueError(f"{self.path}: {key} has shape {found}, but config.json asks for {shape}")
+                raise UserError(f"{self.path}: {key} has shape {found}, but config.json asks for {shape}")
             if dtype not in DTYPES.values():
-                raise ValueError(f"{self.path}: {key} is stored as {dtype}; supported: {', '.join(DTYPES)}")
+                raise UserError(f"{self.path}: {key} is stored as {dtype}; supported: {', '.join(DTYPES)}")
 
     def _expected_shape(self, rule: Rule, architecture: Architecture, layer: int | None) -> tuple[int, ...]:
         shape = megatron_shape(rule, architecture)
@@ -261,7 +262,7 @@ class MegatronDirectory:
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, entry, [box])
         if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
-            raise ValueError(f"{self.path}: {key} is not stored whole; the checkpoint is damaged")
+            raise UserError(f"{self.path}: {key} is not stored whole; the checkpoint is damaged")
         parts = [_part(self._pieces[item.storage_index].read(), item.storage_offsets, item.lengths) for item in items]
         if len(parts) == 1:
             return parts[0]

@@ -31,6 +31,7 @@ from megatron_solopo.architecture.model_directory import FORMAT, MEGATRON_LM_VER
 from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
 from megatron_solopo.checkpoint.mapping import Rule, megatron_rows, megatron_shape, row_blocks, rules
 from megatron_solopo.checkpoint.megatron_reader import THREADS
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import write_json
 
 _FILE_BYTES = 1 << 30
@@ -57,7 +58,7 @@ def write_megatron(
         source: has passed its check.
         progress: told of every number of bytes that was written.
 
-    Raises ValueError if the tensors that Megatron stores as one differ in precision or are not finite, OSError where
+    Raises UserError if the tensors that Megatron stores as one differ in precision or are not finite, OSError where
     writing fails.
     """
     pieces = list(_pieces(source, architecture))
@@ -82,7 +83,7 @@ def _pieces(source: SafetensorsDirectory, architecture: Architecture) -> Iterato
         for name in rule.huggingface:
             dtype, first = dtypes.setdefault(key, (source.entries[name].dtype, name))
             if source.entries[name].dtype != dtype:
-                raise ValueError(
+                raise UserError(
                     f"{source.path}: {first} is stored as {dtype}, but {name} as {source.entries[name].dtype}; "
                     "Megatron stores them in one tensor, so store them in one precision"
                 )

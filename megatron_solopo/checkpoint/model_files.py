@@ -16,6 +16,7 @@ from typing import BinaryIO
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
 from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
 
 MODEL_FILES_MANIFEST = "megatron_solopo.json"
@@ -28,7 +29,7 @@ _LEFT = ("*.index.json",)
 def read_model_files(path: Path) -> dict[str, bytes]:
     """Content by relative name, manifest included, of the model in a Hugging Face directory or a Megatron checkpoint.
 
-    Raises ValueError if the weights' headers are damaged.
+    Raises UserError if the weights' headers are damaged.
     """
     folder = huggingface_directory(path)
     candidates = [folder, *(folder / name for name in _FOLDERS)]
@@ -51,14 +52,14 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
 def source_dtypes(checkpoint: Path) -> dict[str, str]:
     """The precision of each Hugging Face tensor before it became part of a Megatron checkpoint, in safetensors' names.
 
-    Raises ValueError if the checkpoint does not say so.
+    Raises UserError if the checkpoint does not say so.
     """
     file = huggingface_directory(checkpoint) / MODEL_FILES_MANIFEST
     try:
         dtypes = json.loads(file.read_bytes())["dtypes"]
         return {str(name): dtype for name, dtype in dtypes.items() if dtype in DTYPES}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
+        raise UserError(
             f"{file}: missing or damaged; it says which precision the weights came in. Choose one instead, with --dtype"
         ) from None
 

@@ -31,6 +31,7 @@ from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER
 from megatron_solopo.checkpoint.directory import TRAINER_STATE, checkpoint_name, publish, temporary_path
 from megatron_solopo.checkpoint.manifest import FileEntry, sealed_files, write_manifest
 from megatron_solopo.checkpoint.model_files import write_files
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes, remove, write_json
 from megatron_solopo.parallel.agreement import on_rank_0, together
 
@@ -152,7 +153,7 @@ class PendingSave:
     ) -> None:
         """Begin. On return the training state may change if `background`, and this rank's files are written if not.
 
-        Raises ValueError on every rank, and leaves nothing behind, if there is no room or the directory cannot be
+        Raises UserError on every rank, and leaves nothing behind, if there is no room or the directory cannot be
         written.
         """
         step = content.trainer_state["step"]
@@ -177,7 +178,7 @@ class PendingSave:
     def complete(self) -> Path:
         """Wait for all ranks' files, give the checkpoint its name, point `latest` to it, and return its path.
 
-        Raises ValueError on every rank if one of them failed; then nothing of it is left, and what was saved before
+        Raises UserError on every rank if one of them failed; then nothing of it is left, and what was saved before
         is as it was.
         """
         try:
@@ -208,14 +209,14 @@ class PendingSave:
                 # Where nothing can be written, nothing can be removed; the next run tries again.
                 with suppress(OSError):
                     remove(self._temporary)
-            raise ValueError(f"{self.path} was not saved: {error}; what was saved before is intact") from None
+            raise UserError(f"{self.path} was not saved: {error}; what was saved before is intact") from None
 
     def _prepare(self, needed: int) -> None:
         remove(self._temporary)
         self._temporary.parent.mkdir(parents=True, exist_ok=True)
         free = _free_bytes(self._temporary.parent)
         if free < needed:
-            raise ValueError(
+            raise UserError(
                 f"it takes {described_bytes(needed)}, but {described_bytes(free)} are free on its file system (make "
                 "room, or set checkpoint.keep_last or run_dir)"
             )

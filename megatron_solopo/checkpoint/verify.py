@@ -23,6 +23,7 @@ from megatron_solopo.checkpoint.load import global_parameters, load_weights
 from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, rules
 from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory
 from megatron_solopo.config import ModelConfig, ParallelConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
@@ -140,7 +141,7 @@ class VerificationReport:
 def verify(huggingface: Path, checkpoint: Path, *, logits: bool, progress: Callable[[int], Any]) -> VerificationReport:
     """Compare the two directories. Where precisions differ, the checkpoint's numbers are rounded as an export would.
 
-    Raises ValueError if one of them is not what it should be; what merely differs is in the report's failures.
+    Raises UserError if one of them is not what it should be; what merely differs is in the report's failures.
     """
     architecture = read_architecture(checkpoint)
     source, stored = SafetensorsDirectory(huggingface), MegatronDirectory(checkpoint)
@@ -163,13 +164,13 @@ def verify(huggingface: Path, checkpoint: Path, *, logits: bool, progress: Calla
 
 
 def to_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in another precision; raises ValueError, naming it, where a finite number would become infinite."""
+    """A tensor in another precision; raises UserError, naming it, where a finite number would become infinite."""
     if tensor.dtype is dtype:
         return tensor
     rounded = tensor.to(dtype)
     # fp16 alone has a smaller range than another of the precisions.
     if dtype is torch.float16 and bool((rounded.isinf() & tensor.isfinite()).any()):
-        raise ValueError(f"{name}: has numbers beyond the range of float16; choose --dtype bfloat16 or float32")
+        raise UserError(f"{name}: has numbers beyond the range of float16; choose --dtype bfloat16 or float32")
     return rounded
 
 

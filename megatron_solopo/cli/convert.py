@@ -11,6 +11,8 @@ from typing import Literal, NoReturn
 
 import click
 
+from megatron_solopo.errors import UserError
+
 _DIRECTORY = click.Path(path_type=Path)
 _VERIFY = click.option(
     "--verify", "verification", type=click.Choice(["full", "tensors", "none"]), default="full", show_default=True,
@@ -27,7 +29,7 @@ def convert() -> None:
     left beside it; the next run with the same --out removes it.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError("convert runs as one process; start it without torchrun")
+        raise UserError("convert runs as one process; start it without torchrun")
     # Before megatron is imported: a conversion runs on the CPU wherever it is.
     os.environ["MEGATRON_SOLOPO_DEVICE"] = "cpu"
 

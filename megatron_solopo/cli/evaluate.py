@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import click
 
+from megatron_solopo.errors import UserError
+
 _PATH = click.Path(path_type=Path)
 
 
@@ -27,7 +29,7 @@ def _listed(kind: Callable[[str], Any]) -> Callable[[click.Context, click.Parame
         try:
             return tuple(kind(each) for each in text.replace("_", "" if kind is int else "_").split(",") if each)
         except ValueError:
-            raise ValueError(f"{parameter.opts[0]} {text}: expected numbers with commas between them") from None
+            raise UserError(f"{parameter.opts[0]} {text}: expected numbers with commas between them") from None
 
     return read
 
@@ -146,7 +148,7 @@ def preference(
     subject = find_subject(model, "--model")
     if path is None:
         if subject.run_dir is None:
-            raise ValueError(
+            raise UserError(
                 f"--model={model}: belongs to no run; name data, loss and layout with --config, such as the "
                 "config.yaml of a run that it is compared with"
             )

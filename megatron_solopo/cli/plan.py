@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.plan import VARIED
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def plan(
     if picture is not None:
         draw(chosen, picture)
     if any(proof.difference for proof in proofs):
-        raise ValueError("--dry-run: the estimate differs from what Megatron-Core allocates; see the table above")
+        raise UserError("--dry-run: the estimate differs from what Megatron-Core allocates; see the table above")
 
 
 def draw(chosen: "LayoutEstimate", path: Path) -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from megatron_solopo.config.schema import Config
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path
 
 _HEADER = "# Written by megatron-solopo: the resolved configuration of this run."
@@ -23,20 +24,20 @@ _HEADER = "# Written by megatron-solopo: the resolved configuration of this run.
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and dotted overrides (`objective.alpha=3`) over the defaults.
 
-    Raises ValueError with one line per mistake: the key, the value, the legal values, the nearest key.
+    Raises UserError with one line per mistake: the key, the value, the legal values, the nearest key.
     """
     merged = _read_yaml(path)
     for override in overrides:
         if not re.match(r"[A-Za-z_]", override) or "=" not in override:
-            raise ValueError(f"override {override!r}: expected key=value, for example objective.alpha=3")
+            raise UserError(f"override {override!r}: expected key=value, for example objective.alpha=3")
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         except (YAMLError, OmegaConfBaseException) as error:
-            raise ValueError(f"override {override!r}: {_one_line(error)}") from None
+            raise UserError(f"override {override!r}: {_one_line(error)}") from None
     try:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from None
+        raise UserError(f"{path}: {_one_line(error)}") from None
     return parse_config(values, source=str(path))
 
 
@@ -44,16 +45,16 @@ def _read_yaml(path: Path) -> Any:
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such config file") from None
+        raise UserError(f"{path}: no such config file") from None
     except IsADirectoryError:
-        raise ValueError(f"{path}: is a directory, expected a YAML file") from None
+        raise UserError(f"{path}: is a directory, expected a YAML file") from None
     except PermissionError:
-        raise ValueError(f"{path}: may not be read by this user") from None
+        raise UserError(f"{path}: may not be read by this user") from None
     # OmegaConf says OSError where the file holds a bare number or word.
     except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
-        raise ValueError(f"{path}: not a valid config: {_one_line(error)}") from None
+        raise UserError(f"{path}: not a valid config: {_one_line(error)}") from None
     if not OmegaConf.is_dict(loaded):
-        raise ValueError(f"{path}: not a valid config: expected keys and values, found a list")
+        raise UserError(f"{path}: not a valid config: expected keys and values, found a list")
     return loaded
 
 
@@ -67,7 +68,7 @@ def parse_config(values: Any, source: str) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         lines = [f"{source}: {_explain(detail)}" for detail in error.errors()]
-        raise ValueError("\n".join(lines)) from None
+        raise UserError("\n".join(lines)) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -80,7 +81,7 @@ def save_config(config: Config, path: Path) -> None:
 def check_not_by_hand(path: Path) -> None:
     """Raise ValueError if there is a file at `path` that `save_config` has not written."""
     if path.is_file() and not path.read_text(encoding="utf-8").startswith(_HEADER):
-        raise ValueError(f"{path}: was not written by a run, and would be replaced; move it, or set another run_dir")
+        raise UserError(f"{path}: was not written by a run, and would be replaced; move it, or set another run_dir")
 
 
 def _explain(detail: Any) -> str:

@@ -29,6 +29,8 @@ from pydantic import (
     model_validator,
 )
 
+from megatron_solopo.errors import UserError
+
 
 class Section(BaseModel):
     """Frozen, and strict about types and keys; a string below a key is its documentation."""
@@ -76,15 +78,15 @@ class CheckpointConfig(Section):
             if value not in (None, "slurm"):
                 datetime.fromisoformat(value)
         except ValueError:
-            raise ValueError(f"{value!r} is neither an ISO time, as 2030-01-31T18:00, nor slurm") from None
+            raise UserError(f"{value!r} is neither an ISO time, as 2030-01-31T18:00, nor slurm") from None
         return value
 
     @model_validator(mode="after")
     def _what_is_kept_besides_needs_a_limit(self) -> Self:
         if self.keep_every is not None and self.keep_last is None:
-            raise ValueError(f"keep_every={self.keep_every} has no part without keep_last: all checkpoints stay")
+            raise UserError(f"keep_every={self.keep_every} has no part without keep_last: all checkpoints stay")
         if self.greater_is_better and self.best_metric is None:
-            raise ValueError("greater_is_better=true has no part without best_metric")
+            raise UserError("greater_is_better=true has no part without best_metric")
         return self
 
 
@@ -208,19 +210,19 @@ class ObjectiveConfig(Section):
         smoothing, loss_type = self.label_smoothing, self.loss_type
         if loss_type not in ("dpo", "robust"):
             if smoothing != 0:
-                raise ValueError(
+                raise UserError(
                     f"label_smoothing={smoothing} has no part in loss_type={loss_type}; "
                     "set it to 0, or loss_type to dpo or robust"
                 )
         elif not 0 <= smoothing <= 0.5 or (loss_type == "robust" and smoothing == 0.5):
             legal = "[0, 0.5]" if loss_type == "dpo" else "[0, 0.5)"
-            raise ValueError(f"label_smoothing={smoothing} is not in {legal}, legal for loss_type={loss_type}")
+            raise UserError(f"label_smoothing={smoothing} is not in {legal}, legal for loss_type={loss_type}")
         return self
 
     @model_validator(mode="after")
     def _beta_is_not_orpos_lambda(self) -> Self:
         if self.loss_type == "orpo" and self.beta != type(self).model_fields["beta"].default:
-            raise ValueError(f"beta={self.beta} has no part in loss_type=orpo; TRL's beta for ORPO is orpo_lambda here")
+            raise UserError(f"beta={self.beta} has no part in loss_type=orpo; TRL's beta for ORPO is orpo_lambda here")
         return self
 
     @property
@@ -274,7 +276,7 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _offload_is_of_the_distributed_optimizer(self) -> Self:
         if self.optimizer_offload_fraction and not self.use_distributed_optimizer:
-            raise ValueError(
+            raise UserError(
                 f"optimizer_offload_fraction={self.optimizer_offload_fraction} needs use_distributed_optimizer=true"
             )
         return self

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_solopo.config import context_and_response
+from megatron_solopo.errors import UserError
 
 IntArray = NDArray[np.int64]
 
@@ -120,7 +121,7 @@ def plan_global_batch(
     packs = _best_fit_decreasing(sizes, max_tokens, max_triplets)
     target = max(1, -(-len(packs) // share)) * share
     if target > len(sizes):
-        raise ValueError(
+        raise UserError(
             f"a batch of {len(sizes)} triplets cannot give {num_ranks} data-parallel ranks the same number of packs "
             f"(a multiple of {packs_multiple} each): {target} triplets are needed; make training.global_batch_size "
             f"a multiple of {share} or change parallel.*"
@@ -135,7 +136,7 @@ def check_batch_size(global_batch_size: int, num_ranks: int, packs_multiple: int
     """
     share = num_ranks * packs_multiple
     if global_batch_size % share:
-        raise ValueError(
+        raise UserError(
             f"training.global_batch_size={global_batch_size}: must be a multiple of {share} "
             f"({num_ranks} data-parallel ranks x a multiple of {packs_multiple} packs on each); "
             f"change it or parallel.*"
@@ -188,7 +189,7 @@ def plan_single_pass(
 def _check_budget(sizes: Sequence[TripletSize], max_tokens: int) -> None:
     for index, size in enumerate(sizes):
         if size.padded_tokens > max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"triplet {index} needs {size.padded_tokens} padded tokens, more than one pack's {max_tokens}; "
                 f"raise data.max_tokens_per_pack"
             )

@@ -12,6 +12,7 @@ from megatron_solopo.data.batch_plan import IntArray, TripletSizes, triplet_size
 from megatron_solopo.data.packing import TokenizedTriplet
 from megatron_solopo.data.prepared import token_lengths
 from megatron_solopo.data.row import DEPTHS_FIELD
+from megatron_solopo.errors import UserError
 
 
 class TripletDataset:
@@ -86,7 +87,7 @@ class TripletDataset:
         for context, response in map(context_and_response, roles):
             column = self._prompt_columns.get(context)
             if column is None or column not in self._table.column_names:
-                raise ValueError(
+                raise UserError(
                     f"the prepared data has no {context} prompts (columns: {', '.join(self._table.column_names)}); "
                     f"prepare rows with prompt_short and prompt_long, or change objective.name"
                 )
@@ -98,7 +99,7 @@ class TripletDataset:
         for column, length in sorted(lengths.items()):
             empty = np.flatnonzero(length == 0)
             if len(empty):
-                raise ValueError(
+                raise UserError(
                     f"{len(empty)} triplets have no token in {column}, first {', '.join(self.ids(empty[:5]))}; "
                     f"prepare the data of data.path again without them"
                 )

@@ -17,6 +17,7 @@ from megatron_solopo.data.prepared import PROMPT_COLUMNS
 from megatron_solopo.data.row import DEPTHS_FIELD, PROMPT_FIELDS, RESPONSE_FIELDS, Content, Kind, Message
 from megatron_solopo.data.row_files import read_rows
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_solopo.errors import UserError
 
 Template = Literal["chat", "plain"]
 
@@ -71,7 +72,7 @@ def tokenize_row(
 ) -> dict[str, list[int]]:
     """Token ids of one row's prompts and responses, by name.
 
-    Raises ValueError where the template refuses the messages or a text has no tokens.
+    Raises UserError where the template refuses the messages or a text has no tokens.
     """
     if template == "chat":
         texts = _render(prompts, responses, tokenizer)
@@ -85,9 +86,9 @@ def tokenize_row(
         ends = [tokenizer.eos_token_id]
     for name, tokens in ids.items():
         if not tokens:
-            raise ValueError(f"{name}: tokenizes to nothing")
+            raise UserError(f"{name}: tokenizes to nothing")
     if ids["chosen"] == ids["rejected"]:
-        raise ValueError("rejected: has the same tokens as chosen")
+        raise UserError("rejected: has the same tokens as chosen")
     return {name: tokens + ends if name in responses else tokens for name, tokens in ids.items()}
 
 
@@ -129,7 +130,7 @@ def _render(prompts: dict[str, Content], responses: dict[str, Content], tokenize
         for name, response in responses.items():
             text = render_response(prompt, response, tokenizer, names=(prompt_name, name))
             if texts.setdefault(name, text) != text:
-                raise ValueError(f"{name}: the chat template writes it differently behind {prompt_name}")
+                raise UserError(f"{name}: the chat template writes it differently behind {prompt_name}")
     return texts
 
 
@@ -157,27 +158,25 @@ def render_response(
 ) -> str:
     """A response by the chat template, from the end of `render_prompt(prompt)` on.
 
-    Raises ValueError, with these names of both, where the template writes the prompt differently once it is answered.
+    Raises UserError, with these names of both, where the template writes the prompt differently once it is answered.
     """
     prompt_text = render_prompt(prompt, tokenizer)
     messages = _as_messages(prompt, "user") + _as_messages(response, "assistant")
     whole = tokenizer.render_chat(messages, add_generation_prompt=False)
     assert whole is not None
     if not whole.startswith(prompt_text):
-        raise ValueError(f"{names[1]}: the chat template does not write {names[0]} with an answer as it does without")
+        raise UserError(f"{names[1]}: the chat template does not write {names[0]} with an answer as it does without")
     return whole[len(prompt_text) :]
 
 
 def check_template(template: Template, tokenizer: Tokenizer, tokenizer_path: str) -> None:
     """Raise ValueError where the tokenizer lacks what the template needs."""
     if template == "chat" and tokenizer.chat_template is None:
-        raise ValueError(
+        raise UserError(
             f"{tokenizer_path}: has no chat template; use another tokenizer, or strings and --template plain"
         )
     if template == "plain" and tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"{tokenizer_path}: has no end-of-sequence token, which --template plain puts after a response"
-        )
+        raise UserError(f"{tokenizer_path}: has no end-of-sequence token, which --template plain puts after a response")
 
 
 def _as_messages(content: Content, role: str) -> list[Message]:

@@ -24,6 +24,7 @@ from megatron_solopo.data.batch_plan import (
 )
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.packing import Pack, build_pack
+from megatron_solopo.errors import UserError
 
 _STATE_KEYS = {"seed": "seed", "dataset_length": "data.path", "global_batch_size": "training.global_batch_size"}
 """What a saved state must agree on -> the key that sets it."""
@@ -100,7 +101,7 @@ class GlobalBatchLoader:
         seed: int,
     ) -> None:
         if len(dataset) < global_batch_size:
-            raise ValueError(
+            raise UserError(
                 f"data.path holds {len(dataset)} triplets, fewer than one global batch of {global_batch_size}; "
                 f"lower training.global_batch_size or prepare more data"
             )
@@ -149,7 +150,7 @@ class GlobalBatchLoader:
         """
         for name, key in _STATE_KEYS.items():
             if state[name] != self._identity[name]:
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint's data loader has {name} {state[name]}, this run {self._identity[name]}: it would "
                     f"not continue on the same triplets; restore {key}, or set run_dir to another directory"
                 )
@@ -197,7 +198,7 @@ class _Packer:
         over = np.flatnonzero(self.sizes.padded_tokens > packing.max_sequence_tokens)
         if len(over):
             largest = padded_lengths(self.sizes.padded_tokens.max(), packing.pack_multiple)
-            raise ValueError(
+            raise UserError(
                 f"{len(over)} of {len(self.sizes)} triplets are larger than data.max_tokens_per_pack="
                 f"{packing.max_tokens_per_pack}, first {', '.join(self.dataset.ids(over[:5]))}; the largest needs "
                 f"{largest} (sequences padded to multiples of {packing.sequence_multiple}, packs to multiples of "

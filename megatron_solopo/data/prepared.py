@@ -101,7 +101,7 @@ class PreparedData:
 def load_prepared(path: Path) -> PreparedData:
     """Open what `megatron-solopo data prepare` wrote; reads no tokens yet.
 
-    Raises ValueError with one line where the directory is missing, incomplete or of another format.
+    Raises UserError with one line where the directory is missing, incomplete or of another format.
     """
     manifest = _read_manifest(path)
     train = _load_split(path, "train", manifest.train, manifest)

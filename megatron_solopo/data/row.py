@@ -11,6 +11,8 @@ the long context the evidence lies; other fields are ignored.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_solopo.errors import UserError
+
 Kind = Literal["triplet", "pair"]
 Form = Literal["text", "messages"]
 Message = dict[str, str]
@@ -107,39 +109,39 @@ def _parse_id(value: dict[str, Any], row: PreferenceRow) -> str | None:
 
 
 def _parse_content(value: Any, *, is_response: bool) -> Content:
-    """A legal prompt or response; raises ValueError with the reason where it is not one."""
+    """A legal prompt or response; raises UserError with the reason where it is not one."""
     if value is None:
-        raise ValueError("is missing or null")
+        raise UserError("is missing or null")
     if isinstance(value, str):
         return _check_text(value)
     if not isinstance(value, list):
-        raise ValueError(f"expected a string or a list of messages, got {_type_name(value)}")
+        raise UserError(f"expected a string or a list of messages, got {_type_name(value)}")
     messages = [_parse_message(message, index) for index, message in enumerate(value)]
     roles = [message["role"] for message in messages]
     if is_response and roles != ["assistant"]:
-        raise ValueError(f"expected exactly one assistant message, got roles {roles}")
+        raise UserError(f"expected exactly one assistant message, got roles {roles}")
     if not is_response and roles[-1:] != ["user"]:
-        raise ValueError(f"expected messages that end with a user message, got roles {roles}")
+        raise UserError(f"expected messages that end with a user message, got roles {roles}")
     return messages
 
 
 def _parse_message(value: Any, index: int) -> Message:
     if not isinstance(value, dict):
-        raise ValueError(f"message {index}: expected an object with role and content, got {_type_name(value)}")
+        raise UserError(f"message {index}: expected an object with role and content, got {_type_name(value)}")
     unknown = sorted(key for key, entry in value.items() if key not in ("role", "content") and entry is not None)
     if unknown:
-        raise ValueError(f"message {index}: unknown key {unknown[0]!r}; legal: role, content")
+        raise UserError(f"message {index}: unknown key {unknown[0]!r}; legal: role, content")
     role, content = value.get("role"), value.get("content")
     if role not in _ROLES:
-        raise ValueError(f"message {index}: role {role!r}; legal: {', '.join(_ROLES)}")
+        raise UserError(f"message {index}: role {role!r}; legal: {', '.join(_ROLES)}")
     if not isinstance(content, str):
-        raise ValueError(f"message {index}: content: expected a string, got {_type_name(content)}")
+        raise UserError(f"message {index}: content: expected a string, got {_type_name(content)}")
     # An empty system message is how a chat template's default one is turned off.
     if role != "system" or content:
         try:
             _check_text(content)
         except ValueError as error:
-            raise ValueError(f"message {index}: content {error}") from None
+            raise UserError(f"message {index}: content {error}") from None
     return {"role": role, "content": content}
 
 
@@ -148,17 +150,17 @@ def _parse_depths(value: Any) -> list[float]:
         return []
     numbers = isinstance(value, list) and all(isinstance(each, int | float) for each in value)
     if not numbers or not all(0 <= each <= 1 for each in value):
-        raise ValueError("expected a list of numbers from 0 to 1")
+        raise UserError("expected a list of numbers from 0 to 1")
     return [float(each) for each in value]
 
 
 def _check_text(text: str) -> str:
     if not text.strip():
-        raise ValueError("is blank" if text else "is empty")
+        raise UserError("is blank" if text else "is empty")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"holds a lone surrogate at character {error.start + 1}, which is not Unicode text") from None
+        raise UserError(f"holds a lone surrogate at character {error.start + 1}, which is not Unicode text") from None
     return text
 
 

@@ -28,6 +28,7 @@ from megatron_solopo.data.prepared import (
 from megatron_solopo.data.row import RESPONSE_FIELDS, Kind
 from megatron_solopo.data.row_files import ValidationReport, validate_file
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, remove, sha256_file, sha256_json, write_json
 
 _SHOWN = 5
@@ -61,7 +62,7 @@ def prepare(
         num_proc: processes that tokenize; the result does not depend on it.
         overwrite: replace `output` if it is a prepared directory.
 
-    Raises ValueError for bad rows, over-long rows, a missing chat template, no rows left, an existing `output`.
+    Raises UserError for bad rows, over-long rows, a missing chat template, no rows left, an existing `output`.
     """
     _check_arguments(output, max_length, eval_count, num_proc, overwrite)
     loaded = load_tokenizer(tokenizer)
@@ -128,15 +129,15 @@ class _Job:
 
 def _check_arguments(output: Path, max_length: int | None, eval_count: int, num_proc: int, overwrite: bool) -> None:
     if max_length is not None and max_length < 2:
-        raise ValueError(f"--max-length {max_length}: must be at least 2, a prompt token and a response token")
+        raise UserError(f"--max-length {max_length}: must be at least 2, a prompt token and a response token")
     if eval_count < 0:
-        raise ValueError(f"--eval-count {eval_count}: must not be negative")
+        raise UserError(f"--eval-count {eval_count}: must not be negative")
     if num_proc < 1:
-        raise ValueError(f"--num-proc {num_proc}: must be at least 1")
+        raise UserError(f"--num-proc {num_proc}: must be at least 1")
     if output.exists() and not overwrite:
-        raise ValueError(f"{output}: already exists; choose another output, or pass --overwrite to replace it")
+        raise UserError(f"{output}: already exists; choose another output, or pass --overwrite to replace it")
     if output.exists() and not is_prepared(output):
-        raise ValueError(f"{output}: exists and is not a prepared directory, so --overwrite does not replace it")
+        raise UserError(f"{output}: exists and is not a prepared directory, so --overwrite does not replace it")
     check_replaceable(output, (MANIFEST_NAME, "train", "eval"), "--output")
 
 
@@ -144,7 +145,7 @@ def _validate(path: Path) -> ValidationReport:
     report = validate_file(path)
     if report.errors:
         first = "; ".join(str(report).splitlines()[: min(len(report.errors), _SHOWN)])
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(report.errors)} errors, list them with: megatron-solopo data validate {path} ({first})"
         )
     return report
@@ -155,9 +156,9 @@ def _resolve_template(
 ) -> Template:
     """The one way all rows of the file become text."""
     if template == "auto" and len(report.forms) > 1:
-        raise ValueError(f"{report.path}: some rows are strings, others messages; pass --template chat")
+        raise UserError(f"{report.path}: some rows are strings, others messages; pass --template chat")
     if template == "plain" and "messages" in report.forms:
-        raise ValueError(f"{report.path}: has chat messages, which --template plain cannot write; pass --template chat")
+        raise UserError(f"{report.path}: has chat messages, which --template plain cannot write; pass --template chat")
     mode: Template = "chat" if template == "chat" or "messages" in report.forms else "plain"
     check_template(mode, tokenizer, tokenizer_path)
     return mode
@@ -168,7 +169,7 @@ def _refuse_problems(job: _Job, tokens: Dataset) -> None:
     bad = np.flatnonzero(problems != "")
     if len(bad):
         first = "; ".join(f"line {tokens[int(i)]['line']}: {problems[i]}" for i in bad[:_SHOWN])
-        raise ValueError(
+        raise UserError(
             f"{job.path}: {len(bad)} of {len(tokens)} rows cannot be tokenized by {job.tokenizer_path}: {first}"
         )
 
@@ -182,19 +183,19 @@ def _select_by_length(job: _Job, tokens: Dataset) -> NDArray[np.int64]:
     too_long = longest > limit
     if too_long.any() and job.overlong == "refuse":
         first = ", ".join(f"{tokens[int(i)]['id']} ({longest[i]})" for i in np.flatnonzero(too_long)[:_SHOWN])
-        raise ValueError(
+        raise UserError(
             f"{job.path}: {too_long.sum()} of {len(tokens)} rows are longer than --max-length {limit} tokens, prompt "
             f"and response together: {first}; raise it to {longest.max()}, or leave them out with --overlong drop"
         )
     if too_long.all():
-        raise ValueError(f"{job.path}: all {len(tokens)} rows are longer than --max-length {limit}; raise it")
+        raise UserError(f"{job.path}: all {len(tokens)} rows are longer than --max-length {limit}; raise it")
     return np.flatnonzero(~too_long)
 
 
 def _split(kept: NDArray[np.int64], eval_count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Disjoint (train, eval) row indices, each in file order."""
     if eval_count >= len(kept):
-        raise ValueError(f"--eval-count {eval_count}: leaves no rows for training, there are {len(kept)}; lower it")
+        raise UserError(f"--eval-count {eval_count}: leaves no rows for training, there are {len(kept)}; lower it")
     drawn = np.zeros(len(kept), dtype=bool)
     drawn[random.Random(seed).sample(range(len(kept)), eval_count)] = True
     return kept[~drawn], kept[drawn]

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from sentencepiece import SentencePieceProcessor
 
 from megatron_solopo.architecture.model_directory import huggingface_directory
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
 
 # Text put before a continuation and cut off again. Several, since a tokenizer may merge one with what follows.
@@ -60,14 +61,14 @@ class Tokenizer(Protocol):
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
         """Messages as the chat template writes them, None if there is no template.
 
-        Raises ValueError with the template's reason where it refuses the messages.
+        Raises UserError with the template's reason where it refuses the messages.
         """
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Load a SentencePiece `.model` file, or a Hugging Face directory or Megatron checkpoint; runs no code from it.
 
-    Raises ValueError with one line where there is no tokenizer.
+    Raises UserError with one line where there is no tokenizer.
     """
     path = Path(path)
     if path.is_dir():
@@ -75,7 +76,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     if path.suffix == ".model" and path.is_file():
         return _SentencePieceTokenizer(path)
     found = "not a tokenizer" if path.exists() else "no such file or directory"
-    raise ValueError(f"{path}: {found}; expected a Hugging Face directory or a SentencePiece .model file")
+    raise UserError(f"{path}: {found}; expected a Hugging Face directory or a SentencePiece .model file")
 
 
 class _LocalTokenizer(ABC):
@@ -114,7 +115,7 @@ class _LocalTokenizer(ABC):
             ids = self._encode(anchor + text)
             if ids[: len(head)] == head:
                 return ids[len(head) :]
-        raise ValueError(f"the tokenizer cannot encode {text[:40]!r} without a space before it")
+        raise UserError(f"the tokenizer cannot encode {text[:40]!r} without a space before it")
 
     @cached_property
     def _puts_space_before_text(self) -> bool:
@@ -142,7 +143,7 @@ class _HuggingFaceTokenizer(_LocalTokenizer):
             self.chat_template: str | None = self._tokenizer.get_chat_template() if has_template else None
         # The library raises whatever the damaged file led to.
         except Exception as error:
-            raise ValueError(f"{path}: no loadable tokenizer: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path}: no loadable tokenizer: {' '.join(str(error).split())}") from None
         self._path = path
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
         self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
@@ -163,7 +164,7 @@ class _HuggingFaceTokenizer(_LocalTokenizer):
             )
         except (TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"the chat template of {self._path} refuses the messages: {reason}") from None
+            raise UserError(f"the chat template of {self._path} refuses the messages: {reason}") from None
         return text
 
     def _encode(self, text: str) -> list[int]:
@@ -211,7 +212,7 @@ class _SentencePieceTokenizer(_LocalTokenizer):
         try:
             self._processor = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path}: not a SentencePiece model: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path}: not a SentencePiece model: {' '.join(str(error).split())}") from None
         self.eos_token_id = self._known(self._processor.eos_id())
         self.vocab_size: int = self._processor.get_piece_size()
         self.fingerprint = sha256_file(path)

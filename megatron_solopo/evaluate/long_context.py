@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from megatron_solopo.config import ParallelConfig
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.generation import Generated, Generator, batched
 from megatron_solopo.evaluate.sample_plan import Plan, identity, make_plan
 from megatron_solopo.evaluate.samples import Spec
@@ -36,17 +37,15 @@ _COMMAND = "evaluate long-context"
 def evaluate_long_context(settings: LongContextSettings) -> LongContextResults | None:
     """Evaluate one model, on all ranks together; the results on rank 0, None on the others.
 
-    Raises ValueError for settings, files or a model that do not fit; answers that came before stay.
+    Raises UserError for settings, files or a model that do not fit; answers that came before stay.
     """
     settings.check()
     target = Target(None, "server") if settings.server else resolve(settings.model, settings.backend)
     output = _output(settings, target)
     if target.backend != "megatron" and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError(
-            f"torchrun started several processes, but backend {target.backend} runs in one; start it alone"
-        )
+        raise UserError(f"torchrun started several processes, but backend {target.backend} runs in one; start it alone")
     if target.backend != "megatron" and settings.model_ranks != 1:
-        raise ValueError(
+        raise UserError(
             f"--tensor-model-parallel-size and --pipeline-model-parallel-size: backend {target.backend} runs in one "
             "process; leave them out, or start with torchrun"
         )
@@ -75,13 +74,13 @@ def evaluate_long_context(settings: LongContextSettings) -> LongContextResults |
 def _output(settings: LongContextSettings, target: Target) -> Path:
     output = settings.output or target.output("long_context", settings.name)
     if output is None:
-        raise ValueError("--output: needed for a model that belongs to no run, such as --output results/base.json")
+        raise UserError("--output: needed for a model that belongs to no run, such as --output results/base.json")
     check_writable(output.parent, "--output")
     if output.exists():
         try:
             read_long_context(output)
         except ValueError as error:
-            raise ValueError(f"{error}; it would be lost, set --output or --name") from None
+            raise UserError(f"{error}; it would be lost, set --output or --name") from None
     return output
 
 

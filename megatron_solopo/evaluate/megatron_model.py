@@ -35,7 +35,7 @@ _LEAST_STEP = 64
 class MegatronModel:
     """A Megatron checkpoint or Hugging Face directory; see `generation.Generator` and `generation.LocalModel`.
 
-    Raises ValueError for a layout that does not fit the model, or damaged weights.
+    Raises UserError for a layout that does not fit the model, or damaged weights.
     """
 
     def __init__(

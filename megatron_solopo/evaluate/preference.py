@@ -22,6 +22,7 @@ from megatron_solopo.config import Config, OptimizerConfig, context_and_response
 from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
+from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.rewards import TripletColumn, summarise_groups, triplet_columns
 from megatron_solopo.files import atomic_path, check_writable, sha256_json
 from megatron_solopo.parallel import topology as process_groups
@@ -51,7 +52,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
 
     Returns what the file holds, on every rank.
 
-    Raises ValueError for what does not fit, FloatingPointError where the model's numbers are not finite.
+    Raises UserError for what does not fit, FloatingPointError where the model's numbers are not finite.
     """
     settings = _evaluation_config(subject, config, split)
     _, topology, splits = check_and_join(settings)
@@ -94,11 +95,11 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
 def _evaluation_config(subject: Subject, config: Config, split: Split) -> Config:
     """The config under which `subject` is scored: both answers behind both contexts, the reference as `config` has it.
 
-    Raises ValueError if the data have no such split.
+    Raises UserError if the data have no such split.
     """
     prepared = load_prepared(config.data.path)
     if split == "eval" and prepared.eval is None:
-        raise ValueError(
+        raise UserError(
             f"{config.data.path}: has no held-out split; prepare it with --eval-count, or take all its rows with "
             "--split train"
         )
@@ -131,13 +132,13 @@ def _refuse_together(path: Path, config: Config, fingerprint: str, split: Split)
             found = [str(error)]
     dist.broadcast_object_list(found, src=0)
     if found[0] is not None:
-        raise ValueError(found[0])
+        raise UserError(found[0])
 
 
 def _check_output(path: Path, config: Config, fingerprint: str, split: Split) -> None:
     """Raise ValueError if it cannot be written, or if another evaluation there would be lost."""
     if path.suffix != ".json":
-        raise ValueError(f"--output {path}: must end in .json")
+        raise UserError(f"--output {path}: must end in .json")
     check_writable(path.parent, "--output")
     if not path.exists():
         return
@@ -150,7 +151,7 @@ def _check_output(path: Path, config: Config, fingerprint: str, split: Split) ->
     }
     others = [name for name, is_same in same.items() if not is_same]
     if others:
-        raise ValueError(
+        raise UserError(
             f"{path}: holds an evaluation of another {', '.join(others)}, which would be lost; set --output"
         )
 
@@ -182,7 +183,7 @@ def _by_role(logprobs: ReferenceLogprobs) -> dict[str, Tensor]:
 def _check_finite(columns: Mapping[str, TripletColumn], dataset: TripletDataset, subject: Subject) -> None:
     broken = np.flatnonzero(~np.all([np.isfinite(values) for values in columns.values()], axis=0))
     if len(broken):
-        raise FloatingPointError(
+        raise UserError(
             f"{subject.path}: rewards of {len(broken)} triplets are not finite, first "
             f"{', '.join(dataset.ids(broken[:_SHOWN]))}; the model has diverged, or its reference has"
         )

@@ -13,6 +13,7 @@ from megatron_solopo.architecture.model_directory import huggingface_directory, 
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.data.encode import Template
 from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.samples import QuestionFile, Sample, Side, Source, Spec, Unfit, check_task_names
 from megatron_solopo.evaluate.settings import LongContextSettings
 from megatron_solopo.evaluate.target import Target
@@ -65,7 +66,7 @@ class Plan:
 
 
 def make_plan(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> Plan:
-    """Raises ValueError for tasks whose lengths the model does not take, or files that hold no question."""
+    """Raises UserError for tasks whose lengths the model does not take, or files that hold no question."""
     positions = _served_positions(settings) if target.path is None else _max_positions(target.path)
     sources: list[Source] = _files(settings, tokenizer)
     if settings.tasks:
@@ -82,7 +83,7 @@ def make_plan(settings: LongContextSettings, target: Target, tokenizer: Tokenize
     reason = f"prompt and room for the answer exceed the model's {positions} positions"
     skipped = [SkippedSamples(task=task, length=length, n=n, reason=reason) for (task, length), n in left_out.items()]
     if not fitting:
-        raise ValueError(f"--contexts: {reason} in all {len(planned)} samples")
+        raise UserError(f"--contexts: {reason} in all {len(planned)} samples")
     return Plan(fitting, skipped, metrics, positions, by_task)
 
 
@@ -135,7 +136,7 @@ def _template(settings: LongContextSettings, tokenizer: Tokenizer) -> Template:
     if settings.template == "auto":
         return "plain" if tokenizer.chat_template is None else "chat"
     if settings.template == "chat" and tokenizer.chat_template is None:
-        raise ValueError("--template chat: the tokenizer has no chat template; legal: plain")
+        raise UserError("--template chat: the tokenizer has no chat template; legal: plain")
     return settings.template
 
 
@@ -143,7 +144,7 @@ def _refuse_overlong(specs: list[Spec], positions: int | None) -> None:
     for spec in specs:
         if positions is not None and _total(spec) > positions:
             most = positions - spec.max_new_tokens
-            raise ValueError(
+            raise UserError(
                 f"--lengths {spec.length}: with {spec.max_new_tokens} tokens for the answer to {spec.task} it exceeds "
                 f"the model's {positions} positions; legal: at most {most}, or a smaller --max-new-tokens"
             )

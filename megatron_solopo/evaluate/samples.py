@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from megatron_solopo.data.encode import check_template, template_of
 from megatron_solopo.data.row import Content
 from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.statistics import bucket_bound
 from megatron_solopo.generate.scoring import Score
 from megatron_solopo.triplets.contexts import parse_context, read_contexts
@@ -54,7 +55,7 @@ class Sample:
     answers: tuple[str, ...]
 
 
-class Unfit(ValueError):
+class Unfit(UserError):
     """No prompt of a sample's length can be made.
 
     Attributes:
@@ -83,7 +84,7 @@ def check_task_names(sources: Sequence[Source]) -> None:
     """Raise ValueError where two sources have a task of one name."""
     names = [name for source in sources for name in source.metrics]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"--contexts: two files have the name {min(twice)}; rename one")
+        raise UserError(f"--contexts: two files have the name {min(twice)}; rename one")
 
 
 Side = Literal["short", "long"]
@@ -92,7 +93,7 @@ DEFAULT_ROOM = 256
 
 def _not_blank(answer: str) -> str:
     if not answer.strip():
-        raise ValueError("is blank, and would be found in every response")
+        raise UserError("is blank, and would be found in every response")
     return answer
 
 
@@ -176,11 +177,11 @@ class QuestionFile:
                 return
             prompt = row.prompt(side)
             if prompt is None:
-                raise ValueError(f"{self._path}:{number}: prompt_{side}: is missing; see --side")
+                raise UserError(f"{self._path}:{number}: prompt_{side}: is missing; see --side")
             name = (row.question_id or row.id) if side == "short" else row.id
             if name in asked:
                 if side == "long":
-                    raise ValueError(f"{self._path}:{number}: id: {name!r} is already the id of an earlier row")
+                    raise UserError(f"{self._path}:{number}: id: {name!r} is already the id of an earlier row")
                 continue
             asked.add(name)
             tokens = self._count(prompt)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.generation import Answer, Keep, MakeSample, generated
 from megatron_solopo.evaluate.samples import Sample, Spec
 from megatron_solopo.evaluate.settings import LongContextSettings
@@ -54,7 +55,7 @@ class ServerModel:
         self._tokenizer = tokenizer
 
     def run(self, batches: Sequence[Sequence[Spec]], build: MakeSample, keep: Keep) -> None:
-        """Raises ValueError where the server refuses, or does not answer after all retries."""
+        """Raises UserError where the server refuses, or does not answer after all retries."""
         asyncio.run(self._run([spec for batch in batches for spec in batch], build, keep))
 
     async def _run(self, specs: Sequence[Spec], build: MakeSample, keep: Keep) -> None:
@@ -87,7 +88,7 @@ class ServerModel:
         try:
             (answer,) = await server.ask(request)
         except RequestFailed as error:
-            raise ValueError(
+            raise UserError(
                 f"--server {self._settings.server}: no answer to {spec.id}: {error}; what was received is kept, "
                 "the same command asks for the rest"
             ) from None

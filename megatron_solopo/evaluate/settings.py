@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_solopo.data.encode import Template
+from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.tasks.catalog import QA, TASKS
 from megatron_solopo.triplets.corpus.read import Format
 
@@ -54,7 +55,7 @@ class LongContextSettings:
     def check(self) -> None:
         """Raise ValueError with one line per mistake."""
         if mistakes := [*self._wrong_numbers(), *self._wrong_tasks(), *self._wrong_places()]:
-            raise ValueError("\n".join(mistakes))
+            raise UserError("\n".join(mistakes))
 
     def _wrong_numbers(self) -> list[str]:
         least: dict[str, int | None] = {"--batch-size": self.batch_size, "--concurrency": self.concurrency}

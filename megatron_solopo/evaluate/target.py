@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
+from megatron_solopo.errors import UserError
 from megatron_solopo.results.long_context import EVALUATION_FOLDER, Backend
 from megatron_solopo.run_directory import Subject, find_subject
 
@@ -54,12 +55,12 @@ def resolve(model: str, backend: Literal["auto", "megatron", "transformers"]) ->
     """Find the model in a directory: a run's latest checkpoint, a checkpoint, or a Hugging Face model.
 
     A Hugging Face directory is for transformers, or for our model where it is asked for or torchrun started several
-    processes; a checkpoint is for our model alone. Raises ValueError where there is no model.
+    processes; a checkpoint is for our model alone. Raises UserError where there is no model.
     """
     subject = find_subject(Path(model), "--model")
     if is_megatron_checkpoint(subject.path):
         if backend == "transformers":
-            raise ValueError(
+            raise UserError(
                 f"--backend transformers: {subject.path} is a Megatron checkpoint; leave the option out, or export it "
                 "first with `megatron-solopo convert export`"
             )

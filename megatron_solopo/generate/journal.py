@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_solopo.errors import first_problem
+from megatron_solopo.errors import UserError, first_problem
 
 
 class StoredResponse(BaseModel):
@@ -64,7 +64,7 @@ class Journal:
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"--output {path}: another process is writing it; wait, or name another") from None
+            raise UserError(f"--output {path}: another process is writing it; wait, or name another") from None
 
     def _continue(self, path: Path, header: dict[str, Any], command: str) -> None:
         end = 0
@@ -111,7 +111,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 def read_offsets(path: Path) -> Iterator[tuple[int, StoredResponse]]:
-    """Every response with its byte offset, in the order they came. Raises ValueError naming a line that is none."""
+    """Every response with its byte offset, in the order they came. Raises UserError naming a line that is none."""
     has_header = read_header(path) is not None
     for start, line in _complete_lines(path):
         if start or not has_header:
@@ -119,13 +119,13 @@ def read_offsets(path: Path) -> Iterator[tuple[int, StoredResponse]]:
 
 
 def parse_response(path: Path, offset: int, line: bytes) -> StoredResponse:
-    """One line of the file; raises ValueError."""
+    """One line of the file; raises UserError."""
     try:
         return StoredResponse.model_validate_json(line)
     except ValidationError as error:
         with path.open("rb") as stream:
             number = stream.read(offset).count(b"\n") + 1
-        raise ValueError(f"{path}:{number}: {first_problem(error, 'the whole line')} (expected a response)") from None
+        raise UserError(f"{path}:{number}: {first_problem(error, 'the whole line')} (expected a response)") from None
 
 
 def _complete_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -137,16 +137,16 @@ def _complete_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     yield offset, line
                 offset += len(line)
     except OSError as error:
-        raise ValueError(f"--responses {path}: {error.strerror}") from None
+        raise UserError(f"--responses {path}: {error.strerror}") from None
 
 
 def _check_header(path: Path, header: dict[str, Any], command: str) -> None:
     old = read_header(path)
     if old is None:
-        raise ValueError(f"--output {path}: exists and is not the output of {command}; name another")
+        raise UserError(f"--output {path}: exists and is not the output of {command}; name another")
     for name in sorted(old.keys() | header.keys()):
         if old.get(name) != header.get(name):
-            raise ValueError(
+            raise UserError(
                 f"--output {path}: was begun with {name} {old.get(name)}, not {header.get(name)}; "
                 "name another output, or ask for the same"
             )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import httpx2
 from pydantic import BaseModel, ValidationError
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.generate.model import Answer, Request, RequestFailed
 
 _PASSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -132,12 +133,12 @@ class OpenAIServer:
         except httpx2.RequestError as error:
             raise _TryAgain(type(error).__name__) from None
         except httpx2.InvalidURL as error:
-            raise ValueError(f"--server {self._url}: is no URL: {error}") from None
+            raise UserError(f"--server {self._url}: is no URL: {error}") from None
         if response.status_code in _PASSES:
             raise _TryAgain(f"HTTP {response.status_code}", _asked_wait(response))
         if response.status_code != 200:
             detail = " ".join(response.text.split())[:_SHOWN_CHARACTERS]
-            raise ValueError(f"--server {self._url}: refuses with HTTP {response.status_code}: {detail}")
+            raise UserError(f"--server {self._url}: refuses with HTTP {response.status_code}: {detail}")
         completion = _completion(response, len(request.indices))
         self._refuse_cut(completion, request.max_tokens)
         return _answers(completion)
@@ -160,7 +161,7 @@ class OpenAIServer:
         cut = sum(choice.finish_reason == _LENGTH for choice in completion.choices)
         tokens = completion.usage.completion_tokens if completion.usage else None
         if tokens is not None and tokens < cut * max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"--server {self._url}: ended an answer before the {max_tokens} tokens asked for: its context has no "
                 "room for prompt and answer; give it a longer one (vLLM: --max-model-len) or ask for fewer tokens"
             )
@@ -183,7 +184,7 @@ def _authorization(variable: str | None) -> dict[str, str]:
         return {}
     key = os.environ.get(variable)
     if not key:
-        raise ValueError(f"--api-key-env {variable}: this environment variable is not set")
+        raise UserError(f"--api-key-env {variable}: this environment variable is not set")
     return {"Authorization": f"Bearer {key}"}
 
 

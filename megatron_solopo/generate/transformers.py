@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.errors import UserError
 
 # The library's own are not typed.
 _GENERATION_CONFIG: Any = GenerationConfig
@@ -19,7 +20,7 @@ def load_transformers_model(path: Path | str, dtype: str = "auto") -> Any:
     Args:
         dtype: A torch dtype's name; auto: the one it is stored in.
 
-    Raises ValueError with one line where there is no loadable model.
+    Raises UserError with one line where there is no loadable model.
     """
     shows_progress = _LOGGING.is_progress_bar_enabled()
     _LOGGING.disable_progress_bar()
@@ -29,7 +30,7 @@ def load_transformers_model(path: Path | str, dtype: str = "auto") -> Any:
         )
     # The library raises whatever the damaged file led to.
     except Exception as error:
-        raise ValueError(f"--model {path}: no loadable model: {' '.join(str(error).split())}") from None
+        raise UserError(f"--model {path}: no loadable model: {' '.join(str(error).split())}") from None
     finally:
         if shows_progress:
             _LOGGING.enable_progress_bar()

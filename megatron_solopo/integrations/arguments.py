@@ -24,6 +24,7 @@ from megatron_solopo.config import (
     ReferenceConfig,
     parse_config,
 )
+from megatron_solopo.errors import UserError
 
 _PREFIX = "solopo"
 # Section -> the class it is made of, and the flag of each key ("" where it is the key's own name).
@@ -77,11 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def config_from_args(args: argparse.Namespace) -> Config:
     """The configuration that Megatron-LM's parsed arguments come to.
 
-    Raises ValueError naming the flags that are wrong, alone or together.
+    Raises UserError naming the flags that are wrong, alone or together.
     """
     run_dir = args.solopo_run_dir or args.save
     if run_dir is None:
-        raise ValueError("--solopo-run-dir is required where --save is not given")
+        raise UserError("--solopo-run-dir is required where --save is not given")
     check_arguments(args)
     sections = {
         section: {key: getattr(args, f"{_PREFIX}_{name or key}") for key, name in keys.items()}
@@ -139,7 +140,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     # An argument that this Megatron-LM does not have cannot be wrong.
     wrong = [hint for name, (value, hint) in required.items() if getattr(args, name, value) != value]
     if wrong:
-        raise ValueError(f"arguments: SoLoPO needs {'; '.join(wrong)}")
+        raise UserError(f"arguments: SoLoPO needs {'; '.join(wrong)}")
 
 
 @contextmanager
@@ -156,7 +157,7 @@ def flags_for_keys() -> Iterator[None]:
         yield
     except ValueError as error:
         message = re.sub(pattern, lambda key: flags.get(key.group(), flags.get(f"objective.{key.group()}")), str(error))
-        raise ValueError(message) from None
+        raise UserError(message) from None
 
 
 def _flag(name: str) -> str:

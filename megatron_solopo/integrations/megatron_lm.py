@@ -43,6 +43,7 @@ from megatron_solopo.checkpoint.model_files import read_model_files, write_files
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path
 from megatron_solopo.integrations.arguments import add_arguments, config_from_args, flags_for_keys
 from megatron_solopo.integrations.task import PreferenceTask
@@ -80,7 +81,7 @@ class PackStream:
         consumed_triplets: where to start in the loader's stream.
         num_batches: how many batches will be asked for; they are looked at now, by their lengths.
 
-    Raises ValueError if the token budget of a pack is too small for so few packs in one of them.
+    Raises UserError if the token budget of a pack is too small for so few packs in one of them.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class PackStream:
 
     def _check(self, start: int, needed: int) -> None:
         if needed > self._num_packs:
-            raise ValueError(
+            raise UserError(
                 f"the batch of the {self._split} stream that starts with triplet {start} needs {needed} packs on each "
                 f"data-parallel rank, but has {self._num_packs} (global batch size / (micro-batch size x DP)): raise "
                 "data.max_tokens_per_pack (micro-batch size x the largest triplet always suffices) or "
@@ -183,7 +184,7 @@ class Solopo:
 
     @cached_property
     def config(self) -> Config:
-        """Our configuration, as the arguments have it; raises ValueError naming flags that do not go together."""
+        """Our configuration, as the arguments have it; raises UserError naming flags that do not go together."""
         return config_from_args(self.args)
 
     @cached_property
@@ -243,7 +244,7 @@ class Solopo:
     ) -> tuple[PackStream, PackStream | None, None]:
         """Training and validation iterators of this rank; every virtual stage reads the same packs from its own.
 
-        Raises ValueError if the batch sizes do not fit the layout or the data, or evaluation lacks data.
+        Raises UserError if the batch sizes do not fit the layout or the data, or evaluation lacks data.
         """
         args = self.args
         samples = train_val_test_num_samples
@@ -253,7 +254,7 @@ class Solopo:
         if not args.eval_iters:
             return train, None, None
         if "eval" not in self.task.splits.datasets:
-            raise ValueError(
+            raise UserError(
                 f"--eval-iters={args.eval_iters}, but {self.config.data.path} has no held-out split; "
                 "set it to 0, or prepare the data with --eval-count"
             )
@@ -269,7 +270,7 @@ class Solopo:
         num_packs = size // (micro_batch_size * self.task.topology.data_group.size())
         multiple = self.task.topology.packs_multiple
         if num_packs % multiple:
-            raise ValueError(
+            raise UserError(
                 f"{num_packs} micro-batches (global batch size / (micro-batch size x DP)) are no multiple of the "
                 f"{multiple} pipeline stages of the interleaved schedule; change --global-batch-size or "
                 "--micro-batch-size"

@@ -19,6 +19,7 @@ from megatron_solopo.architecture.huggingface import Architecture, read_architec
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
+from megatron_solopo.errors import UserError
 from megatron_solopo.model.head import attach_response_head
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.objective import metric_names
@@ -32,10 +33,10 @@ from megatron_solopo.train.step import LossFunction, forward_microbatch, objecti
 def prepare_model(model: Any, architecture: Architecture, chunk_tokens: int) -> None:
     """Check a model chunk and its configuration, and change in place what packs need.
 
-    Raises ValueError naming each setting that differs from `architecture`, or that packs do not go with.
+    Raises UserError naming each setting that differs from `architecture`, or that packs do not go with.
     """
     if not isinstance(model, GPTModel):
-        raise ValueError(
+        raise UserError(
             f"the model is a {type(model).__name__}; expected a GPTModel (of any subclass), not yet wrapped"
         )
     _check_architecture(model, architecture)
@@ -99,7 +100,7 @@ def _refuse(settings: dict[str, tuple[Any, Any]], problem: str) -> None:
         if found != expected
     ]
     if differing:
-        raise ValueError(f"{problem}: {'; '.join(differing)}")
+        raise UserError(f"{problem}: {'; '.join(differing)}")
 
 
 class PreferenceTask:
@@ -108,7 +109,7 @@ class PreferenceTask:
     Of the config it reads `model`, `data`, `objective`, `logprob`, `reference`, `seed`,
     `training.global_batch_size` and the sizes in `parallel`; the rest is the loop's own business.
 
-    Raises ValueError if there are no process groups yet, the data does not fit the model or the
+    Raises UserError if there are no process groups yet, the data does not fit the model or the
     objective, or the reference cache is missing or was made for another model or other data.
     """
 
@@ -130,7 +131,7 @@ class PreferenceTask:
         Call it on every chunk after it was built, before Float16Module or DistributedDataParallel wrap
         it. Parameters and their names stay as they are.
 
-        Raises ValueError naming what in the model is not as in `config.model.path`, or what in its
+        Raises UserError naming what in the model is not as in `config.model.path`, or what in its
         TransformerConfig does not go with packs and with the mean over triplets.
         """
         prepare_model(model, self.architecture, self.config.logprob.chunk_tokens)

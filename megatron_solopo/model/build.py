@@ -119,7 +119,7 @@ def build_model(
 ) -> list[ResponseModel]:
     """This rank's model chunks (one, or one per virtual pipeline stage), weights not yet loaded.
 
-    Raises ValueError for a layout that does not fit the model.
+    Raises UserError for a layout that does not fit the model.
     """
     config = transformer_config(architecture, model, parallel)
     chunks = parallel.virtual_pipeline_model_parallel_size

@@ -12,6 +12,7 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_solopo.config import ModelConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.parallel.cpu import is_cpu
 
@@ -29,7 +30,7 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
 
 def uses_transformer_engine(model: ModelConfig) -> bool:
-    """Resolve `model.implementation`; raises ValueError if Transformer Engine is asked for and cannot serve.
+    """Resolve `model.implementation`; raises UserError if Transformer Engine is asked for and cannot serve.
 
     Its attention kernels take bfloat16 alone, so float32 runs on plain PyTorch layers.
     """
@@ -41,7 +42,7 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     elif model.dtype == "float32":
         reason = "needs model.dtype=bfloat16"
     if reason and model.implementation == "transformer_engine":
-        raise ValueError(
+        raise UserError(
             f"model.implementation=transformer_engine {reason}; use auto or local, or see `megatron-solopo doctor`"
         )
     return not reason and model.implementation != "local"

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_solopo.architecture.fp8 import check_fp8
 from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.model.layer_spec import uses_transformer_engine
 
 # Transformer Engine's own question for each recipe; what to take instead where the answer is no.
@@ -34,18 +35,18 @@ def check_precision(
 ) -> None:
     """Refuse precisions that are illegal, that do not fit the model, or that this machine cannot compute.
 
-    Raises ValueError naming the key, the reason and, for a recipe, the nearest one that can serve.
+    Raises UserError naming the key, the reason and, for a recipe, the nearest one that can serve.
     """
     check_fp8(architecture, model, parallel, optimizer)
     if model.fp8 is None:
         return
     if model.fp8_param and Version(megatron.core.__version__) < _FP8_PARAM_SINCE:
-        raise ValueError(
+        raise UserError(
             f"model.fp8_param=true needs megatron-core {_FP8_PARAM_SINCE} or newer (Python 3.12), which writes such "
             f"weights to checkpoints; {megatron.core.__version__} is installed. Set it to false"
         )
     if not uses_transformer_engine(model):
-        raise ValueError(
+        raise UserError(
             f"model.fp8={model.fp8} needs Transformer Engine on a CUDA device, model.dtype=bfloat16 and "
             "model.implementation=auto; set model.fp8=null to train in bfloat16, or see `megatron-solopo doctor`"
         )
@@ -53,7 +54,7 @@ def check_precision(
     if reason:
         can = next((recipe for recipe in _NEAREST[model.fp8_recipe] if not unavailable(recipe)), None)
         nearest = f"model.fp8_recipe={can}" if can else "model.fp8=null (bfloat16)"
-        raise ValueError(f"model.fp8_recipe={model.fp8_recipe} cannot run here: {reason}; the nearest is {nearest}")
+        raise UserError(f"model.fp8_recipe={model.fp8_recipe} cannot run here: {reason}; the nearest is {nearest}")
 
 
 def unavailable(recipe: FP8Recipe) -> str:

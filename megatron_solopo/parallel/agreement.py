@@ -5,13 +5,15 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from megatron_solopo.errors import UserError
+
 _Result = TypeVar("_Result")
 
 
 def together(action: Callable[[], _Result]) -> _Result:
     """Run `action` on every rank and return this rank's result.
 
-    Raises ValueError on every rank, with the message of the lowest rank that failed, if it failed anywhere.
+    Raises UserError on every rank, with the message of the lowest rank that failed, if it failed anywhere.
     """
     result, failure = _attempt(action)
     failures: list[Any] = [None] * dist.get_world_size()
@@ -23,7 +25,7 @@ def together(action: Callable[[], _Result]) -> _Result:
 def on_rank_0(action: Callable[[], _Result]) -> _Result:
     """Run `action` on rank 0 alone and return its result on every rank.
 
-    On a shared file system the ranks might not see the same yet. Raises ValueError on every rank if it failed.
+    On a shared file system the ranks might not see the same yet. Raises UserError on every rank if it failed.
     """
     found: list[Any] = list(_attempt(action)) if dist.get_rank() == 0 else [None, None]
     dist.broadcast_object_list(found, src=0)
@@ -36,7 +38,7 @@ def raise_first(failures: list[str | None]) -> None:
     """Raise ValueError with the first failure, if there is one."""
     for failure in failures:
         if failure is not None:
-            raise ValueError(failure)
+            raise UserError(failure)
 
 
 def _attempt(action: Callable[[], _Result]) -> tuple[_Result | None, str | None]:

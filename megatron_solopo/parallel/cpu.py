@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 from torch.utils._device import _device_constructors
 
+from megatron_solopo.errors import UserError
+
 DEVICE_VARIABLE = "MEGATRON_SOLOPO_DEVICE"
 _CPU = torch.device("cpu")
 # fmt: off
@@ -33,13 +35,13 @@ _adapted = False
 def is_cpu() -> bool:
     """Whether this process computes on the CPU: CUDA is absent, or the CPU was asked for.
 
-    Raises ValueError if the environment variable holds anything but cpu, cuda or nothing.
+    Raises UserError if the environment variable holds anything but cpu, cuda or nothing.
     """
     wanted = os.environ.get(DEVICE_VARIABLE, "")
     if wanted not in ("", "cpu", "cuda"):
-        raise ValueError(f"{DEVICE_VARIABLE}={wanted!r}: expected cpu or cuda")
+        raise UserError(f"{DEVICE_VARIABLE}={wanted!r}: expected cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{DEVICE_VARIABLE}=cuda, but torch {torch.__version__} finds no CUDA device; unset it")
+        raise UserError(f"{DEVICE_VARIABLE}=cuda, but torch {torch.__version__} finds no CUDA device; unset it")
     return wanted == "cpu" or not torch.cuda.is_available()
 
 

@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_solopo.architecture.layout import check_world_size, packs_multiple, sequence_multiple
 from megatron_solopo.config import ParallelConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import cpu
 
 # Gloo groups as large as the world, if all of it is data parallel: on CPUs ten, beside NCCL Megatron's three and that
@@ -61,13 +62,13 @@ def initialize(config: ParallelConfig, seed: int, check: Callable[[], None] | No
     Args:
         check: called between the two, where all ranks have met and not yet relied on having the same sizes.
 
-    Raises ValueError for a world size that does not fit, before any process waits for another. What it raises later
+    Raises UserError for a world size that does not fit, before any process waits for another. What it raises later
     leaves no group of its own behind.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" not in os.environ and tasks != "1":
-        raise ValueError(
+        raise UserError(
             f"srun started {tasks} tasks, but RANK and WORLD_SIZE are not set: each would run alone, over the same "
             "files; let srun start torchrun, one task per node"
         )
@@ -107,10 +108,10 @@ def _split(
 def current() -> Topology:
     """This rank's place in the groups that `parallel_state.initialize_model_parallel` has made, whoever called it.
 
-    Raises ValueError if there are none yet.
+    Raises UserError if there are none yet.
     """
     if not parallel_state.model_parallel_is_initialized():
-        raise ValueError("no process groups yet: call megatron.core's initialize_model_parallel first")
+        raise UserError("no process groups yet: call megatron.core's initialize_model_parallel first")
     device = torch.device("cpu") if cpu.is_cpu() else torch.device("cuda", torch.cuda.current_device())
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
     return _of_existing_groups(device, chunks, owns_world=False)

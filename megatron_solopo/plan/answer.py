@@ -16,6 +16,7 @@ from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import Efficiency, Gpu, check_fp8_of
 from megatron_solopo.architecture.plain import read_shape
 from megatron_solopo.config import Config
+from megatron_solopo.errors import UserError
 from megatron_solopo.plan import answer as report
 from megatron_solopo.plan.calibration import calibrated
 from megatron_solopo.plan.layouts import Proof, make_layout
@@ -292,15 +293,15 @@ def refusals(refused: Sequence[Refusal]) -> str:
 
 
 def parse_sizes(text: str) -> dict[str, int | None]:
-    """`tp=8,pp=4,cp=4,vpp=2` -> sizes; raises ValueError naming the part that is none."""
+    """`tp=8,pp=4,cp=4,vpp=2` -> sizes; raises UserError naming the part that is none."""
     sizes: dict[str, int | None] = {"tp": 1, "pp": 1, "vpp": None, "cp": 1}
     stated = [re.fullmatch(r"(tp|pp|vpp|cp)=([1-9][0-9]{0,5})", part) for part in text.split(",")]
     for match, part in zip(stated, text.split(","), strict=True):
         if match is None:
-            raise ValueError(f"--explain {text!r}: {part!r} is none of tp=N, pp=N, vpp=N, cp=N (dp is what they leave)")
+            raise UserError(f"--explain {text!r}: {part!r} is none of tp=N, pp=N, vpp=N, cp=N (dp is what they leave)")
         sizes[match[1]] = int(match[2])
     if len({match[1] for match in stated if match}) < len(stated):
-        raise ValueError(f"--explain {text!r}: a size is stated twice")
+        raise UserError(f"--explain {text!r}: a size is stated twice")
     return sizes
 
 
@@ -311,7 +312,7 @@ def read_workload(config: Config, tokens: str | None, triplets: int) -> Workload
     try:
         return prepared_workload(config.data.path)
     except ValueError as error:
-        raise ValueError(f"{error}; or state the lengths with --tokens") from None
+        raise UserError(f"{error}; or state the lengths with --tokens") from None
 
 
 def make_planner(
@@ -319,13 +320,13 @@ def make_planner(
 ) -> Planner:
     """Read the model's config.json and, if given, the calibration."""
     if gpus > gpu.gpus_per_node and gpus % gpu.gpus_per_node:
-        raise ValueError(f"--gpus {gpus}: more than a node of {gpu.gpus_per_node}, so it must be a multiple of that")
+        raise UserError(f"--gpus {gpus}: more than a node of {gpu.gpus_per_node}, so it must be a multiple of that")
     check_fp8_of(gpu, config.model)
     efficiency = Efficiency() if calibration is None else calibrated(calibration, gpu)
     architecture = read_shape(config.model.path)
     planner = Planner(architecture, config, workload, gpu, gpus, efficiency, vary=vary)
     if (longest := workload.longest(planner.packer.roles)) > architecture.max_sequence_length:
-        raise ValueError(
+        raise UserError(
             f"{workload.source}: sequences of up to {longest:,} tokens, but the model {config.model.path} has "
             f"{architecture.max_sequence_length:,} positions; shorten them, or extend the model in its config.json "
             "(rope_parameters, max_position_embeddings)"
@@ -334,13 +335,13 @@ def make_planner(
 
 
 def choose(planner: Planner, search: Search, explain: str | None) -> LayoutEstimate:
-    """The layout asked for, or the best; raises ValueError if there is none."""
+    """The layout asked for, or the best; raises UserError if there is none."""
     if explain is not None:
         return planner.best_of(make_layout(planner.config, parse_sizes(explain), planner.gpus))
     if not search.ranked:
         nearest = search.nearest
         advice = "" if nearest.excess_gib is None else "; take more GPUs, shorter contexts or GPUs with more memory"
-        raise ValueError(
+        raise UserError(
             f"no layout fits on {planner.gpus} x {planner.gpu.device_name}; {nearest.name}: {nearest.reason}{advice} "
             "(--why-not lists all reasons)"
         )

@@ -16,6 +16,7 @@ from megatron_solopo.architecture.gpus import GPUS, Efficiency, Gpu
 from megatron_solopo.architecture.huggingface import Shape
 from megatron_solopo.architecture.plain import read_shape
 from megatron_solopo.config import Config, parse_config
+from megatron_solopo.errors import UserError
 from megatron_solopo.plan.layouts import Layout, with_keys
 from megatron_solopo.plan.search import LayoutEstimate, Planner
 from megatron_solopo.plan.workload import Workload
@@ -46,16 +47,16 @@ def measured(path: Path, gpu: Gpu | None = None, efficiency: Efficiency | None =
     Args:
         gpu: the type measured; None: found by the device's name, no rows where it is not in the table.
 
-    Raises ValueError where the file is no such benchmark.
+    Raises UserError where the file is no such benchmark.
     """
     try:
         benchmark = json.loads(path.read_text(encoding="utf-8"))
         device, rows = str(benchmark["device"]), benchmark["measurements"]
         fields, configs, sizes = benchmark["architecture"], benchmark["configs"], benchmark["sizes"]
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file (--calibration)") from None
+        raise UserError(f"{path}: no such file (--calibration)") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a result of tools/benchmark.py: {type(error).__name__} {error}") from None
+        raise UserError(f"{path}: not a result of tools/benchmark.py: {type(error).__name__} {error}") from None
     gpu = gpu or next((each for each in GPUS.values() if each.device_name in device), None)
     if gpu is None or device == "cpu":
         return []
@@ -106,13 +107,13 @@ def _estimate(
 def calibrated(path: Path, gpu: Gpu) -> Efficiency:
     """Efficiencies under which the estimates meet a benchmark's measurements, in the least squares of relative error.
 
-    Raises ValueError where the file holds no measurement of a GPU.
+    Raises UserError where the file holds no measurement of a GPU.
     """
     rows = measured(path, gpu)
     if not rows:
-        raise ValueError(f"{path}: holds no measurement of solopo or long_po on a GPU (--calibration)")
+        raise UserError(f"{path}: holds no measurement of solopo or long_po on a GPU (--calibration)")
     if gpu.device_name not in rows[0].device:
-        raise ValueError(f"{path}: measured on {rows[0].device}, which is no {gpu.device_name} (--gpu, --calibration)")
+        raise UserError(f"{path}: measured on {rows[0].device}, which is no {gpu.device_name} (--gpu, --calibration)")
     times = np.array([row.seconds for row in rows])
     attention = np.array([row.estimate.time.compute.attention for row in rows])
     rest = np.array([row.estimate.time.seconds for row in rows]) - attention
@@ -121,7 +122,7 @@ def calibrated(path: Path, gpu: Gpu) -> Efficiency:
     scaled = {name: getattr(default, name) / factors[0] for name in ("gemm", "fp8_gemm", "head", "memory")}
     scaled["attention"] = default.attention / factors[1]
     if (best := max(scaled["gemm"], scaled["attention"])) > 1:
-        raise ValueError(
+        raise UserError(
             f"{path}: computes {best:.2f} times as fast as {gpu.device_name}'s data sheet allows; is the type right? "
             "(--calibration)"
         )

@@ -130,7 +130,7 @@ def optimizer_state_bytes(optimizer: "MegatronOptimizer", chunks: Sequence["Dist
 
 
 def _parts(optimizer: "MegatronOptimizer") -> Sequence["MegatronOptimizer"]:
-    parts: Sequence["MegatronOptimizer"] = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts: Sequence[MegatronOptimizer] = getattr(optimizer, "chained_optimizers", [optimizer])
     return parts
 
 

@@ -90,7 +90,7 @@ def sizes_of(architecture: Shape, gpus: int, gpu: Gpu) -> Iterator[dict[str, int
 
 
 def make_layout(config: Config, sizes: dict[str, int | None], gpus: int) -> Layout:
-    """The configuration with these sizes; raises ValueError if they do not divide the GPUs."""
+    """The configuration with these sizes; raises UserError if they do not divide the GPUs."""
     named = {SHORT_NAMES[short]: size for short, size in sizes.items()}
     # Sequence parallelism comes with TP: without it nothing is faster or smaller.
     parallel = named | {"sequence_parallel": None, "cp_comm_type": "p2p", "cpu_offloading_num_layers": 0}

@@ -156,7 +156,7 @@ class Planner:
         return layout, excess
 
     def best_of(self, layout: Layout) -> LayoutEstimate:
-        """The fastest variant of one layout that fits, or its smallest; raises ValueError if it is illegal."""
+        """The fastest variant of one layout that fits, or its smallest; raises UserError if it is illegal."""
         rows = variants(self.architecture, layout, self.gpu, self.vary)
         judged = [self._first_that_fits(row) for row in rows]
         fitting = [each for each, excess in judged if excess <= 0]
@@ -185,7 +185,7 @@ class Planner:
         return self._states[key]
 
     def estimate(self, layout: Layout) -> LayoutEstimate:
-        """Compute a layout through, whether it fits or not; raises ValueError if it is illegal."""
+        """Compute a layout through, whether it fits or not; raises UserError if it is illegal."""
         check(self.architecture, layout)
         batch = self.packer.pack(layout.config, layout.data_parallel_size)
         ranks = range(layout.config.parallel.pipeline_model_parallel_size)

@@ -19,6 +19,7 @@ from megatron_solopo.data.batch_plan import (
     plan_global_batch,
     triplet_sizes,
 )
+from megatron_solopo.errors import UserError
 
 _SEED = 0
 _TOO_LONG = 2**31
@@ -81,7 +82,7 @@ class BatchShape:
 
 
 def prepared_workload(path: Path) -> Workload:
-    """Lengths of every row of the training split of a prepared data set; raises ValueError if it is none."""
+    """Lengths of every row of the training split of a prepared data set; raises UserError if it is none."""
     # Slow to import, and needless where lengths are given.
     from megatron_solopo.data.prepared import load_prepared, token_lengths
 
@@ -102,21 +103,21 @@ def stated_workload(text: str, num_triplets: int, sample: int) -> Workload:
     Args:
         sample: triplets to draw, at most `num_triplets`.
 
-    Raises ValueError naming the part that cannot be read. Prompts are counted without the answer.
+    Raises UserError naming the part that cannot be read. Prompts are counted without the answer.
     """
     ranges = {}
     for part in text.split(","):
         stated = re.fullmatch(r"(short|long|response)=([0-9]+)(?::([0-9]+))?", part)
         if stated is None:
-            raise ValueError(f"--tokens {part!r}: expected short=N, long=N or response=N; N may be LOW:HIGH")
+            raise UserError(f"--tokens {part!r}: expected short=N, long=N or response=N; N may be LOW:HIGH")
         name, low, high = stated[1], int(stated[2]), int(stated[3] or stated[2])
         if not 0 < low <= high < _TOO_LONG:
-            raise ValueError(f"--tokens {part!r}: lengths must be from 1 to {_TOO_LONG - 1:,}, and LOW at most HIGH")
+            raise UserError(f"--tokens {part!r}: lengths must be from 1 to {_TOO_LONG - 1:,}, and LOW at most HIGH")
         if name in ranges:
-            raise ValueError(f"--tokens {text!r}: {name} is stated twice")
+            raise UserError(f"--tokens {text!r}: {name} is stated twice")
         ranges[name] = (low, high)
     if missing := {"short", "long", "response"} - set(ranges):
-        raise ValueError(f"--tokens {text!r}: {', '.join(sorted(missing))} missing")
+        raise UserError(f"--tokens {text!r}: {', '.join(sorted(missing))} missing")
     generator = np.random.default_rng(_SEED)
     count = min(sample, num_triplets)
     drawn = {
@@ -141,7 +142,7 @@ class Packer:
         available = len(workload.responses["chosen"])
         generator = np.random.default_rng(_SEED)
         if available < size:
-            raise ValueError(
+            raise UserError(
                 f"training.global_batch_size={size}: more than the {available} triplets of {workload.source}; lower it"
             )
         self.rows = generator.permutation(available)[:size]
@@ -156,7 +157,7 @@ class Packer:
     def pack(self, config: Config, data_parallel_size: int) -> BatchShape:
         """The batch under a layout.
 
-        Raises ValueError where the trainer would: a triplet over the budget, or a batch that does not divide.
+        Raises UserError where the trainer would: a triplet over the budget, or a batch that does not divide.
         """
         parallel = config.parallel
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
@@ -167,7 +168,7 @@ class Packer:
         check_batch_size(config.training.global_batch_size, data_parallel_size, packs)
         budget = config.data.max_tokens_per_pack
         if (largest := self.largest(multiple, whole)) > budget:
-            raise ValueError(
+            raise UserError(
                 f"the largest triplet needs {largest:,} padded tokens (multiples of {multiple}), more than "
                 f"data.max_tokens_per_pack={budget}; raise it to that"
             )

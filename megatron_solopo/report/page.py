@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 
 from megatron_solopo import __version__
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_writable, write_json
 from megatron_solopo.report.curves import curve_pictures
 from megatron_solopo.report.evaluation_pictures import accuracy_pictures
@@ -31,7 +32,7 @@ _PAGE, _NUMBERS = "index.html", "report.json"
 def write_comparison(paths: Sequence[Path], output: Path) -> Path:
     """Compare runs on one page; an earlier report in `output` is replaced. Returns the page.
 
-    Raises ValueError for a path that is no run, and for an output that holds other files.
+    Raises UserError for a path that is no run, and for an output that holds other files.
     """
     runs = read_runs(paths)
     _check_output(output)
@@ -48,10 +49,10 @@ def write_comparison(paths: Sequence[Path], output: Path) -> Path:
 def _check_output(output: Path) -> None:
     check_writable(output, "--output")
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / _NUMBERS).is_file())):
-        raise ValueError(f"--output {output}: exists and is no report; name another directory")
+        raise UserError(f"--output {output}: exists and is no report; name another directory")
     foreign = [each.name for each in output.iterdir() if not _is_ours(each)] if output.is_dir() else []
     if foreign:
-        raise ValueError(f"--output {output}: holds {foreign[0]}, which would be lost; name another directory")
+        raise UserError(f"--output {output}: holds {foreign[0]}, which would be lost; name another directory")
 
 
 def _is_ours(path: Path) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.report.figure import Point
 from megatron_solopo.results.long_context import EVALUATION_FOLDER, LongContextResults, read_long_context
 from megatron_solopo.results.preference import PreferenceResults, read_preference
@@ -181,24 +182,22 @@ def is_finite(value: Any) -> bool:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Read run directories. Raises ValueError naming the first that is none, or that is given twice."""
+    """Read run directories. Raises UserError naming the first that is none, or that is given twice."""
     resolved = [path.resolve() for path in paths]
     for path, place in zip(paths, resolved, strict=True):
         if resolved.count(place) > 1:
-            raise ValueError(f"{path}: is named twice; name each run once")
+            raise UserError(f"{path}: is named twice; name each run once")
         _check(path)
     return [_read(path, name) for path, name in zip(paths, _names(resolved), strict=True)]
 
 
 def _check(path: Path) -> None:
     if not path.is_dir():
-        raise ValueError(
-            f"{path}: {'is a file' if path.exists() else 'no such directory'}; name the run_dir of a train"
-        )
+        raise UserError(f"{path}: {'is a file' if path.exists() else 'no such directory'}; name the run_dir of a train")
     if not (path / RUN_CONFIG).is_file() and not (path / METRICS).is_file():
         inside = [each.parent.name for each in sorted(path.glob(f"*/{METRICS}"))]
         meant = f"; did you mean {', '.join(str(path / name) for name in inside[:3])}?" if inside else ""
-        raise ValueError(f"{path}: is no run directory, it holds neither {RUN_CONFIG} nor {METRICS}{meant}")
+        raise UserError(f"{path}: is no run directory, it holds neither {RUN_CONFIG} nor {METRICS}{meant}")
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_solopo.errors import first_problem
+from megatron_solopo.errors import UserError, first_problem
 from megatron_solopo.files import write_json
 
 EVALUATION_FOLDER = "evaluation"
@@ -36,14 +36,14 @@ AnyResults = TypeVar("AnyResults", bound=Results)
 
 
 def read_results(path: Path, kind: type[AnyResults], command: str) -> AnyResults:
-    """Read a file that `command` writes. Raises ValueError naming it and the field that is not of the schema."""
+    """Read a file that `command` writes. Raises UserError naming it and the field that is not of the schema."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
         problem = first_problem(error, "the whole file")
-        raise ValueError(f"{path}: {problem} (expected results of {command})") from None
+        raise UserError(f"{path}: {problem} (expected results of {command})") from None
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 class Cell(ResultsPart):

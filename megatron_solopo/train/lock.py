@@ -12,6 +12,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.agreement import on_rank_0
 
 LOCK = ".lock"
@@ -31,7 +32,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
     A run that is refused before it has written anything leaves no directory behind.
 
-    Raises ValueError on every rank, naming the process that holds it.
+    Raises UserError on every rank, naming the process that holds it.
     """
     is_new = not run_dir.exists()
     held: list[TextIO] = []
@@ -63,7 +64,7 @@ def _acquire(run_dir: Path, wait_seconds: float) -> TextIO:
             continue
         if time.monotonic() > until:
             if not _is_our_former_self(holder):
-                raise ValueError(
+                raise UserError(
                     f"{run_dir}: {holder} trains in it; end that first, or set run_dir to another directory. If it is "
                     f"known to be dead, its node's lock has not been freed yet: remove {file}"
                 )

@@ -25,6 +25,7 @@ from megatron_solopo.architecture.gpus import bf16_peak
 from megatron_solopo.architecture.huggingface import Architecture
 from megatron_solopo.config import LoggingConfig
 from megatron_solopo.data.packing import Pack
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, read_jsonl
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.topology import Topology
@@ -197,7 +198,7 @@ def _wandb(run_dir: Path, project: str, config: Mapping[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f"logging.wandb_project={project}: the package wandb is missing; pip install 'megatron-solopo[wandb]'"
         ) from None
     # W&B leaves out steps that it has already: what a run did twice, after a checkpoint and a crash, is there once.

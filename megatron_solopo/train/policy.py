@@ -20,6 +20,7 @@ from megatron_solopo.architecture.huggingface import read_architecture
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import Config, ModelConfig, OptimizerConfig
 from megatron_solopo.data.packing import Pack
+from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import build_model, fuse_weight_gradients
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.layer_spec import uses_transformer_engine
@@ -60,7 +61,7 @@ def _note_and_finalize(model: Sequence[DistributedDataParallel], *arguments: Any
 def check_offload(optimizer: OptimizerConfig, model: ModelConfig) -> None:
     """Raise ValueError if optimizer state is to leave a GPU that is not there, or without Transformer Engine."""
     if optimizer.optimizer_offload_fraction and not uses_transformer_engine(model):
-        raise ValueError(
+        raise UserError(
             f"optimizer.optimizer_offload_fraction={optimizer.optimizer_offload_fraction} needs a CUDA device, "
             "Transformer Engine and model.dtype=bfloat16; set it to 0"
         )
@@ -103,12 +104,12 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
 def check_schedule(config: OptimizerConfig, max_steps: int) -> None:
     """Raise ValueError if the warm-up or the minimum learning rate does not fit the run."""
     if config.lr_warmup_iters >= max_steps:
-        raise ValueError(
+        raise UserError(
             f"optimizer.lr_warmup_iters={config.lr_warmup_iters} must be below the run's {max_steps} steps "
             "(training.max_steps or training.num_train_epochs)"
         )
     if config.min_lr > config.lr:
-        raise ValueError(f"optimizer.min_lr={config.min_lr} must not exceed optimizer.lr={config.lr}")
+        raise UserError(f"optimizer.min_lr={config.min_lr} must not exceed optimizer.lr={config.lr}")
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, max_steps: int) -> OptimizerParamScheduler:
@@ -194,7 +195,7 @@ class Policy:
 def load_model(config: Config, path: Path, topology: Topology) -> list[ResponseModel]:
     """Build this rank's chunks of the Hugging Face directory or Megatron checkpoint in `path`, and load its weights.
 
-    Raises ValueError for an unsupported model, a layout that does not fit it, or damaged weights.
+    Raises UserError for an unsupported model, a layout that does not fit it, or damaged weights.
     """
     architecture = read_architecture(path)
     chunks = build_model(

@@ -34,6 +34,7 @@ from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.agreement import on_rank_0, raise_first
@@ -72,7 +73,7 @@ def check_same_start(facts: Mapping[str, str]) -> None:
     for rank, (host, found) in enumerate(everyone):
         for key in sorted(first.keys() | found.keys()):
             if first.get(key) != found.get(key):
-                raise ValueError(
+                raise UserError(
                     f"the ranks do not start alike: {key} is {first.get(key)} on rank 0 ({first_host}), but "
                     f"{found.get(key)} on rank {rank} ({host}); start every rank with the same config and environment"
                 )
@@ -86,7 +87,7 @@ def check_surroundings(
     Args:
         begin: told the name of every check, so that one that hangs is known.
 
-    Raises ValueError, on every rank, for a directory that is not shared or too full.
+    Raises UserError, on every rank, for a directory that is not shared or too full.
     """
     begin("preflight: run directory")
     rows = [
@@ -99,7 +100,7 @@ def check_surroundings(
         total = torch.ones(1, device=topology.device)
         dist.all_reduce(total, group=group)
         if int(total) != group.size():
-            raise ValueError(f"an all-reduce over {group.size()} {name} ranks counted {int(total)}: a faulty network")
+            raise UserError(f"an all-reduce over {group.size()} {name} ranks counted {int(total)}: a faulty network")
         sizes.append(f"{name} {group.size()}")
     return [*rows, ("groups", ", ".join(sizes))]
 
@@ -114,7 +115,7 @@ def _check_run_dir(run_dir: Path, num_parameters: int) -> str:
     on_rank_0(lambda: Path(probe).unlink(missing_ok=True))
     blind = [f"rank {rank} ({host})" for rank, (host, sees, _) in enumerate(everyone) if not sees]
     if blind:
-        raise ValueError(
+        raise UserError(
             f"run_dir={run_dir}: {', '.join(blind)} cannot see what rank 0 writes there; set run_dir to a directory "
             "that all hosts share"
         )
@@ -218,7 +219,7 @@ def try_largest_pack(
     Args:
         num_rows: of the training split.
 
-    Raises ValueError, on the rank that has it, for too little memory.
+    Raises UserError, on the rank that has it, for too little memory.
     """
     pack = loader.largest_pack(_PLANNED_BATCHES)
     packs = [pack] * max(topology.packs_multiple, topology.pipeline_group.size())
@@ -233,7 +234,7 @@ def try_largest_pack(
             run_schedule(policy.chunks, packs, loss, topology, forward_only=False, before_pack=before_pack)
             del moments
     except torch.OutOfMemoryError as error:
-        raise ValueError(_too_large(config, pack, str(error))) from None
+        raise UserError(_too_large(config, pack, str(error))) from None
     finally:
         get_cuda_rng_tracker().set_states(states)
         for chunk in policy.chunks:

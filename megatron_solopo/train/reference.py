@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import Config
 from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.layer_spec import uses_transformer_engine
@@ -52,7 +53,7 @@ def reference_logprobs(
         apart: see `score_sequences`.
         boundary: called before every batch; where it raises, nothing is written.
 
-    Raises ValueError naming what differs if the cache was made for other data, weights or precision.
+    Raises UserError naming what differs if the cache was made for other data, weights or precision.
     """
     cache = config.reference_cache
     expected = reference_dependencies(config, splits)
@@ -70,11 +71,11 @@ def reference_logprobs(
 def cached_reference(config: Config, splits: Splits) -> dict[str, ReferenceLogprobs]:
     """By split, from the cache alone.
 
-    Raises ValueError if there is no cache, or naming what differs if it was made for other data, weights or precision.
+    Raises UserError if there is no cache, or naming what differs if it was made for other data, weights or precision.
     """
     cache, expected = config.reference_cache, reference_dependencies(config, splits)
     if not (cache / _MANIFEST).is_file():
-        raise ValueError(
+        raise UserError(
             f"{cache}: no cached reference log-probs; write them with `megatron-solopo reference`, "
             "or set reference.cache to the directory that holds them"
         )
@@ -119,7 +120,7 @@ def _check(cache: Path, expected: dict[str, Any]) -> None:
     differing += [key for key in expected if key not in ("data", "roles") and expected[key] != found.get(key)]
     differing += ["roles"] if set(expected["roles"]) - set(found["roles"]) else []
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{cache}: the cached reference log-probs are stale, made for another {', '.join(differing)}; "
             "run `megatron-solopo reference --overwrite` with this config, or set reference.cache to another directory"
         )
@@ -208,6 +209,6 @@ def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[str]) -> 
     except (OSError, pa.ArrowException):
         raise _damaged(cache, f"{name}.parquet") from None
     if table["id"].to_pylist() != dataset.ids(range(len(dataset))):
-        raise ValueError(f"{cache / name}.parquet: its ids are not those of data.path; delete {cache}")
+        raise UserError(f"{cache / name}.parquet: its ids are not those of data.path; delete {cache}")
     columns: list[Tensor] = [torch.tensor(table[role].to_numpy(), dtype=torch.float32) for role in roles]
     return ReferenceLogprobs(tuple(roles), torch.stack(columns, dim=1))

@@ -17,6 +17,7 @@ from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, sequential_batches
 from megatron_solopo.data.prepared import PreparedManifest, load_prepared
 from megatron_solopo.data.tokenizer import load_tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.progress import bar_style
@@ -34,14 +35,14 @@ class Splits:
 def load_splits(config: Config, architecture: Architecture) -> Splits:
     """Open `data.path`.
 
-    Raises ValueError if it is not complete, holds pairs where triplets are needed, was tokenized with
+    Raises UserError if it is not complete, holds pairs where triplets are needed, was tokenized with
     another tokenizer than the model's, has sequences longer than the model's positions, or has no
     held-out split where evaluation is asked for.
     """
     prepared = load_prepared(config.data.path)
     manifest = prepared.manifest
     if manifest.kind == "pair" and config.objective.name == "solopo":
-        raise ValueError(
+        raise UserError(
             f"{config.data.path}: holds plain pairs (prompt, chosen, rejected), but objective.name=solopo needs "
             "prompt_short and prompt_long; prepare triplets, or set objective.name=short_po"
         )
@@ -52,7 +53,7 @@ def load_splits(config: Config, architecture: Architecture) -> Splits:
     if prepared.eval is not None:
         datasets["eval"] = TripletDataset(prepared.eval, columns)
     elif config.training.eval_steps is not None:
-        raise ValueError(
+        raise UserError(
             f"training.eval_steps={config.training.eval_steps}, but {config.data.path} has no held-out split; "
             "prepare it with --eval-count, or remove the key"
         )
@@ -66,7 +67,7 @@ def _check_tokenizer(config: Config, manifest: PreparedManifest, architecture: A
     elif _model_tokenizer(config) not in (None, manifest.fingerprint_parts["tokenizer"]):
         problem = f"by {manifest.tokenizer}, which is not the tokenizer of the model {config.model.path}"
     if problem:
-        raise ValueError(f"{config.data.path}: tokenized {problem}; prepare the data with the model's own tokenizer")
+        raise UserError(f"{config.data.path}: tokenized {problem}; prepare the data with the model's own tokenizer")
 
 
 def _model_tokenizer(config: Config) -> str | None:
@@ -84,7 +85,7 @@ def _check_lengths(
     longest = max(manifest.lengths[columns[context]].max for context in contexts)
     longest += max(manifest.lengths[answer].max for answer in ("chosen", "rejected"))
     if longest > architecture.max_sequence_length:
-        raise ValueError(
+        raise UserError(
             f"{config.data.path}: sequences of up to {longest} tokens, but the model {config.model.path} has "
             f"{architecture.max_sequence_length} positions; prepare the data with --max-length, or extend the model in "
             "its config.json (rope_parameters, max_position_embeddings)"
@@ -102,7 +103,7 @@ def training_batches(
     global_batch_size: int | None = None,
     packs_multiple: int | None = None,
 ) -> GlobalBatchLoader:
-    """Endless shuffled global batches; raises ValueError where data, batch and budget do not fit.
+    """Endless shuffled global batches; raises UserError where data, batch and budget do not fit.
 
     Args:
         global_batch_size: triplets per batch; None: the config's.

@@ -33,6 +33,7 @@ from megatron_solopo.checkpoint.rng import restore_rng, rng_state
 from megatron_solopo.checkpoint.save import CheckpointContent, PendingSave
 from megatron_solopo.config import CheckpointConfig, Config
 from megatron_solopo.data.loader import GlobalBatchLoader
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file
 from megatron_solopo.model.precision import precision_settings
 from megatron_solopo.objective import metric_names
@@ -61,7 +62,7 @@ def check_unchanged(identity: Mapping[str, Any], saved: Mapping[str, Any], check
         f"{key}={value!r} (it was {saved.get(key)!r})" for key, value in identity.items() if saved.get(key) != value
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint}: a run keeps its objective, optimizer, model, data and reference, but now "
             f"{', '.join(changed)}; restore that, or set run_dir to another directory"
         )
@@ -79,7 +80,7 @@ class SaveClock:
     def __init__(
         self, config: CheckpointConfig, last_step: int, *, first_step: int = 0, now: Callable[[], float] = time.time
     ) -> None:
-        """`last_step` is saved in any case; raises ValueError if the end of the SLURM job is asked for and unknown."""
+        """`last_step` is saved in any case; raises UserError if the end of the SLURM job is asked for and unknown."""
         self._config, self._last_step, self._now = config, last_step, now
         self._deadline = deadline(config)
         self._saved_at = self._stepped_at = now()
@@ -133,7 +134,7 @@ def deadline(config: CheckpointConfig) -> float | None:
         return datetime.fromisoformat(config.must_save_by).timestamp()
     end = os.environ.get(_SLURM_END, "")
     if not end.isdigit():
-        raise ValueError(
+        raise UserError(
             f"checkpoint.must_save_by=slurm: {_SLURM_END} is not set, as it is in jobs of SLURM 22.05 and later that "
             "have a time limit; give the time itself, as 2030-01-31T18:00:00"
         )
@@ -170,7 +171,7 @@ class Saver:
             identity: what a run keeps, see `run_identity`.
             max_steps: the step that is always saved.
 
-        Raises ValueError if the checkpoints are of another run or another one's settings, or damaged, all of them.
+        Raises UserError if the checkpoints are of another run or another one's settings, or damaged, all of them.
         """
         self._config, self._loader, self._identity = config, loader, dict(identity)
         self._root = config.run_dir / "checkpoints"
@@ -188,7 +189,7 @@ class Saver:
         self._max_steps = max_steps
 
     def keep(self, key: str, value: str) -> None:
-        """Add to what a run keeps from its first step to its last; raises ValueError if it is another than it was."""
+        """Add to what a run keeps from its first step to its last; raises UserError if it is another than it was."""
         self._identity[key] = value
         if self._resumed is not None:
             check_unchanged({key: value}, self._resumed_state["identity"], self._resumed)
@@ -216,7 +217,7 @@ class Saver:
     def due(self) -> str | None:
         """Why the run must be saved at this boundary, or None; asked once per step. Completes what is written by now.
 
-        Raises ValueError on every rank if a save in the background failed.
+        Raises UserError on every rank if a save in the background failed.
         """
         self._settle(wait=False)
         return self._clock.due(self.boundary.step)
@@ -231,7 +232,7 @@ class Saver:
 
         None where no step has updated anything yet: that state is the model as it was read, and Adam has none.
         Nothing is written where that is what the newest checkpoint holds. It may be called at any moment between two
-        collectives that all ranks reach, as long as no update of the next step has begun. Raises ValueError on every
+        collectives that all ranks reach, as long as no update of the next step has begun. Raises UserError on every
         rank if one of them could not write; what was saved before is intact then.
         """
         self._save(reason, background=False)
@@ -289,7 +290,7 @@ class Saver:
 
     def _find(self) -> tuple[Path | None, dict[str, Any]]:
         if not self._config.checkpoint.resume and on_rank_0(lambda: bool(checkpoints(self._root))):
-            raise ValueError(
+            raise UserError(
                 f"{self._config.run_dir}: holds a run with checkpoints, which checkpoint.resume=false would overwrite; "
                 "set run_dir to another directory"
             )

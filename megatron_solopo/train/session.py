@@ -79,7 +79,7 @@ def open_session(config: Config) -> Iterator[Session]:
 def check_and_join(config: Config) -> tuple[Architecture, Topology, Splits]:
     """Check model, layout, data and directories, cheapest first, then join the process groups.
 
-    Raises ValueError for what does not fit, or is not the same on all ranks.
+    Raises UserError for what does not fit, or is not the same on all ranks.
     """
     architecture = read_architecture(config.model.path)
     check_layout(architecture, config.parallel)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_solopo.config import Config, save_config
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.agreement import described_error
@@ -47,7 +48,7 @@ from megatron_solopo.train.watchdog import SAVE
 def train(config: Config) -> None:
     """Run training as `config` says, on the ranks that torchrun started (or on this process alone).
 
-    Raises ValueError for anything in the config, the data, the model or a checkpoint that does not fit, and
+    Raises UserError for anything in the config, the data, the model or a checkpoint that does not fit, and
     SystemExit with code 85 where a signal asked to stop, once all is saved (`train.signals`).
     """
     with open_session(config) as session, run_lock(config.run_dir):
@@ -58,7 +59,7 @@ def train(config: Config) -> None:
 def preflight(config: Config) -> list[Finding]:
     """What is checked before the first step, the largest pack always among it; returns what was found, and trains not.
 
-    Raises ValueError for the first thing that does not fit.
+    Raises UserError for the first thing that does not fit.
     """
     with open_session(config) as session:
         rows = _check_surroundings(session)
@@ -82,9 +83,7 @@ def _try_largest_pack(session: Session, policy: Policy, loader: GlobalBatchLoade
 def precompute_reference(config: Config, *, overwrite: bool) -> Path:
     """Write the reference cache of a run and return its directory; what `train` does first if it is missing."""
     if not config.objective.needs_reference:
-        raise ValueError(
-            f"objective.loss_type={config.objective.loss_type} uses no reference model; nothing to compute"
-        )
+        raise UserError(f"objective.loss_type={config.objective.loss_type} uses no reference model; nothing to compute")
     with open_session(config) as session:
         reference_logprobs(
             config,
@@ -234,7 +233,7 @@ class Trainer:
             saved = self._save("before the skipped steps")
             self.saver.finish()
             kept = f"{saved} holds the run before the first of them" if saved else "nothing was updated before them"
-            raise FloatingPointError(
+            raise UserError(
                 f"{skip}; it is number {self.skipped.in_a_row} in a row, and "
                 f"training.max_skipped_steps_in_a_row={self.config.training.max_skipped_steps_in_a_row}. {kept}; "
                 f"{self.config.run_dir / SKIPPED_FILE} names them all"

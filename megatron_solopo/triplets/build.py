@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from megatron_solopo.data.encode import check_template
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, remove
 from megatron_solopo.progress import bar_style
 from megatron_solopo.triplets.build_row import Built, Drop, MeasuredContext, RowBuilder
@@ -92,9 +93,9 @@ class Workers:
                 yield waiting.popleft().result()
         except ValueError as error:
             # Raised here again: what another process raised has lost the place that it came from.
-            raise ValueError(str(error)) from None
+            raise UserError(str(error)) from None
         except BrokenProcessPool:
-            raise ValueError("a worker process was killed, most likely for want of memory; lower --num-proc") from None
+            raise UserError("a worker process was killed, most likely for want of memory; lower --num-proc") from None
 
 
 def _begin(initialise: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -160,7 +161,7 @@ def _prompt(settings: BuildSettings) -> PromptTemplate:
 
 
 def _store_corpus(settings: BuildSettings, store: Path, tally: Tally) -> None:
-    """Read everything; raises ValueError naming the bad rows where they are not to be dropped."""
+    """Read everything; raises UserError naming the bad rows where they are not to be dropped."""
     found = chain(
         read_questions(settings.input, settings.format), read_distractors(settings.pool) if settings.pool else ()
     )
@@ -173,9 +174,9 @@ def _store_corpus(settings: BuildSettings, store: Path, tally: Tally) -> None:
             else:
                 tally.bad_rows.append(row)
     if tally.bad_rows and settings.bad_rows == "refuse":
-        raise ValueError(_list_mistakes(tally.bad_rows))
+        raise UserError(_list_mistakes(tally.bad_rows))
     if not writer.questions:
-        raise ValueError(f"--input {settings.input}: holds no question, expected --format {settings.format}")
+        raise UserError(f"--input {settings.input}: holds no question, expected --format {settings.format}")
 
 
 def _list_mistakes(bad_rows: list[BadRow]) -> str:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_solopo.data.row import Content
-from megatron_solopo.errors import first_problem
+from megatron_solopo.errors import UserError, first_problem
 from megatron_solopo.triplets.seeds import generator
 
 RowFields = TypeVar("Row", bound=BaseModel)
@@ -57,7 +57,7 @@ def read_contexts(path: Path, row: type[RowFields]) -> Iterator[tuple[int, int, 
     Args:
         row: what is read of each, `ContextRow` or fewer fields.
 
-    Raises ValueError naming the line and field of the first that is none.
+    Raises UserError naming the line and field of the first that is none.
     """
     offset = 0
     try:
@@ -66,18 +66,18 @@ def read_contexts(path: Path, row: type[RowFields]) -> Iterator[tuple[int, int, 
                 yield number, offset, parse_context(line, f"{path}:{number}", row)
                 offset += len(line)
     except OSError as error:
-        raise ValueError(f"--contexts {path}: {error.strerror}") from None
+        raise UserError(f"--contexts {path}: {error.strerror}") from None
     if not offset:
-        raise ValueError(f"--contexts {path}: holds no row, expected the output of data build")
+        raise UserError(f"--contexts {path}: holds no row, expected the output of data build")
 
 
 def parse_context(line: bytes, where: str, row: type[RowFields]) -> RowFields:
-    """One line of the file; raises ValueError."""
+    """One line of the file; raises UserError."""
     try:
         return row.model_validate_json(line)
     except ValidationError as error:
         problem = first_problem(error, "the whole line")
-        raise ValueError(f"{where}: {problem} (expected a row of data build)") from None
+        raise UserError(f"{where}: {problem} (expected a row of data build)") from None
 
 
 def by_question(path: Path) -> Iterator[list[ContextRow]]:

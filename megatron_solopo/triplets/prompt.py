@@ -12,6 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from megatron_solopo.data.encode import Template, render_prompt, render_response
 from megatron_solopo.data.row import Content
 from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.corpus.formats import Document
 
 DEFAULT_TEMPLATE = """\
@@ -52,12 +53,10 @@ class PromptTemplate:
             self._jinja = environment.from_string(text)
             probed = self.text([_PROBE, Document("Other", "Another.")], "Who was it?")
         except TemplateError as error:
-            raise ValueError(
-                f"--prompt-template: not a usable Jinja template: {' '.join(str(error).split())}"
-            ) from None
+            raise UserError(f"--prompt-template: not a usable Jinja template: {' '.join(str(error).split())}") from None
         for name, value in (("documents", _PROBE.text), ("documents", "Another."), ("question", "Who was it?")):
             if probed.count(value) != 1:
-                raise ValueError(
+                raise UserError(
                     f"--prompt-template: must write each of `{name}` once, as {{{{ {name} }}}} or in a loop"
                 )
 
@@ -82,15 +81,15 @@ class PromptTemplate:
 
 
 def read_template(path: Path | None) -> str:
-    """The user's template, or the default one. Raises ValueError for a file that cannot be read."""
+    """The user's template, or the default one. Raises UserError for a file that cannot be read."""
     if path is None:
         return DEFAULT_TEMPLATE
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"--prompt-template {path}: {error.strerror}") from None
+        raise UserError(f"--prompt-template {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"--prompt-template {path}: is not UTF-8 text") from None
+        raise UserError(f"--prompt-template {path}: is not UTF-8 text") from None
 
 
 class Measure:

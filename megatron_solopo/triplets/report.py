@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from megatron_solopo import __version__
 from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, sha256_file, write_json
 from megatron_solopo.triplets.build_row import Drop, MeasuredContext
 from megatron_solopo.triplets.contexts import uniform_distance
@@ -88,14 +89,14 @@ def report_directory(output: Path) -> Path:
 def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     """Refuse an output of another kind, one that exists, one that is read, or one whose report would replace files.
 
-    Raises ValueError.
+    Raises UserError.
     """
     if output.suffix != ".jsonl":
-        raise ValueError(f"--output {output}: must end in .jsonl")
+        raise UserError(f"--output {output}: must end in .jsonl")
     if output.resolve() in {path.resolve() for path in inputs}:
-        raise ValueError(f"--output {output}: is the input file, name another")
+        raise UserError(f"--output {output}: is the input file, name another")
     if output.exists() and not overwrite:
-        raise ValueError(f"--output {output}: already exists; name another, or pass --overwrite to replace it")
+        raise UserError(f"--output {output}: already exists; name another, or pass --overwrite to replace it")
     check_replaceable(report_directory(output), _NAMES, "--output")
 
 
@@ -284,13 +285,13 @@ class Tally:
             self._measured.append(result)
 
     def report(self, input: Path) -> BuildReport:
-        """All numbers; raises ValueError where no row was built."""
+        """All numbers; raises UserError where no row was built."""
         rows = self._measured
         bad = {(row.path, row.line) for row in self.bad_rows}
         dropped = Counter(drop.reason for drop in self._drops) + Counter({"not of the format": len(bad)})
         if not rows:
             reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
-            raise ValueError(f"--input {input}: no question could be built: {reasons}")
+            raise UserError(f"--input {input}: no question could be built: {reasons}")
         depths = [depth for row in rows for depth in row.depths]
         distance, critical = uniform_distance(depths)
         tenths = np.histogram(depths, bins=_DEPTH_BINS, range=(0, 1))[0].tolist()

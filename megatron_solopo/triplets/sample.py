@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file
 from megatron_solopo.generate.journal import Journal, StoredResponse, read_offsets
 from megatron_solopo.generate.model import Model, Request, RequestFailed
@@ -69,7 +70,7 @@ def sample(settings: SampleSettings) -> SampleReport:
     questions, room = _index(settings.contexts)
     max_tokens = room - END_TOKENS if settings.max_tokens is None else settings.max_tokens
     if not 1 <= max_tokens <= room:
-        raise ValueError(f"--max-tokens {max_tokens}: the contexts leave room for {room} tokens, see --response-tokens")
+        raise UserError(f"--max-tokens {max_tokens}: the contexts leave room for {room} tokens, see --response-tokens")
     header = _header(settings, max_tokens)
     made = provenance([settings.contexts], settings.seed, asdict(settings))
     with Journal(settings.output, header) as journal:
@@ -145,7 +146,7 @@ class _Run:
         self._failed_in_a_row = 0
 
     async def finish(self, requests: Iterator[Request]) -> None:
-        """Answer every request; raises ValueError for those that got no answer."""
+        """Answer every request; raises UserError for those that got no answer."""
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._model.concurrency):
@@ -157,7 +158,7 @@ class _Run:
             await self._model.aclose()
         if self._failed:
             shown = "; ".join(self._failed[:_SHOWN]) + ("; ..." if len(self._failed) > _SHOWN else "")
-            raise ValueError(
+            raise UserError(
                 f"{len(self._failed)} requests got no answer: {shown}; what was received is kept, "
                 "the same command asks for the rest"
             )

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from megatron_solopo.data.encode import check_template, template_of
 from megatron_solopo.data.row import Content
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, sha256_file
 from megatron_solopo.generate.journal import StoredResponse, parse_response, read_header, read_offsets
 from megatron_solopo.generate.scoring import SCORERS, final_answer, token_f1
@@ -208,7 +209,7 @@ def select(settings: SelectSettings) -> SelectReport:
             for text in selection.lines():
                 stream.write(text)
         if not selection.report.triplets_written:
-            raise ValueError(f"--responses {settings.responses}: no pair could be made\n{selection.report}")
+            raise UserError(f"--responses {settings.responses}: no pair could be made\n{selection.report}")
     selection.write_report()
     return selection.report
 
@@ -216,7 +217,7 @@ def select(settings: SelectSettings) -> SelectReport:
 def _check_belonging(settings: SelectSettings) -> None:
     header = read_header(settings.responses)
     if header and header.get("contexts") != sha256_file(settings.contexts):
-        raise ValueError(
+        raise UserError(
             f"--responses {settings.responses}: were sampled from other contexts than {settings.contexts}, "
             "whose hash differs"
         )
@@ -243,7 +244,7 @@ class _Selection:
         known: set[str] = set()
         for rows in tqdm(by_question(self._settings.contexts), desc="Selecting", **bar_style("questions")):
             if rows[0].question_id in known:
-                raise ValueError(
+                raise UserError(
                     f"--contexts {self._settings.contexts}: the rows of question {rows[0].question_id!r} do not stand "
                     "together, as data build writes them"
                 )

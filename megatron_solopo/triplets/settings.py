@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_solopo.data.encode import Template
+from megatron_solopo.errors import UserError
 from megatron_solopo.generate.scoring import Score
 from megatron_solopo.triplets.corpus.formats import LeakRule
 from megatron_solopo.triplets.corpus.read import Format
@@ -62,35 +63,35 @@ class LengthPlan:
 
 
 def parse_lengths(text: str) -> LengthPlan:
-    """Read `--long-tokens`, see the module. Raises ValueError with the legal forms."""
+    """Read `--long-tokens`, see the module. Raises UserError with the legal forms."""
     try:
         return _parse(text.replace("_", "").replace(" ", ""))
     except ValueError as error:
-        raise ValueError(f"--long-tokens {text}: {error}; legal: {_LEGAL}") from None
+        raise UserError(f"--long-tokens {text}: {error}; legal: {_LEGAL}") from None
 
 
 def _parse(text: str) -> LengthPlan:
     if found := _RANGE.fullmatch(text):
         span = int(found[2]), int(found[3])
         if not 0 < span[0] < span[1]:
-            raise ValueError("a range begins at 1 or later and ends behind its beginning")
+            raise UserError("a range begins at 1 or later and ends behind its beginning")
         return LengthPlan(span=span, logarithmic=found[1] == "loguniform")
     parts = [part.split(":") for part in text.split(",")]
     if not all(part[0].isdecimal() and int(part[0]) > 0 for part in parts):
-        raise ValueError("a length is a whole number of tokens, at least 1")
+        raise UserError("a length is a whole number of tokens, at least 1")
     each = tuple(int(part[0]) for part in parts)
     if len(set(each)) != len(each):
-        raise ValueError("a length is given twice")
+        raise UserError("a length is given twice")
     if {len(part) for part in parts} == {1}:
         return LengthPlan(each)
     if {len(part) for part in parts} != {2}:
-        raise ValueError("either every length has a weight or none")
+        raise UserError("either every length has a weight or none")
     try:
         weights = tuple(float(part[1]) for part in parts)
     except ValueError:
-        raise ValueError("a weight is a number") from None
+        raise UserError("a weight is a number") from None
     if not all(0 < weight < float("inf") for weight in weights):
-        raise ValueError("a weight is a finite number above 0")
+        raise UserError("a weight is a finite number above 0")
     return LengthPlan(each, weights)
 
 
@@ -147,7 +148,7 @@ class BuildSettings:
 
     @property
     def plan(self) -> LengthPlan:
-        """The long lengths; raises ValueError for an illegal `long_tokens`."""
+        """The long lengths; raises UserError for an illegal `long_tokens`."""
         return parse_lengths(self.long_tokens)
 
     @property
@@ -191,7 +192,7 @@ class BuildSettings:
             mistakes.append(str(error))
         mistakes += [f"{path}: no such file" for path in self.inputs if not path.is_file()]
         if mistakes:
-            raise ValueError("\n".join(mistakes))
+            raise UserError("\n".join(mistakes))
 
     def _contradictions(self) -> list[str]:
         found = []
@@ -267,7 +268,7 @@ class SampleSettings:
         if self.server is not None and not self.server.startswith(("http://", "https://")):
             mistakes.append(f"--server {self.server}: must begin with http:// or https://")
         if mistakes:
-            raise ValueError("\n".join(mistakes))
+            raise UserError("\n".join(mistakes))
 
 
 ChosenPolicy = Literal["shortest", "random", "highest_f1"]
@@ -330,4 +331,4 @@ class SelectSettings:
         if self.seed < 0:
             mistakes.append(f"--seed {self.seed}: must not be negative")
         if mistakes:
-            raise ValueError("\n".join(mistakes))
+            raise UserError("\n".join(mistakes))

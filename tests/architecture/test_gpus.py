@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_solopo.architecture.gpus import GPUS, bf16_peak, find_gpu, read_gpus
+from megatron_solopo.errors import UserError
 
 MINE = (
     "Mine: {device_name: Mine, memory_gib: 100, bf16_tflops: 500, hbm_gb_per_s: 2000, nvlink_gb_per_s: 100}\n"
@@ -34,15 +35,15 @@ def test_users_add_and_replace_types(tmp_path: Path) -> None:
 def test_a_bad_type_is_one_line(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "gpus.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         read_gpus(path)
     assert words in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_unknown_type_and_file_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--gpu rtx: unknown; known: a100, h100-pcie"):
+    with pytest.raises(UserError, match="--gpu rtx: unknown; known: a100, h100-pcie"):
         find_gpu("rtx", GPUS)
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_gpus(tmp_path / "none.yaml")
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.errors import UserError
 from tests.tiny_models import FAMILIES, make_model
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
@@ -87,7 +88,7 @@ def write(folder: Path, family: str, changes: dict[str, Any]) -> Path:
 
 
 def refusal(folder: Path) -> str:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         read_architecture(folder)
     message = str(error.value)
     assert message.startswith(f"{folder / 'config.json'}: ") and "\n" not in message and len(message) < 600

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.architecture.layout import check_layout, check_world_size, padded_vocab_size
 from megatron_solopo.config import ParallelConfig
+from megatron_solopo.errors import UserError
 from tests.tiny_models import FAMILIES
 
 TP2, CP2, PP2 = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "context", "pipeline_model"))
@@ -82,7 +83,7 @@ def test_a_layout_that_divides_the_model_is_accepted(architecture: Architecture,
     ],
 )
 def test_another_is_refused_with_the_numbers_and_the_key(architecture, parallel, changes, words) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         check_layout(replace(architecture, **changes), parallel)
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message
@@ -102,7 +103,7 @@ def test_a_world_of_whole_replicas_is_accepted(world_size, sizes) -> None:
 @pytest.mark.parametrize(("world_size", "sizes"), [(1, TP2), (3, CP2), (12, TP2 | CP2 | PP2), (6, TP2 | PP2)])
 def test_another_world_size_is_refused_with_sizes_and_keys(world_size, sizes) -> None:
     config = ParallelConfig(**sizes)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         check_world_size(config, world_size)
     message = str(error.value)
     assert message.startswith(f"{world_size} processes") and "\n" not in message

@@ -11,6 +11,7 @@ import pytest
 from megatron_solopo.architecture import huggingface
 from megatron_solopo.architecture.huggingface import Shape, read_architecture
 from megatron_solopo.architecture.plain import read_shape
+from megatron_solopo.errors import UserError
 from tests.architecture.test_huggingface import REFUSED, write
 from tests.tiny_models import FAMILIES
 
@@ -70,7 +71,7 @@ def test_what_is_left_to_a_default_is_transformers_default(family: str, missing:
 
 @pytest.mark.parametrize(("family", "changes", "words"), REFUSED)
 def test_what_training_refuses_is_refused(family: str, changes: dict, words: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         read_shape(write(tmp_path, family, changes))
     assert all(word in str(error.value) for word in words)
 
@@ -80,10 +81,10 @@ def test_a_window_that_is_on_unless_stated_is_refused(tmp_path: Path) -> None:
     stated = json.loads(file.read_text())
     del stated["sliding_window"]
     file.write_text(json.dumps(stated))
-    with pytest.raises(ValueError, match="sliding_window=4096 is not supported"):
+    with pytest.raises(UserError, match="sliding_window=4096 is not supported"):
         read_shape(tmp_path)
 
 
 def test_a_missing_file_has_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such file; a model is a Hugging Face directory"):
+    with pytest.raises(UserError, match="no such file; a model is a Hugging Face directory"):
         read_shape(tmp_path)

@@ -14,6 +14,7 @@ from megatron_solopo.checkpoint import save as pending
 from megatron_solopo.checkpoint.directory import newest_checkpoint
 from megatron_solopo.checkpoint.load import begin_save, load_checkpoint
 from megatron_solopo.checkpoint.save import CheckpointContent
+from megatron_solopo.errors import UserError
 from megatron_solopo.train.policy import Policy
 
 
@@ -64,7 +65,7 @@ def test_without_a_good_checkpoint_nothing_is_touched(policy, tmp_path) -> None:
         truncate(next(save(policy, tmp_path, step).glob("*.distcp")))
     before = sorted(tmp_path.rglob("*"))
     for _ in range(2):  # a second start must not take it for a new run
-        with pytest.raises(ValueError, match="no checkpoint that is whole") as error:
+        with pytest.raises(UserError, match="no checkpoint that is whole") as error:
             newest_checkpoint(tmp_path, checksums=True, say=pytest.fail)
         assert "iter_0000001/__0_0.distcp" in str(error.value) and "iter_0000002/__0_0.distcp" in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
@@ -108,7 +109,7 @@ def test_a_disk_that_fills_up_during_the_save_leaves_what_was_saved(policy, room
         total = sum(file.stat().st_size for file in good.rglob("*") if file.is_file())
         assert total > 400 << 10, "so that none of the parametrized rooms suffices"
         monkeypatch.setattr(pending, "_free_bytes", lambda path: 1 << 40)
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(UserError) as error:
             save(policy, disk, 2)
         message = str(error.value)
         assert message.startswith(f"{disk / 'iter_0000002'} was not saved: ") and "No space left on device" in message
@@ -125,7 +126,7 @@ def test_a_save_in_the_background_that_fails_is_told_when_it_is_completed(policy
         (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - (180 << 10)))
         monkeypatch.setattr(pending, "_free_bytes", lambda path: 1 << 40)
         begun = begin_save(disk, policy.chunks, policy.optimizer, CheckpointContent({"step": 2}, {}), background=True)
-        with pytest.raises(ValueError, match=r"iter_0000002 was not saved: .*No space left on device"):
+        with pytest.raises(UserError, match=r"iter_0000002 was not saved: .*No space left on device"):
             begun.complete()
         assert sorted(path.name for path in disk.iterdir()) == ["iter_0000001", "latest", "other"]
         assert newest_checkpoint(disk, checksums=True, say=pytest.fail) == (good, {"step": 1})
@@ -145,7 +146,7 @@ def test_a_save_in_the_background_holds_the_state_it_began_with(policy, tmp_path
 
 def test_too_little_room_is_told_before_anything_is_written(policy, tmp_path) -> None:
     with mounted(tmp_path / "disk", "size=1m") as disk:
-        with pytest.raises(ValueError, match=r"it takes \d.* are free on its file system") as error:
+        with pytest.raises(UserError, match=r"it takes \d.* are free on its file system") as error:
             save(policy, disk, 1)
         assert str(disk / "iter_0000001") in str(error.value)
         assert list(disk.iterdir()) == []
@@ -155,7 +156,7 @@ def test_a_read_only_directory_is_named(policy, tmp_path) -> None:
     with mounted(tmp_path / "disk", "size=8m") as disk:
         good = save(policy, disk, 1)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        with pytest.raises(ValueError, match="Read-only file system") as error:
+        with pytest.raises(UserError, match="Read-only file system") as error:
             save(policy, disk, 2)
         assert str(disk / "iter_0000002") in str(error.value)
         # What is there can be loaded from it, and is not tidied.
@@ -168,7 +169,7 @@ def test_the_estimate_is_what_a_checkpoint_takes(policy, tmp_path, monkeypatch) 
     described = pending.described_bytes
     monkeypatch.setattr(pending, "described_bytes", lambda count: asked.append(count) or described(count))
     monkeypatch.setattr(pending, "_free_bytes", lambda path: 0)
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         save(policy, tmp_path, 1)
     monkeypatch.undo()
     path = save(policy, tmp_path, 1)

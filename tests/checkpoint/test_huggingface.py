@@ -16,6 +16,7 @@ from megatron_solopo.checkpoint.huggingface import bitwise_equal
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import ModelConfig, ParallelConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from tests.ranks import layout
@@ -79,7 +80,7 @@ def shard(path: Path) -> dict[str, str]:
 
 
 def refusal(model: ResponseModel, path: Path) -> str:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load(model, path)
     message = str(error.value)
     assert message.startswith(str(path)) and "\n" not in message

@@ -16,6 +16,7 @@ from megatron_solopo.checkpoint.manifest import (
     share,
     write_manifest,
 )
+from megatron_solopo.errors import UserError
 
 CONTENT = {
     "a.distcp": b"a" * 5000,
@@ -66,7 +67,7 @@ def test_damage_is_named(damage: Callable[[Path], object], name: str, words: str
     damage(folder / name)
     (found,) = damages(folder, read_manifest(folder), checksums=True)
     assert found.startswith(f"{folder / name}: ") and words in found
-    with pytest.raises(ValueError, match="the checkpoint is damaged"):
+    with pytest.raises(UserError, match="the checkpoint is damaged"):
         check_listed(folder, checksums=True)
 
 
@@ -88,7 +89,7 @@ def test_sizes_alone_find_no_flipped_bit(folder: Path) -> None:
 )
 def test_a_damaged_manifest_is_named_itself(damage: Callable[[Path], object], folder: Path) -> None:
     damage(folder / MANIFEST)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         read_manifest(folder)
     assert str(error.value).startswith(str(folder / MANIFEST))
 

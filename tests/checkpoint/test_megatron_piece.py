@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.checkpoint.megatron_reader import Piece
+from megatron_solopo.errors import UserError
 
 
 def store(path: Path, *tensors: Tensor) -> list[Piece]:
@@ -70,7 +71,7 @@ def test_the_file_stays_as_it_is(tmp_path: Path) -> None:
 )
 def test_what_is_not_there_is_named(tmp_path: Path, damage: Callable[[Piece], Piece], problem: str) -> None:
     piece = damage(store(tmp_path / "file", torch.ones(3, 4))[0])
-    with pytest.raises(ValueError, match="the checkpoint is damaged") as caught:
+    with pytest.raises(UserError, match="the checkpoint is damaged") as caught:
         piece.read()
     message = str(caught.value)
     assert problem in message
@@ -100,5 +101,5 @@ def test_something_else_than_a_tensor_is_named(tmp_path: Path) -> None:
     torch.save({"a": 1}, buffer)
     (tmp_path / "file").write_bytes(buffer.getvalue())
     piece = Piece("weight", (0,), (1,), torch.float32, tmp_path / "file", 0, len(buffer.getvalue()))
-    with pytest.raises(ValueError, match="weight cannot be read"):
+    with pytest.raises(UserError, match="weight cannot be read"):
         piece.read()

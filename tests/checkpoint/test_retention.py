@@ -14,6 +14,7 @@ from megatron_solopo.checkpoint.directory import (
     tidy,
 )
 from megatron_solopo.config import CheckpointConfig
+from megatron_solopo.errors import UserError
 
 
 def save(root: Path, step: int, config: CheckpointConfig, **metrics: float | None) -> None:
@@ -66,5 +67,5 @@ def test_what_latest_names_stays_where_a_person_turned_back(tmp_path: Path) -> N
 def test_a_metric_that_does_not_exist_is_refused_with_the_legal_ones() -> None:
     config = CheckpointConfig(best_metric="eval_loss")
     check_best_metric(config, ["loss"], evaluates=True)
-    with pytest.raises(ValueError, match=r"best_metric=eval_loss .* legal: loss; .*training.eval_steps"):
+    with pytest.raises(UserError, match=r"best_metric=eval_loss .* legal: loss; .*training.eval_steps"):
         check_best_metric(config, ["loss"], evaluates=False)

@@ -7,6 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_solopo.config import Config, ObjectiveConfig, ParallelConfig, load_config, parse_config, save_config
+from megatron_solopo.errors import UserError
 
 MINIMAL = {
     "run_dir": "runs/one",
@@ -24,7 +25,7 @@ def load(tmp_path: Path, extra: str = "", overrides: tuple[str, ...] = ()) -> Co
 
 
 def mistakes(tmp_path: Path, extra: str = "", overrides: tuple[str, ...] = ()) -> list[str]:
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(UserError) as raised:
         load(tmp_path, extra, overrides)
     return str(raised.value).splitlines()
 
@@ -168,7 +169,7 @@ def test_every_mistake_has_a_line_of_its_own(tmp_path: Path) -> None:
 def test_required_keys_are_named(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("data: {path: d}\nmodel: {}\n")
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(UserError) as raised:
         load_config(path)
     required = [
         f"{path}: {key} is required" for key in ("run_dir", "model.path", "data.max_tokens_per_pack", "training")
@@ -184,15 +185,15 @@ def test_required_keys_are_named(tmp_path: Path) -> None:
 def test_a_file_that_is_no_config_is_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(UserError) as raised:
         load_config(path)
     assert "\n" not in str(raised.value) and str(raised.value).startswith(str(path))
 
 
 def test_an_absent_file_and_a_directory_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"absent\.yaml: no such config file"):
+    with pytest.raises(UserError, match=r"absent\.yaml: no such config file"):
         load_config(tmp_path / "absent.yaml")
-    with pytest.raises(ValueError, match="is a directory"):
+    with pytest.raises(UserError, match="is a directory"):
         load_config(tmp_path)
 
 

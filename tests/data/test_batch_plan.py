@@ -12,6 +12,7 @@ from megatron_solopo.data.batch_plan import (
     plan_single_pass,
     triplet_sizes,
 )
+from megatron_solopo.errors import UserError
 
 SOLOPO = ("short_chosen", "short_rejected", "long_chosen")
 MAX_TOKENS = 1000
@@ -152,14 +153,14 @@ def test_balance_without_packing():
 def test_a_triplet_over_the_budget_is_named():
     message = "triplet 2 needs 1001 padded tokens, more than one pack's 1000; .*data.max_tokens_per_pack"
     for planner in (plan_global_batch, plan_single_pass):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             planner([size(5), size(1000), size(1001)], max_tokens=MAX_TOKENS, max_triplets=None, num_ranks=1)
 
 
 @pytest.mark.parametrize(("count", "num_ranks", "packs_multiple", "needed"), [(3, 4, 1, 4), (7, 4, 2, 8), (0, 2, 1, 2)])
 def test_too_few_triplets_for_the_ranks(count, num_ranks, packs_multiple, needed):
     message = f"{count} triplets .*{num_ranks} data-parallel ranks.*{needed} triplets are needed.*global_batch_size"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         plan_global_batch(
             [size(1)] * count,
             max_tokens=MAX_TOKENS,
@@ -171,7 +172,7 @@ def test_too_few_triplets_for_the_ranks(count, num_ranks, packs_multiple, needed
 
 def test_packs_that_cannot_be_shared_evenly():
     """Five triplets of a whole pack each make five packs, which two ranks cannot share."""
-    with pytest.raises(ValueError, match=r"6 triplets are needed.*multiple of 2"):
+    with pytest.raises(UserError, match=r"6 triplets are needed.*multiple of 2"):
         plan_global_batch([size(MAX_TOKENS)] * 5, max_tokens=MAX_TOKENS, max_triplets=None, num_ranks=2)
 
 

@@ -1,6 +1,7 @@
 import pytest
 
 from megatron_solopo.data.encode import tokenize_row
+from megatron_solopo.errors import UserError
 
 
 class UnknownOnly:
@@ -21,5 +22,5 @@ class UnknownOnly:
 )
 def test_responses_that_tokenize_to_nothing_or_alike(chosen, rejected, reason):
     responses = {"chosen": chosen, "rejected": rejected}
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UserError, match=reason):
         tokenize_row({"prompt_short": "a"}, responses, UnknownOnly(), "plain")

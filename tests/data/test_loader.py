@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from megatron_solopo.config import ROLES
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.loader import GlobalBatchLoader, Packing, sequential_batches
+from megatron_solopo.errors import UserError
 
 SOLOPO, LONG_PO = ROLES[:3], ROLES[2:]
 COLUMNS = {"short": "prompt_short", "long": "prompt_long"}
@@ -141,7 +142,7 @@ def test_state_is_the_same_on_every_rank_and_plain():
 def test_a_foreign_state_is_refused_by_name(name, key, change):
     ours = loader()
     ours.next_batch()
-    with pytest.raises(ValueError, match=f"{name} .*restore {key}, or set run_dir") as error:
+    with pytest.raises(UserError, match=f"{name} .*restore {key}, or set run_dir") as error:
         ours.load_state_dict(loader(**change).state_dict())
     assert "\n" not in str(error.value)
     assert ours.consumed_triplets == 8
@@ -185,12 +186,12 @@ def test_sequences_are_padded_for_the_layout():
 
 def test_dataset_smaller_than_a_batch():
     message = "holds 47 triplets, fewer than one global batch of 48; .*training.global_batch_size"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         loader(global_batch_size=48)
 
 
 def test_batch_that_the_ranks_cannot_share():
-    with pytest.raises(ValueError, match=r"training.global_batch_size=10: must be a multiple of 8 .*parallel"):
+    with pytest.raises(UserError, match=r"training.global_batch_size=10: must be a multiple of 8 .*parallel"):
         loader(global_batch_size=10, dp_size=4, packs_multiple=2)
 
 
@@ -198,10 +199,10 @@ def test_triplets_over_the_budget_are_all_reported_at_construction():
     table = table_of([(10, 10, 5, 5), (10, 100, 5, 5), (10, 10, 5, 5), (10, 120, 5, 5)])
     # 3 sequences: 16 + 16 + round_up(long + 5, 4), so 140 and 160.
     message = r"2 of 4 triplets .*data.max_tokens_per_pack=100, first row-1, row-3; the largest needs 160 "
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         loader(table, global_batch_size=1, max_tokens_per_pack=100)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         sequential(table, max_tokens_per_pack=100)
     loader(table, global_batch_size=1, max_tokens_per_pack=160).next_batch()
 
@@ -214,13 +215,13 @@ def test_short_prompts_alone_do_not_need_the_long_budget():
 def test_missing_context_is_named():
     table = TABLE.remove_columns("prompt_long")
     assert loader(table, roles=ROLES[:2]).next_batch().num_triplets == 8
-    with pytest.raises(ValueError, match=r"no long prompts .*objective.name"):
+    with pytest.raises(UserError, match=r"no long prompts .*objective.name"):
         loader(table)
 
 
 @pytest.mark.parametrize(("column", "lengths"), [("prompt_short", (0, 9, 9, 9)), ("rejected", (9, 9, 9, 0))])
 def test_empty_prompt_or_response_is_named(column, lengths):
-    with pytest.raises(ValueError, match=f"1 triplets have no token in {column}, first row-1; .*data.path"):
+    with pytest.raises(UserError, match=f"1 triplets have no token in {column}, first row-1; .*data.path"):
         loader(table_of([(9, 9, 9, 9), lengths]), global_batch_size=1)
 
 

@@ -6,6 +6,7 @@ import pytest
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared, token_lengths
 from megatron_solopo.data.tokenize import prepare
+from megatron_solopo.errors import UserError
 
 
 def test_prompt_column_of_triplets(tmp_path, triplets, hugging_face):
@@ -54,7 +55,7 @@ def spoil_manifest(out, **changes):
 def test_unusable_directories_are_one_line(tmp_path, triplets, hugging_face, spoil, reason):
     prepare(triplets, tmp_path / "out", hugging_face, eval_count=2)
     spoil(tmp_path / "out")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         load_prepared(tmp_path / "out")
     message = str(caught.value)
     assert reason in message and "\n" not in message

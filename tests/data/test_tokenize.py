@@ -8,6 +8,7 @@ from megatron_solopo import __version__
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.data.tokenize import prepare
 from megatron_solopo.data.tokenizer import load_tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
 from tests.data.sample_rows import as_messages, triplet, write_rows
 from tests.data.tiny_tokenizers import CHATML, STRICT, write_hugging_face
@@ -139,7 +140,7 @@ def test_overlong_rows_are_refused_with_what_to_change(tmp_path, triplets, huggi
     longest = load_prepared(tmp_path / "all").manifest.lengths
     needed = longest["prompt_long"].max + max(longest["chosen"].max, longest["rejected"].max)
     prepare(triplets, tmp_path / "fits", hugging_face, max_length=needed)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         prepare(triplets, tmp_path / "out", hugging_face, max_length=needed - 1)
     message = str(caught.value)
     assert f"1 of 20 rows are longer than --max-length {needed - 1}" in message

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.data.tokenize import prepare
+from megatron_solopo.errors import UserError
 from tests.data.sample_rows import as_messages, triplet, write_rows
 from tests.data.tiny_tokenizers import REWRITING, STRICT, write_hugging_face
 
@@ -12,7 +13,7 @@ def refusal(tmp_path, rows, tokenizer, **options):
     """The message prepare refuses with; nothing but the input may be left behind."""
     (tmp_path / "refused").mkdir()
     path = write_rows(tmp_path / "refused" / "data.jsonl", rows)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         prepare(path, tmp_path / "refused" / "out", tokenizer, **options)
     assert [entry.name for entry in (tmp_path / "refused").iterdir()] == ["data.jsonl"]
     assert "\n" not in str(caught.value)
@@ -76,21 +77,21 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path):
 def test_existing_output(tmp_path, triplets, hugging_face):
     out = tmp_path / "out"
     prepare(triplets, out, hugging_face)
-    with pytest.raises(ValueError, match="already exists"):
+    with pytest.raises(UserError, match="already exists"):
         prepare(triplets, out, hugging_face, eval_count=1)
     assert load_prepared(out).manifest.eval == 0
     prepare(triplets, out, hugging_face, eval_count=1, overwrite=True)
     assert load_prepared(out).manifest.eval == 1
     precious = tmp_path / "home"
     precious.mkdir()
-    with pytest.raises(ValueError, match="not a prepared directory"):
+    with pytest.raises(UserError, match="not a prepared directory"):
         prepare(triplets, precious, hugging_face, overwrite=True)
     assert precious.is_dir()
 
 
 def test_a_refused_overwrite_keeps_the_old_data(tmp_path, triplets, hugging_face):
     before = prepare(triplets, tmp_path / "out", hugging_face)
-    with pytest.raises(ValueError, match="longer than"):
+    with pytest.raises(UserError, match="longer than"):
         prepare(triplets, tmp_path / "out", hugging_face, max_length=10, overwrite=True)
     assert load_prepared(tmp_path / "out").manifest == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["data.jsonl", "out"]

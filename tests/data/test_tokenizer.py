@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_solopo.data.tokenizer import load_tokenizer
+from megatron_solopo.errors import UserError
 from tests.data.tiny_tokenizers import ALPHABET, CHATML, STRICT, write_hugging_face, write_sentencepiece
 
 TEXT = st.text(alphabet=ALPHABET, min_size=1, max_size=40)
@@ -103,7 +104,7 @@ def test_render_chat(tmp_path):
     user = [{"role": "user", "content": "who?"}]
     assert tokenizer.render_chat(user, False) == "<|im_start|>user\nwho?<|im_end|>\n"
     assert tokenizer.render_chat(user, True) == "<|im_start|>user\nwho?<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(ValueError, match=r"strict refuses the messages: System role not supported$"):
+    with pytest.raises(UserError, match=r"strict refuses the messages: System role not supported$"):
         tokenizer.render_chat([{"role": "system", "content": "be brief"}, *user], True)
     assert load_tokenizer(write_hugging_face(tmp_path / "none", chat_template=None)).render_chat(user, True) is None
     assert load_tokenizer(write_sentencepiece(tmp_path / "t.model")).render_chat(user, True) is None
@@ -116,7 +117,7 @@ def test_unloadable_paths_are_one_line(tmp_path):
     damaged = write_hugging_face(tmp_path / "damaged")
     (damaged / "tokenizer.json").write_text("{}")
     for name in ("empty", "bad.model", "notes.txt", "absent", "damaged"):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(UserError) as caught:
             load_tokenizer(tmp_path / name)
         assert name in str(caught.value) and "\n" not in str(caught.value)
 
@@ -129,6 +130,6 @@ def test_code_in_the_directory_is_not_run(tmp_path):
     config["auto_map"] = {"AutoTokenizer": [None, "evil.Evil"]}
     config["tokenizer_class"] = "Evil"
     (path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         load_tokenizer(path)
     assert not marker.exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.long_context import evaluate_long_context
 from megatron_solopo.evaluate.scores import render
 from megatron_solopo.evaluate.settings import LongContextSettings
@@ -177,7 +178,7 @@ def test_an_interrupted_evaluation_generates_only_what_is_missing(models, of_run
     evaluate_long_context(settings)
     texts = [json.loads(line)["text"] for line in journal.read_text().splitlines()[1:]]
     assert len(texts) == 8 and texts[:3] == ["kept"] * 3 and "kept" not in texts[3:]
-    with pytest.raises(ValueError, match=r"again\.responses\.jsonl: was begun with max_new_tokens 12, not 13"):
+    with pytest.raises(UserError, match=r"again\.responses\.jsonl: was begun with max_new_tokens 12, not 13"):
         evaluate_long_context(LongContextSettings(**vars(settings) | {"max_new_tokens": 13}))
     evaluate_long_context(LongContextSettings(**vars(settings) | {"max_new_tokens": 13, "overwrite": True}))
     assert "kept" not in journal.read_text()
@@ -233,7 +234,7 @@ def test_a_server_is_not_asked_for_more_than_it_says_it_holds(models, tmp_path) 
     with completion_server(positions=200, tokens=5) as server:
         files = {"server": server.url, "contexts": (rows_of(tmp_path, [20, 30, 400]),)}
         results = evaluate_long_context(LongContextSettings("tiny", **asked | files))
-        with pytest.raises(ValueError, match=r"--lengths 700: with 64 tokens .* 200 positions; legal: at most 136"):
+        with pytest.raises(UserError, match=r"--lengths 700: with 64 tokens .* 200 positions; legal: at most 136"):
             tasks = {"server": server.url, "tasks": ("needle_single",), "lengths": (700,)}
             evaluate_long_context(LongContextSettings("tiny", **asked | tasks))
         assert len(server.log) == 5
@@ -260,18 +261,18 @@ def test_a_server_is_not_asked_for_more_than_it_says_it_holds(models, tmp_path) 
 )
 def test_mistakes_are_one_line(models, options, message, tmp_path) -> None:
     given = {"model": str(models[1]), "output": tmp_path / "r.json"} | ASKED | options
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         evaluate_long_context(LongContextSettings(**given))
     assert not list(tmp_path.iterdir())
 
 
 def test_another_file_is_not_lost(models, tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"kind": "preference"}')
-    with pytest.raises(ValueError, match=r"config\.json: .* it would be lost, set --output or --name"):
+    with pytest.raises(UserError, match=r"config\.json: .* it would be lost, set --output or --name"):
         evaluate_long_context(LongContextSettings(str(models[1]), output=tmp_path / "config.json", **ASKED))
     assert (tmp_path / "config.json").read_text() == '{"kind": "preference"}'
 
 
 def test_a_checkpoint_is_not_for_transformers(models) -> None:
-    with pytest.raises(ValueError, match=r"--backend transformers: .* is a Megatron checkpoint; .* export it first"):
+    with pytest.raises(UserError, match=r"--backend transformers: .* is a Megatron checkpoint; .* export it first"):
         evaluate_long_context(LongContextSettings(str(models[0]), backend="transformers", **ASKED))

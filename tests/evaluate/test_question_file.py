@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_solopo.data.encode import encode_prompt
+from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.samples import DEFAULT_ROOM, QuestionFile
 from tests.data.tiny_tokenizers import write_hugging_face
 from tests.triplets.musique_example import construct, first_lines, read, write
@@ -75,5 +76,5 @@ def test_a_question_is_asked_once_in_its_short_context(tokenizers, tmp_path) -> 
     ],
 )
 def test_other_files_are_refused(tokenizers, tmp_path, rows, message) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         QuestionFile(rows_file(tmp_path, rows), ["long"], tokenizers["byte_level"], [], [])

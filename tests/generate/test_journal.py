@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.generate.journal import Journal, StoredResponse, read_header, read_offsets
 from tests.triplets.context_files import response, write_lines
 
@@ -49,7 +50,7 @@ def test_offsets_lead_to_their_lines(tmp_path) -> None:
 def test_another_file_is_not_written_to(content, message, tmp_path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         Journal(path, HEADER)
     assert path.read_text() == content
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_solopo.config import DataConfig, LogprobConfig, ObjectiveConfig, ReferenceConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.integrations.arguments import add_arguments, check_arguments, config_from_args, flags_for_keys
 
 REQUIRED = {
@@ -84,7 +85,7 @@ def test_layout_precision_and_batch_are_megatron_lms() -> None:
 def test_the_run_directory_is_save_where_it_is_not_given() -> None:
     args = parse(without="--solopo-run-dir", megatron={"save": "checkpoints"})
     assert config_from_args(args).run_dir == Path("checkpoints")
-    with pytest.raises(ValueError, match="--solopo-run-dir is required where --save is not given"):
+    with pytest.raises(UserError, match="--solopo-run-dir is required where --save is not given"):
         config_from_args(parse(without="--solopo-run-dir"))
 
 
@@ -107,7 +108,7 @@ def test_what_has_no_default_is_required(flag: str, capsys: pytest.CaptureFixtur
     ],
 )
 def test_an_illegal_value_is_refused_under_its_flag(flags: list[str], part: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         config_from_args(parse(*flags))
     assert part in str(error.value) and "\n" not in str(error.value)
 
@@ -133,7 +134,7 @@ def test_an_illegal_value_is_refused_under_its_flag(flags: list[str], part: str)
     ],
 )
 def test_a_wrong_combination_is_refused_by_name(name: str, value: Any, part: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         config_from_args(parse(megatron={name: value}))
     assert part in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).count(";") == 0  # the only thing wrong
@@ -141,7 +142,7 @@ def test_a_wrong_combination_is_refused_by_name(name: str, value: Any, part: str
 
 def test_keys_become_flags_in_messages_and_paths_do_not() -> None:
     message = "/runs/model.path/x: data.path and model.fp8_recipe=mxfp8 need training.global_batch_size (parallel.*)"
-    with pytest.raises(ValueError) as error, flags_for_keys():
+    with pytest.raises(UserError) as error, flags_for_keys():
         raise ValueError(message)
     assert str(error.value) == (
         "/runs/model.path/x: --solopo-data-path and --fp8-recipe=mxfp8 need --global-batch-size (the parallel sizes)"

@@ -19,6 +19,8 @@ from tests.train.runs import make_inputs
 # isort: split
 from megatron.core.models.gpt import GPTModel
 
+from megatron_solopo.errors import UserError
+
 pytestmark = pytest.mark.parity
 pytest.importorskip("megatron.training", reason="this megatron-core has no megatron.training")
 
@@ -145,7 +147,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 def refusal(argv: list[str]) -> str:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         pretrain(argv)
     return str(error.value)
 

@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.config import ModelConfig, ParallelConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.integrations.task import check_transformer_config, prepare_model
 from megatron_solopo.model.build import build_model, padded_vocab_size, transformer_config
 from megatron_solopo.model.head import ResponseModel
@@ -89,14 +90,14 @@ def test_another_model_than_that_of_config_json_is_refused(
 ) -> None:
     with layout():
         model = plain_model(path, architecture)
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(UserError) as error:
             prepare_model(model, replace(architecture, **changes), chunk_tokens=7)
     assert part in str(error.value) and "\n" not in str(error.value)
     assert type(model) is ForkedGPTModel
 
 
 def test_no_gpt_model_and_a_wrapped_one_are_refused(architecture: Architecture) -> None:
-    with pytest.raises(ValueError, match="the model is a Linear; expected a GPTModel"):
+    with pytest.raises(UserError, match="the model is a Linear; expected a GPTModel"):
         prepare_model(torch.nn.Linear(2, 2), architecture, chunk_tokens=7)
 
 
@@ -119,6 +120,6 @@ def test_a_configuration_that_packs_do_not_go_with_is_refused(
     architecture: Architecture, name: str, value: Any, part: str
 ) -> None:
     check_transformer_config(config(architecture))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         check_transformer_config(config(architecture, **{name: value}))
     assert part in str(error.value) and "\n" not in str(error.value)

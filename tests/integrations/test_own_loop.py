@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from megatron.core import parallel_state
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.integrations import PreferenceTask
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
@@ -60,13 +61,13 @@ def test_it_gives_our_trainers_losses_and_gradient_norms_on_every_rank(found: An
 
 
 def test_it_needs_process_groups(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"no process groups yet: call .* initialize_model_parallel first"):
+    with pytest.raises(UserError, match=r"no process groups yet: call .* initialize_model_parallel first"):
         PreferenceTask(config(folder, "unused", {}))
 
 
 def test_a_reference_cache_that_is_not_there_is_refused_by_name(folder: Path) -> None:
     settings = config(folder, "unused", {}, reference={"cache": folder / "nowhere"})
-    with layout(), pytest.raises(ValueError, match=r"nowhere: no cached reference log-probs; .*set reference.cache"):
+    with layout(), pytest.raises(UserError, match=r"nowhere: no cached reference log-probs; .*set reference.cache"):
         PreferenceTask(settings)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.loader import GlobalBatchLoader, Packing
+from megatron_solopo.errors import UserError
 from megatron_solopo.integrations.megatron_lm import PackStream
 
 ROLES = ("short_chosen", "short_rejected", "long_chosen")
@@ -79,7 +80,7 @@ def test_a_budget_too_small_for_a_later_batch_is_refused_at_the_start(dataset: T
         stream(dataset, 1, num_batches=20, **limits)
     assert "\n" not in str(error.value)
     items = stream(dataset, 1, num_batches=0, **limits)
-    with pytest.raises(ValueError, match=r"needs 2 packs"):
+    with pytest.raises(UserError, match=r"needs 2 packs"):
         list(islice(items, 20))
 
 

@@ -12,6 +12,7 @@ import torch
 
 from megatron_solopo.architecture.huggingface import Architecture, read_architecture
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.model import precision
 from megatron_solopo.model.build import transformer_config
 from megatron_solopo.model.precision import assign, check_precision, precision_settings
@@ -86,7 +87,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **answers: str | None) -> None:
 )
 def test_what_cannot_be_is_refused_by_name(monkeypatch, architecture, model, optimizer, parallel, words) -> None:
     monkeypatch.setattr(megatron.core, "__version__", "0.19.2")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         check(architecture, settings(**model), OptimizerConfig.model_validate(optimizer), **parallel)
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message
@@ -94,7 +95,7 @@ def test_what_cannot_be_is_refused_by_name(monkeypatch, architecture, model, opt
 
 def test_fp8_parameters_are_refused_where_checkpoints_cannot_hold_them(monkeypatch, architecture) -> None:
     monkeypatch.setattr(megatron.core, "__version__", "0.16.1")
-    with pytest.raises(ValueError, match=r"model\.fp8_param=true needs megatron-core 0\.19 .*0\.16\.1 is installed"):
+    with pytest.raises(UserError, match=r"model\.fp8_param=true needs megatron-core 0\.19 .*0\.16\.1 is installed"):
         check(architecture, settings(**FP8, fp8_param=True))
 
 
@@ -103,7 +104,7 @@ def test_fewer_key_value_heads_than_ranks_are_counted_as_megatron_cuts_them(monk
     pretend(monkeypatch)
     few = replace(architecture, num_query_groups=2)
     check(few, settings(**FP8, fp8_recipe="tensorwise"), tensor_model_parallel_size=4)
-    with pytest.raises(ValueError, match="queries, keys and values / TP is 192"):
+    with pytest.raises(UserError, match="queries, keys and values / TP is 192"):
         check(few, settings(**FP8), tensor_model_parallel_size=4)
 
 
@@ -123,7 +124,7 @@ def test_fewer_key_value_heads_than_ranks_are_counted_as_megatron_cuts_them(monk
 )
 def test_a_recipe_that_cannot_run_here_names_the_nearest(monkeypatch, architecture, recipe, answers, words) -> None:
     pretend(monkeypatch, **answers)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         check(architecture, settings(**FP8, fp8_recipe=recipe))
     message = str(error.value)
     assert all(word in message for word in [f"model.fp8_recipe={recipe}", *words]) and "\n" not in message

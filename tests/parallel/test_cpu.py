@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import cpu
 from tests.ranks import layout
 
@@ -54,14 +55,14 @@ def test_the_device_is_the_one_asked_for_or_else_cuda(monkeypatch, wanted, has_c
 @pytest.mark.parametrize("wanted", ["gpu", "CPU", "cuda:0", "0"])
 def test_another_device_is_refused_by_name(monkeypatch, wanted) -> None:
     monkeypatch.setenv(cpu.DEVICE_VARIABLE, wanted)
-    with pytest.raises(ValueError, match=f"MEGATRON_SOLOPO_DEVICE='{wanted}': expected cpu or cuda"):
+    with pytest.raises(UserError, match=f"MEGATRON_SOLOPO_DEVICE='{wanted}': expected cpu or cuda"):
         cpu.is_cpu()
 
 
 def test_cuda_where_there_is_none_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv(cpu.DEVICE_VARIABLE, "cuda")
-    with pytest.raises(ValueError, match=r"MEGATRON_SOLOPO_DEVICE=cuda, but torch .* finds no CUDA device; unset it"):
+    with pytest.raises(UserError, match=r"MEGATRON_SOLOPO_DEVICE=cuda, but torch .* finds no CUDA device; unset it"):
         cpu.is_cpu()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_solopo.config import ParallelConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import topology
 from tests.ranks import layout, two_ranks
 
@@ -82,14 +83,14 @@ def test_a_process_may_open_a_socket_to_every_rank(limits, world_size, expected,
 
 def test_a_wrong_world_size_is_refused_before_any_process_waits(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="3 processes, but"):
+    with pytest.raises(UserError, match="3 processes, but"):
         topology.initialize(ParallelConfig(**TP2), seed=1)
     assert not dist.is_initialized()
 
 
 def test_lone_tasks_of_a_slurm_step_are_refused(monkeypatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         topology.initialize(ParallelConfig(), seed=1)
     message = str(error.value)
     assert "srun started 4 tasks" in message and "torchrun" in message and "\n" not in message

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_solopo.architecture.gpus import GPUS, Efficiency
+from megatron_solopo.errors import UserError
 from megatron_solopo.plan.calibration import calibrated, measured
 from tests.plan.models import PLANS, ROOT, load_example
 
@@ -61,28 +62,28 @@ def test_one_length_gives_one_factor(tmp_path: Path) -> None:
 def test_another_file_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "b.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"not a result of tools/benchmark\.py") as error:
+    with pytest.raises(UserError, match=r"not a result of tools/benchmark\.py") as error:
         calibrated(path, GPUS["h100"])
     assert "\n" not in str(error.value)
 
 
 def test_a_cpus_figures_calibrate_nothing(tmp_path: Path) -> None:
     path = benchmark(tmp_path / "b.json", (8192,), Efficiency(), device="cpu")
-    with pytest.raises(ValueError, match="no measurement of solopo or long_po on a GPU"):
+    with pytest.raises(UserError, match="no measurement of solopo or long_po on a GPU"):
         calibrated(path, GPUS["h100"])
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         calibrated(tmp_path / "none.json", GPUS["h100"])
 
 
 def test_another_types_figures_and_impossible_ones_are_refused(tmp_path: Path) -> None:
     path = benchmark(tmp_path / "b.json", (8192,), Efficiency())
-    with pytest.raises(ValueError, match=r"b\.json: measured on NVIDIA H100 .*, which is no B200"):
+    with pytest.raises(UserError, match=r"b\.json: measured on NVIDIA H100 .*, which is no B200"):
         calibrated(path, GPUS["b200"])
     content = json.loads(path.read_text())
     for row in content["measurements"]:
         row["median_seconds"] = row.get("median_seconds", 1.0) / 3
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"computes 1\.95 times as fast as H100's data sheet allows"):
+    with pytest.raises(UserError, match=r"computes 1\.95 times as fast as H100's data sheet allows"):
         calibrated(path, GPUS["h100"])
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_solopo.architecture.gpus import GPUS
+from megatron_solopo.errors import UserError
 from megatron_solopo.plan import VARIED
 from megatron_solopo.plan.layouts import make_layout, sizes_of, variants
 from megatron_solopo.plan.memory import GIB
@@ -115,6 +116,6 @@ def test_an_illegal_layout_that_is_asked_for_gets_one_line(model: str, sizes: di
     if words is None:
         assert planner.best_of(make_layout(planner.config, asked, 64)).layout.sizes == asked | {"dp": 1}
         return
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(UserError, match=words) as error:
         planner.best_of(make_layout(planner.config, asked, 64))
     assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_solopo.config import ROLES
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
+from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.context import shard_indices
 from megatron_solopo.plan.layouts import with_keys
 from megatron_solopo.plan.workload import Packer, pack_shape, prepared_workload, stated_workload
@@ -60,7 +61,7 @@ def test_prepared_lengths_are_those_of_the_rows(tmp_path) -> None:
     ],
 )
 def test_lengths_that_cannot_be_read_are_named(text: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(UserError, match=words) as error:
         stated_workload(text, 10, 10)
     assert "--tokens" in str(error.value) and "\n" not in str(error.value)
 
@@ -87,5 +88,5 @@ def test_a_batch_is_counted_whole() -> None:
 )
 def test_what_training_would_refuse_is_refused(keys, dp: int, words: str) -> None:
     config = with_keys(load_example("llama-3.1-8b")[0], **keys)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         Packer(stated_workload("short=3584,long=130560,response=512", 200, 200), config).pack(config, dp)

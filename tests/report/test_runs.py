@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.report.runs import config_differences, read_runs, status_of
 from tests.report.written_runs import step_line, write_answers, write_preferences, write_run
 
@@ -119,7 +120,7 @@ def test_what_is_no_run_is_one_line(tmp_path: Path) -> None:
         ),
         ([run, tmp_path / "runs" / "." / "first"], "is named twice"),
     ):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(UserError) as error:
             read_runs(paths)
         assert expected in str(error.value) and "\n" not in str(error.value)
 

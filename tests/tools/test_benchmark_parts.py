@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_solopo.errors import UserError
 from tests.distributed import run_distributed
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -185,7 +186,7 @@ def test_an_unknown_variant_is_refused_by_name() -> None:
     from bench_variants import possible_variants
 
     assert [str(each) for each in possible_variants(["sdpa+checkpointing"])] == ["sdpa+checkpointing"]
-    with pytest.raises(ValueError, match=r"--trl-variant flash: .* sdpa, sdpa\+checkpointing"):
+    with pytest.raises(UserError, match=r"--trl-variant flash: .* sdpa, sdpa\+checkpointing"):
         possible_variants(["flash"])
 
 

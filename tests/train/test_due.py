@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_solopo.config import CheckpointConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.train.saving import SaveClock, deadline
 from tests.ranks import layout
 
@@ -72,7 +73,7 @@ def test_slurms_end_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1900000000")
     assert deadline(CheckpointConfig(must_save_by="slurm")) == 1_900_000_000
     monkeypatch.delenv("SLURM_JOB_END_TIME")
-    with pytest.raises(ValueError, match="SLURM_JOB_END_TIME is not set"):
+    with pytest.raises(UserError, match="SLURM_JOB_END_TIME is not set"):
         deadline(CheckpointConfig(must_save_by="slurm"))
 
 
@@ -85,5 +86,5 @@ def test_slurms_end_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_keys_that_make_no_sense_are_refused(keys: dict[str, object], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         CheckpointConfig(**keys)

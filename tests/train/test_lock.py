@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.train import lock
 from megatron_solopo.train.lock import run_lock
 from tests.ranks import layout
@@ -70,7 +71,7 @@ def test_a_job_that_slurm_started_again_does_not_wait_for_its_dead_self(tmp_path
         assert process.stdout.readline() == "held\n"
         for job, restarts in (("77", None), ("7", "1"), ("78", "1")):  # the same start, and other jobs
             start(job, restarts)
-            with pytest.raises(ValueError, match="SLURM job 77 after 0 restarts"), run_lock(tmp_path):
+            with pytest.raises(UserError, match="SLURM job 77 after 0 restarts"), run_lock(tmp_path):
                 pytest.fail("was locked twice")
         start("77", "2")
         with run_lock(tmp_path):
@@ -92,7 +93,7 @@ def test_a_run_that_wrote_nothing_leaves_no_directory(tmp_path: Path) -> None:
 
 
 def test_a_second_run_is_told_who_runs_and_kill_9_frees_the_directory(tmp_path: Path, holder) -> None:
-    with pytest.raises(ValueError) as error, run_lock(tmp_path):
+    with pytest.raises(UserError) as error, run_lock(tmp_path):
         pytest.fail("was locked twice")
     message = str(error.value)
     assert message.startswith(f"{tmp_path}: process {holder.pid} on {os.uname().nodename} (1 ranks) trains in it")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_solopo.config import LoggingConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.train.metrics import Metrics, MetricsWriter, console_line, reduce_over_ranks, reduce_sums
 from tests.ranks import layout
@@ -83,7 +84,7 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path, first
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_never_written(tmp_path: Path, odd: float) -> None:
     """JSON has no NaN: every line stays readable by any program."""
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(UserError, match="not JSON compliant"):
         write(tmp_path, [step_metrics(1), step_metrics(2, loss=odd)])
     assert read_jsonl(tmp_path / "metrics.jsonl") == [step_metrics(1)]
 
@@ -148,7 +149,7 @@ def test_wandb_gets_the_config_and_every_number(tmp_path: Path, monkeypatch: pyt
 
 def test_wandb_that_is_missing_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # makes its import fail
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         write(tmp_path, [], logging=LoggingConfig(tensorboard=False, wandb_project="solopo"))
     message = str(error.value)
     assert "logging.wandb_project=solopo" in message and "pip install" in message and "\n" not in message

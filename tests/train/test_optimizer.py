@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_solopo.config import ModelConfig, OptimizerConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.train import policy as optimizer
 from megatron_solopo.train.policy import build_scheduler, check_offload, check_schedule
 
@@ -76,7 +77,7 @@ def test_a_warm_up_shorter_than_the_run_is_accepted(warmup: int) -> None:
     ],
 )
 def test_a_schedule_that_does_not_fit_the_run_is_refused(settings, words) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         check_schedule(OptimizerConfig.model_validate({"lr": LR} | settings), STEPS)
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message

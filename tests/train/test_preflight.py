@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_solopo.config import Config, ObjectiveConfig
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
+from megatron_solopo.errors import UserError
 from megatron_solopo.objective import required_roles
 from megatron_solopo.train import preflight as checks
 from megatron_solopo.train import preflight as largest_pack
@@ -28,7 +29,7 @@ def config(folder: Path, name: str, **sections: Any) -> Config:
 
 
 def refused(settings: Config) -> str:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         preflight(settings)
     return str(error.value)
 

@@ -13,6 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported once, before ranks are forked)
 
 from megatron_solopo.config import Config, parse_config
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import compute_objective
 from megatron_solopo.parallel import topology
@@ -106,7 +107,7 @@ def stale_errors(folder: Path) -> dict[str, str]:
     }
     found = {}
     for name, sections in changes.items():
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(UserError) as error:
             train(config(folder, "unused", TP2, **sections))
         found[name] = str(error.value)
     return found
@@ -128,11 +129,11 @@ def changed_errors(folder: Path) -> dict[str, str]:
     """What a finished run says when it is started again with another value of what it keeps."""
     found = {}
     for name, sections in CHANGES.items():
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(UserError) as error:
             train(config(folder, "whole", TP2, **sections))
         found[name] = str(error.value)
     other = config(folder, "whole", TP2, data={"path": folder / "other_prepared", "max_tokens_per_pack": 400})
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         train(other)
     found["data.path (its content)"] = str(error.value)
     return found
@@ -147,7 +148,7 @@ def not_finite_error(folder: Path) -> str:
         return replace(result, loss_T=result.loss_T * math.nan)
 
     training = {"global_batch_size": 4, "max_steps": STEPS, "max_skipped_steps_in_a_row": 2}
-    with mock.patch.object(step, "compute_objective", broken), pytest.raises(FloatingPointError) as error:
+    with mock.patch.object(step, "compute_objective", broken), pytest.raises(UserError) as error:
         train(config(folder, "nan", TP2, training=training))
     return str(error.value)
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_solopo import exits
 from megatron_solopo.config import WatchdogConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.train import watchdog
 from megatron_solopo.train.policy import Policy
 from megatron_solopo.train.trainer import train
@@ -149,5 +150,5 @@ def test_a_store_that_does_not_answer_names_the_other_hosts() -> None:
 
 @pytest.mark.parametrize("key", ["timeout_minutes", "start_timeout_minutes", "save_timeout_minutes"])
 def test_limits_are_positive(key: str) -> None:
-    with pytest.raises(ValueError, match=key):
+    with pytest.raises(UserError, match=key):
         WatchdogConfig(**{key: 0.0})

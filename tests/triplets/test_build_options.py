@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.build import build
 from megatron_solopo.triplets.corpus.formats import entity_golds, mentions, normalise
 from megatron_solopo.triplets.prompt import Measure
@@ -61,7 +62,7 @@ def test_the_chat_template_is_measured(bench, tokenizer) -> None:
 
 def test_a_tokenizer_without_a_chat_template_is_refused(bench, sentencepiece) -> None:
     bench.tokenizer = sentencepiece
-    with pytest.raises(ValueError, match="has no chat template"):
+    with pytest.raises(UserError, match="has no chat template"):
         bench.build(template="chat")
 
 
@@ -150,7 +151,7 @@ def test_a_prompt_template_of_the_users(bench, tokenizer, questions) -> None:
 def test_a_template_that_leaves_something_out_is_refused(template, message, bench) -> None:
     path = bench.folder / "mine.jinja"
     path.write_text(template)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         bench.build(prompt_template=path)
     assert "\n" not in str(error.value) and not (bench.folder / "contexts.jsonl").exists()
 
@@ -171,7 +172,7 @@ def test_a_pool_of_more_documents_is_drawn_from(bench) -> None:
     assert len(rows) == 2 and report.pool_documents > 420
     assert all(row["prompt_long"].count("Title: Extra") > 100 for row in rows)
     write_lines(bench.folder / "pool.jsonl", [{"title": "no text"}])
-    with pytest.raises(ValueError, match=r"pool\.jsonl:1: text: Field required"):
+    with pytest.raises(UserError, match=r"pool\.jsonl:1: text: Field required"):
         bench.build(pool=bench.folder / "pool.jsonl")
 
 
@@ -217,6 +218,6 @@ def test_a_chat_template_that_refuses_is_told_in_one_line_on_any_number_of_proce
     made.save_pretrained(tmp_path / "refusing")
     bench.tokenizer = str(tmp_path / "refusing")
     for num_proc in (1, 2):
-        with pytest.raises(ValueError, match="no user messages here") as error:
+        with pytest.raises(UserError, match="no user messages here") as error:
             bench.build(template="chat", num_proc=num_proc)
         assert "\n" not in str(error.value)

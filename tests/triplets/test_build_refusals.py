@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.corpus.formats import entity_golds, mentions, normalise
 from tests.triplets.musique_example import (
     EXAMPLE,
@@ -42,7 +43,7 @@ def test_too_long_questions_are_dropped_named_and_never_cut(tokenizer_path, toke
 
 def test_a_pool_that_does_not_suffice_is_reported(questions, tokenizer_path, tmp_path) -> None:
     few = write(tmp_path / "few.jsonl", first_lines(3))
-    with pytest.raises(ValueError, match=r"no choice from the pool comes within 1 % below --long-tokens \(3\)"):
+    with pytest.raises(UserError, match=r"no choice from the pool comes within 1 % below --long-tokens \(3\)"):
         construct(few, tmp_path / "out.jsonl", tokenizer_path, long_tokens="50000")
     report = construct(few, tmp_path / "out.jsonl", tokenizer_path, long_tokens="50000", underfull="keep")
     assert report.rows_underfull == report.rows_written == 3
@@ -65,7 +66,7 @@ def test_short_distractors_are_taken_from_other_questions_where_the_own_do_not_s
     for row in read(tmp_path / "out.jsonl"):
         assert len(passages(row["prompt_short"])) == 25 + len(evidence(questions[row["id"]]))
     one = write(tmp_path / "one.jsonl", first_lines(1))
-    with pytest.raises(ValueError, match="too few documents for --short-distractors"):
+    with pytest.raises(UserError, match="too few documents for --short-distractors"):
         construct(one, tmp_path / "out2.jsonl", tokenizer_path, **options)
 
 
@@ -95,7 +96,7 @@ def test_bad_rows_are_refused_or_left_out_and_listed(tokenizer_path, tmp_path) -
     bad = third.replace('"is_supporting"', '"supports"')
     source = write(tmp_path / "in.jsonl", [good, "{", other, bad, good])
     output = tmp_path / "out.jsonl"
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         construct(source, output, tokenizer_path)
     lines = str(error.value).splitlines()
     assert lines[0].startswith(f"{source}:2: ") and lines[1].startswith(f"{source}:4: paragraphs.0.is_supporting: ")
@@ -132,7 +133,7 @@ def test_bad_rows_are_refused_or_left_out_and_listed(tokenizer_path, tmp_path) -
 def test_a_mistake_is_one_line_and_leaves_no_file(arguments, message, tokenizer_path, tmp_path) -> None:
     output = write(tmp_path / "out.jsonl", ["what was there before"])
     legal = {"source": QUESTIONS, "output": output, "tokenizer": tokenizer_path, "overwrite": True}
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         construct(**legal | arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
@@ -140,7 +141,7 @@ def test_a_mistake_is_one_line_and_leaves_no_file(arguments, message, tokenizer_
 
 
 def test_all_mistakes_in_the_settings_are_told_at_once(tokenizer_path, tmp_path) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         construct(QUESTIONS, tmp_path / "out.jsonl", tokenizer_path, seed=-1, num_proc=0, long_tokens="x")
     assert [line.split()[0] for line in str(error.value).splitlines()] == ["--seed", "--num-proc", "--long-tokens"]
 
@@ -149,7 +150,7 @@ def test_an_existing_file_is_kept_unless_told_otherwise(tokenizer_path, tmp_path
     output = tmp_path / "mine.jsonl"
     output.write_text("written by hand\n")
     few = write(tmp_path / "few.jsonl", first_lines(4))
-    with pytest.raises(ValueError, match=r"mine\.jsonl: already exists.*--overwrite"):
+    with pytest.raises(UserError, match=r"mine\.jsonl: already exists.*--overwrite"):
         construct(few, output, tokenizer_path)
     assert output.read_text() == "written by hand\n"
     construct(few, output, tokenizer_path, overwrite=True)
@@ -160,6 +161,6 @@ def test_a_folder_of_the_users_in_the_place_of_the_report_is_kept(tokenizer_path
     (tmp_path / "mine.report").mkdir()
     (tmp_path / "mine.report" / "thesis.tex").write_text("precious")
     few = write(tmp_path / "few.jsonl", first_lines(4))
-    with pytest.raises(ValueError, match=r"holds thesis\.tex"):
+    with pytest.raises(UserError, match=r"holds thesis\.tex"):
         construct(few, tmp_path / "mine.jsonl", tokenizer_path, overwrite=True)
     assert (tmp_path / "mine.report" / "thesis.tex").read_text() == "precious"

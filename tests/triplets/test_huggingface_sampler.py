@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.data.tokenizer import load_tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.generate.journal import read_offsets
 from megatron_solopo.triplets.sample import sample
 from megatron_solopo.triplets.settings import SampleSettings
@@ -92,6 +93,6 @@ def test_an_end_token_ends_a_response_and_is_not_in_it(model, tmp_path) -> None:
 
 
 def test_a_directory_without_a_model_is_refused(tokenizer_path, tmp_path) -> None:
-    with pytest.raises(ValueError, match="no loadable model") as error:
+    with pytest.raises(UserError, match="no loadable model") as error:
         run(tokenizer_path, tmp_path, [context(0)])
     assert "\n" not in str(error.value)

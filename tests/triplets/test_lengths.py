@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.settings import parse_lengths
 
 
@@ -48,6 +49,6 @@ def test_ranges_are_drawn_evenly_in_tokens_or_in_doublings() -> None:
     ],
 )
 def test_anything_else_is_refused_with_the_legal_forms(text, reason) -> None:
-    with pytest.raises(ValueError, match=reason) as error:
+    with pytest.raises(UserError, match=reason) as error:
         parse_lengths(text)
     assert "legal: 8192 | 4096,8192 |" in str(error.value) and "\n" not in str(error.value)

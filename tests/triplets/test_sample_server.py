@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.generate.journal import StoredResponse, read_offsets
 from megatron_solopo.triplets.sample import SampleReport, sample
 from megatron_solopo.triplets.settings import SampleSettings
@@ -179,7 +180,7 @@ def test_more_samples_are_asked_for_alone(contexts) -> None:
 
 def test_a_request_given_up_is_named_and_the_rest_is_kept(contexts) -> None:
     with completion_server({0: "500", 5: "500"}) as server:
-        with pytest.raises(ValueError, match=r"2 requests got no answer: q\d: HTTP 500, after 0 retries") as error:
+        with pytest.raises(UserError, match=r"2 requests got no answer: q\d: HTTP 500, after 0 retries") as error:
             sample(settings(contexts, server.url, retries=0))
         assert "the same command asks for the rest" in str(error.value) and "\n" not in str(error.value)
         assert 60 - 8 <= len(received(contexts.with_name("responses.jsonl"))) <= 60 - 4
@@ -189,7 +190,7 @@ def test_a_request_given_up_is_named_and_the_rest_is_kept(contexts) -> None:
 
 def test_a_server_that_refuses_ends_the_run_at_once(contexts) -> None:
     with completion_server(dict.fromkeys(range(99), "400")) as server:
-        with pytest.raises(ValueError, match=r"refuses with HTTP 400: .*made up") as error:
+        with pytest.raises(UserError, match=r"refuses with HTTP 400: .*made up") as error:
             sample(settings(contexts, server.url))
         assert len(server.log) <= 4 and "\n" not in str(error.value)
 
@@ -217,7 +218,7 @@ def test_an_answer_cut_before_its_room_is_used_ends_the_run(contexts) -> None:
 def test_a_server_that_is_gone_is_not_waited_for_by_every_request(contexts) -> None:
     with completion_server() as server:
         url = server.url
-    with pytest.raises(ValueError, match=r"\d requests got no answer: .*ConnectError, after 1 retries") as error:
+    with pytest.raises(UserError, match=r"\d requests got no answer: .*ConnectError, after 1 retries") as error:
         sample(settings(contexts, url, retries=1, concurrency=2))
     assert int(str(error.value).split()[0]) <= 4
 
@@ -235,7 +236,7 @@ def test_a_journal_of_other_settings_is_not_continued(changes, message, contexts
     with completion_server() as server:
         sample(settings(contexts, server.url, num_samples=1))
         before = contexts.with_name("responses.jsonl").read_bytes()
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             sample(settings(contexts, server.url, **changes))
     assert contexts.with_name("responses.jsonl").read_bytes() == before
 
@@ -255,7 +256,7 @@ def test_a_journal_of_other_settings_is_not_continued(changes, message, contexts
     ],
 )
 def test_a_mistake_is_one_line(changes, message, contexts) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         sample(settings(contexts, "http://127.0.0.1:9/v1", **changes))
     assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -270,5 +271,5 @@ def test_report_counts_what_came(contexts) -> None:
 
 
 def test_a_server_that_is_no_url_is_told(contexts) -> None:
-    with pytest.raises(ValueError, match="is no URL"):
+    with pytest.raises(UserError, match="is no URL"):
         sample(settings(contexts, "http://[:::1"))

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_solopo.data.row_files import validate_file
 from megatron_solopo.data.tokenizer import load_tokenizer
+from megatron_solopo.errors import UserError
 from megatron_solopo.generate.journal import StoredResponse
 from megatron_solopo.triplets.contexts import ContextRow
 from megatron_solopo.triplets.prompt import Measure
@@ -187,7 +188,7 @@ def test_chat_prompts_get_chat_responses_and_are_measured_so(bench) -> None:
             (row,), _ = bench.select()
             assert row["chosen"] == [{"role": "assistant", "content": RIGHT[1]}]
         else:
-            with pytest.raises(ValueError, match="longer than the room that the contexts leave: 1"):
+            with pytest.raises(UserError, match="longer than the room that the contexts leave: 1"):
                 bench.select()
 
 
@@ -212,7 +213,7 @@ def test_the_same_seed_makes_the_same_bytes(bench) -> None:
 
 def test_responses_to_other_contexts_are_refused(bench) -> None:
     bench.responses.insert(0, {"journal": {"contexts": "0" * 64}})
-    with pytest.raises(ValueError, match="were sampled from other contexts"):
+    with pytest.raises(UserError, match="were sampled from other contexts"):
         bench.select()
 
 
@@ -228,7 +229,7 @@ def test_responses_to_other_contexts_are_refused(bench) -> None:
     ],
 )
 def test_a_mistake_is_one_line(changes, message, bench) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         bench.select(**changes)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (bench.folder / "triplets.jsonl").exists()
@@ -236,12 +237,12 @@ def test_a_mistake_is_one_line(changes, message, bench) -> None:
 
 def test_files_that_are_not_what_they_should_be_are_named_by_line(bench) -> None:
     bench.contexts.append({"id": "x"})
-    with pytest.raises(ValueError, match=r"contexts\.jsonl:2: question_id: Field required"):
+    with pytest.raises(UserError, match=r"contexts\.jsonl:2: question_id: Field required"):
         bench.select()
     bench.contexts = [context(0), context(1), context(0)]
-    with pytest.raises(ValueError, match="do not stand together"):
+    with pytest.raises(UserError, match="do not stand together"):
         bench.select()
     bench.contexts, bench.responses = [context(0)], [{"question_id": "q0"}]
-    with pytest.raises(ValueError, match=r"responses\.jsonl:1: index: Field required"):
+    with pytest.raises(UserError, match=r"responses\.jsonl:1: index: Field required"):
         bench.select()
     assert not (bench.folder / "triplets.jsonl").exists()

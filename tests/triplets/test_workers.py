@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.build import Workers
 
 _offset = 0
@@ -34,7 +35,7 @@ def test_results_come_in_order(num_proc) -> None:
     with Workers(num_proc, initialise, (1000,)) as workers:
         assert list(workers.map(work, range(40))) == list(range(1000, 1040))
         assert list(workers.map(work, [])) == []
-        with pytest.raises(ValueError, match="item 99 is wrong"):
+        with pytest.raises(UserError, match="item 99 is wrong"):
             list(workers.map(work, range(98, 102)))
 
 
@@ -75,5 +76,5 @@ def test_processes_end_with_a_killed_caller(tmp_path) -> None:
 
 
 def test_a_killed_process_is_a_mistake_the_user_can_act_on() -> None:
-    with Workers(2, initialise, (0,)) as workers, pytest.raises(ValueError, match="lower --num-proc"):
+    with Workers(2, initialise, (0,)) as workers, pytest.raises(UserError, match="lower --num-proc"):
         list(workers.map(work, [1, -1, 2]))

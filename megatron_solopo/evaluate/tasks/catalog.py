@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from megatron_solopo.data.encode import Template
 from megatron_solopo.data.row import Content
+from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.samples import QA_METRICS, Sample, Spec, Unfit
 from megatron_solopo.evaluate.tasks.fit import Draft, fit
 from megatron_solopo.evaluate.tasks.questions import QuestionCorpus
@@ -85,9 +86,9 @@ class GeneratedTasks:
         self.metrics = {name: TASKS[name].metrics for name in plan.tasks}
         if QA in plan.tasks:
             if corpus is None:
-                raise ValueError("--tasks qa: needs --corpus")
+                raise UserError("--tasks qa: needs --corpus")
             if plan.samples > len(corpus):
-                raise ValueError(f"--samples {plan.samples}: --corpus holds only {len(corpus)} questions to answer")
+                raise UserError(f"--samples {plan.samples}: --corpus holds only {len(corpus)} questions to answer")
 
     def plan(self) -> list[Spec]:
         """Every sample; the depths of a task are spread evenly over its samples."""
@@ -105,7 +106,7 @@ class GeneratedTasks:
                 try:
                     self.build(spec)
                 except Unfit as error:
-                    raise ValueError(f"{error}{self._advice(spec, error)}") from None
+                    raise UserError(f"{error}{self._advice(spec, error)}") from None
 
     def _advice(self, spec: Spec, error: Unfit) -> str:
         """The next length that can be met, where padding is to blame."""

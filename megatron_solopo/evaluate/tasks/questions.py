@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.tasks.fit import Draft
 from megatron_solopo.triplets.corpus.formats import Document, Question, entity_golds, leaks, normalise
 from megatron_solopo.triplets.corpus.read import BadRow, Format, read_questions
@@ -16,7 +17,7 @@ from megatron_solopo.triplets.seeds import generator
 class QuestionCorpus:
     """The questions of a file, and all its documents as distractors; held in memory.
 
-    Raises ValueError for a file that is not of its format or holds no question with an answer and evidence.
+    Raises UserError for a file that is not of its format or holds no question with an answer and evidence.
     """
 
     def __init__(self, path: Path, format: Format, prompt: PromptTemplate, seed: int) -> None:
@@ -24,11 +25,11 @@ class QuestionCorpus:
         found = []
         for _, question in read_questions(path, format):
             if isinstance(question, BadRow):
-                raise ValueError(str(question))
+                raise UserError(str(question))
             found.append(question)
         self._questions = [each for each in found if each.answerable and each.answers and each.supporting]
         if not self._questions:
-            raise ValueError(f"--corpus {path}: holds no question with an answer and evidence")
+            raise UserError(f"--corpus {path}: holds no question with an answer and evidence")
         self._documents = list(dict.fromkeys(document for each in found for document in each.documents))
         self._order = generator(seed, "questions").permutation(len(self._questions))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.tasks.fit import Draft
 
 _SUBJECTS = (
@@ -87,15 +88,15 @@ class Haystack:
 
 
 def read_sentences(path: Path) -> list[str]:
-    """The sentences of a text file. Raises ValueError where there are none."""
+    """The sentences of a text file. Raises UserError where there are none."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"--haystack {path}: {error.strerror}") from None
+        raise UserError(f"--haystack {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"--haystack {path}: is not UTF-8 text") from None
+        raise UserError(f"--haystack {path}: is not UTF-8 text") from None
     if not (sentences := [" ".join(each.split()) for each in _SENTENCE_END.split(text) if each.strip()]):
-        raise ValueError(f"--haystack {path}: holds no text")
+        raise UserError(f"--haystack {path}: holds no text")
     return sentences
 
 

@@ -45,6 +45,8 @@ from pydantic import (
     model_validator,
 )
 
+from megatron_solopo.errors import UserError
+
 LeakRule = Literal["substring", "word", "allow"]
 """What excludes a distractor: the answer anywhere in it, the answer as whole words, or nothing."""
 
@@ -165,7 +167,7 @@ def _pairs(second: str) -> BeforeValidator:
             return value
         titles, others = value.get("title"), value.get(second)
         if not isinstance(titles, list) or not isinstance(others, list) or len(titles) != len(others):
-            raise ValueError(f"expected lists of one length under title and {second}")
+            raise UserError(f"expected lists of one length under title and {second}")
         return [list(pair) for pair in zip(titles, others, strict=True)]
 
     return BeforeValidator(convert)
@@ -192,10 +194,10 @@ class HotpotRecord(Record):
         titles = {title for title, _ in self.context}
         for title, _ in self.supporting_facts:
             if title not in titles:
-                raise ValueError(f"supporting_facts names {title!r}, which is the title of no document of the row")
+                raise UserError(f"supporting_facts names {title!r}, which is the title of no document of the row")
         for title, sentences in self.context:
             if not "".join(sentences).strip():
-                raise ValueError(f"the document {title!r} of context has no text")
+                raise UserError(f"the document {title!r} of context has no text")
         return self
 
     def to_question(self) -> Question:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.corpus.formats import (
     DistractorRecord,
     Document,
@@ -54,7 +55,7 @@ def read_questions(path: Path, format: Format) -> Iterator[tuple[int, Question |
 
     An id that an earlier good row has makes a bad row.
 
-    Raises ValueError for a file that is missing or is broken JSON as a whole.
+    Raises UserError for a file that is missing or is broken JSON as a whole.
     """
     first_line: dict[str, int] = {}
     for line, found in _read(path, format):
@@ -103,7 +104,7 @@ def _first_character(path: Path) -> bytes:
                 pass
             return character
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def _rows(path: Path) -> Iterator[tuple[int, bytes | str]]:
@@ -129,17 +130,17 @@ def _array_items(path: Path) -> Iterator[tuple[int, str]]:
         if text[position : position + 1] == "]":
             break
         if separator != ",":
-            raise ValueError(f"{path}:{line}: not valid JSON: expected ',' or ']' behind an item of the array")
+            raise UserError(f"{path}:{line}: not valid JSON: expected ',' or ']' behind an item of the array")
         try:
             _, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{line}: not valid JSON: {error}") from None
+            raise UserError(f"{path}:{line}: not valid JSON: {error}") from None
         yield line, text[position:end]
         position = _skip(text, end)
         separator = text[position : position + 1]
         position += separator == ","
     if _skip(text, position + 1) != len(text):
-        raise ValueError(f"{path}:{line}: not valid JSON: text behind the array")
+        raise UserError(f"{path}:{line}: not valid JSON: text behind the array")
 
 
 def _skip(text: str, position: int) -> int:
@@ -153,7 +154,7 @@ def _decode(path: Path) -> str:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}:{line}: not UTF-8: byte 0x{error.object[error.start]:02x}") from None
+        raise UserError(f"{path}:{line}: not UTF-8: byte 0x{error.object[error.start]:02x}") from None
 
 
 def _read_squad(path: Path) -> Iterator[tuple[int, Question | BadRow]]:
@@ -162,9 +163,9 @@ def _read_squad(path: Path) -> Iterator[tuple[int, Question | BadRow]]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+        raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value.get("data"), list):
         yield 1, BadRow(str(path), 1, "data", "expected a list of articles (expected a squad file)")
         return

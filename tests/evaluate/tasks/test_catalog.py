@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_solopo.data.encode import encode_prompt
+from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.tasks.catalog import TASKS, GeneratedTasks, TaskPlan
 from megatron_solopo.evaluate.tasks.questions import QuestionCorpus
 from megatron_solopo.evaluate.tasks.synthetic import read_sentences
@@ -144,14 +145,14 @@ def test_what_cannot_be_made_is_refused(tokenizers, tmp_path, names, length, opt
     prompt = PromptTemplate(DEFAULT_TEMPLATE, titles=True, template="plain")
     corpus = QuestionCorpus(write(tmp_path / "few.jsonl", first_lines(4)), "musique", prompt, 0)
     chosen = options | ({"corpus": corpus} if options.get("corpus") else {})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         tasks_of(tokenizers["byte_level"], names, [length], **{"samples": 1} | chosen).check()
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_short_lists_meet_every_length(tokenizers, style) -> None:
     tokenizer = tokenizers[style]
-    with pytest.raises(ValueError, match="takes at least") as error:
+    with pytest.raises(UserError, match="takes at least") as error:
         tasks_of(tokenizer, ["common_words"], [100], samples=1).check()
     least = int(re.search(r"at least (\d+)", str(error.value))[1])
     try:
@@ -168,7 +169,7 @@ def test_a_length_that_no_padding_meets_names_the_next(tokenizers) -> None:
             return super().prompt(prompt) // 2 * 2
 
     plan = TaskPlan(("needle_single",), (901,), (0.5,), 1, 0)
-    with pytest.raises(ValueError, match=r"no padding meets this length; the next that can be met is 902$"):
+    with pytest.raises(UserError, match=r"no padding meets this length; the next that can be met is 902$"):
         GeneratedTasks(plan, Even(tokenizers["byte_level"], "plain"), "plain").check()
 
 
@@ -176,7 +177,7 @@ def test_a_corpus_that_just_suffices_is_taken_whole(tokenizers, tmp_path) -> Non
     prompt = PromptTemplate(DEFAULT_TEMPLATE, titles=True, template="plain")
     corpus = QuestionCorpus(write(tmp_path / "few.jsonl", first_lines(4)), "musique", prompt, 0)
     tokenizer = tokenizers["byte_level"]
-    with pytest.raises(ValueError, match="too few documents") as error:
+    with pytest.raises(UserError, match="too few documents") as error:
         tasks_of(tokenizer, ["qa"], [90_000], corpus=corpus, samples=1).check()
     length = int(re.search(r"for (\d+) tokens", str(error.value))[1])
     (sample,) = samples_of(tasks_of(tokenizer, ["qa"], [length], corpus=corpus, samples=1))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.corpus.formats import Question
 from megatron_solopo.triplets.corpus.read import BadRow, read_questions
 
@@ -91,7 +92,7 @@ def test_a_second_row_of_one_id_is_named_with_the_first(tmp_path) -> None:
 def test_a_broken_array_is_refused_with_its_line(text, message, tmp_path) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         read(path)
     assert str(error.value).startswith(f"{path}:") and message in str(error.value)
 
@@ -124,9 +125,9 @@ def test_a_bad_place_in_a_squad_file_is_named(value, place, tmp_path) -> None:
 def test_a_broken_squad_file_and_a_missing_one_are_refused(tmp_path) -> None:
     path = tmp_path / "train.json"
     path.write_text('{"data": [\n}')
-    with pytest.raises(ValueError, match=r"train\.json:2: not valid JSON"):
+    with pytest.raises(UserError, match=r"train\.json:2: not valid JSON"):
         read(path, "squad")
-    with pytest.raises(ValueError, match=r"absent\.json: No such file"):
+    with pytest.raises(UserError, match=r"absent\.json: No such file"):
         read(tmp_path / "absent.json", "squad")
 
 
