@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_solopo.architecture.huggingface import Architecture
-from megatron_solopo.config import Config, required_roles
+from megatron_solopo.config import Config
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.build import build_model
@@ -282,7 +282,7 @@ def _microbatch(config: Config, pack: PackShape, groups: Topology) -> Microbatch
         )
         for number, lengths in enumerate(pack.triplets)
     ]
-    built = build_pack(rows, required_roles(config.objective), groups.sequence_multiple)
+    built = build_pack(rows, config.objective.roles.all, groups.sequence_multiple)
     whole = shard_pack(built, groups)
     return replace(whole, tokens_1t=whole.tokens_1t.to(_META))
 

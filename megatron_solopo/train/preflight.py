@@ -36,7 +36,6 @@ from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
-from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.agreement import on_rank_0, raise_first
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import peak_memory_bytes, reduce_over_ranks, reset_peak_memory
@@ -223,7 +222,7 @@ def try_largest_pack(
     """
     pack = loader.largest_pack(_PLANNED_BATCHES)
     packs = [pack] * max(topology.packs_multiple, topology.pipeline_group.size())
-    roles = required_roles(config.objective)
+    roles = config.objective.roles.all
     loss = objective_loss(config.objective, ReferenceLogprobs(roles, torch.zeros(num_rows, len(roles))), topology)
     reset_peak_memory()
     started = time.monotonic()
