@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,13 +15,22 @@ from megatron_solopo.files import read_jsonl
 from tests.prepared import make_prepared
 from tests.tiny_models import make_model
 
-SCRIPT = Path(sys.executable).with_name("megatron-solopo")
 ROOT = Path(__file__).parents[2]
+# What pip makes of an entry point; written anew, so that this tree runs and not what was installed last.
+_SCRIPT = """
+import sys
+from {module} import {function}
+if __name__ == "__main__":
+    sys.exit({function}())
+"""
 _PATIENCE_SECONDS = 240
 
 
 def make_inputs(folder: Path) -> Path:
-    """A tiny model and 16 triplets."""
+    """The script, a tiny model and 16 triplets."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    module, function = scripts["megatron-solopo"].split(":")
+    (folder / "megatron-solopo").write_text(_SCRIPT.format(module=module, function=function))
     make_model(folder / "model", "qwen2_tied", seed=0)
     make_prepared(folder / "prepared", rows=16, eval_count=0, seed=0)
     (folder / "config.yaml").write_text(
@@ -66,7 +76,15 @@ def _hung(folder: Path, name: str) -> int:
 
 def _start(folder: Path, name: str, overrides: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [SCRIPT, "train", "--config", folder / "config.yaml", f"run_dir={folder / name}", *overrides]
+    command = [
+        sys.executable,
+        folder / "megatron-solopo",
+        "train",
+        "--config",
+        folder / "config.yaml",
+        f"run_dir={folder / name}",
+        *overrides,
+    ]
     with (folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
