@@ -15,10 +15,10 @@ import torch.distributed as dist
 from megatron_solopo import exits
 from megatron_solopo.parallel import topology
 from megatron_solopo.train.policy import Policy
-from megatron_solopo.train.roll_call import RollCall
 from megatron_solopo.train.saving import Saver
 from megatron_solopo.train.session import Session, open_session
 from megatron_solopo.train.trainer import train
+from megatron_solopo.train.watchdog import RollCall
 from tests.distributed import run_distributed
 from tests.train.console import ROOT, exit_codes, make_inputs
 from tests.train.runs import at_call, small_config
