@@ -83,7 +83,8 @@ class TripletDataset:
 
     def _columns(self, roles: Sequence[Role]) -> tuple[dict[str, str], dict[str, str]]:
         """Columns that the roles need: by context, and by response."""
-        prompts, responses = {}, {}
+        prompts: dict[str, str] = {}
+        responses: dict[str, str] = {}
         for role in roles:
             column = self._prompt_columns.get(role.context)
             if column is None or column not in self._table.column_names:
