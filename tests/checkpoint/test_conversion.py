@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint import mapping
-from megatron_solopo.checkpoint.convert import export_model, import_model, verify_models
-from megatron_solopo.checkpoint.huggingface import bitwise_equal
+from megatron_solopo.checkpoint.conversion import export_model, import_model, verify_models
+from megatron_solopo.checkpoint.huggingface_weights import bitwise_equal
 from megatron_solopo.checkpoint.load import global_parameters, load_weights
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
@@ -151,7 +151,7 @@ def test_an_import_leaves_out_the_checksums_that_nobody_reads() -> None:
 
 def test_conversion_imports_no_megatron() -> None:
     """Its import takes longer than the conversion of a small model."""
-    program = "import sys, megatron_solopo.checkpoint.convert; print(*sys.modules)"
+    program = "import sys, megatron_solopo.checkpoint.conversion; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert "megatron.core" not in loaded
 

@@ -23,7 +23,7 @@ from megatron_solopo.errors import UserError
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A dense decoder-only transformer: RMSNorm, SwiGLU, rotary embedding, grouped-query attention."""
 
     model_type: str
@@ -65,7 +65,7 @@ _COUNTS = (
 
 
 @dataclass(frozen=True)
-class Architecture(Shape):
+class Architecture(ModelShape):
     """A model's shape, and the numbers that its layers compute with."""
 
     layernorm_epsilon: float

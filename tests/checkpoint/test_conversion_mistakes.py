@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_solopo.checkpoint import convert
+from megatron_solopo.checkpoint import conversion
 from megatron_solopo.checkpoint import verify as logits
-from megatron_solopo.checkpoint.convert import export_model, import_model, verify_models
-from megatron_solopo.checkpoint.huggingface import INDEX
+from megatron_solopo.checkpoint.conversion import export_model, import_model, verify_models
+from megatron_solopo.checkpoint.huggingface_weights import INDEX
 from megatron_solopo.cli.main import main
 from tests.conversions import QUERY, WEIGHTS, change, change_config, refusal
 from tests.prepared import make_tokenizer
@@ -93,7 +93,7 @@ def test_numbers_that_are_not_finite_are_named(value: float, folder: Path, monke
     shutil.rmtree(folder / "megatron")
     assert refused_import(folder, folder / "hf").startswith(f"{folder / 'hf' / WEIGHTS}: {QUERY} is not finite")
     with monkeypatch.context() as patch:
-        patch.setattr(convert.SafetensorsDirectory, "read_finite", convert.SafetensorsDirectory.read)
+        patch.setattr(conversion.SafetensorsDirectory, "read_finite", conversion.SafetensorsDirectory.read)
         import_model(folder / "hf", folder / "megatron", verification="none")
     assert refused_export(folder, folder / "megatron").startswith(f"{folder / 'megatron'}: {QUERY} is not finite")
     report = verify_models(folder / "hf", folder / "megatron", logits=True)
@@ -169,7 +169,7 @@ def test_an_interrupted_command_is_one_line_and_leaves_nothing(
         for each in signals:
             os.kill(os.getpid(), each)
 
-    monkeypatch.setattr(convert.tqdm, "update", interrupt)
+    monkeypatch.setattr(conversion.tqdm, "update", interrupt)
     source = ["--hf", str(folder / "hf")] if command == "import" else ["--checkpoint", str(folder / "megatron")]
     with pytest.raises(SystemExit) as exit_:
         main(["convert", command, *source, "--out", str(folder / "out"), "--verify", "tensors"])
@@ -185,7 +185,7 @@ def test_an_interruption_after_the_end_says_so(folder: Path, monkeypatch: pytest
         import_model(source, output, verification="none")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "import_model", interrupted)
+    monkeypatch.setattr(conversion, "import_model", interrupted)
     with pytest.raises(SystemExit) as exit_:
         main(["convert", "import", "--hf", str(folder / "hf"), "--out", str(folder / "out")])
     assert str(exit_.value.code).startswith(f"interrupted: {folder / 'out'} is complete")

@@ -20,7 +20,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.checkpoint.manifest import sync_file
 from megatron_solopo.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Index, huggingface_shapes, rules
 from megatron_solopo.errors import UserError

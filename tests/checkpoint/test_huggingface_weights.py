@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_solopo.architecture.huggingface import read_architecture
-from megatron_solopo.checkpoint.huggingface import bitwise_equal
+from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.checkpoint.huggingface_weights import bitwise_equal
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import ModelConfig, ParallelConfig

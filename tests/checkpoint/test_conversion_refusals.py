@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_solopo.checkpoint import convert, verify
+from megatron_solopo.checkpoint import conversion, verify
 from megatron_solopo.checkpoint import verify as logits
-from megatron_solopo.checkpoint.convert import export_model, import_model
-from megatron_solopo.checkpoint.huggingface import SafetensorsDirectory
+from megatron_solopo.checkpoint.conversion import export_model, import_model
+from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory
 from megatron_solopo.cli.main import main
 from tests.conversions import QUERY, WEIGHTS, change, change_config, refusal
 
@@ -147,7 +147,9 @@ def test_an_existing_output_is_not_touched(folder: Path) -> None:
 
 
 def test_too_little_space_is_told_before_anything_is_written(folder, monkeypatch) -> None:
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    monkeypatch.setattr(
+        conversion.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)
+    )
     for message in (refused_import(folder), refused_export(folder)):
         assert re.search(r"needs \d+,\d{3} bytes, but 1,000 bytes are free", message)
 
@@ -156,7 +158,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line(folder, monkeypatch) -> None
     def full(*arguments: Any, **more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(convert.SafetensorsWriter, "write", full)
+    monkeypatch.setattr(conversion.SafetensorsWriter, "write", full)
     monkeypatch.setattr(SafetensorsDirectory, "read", full)
     for message in (refused_import(folder), refused_export(folder)):
         assert "no space was left" in message and "nothing of it was kept" in message
@@ -199,7 +201,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_can_be_run_again(work: str
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(convert.tqdm, "update", interrupted)
+        patch.setattr(conversion.tqdm, "update", interrupted)
         run()
     assert sorted(path.name for path in folder.iterdir()) == before
     run()
@@ -208,9 +210,9 @@ def test_an_interrupted_conversion_leaves_nothing_and_can_be_run_again(work: str
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megatron_solopo.checkpoint import convert
-convert.tqdm.update = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
-convert.import_model(Path(sys.argv[1]), Path(sys.argv[2]), verification="none")
+from megatron_solopo.checkpoint import conversion
+conversion.tqdm.update = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+conversion.import_model(Path(sys.argv[1]), Path(sys.argv[2]), verification="none")
 """
 
 

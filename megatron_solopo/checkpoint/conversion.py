@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.model_directory import (
     HUGGINGFACE_FOLDER,
     check_huggingface_directory,
@@ -21,7 +21,7 @@ from megatron_solopo.architecture.model_directory import (
     has_tokenizer,
     is_megatron_checkpoint,
 )
-from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory, SafetensorsWriter, all_finite
+from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory, SafetensorsWriter, all_finite
 from megatron_solopo.checkpoint.manifest import check_listed, sealed_files, write_manifest
 from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, huggingface_shapes, rules
 from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory
