@@ -10,7 +10,7 @@ import megatron.core
 import pytest
 import torch
 
-from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.model import precision
