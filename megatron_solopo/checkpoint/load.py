@@ -15,9 +15,9 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import MEGATRON_LM_VERSION, is_megatron_checkpoint
-from megatron_solopo.checkpoint.huggingface import SafetensorsDirectory
+from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory
 from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, rules, to_megatron
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
 from megatron_solopo.checkpoint.optimizer_state import load_state, state_to_load, state_to_save

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.data.encode import Template

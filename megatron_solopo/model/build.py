@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.layout import check_layout, padded_vocab_size
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.head import ResponseModel

@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 from megatron_solopo.architecture.fp8 import check_fp8
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.layer_spec import uses_transformer_engine

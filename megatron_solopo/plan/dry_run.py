@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.config import Config, required_roles
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.model.attention import PackedAttention

@@ -16,7 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import Config, ModelConfig, OptimizerConfig
 from megatron_solopo.data.packing import Pack
