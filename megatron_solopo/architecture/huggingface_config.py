@@ -18,7 +18,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from megatron_solopo.architecture.model_directory import CONFIG, huggingface_directory
@@ -215,9 +224,7 @@ class _Rope(BaseModel):
     rope_theta: _Theta = None
     factor: PositiveFloat | None = None
     original_max_position_embeddings: Annotated[_Count | None, AfterValidator(_refuse_null)] = None
-    partial_rotary_factor: _Count = Annotated[int, Field(ge=1)]
-_Theta = Annotated[Annotated[float, Field(gt=1)] | None, AfterValidator(_refuse_null)]
-_WholeRotation = None
+    partial_rotary_factor: _WholeRotation = None
     low_freq_factor: PositiveFloat | None = None
     high_freq_factor: PositiveFloat | None = None
     attention_factor: PositiveFloat | None = None
@@ -264,9 +271,7 @@ class _Config(BaseModel):
     rope_theta: _Theta = None
     rope_scaling: _Rope | None = None
     rope_parameters: _Rope | None = None
-    partial_rotary_factor: _Count = Annotated[int, Field(ge=1)]
-_Theta = Annotated[Annotated[float, Field(gt=1)] | None, AfterValidator(_refuse_null)]
-_WholeRotation = None
+    partial_rotary_factor: _WholeRotation = None
     original_max_position_embeddings: int | None = None
     attention_bias: Literal[False] | None = None
     mlp_bias: Literal[False] | None = None
