@@ -17,7 +17,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
@@ -25,6 +25,7 @@ from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.generate.model import Answer, Build, Item, Keep, Request
 from megatron_solopo.generate.transformers import LocalModel, build_all, end_tokens
 from megatron_solopo.model.build import build_model
+from megatron_solopo.parallel.megatron_internals import advance_cache
 from megatron_solopo.parallel.topology import Topology
 
 _LEAST_STEP = 64
@@ -77,8 +78,7 @@ class MegatronModel(LocalModel):
         tokens, generated = prompts_BT, list[Tensor]()
         while len(generated) < max_tokens and not bool(ended_B.all()):
             next_B = self._next(tokens, context)
-            context.sequence_len_offset += tokens.shape[1]
-            context.enable_decode_mode()
+            advance_cache(context, tokens.shape[1])
             generated.append(next_B)
             ended_B |= torch.isin(next_B, end_ids)
             tokens = next_B.unsqueeze(1)

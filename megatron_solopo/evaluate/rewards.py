@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_solopo.config import ObjectiveConfig, context_and_response
+from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.evaluate.statistics import Mask, by_depth, by_length, mean_measure, proportion
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES
 from megatron_solopo.objective.reward import ResponseLogprobs
@@ -24,9 +24,9 @@ TripletColumn = NDArray[np.float64]
 
 def triplet_columns(
     objective: ObjectiveConfig,
-    logps: Mapping[str, Tensor],
-    lengths: Mapping[str, NDArray[np.int64]],
-    references: Mapping[str, Tensor] | None,
+    logps: Mapping[Role, Tensor],
+    lengths: Mapping[Role, NDArray[np.int64]],
+    references: Mapping[Role, Tensor] | None,
 ) -> dict[str, TripletColumn]:
     """Numbers of every triplet, by name: float64 [D] for D triplets.
 
@@ -36,11 +36,11 @@ def triplet_columns(
         lengths: Tokens of the responses [D], by role.
         references: Log-probabilities under the reference model [D], by role, for losses that need them.
     """
-    contexts = list(dict.fromkeys(context_and_response(role)[0] for role in logps))
+    contexts = list(dict.fromkeys(role.context for role in logps))
     reward = PREFERENCE_LOSSES[objective.loss_type].reward
     columns: dict[str, TripletColumn] = {}
     for role, logp in logps.items():
-        context, answer = context_and_response(role)
+        context, answer = role.context, role.response
         reference = None if references is None else references[role].double()
         columns[f"logps/{answer}_{context}"] = logp.double().numpy()
         if reference is not None:

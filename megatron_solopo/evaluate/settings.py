@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
-from megatron_solopo.data.encode import Template
+from megatron_solopo.data.row import Template
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.tasks.generated_tasks import QA, TASKS
 from megatron_solopo.results.long_context import Backend
 from megatron_solopo.results.results_file import EVALUATION_FOLDER
 from megatron_solopo.run_directory import Subject, find_subject
-from megatron_solopo.triplets.corpus.read import Format
+from megatron_solopo.triplets.corpus.formats import Format
 
 Sides = Literal["short", "long", "both"]
 

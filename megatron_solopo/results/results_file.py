@@ -75,7 +75,7 @@ AnyResults = TypeVar("AnyResults", bound=Results)
 
 
 def read_results(path: Path, kind: type[AnyResults], command: str) -> AnyResults:
-    """Read a file that `command` writes. Raises UserError, with file and field, for one that does not fit the schema."""
+    """Read a file that `command` writes. Raises UserError, naming file and field, where the schema is not met."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:

@@ -71,13 +71,12 @@ def sample(settings: SampleSettings) -> SampleReport:
     Raises UserError where a setting is illegal, the journal belongs to other settings, the model refuses the requests,
     or some requests got no answer. What was received stays, and the same command asks for the rest.
     """
-    settings.check()
     check_output(settings.output, True, [settings.contexts])
     questions, room = _index(settings.contexts)
     max_tokens = room - END_TOKENS if settings.max_tokens is None else settings.max_tokens
     if not 1 <= max_tokens <= room:
         raise UserError(f"--max-tokens {max_tokens}: the contexts leave room for {room} tokens, see --response-tokens")
-    made = provenance([settings.contexts], settings.seed, asdict(settings))
+    made = provenance([settings.contexts], settings.seed, settings.model_dump(mode="json"))
     with Journal(settings.output, _header(settings, max_tokens)) as journal:
         before = journal.count
         model = _load(settings)

@@ -1,0 +1,180 @@
+"""A run ends with the code that it earned, and its threads end before its process groups."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_solopo import exits
+from megatron_solopo.parallel import topology
+from megatron_solopo.train.policy import Policy
+from megatron_solopo.train.saving import Saver
+from megatron_solopo.train.session import Session, open_session
+from megatron_solopo.train.trainer import train
+from megatron_solopo.train.watchdog import RollCall
+from tests.distributed import run_distributed
+from tests.train.console import ROOT, exit_codes, make_inputs
+from tests.train.runs import at_call, small_config
+from tests.train.runs import make_inputs as make_run_inputs
+
+# Rank 0 fails after it has begun an agreement that rank 1 never joins.
+FAIL_ALONE = """
+import sys, time
+import torch.distributed as dist
+from megatron_solopo.train.signals import StopSignals
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+with StopSignals() as signals:
+    signals.join()
+    try:
+        if rank == 1:
+            time.sleep(250)
+        signals.check_meanwhile()
+        raise RuntimeError("a bug")
+    finally:
+        signals.leave()
+        dist.destroy_process_group()
+"""
+
+
+def test_runs_of_the_console_script_that_end_well_exit_with_0(tmp_path: Path) -> None:
+    assert exit_codes(make_inputs(tmp_path), 0, 5, side_by_side=5) == [0] * 5
+
+
+def test_runs_of_the_console_script_that_are_stopped_exit_with_85(tmp_path: Path) -> None:
+    assert exit_codes(make_inputs(tmp_path), exits.STOPPED, 2, side_by_side=2) == [exits.STOPPED] * 2
+
+
+def end_well(session: Session) -> None:
+    pass
+
+
+def end_with_an_error(session: Session) -> None:
+    raise RuntimeError("a bug")
+
+
+def end_with_ctrl_c(session: Session) -> None:
+    raise KeyboardInterrupt
+
+
+def end_by_a_signal(session: Session) -> None:
+    if dist.get_rank() == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(2):
+        session.boundary("data", 1)
+
+
+ENDS: dict[Any, type[BaseException] | None] = {
+    end_well: None,
+    end_with_an_error: RuntimeError,
+    end_with_ctrl_c: KeyboardInterrupt,
+    end_by_a_signal: SystemExit,
+}
+
+
+def ours_since(before: set[threading.Thread]) -> list[str]:
+    """Names of the threads that were started since, without that of tqdm, which holds progress bars alone."""
+    return [each.name for each in set(threading.enumerate()) - before if each.name != "tqdm_monitor"]
+
+
+def threads_left(folder: Path) -> dict[str, Any]:
+    """By the way in which a session ends: what it raised, the threads that it left, what its signals still hold."""
+    found: dict[str, Any] = {}
+    for end in ENDS:
+        before, raised = set(threading.enumerate()), None
+        config = small_config(folder, end.__name__, {}, objective={"loss_type": "simpo"})
+        try:
+            with open_session(config) as session:
+                session.boundary("data", 1)
+                session.before_pack()
+                running = {each.name for each in set(threading.enumerate()) - before}
+                assert {"signals", "watchdog", "roll call"} <= running
+                end(session)
+        except BaseException as error:
+            raised = type(error)
+        found[end.__name__] = raised, ours_since(before), session.signals._agreeing, session.signals._group
+    return found
+
+
+def test_a_session_leaves_no_thread_and_no_collective_however_it_ends(tmp_path: Path) -> None:
+    expected = {end.__name__: (raised, [], None, None) for end, raised in ENDS.items()}
+    assert run_distributed(threads_left, 2, make_run_inputs(tmp_path)) == [expected] * 2
+
+
+def fail_during_a_save(folder: Path) -> tuple[list[str], bool]:
+    """The second step fails while the first one's save is begun; the threads left, and whether a save is pending."""
+    before, savers = set(threading.enumerate()), []
+    config = small_config(
+        folder,
+        "failed",
+        {},
+        objective={"loss_type": "simpo"},
+        checkpoint={"async_save": True, "save_steps": 1},
+        logging={"tensorboard": True},
+    )
+    saved = Saver.save_due
+
+    def slowly(saver: Saver, reason: str) -> None:
+        saved(saver, reason)
+        savers.append(saver)
+        assert saver.is_pending
+
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.MonkeyPatch.context() as patch, at_call(Policy, "step", 2, 0, fail):
+        patch.setattr(Saver, "save_due", slowly)
+        with pytest.raises(RuntimeError, match="a bug"):
+            train(config)
+    return ours_since(before), savers[0].is_pending
+
+
+def test_a_save_in_the_background_ends_before_a_run_that_fails(tmp_path: Path) -> None:
+    left, is_pending = run_distributed(fail_during_a_save, 1, make_run_inputs(tmp_path))[0]
+    assert left == [] and not is_pending
+
+
+def test_a_store_that_does_not_answer_delays_the_end_by_a_few_pulses_alone() -> None:
+    answers = threading.Event()
+
+    class Silent:
+        def set(self, key: str, value: str) -> None:
+            answers.wait()
+
+    call = RollCall(Silent(), 0, ["node0"], 0.05)
+    call.start()
+    time.sleep(0.2)
+    started = time.monotonic()
+    call.leave()
+    assert time.monotonic() - started < 2
+    answers.set()
+
+
+def test_a_rank_that_fails_alone_exits_and_waits_for_no_agreement(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FAIL_ALONE]
+    ranks = [subprocess.Popen([*command, str(rank), tmp_path / "store"], env=environment) for rank in range(2)]
+    try:
+        assert ranks[0].wait(120) == 1
+        assert ranks[1].poll() is None
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+def test_groups_end_where_the_ranks_do_not_start_alike() -> None:
+    def refuse() -> None:
+        raise ValueError("the ranks do not start alike")
+
+    config = small_config(Path("unused"), "run", {}, objective={"loss_type": "simpo"})
+    with pytest.raises(ValueError, match="start alike"):
+        topology.initialize(config.parallel, 1, refuse)
+    assert not dist.is_initialized()
