@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, ModelShape, read_architecture
 from megatron_solopo.checkpoint.huggingface_weights import (
     DTYPES,
     SafetensorsDirectory,
@@ -182,7 +182,8 @@ def to_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _differing_fields(huggingface: Architecture, checkpoint: Architecture) -> Iterator[str]:
     """Names, with both values but for those of tensors."""
-    for name in (each.name for each in fields(Architecture)):
+    names = [each.name for each in fields(ModelShape)]
+    for name in (*names, "layernorm_epsilon", "inv_freq", "rotary_scale"):
         theirs, ours = getattr(huggingface, name), getattr(checkpoint, name)
         if not isinstance(ours, Tensor):
             if theirs != ours:

@@ -19,7 +19,6 @@ from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import metric_names
-from megatron_solopo.parallel.agreement import described_error
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE, TripletLosses, describe, record_skip
 from megatron_solopo.train.lock import run_lock
 from megatron_solopo.train.metrics import (
@@ -149,7 +148,8 @@ class Trainer:
         if self.saver.is_pending:
             error = sys.exception()
             assert error is not None, "success and a stop complete it"
-            told = f"{described_error(error)}; waiting for this rank's files of the save that was begun"
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            told += "; waiting for this rank's files of the save that was begun"
             sys.stderr.write(f"[rank {dist.get_rank()}] {told}\n")
             self.session.watchdog.wait_for_own_save()
             self.saver.abandon()

@@ -18,6 +18,11 @@ from megatron_solopo.model.layer_spec import layer_spec
 from tests.ranks import layout
 from tests.tiny_models import make_model
 
+YARN = {
+    "rope_parameters": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.2},
+    "max_position_embeddings": 512,
+}
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -79,7 +84,7 @@ def test_the_head_and_the_rotary_frequencies_are_those_of_our_own_model(path: Pa
         ({"hidden_size": 64}, "hidden_size is 32, expected 64"),
         ({"num_query_groups": 4}, "num_query_groups is 2, expected 4"),
         ({"layernorm_epsilon": 1e-5}, "layernorm_epsilon is 1e-06, expected 1e-05"),
-        ({"rotary_scale": 1.2}, "softmax_scale is 0.35"),
+        ({"rotary_fields": YARN}, "softmax_scale is 0.35"),
         ({"tied_embeddings": True}, "share_embeddings_and_output_weights is False, expected True"),
         ({"add_qkv_bias": True, "qk_layernorm": True}, "add_qkv_bias is False, expected True; qk_layernorm is False"),
         ({"vocab_size": 1000}, "vocab_size is 256, expected 1000"),
