@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
-from megatron_solopo.data.row import Template
+from megatron_solopo.data.settings import Template
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.tasks.generated_tasks import QA, TASKS
 from megatron_solopo.results.long_context import Backend

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
-from megatron_solopo.data.row import Content
+from megatron_solopo.data.rows import Content
 from megatron_solopo.errors import UserError
 
 _SHOWN_FAILURES = 3
