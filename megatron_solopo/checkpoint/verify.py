@@ -261,12 +261,14 @@ def _our_logits(
 
     from megatron_solopo.checkpoint.load import load_weights
     from megatron_solopo.model.build import build_model
+    from megatron_solopo.model.resolve import resolve_model
     from megatron_solopo.parallel import topology
 
     groups = topology.initialize(ParallelConfig(), seed=1)
     try:
         config = ModelConfig(path=path, dtype="float32", implementation="local")
-        (model,) = build_model(architecture, config, ParallelConfig(), chunk_tokens=1, device=groups.device)
+        resolved = resolve_model(config, ParallelConfig(), architecture=architecture)
+        (model,) = build_model(resolved, chunk_tokens=1, device=groups.device)
         load_weights([model], architecture, path)
         _round(model, architecture, precision)
         lengths = torch.tensor([0, *(len(tokens) for tokens in sequences)])
