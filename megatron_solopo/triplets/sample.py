@@ -19,7 +19,7 @@ from megatron_solopo.files import sha256_file
 from megatron_solopo.generate.journal import Journal, StoredResponse, read_offsets
 from megatron_solopo.generate.model import Model, Request, RequestFailed
 from megatron_solopo.progress import bar_style
-from megatron_solopo.triplets.contexts import ContextRow, parse_context, read_contexts
+from megatron_solopo.triplets.context_rows import ContextRow, parse_context, read_contexts
 from megatron_solopo.triplets.report import Bars, Chart, Histogram, check_output, provenance, write_stage_report
 from megatron_solopo.triplets.seeds import derived_seed
 from megatron_solopo.triplets.settings import END_TOKENS, SampleSettings
@@ -71,7 +71,7 @@ def sample(settings: SampleSettings) -> SampleReport:
     if not 1 <= max_tokens <= room:
         raise UserError(f"--max-tokens {max_tokens}: the contexts leave room for {room} tokens, see --response-tokens")
     header = _header(settings, max_tokens)
-    made = provenance([settings.contexts], settings.seed, settings.model_dump(mode="json"))
+    made = provenance([settings.contexts], settings.seed, settings)
     with Journal(settings.output, header) as journal:
         before = sum(map(len, journal.received.values()))
         model = _load(settings)
