@@ -33,6 +33,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
 
 LOGITS_LIMIT = 1e-5
@@ -96,7 +97,8 @@ def _our_logits(
     groups = topology.initialize(ParallelConfig(), seed=1)
     try:
         config = ModelConfig(path=path, dtype="float32", implementation="local")
-        (model,) = build_model(architecture, config, ParallelConfig(), chunk_tokens=1, device=groups.device)
+        resolved = resolve_model(config, ParallelConfig(), architecture=architecture)
+        (model,) = build_model(resolved, chunk_tokens=1, device=groups.device)
         load_weights([model], architecture, path)
         _round(model, architecture, precision)
         lengths = torch.tensor([0, *(len(tokens) for tokens in sequences)])

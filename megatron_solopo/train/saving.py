@@ -34,7 +34,7 @@ from megatron_solopo.config import CheckpointConfig, Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file
-from megatron_solopo.model.precision import precision_settings
+from megatron_solopo.model.build import precision_settings
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.agreement import describe_os_error, on_rank_0
 from megatron_solopo.train.bad_numbers import SkippedSteps
