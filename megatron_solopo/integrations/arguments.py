@@ -6,15 +6,16 @@ values. Their messages name configuration keys, which are replaced by the flags 
 
 import argparse
 import re
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import torch
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from megatron_solopo.command_settings import alternatives, choices
 from megatron_solopo.config import (
     Config,
     DataConfig,
@@ -57,13 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group = parser.add_argument_group(f"SoLoPO: {section}", model.__doc__)
         for key, name in keys.items():
             field = model.model_fields[key]
-            options = _argparse_options(field.annotation)
             group.add_argument(
                 _flag(name or key),
                 default=None if field.is_required() else field.default,
                 required=field.is_required(),
                 help=_help(field.description, field.default, field.is_required()),
-                **options,
+                **_argparse_options(field),
             )
     group = parser.add_argument_group("SoLoPO: output")
     group.add_argument(
@@ -171,15 +171,11 @@ def _help(description: str | None, default: Any, required: bool) -> str:
     return f"{text}{'. ' if text else ''}{ending}".strip().replace("%", "%%")
 
 
-def _argparse_options(annotation: Any) -> dict[str, Any]:
-    """Return argparse's type, choices or action for a field's annotation. `X | None` is read as X."""
-    if get_origin(annotation) is Annotated:
-        return _argparse_options(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        (held,) = (each for each in get_args(annotation) if each is not type(None))
-        return _argparse_options(held)
-    if get_origin(annotation) is Literal:
-        return {"choices": get_args(annotation)}
-    if annotation is bool:
-        return {"action": "store_true"}
-    return {"type": annotation}
+def _argparse_options(field: FieldInfo) -> dict[str, Any]:
+    """Return argparse's type, choices or action for a field. `X | None` is read as X."""
+    if legal := choices(field):
+        return {"choices": legal}
+    (kind,) = alternatives(field)
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    return {"action": "store_true"} if kind is bool else {"type": kind}
