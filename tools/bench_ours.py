@@ -31,7 +31,7 @@ from bench_case import (
 from bench_profile import StepProfiler
 
 from megatron_solopo.architecture.fp8 import pack_multiple
-from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules, to_megatron
 from megatron_solopo.config import Config, ObjectiveConfig, parse_config
@@ -39,9 +39,10 @@ from megatron_solopo.data.packing import Pack, build_pack
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.layer_spec import uses_transformer_engine
-from megatron_solopo.model.precision import assign, check_precision
+from megatron_solopo.model.precision import check_precision
 from megatron_solopo.objective import metric_names, required_roles
 from megatron_solopo.parallel import topology as process_groups
+from megatron_solopo.parallel.megatron_internals import assign
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss

@@ -102,7 +102,7 @@ class Results:
 
     def _size(self, system: str, long_tokens: int) -> tuple[int, float]:
         """Tokens and model FLOPs of one step."""
-        from megatron_solopo.architecture.huggingface import read_architecture
+        from megatron_solopo.architecture.huggingface_config import read_architecture
         from megatron_solopo.config import parse_config
         from megatron_solopo.data.packing import build_pack
         from megatron_solopo.objective import required_roles

@@ -24,7 +24,7 @@ from random_triplets import random_triplet
 from torch import Tensor
 from transformers import LlamaConfig
 
-from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.config import LogprobConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.data.packing import build_pack
 from megatron_solopo.model.build import build_model

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import bf16_peak
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.config import LoggingConfig
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError

@@ -29,7 +29,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_solopo import __version__
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
@@ -38,6 +38,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
 from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.agreement import on_rank_0, raise_first
+from megatron_solopo.parallel.megatron_internals import optimizer_parts
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import peak_memory_bytes, reduce_over_ranks, reset_peak_memory
 from megatron_solopo.train.policy import Policy
@@ -246,7 +247,7 @@ def try_largest_pack(
 
 def _missing_moments(config: Config, policy: Policy) -> int:
     """Bytes that Adam's moments will take on this rank's device from the first update on; 0 where they are there."""
-    parts = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    parts = optimizer_parts(policy.optimizer)
     if any(part.optimizer.state for part in parts):
         return 0
     held = sum(weight.numel() for group in policy.optimizer.param_groups for weight in group["params"])

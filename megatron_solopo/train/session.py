@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from megatron_solopo import exits
-from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.layout import check_layout
 from megatron_solopo.config import Config, check_not_by_hand
 from megatron_solopo.files import check_writable

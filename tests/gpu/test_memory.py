@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model

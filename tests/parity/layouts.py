@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.checkpoint.mapping import rules, to_huggingface
 from megatron_solopo.config import Config, parse_config

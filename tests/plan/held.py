@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.layout import sequence_multiple
 from megatron_solopo.config import Config
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.train import metrics as cost
 from megatron_solopo.train.metrics import peak_flops, peak_memory_bytes, training_flops
