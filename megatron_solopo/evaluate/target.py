@@ -1,4 +1,4 @@
-"""What is to be evaluated: a run, a checkpoint, a Hugging Face directory, or a server's model."""
+"""The model that an evaluation names: a run, a checkpoint, a Hugging Face directory, or a server's model."""
 
 import json
 import os
@@ -8,17 +8,17 @@ from typing import Literal
 
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
 from megatron_solopo.errors import UserError
-from megatron_solopo.results.long_context import EVALUATION_FOLDER, Backend
+from megatron_solopo.results.long_context import Backend
+from megatron_solopo.results.results_file import EVALUATION_FOLDER
 from megatron_solopo.run_directory import Subject, find_subject
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model and what generates with it.
+    """The model that is evaluated, and what runs it.
 
     Attributes:
         subject: The model and its run; None for a server's model.
-        backend: What generates.
     """
 
     subject: Subject | None
@@ -31,31 +31,30 @@ class Target:
 
     @property
     def run_dir(self) -> Path | None:
-        """Of the run that the checkpoint belongs to."""
+        """Directory of the run that the checkpoint belongs to; None where it belongs to none."""
         return None if self.subject is None else self.subject.run_dir
 
     @property
     def step(self) -> int | None:
-        """Of the checkpoint."""
+        """Optimizer step of the checkpoint; None where it belongs to no run."""
         return None if self.subject is None else self.subject.step
 
-    def output(self, kind: str, name: str | None) -> Path | None:
-        """Where results go by default: the run's folder `evaluation`; None for a model of no run.
+    def default_output(self, name: str | None) -> Path | None:
+        """Where results go: the folder `evaluation` of the run; None for a model of no run.
 
         Args:
-            kind: Begins the default name, which ends with the checkpoint's.
-            name: Instead of the default name.
+            name: Of the file, instead of long_context-CHECKPOINT.
         """
         if self.subject is None or self.subject.run_dir is None:
             return None
-        return self.subject.run_dir / EVALUATION_FOLDER / f"{name or f'{kind}-{self.subject.name}'}.json"
+        return self.subject.run_dir / EVALUATION_FOLDER / f"{name or f'long_context-{self.subject.name}'}.json"
 
 
-def resolve(model: str, backend: Literal["auto", "megatron", "transformers"]) -> Target:
+def find_target(model: str, backend: Literal["auto", "megatron", "transformers"]) -> Target:
     """Find the model in a directory: a run's latest checkpoint, a checkpoint, or a Hugging Face model.
 
-    A Hugging Face directory is for transformers, or for our model where it is asked for or torchrun started several
-    processes; a checkpoint is for our model alone. Raises UserError where there is no model.
+    Our model runs checkpoints. transformers runs Hugging Face directories, unless our model is asked for or torchrun
+    started several processes. Raises UserError where there is no model.
     """
     subject = find_subject(Path(model), "--model")
     if is_megatron_checkpoint(subject.path):
@@ -71,7 +70,7 @@ def resolve(model: str, backend: Literal["auto", "megatron", "transformers"]) ->
 
 
 def stored_dtype(path: Path) -> str:
-    """float32 or bfloat16: what `config.json` of the model says, float32 where it says anything else."""
+    """The dtype in the model's `config.json` if it is bfloat16, else float32."""
     config = json.loads((huggingface_directory(path) / "config.json").read_bytes())
     named = config.get("dtype", config.get("torch_dtype"))
     return "bfloat16" if named == "bfloat16" else "float32"

@@ -19,14 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, Role
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
+from megatron_solopo.model.build import precision_settings
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.layer_spec import uses_transformer_engine
-from megatron_solopo.model.precision import precision_settings
-from megatron_solopo.objective import required_roles
+from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.run_data import Splits, single_pass
@@ -39,6 +38,7 @@ _SCORING_VERSION = 1  # raise it when the same weights and data come to score di
 
 def reference_logprobs(
     config: Config,
+    model: ResolvedModel,
     splits: Splits,
     topology: Topology,
     *,
@@ -56,24 +56,24 @@ def reference_logprobs(
     Raises UserError naming what differs if the cache was made for other data, weights or precision.
     """
     cache = config.reference_cache
-    expected = reference_dependencies(config, splits)
+    expected = reference_dependencies(config, model, splits)
     if overwrite or not _on_rank_0((cache / _MANIFEST).is_file(), topology):
         check_replaceable(cache, _OWN_FILES, "reference.cache")
         check_writable(cache, "reference.cache")
-        computed = _compute(config, splits, topology, apart, boundary)
+        computed = _compute(config, model, splits, topology, apart, boundary)
         if dist.get_rank() == 0:
             _write(cache, expected, splits, computed)
         dist.barrier()
         return computed
-    return cached_reference(config, splits)
+    return cached_reference(config, model, splits)
 
 
-def cached_reference(config: Config, splits: Splits) -> dict[str, ReferenceLogprobs]:
+def cached_reference(config: Config, model: ResolvedModel, splits: Splits) -> dict[str, ReferenceLogprobs]:
     """By split, from the cache alone.
 
     Raises UserError if there is no cache, or naming what differs if it was made for other data, weights or precision.
     """
-    cache, expected = config.reference_cache, reference_dependencies(config, splits)
+    cache, expected = config.reference_cache, reference_dependencies(config, model, splits)
     if not (cache / _MANIFEST).is_file():
         raise UserError(
             f"{cache}: no cached reference log-probs; write them with `megatron-solopo reference`, "
@@ -87,7 +87,8 @@ def fingerprint(references: Mapping[str, ReferenceLogprobs]) -> str:
     """Hex SHA-256 of the numbers themselves: of a cache that is computed again they may differ in the last bits."""
     digest = hashlib.sha256()
     for name, logprobs in sorted(references.items()):
-        digest.update(f"{name} {logprobs.roles}".encode() + logprobs.logps.contiguous().numpy().tobytes())
+        roles = tuple(str(role) for role in logprobs.roles)
+        digest.update(f"{name} {roles}".encode() + logprobs.logps.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -98,16 +99,16 @@ def _on_rank_0(found: bool, topology: Topology) -> bool:
     return bool(seen)
 
 
-def reference_dependencies(config: Config, splits: Splits) -> dict[str, Any]:
+def reference_dependencies(config: Config, model: ResolvedModel, splits: Splits) -> dict[str, Any]:
     """Everything the numbers depend on, by a name that a reader of the error understands."""
     return {
         "data": splits.manifest.fingerprint_parts,
         "weights": weights_fingerprint(config.reference.model_path or config.model.path),
         "dtype": config.model.dtype,
         "fp8": precision_settings(config.model),
-        "implementation": "transformer_engine" if uses_transformer_engine(config.model) else "local",
+        "implementation": "transformer_engine" if model.uses_transformer_engine else "local",
         "scoring_version": _SCORING_VERSION,
-        "roles": list(required_roles(config.objective)),
+        "roles": list(config.objective.roles.all),
     }
 
 
@@ -127,9 +128,15 @@ def _check(cache: Path, expected: dict[str, Any]) -> None:
 
 
 def _compute(
-    config: Config, splits: Splits, topology: Topology, apart: bool, boundary: Callable[[], None] | None
+    config: Config,
+    model: ResolvedModel,
+    splits: Splits,
+    topology: Topology,
+    apart: bool,
+    boundary: Callable[[], None] | None,
 ) -> dict[str, ReferenceLogprobs]:
-    chunks = load_frozen(config, config.reference.model_path or config.model.path, topology)
+    reference = model.at(config.reference.model_path or model.path)
+    chunks = load_frozen(reference, topology, chunk_tokens=config.logprob.chunk_tokens)
     return {
         name: score_sequences(config, chunks, dataset, topology, f"reference {name}", apart=apart, boundary=boundary)
         for name, dataset in splits.datasets.items()
@@ -153,7 +160,7 @@ def score_sequences(
         apart: one pass for each role, so that a pack must hold the longest sequence and not the largest triplet.
         boundary: called before every batch.
     """
-    roles = required_roles(config.objective)
+    roles = config.objective.roles.all
     passes = [(role,) for role in roles] if apart else [roles]
     labels = [f"{label}, {role}" for role in roles] if apart else [label]
     logps = [
@@ -169,7 +176,7 @@ def _score_pass(
     dataset: TripletDataset,
     topology: Topology,
     label: str,
-    roles: tuple[str, ...],
+    roles: tuple[Role, ...],
     boundary: Callable[[], None] | None,
 ) -> Tensor:
     """Summed log-probabilities, fp32 [rows, len(roles)]."""
@@ -203,7 +210,7 @@ def _damaged(cache: Path, file: str) -> ValueError:
     return ValueError(f"{cache / file}: missing or damaged; delete {cache}, and it is computed again")
 
 
-def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[str]) -> ReferenceLogprobs:
+def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[Role]) -> ReferenceLogprobs:
     try:
         table = pq.read_table(cache / f"{name}.parquet")
     except (OSError, pa.ArrowException):

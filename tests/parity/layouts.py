@@ -11,14 +11,16 @@ from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.load import global_parameters
-from megatron_solopo.checkpoint.mapping import rules, to_huggingface
-from megatron_solopo.config import Config, parse_config
+from megatron_solopo.checkpoint.mapping import rules
+from megatron_solopo.config import Config, Role, parse_config
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
-from megatron_solopo.objective import metric_names, required_roles
+from megatron_solopo.model.resolve import resolve_model
+from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import build_policy, load_model
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss, run_schedule
+from tests.conversions import join_shards
 from tests.parity.plain import Row
 
 LEARNING_RATE = 1e-3
@@ -124,12 +126,12 @@ def make_config(model: Path, objective: Mapping[str, Any], layout: Layout) -> Co
 def _train(
     config: Config, groups: Topology, layout: Layout, reference: Path, batches: Sequence[Sequence[Row]]
 ) -> RankResult:
-    roles = required_roles(config.objective)
+    roles = config.objective.roles.all
     packs = [my_packs(batch, number, layout, roles, groups) for number, batch in enumerate(batches)]
     references = None
     if config.objective.needs_reference:
         references = live_reference(config, reference, groups, packs, num_rows=sum(map(len, batches)))
-    policy = build_policy(config, groups, max_steps=len(batches))
+    policy = build_policy(config, resolve_model(config.model, config.parallel), groups, max_steps=len(batches))
     loss = objective_loss(config.objective, references, groups)
     result = RankResult(groups.tensor_group.rank(), _is_counted(groups))
     in_first_replica = groups.data_group.rank() == 0 and groups.context_group.rank() == 0
@@ -151,7 +153,8 @@ def live_reference(
     config: Config, path: Path, groups: Topology, packs: Sequence[Sequence[Pack]], num_rows: int
 ) -> ReferenceLogprobs:
     """Score this rank's packs with the reference model under the same layout."""
-    chunks = load_model(config, path, groups)
+    model = resolve_model(config.model, config.parallel).at(path)
+    chunks = load_model(model, groups, chunk_tokens=config.logprob.chunk_tokens)
     roles = packs[0][0].roles
     logps = torch.zeros(num_rows, len(roles))
     for step_packs in packs:
@@ -162,7 +165,7 @@ def live_reference(
     return ReferenceLogprobs(roles, logps)
 
 
-def my_packs(batch: Sequence[Row], number: int, layout: Layout, roles: Sequence[str], groups: Topology) -> list[Pack]:
+def my_packs(batch: Sequence[Row], number: int, layout: Layout, roles: Sequence[Role], groups: Topology) -> list[Pack]:
     """This data-parallel rank's packs of global batch `number`."""
     triplets = [tokenized(row, number * len(batch) + position) for position, row in enumerate(batch)]
     multiples = groups.sequence_multiple, layout.pack_multiple
@@ -202,5 +205,5 @@ def huggingface_tensors(shares: Sequence[tuple[int, dict[str, Tensor]]], model: 
     joined: dict[str, Tensor] = {}
     for name, rule in rules(architecture).items():
         parts = [shards[name][rank] for rank in sorted(shards[name])]
-        joined |= dict(zip(rule.huggingface, to_huggingface(rule, architecture, parts), strict=True))
+        joined |= join_shards(rule, architecture, parts)
     return joined

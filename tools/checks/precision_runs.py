@@ -17,8 +17,9 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
-from megatron_solopo.config import Config, ObjectiveConfig
-from megatron_solopo.objective import metric_names, required_roles
+from megatron_solopo.config import Config, ObjectiveConfig, Role
+from megatron_solopo.model.resolve import resolve_model
+from megatron_solopo.objective import metric_names
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES
 from megatron_solopo.objective.reward import ResponseLogprobs
 from megatron_solopo.parallel.topology import Topology
@@ -48,7 +49,7 @@ class PrecisionRun:
 
 def run_precision(config: Config, splits: Splits, topology: Topology, steps: int) -> PrecisionRun:
     """Score the training split, then train on it; the caller's groups, this config's precision."""
-    policy = build_policy(config, topology, steps)
+    policy = build_policy(config, resolve_model(config.model, config.parallel), topology, steps)
     start = score_sequences(config, policy.chunks, splits.datasets["train"], topology, "policy")
     run = PrecisionRun(start.logps)
     references = _references(config, splits, topology, start)
@@ -79,7 +80,8 @@ def _references(
         return None
     if config.reference.model_path is None:
         return policy_start
-    chunks = load_model(config, config.reference.model_path, topology)
+    model = resolve_model(config.model, config.parallel).at(config.reference.model_path)
+    chunks = load_model(model, topology, chunk_tokens=config.logprob.chunk_tokens)
     return score_sequences(config, chunks, splits.datasets["train"], topology, "reference")
 
 
@@ -99,7 +101,7 @@ def first_gradient(
     |gap|, and rounding would decide the sign of the gradient that is to be compared.
     """
     if references is not None:
-        shift_R = torch.tensor([float(role.startswith("long")) for role in references.roles])
+        shift_R = torch.tensor([float(role.context == "long") for role in references.roles])
         references = ReferenceLogprobs(references.roles, references.logps - shift_R)
     packs = training_batches(config, splits.datasets["train"], topology).next_batch().packs
     for chunk in policy.chunks:
@@ -133,11 +135,11 @@ def raw_gaps(objective: ObjectiveConfig, logps_TR: Tensor, lengths_TR: Tensor) -
     The policy and its reference have the same weights at the start: with the reference taken off, there is no gap yet
     that noise could be compared with.
     """
-    roles = required_roles(objective)
+    roles = objective.roles.all
     reward = PREFERENCE_LOSSES[objective.loss_type].reward
     short, long = (
         reward(ResponseLogprobs(logps_TR[:, place], lengths_TR[:, place], torch.zeros(len(logps_TR))), objective.beta)
-        for place in (roles.index("short_chosen"), roles.index("long_chosen"))
+        for place in (roles.index(Role.SHORT_CHOSEN), roles.index(Role.LONG_CHOSEN))
     )
     return short - long
 

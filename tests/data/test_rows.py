@@ -1,0 +1,231 @@
+import json
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_solopo.data.rows import RowError, read_rows, validate_file
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def triplet(row_id, **changes):
+    row = {"id": row_id, "prompt_short": "s", "prompt_long": "l l", "chosen": "yes", "rejected": "no"} | changes
+    return {key: value for key, value in row.items() if value is not ...}
+
+
+def chat_triplet(row_id, **changes):
+    messages = {
+        "prompt_short": [user("s")],
+        "prompt_long": [{"role": "system", "content": ""}, user("l")],
+        "chosen": [assistant("yes")],
+        "rejected": [assistant("no")],
+    }
+    return triplet(row_id, **messages | changes)
+
+
+def pair(**changes):
+    return {"prompt": "p", "chosen": "yes", "rejected": "no"} | changes
+
+
+def write_jsonl(path, rows):
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def errors_of(tmp_path, rows):
+    return validate_file(write_jsonl(tmp_path / "data.jsonl", rows)).errors
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "forms"),
+    [
+        ([triplet("a"), triplet("b")], "triplet", ("text",)),
+        ([chat_triplet("a"), chat_triplet(7)], "triplet", ("messages",)),
+        ([triplet("a"), chat_triplet("b")], "triplet", ("messages", "text")),
+        ([pair(), pair(id="x", score=0.5)], "pair", ("text",)),
+        ([pair(prompt=[user("p")], chosen=[assistant("y")], rejected=[assistant("n")])], "pair", ("messages",)),
+    ],
+)
+def test_good_files(tmp_path, rows, kind, forms):
+    report = validate_file(write_jsonl(tmp_path / "data.jsonl", rows))
+    assert report.errors == []
+    assert (report.rows, report.kind, report.forms) == (len(rows), kind, forms)
+    assert str(report) == f"{tmp_path}/data.jsonl: {len(rows)} rows of kind {kind}, no errors"
+
+
+def test_rows_are_read_as_written(tmp_path):
+    rows = list(read_rows(write_jsonl(tmp_path / "data.jsonl", [chat_triplet(7), b"", b"  \r", chat_triplet("b")])))
+    assert [(row.line, row.id, row.kind, row.form) for row in rows] == [
+        (1, "7", "triplet", "messages"),
+        (4, "b", "triplet", "messages"),
+    ]
+    assert rows[0].contents["prompt_long"] == [{"role": "system", "content": ""}, user("l")]
+    assert list(rows[0].contents) == ["prompt_short", "prompt_long", "chosen", "rejected"]
+
+
+def test_a_pair_without_id_is_known_by_its_line(tmp_path):
+    rows = list(read_rows(write_jsonl(tmp_path / "data.jsonl", [pair(), pair(id="x"), pair()])))
+    assert [row.id for row in rows] == ["1", "x", "3"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "field", "reason"),
+    [
+        (triplet("c", chosen=...), "chosen", "is missing or null"),
+        (triplet("c", rejected=None), "rejected", "is missing or null"),
+        (triplet("c", prompt_long=...), "prompt_long", "is missing or null"),
+        (triplet("c", prompt_short=...), "prompt_short", "is missing or null"),
+        (triplet("c", prompt_short=..., prompt_long=...), "prompt", "the row has neither"),
+        (triplet("c", prompt="p"), "prompt", "the row has both, so its kind is unclear"),
+        (triplet("c") | {"evidence_depths": 0.5}, "evidence_depths", "expected a list of numbers from 0 to 1"),
+        (triplet("c") | {"evidence_depths": [0.5, 1.2]}, "evidence_depths", "expected a list of numbers from 0 to 1"),
+        (triplet(...), "id", "is missing or null"),
+        (triplet(1.5), "id", "expected a string or an integer, got a number"),
+        (triplet(True), "id", "expected a string or an integer, got a boolean"),
+        (triplet(""), "id", "is empty"),
+        (triplet("a"), "id", "'a' is already the id of line 1"),
+        (triplet("c", chosen=""), "chosen", "is empty"),
+        (triplet("c", rejected=" \n"), "rejected", "is blank"),
+        (triplet("c", prompt_short=" "), "prompt_short", "is blank"),
+        (triplet("c", chosen=3), "chosen", "expected a string or a list of messages, got a number"),
+        (triplet("c", prompt_long={"a": 1}), "prompt_long", "expected a string or a list of messages, got an object"),
+        (triplet("c", chosen="no"), "rejected", "is the same as chosen"),
+        (triplet("c", chosen=" no\n"), "rejected", "is the same as chosen"),
+        (triplet("c", chosen="\ud800"), "chosen", "holds a lone surrogate at character 1, which is not Unicode text"),
+        (triplet("c", chosen=[assistant("y")]), "chosen", "is messages, but prompt_short is text"),
+        (pair(), "", "is a pair, but line 1 is a triplet; one file holds one kind"),
+        (chat_triplet("c", prompt_short=[]), "prompt_short", "expected messages that end with a user message"),
+        (
+            chat_triplet("c", prompt_short=[user("s"), assistant("y")]),
+            "prompt_short",
+            "got roles ['user', 'assistant']",
+        ),
+        (chat_triplet("c", prompt_short=[user(" ")]), "prompt_short", "message 0: content is blank"),
+        (chat_triplet("c", prompt_short=["s"]), "prompt_short", "message 0: expected an object with role and content"),
+        (chat_triplet("c", prompt_short=[user(3)]), "prompt_short", "message 0: content: expected a string, got a num"),
+        (chat_triplet("c", chosen=[]), "chosen", "expected exactly one assistant message, got roles []"),
+        (chat_triplet("c", chosen=[user("y")]), "chosen", "got roles ['user']"),
+        (
+            chat_triplet("c", chosen=[assistant("a"), assistant("b")]),
+            "chosen",
+            "expected exactly one assistant message",
+        ),
+        (chat_triplet("c", chosen=[assistant("")]), "chosen", "message 0: content is empty"),
+        (chat_triplet("c", chosen=[assistant("no")]), "rejected", "is the same as chosen"),
+        (
+            chat_triplet("c", chosen=[{"role": "bot", "content": "y"}]),
+            "chosen",
+            "message 0: role 'bot'; legal: system, user, assistant",
+        ),
+        (
+            chat_triplet("c", chosen=[assistant("y") | {"tool_calls": [1]}]),
+            "chosen",
+            "message 0: unknown key 'tool_calls'; legal: role, content",
+        ),
+        (["a"], "", "expected a JSON object, got a list"),
+        (b'{"id": "c", ', "", "not valid JSON: Expecting property name enclosed in double quotes at column 13"),
+        (b'{"id": "\xff"}', "", "not UTF-8: byte 0xff at position 9"),
+        (b"[" * 200_000, "", "not valid JSON: "),
+    ],
+)
+def test_a_bad_row_is_found_at_its_line(tmp_path, bad, field, reason):
+    errors = errors_of(tmp_path, [triplet("a"), b"", triplet("b"), bad, triplet("d")])
+    assert [(error.line, error.field) for error in errors] == [(4, field)]
+    assert reason in errors[0].reason
+
+
+def test_every_error_is_listed(tmp_path):
+    rows = [triplet("a", chosen="", prompt_long=3), b"nonsense", triplet("a", rejected="yes"), pair(prompt="")]
+    report = validate_file(write_jsonl(tmp_path / "data.jsonl", rows))
+    assert [(error.line, error.field) for error in report.errors] == [
+        (1, "prompt_long"),
+        (1, "chosen"),
+        (2, ""),
+        (3, "rejected"),
+        (3, "id"),
+        (4, "prompt"),
+        (4, ""),
+    ]
+    lines = str(report).splitlines()
+    assert lines[1] == f"{tmp_path}/data.jsonl:1: chosen: is empty"
+    assert lines[2].startswith(f"{tmp_path}/data.jsonl:2: not valid JSON")
+    assert lines[-1] == f"{tmp_path}/data.jsonl: 7 errors, 4 of 4 rows are bad"
+    as_json = json.loads(json.dumps(report.to_json()))
+    assert as_json["errors"][1] == {"line": 1, "field": "chosen", "reason": "is empty"}
+    assert (as_json["rows"], as_json["kind"]) == (4, "triplet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("data.csv", b"a,b", "unknown file ending '.csv'; legal: .jsonl, .parquet"),
+        ("absent.jsonl", None, "no such file"),
+        ("data.jsonl", b"\n\n", "has no rows"),
+        ("data.parquet", b"not parquet", "cannot be read as parquet: "),
+    ],
+)
+def test_errors_of_the_file_itself(tmp_path, name, content, reason):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    report = validate_file(tmp_path / name)
+    assert [(error.line, error.field) for error in report.errors] == [(0, "")]
+    assert report.errors[0].reason.startswith(reason)
+    assert report.rows == 0 and report.kind is None
+    assert str(report).splitlines()[0].startswith(f"{tmp_path / name}: {reason}")
+
+
+def test_parquet_messages(tmp_path):
+    # Parquet gives every message the keys of all: those that are null do not count.
+    rows = [chat_triplet("a"), chat_triplet("b")]
+    rows[0]["chosen"] = [assistant("yes") | {"name": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    report = validate_file(tmp_path / "data.parquet")
+    assert (report.rows, report.kind, report.forms, report.errors) == (2, "triplet", ("messages",), [])
+    assert next(read_rows(tmp_path / "data.parquet")).contents["chosen"] == [assistant("yes")]
+
+
+def test_parquet_bad_rows_beyond_one_batch(tmp_path):
+    rows = [triplet(f"r{i}") for i in range(200)]
+    rows[150] |= {"chosen": None}
+    table = pa.Table.from_pylist(rows)
+    broken = pa.array([b"no"] * 70 + [b"\xff"] + [b"no"] * 129).view(pa.string())
+    table = table.set_column(table.column_names.index("rejected"), "rejected", broken)
+    pq.write_table(table, tmp_path / "data.parquet")
+    assert validate_file(tmp_path / "data.parquet").errors == [
+        RowError(71, "", "not UTF-8: byte 0xff"),
+        RowError(151, "chosen", "is missing or null"),
+    ]
+
+
+def test_parquet_cut_in_the_middle_is_reported(tmp_path):
+    path = tmp_path / "data.parquet"
+    rows = [triplet(f"r{i}", prompt_long=f"{i} " * 500) for i in range(300)]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=100, compression="none", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    group = pq.ParquetFile(path).metadata.row_group(2)
+    start = min(group.column(i).data_page_offset for i in range(group.num_columns))
+    content[start : start + 64] = b"\xff" * 64
+    path.write_bytes(content)
+    report = validate_file(path)
+    assert [error.line for error in report.errors] == [0]
+    assert report.errors[0].reason.startswith(f"cannot be read as parquet after row {report.rows}: ")
+
+
+def test_validation_streams(tmp_path):
+    rows = (triplet(f"r{i}", prompt_long="x" * 100_000) for i in range(100))
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    validate_file(path)
+    tracemalloc.start()
+    assert validate_file(path).rows == 100
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 10_000_000 > 5 * peak

@@ -1,0 +1,152 @@
+"""FP8: what is refused, and why."""
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import megatron.core
+import pytest
+
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
+from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.errors import UserError
+from megatron_solopo.model.build import precision_settings, transformer_config
+from megatron_solopo.model.resolve import ResolvedModel, check_precision
+from tests.tiny_models import FAMILIES
+
+FP8 = {"fp8": "hybrid", "dtype": "bfloat16"}
+AVAILABILITY = ("is_fp8_available", "is_fp8_block_scaling_available", "is_mxfp8_available")
+
+
+@pytest.fixture(scope="module")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+    """Widths that every recipe takes at TP 1."""
+    path = tmp_path_factory.mktemp("model")
+    FAMILIES["llama3"].save_pretrained(path)
+    wide = {"hidden_size": 512, "ffn_hidden_size": 1536, "num_attention_heads": 8, "num_query_groups": 4}
+    return replace(read_architecture(path), **wide, head_dim=64)
+
+
+def settings(**values: Any) -> ModelConfig:
+    return ModelConfig.model_validate({"path": "model", **values})
+
+
+def check(
+    architecture: Architecture, model: ModelConfig, optimizer: Any = None, *, has_gpu: bool = False, **parallel: Any
+) -> None:
+    """`has_gpu`: as on a machine with Transformer Engine and CUDA."""
+    resolved = ResolvedModel(model, ParallelConfig(**parallel), architecture, uses_transformer_engine=has_gpu)
+    check_precision(resolved, optimizer or OptimizerConfig())
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **answers: str | None) -> None:
+    """A machine with a GPU whose Transformer Engine gives these answers: a reason, or "" for yes; None: too old."""
+
+    def answer(reason: str) -> Any:
+        return lambda return_reason: (not reason, reason)
+
+    functions = {name: answer(answers.get(name, "")) for name in AVAILABILITY if answers.get(name, "") is not None}
+    monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", SimpleNamespace(**functions))
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "parallel", "words"),
+    [
+        ({"fp8_param": True}, {}, {}, ["model.fp8_param=true", "model.fp8=hybrid"]),
+        ({"first_last_layers_bf16": True}, {}, {}, ["model.first_last_layers_bf16=true", "model.fp8=hybrid"]),
+        (FP8, {}, {}, ["model.fp8=hybrid", "CUDA", "model.fp8=null"]),
+        (
+            FP8 | {"fp8_recipe": "delayed", "first_last_layers_bf16": True},
+            {},
+            {},
+            ["first_last_layers_bf16", "delayed", "tensorwise or blockwise"],
+        ),
+        (FP8 | {"fp8_recipe": "mxfp8", "fp8_param": True}, {}, {}, ["fp8_param=true", "mxfp8"]),
+        (
+            FP8 | {"fp8_param": True},
+            {"use_distributed_optimizer": False},
+            {},
+            ["fp8_param=true", "use_distributed_optimizer=true"],
+        ),
+        (
+            FP8 | {"fp8_param": True},
+            {"optimizer_offload_fraction": 0.5},
+            {},
+            ["fp8_param=true", "optimizer_offload_fraction=0.5"],
+        ),
+        (
+            FP8 | {"first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 3},
+            {},
+            {"pipeline_model_parallel_size": 2},
+            ["num_layers_at_end_in_bf16=3", "2 layers"],
+        ),
+        (FP8, {}, {"tensor_model_parallel_size": 8}, ["blockwise", "multiples of 128", "TP", "64"]),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(monkeypatch, architecture, model, optimizer, parallel, words) -> None:
+    monkeypatch.setattr(megatron.core, "__version__", "0.19.2")
+    with pytest.raises(UserError) as error:
+        check(architecture, settings(**model), OptimizerConfig.model_validate(optimizer), **parallel)
+    message = str(error.value)
+    assert all(word in message for word in words) and "\n" not in message
+
+
+def test_fp8_parameters_are_refused_where_checkpoints_cannot_hold_them(monkeypatch, architecture) -> None:
+    monkeypatch.setattr(megatron.core, "__version__", "0.16.1")
+    with pytest.raises(UserError, match=r"model\.fp8_param=true needs megatron-core 0\.19 .*0\.16\.1 is installed"):
+        check(architecture, settings(**FP8, fp8_param=True))
+
+
+def test_fewer_key_value_heads_than_ranks_are_counted_as_megatron_cuts_them(monkeypatch, architecture) -> None:
+    """Queries, keys and values of a rank: (8 + 2 x 2) x 64 / 4 = 192, no multiple of 128, but one of 16."""
+    pretend(monkeypatch)
+    few = replace(architecture, num_query_groups=2)
+    check(few, settings(**FP8, fp8_recipe="tensorwise"), has_gpu=True, tensor_model_parallel_size=4)
+    with pytest.raises(UserError, match="queries, keys and values / TP is 192"):
+        check(few, settings(**FP8), has_gpu=True, tensor_model_parallel_size=4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "answers", "words"),
+    [
+        ("mxfp8", {"is_mxfp8_available": "needs Blackwell."}, ["needs Blackwell;", "fp8_recipe=blockwise"]),
+        (
+            "mxfp8",
+            {"is_mxfp8_available": "needs Blackwell", "is_fp8_block_scaling_available": "CUDA 12.8"},
+            ["fp8_recipe=tensorwise"],
+        ),
+        ("blockwise", {"is_fp8_block_scaling_available": "needs\nCUDA 12.9"}, ["needs CUDA 12.9", "fp8_recipe=mxfp8"]),
+        ("blockwise", {"is_fp8_block_scaling_available": None, "is_mxfp8_available": "x"}, ["too old", "tensorwise"]),
+        ("tensorwise", {"is_fp8_available": "compute capability 8.0"}, ["capability 8.0", "model.fp8=null"]),
+    ],
+)
+def test_a_recipe_that_cannot_run_here_names_the_nearest(monkeypatch, architecture, recipe, answers, words) -> None:
+    pretend(monkeypatch, **answers)
+    with pytest.raises(UserError) as error:
+        check(architecture, settings(**FP8, fp8_recipe=recipe), has_gpu=True)
+    message = str(error.value)
+    assert all(word in message for word in [f"model.fp8_recipe={recipe}", *words]) and "\n" not in message
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_a_recipe_that_can_run_is_accepted(monkeypatch, architecture, recipe) -> None:
+    pretend(monkeypatch)
+    check(architecture, settings(**FP8, fp8_recipe=recipe), has_gpu=True)
+    check(
+        architecture,
+        settings(**FP8, fp8_recipe=recipe),
+        has_gpu=True,
+        context_parallel_size=8,
+        tensor_model_parallel_size=2,
+    )
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_megatron_takes_the_settings(architecture, recipe) -> None:
+    model = settings(**FP8, fp8_recipe=recipe, first_last_layers_bf16=recipe != "delayed")
+    config = transformer_config(ResolvedModel(model, ParallelConfig(), architecture, uses_transformer_engine=False))
+    assert (config.fp8, config.fp8_recipe, config.first_last_layers_bf16) == ("hybrid", recipe, recipe != "delayed")
+    assert not config.fp8_dot_product_attention and not config.fp8_multi_head_attention
+    assert precision_settings(settings(dtype="bfloat16")) == {}
