@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared, token_lengths
 from megatron_solopo.errors import UserError
 from tests.data.sample_rows import prepare

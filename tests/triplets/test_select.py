@@ -102,7 +102,7 @@ def drawn(tokenizer, texts: list[str], answers: list[str], **changes) -> Counter
     row = ContextRow.model_validate(context(0, answers=answers))
     responses = [StoredResponse(**response(0, index, text)) for index, text in enumerate(texts)]
     candidates, _ = judge.candidates(responses, row, Measure(tokenizer, "plain"))
-    right, wrong = judge.split(candidates)
+    right, wrong = judge.divide(candidates)
     pairs = (next(judge.pairs(right, wrong, np.random.default_rng(seed))) for seed in range(200))
     return Counter((pair.chosen.text, pair.rejected.text) for pair in pairs)
 
