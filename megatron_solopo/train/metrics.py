@@ -108,7 +108,7 @@ class MetricsWriter:
             self._sinks.append(partial(_add_scalars, self._tensorboard))
         if logging.wandb_project:
             self._sinks.append(_wandb(run_dir, logging.wandb_project, config))
-        self._total_steps = total_steps
+        self._total_steps, self._logging = total_steps, logging
         begins = "continuing" if first_step > 1 else "starting"
         finished = first_step > total_steps
         tqdm.write(
@@ -139,9 +139,17 @@ class MetricsWriter:
             sink(step, {name: value for name, value in metrics.items() if value is not None and name != "step"})
         done = max(1, step - self._first_step + 1)  # a step that was done before, but for its evaluation, comes first
         remaining = (time.monotonic() - self._started) / done * (self._total_steps - step)
-        self.say(console_line(metrics, self._total_steps, remaining))
+        if has_console_line(metrics, self._logging.console_steps, self._total_steps):
+            self.say(console_line(metrics, self._total_steps, remaining))
         for warning in self._alarms.after(metrics):
             self.say(f"warning: step {step}: {warning}")
+
+
+def has_console_line(metrics: Metrics, console_steps: int, total_steps: int) -> bool:
+    """Whether a step is printed: every `console_steps`-th, the last, a skipped one, and one with an evaluation."""
+    step = int(metrics["step"] or 0)
+    is_special = bool(metrics.get("skipped")) or metrics.get("eval_loss") is not None
+    return step % console_steps == 0 or step == total_steps or is_special
 
 
 def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -> str:
