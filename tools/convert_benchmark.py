@@ -26,8 +26,8 @@ import click
 import torch
 from cpu_benchmark import environment, table
 
-from megatron_solopo.architecture.huggingface import read_architecture
-from megatron_solopo.checkpoint.huggingface import SafetensorsWriter
+from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.checkpoint.huggingface_weights import SafetensorsWriter
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules
 from megatron_solopo.files import write_json
 

@@ -27,7 +27,7 @@ from reporting import environment, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_solopo.checkpoint.convert import export_model, import_model
+from megatron_solopo.checkpoint.conversion import export_model, import_model
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from tests import tiny_models

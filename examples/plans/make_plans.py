@@ -1,40 +1,45 @@
 #!/usr/bin/env python3
-"""Write every plan of this folder again: text, batch script and configuration, each with its dry run.
+"""Write plans into examples/plans/launch: text, batch script and configuration, each with its dry run.
 
-    python examples/plans/make_plans.py            # all, some minutes on two cores
-    python examples/plans/make_plans.py llama-3.1-8b-64xh100
+    python examples/plans/make_plans.py                          # the two that the repository keeps
+    python examples/plans/make_plans.py llama-3.1-8b-64xh200     # any model, number and type of GPUs listed below
+    python examples/plans/make_plans.py all                      # all 32; takes some minutes on two cores
 
-A model that no layout fits has its reason in the text instead.
+Where no layout fits, the text holds the reason, and there is no batch script.
 """
 
 import sys
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+LAUNCH = Path(__file__).resolve().parent / "launch"
+ROOT = LAUNCH.parents[2]
 MODELS = ("llama-3.1-8b", "llama-3.1-70b", "qwen2.5-7b", "qwen2.5-72b")
 GPUS = (8, 64, 256, 1024)
 TYPES = ("h100", "h200")
-TOKENS = "short=3584,long=130560,response=512"  # with its answer, the long context makes 131,072 tokens
+KEPT = ("llama-3.1-8b-8xh100", "llama-3.1-70b-1024xh100")
+TOKENS = "short=3584,long=130560,response=512"  # the long context and its answer have 131,072 tokens together
 
 
-def cases() -> Iterator[tuple[str, list[str]]]:
-    """By name, the arguments of `megatron-solopo plan`, relative to the repository's root."""
-    for model in MODELS:
-        for gpus in GPUS:
-            for gpu in TYPES:
-                name = f"{model}-{gpus}x{gpu}"
-                folder = (HERE / "launch" / name).relative_to(HERE.parents[1])
-                arguments = ["--config", f"examples/plans/{model}.yaml", "--gpus", str(gpus), "--gpu", gpu]
-                yield name, ["plan", *arguments, "--tokens", TOKENS, "--dry-run", "--emit-sbatch", str(folder)]
+def plan_arguments() -> dict[str, list[str]]:
+    """The arguments of `megatron-solopo plan` for each plan, by the plan's name; start it in the repository's root."""
+    return {
+        f"{model}-{gpus}x{gpu}": [
+            *("plan", "--config", f"examples/plans/{model}.yaml"),
+            *("--gpus", str(gpus), "--gpu", gpu, "--tokens", TOKENS),
+        ]
+        for model in MODELS
+        for gpus in GPUS
+        for gpu in TYPES
+    }
 
 
-def make(name: str, arguments: list[str]) -> bool:
-    """Write one plan; returns whether a layout fits."""
+def write_plan(name: str, arguments: list[str]) -> bool:
+    """Write one plan. Returns whether a layout fits."""
     from megatron_solopo.cli.main import main
 
+    arguments = [*arguments, "--dry-run", "--emit-sbatch", str((LAUNCH / name).relative_to(ROOT))]
     text = StringIO()
     try:
         with redirect_stdout(text), redirect_stderr(text):
@@ -42,14 +47,17 @@ def make(name: str, arguments: list[str]) -> bool:
         fits = True
     except SystemExit:
         fits = False
-    file = HERE / "launch" / f"{name}.txt"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(f"$ megatron-solopo {' '.join(arguments)}\n\n{text.getvalue()}", encoding="utf-8")
+    LAUNCH.mkdir(exist_ok=True)
+    (LAUNCH / f"{name}.txt").write_text(
+        f"$ megatron-solopo {' '.join(arguments)}\n\n{text.getvalue()}", encoding="utf-8"
+    )
     return fits
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:]
-    for name, arguments in cases():
-        if not chosen or name in chosen:
-            print(name, "fits" if make(name, arguments) else "does not fit", flush=True)
+    plans = plan_arguments()
+    names = list(plans) if sys.argv[1:] == ["all"] else sys.argv[1:] or KEPT
+    if unknown := set(names) - set(plans):
+        sys.exit(f"error: no plan is called {', '.join(sorted(unknown))}; choose from: {' '.join(plans)}")
+    for name in names:
+        print(name, "fits" if write_plan(name, plans[name]) else "does not fit", flush=True)

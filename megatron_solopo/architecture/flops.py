@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_solopo.architecture.huggingface import Shape
+from megatron_solopo.architecture.huggingface_config import ModelShape
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Flops:
         return self.linear + self.attention + self.head
 
 
-def layer_weights(architecture: Shape) -> int:
+def layer_weights(architecture: ModelShape) -> int:
     """Weights of the matrices of one layer."""
     a = architecture
     queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     return a.hidden_size * (2 * queries + 2 * keys) + 3 * a.hidden_size * a.ffn_hidden_size
 
 
-def forward_flops(architecture: Shape, tokens: float, squares: float, responses: float) -> Flops:
+def forward_flops(architecture: ModelShape, tokens: float, squares: float, responses: float) -> Flops:
     """FLOPs of one forward pass; backward is twice that.
 
     Args:

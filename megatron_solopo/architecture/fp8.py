@@ -1,6 +1,6 @@
 """Which FP8 settings and layouts a model's matrices allow, whatever the machine: arithmetic alone."""
 
-from megatron_solopo.architecture.huggingface import Shape
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 
@@ -20,7 +20,9 @@ def pack_multiple(parallel: ParallelConfig, model: ModelConfig) -> int:
     return FP8_MULTIPLES[model.fp8_recipe] * ranks
 
 
-def check_fp8(architecture: Shape, model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig) -> None:
+def check_fp8(
+    architecture: ModelShape, model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig
+) -> None:
     """Refuse FP8 settings that contradict each other or do not fit the model; raises UserError naming the key."""
     if model.fp8 is None:
         for key in ("fp8_param", "first_last_layers_bf16"):
@@ -51,7 +53,7 @@ def _check_combination(model: ModelConfig, optimizer: OptimizerConfig) -> None:
         )
 
 
-def _check_bfloat16_layers(architecture: Shape, model: ModelConfig, parallel: ParallelConfig) -> None:
+def _check_bfloat16_layers(architecture: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Megatron wants those layers on the first and on the last pipeline stage."""
     if not model.first_last_layers_bf16:
         return
@@ -64,7 +66,7 @@ def _check_bfloat16_layers(architecture: Shape, model: ModelConfig, parallel: Pa
             )
 
 
-def _check_widths(architecture: Shape, model: ModelConfig, parallel: ParallelConfig) -> None:
+def _check_widths(architecture: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Both sides of every weight matrix of a rank must suit the kernels, as the tokens must."""
     tp, multiple = parallel.tensor_model_parallel_size, FP8_MULTIPLES[model.fp8_recipe]
     a = architecture

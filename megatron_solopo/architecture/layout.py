@@ -1,6 +1,6 @@
 """Which parallel layouts divide a model and a number of GPUs, and what they pad to: arithmetic alone, no Megatron."""
 
-from megatron_solopo.architecture.huggingface import Shape
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.config import ParallelConfig
 from megatron_solopo.errors import UserError
 
@@ -38,7 +38,7 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def check_layout(architecture: Shape, parallel: ParallelConfig) -> None:
+def check_layout(architecture: ModelShape, parallel: ParallelConfig) -> None:
     """Refuse a layout that does not divide the model; raises UserError naming both numbers and the key."""
     tp = parallel.tensor_model_parallel_size
     for what, count in (
@@ -76,7 +76,7 @@ def check_layout(architecture: Shape, parallel: ParallelConfig) -> None:
     _check_activation_offload(architecture, parallel)
 
 
-def _check_exchange_by_heads(architecture: Shape, parallel: ParallelConfig) -> None:
+def _check_exchange_by_heads(architecture: ModelShape, parallel: ParallelConfig) -> None:
     cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     if parallel.cp_comm_type != "a2a":
         return
@@ -91,7 +91,7 @@ def _check_exchange_by_heads(architecture: Shape, parallel: ParallelConfig) -> N
             )
 
 
-def _check_activation_offload(architecture: Shape, parallel: ParallelConfig) -> None:
+def _check_activation_offload(architecture: ModelShape, parallel: ParallelConfig) -> None:
     count = parallel.cpu_offloading_num_layers
     if not count:
         return

@@ -9,12 +9,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from megatron_solopo.architecture.huggingface import Shape
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.model_directory import CONFIG, huggingface_directory
 from megatron_solopo.errors import UserError
 
 
-def read_shape(path: Path) -> Shape:
+def read_shape(path: Path) -> ModelShape:
     """The shape of the model in a Hugging Face directory, or of the one inside a Megatron checkpoint.
 
     Raises UserError naming the file, the offending field and the supported values.
@@ -22,7 +22,7 @@ def read_shape(path: Path) -> Shape:
     try:
         plain = _Plain.model_validate_json((huggingface_directory(path) / CONFIG).read_bytes())
     except (OSError, ValidationError):
-        from megatron_solopo.architecture.huggingface import read_architecture
+        from megatron_solopo.architecture.huggingface_config import read_architecture
 
         return read_architecture(path)
     return plain.shape
@@ -91,8 +91,8 @@ class _Plain(BaseModel):
         return self
 
     @property
-    def shape(self) -> Shape:
-        return Shape(
+    def shape(self) -> ModelShape:
+        return ModelShape(
             model_type=self.model_type,
             num_layers=self.num_hidden_layers,
             hidden_size=self.hidden_size,

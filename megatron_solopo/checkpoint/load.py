@@ -8,14 +8,13 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import is_megatron_checkpoint
-from megatron_solopo.checkpoint.huggingface import SafetensorsDirectory
+from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory
 from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, rules, to_megatron
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
 from megatron_solopo.checkpoint.sharded_state import (
     KERNEL_STATE,
-    initialize_optimizer_state,
     keyed,
     load_optimizer_state,
     model_state,
@@ -23,13 +22,13 @@ from megatron_solopo.checkpoint.sharded_state import (
     parameter_state,
 )
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.precision import assign
+from megatron_solopo.parallel.megatron_internals import assign, initialize_adam_state
 
 
 def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None) -> None:
     """Load parameters, and the optimizer's state if one is given, under the current layout."""
     if optimizer is not None:
-        initialize_optimizer_state(optimizer)
+        initialize_adam_state(optimizer)
     _load_model(path, chunks)
     if optimizer is not None:
         wanted = {"optimizer": optimizer_state_to_load(optimizer, model_state(chunks))}

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 
 Fusion = Literal["copy", "vocab", "qkv", "gate_up"]
 Index = tuple[slice, ...]

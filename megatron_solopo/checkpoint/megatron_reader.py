@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import METADATA, check_megatron_checkpoint
-from megatron_solopo.checkpoint.huggingface import DTYPES, check_tensor_names
+from megatron_solopo.checkpoint.huggingface_weights import DTYPES, check_tensor_names
 from megatron_solopo.checkpoint.mapping import ReadRows, Rule, megatron_shape, rules
 from megatron_solopo.errors import UserError
 
@@ -78,7 +78,7 @@ def read_metadata(checkpoint: Path) -> Metadata:
     return metadata
 
 
-class _Refused(ValueError):
+class _Refused(UserError):
     """The list of pieces holds what has no place in one."""
 
 

@@ -26,9 +26,9 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import BytesIOWriteData, TensorWriteData, WriteItem, WriteItemType
 
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import FORMAT, MEGATRON_LM_VERSION
-from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
+from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory
 from megatron_solopo.checkpoint.mapping import Rule, megatron_rows, megatron_shape, row_blocks, rules
 from megatron_solopo.checkpoint.megatron_reader import THREADS
 from megatron_solopo.errors import UserError

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
-from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory
+from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json

@@ -1,12 +1,9 @@
 """Writes one checkpoint of a run: planned by all ranks together, then written by each rank alone, in threads.
 
-Megatron plans which rank writes what, and gives the file format. Megatron's own writer is not used: it forks processes
-from a process that runs threads of CUDA and of the process groups, and one more process passes the results on and
-outlives a killed rank. Threads end with their process, and a save in the background runs the same code as any other.
+Megatron plans which rank writes what, and gives the file format (`ShardedFiles`). The threads end with their process,
+and a save in the background runs the same code as any other.
 """
 
-import inspect
-import queue
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
@@ -34,6 +28,7 @@ from megatron_solopo.checkpoint.sharded_state import SHARDING, model_state, opti
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes, remove, write_json
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
+from megatron_solopo.parallel.megatron_internals import ShardedFiles
 
 _FORMAT = CheckpointingConfig("torch_dist", 1)
 # Each rank writes this many files, each in a thread of its own.
@@ -79,9 +74,9 @@ class ShardedSave:
         needed = _sum_over_ranks(_bytes_to_write(state) + sum(map(len, model_files.values()))) + _SMALL_FILES_BYTES
         with self._removed_on_failure():
             on_rank_0(lambda: self._make_folder(needed))
-        self._writer, self._metadata = _plan(state, self._folder)
+        self._files = ShardedFiles(state, self._folder, dict(SHARDING), files_per_rank=_FILES_PER_RANK)
         with self._removed_on_failure():
-            on_every_rank(lambda: self._stage(copy=background))
+            on_every_rank(lambda: self._files.stage(copy=background))
         self._pool = ThreadPoolExecutor(1)
         self._written = self._pool.submit(self._write)
         if not background:
@@ -143,39 +138,27 @@ class ShardedSave:
         reserve.write_bytes(bytes(_RESERVE_BYTES))
         reserve.unlink()
 
-    def _stage(self, *, copy: bool) -> None:
-        """Bring the tensors to host memory. With `copy`, also copy those there, because training changes them."""
-        for _, _, (_, tensors) in self._writer.write_buckets:
-            for index, (item, tensor) in enumerate(tensors):
-                staged = tensor.to("cpu")
-                tensors[index] = (item, staged.clone() if copy and staged is tensor else staged)
-
     def _write(self) -> tuple[list[Any], dict[str, FileEntry]]:
         """In the thread: write this rank's files; returns Megatron's results and the manifest's entries."""
-        buckets = self._writer.write_buckets
+        names = self._files.names
         with ThreadPoolExecutor(_FILES_PER_RANK) as pool:
-            results = [each for file in pool.map(self._write_file, range(len(buckets)), buckets) for each in file]
-        self._writer.write_buckets = []  # frees the staged tensors
-        return results, sealed_files(self._folder, [name for _, name, _ in buckets])
+            results = [each for file in pool.map(self._write_file, range(len(names))) for each in file]
+        self._files.release()
+        return results, sealed_files(self._folder, names)
 
-    def _write_file(self, number: int, bucket: Any) -> list[Any]:
-        transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
-        results, running = queue.Queue[Any](), queue.Queue[int]()
-        running.put(number)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, results, running, use_fsync=True
-        )
-        _, found = results.get()
-        if isinstance(found, Exception):
+    def _write_file(self, number: int) -> list[Any]:
+        try:
+            return self._files.write(number)
+        except RuntimeError as error:
             # torch's writer turns a full disk into a RuntimeError; the operating system's error is behind it.
-            causes = (each for each in (found.__cause__, found.__context__) if isinstance(each, OSError))
-            raise next(causes, found)
-        written: list[Any] = found
-        return written
+            for cause in (error.__cause__, error.__context__):
+                if isinstance(cause, OSError):
+                    raise cause from None
+            raise
 
     def _seal(self, written: list[tuple[list[Any], dict[str, FileEntry]]]) -> None:
         """On rank 0: write the list of pieces, the files that make the folder a checkpoint, and the manifest."""
-        self._writer.finish(self._metadata, [results for results, _ in written])
+        self._files.finish([results for results, _ in written])
         save_config(_FORMAT, str(self._folder))
         write_files(self._model_files, self._folder / HUGGINGFACE_FOLDER)
         write_json(self._folder / TRAINER_STATE, self._trainer_state)
@@ -184,34 +167,6 @@ class ShardedSave:
         files |= sealed_files(self._folder, [name for name in present if name not in files])
         write_manifest(self._folder, files)
         publish(self._folder, self.path)
-
-
-class _KeptPlan(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """Keeps the plan that Megatron would turn into functions to be called later."""
-
-    writer: Any
-    metadata: Any
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *strategy: Any) -> Any:
-        self.writer, self.metadata = writer, planned[1]
-        return super()._get_save_and_finalize_callbacks(writer, planned, *strategy)
-
-
-def _plan(state: dict[str, Any], folder: Path) -> tuple[Any, Any]:
-    """Plan on all ranks together; returns this rank's writer and, on rank 0, the checkpoint's metadata.
-
-    It writes nothing, except rank 0's `common.pt` under megatron-core 0.16.
-    """
-    # Keep results in this process; Megatron would start another process for its queue.
-    filesystem_async._results_queue = queue.Queue()
-    plan = _KeptPlan(_FORMAT.sharded_backend, _FORMAT.sharded_backend_version, thread_count=_FILES_PER_RANK)
-    options: dict[str, Any] = {}
-    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # from megatron-core 0.19 on
-        options["async_strategy"] = "mcore"
-    dist_checkpointing.save(
-        state, str(folder), plan, async_sharded_save=True, content_metadata=dict(SHARDING), **options
-    )
-    return plan.writer, plan.metadata
 
 
 def _bytes_to_write(state: dict[str, Any]) -> int:

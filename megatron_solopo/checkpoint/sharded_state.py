@@ -18,8 +18,7 @@ group, and the hybrid optimizer keeps classes in its groups. Whatever one of the
 must be readable without running code.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -30,17 +29,21 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch import Tensor
+
+from megatron_solopo.parallel.megatron_internals import (
+    STATE_NAMES,
+    dense_optimizer,
+    load_parameter_state,
+    numbered_parameters,
+    places_without_padding,
+)
 
 SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 KERNEL_STATE = "_extra_state"
-# Megatron's names in `DistributedOptimizer.get_parameter_state_dp_zero`: fp32 master weights and Adam's moments.
-_PARAMETER_STATES = ("param", "exp_avg", "exp_avg_sq")
 _Chunk = TypeVar("_Chunk")
 
 
@@ -71,77 +74,35 @@ def optimizer_state_to_save(optimizer: MegatronOptimizer, model: dict[str, Any])
     Args:
         model: from `model_state`; it says where each parameter's state belongs.
     """
-    with _offsets_without_padding(optimizer):
+    with places_without_padding(optimizer):
         state = optimizer.sharded_state_dict(_by_parameter(model), is_loading=False, metadata=_metadata())
     return without_classes(state)
 
 
 def optimizer_state_to_load(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:
     """Return the state that this rank must load from a checkpoint of any layout; `load_optimizer_state` takes it."""
-    inner = _inner(optimizer)
-    if not isinstance(inner, DistributedOptimizer):
+    part = dense_optimizer(optimizer)
+    if not isinstance(part, DistributedOptimizer):
         state = optimizer.sharded_state_dict(_by_parameter(model), is_loading=True, metadata=_metadata())
         return without_classes(state)
-    # The checkpoint's other values (counts, learning rates) load without being asked for.
-    return {"param_state": owned_parameter_state(inner, _by_parameter(model))}
-
-
-def owned_parameter_state(optimizer: DistributedOptimizer, parameters: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return what this rank must load of `param_state`: by parameter number and state name, where it is stored.
-
-    The numbers are those of `DistributedOptimizer.load_parameter_state_from_fully_reshardable`. That method looks up
-    only the parameters that this rank owns.
-
-    Args:
-        parameters: the model's sharded state; the optimizer's state is stored under the same keys and offsets.
-    """
-    stored = {each.data: each for each in nested_values(extract_sharded_tensors_and_factories(parameters)[0])}
-    owned = set(_owned_parameters(optimizer))
-    numbered = enumerate(parameter for buffer in optimizer.buffers for parameter in buffer.param_index_map)
-    return {
-        number: {name: _stored_state(stored[parameter], name) for name in _PARAMETER_STATES}
-        for number, parameter in numbered
-        if parameter in owned
+    stored = {each.data: each for each in nested_values(extract_sharded_tensors_and_factories(_by_parameter(model))[0])}
+    owned = {
+        number: {name: _stored_state(stored[parameter], name) for name in STATE_NAMES}
+        for number, parameter in numbered_parameters(part).items()
     }
-
-
-def initialize_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """Create Adam's state, which a fresh optimizer lacks until its first step, so that it can be loaded into."""
-    inner = _inner(optimizer)
-    if isinstance(inner.optimizer, HybridDeviceOptimizer):
-        inner.optimizer.dummy_step()  # it also changes the parameters, which are loaded afterwards
-        return
-    inner.init_state_fn(inner.optimizer, inner.config)
-    # Transformer Engine's and Apex's Adam count steps per group and have no such entry.
-    if isinstance(inner.optimizer, torch.optim.Optimizer) and type(inner.optimizer).__module__.startswith("torch."):
-        for state in inner.optimizer.state.values():
-            state.setdefault("step", torch.tensor(0.0))
+    return {"param_state": owned}  # the checkpoint's other values (counts, learning rates) load without a request
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Load the optimizer's state, the step count of torch's Adam included.
-
-    Megatron restores the moments of a sharded optimizer by copying every entry of a parameter's state. torch's Adam
-    also keeps `step` there, which is saved with the parameter group. So `step` is taken out before, and put back
-    afterwards as one tensor per parameter. Megatron gives all parameters the same tensor, which would then advance
-    once per parameter.
-    """
-    inner = _inner(optimizer)
-    moments = state.pop("param_state", {})  # absent on a rank that owns no parameter
+    """Load the optimizer's state, the step count of torch's Adam included."""
+    part = dense_optimizer(optimizer)
+    parameter_states = state.pop("param_state", {})  # absent on a rank that owns no parameter
     if "param_groups" in state.get("optimizer", {}):
-        groups = [complete_group(inner.optimizer, group) for group in state["optimizer"]["param_groups"]]
+        groups = [complete_group(part.optimizer, group) for group in state["optimizer"]["param_groups"]]
         state = state | {"optimizer": state["optimizer"] | {"param_groups": groups}}
-    inner.load_state_dict(state)
-    if not isinstance(inner, DistributedOptimizer):  # `load_state_dict` has loaded everything
-        return
-    steps = {parameter: each.pop("step") for parameter, each in inner.optimizer.state.items() if "step" in each}
-    inner.load_parameter_state_from_fully_reshardable(moments)
-    for parameter, step in steps.items():
-        inner.optimizer.state[parameter]["step"] = step.clone()
-    if isinstance(inner.optimizer, HybridDeviceOptimizer):
-        # Before every step it copies its groups over those of its inner optimizers, which count their own steps.
-        for group in inner.optimizer.param_groups:
-            group.pop("step", None)
+    part.load_state_dict(state)
+    if isinstance(part, DistributedOptimizer):  # for any other optimizer, `load_state_dict` has loaded everything
+        load_parameter_state(part, parameter_states)
 
 
 def complete_group(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> dict[str, Any]:
@@ -185,14 +146,6 @@ def _by_parameter(model: dict[str, Any]) -> dict[str, Any]:
     return dict(model["model"] if len(model) == 1 else model)
 
 
-def _owned_parameters(optimizer: DistributedOptimizer) -> Iterator[Tensor]:
-    """Yield the parameters that this rank updates, in whole or in part."""
-    for ranges in optimizer.gbuf_ranges:
-        for buckets in ranges.values():
-            for bucket in buckets:
-                yield from bucket["param_map"]
-
-
 def _stored_state(parameter: Any, name: str) -> Any:
     """Where a parameter's state is stored, with an empty fp32 tensor in host memory to load it into."""
     changes: dict[str, Any] = {
@@ -202,35 +155,3 @@ def _stored_state(parameter: Any, name: str) -> Any:
     if not isinstance(parameter, ShardedTensorFactory):
         changes["dtype"] = torch.float32
     return replace(parameter, **changes)
-
-
-@contextmanager
-def _offsets_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Work around an error of Megatron-Core 0.16 and 0.19 in the offsets of a buffer's parameters.
-
-    Megatron gathers a buffer's state without the padding between its buckets, but cuts the parameters out at offsets
-    that count this padding. After the first bucket it would save wrong numbers, and zeros at the end. Tied embeddings
-    have a bucket of their own under pipeline parallelism.
-    """
-    buffers = getattr(_inner(optimizer), "buffers", [])
-    original = [buffer.param_index_map for buffer in buffers]
-    for buffer in buffers:
-        padding, before = 0, {}
-        for bucket in buffer.buckets:
-            before[bucket.bucket_id] = padding
-            padding += bucket.grad_data.numel() - bucket.numel_unpadded
-        buffer.param_index_map = {
-            parameter: (start - before[number], end - before[number], number)
-            for parameter, (start, end, number) in buffer.param_index_map.items()
-        }
-    try:
-        yield
-    finally:
-        for buffer, offsets in zip(buffers, original, strict=True):
-            buffer.param_index_map = offsets
-
-
-def _inner(optimizer: MegatronOptimizer) -> Any:
-    """The one optimizer that a dense model has."""
-    (inner,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    return inner

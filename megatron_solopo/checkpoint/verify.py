@@ -17,8 +17,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from megatron_solopo.architecture.huggingface import Architecture, read_architecture
-from megatron_solopo.checkpoint.huggingface import DTYPES, SafetensorsDirectory, all_finite, bitwise_equal, shown_names
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
+from megatron_solopo.checkpoint.huggingface_weights import (
+    DTYPES,
+    SafetensorsDirectory,
+    all_finite,
+    bitwise_equal,
+    shown_names,
+)
 from megatron_solopo.checkpoint.load import global_parameters, load_weights
 from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, rules
 from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory

@@ -67,7 +67,7 @@ def import_(source: Path, output: Path, verification: Literal["full", "tensors",
       megatron-solopo convert import --hf Qwen2.5-7B-Instruct --out qwen2.5-7b
     """
     with _interruptible(output):
-        from megatron_solopo.checkpoint.convert import import_model
+        from megatron_solopo.checkpoint.conversion import import_model
 
         report = import_model(source, output, verification=verification)
     click.echo(f"{output}\n{report}")
@@ -92,7 +92,7 @@ def export(
       megatron-solopo convert export --checkpoint runs/first/checkpoints/iter_0000100 --out aligned
     """
     with _interruptible(output):
-        from megatron_solopo.checkpoint.convert import export_model
+        from megatron_solopo.checkpoint.conversion import export_model
 
         report = export_model(checkpoint, output, dtype=dtype, verification=verification)
     click.echo(f"{output}\n{report}")
@@ -113,7 +113,7 @@ def verify(source: Path, checkpoint: Path, logits: bool) -> None:
       megatron-solopo convert verify --hf aligned --checkpoint runs/first/checkpoints/iter_0000100
     """
     with _interruptible():
-        from megatron_solopo.checkpoint.convert import verify_models
+        from megatron_solopo.checkpoint.conversion import verify_models
 
         report = verify_models(source, checkpoint, logits=logits)
     click.echo(str(report))

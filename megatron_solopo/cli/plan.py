@@ -115,7 +115,7 @@ def draw(chosen: "LayoutEstimate", path: Path) -> None:
 def prove(planner: "Planner", chosen: "LayoutEstimate") -> "list[Proof]":
     """Build the chosen layout's distinct ranks; imports Megatron, on the CPU whatever this machine has."""
     os.environ["MEGATRON_SOLOPO_DEVICE"] = "cpu"
-    from megatron_solopo.architecture.huggingface import read_architecture
+    from megatron_solopo.architecture.huggingface_config import read_architecture
     from megatron_solopo.plan.dry_run import dry_run
 
     packs = chosen.batch.heaviest_rank

@@ -17,7 +17,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
@@ -27,6 +27,7 @@ from megatron_solopo.evaluate.samples import Sample, Spec
 from megatron_solopo.evaluate.transformers_model import described_device
 from megatron_solopo.generate.transformers import end_tokens
 from megatron_solopo.model.build import build_model
+from megatron_solopo.parallel.megatron_internals import advance_cache
 from megatron_solopo.parallel.topology import Topology
 
 _LEAST_STEP = 64
@@ -83,8 +84,7 @@ class MegatronModel:
         tokens, generated = prompts_BT, list[Tensor]()
         while len(generated) < max_new_tokens and not bool(ended_B.all()):
             next_B = self._next(tokens, context)
-            context.sequence_len_offset += tokens.shape[1]
-            context.enable_decode_mode()
+            advance_cache(context, tokens.shape[1])
             generated.append(next_B)
             ended_B |= torch.isin(next_B, end_ids)
             tokens = next_B.unsqueeze(1)

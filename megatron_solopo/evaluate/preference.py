@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_solopo import __version__
-from megatron_solopo.config import Config, OptimizerConfig, context_and_response
+from megatron_solopo.config import Config, OptimizerConfig, Role
 from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
@@ -33,7 +33,7 @@ from megatron_solopo.results.preference import PreferenceResults, read_preferenc
 from megatron_solopo.run_directory import Subject
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.reference import reference_dependencies, reference_logprobs, score_sequences
-from megatron_solopo.train.run_data import Splits
+from megatron_solopo.train.run_data import RunDatasets
 from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.step import ReferenceLogprobs
 
@@ -55,15 +55,15 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
     Raises UserError for what does not fit, FloatingPointError where the model's numbers are not finite.
     """
     settings = _evaluation_config(subject, config, split)
-    _, topology, splits = check_and_join(settings)
-    dataset = splits.datasets[split]
+    _, topology, datasets = check_and_join(settings)
+    dataset = datasets.by_split[split]
     try:
-        _refuse_together(output, settings, splits.manifest.fingerprint, split)
-        logps, references = _score(settings, Splits(splits.manifest, {split: dataset}), split, topology)
+        _refuse_together(output, settings, datasets.manifest.fingerprint, split)
+        logps, references = _score(settings, RunDatasets(datasets.manifest, {split: dataset}), split, topology)
         is_writer, data_parallel_size = dist.get_rank() == 0, topology.data_group.size()
     finally:
         process_groups.destroy(topology)
-    lengths = {role: dataset.response_lengths(context_and_response(role)[1]) for role in logps.roles}
+    lengths = {role: dataset.response_lengths(role.response) for role in logps.roles}
     columns = triplet_columns(
         settings.objective, _by_role(logps), lengths, None if references is None else _by_role(references)
     )
@@ -75,7 +75,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
         run_dir=None if subject.run_dir is None else str(subject.run_dir),
         step=subject.step,
         data=str(config.data.path),
-        data_fingerprint=splits.manifest.fingerprint,
+        data_fingerprint=datasets.manifest.fingerprint,
         split=split,
         loss_type=settings.objective.loss_type,
         beta=settings.objective.beta,
@@ -162,21 +162,23 @@ def _layout(config: Config, data_parallel_size: int) -> dict[str, int]:
 
 
 def _score(
-    config: Config, splits: Splits, split: str, topology: Topology
+    config: Config, datasets: RunDatasets, split: str, topology: Topology
 ) -> tuple[ReferenceLogprobs, ReferenceLogprobs | None]:
     """Log-probabilities of the model, and of the reference model where rewards need it."""
     references = None
     if config.objective.needs_reference:
         # A cache for each of what it depends on: evaluations of a run's checkpoints share one, and none is ever stale.
-        digest = sha256_json(reference_dependencies(config, splits))[:12]
+        digest = sha256_json(reference_dependencies(config, datasets))[:12]
         cache = config.run_dir / EVALUATION_FOLDER / f"reference-{split}-{digest}"
         cached = config.model_copy(update={"reference": config.reference.model_copy(update={"cache": cache})})
-        references = reference_logprobs(cached, splits, topology, apart=True)[split]
+        references = reference_logprobs(cached, datasets, topology, separate_roles=True)[split]
     chunks = load_frozen(config, config.model.path, topology)
-    return score_sequences(config, chunks, splits.datasets[split], topology, "evaluation", apart=True), references
+    return score_sequences(
+        config, chunks, datasets.by_split[split], topology, "evaluation", separate_roles=True
+    ), references
 
 
-def _by_role(logprobs: ReferenceLogprobs) -> dict[str, Tensor]:
+def _by_role(logprobs: ReferenceLogprobs) -> dict[Role, Tensor]:
     return dict(zip(logprobs.roles, logprobs.logps.unbind(dim=1), strict=True))
 
 
@@ -189,10 +191,10 @@ def _check_finite(columns: Mapping[str, TripletColumn], dataset: TripletDataset,
         )
 
 
-def _tokens(dataset: TripletDataset, roles: Sequence[str]) -> dict[str, IntArray]:
+def _tokens(dataset: TripletDataset, roles: Sequence[Role]) -> dict[str, IntArray]:
     """Tokens of prompt and chosen answer by context, the long one last."""
-    chosen = [role for role in roles if role.endswith("_chosen")]
-    return {f"tokens_{context_and_response(role)[0]}": dataset.sizes((role,), 1).tokens for role in chosen}
+    chosen = [role for role in roles if role.response == "chosen"]
+    return {f"tokens_{role.context}": dataset.sizes((role,), 1).tokens for role in chosen}
 
 
 def _write(

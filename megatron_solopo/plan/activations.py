@@ -10,7 +10,7 @@ Shapes: t tokens of a pack on this rank (T / CP); H hidden, F feed-forward, q an
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_solopo.architecture.huggingface import Shape
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.config import Config
 from megatron_solopo.plan.parameters import Chunk
@@ -44,7 +44,7 @@ def element_bytes(config: Config) -> int:
     return _FP32 if config.model.dtype == "float32" else 2
 
 
-def layer_bytes(architecture: Shape, config: Config, *, local: bool) -> LayerBytes:
+def layer_bytes(architecture: ModelShape, config: Config, *, local: bool) -> LayerBytes:
     """Per token of this rank."""
     a, e, tp = architecture, element_bytes(config), config.parallel.tensor_model_parallel_size
     queries, keys = a.num_attention_heads * a.head_dim / tp, max(a.num_query_groups / tp, 1) * a.head_dim
@@ -108,7 +108,7 @@ class SavedRate:
         return (self.layers + self.other) * pack.padded_tokens / self.context_parallel_size + self.head(pack)
 
 
-def saved_rate(architecture: Shape, config: Config, chunk: Chunk, *, local: bool) -> SavedRate:
+def saved_rate(architecture: ModelShape, config: Config, chunk: Chunk, *, local: bool) -> SavedRate:
     """The rates of one chunk; `local`: of plain PyTorch layers."""
     each = layer_bytes(architecture, config, local=local)
     whole = each.norms + each.attention + each.core_attention + each.mlp
@@ -153,13 +153,13 @@ def _fully_recomputed(config: Config, chunk: Chunk, boundary: float, whole: floa
     return again * boundary + (chunk.num_layers - again) * whole
 
 
-def rotary_bytes(architecture: Shape, longest: int) -> int:
+def rotary_bytes(architecture: ModelShape, longest: int) -> int:
     """The table of angles, fp32, one row per position up to the power of two that holds the longest sequence."""
     return _FP32 * architecture.head_dim * (1 << (longest - 1).bit_length())
 
 
 def recomputed_bytes(
-    architecture: Shape, config: Config, chunks: Sequence[Chunk], pack: PackShape, *, local: bool
+    architecture: ModelShape, config: Config, chunks: Sequence[Chunk], pack: PackShape, *, local: bool
 ) -> float:
     """What backward makes again and keeps for a moment, beyond what it has freed by then: a layer, or parts of it.
 
@@ -180,7 +180,7 @@ def recomputed_bytes(
     return again * pack.padded_tokens / parallel.context_parallel_size
 
 
-def logits_bytes(architecture: Shape, config: Config, pack: PackShape) -> float:
+def logits_bytes(architecture: ModelShape, config: Config, pack: PackShape) -> float:
     """fp32 logits of one chunk of response rows, which is the most that exists at a time."""
     tp = config.parallel.tensor_model_parallel_size
     rows = min(pack.response_rows, config.logprob.chunk_tokens)
@@ -188,7 +188,7 @@ def logits_bytes(architecture: Shape, config: Config, pack: PackShape) -> float:
 
 
 def working_bytes(
-    architecture: Shape, config: Config, chunks: Sequence[Chunk], pack: PackShape, *, local: bool
+    architecture: ModelShape, config: Config, chunks: Sequence[Chunk], pack: PackShape, *, local: bool
 ) -> float:
     """What backward needs for a moment beside what was saved: what is recomputed, gradients, a chunk of logits.
 

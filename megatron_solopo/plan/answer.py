@@ -72,11 +72,11 @@ def model_flops_utilization(estimate: LayoutEstimate, planner: Planner) -> float
     prompts, responses = planner.workload.prompts, planner.workload.responses
     tokens = squares = answers = 0.0
     for role in roles:
-        context, answer = role.split("_")
-        lengths = prompts[context][rows] + responses[answer][rows]
+        answer = responses[role.response][rows]
+        lengths = prompts[role.context][rows] + answer
         tokens += float(lengths.sum())
         squares += float((lengths.astype(float) ** 2).sum())
-        answers += float(responses[answer][rows].sum())
+        answers += float(answer.sum())
     flops = 3 * forward_flops(planner.architecture, tokens, squares, answers).total
     return flops / (estimate.time.seconds * estimate.gpus * estimate.gpu.bf16_tflops * 1e12)
 

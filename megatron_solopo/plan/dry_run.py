@@ -23,14 +23,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_solopo.architecture.huggingface import Architecture
-from megatron_solopo.config import Config, required_roles
+from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.config import Config
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.parallel import topology
+from megatron_solopo.parallel.megatron_internals import gradient_buffers, optimizer_parts, set_rotary_frequencies
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.plan.layouts import DistinctRank, Layout, Proof, distinct_ranks, with_keys
 from megatron_solopo.plan.memory import alive_bytes, rank_state
@@ -98,7 +99,7 @@ class _Kept:
 def parameter_bytes(chunks: Sequence["DistributedDataParallel"]) -> int:
     """Parameters; under the distributed optimizer in Megatron's padded buffers."""
     total = 0
-    for buffer in (buffer for chunk in chunks for buffer in chunk.buffers):
+    for buffer in (buffer for chunk in chunks for buffer in gradient_buffers(chunk)):
         tensors = buffer.params if buffer.param_data is None else [buffer.param_data]
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return total
@@ -106,13 +107,13 @@ def parameter_bytes(chunks: Sequence["DistributedDataParallel"]) -> int:
 
 def gradient_bytes(chunks: Sequence["DistributedDataParallel"]) -> int:
     """Gradient buffers, padding included."""
-    buffers = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
+    buffers = [buffer.grad_data for chunk in chunks for buffer in gradient_buffers(chunk)]
     return sum(tensor.numel() * tensor.element_size() for tensor in buffers)
 
 
 def initialize_moments(optimizer: "MegatronOptimizer") -> None:
     """Make Adam's moments, which a first step would make."""
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         if part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
 
@@ -121,17 +122,12 @@ def optimizer_state_bytes(optimizer: "MegatronOptimizer", chunks: Sequence["Dist
     """Moments and, where they are not the model's own, fp32 weights; counters of steps do not count."""
     models = {tensor.untyped_storage()._cdata for chunk in chunks for tensor in chunk.parameters()}
     total = 0
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         for weight in (weight for group in part.optimizer.param_groups for weight in group["params"]):
             moments = [value for value in part.optimizer.state[weight].values() if torch.is_tensor(value)]
             tensors = [tensor for tensor in (weight, *moments) if tensor.dim() > 0]
             total += sum(t.numel() * t.element_size() for t in tensors if t.untyped_storage()._cdata not in models)
     return total
-
-
-def _parts(optimizer: "MegatronOptimizer") -> Sequence["MegatronOptimizer"]:
-    parts: Sequence[MegatronOptimizer] = getattr(optimizer, "chained_optimizers", [optimizer])
-    return parts
 
 
 _META = torch.device("meta")
@@ -237,7 +233,7 @@ def _chunks(architecture: Architecture, config: Config) -> list[ResponseModel]:
     for chunk in chunks:
         chunk.config.variable_seq_lengths = False
         chunk.config.batch_p2p_comm = False
-        chunk.rotary_pos_emb.inv_freq = chunk.rotary_pos_emb.inv_freq.to(_META)
+        set_rotary_frequencies(chunk, chunk.rotary_pos_emb.inv_freq.to(_META))
         for module in chunk.modules():
             if isinstance(module, PackedAttention):
                 module.__class__ = _AttentionShapes
@@ -282,7 +278,7 @@ def _microbatch(config: Config, pack: PackShape, groups: Topology) -> Microbatch
         )
         for number, lengths in enumerate(pack.triplets)
     ]
-    built = build_pack(rows, required_roles(config.objective), groups.sequence_multiple)
+    built = build_pack(rows, config.objective.roles.all, groups.sequence_multiple)
     whole = shard_pack(built, groups)
     return replace(whole, tokens_1t=whole.tokens_1t.to(_META))
 

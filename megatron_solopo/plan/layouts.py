@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_solopo.architecture.fp8 import check_fp8
 from megatron_solopo.architecture.gpus import Gpu, has_fp8
-from megatron_solopo.architecture.huggingface import Shape
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import check_layout, check_world_size
 from megatron_solopo.config import Config
 
@@ -76,7 +76,7 @@ def with_keys(config: Config, **sections: dict[str, Any]) -> Config:
     return config.model_copy(update=update)
 
 
-def sizes_of(architecture: Shape, gpus: int, gpu: Gpu) -> Iterator[dict[str, int | None]]:
+def sizes_of(architecture: ModelShape, gpus: int, gpu: Gpu) -> Iterator[dict[str, int | None]]:
     """All tp, pp, vpp, cp that divide the GPUs; what they do to the model is judged later, with a reason."""
     for tp in _divisors(gpus):
         if tp > gpu.gpus_per_node:
@@ -99,14 +99,14 @@ def make_layout(config: Config, sizes: dict[str, int | None], gpus: int) -> Layo
     return Layout(changed, gpus // changed.parallel.model_parallel_size)
 
 
-def check(architecture: Shape, layout: Layout) -> None:
+def check(architecture: ModelShape, layout: Layout) -> None:
     """Raise ValueError with the first reason why the model refuses a layout."""
     config = layout.config
     check_layout(architecture, config.parallel)
     check_fp8(architecture, config.model, config.parallel, config.optimizer)
 
 
-def exchanges_by_heads(architecture: Shape, config: Config) -> bool:
+def exchanges_by_heads(architecture: ModelShape, config: Config) -> bool:
     """Whether keys and values can be exchanged by heads (`cp_comm_type: a2a`)."""
     if config.parallel.context_parallel_size == 1:
         return False
@@ -117,7 +117,7 @@ def exchanges_by_heads(architecture: Shape, config: Config) -> bool:
     return True
 
 
-def variants(architecture: Shape, layout: Layout, gpu: Gpu, vary: Sequence[str]) -> list[list[Layout]]:
+def variants(architecture: ModelShape, layout: Layout, gpu: Gpu, vary: Sequence[str]) -> list[list[Layout]]:
     """What may be tried beside the sizes: rows that differ in precision, traffic and where the optimizer's state lies.
 
     In a row every entry recomputes more, takes less memory and more time than the one before: the first that fits is

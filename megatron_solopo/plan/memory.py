@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_solopo.architecture.gpus import Reserve
-from megatron_solopo.architecture.huggingface import Shape
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import (
     element_bytes,
@@ -48,7 +48,7 @@ class State:
 
 
 def rank_state(
-    architecture: Shape,
+    architecture: ModelShape,
     config: Config,
     pipeline_rank: int,
     data_parallel_size: int,
@@ -65,7 +65,7 @@ def rank_state(
 
 
 def chunks_state(
-    architecture: Shape,
+    architecture: ModelShape,
     config: Config,
     chunks: Sequence[Chunk],
     data_parallel_size: int,
@@ -98,7 +98,7 @@ def _owned(laid_out: Sequence[Buffer], shards: int, data_rank: int | None) -> in
     return sum(buffer.owned(0, shards) for buffer in laid_out)
 
 
-def _fp8_copies(architecture: Shape, config: Config, chunks: Sequence[Chunk]) -> int:
+def _fp8_copies(architecture: ModelShape, config: Config, chunks: Sequence[Chunk]) -> int:
     """One byte per weight for each direction; the parameters themselves serve as the first where they are FP8."""
     if config.model.fp8 is None:
         return 0
@@ -168,7 +168,7 @@ class Alive:
 
 
 def alive_bytes(
-    architecture: Shape, config: Config, pipeline_rank: int, packs: Sequence[PackShape], *, local: bool
+    architecture: ModelShape, config: Config, pipeline_rank: int, packs: Sequence[PackShape], *, local: bool
 ) -> Alive:
     """What Megatron's schedule of these packs keeps alive.
 
@@ -194,7 +194,7 @@ def alive_bytes(
 
 
 def stage_memory(
-    architecture: Shape,
+    architecture: ModelShape,
     config: Config,
     data_parallel_size: int,
     pipeline_rank: int,
@@ -228,7 +228,7 @@ def stage_memory(
 
 
 def _communication(
-    architecture: Shape, config: Config, data_parallel_size: int, packs: Sequence[PackShape], reserve: Reserve
+    architecture: ModelShape, config: Config, data_parallel_size: int, packs: Sequence[PackShape], reserve: Reserve
 ) -> float:
     """NCCL's buffers of the groups in use, messages of the pipeline, keys and values of the context-parallel ring."""
     parallel, e = config.parallel, element_bytes(config)

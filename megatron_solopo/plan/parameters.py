@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_solopo.architecture.huggingface import Shape
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.config import ModelConfig, ParallelConfig
 
@@ -60,7 +60,7 @@ class Buffer:
         return total
 
 
-def model_chunks(architecture: Shape, parallel: ParallelConfig, pipeline_rank: int) -> list[Chunk]:
+def model_chunks(architecture: ModelShape, parallel: ParallelConfig, pipeline_rank: int) -> list[Chunk]:
     """The chunks of a pipeline rank: chunk v of rank p is virtual stage v x PP + p."""
     size, count = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     layers = architecture.num_layers // (size * count)
@@ -69,7 +69,7 @@ def model_chunks(architecture: Shape, parallel: ParallelConfig, pipeline_rank: i
 
 
 def chunk_parameters(
-    architecture: Shape, model: ModelConfig, parallel: ParallelConfig, chunk: Chunk
+    architecture: ModelShape, model: ModelConfig, parallel: ParallelConfig, chunk: Chunk
 ) -> list[Parameter]:
     """This tensor-parallel rank's parameters of a chunk, in the order of `named_parameters`."""
     a, tp = architecture, parallel.tensor_model_parallel_size
@@ -89,7 +89,7 @@ def chunk_parameters(
     return found
 
 
-def _layer(a: Shape, tp: int) -> Iterator[Parameter]:
+def _layer(a: ModelShape, tp: int) -> Iterator[Parameter]:
     hidden, ffn = a.hidden_size, a.ffn_hidden_size // tp
     queries = a.num_attention_heads * a.head_dim
     mixed = (queries + 2 * a.num_query_groups * a.head_dim) // tp
@@ -106,7 +106,7 @@ def _layer(a: Shape, tp: int) -> Iterator[Parameter]:
     yield Parameter("mlp.linear_fc2.weight", ffn * hidden, is_fp8=True)
 
 
-def _in_bfloat16(architecture: Shape, model: ModelConfig, layer: int) -> bool:
+def _in_bfloat16(architecture: ModelShape, model: ModelConfig, layer: int) -> bool:
     """Whether a layer stays in bfloat16 where the others are in FP8."""
     first, last = model.num_layers_at_start_in_bf16, architecture.num_layers - model.num_layers_at_end_in_bf16
     return model.first_last_layers_bf16 and not first <= layer < last

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_solopo.architecture.fp8 import FP8_MULTIPLES
 from megatron_solopo.architecture.gpus import Efficiency, Gpu, Reserve
-from megatron_solopo.architecture.huggingface import Shape
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import check_layout
 from megatron_solopo.config import Config
 from megatron_solopo.plan.layouts import Layout, check, make_layout, sizes_of, variants
@@ -84,7 +84,7 @@ def _nearest(refused: Sequence[Refusal]) -> Refusal:
 class Planner:
     """Judges layouts of one model, workload and type of GPU."""
 
-    architecture: Shape
+    architecture: ModelShape
     config: Config
     workload: Workload
     gpu: Gpu

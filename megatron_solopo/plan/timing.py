@@ -11,7 +11,7 @@ from functools import cached_property
 
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import Efficiency, Gpu
-from megatron_solopo.architecture.huggingface import Shape
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import element_bytes
@@ -75,7 +75,7 @@ class StepTime:
 class Clock:
     """Times one configuration on one type of GPU."""
 
-    architecture: Shape
+    architecture: ModelShape
     config: Config
     data_parallel_size: int
     gpu: Gpu

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.architecture.layout import packs_multiple, sequence_multiple
-from megatron_solopo.config import Config, context_and_response, required_roles
+from megatron_solopo.config import Config, Role
 from megatron_solopo.data.batch_plan import (
     IntArray,
     RankPacks,
@@ -39,10 +39,9 @@ class Workload:
     source: str
     """Where the lengths come from, for a reader."""
 
-    def longest(self, roles: Sequence[str]) -> int:
+    def longest(self, roles: Sequence[Role]) -> int:
         """Tokens of the longest sequence among these roles."""
-        parts = (context_and_response(role) for role in roles)
-        return max(int((self.prompts[context] + self.responses[answer]).max()) for context, answer in parts)
+        return max(int((self.prompts[role.context] + self.responses[role.response]).max()) for role in roles)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +136,7 @@ class Packer:
 
     def __init__(self, workload: Workload, config: Config) -> None:
         self.workload, self.config = workload, config
-        self.roles = required_roles(config.objective)
+        self.roles = config.objective.roles.all
         size = config.training.global_batch_size
         available = len(workload.responses["chosen"])
         generator = np.random.default_rng(_SEED)
@@ -217,7 +216,7 @@ class Packer:
 
 
 def pack_shape(
-    triplets: Sequence[Mapping[str, int]], roles: Sequence[str], multiple: int, whole: int, cp: int
+    triplets: Sequence[Mapping[str, int]], roles: Sequence[Role], multiple: int, whole: int, cp: int
 ) -> PackShape:
     """Shape of a pack.
 
@@ -226,9 +225,8 @@ def pack_shape(
         multiple, whole: what each sequence, and the pack, is padded to a multiple of.
         cp: context-parallel size.
     """
-    parts = [context_and_response(role) for role in roles]
-    prompts_S = np.array([triplet[context] for triplet in triplets for context, _ in parts])
-    responses_S = np.array([triplet[answer] for triplet in triplets for _, answer in parts])
+    prompts_S = np.array([triplet[role.context] for triplet in triplets for role in roles])
+    responses_S = np.array([triplet[role.response] for triplet in triplets for role in roles])
     padded_S = padded_lengths(prompts_S + responses_S, multiple)
     padded_S[-1] += int(padded_lengths(padded_S.sum(), whole)) - int(padded_S.sum())
     chunk_S1 = (padded_S // (2 * cp))[:, None]

@@ -30,7 +30,7 @@ _LEAST_RISE_OF_NLL = 0.2
 _COLLAPSE_SCORE = 3.0
 
 
-def values(steps: Iterable[StepMetrics], name: str) -> list[float]:
+def metric_values(steps: Iterable[StepMetrics], name: str) -> list[float]:
     """A metric's values, of the steps that have it."""
     return [value for step in steps if (value := step.get(name)) is not None]
 
@@ -42,7 +42,7 @@ def loss_spike(steps: Sequence[StepMetrics]) -> str | None:
     factor makes it the z-score of a normal distribution (Iglewicz and Hoaglin, 1993). Earlier spikes hide no later one.
     """
     newest = steps[-1].get("loss")
-    before = values(list(steps[:-1])[-_SPIKE_HISTORY:], "loss")
+    before = metric_values(list(steps[:-1])[-_SPIKE_HISTORY:], "loss")
     if newest is None or len(before) < _SPIKE_LEAST_HISTORY:
         return None
     median = statistics.median(before)
@@ -63,7 +63,7 @@ def both_rewards_falling(steps: Sequence[StepMetrics]) -> str | None:
     """
     falls = []
     for name in ("rewards/chosen", "rewards/rejected"):
-        recent = values(steps, name)[-2 * _TREND_STEPS :]
+        recent = metric_values(steps, name)[-2 * _TREND_STEPS :]
         if len(recent) < 2 * _TREND_STEPS:
             return None
         earlier, later = recent[:_TREND_STEPS], recent[_TREND_STEPS:]
@@ -98,7 +98,9 @@ def gap_closes_from_below(steps: Sequence[StepMetrics]) -> str | None:
     found = [values for step in steps if None not in (values := tuple(step.get(name) for name in _COLLAPSE_NAMES))]
     if len(found) < 2 * _COLLAPSE_STEPS:
         return None
-    before, after = (list(zip(*stretch, strict=True)) for stretch in (found[:_COLLAPSE_STEPS], found[-_COLLAPSE_STEPS:]))
+    before, after = (
+        list(zip(*stretch, strict=True)) for stretch in (found[:_COLLAPSE_STEPS], found[-_COLLAPSE_STEPS:])
+    )
     (gap, reward, nll), (gap_now, reward_now, nll_now) = (map(statistics.fmean, each) for each in (before, after))
     error = ((statistics.variance(before[2]) + statistics.variance(after[2])) / _COLLAPSE_STEPS) ** 0.5
     if gap_now > (1 - _LEAST_FALL_OF_GAP) * gap or nll_now - nll < max(_LEAST_RISE_OF_NLL, _COLLAPSE_SCORE * error):

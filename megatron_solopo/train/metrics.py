@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import bf16_peak
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.config import LoggingConfig
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
@@ -89,9 +89,7 @@ def finite_or_none(values: Mapping[str, float | int | None]) -> Metrics:
 class MetricsWriter(Callback):
     """On rank 0: `metrics.jsonl`, TensorBoard, W&B if asked for, a console line per step, `metrics.png` at the end."""
 
-    def __init__(
-        self, run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any], *, total_steps: int
-    ) -> None:
+    def __init__(self, run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any], *, total_steps: int) -> None:
         """Open nothing yet; `config` is what W&B shows as the run's configuration."""
         self.path = run_dir / "metrics.jsonl"
         self._run_dir, self._logging, self._config, self._total_steps = run_dir, logging, config, total_steps

@@ -13,16 +13,20 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import Config, ModelConfig, OptimizerConfig
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.build import build_model, fuse_weight_gradients
+from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.layer_spec import uses_transformer_engine
 from megatron_solopo.model.microbatch import Microbatch
-from megatron_solopo.model.precision import release_exact_values
+from megatron_solopo.parallel.megatron_internals import (
+    fuse_weight_gradients,
+    gradient_buffers,
+    release_exact_values,
+)
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import reduce_over_ranks
 from megatron_solopo.train.step import LossFunction, run_schedule
@@ -51,7 +55,7 @@ def _check_finite_and_finalize(model: Sequence[DistributedDataParallel], *argume
     After the reduction a NaN is on every rank, and its origin is lost. The result stays on the device, so that nothing
     waits for it here.
     """
-    sums = [buffer.grad_data.sum() for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    sums = [buffer.grad_data.sum() for chunk in model for buffer in gradient_buffers(chunk)]
     model[0].gradient_was_finite = torch.stack(sums).isfinite().all()
     finalize_model_grads(list(model), *arguments, **keywords)
 
@@ -80,7 +84,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
             adam_beta1=optimizer.adam_beta1,
             adam_beta2=optimizer.adam_beta2,
             adam_eps=optimizer.adam_eps,
-            # Megatron measures the gradient norm only if it clips; with an infinite bound it measures and clips nothing.
+            # Megatron measures the gradient norm only if it clips; an infinite bound clips nothing.
             clip_grad=optimizer.clip_grad or math.inf,
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
@@ -88,8 +92,8 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
             fp8_recipe=model.fp8_recipe if model.fp8 else None,
             optimizer_cpu_offload=offload,
             optimizer_offload_fraction=optimizer.optimizer_offload_fraction,
-            # With the overlap, gradients that must be cast are cast on another stream than the one of the GPU's share of
-            # the update, and the update does not wait for them. So overlap only fp32 gradients.
+            # With the overlap, gradients that must be cast are cast on a stream of their own, and the update on the GPU
+            # does not wait for it. So overlap only fp32 gradients.
             overlap_cpu_optimizer_d2h_h2d=offload and optimizer.grad_reduce_in_fp32,
             # The hybrid optimizer then holds the only fp32 weights, without a copy on the GPU.
             use_precision_aware_optimizer=offload,

@@ -26,15 +26,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_solopo import __version__
-from megatron_solopo.architecture.huggingface import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
-from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.agreement import on_rank_0
+from megatron_solopo.parallel.megatron_internals import optimizer_parts
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import peak_memory_bytes, reduce_over_ranks, reset_peak_memory
 from megatron_solopo.train.policy import Policy
@@ -217,7 +217,7 @@ def try_largest_pack(
     """
     pack = loader.largest_pack(_PLANNED_BATCHES)
     packs = [pack] * max(topology.packs_multiple, topology.pipeline_group.size())
-    roles = required_roles(config.objective)
+    roles = config.objective.roles.all
     loss = objective_loss(config.objective, ReferenceLogprobs(roles, torch.zeros(num_rows, len(roles))), topology)
     reset_peak_memory()
     started = time.monotonic()
@@ -237,7 +237,7 @@ def try_largest_pack(
 
 def _missing_moment_bytes(config: Config, policy: Policy) -> int:
     """Bytes that the first update will add on this rank's device for Adam's moments; 0 if they exist already."""
-    parts = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    parts = optimizer_parts(policy.optimizer)
     if any(part.optimizer.state for part in parts):
         return 0
     num_parameters = sum(weight.numel() for group in policy.optimizer.param_groups for weight in group["params"])

@@ -20,14 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, Role
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.layer_spec import uses_transformer_engine
 from megatron_solopo.model.precision import precision_settings
-from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import load_frozen
@@ -91,7 +90,8 @@ def fingerprint(references: Mapping[str, ReferenceLogprobs]) -> str:
     """Hex SHA-256 of the numbers themselves, which may differ in the last bits if a cache is computed again."""
     digest = hashlib.sha256()
     for name, logprobs in sorted(references.items()):
-        digest.update(f"{name} {logprobs.roles}".encode() + logprobs.logps.contiguous().numpy().tobytes())
+        roles = tuple(str(role) for role in logprobs.roles)
+        digest.update(f"{name} {roles}".encode() + logprobs.logps.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -104,7 +104,7 @@ def reference_dependencies(config: Config, datasets: RunDatasets) -> dict[str, A
         "fp8": precision_settings(config.model),
         "implementation": "transformer_engine" if uses_transformer_engine(config.model) else "local",
         "scoring_version": _SCORING_VERSION,
-        "roles": list(required_roles(config.objective)),
+        "roles": list(config.objective.roles.all),
     }
 
 
@@ -163,7 +163,7 @@ def score_sequences(
             triplet.
         before_batch: called before every batch.
     """
-    roles = required_roles(config.objective)
+    roles = config.objective.roles.all
     passes = {f"{label}, {role}": (role,) for role in roles} if separate_roles else {label: roles}
     logps = [
         _score_pass(config, chunks, dataset, topology, pass_label, pass_roles, before_batch)
@@ -178,7 +178,7 @@ def _score_pass(
     dataset: TripletDataset,
     topology: Topology,
     label: str,
-    roles: tuple[str, ...],
+    roles: tuple[Role, ...],
     before_batch: Callable[[], None] | None,
 ) -> Tensor:
     """Summed log-probabilities, fp32 [rows, len(roles)]."""
@@ -198,7 +198,9 @@ def _score_pass(
     return logps.cpu()
 
 
-def _write(cache: Path, dependencies: dict[str, Any], datasets: RunDatasets, computed: dict[str, ReferenceLogprobs]) -> None:
+def _write(
+    cache: Path, dependencies: dict[str, Any], datasets: RunDatasets, computed: dict[str, ReferenceLogprobs]
+) -> None:
     with atomic_path(cache) as temporary:
         temporary.mkdir()
         for name, logprobs in computed.items():
@@ -212,7 +214,7 @@ def _damaged(cache: Path, file: str) -> UserError:
     return UserError(f"{cache / file}: missing or damaged; delete {cache}, and it is computed again")
 
 
-def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[str]) -> ReferenceLogprobs:
+def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[Role]) -> ReferenceLogprobs:
     try:
         table = pq.read_table(cache / f"{name}.parquet")
     except (OSError, pa.ArrowException):

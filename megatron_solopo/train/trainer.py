@@ -89,9 +89,7 @@ def _try_largest_pack(session: Session, policy: Policy, loader: GlobalBatchLoade
     return try_largest_pack(session.config, policy, loader, num_rows, session.topology, session.watchdog.progress)
 
 
-def _reference_logprobs(
-    session: Session, *, overwrite: bool = False, step: int = 0
-) -> dict[str, ReferenceLogprobs]:
+def _reference_logprobs(session: Session, *, overwrite: bool = False, step: int = 0) -> dict[str, ReferenceLogprobs]:
     return reference_logprobs(
         session.config,
         session.datasets,

@@ -8,11 +8,11 @@ from unittest import mock
 
 import pytest
 
-from megatron_solopo.architecture import huggingface
-from megatron_solopo.architecture.huggingface import Shape, read_architecture
+from megatron_solopo.architecture import huggingface_config
+from megatron_solopo.architecture.huggingface_config import ModelShape, read_architecture
 from megatron_solopo.architecture.plain import read_shape
 from megatron_solopo.errors import UserError
-from tests.architecture.test_huggingface import REFUSED, write
+from tests.architecture.test_huggingface_config import REFUSED, write
 from tests.tiny_models import FAMILIES
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "plans" / "models"
@@ -26,13 +26,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
-def shape_of(found: Shape) -> dict[str, Any]:
-    return {field.name: getattr(found, field.name) for field in fields(Shape)}
+def shape_of(found: ModelShape) -> dict[str, Any]:
+    return {field.name: getattr(found, field.name) for field in fields(ModelShape)}
 
 
 def assert_same(folder: Path, *, plain: bool) -> None:
     expected = shape_of(read_architecture(folder))
-    with mock.patch.object(huggingface, "read_architecture", wraps=read_architecture) as slow:
+    with mock.patch.object(huggingface_config, "read_architecture", wraps=read_architecture) as slow:
         assert shape_of(read_shape(folder)) == expected
     assert slow.called is not plain
 

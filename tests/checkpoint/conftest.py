@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_solopo.checkpoint.convert import import_model
+from megatron_solopo.checkpoint.conversion import import_model
 from megatron_solopo.config import parse_config
 from megatron_solopo.train.policy import Policy, build_policy
 from tests.ranks import layout

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.checkpoint.mapping import Rule, canonical_name, rules, to_huggingface, to_megatron
 from tests.tiny_models import FAMILIES, VOCAB_SIZE

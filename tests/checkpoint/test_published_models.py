@@ -12,9 +12,9 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.checkpoint import megatron_writer
-from megatron_solopo.checkpoint.huggingface import StoredTensor
+from megatron_solopo.checkpoint.huggingface_weights import StoredTensor
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, megatron_shape, rules
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.build import build_model

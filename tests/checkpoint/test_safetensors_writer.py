@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_solopo.checkpoint.huggingface import SafetensorsDirectory, SafetensorsWriter, bitwise_equal
+from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory, SafetensorsWriter, bitwise_equal
 from tests.tiny_models import make_model
 
 INDEX = "model.safetensors.index.json"

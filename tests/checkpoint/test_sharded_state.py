@@ -18,12 +18,12 @@ from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.checkpoint.save import ShardedSave
 from megatron_solopo.checkpoint.sharded_state import (
     complete_group,
-    initialize_optimizer_state,
     load_optimizer_state,
     optimizer_state_to_load,
     without_classes,
 )
 from megatron_solopo.config import parse_config
+from megatron_solopo.parallel.megatron_internals import initialize_adam_state
 from megatron_solopo.train.policy import Policy, build_policy
 from tests.ranks import layout, two_ranks
 from tests.tiny_models import make_model
@@ -75,7 +75,7 @@ def inner(policy: Policy) -> Any:
 
 def invent(policy: Policy) -> list[torch.Tensor]:
     """Give a policy a state that no other rank has; returns a copy of it."""
-    initialize_optimizer_state(policy.optimizer)
+    initialize_adam_state(policy.optimizer)
     torch.manual_seed(dist.get_rank())
     for tensor in held(policy):
         tensor.normal_()
@@ -93,7 +93,7 @@ def held(policy: Policy) -> list[torch.Tensor]:
 
 def load_as_megatron_does(path: Path, policy: Policy) -> None:
     """The slow way: every rank asks for everything."""
-    initialize_optimizer_state(policy.optimizer)
+    initialize_adam_state(policy.optimizer)
     model = sharded_state._by_parameter(sharded_state.model_state(policy.chunks))
     wanted = policy.optimizer.sharded_state_dict(model, is_loading=True, metadata=sharded_state._metadata())
     load_optimizer_state(policy.optimizer, dist_checkpointing.load({"optimizer": wanted}, str(path))["optimizer"])
@@ -141,14 +141,6 @@ def test_a_hybrid_optimizers_groups_can_be_read_without_running_code(tmp_path: P
     read = torch.load(tmp_path / "plain.pt", weights_only=True)
     kept = {key for key, value in groups[0].items() if not isinstance(value, type)}
     assert read["optimizer"]["param_groups"][0].keys() == kept and read["param_state"] == 1
-
-
-def test_a_hybrid_optimizer_makes_its_state_by_a_step_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = hybrid()
-    taken: list[bool] = []
-    monkeypatch.setattr(optimizer, "dummy_step", lambda: taken.append(True))  # takes parameters on a GPU
-    initialize_optimizer_state(SimpleNamespace(optimizer=optimizer, config=None))
-    assert taken
 
 
 def test_a_hybrid_optimizer_counts_on_after_it_was_loaded() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_solopo.checkpoint.convert import export_model, verify_models
+from megatron_solopo.checkpoint.conversion import export_model, verify_models
 from megatron_solopo.config import Config, parse_config
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.train.session import open_session

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from megatron_solopo.checkpoint.convert import export_model, import_model
+from megatron_solopo.checkpoint.conversion import export_model, import_model
 from tests.data.tiny_tokenizers import write_hugging_face
 
 MAX_POSITIONS = 2048

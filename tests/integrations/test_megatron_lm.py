@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_solopo.checkpoint.convert import import_model
+from megatron_solopo.checkpoint.conversion import import_model
 from megatron_solopo.config import ModelConfig
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.model.layer_spec import layer_spec

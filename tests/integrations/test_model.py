@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.integrations.task import check_transformer_config, prepare_model

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.build import build_model
 from tests.ranks import layout

@@ -9,7 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.build import build_model

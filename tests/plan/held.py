@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.layout import sequence_multiple
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, Role
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
-from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.plan.dry_run import SavedMeter, gradient_bytes, optimizer_state_bytes, parameter_bytes
@@ -74,7 +73,7 @@ def shapes(config: Config) -> list[PackShape]:
     """The packs of every rank, as the planner sees them."""
     parallel = config.parallel
     multiple = sequence_multiple(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
-    roles = required_roles(config.objective)
+    roles = config.objective.roles.all
     return [pack_shape([triplet], roles, multiple, 1, parallel.context_parallel_size) for triplet in TRIPLETS]
 
 
@@ -100,7 +99,7 @@ def _train(config: Config, groups: Topology) -> Held:
     wrapped = wrap_data_parallel(chunks, config.optimizer)
     optimizer = build_optimizer(wrapped, config.optimizer)
     policy = Policy(wrapped, optimizer, build_scheduler(optimizer, config.optimizer, 2))
-    roles = required_roles(config.objective)
+    roles = config.objective.roles.all
     loss = objective_loss(config.objective, ReferenceLogprobs(roles, torch.zeros(2, len(roles))), groups)
     meter = SavedMeter(parameter for chunk in chunks for parameter in chunk.parameters())
     with meter.counting():
@@ -118,7 +117,7 @@ def _train(config: Config, groups: Topology) -> Held:
     )
 
 
-def _pack(number: int, roles: tuple[str, ...], groups: Topology) -> Pack:
+def _pack(number: int, roles: tuple[Role, ...], groups: Topology) -> Pack:
     generator = np.random.default_rng(number)
     tokens = {name: generator.integers(VOCAB_SIZE, size=length) for name, length in TRIPLETS[number].items()}
     triplet = TokenizedTriplet(

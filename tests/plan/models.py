@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo.architecture.gpus import GPUS, Gpu
-from megatron_solopo.architecture.huggingface import Architecture, read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.config import Config, load_config
 from megatron_solopo.plan.search import Planner
 from megatron_solopo.plan.workload import stated_workload

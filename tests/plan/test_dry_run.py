@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.plan.dry_run import dry_run
 from megatron_solopo.plan.layouts import Layout, distinct_ranks, make_layout
 from tests.plan.held import Case, shapes

@@ -1,17 +1,18 @@
-"""Plans that are kept: what the command says today, their dry runs clean, their scripts accepted by SLURM."""
+"""The plans in examples/plans/launch are what the command writes today, and SLURM accepts its scripts."""
 
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from click.testing import CliRunner, Result
 
+from megatron_solopo.cli.main import cli
 from megatron_solopo.config import load_config
-from megatron_solopo.plan.layouts import Layout
-from megatron_solopo.plan.memory import GIB
-from tests.plan.models import PLANS, ROOT, TOKENS, make_planner
-from tests.plan.slurm import CONTROLLER, controller, judge
+from tests.plan.models import PLANS, ROOT, TOKENS
+from tests.plan.slurm import CONTROLLER, NODES, controller, judge
 
 
 def load_generator() -> ModuleType:
@@ -23,58 +24,68 @@ def load_generator() -> ModuleType:
 
 
 GENERATOR = load_generator()
-CASES = list(GENERATOR.cases())
+ARGUMENTS = GENERATOR.plan_arguments()
 LAUNCH = PLANS / "launch"
-FITTING = [name for name, _ in CASES if (LAUNCH / name).is_dir()]
 
 
-def test_all_models_sizes_and_types_are_there() -> None:
-    assert len(CASES) == 4 * 4 * 2 and TOKENS == GENERATOR.TOKENS
-    assert {path.stem for path in LAUNCH.glob("*.txt")} == {name for name, _ in CASES}
-    assert {path.name for path in LAUNCH.iterdir() if path.is_dir()} == set(FITTING)
-    # A 70B model's state alone is more than eight H100 hold beside a context of 131,072 tokens.
-    assert {name for name, _ in CASES} - set(FITTING) == {"llama-3.1-70b-8xh100", "qwen2.5-72b-8xh100"}
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # the paths of the examples start there
 
 
-@pytest.mark.parametrize(("name", "arguments"), CASES, ids=[name for name, _ in CASES])
-def test_a_kept_plan_is_todays(name: str, arguments: list[str]) -> None:
-    text = (LAUNCH / f"{name}.txt").read_text(encoding="utf-8")
-    assert text.startswith(f"$ megatron-solopo {' '.join(arguments)}\n")
-    if name not in FITTING:
-        assert re.search(r"error: no layout fits on .*: [\d.]+ GiB over", text)
-        return
-    config = load_config(LAUNCH / name / "config.yaml")
-    model, gpus, gpu = re.fullmatch(r"(.+)-(\d+)x(h\d00)", name).groups()
-    planner = make_planner(
-        model, gpus=int(gpus), gpu=importlib.import_module("megatron_solopo.architecture.gpus").GPUS[gpu]
-    )
-    config = config.model_copy(update={"model": planner.config.model, "run_dir": planner.config.run_dir})
-    layout = Layout(config, int(gpus) // config.parallel.model_parallel_size)
-    estimate = planner.estimate(layout)
-    assert f"{layout.name} on {gpus} x" in text and estimate.excess_gib <= 0
-    assert f"  together {estimate.time.seconds:.3f}: " in text
-    assert f"{estimate.fullest.total / GIB:.2f}" in text
-    ranks = text[text.index("Dry run:") :].splitlines()[3:]
+def plan(name: str, *more: str) -> Result:
+    return CliRunner().invoke(cli, [*ARGUMENTS[name], *more])
+
+
+def test_the_repository_keeps_two_of_the_plans() -> None:
+    assert len(ARGUMENTS) == 4 * 4 * 2 and TOKENS == GENERATOR.TOKENS
+    assert {path.name for path in LAUNCH.iterdir()} == {*GENERATOR.KEPT, *(f"{name}.txt" for name in GENERATOR.KEPT)}
+
+
+@pytest.mark.parametrize("name", GENERATOR.KEPT)
+def test_a_kept_plan_is_what_the_command_writes_today(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    result = plan(name, "--emit-sbatch", str(folder))
+    assert result.exit_code == 0, result.output
+    command, text = (LAUNCH / f"{name}.txt").read_text(encoding="utf-8").split("\n\n", 1)
+    text, dry_run = text.split("\n\nDry run:")
+    kept = str((LAUNCH / name).relative_to(ROOT))
+    assert command == f"$ megatron-solopo {' '.join(ARGUMENTS[name])} --dry-run --emit-sbatch {kept}"
+    assert text == result.stdout.rstrip("\n")
+    ranks = dry_run.splitlines()[3:]
     assert len(ranks) >= 2 and all("  equal  " in f"{line}  " for line in ranks)
+    assert load_config(LAUNCH / name / "config.yaml") == load_config(folder / "config.yaml")
+    assert (LAUNCH / name / "submit.sbatch").read_text() == (folder / "submit.sbatch").read_text().replace(
+        str(folder), kept
+    )
+
+
+def test_eight_gpus_of_80_gb_do_not_hold_a_70b_model() -> None:
+    result = plan("llama-3.1-70b-8xh100")
+    assert re.search(r"no layout fits on 8 x H100; .*: does not fit: [\d.]+ GiB over 79.1 GiB", str(result.exception))
 
 
 @pytest.mark.skipif(CONTROLLER is None, reason="SLURM is not installed")
 def test_slurm_accepts_every_script_and_no_larger_one(tmp_path: Path) -> None:
     with controller(tmp_path) as environment:
-        for name in FITTING:
-            judged = judge(LAUNCH / name / "submit.sbatch", environment)
-            nodes = max(1, int(re.search(r"-(\d+)x", name)[1]) // 8)
+        for gpus, layout in ((8, "cp=8"), (64, "tp=8,cp=8"), (1024, "tp=8,pp=4,cp=4")):
+            folder = tmp_path / str(gpus)
+            result = plan(f"llama-3.1-8b-{gpus}xh200", "--explain", layout, "--emit-sbatch", str(folder))
+            assert result.exit_code == 0, result.output
+            judged = judge(folder / "submit.sbatch", environment)
             assert judged.returncode == 0 and "to start at" in judged.stderr, judged.stderr
-            assert f"using {64 * nodes} processors" in judged.stderr
-        text = (LAUNCH / "llama-3.1-8b-1024xh100" / "submit.sbatch").read_text()
+            assert f"using {64 * gpus // 8} processors" in judged.stderr
         larger = tmp_path / "larger.sbatch"
-        larger.write_text(text.replace("--nodes=128", "--nodes=129"))
+        text = (folder / "submit.sbatch").read_text()
+        assert f"--nodes={NODES}\n" in text
+        larger.write_text(text.replace(f"--nodes={NODES}\n", f"--nodes={NODES + 1}\n"))
         assert "not available" in judge(larger, environment).stderr
 
 
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.parametrize("name", GENERATOR.KEPT)
 def test_a_script_names_its_configuration_and_its_ranks(name: str) -> None:
     script = (LAUNCH / name / "submit.sbatch").read_text(encoding="utf-8")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     config = re.search(r"^launch (\S+)", script, re.MULTILINE)[1]
     assert (ROOT / config).is_file()
     nodes, per_node = (int(re.search(rf"--{key}=(\d+)", script)[1]) for key in ("nodes", "gpus-per-node"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_solopo.architecture.huggingface import read_architecture
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import element_bytes
 from megatron_solopo.plan.memory import alive_bytes, rank_state

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,19 @@ import torch.distributed as dist
 from megatron_solopo.config import LoggingConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import read_jsonl
-from megatron_solopo.train.metrics import Metrics, MetricsWriter, console_line, reduce_over_ranks, reduce_sums
+from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.alarms import AlarmWarnings
+from megatron_solopo.train.callbacks import Callback
+from megatron_solopo.train.metrics import MetricsWriter, console_line, reduce_over_ranks, reduce_sums
+from megatron_solopo.train.state import Metrics, SkippedSteps, TrainState
 from tests.ranks import layout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups() -> Iterator[Topology]:
+    with layout() as found:
+        yield found
+
 
 QUIET = LoggingConfig(tensorboard=False)
 
@@ -37,9 +49,13 @@ def step_metrics(step: int, **changes: Any) -> Metrics:
 
 
 def write(run_dir: Path, steps: list[Metrics], first_step: int = 1, logging: LoggingConfig = QUIET) -> None:
-    writer = MetricsWriter(run_dir, logging, {"seed": 1}, first_step=first_step, total_steps=10)
+    writer = MetricsWriter(run_dir, logging, {"seed": 1}, total_steps=10)
+    callbacks: list[Callback] = [writer, AlarmWarnings(writer.path)]
+    for callback in callbacks:
+        callback.on_start(TrainState(first_step - 1, {}, SkippedSteps()))
     for metrics in steps:
-        writer.write(metrics)
+        for callback in callbacks:
+            callback.on_step_end(metrics)
 
 
 def test_each_step_is_one_line_as_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +100,7 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path, first
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_never_written(tmp_path: Path, odd: float) -> None:
     """JSON has no NaN: every line stays readable by any program."""
-    with pytest.raises(UserError, match="not JSON compliant"):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         write(tmp_path, [step_metrics(1), step_metrics(2, loss=odd)])
     assert read_jsonl(tmp_path / "metrics.jsonl") == [step_metrics(1)]
 
@@ -155,9 +171,8 @@ def test_wandb_that_is_missing_is_refused_by_name(tmp_path: Path, monkeypatch: p
     assert "logging.wandb_project=solopo" in message and "pip install" in message and "\n" not in message
 
 
-def test_sums_over_packs_and_ranks() -> None:
-    with layout() as groups:
-        reports = [torch.tensor([1.0, 2.0]), torch.tensor([0.1, -4.0])]
-        assert reduce_sums(reports, 2, groups) == pytest.approx([1.1, -2.0])
-        assert reduce_sums([], 3, groups) == [0.0, 0.0, 0.0], "a rank without the last stage"
-        assert reduce_over_ranks([3.0, -1.0], dist.ReduceOp.MAX, groups) == [3.0, -1.0]
+def test_sums_over_packs_and_ranks(groups: Topology) -> None:
+    reports = [torch.tensor([1.0, 2.0]), torch.tensor([0.1, -4.0])]
+    assert reduce_sums(reports, 2, groups) == pytest.approx([1.1, -2.0])
+    assert reduce_sums([], 3, groups) == [0.0, 0.0, 0.0], "a rank without the last stage"
+    assert reduce_over_ranks([3.0, -1.0], dist.ReduceOp.MAX, groups) == [3.0, -1.0]

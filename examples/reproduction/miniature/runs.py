@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from megatron_solopo.checkpoint.convert import export_model
+from megatron_solopo.checkpoint.conversion import export_model
 from megatron_solopo.config import Config, parse_config
 from megatron_solopo.files import read_jsonl, remove
 from megatron_solopo.train.trainer import precompute_reference, train

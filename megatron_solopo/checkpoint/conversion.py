@@ -1,0 +1,253 @@
+"""Hugging Face directory to Megatron checkpoint and back: complete and verified, or not there at all."""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
+from megatron_solopo.architecture.model_directory import (
+    HUGGINGFACE_FOLDER,
+    check_huggingface_directory,
+    check_megatron_checkpoint,
+    has_tokenizer,
+    is_megatron_checkpoint,
+)
+from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory, SafetensorsWriter, all_finite
+from megatron_solopo.checkpoint.manifest import check_listed, sealed_files, write_manifest
+from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, huggingface_shapes, rules
+from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory
+from megatron_solopo.checkpoint.megatron_writer import write_megatron
+from megatron_solopo.checkpoint.model_files import MODEL_FILES_MANIFEST, read_model_files, source_dtypes, write_files
+from megatron_solopo.checkpoint.verify import Verification, VerificationReport, to_dtype, verify
+from megatron_solopo.errors import UserError
+from megatron_solopo.files import atomic_path, check_writable, described_bytes
+from megatron_solopo.progress import bar_style
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NEARLY_FULL_BYTES = 1 << 26
+_SMALL_MODEL_BYTES, _LARGEST_FILE_BYTES = 10**9, 5 * 10**9
+
+
+def import_model(source: Path, output: Path, *, verification: Verification) -> VerificationReport:
+    """Write the Hugging Face model in `source` as a Megatron checkpoint, each tensor in the precision it has.
+
+    Raises UserError for a model that is not supported or damaged, an existing `output`, too little space, or a
+    checkpoint that does not verify; `output` does not exist then.
+    """
+    check_huggingface_directory(source, "--hf")
+    _check_output(output, source)
+    architecture = read_architecture(source)
+    weights = SafetensorsDirectory(source)
+    weights.check(architecture)
+    dtypes = {name: DTYPES[weights.entries[name].dtype] for name in _names(architecture)}
+    files = read_model_files(source)
+    total = _total_bytes(architecture, dtypes)
+    with _output(output, total, files) as temporary:
+        with _bar("import", total) as progress:
+            write_megatron(weights, architecture, temporary, progress)
+        write_files(files, temporary / HUGGINGFACE_FOLDER)
+        report = _verified(source, temporary, output, verification, total)
+        names = [str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file()]
+        write_manifest(temporary, sealed_files(temporary, names))
+        if not has_tokenizer(source):
+            report.add("files", f"no tokenizer files in {source}: the export will have none")
+        return report
+
+
+def export_model(
+    checkpoint: Path, output: Path, *, dtype: Dtype | None, verification: Verification
+) -> VerificationReport:
+    """Write the model of a Megatron checkpoint as a Hugging Face directory.
+
+    Args:
+        dtype: precision to write; None: of each tensor, the one it had in the Hugging Face directory it came from.
+
+    Raises UserError for a damaged checkpoint, an existing `output`, too little space, numbers that are not finite or
+    beyond the range of `dtype`, or files that do not verify; `output` does not exist then.
+    """
+    stored = MegatronDirectory(checkpoint)
+    _check_output(output, checkpoint)
+    architecture = read_architecture(checkpoint)
+    stored.check(architecture)
+    files = read_model_files(checkpoint)
+    dtypes = _target_dtypes(checkpoint, architecture, dtype)
+    checksums = check_listed(checkpoint, checksums=True)
+    total = _total_bytes(architecture, dtypes)
+    files.pop(MODEL_FILES_MANIFEST, None)
+    if dtype is not None:
+        files["config.json"] = _config_with_dtype(files["config.json"], dtype)
+    with _output(output, total, files) as temporary:
+        writer = SafetensorsWriter(temporary, _meta_tensors(architecture, dtypes), _file_bytes(total))
+        with _bar("export", total) as progress, ThreadPoolExecutor(THREADS) as pool:
+
+            def export(rule: Rule) -> None:
+                read = stored.rows_of(rule)
+                for name, row, block in huggingface_blocks(rule, architecture, read, stored.dtype(rule).itemsize):
+                    if not all_finite(block):
+                        raise UserError(
+                            f"{checkpoint}: {name} is not finite (NaN or infinity); the checkpoint is damaged or its "
+                            "training diverged: take an earlier one"
+                        )
+                    writer.write(name, to_dtype(name, block, dtypes[name]), row)
+                    progress(block.numel() * dtypes[name].itemsize)
+
+            list(pool.map(export, _far_apart(list(rules(architecture).values()))))
+        writer.finish()
+        write_files(files, temporary)
+        report = _verified(temporary, checkpoint, output, verification, total)
+        report.add("checksums", checksums)
+        return report
+
+
+def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> VerificationReport:
+    """Compare two existing directories; raises UserError if one is not what it should be."""
+    if is_megatron_checkpoint(huggingface) and not is_megatron_checkpoint(checkpoint):
+        raise UserError(
+            f"--hf={huggingface}: is a Megatron checkpoint, and --checkpoint={checkpoint} is none; exchange the two"
+        )
+    check_huggingface_directory(huggingface, "--hf")
+    check_megatron_checkpoint(checkpoint, "--checkpoint")
+    checksums = check_listed(checkpoint, checksums=True)
+    total = sum(
+        torch.Size(entry.shape).numel() * DTYPES[entry.dtype].itemsize
+        for entry in SafetensorsDirectory(huggingface).entries.values()
+        if entry.dtype in DTYPES
+    )
+    with _bar("verify", total) as progress:
+        report = verify(huggingface, checkpoint, logits=logits, progress=progress)
+    report.add("checksums", checksums)
+    return report
+
+
+def _verified(
+    huggingface: Path, checkpoint: Path, output: Path, verification: Verification, total: int
+) -> VerificationReport:
+    """Raises UserError where something differs."""
+    report = VerificationReport()
+    if verification == "none":
+        report.add("verification", "skipped: not asked for")
+        return report
+    with _bar("verify", total) as progress:
+        report = verify(huggingface, checkpoint, logits=verification == "full", progress=progress)
+    if report.failures:
+        raise UserError(f"{output}: was not written, for it did not verify: {'; '.join(report.failures)}")
+    return report
+
+
+def _target_dtypes(checkpoint: Path, architecture: Architecture, dtype: Dtype | None) -> dict[str, torch.dtype]:
+    names = _names(architecture)
+    if dtype is not None:
+        return dict.fromkeys(names, getattr(torch, dtype))
+    came_in = source_dtypes(checkpoint)
+    if absent := [name for name in names if name not in came_in]:
+        raise UserError(
+            f"{checkpoint}: does not say which precision {absent[0]} came in; choose one instead, with --dtype"
+        )
+    return {name: DTYPES[came_in[name]] for name in names}
+
+
+def _names(architecture: Architecture) -> list[str]:
+    return [name for rule in rules(architecture).values() for name in rule.huggingface]
+
+
+def _file_bytes(total: int) -> int:
+    """Most bytes in a file: as is usual, but two files at least of a model that takes its time, see `_far_apart`."""
+    return min(_LARGEST_FILE_BYTES, max(_SMALL_MODEL_BYTES, total // THREADS + 1))
+
+
+def _far_apart(table: list[Rule]) -> list[Rule]:
+    """In an order whose neighbours, which threads write at once, lie in different files where there are several.
+
+    File systems let one thread at a time write to a file.
+    """
+    stride = -(-len(table) // THREADS)
+    return [rule for start in range(stride) for rule in table[start::stride]]
+
+
+def _meta_tensors(architecture: Architecture, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+    return {
+        name: torch.empty(shape, dtype=dtypes[name], device="meta")
+        for rule in rules(architecture).values()
+        for name, shape in huggingface_shapes(rule, architecture).items()
+    }
+
+
+def _total_bytes(architecture: Architecture, dtypes: dict[str, torch.dtype]) -> int:
+    return sum(tensor.nbytes for tensor in _meta_tensors(architecture, dtypes).values())
+
+
+def _config_with_dtype(config: bytes, dtype: Dtype) -> bytes:
+    """config.json under either name that transformers has given the key."""
+    fields = json.loads(config)
+    for key in [key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype"]:
+        fields[key] = dtype
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@contextmanager
+def _bar(label: str, total: int) -> Iterator[Callable[[int], Any]]:
+    with tqdm(desc=label, total=total, unit="B", unit_scale=True, **bar_style("bytes")) as bar:
+        yield bar.update
+
+
+def _check_output(output: Path, source: Path) -> None:
+    """Raises UserError, before the work, where `output` cannot or must not be written."""
+    if output.exists():
+        raise UserError(f"{output}: exists already; choose another --out, or remove it first")
+    if output.is_symlink():
+        raise UserError(
+            f"{output}: is a link to {output.readlink()}, which does not exist; choose another --out, or remove "
+            "the link first"
+        )
+    if output.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{output}: lies inside {source}, which is converted; choose another --out")
+    check_writable(output, "--out")
+
+
+@contextmanager
+def _output(output: Path, total: int, files: dict[str, bytes]) -> Iterator[Path]:
+    """A directory that becomes `output` if all goes well."""
+    needed = total + sum(map(len, files.values()))
+    _check_space(output, needed)
+    with atomic_path(output) as temporary:
+        temporary.mkdir()
+        with _named_when_full(output, needed):
+            yield temporary
+
+
+def _check_space(output: Path, needed: int) -> None:
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"{output}: needs {described_bytes(needed)}, but {described_bytes(free)} are free on its file system; "
+            "choose another --out, or make room"
+        )
+
+
+@contextmanager
+def _named_when_full(output: Path, needed: int) -> Iterator[None]:
+    """Turn what a full disk raises into one line; others may have filled it since it was looked at."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch's serializer raises a RuntimeError of its own while it handles the failed write.
+        causes = (error, error.__cause__, error.__context__)
+        is_full = any(isinstance(each, OSError) and each.errno in _FULL for each in causes)
+        is_full = is_full or shutil.disk_usage(output.absolute().parent).free < _NEARLY_FULL_BYTES
+        if not is_full:
+            raise
+        raise UserError(
+            f"{output}: no space was left on its file system while it was written; it needs "
+            f"{described_bytes(needed)}; nothing of it was kept"
+        ) from None

@@ -1,0 +1,284 @@
+"""The weights of a Hugging Face directory: safetensors, checked against its config and read piece by piece.
+
+Writes safetensors files tensor by tensor: the safetensors library itself wants a whole file's tensors in memory.
+
+The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of the header, the
+header in JSON with every tensor's precision, shape and place, then the tensors' bytes.
+"""
+
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.checkpoint.manifest import sync_file
+from megatron_solopo.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Index, huggingface_shapes, rules
+from megatron_solopo.errors import UserError
+from megatron_solopo.files import counted, write_json
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""The precisions that weights are stored in, by their names in safetensors."""
+_PIECE_BYTES = 1 << 26
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SHOWN = 5
+_CONVERT_PICKLED = (
+    "pytorch_model.bin is not read; in transformers, load it and save_pretrained(..., safe_serialization=True)"
+)
+# Old checkpoints store these although they follow from the config.
+_DERIVED = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is stored, and as what."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it: BF16, F32, ..."""
+
+
+class SafetensorsDirectory:
+    """The tensors of a Hugging Face directory, read one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError if there are no safetensors weights, or if the index or a shard is missing or damaged."""
+        self.path = path
+        self.entries = self._locate()
+
+    def _locate(self) -> dict[str, StoredTensor]:
+        if (self.path / INDEX).is_file():
+            return self._checked_index()
+        if not (self.path / SINGLE).is_file():
+            pickled = "; " + _CONVERT_PICKLED if any(self.path.glob("pytorch_model*.bin")) else ""
+            raise UserError(
+                f"{self.path}: holds neither {SINGLE} nor {INDEX}; model weights must be safetensors{pickled}"
+            )
+        return self._entries_in(SINGLE)
+
+    def _checked_index(self) -> dict[str, StoredTensor]:
+        """What every shard holds; all are opened here, so that a bad one is found before loading starts."""
+        file = self.path / INDEX
+        try:
+            weight_map = json.loads(file.read_bytes())["weight_map"]
+            index = {name: str(shard) for name, shard in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file}: not an index of safetensors shards: {type(error).__name__}: {error}; "
+                'expected a JSON object whose "weight_map" maps tensors to files'
+            ) from None
+        for name, shard in index.items():
+            if Path(shard).is_absolute() or ".." in Path(shard).parts:
+                raise UserError(f"{file}: says that {name} lies in {shard}, outside the directory")
+        held = {shard: self._entries_in(shard) for shard in sorted(set(index.values()))}
+        for name, shard in index.items():
+            if name not in held[shard]:
+                raise UserError(f"{file}: says that {shard} holds {name}, which it does not")
+        for shard, entries in held.items():
+            for name in entries:
+                if index.get(name) != shard:
+                    raise UserError(f"{file}: does not say that {shard} holds {name}, which it does")
+        return {name: held[shard][name] for name, shard in index.items()}
+
+    def _entries_in(self, file: str) -> dict[str, StoredTensor]:
+        with self._open(file) as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  (no mapping)
+            return {
+                name: StoredTensor(file, tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()
+            }
+
+    @contextmanager
+    def _open(self, file: str) -> Iterator[safe_open]:
+        """Raises UserError where safetensors refuses header or size."""
+        try:
+            shard = safe_open(self.path / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.path / file}: cannot be read: {error}") from None
+        with shard:
+            yield shard
+
+    def read(self, name: str, index: Index = (slice(None),)) -> Tensor:
+        """A tensor or a part of it, on the CPU, in the precision it is stored in."""
+        with self._open(self.entries[name].file) as shard:
+            part: Tensor = shard.get_slice(name)[index]
+            return part
+
+    def read_finite(self, name: str, index: Index = (slice(None),)) -> Tensor:
+        """`read`, but raises UserError, naming tensor and file, where there is NaN or infinity."""
+        part = self.read(name, index)
+        if not all_finite(part):
+            raise UserError(
+                f"{self.path / self.entries[name].file}: {name} is not finite (NaN or infinity); "
+                "the file is damaged or its training diverged: take another copy"
+            )
+        return part
+
+    def check(self, architecture: Architecture) -> None:
+        """Compare with what the config asks for.
+
+        Raises UserError naming missing, unexpected or misshapen tensors, and those of a precision that is not
+        of `DTYPES`; and where tied embeddings are stored twice, with different numbers.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        for rule in rules(architecture).values():
+            shapes |= huggingface_shapes(rule, architecture)
+        found = {name for name in self.entries if not name.endswith(_DERIVED)}
+        if architecture.tied_embeddings:
+            found.discard(HF_OUTPUT)
+        check_tensor_names(self.path, found, set(shapes), architecture)
+        for name, shape in shapes.items():
+            entry = self.entries[name]
+            if entry.shape != shape:
+                raise UserError(f"{self.path}: {name} has shape {entry.shape}, but config.json asks for {shape}")
+            if entry.dtype not in DTYPES:
+                raise UserError(
+                    f"{self.path}: {name} is stored as {entry.dtype}; supported: {', '.join(DTYPES)}. "
+                    "Quantized weights must be converted first"
+                )
+        if architecture.tied_embeddings and HF_OUTPUT in self.entries:
+            self._check_tied()
+
+    def _check_tied(self) -> None:
+        """transformers unties such a pair if the two differ, so this must not pass for a tied model."""
+        embedding, output = self.entries[HF_EMBEDDING], self.entries[HF_OUTPUT]
+        same = (embedding.shape, embedding.dtype) == (output.shape, output.dtype)
+        step = max(1, _PIECE_BYTES // (4 * embedding.shape[1]))
+        for start in range(0, embedding.shape[0] if same else 0, step):
+            rows = (slice(start, min(start + step, embedding.shape[0])),)
+            same = same and bitwise_equal(self.read(HF_EMBEDDING, rows), self.read(HF_OUTPUT, rows))
+        if not same:
+            raise UserError(
+                f"{self.path}: holds {HF_OUTPUT} beside {HF_EMBEDDING}, and they differ, but config.json ties them; "
+                "set tie_word_embeddings to false there, or remove the one that is not meant"
+            )
+
+
+def check_tensor_names(
+    path: Path, found: Collection[str], expected: Collection[str], architecture: Architecture
+) -> None:
+    """Raises UserError, naming the first few, if tensors are missing or unexpected."""
+    for problem, names in (("missing", set(expected) - set(found)), ("unexpected", set(found) - set(expected))):
+        if names:
+            raise UserError(
+                f"{path}: {counted(len(names), f'{problem} tensor')} for a {architecture.model_type} model "
+                f"with {counted(architecture.num_layers, 'layer')}: {shown_names(sorted(names))}"
+            )
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """The first few of them."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity; takes no memory, unlike `isfinite`."""
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())
+
+
+def bitwise_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether shape, precision and every bit agree: unlike `torch.equal`, NaN equals itself and -0 is not 0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    ones, others = (each.contiguous().view(-1).view(torch.uint8) for each in (one, other))
+    # As integers that are as wide as size and place allow: four times as fast as narrow ones.
+    integer = _INTEGERS[math.gcd(len(ones), ones.storage_offset(), others.storage_offset(), max(_INTEGERS))]
+    return torch.equal(ones.view(integer), others.view(integer))
+
+
+_HEADER_MULTIPLE = 8
+_FLUSH_BYTES = 1 << 28
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: Path
+    start: int
+    like: Tensor
+    """On the meta device: shape and precision."""
+
+
+class SafetensorsWriter:
+    """Files of a model in a directory; tensors, and parts of them, may come in any order and from several threads."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+        """Write headers and, for several files, the index.
+
+        Args:
+            path: an existing directory.
+            tensors: on the meta device, every one that will be written.
+            max_shard_bytes: most bytes of tensors in one file, unless one tensor alone is larger.
+        """
+        split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_bytes)
+        self._places: dict[str, _Place] = {}
+        self._files = [path / file for file in split.filename_to_tensors]
+        for file, names in split.filename_to_tensors.items():
+            self._write_header(path / file, {name: tensors[name] for name in names})
+        if split.is_sharded:
+            write_json(
+                path / INDEX, {"metadata": split.metadata, "weight_map": dict(sorted(self._weight_map().items()))}
+            )
+        self._missing = {name: tensor.numel() for name, tensor in tensors.items()}
+        self._lock = Lock()
+        # Brings to the disk what is written while the next tensors are read.
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushes: list[Future[None]] = []
+        self._unflushed_bytes = 0
+
+    def _weight_map(self) -> dict[str, str]:
+        return {name: place.file.name for name, place in self._places.items()}
+
+    def _write_header(self, file: Path, tensors: dict[str, Tensor]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        starts: dict[str, int] = {}
+        end = 0
+        # The wider precision first, so that every tensor starts at a multiple of its own width.
+        for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+            starts[name], end = end, end + tensor.nbytes
+            header[name] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [starts[name], end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _HEADER_MULTIPLE)
+        with file.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+        self._places |= {name: _Place(file, 8 + len(text) + start, tensors[name]) for name, start in starts.items()}
+
+    def write(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
+        """Write one tensor of the announced shape and precision, or rows of it; every row once."""
+        place = self._places[name]
+        assert (tensor.shape[1:], tensor.dtype) == (place.like.shape[1:], place.like.dtype), name
+        row_bytes = place.like[:1].nbytes
+        with place.file.open("r+b", buffering=0) as stream:
+            stream.seek(place.start + first_row * row_bytes)
+            content = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            while content:
+                content = content[stream.write(content) :]
+        with self._lock:
+            self._missing[name] -= tensor.numel()
+            self._unflushed_bytes += tensor.nbytes
+            if self._unflushed_bytes >= _FLUSH_BYTES:
+                self._flushes.append(self._flusher.submit(sync_file, place.file))
+                self._unflushed_bytes = 0
+
+    def finish(self) -> None:
+        """Make sure that all is written, and on the disk."""
+        missing = {name: count for name, count in self._missing.items() if count}
+        assert not missing, missing
+        self._flushes += [self._flusher.submit(sync_file, file) for file in self._files]
+        for flush in self._flushes:
+            flush.result()
+        self._flusher.shutdown()
