@@ -6,10 +6,7 @@ model -> log-probability of both answers behind both contexts, one forward pass 
 """
 
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +14,6 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_solopo import __version__
 from megatron_solopo.config import Config, OptimizerConfig, Role
 from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.data.dataset import TripletDataset
@@ -25,11 +21,12 @@ from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.rewards import TripletColumn, summarise_groups, triplet_columns
 from megatron_solopo.files import atomic_path, check_writable, sha256_json
+from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.report.evaluation_pictures import draw_preference
-from megatron_solopo.results.long_context import EVALUATION_FOLDER
 from megatron_solopo.results.preference import PreferenceResults, read_preference
+from megatron_solopo.results.results_file import EVALUATION_FOLDER, origin
 from megatron_solopo.run_directory import Subject
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.reference import reference_dependencies, reference_logprobs, score_sequences
@@ -55,11 +52,11 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
     Raises UserError for what does not fit, FloatingPointError where the model's numbers are not finite.
     """
     settings = _evaluation_config(subject, config, split)
-    _, topology, datasets = check_and_join(settings)
+    model, topology, datasets = check_and_join(settings)
     dataset = datasets.by_split[split]
     try:
         _refuse_together(output, settings, datasets.manifest.fingerprint, split)
-        logps, references = _score(settings, RunDatasets(datasets.manifest, {split: dataset}), split, topology)
+        logps, references = _score(settings, model, RunDatasets(datasets.manifest, {split: dataset}), split, topology)
         is_writer, data_parallel_size = dist.get_rank() == 0, topology.data_group.size()
     finally:
         process_groups.destroy(topology)
@@ -82,9 +79,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
         precision=settings.model.dtype,
         reference=None if references is None else str(settings.reference.model_path),
         layout=_layout(settings, data_parallel_size),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=__version__,
-        command=shlex.join(sys.argv),
+        **origin(),
         **summarise_groups(columns, list(tokens.values())[-1], depths),
     )
     if is_writer:
@@ -162,17 +157,17 @@ def _layout(config: Config, data_parallel_size: int) -> dict[str, int]:
 
 
 def _score(
-    config: Config, datasets: RunDatasets, split: str, topology: Topology
+    config: Config, model: ResolvedModel, datasets: RunDatasets, split: str, topology: Topology
 ) -> tuple[ReferenceLogprobs, ReferenceLogprobs | None]:
     """Log-probabilities of the model, and of the reference model where rewards need it."""
     references = None
     if config.objective.needs_reference:
         # A cache for each of what it depends on: evaluations of a run's checkpoints share one, and none is ever stale.
-        digest = sha256_json(reference_dependencies(config, datasets))[:12]
+        digest = sha256_json(reference_dependencies(config, model, datasets))[:12]
         cache = config.run_dir / EVALUATION_FOLDER / f"reference-{split}-{digest}"
         cached = config.model_copy(update={"reference": config.reference.model_copy(update={"cache": cache})})
-        references = reference_logprobs(cached, datasets, topology, separate_roles=True)[split]
-    chunks = load_frozen(config, config.model.path, topology)
+        references = reference_logprobs(cached, model, datasets, topology, separate_roles=True)[split]
+    chunks = load_frozen(model, topology, chunk_tokens=config.logprob.chunk_tokens)
     return score_sequences(
         config, chunks, datasets.by_split[split], topology, "evaluation", separate_roles=True
     ), references

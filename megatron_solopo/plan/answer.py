@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import Efficiency, Gpu, check_fp8_of
-from megatron_solopo.architecture.plain import read_shape
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.plan import answer as report
@@ -323,7 +323,7 @@ def make_planner(
         raise UserError(f"--gpus {gpus}: more than a node of {gpu.gpus_per_node}, so it must be a multiple of that")
     check_fp8_of(gpu, config.model)
     efficiency = Efficiency() if calibration is None else calibrated(calibration, gpu)
-    architecture = read_shape(config.model.path)
+    architecture = read_architecture(config.model.path)
     planner = Planner(architecture, config, workload, gpu, gpus, efficiency, vary=vary)
     if (longest := workload.longest(planner.packer.roles)) > architecture.max_sequence_length:
         raise UserError(

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_solopo.architecture.gpus import GPUS, Efficiency, Gpu
-from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.architecture.plain import read_shape
+from megatron_solopo.architecture.huggingface_config import ModelShape, read_architecture
 from megatron_solopo.config import Config, parse_config
 from megatron_solopo.errors import UserError
 from megatron_solopo.plan.layouts import Layout, with_keys
@@ -74,7 +73,7 @@ def measured(path: Path, gpu: Gpu | None = None, efficiency: Efficiency | None =
 def _architecture(fields: dict[str, Any]) -> ModelShape:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(fields), encoding="utf-8")
-        return read_shape(Path(folder))
+        return read_architecture(Path(folder))
 
 
 def _estimate(

@@ -24,9 +24,9 @@ from megatron_solopo.config import Config, Role
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
+from megatron_solopo.model.build import precision_settings
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.layer_spec import uses_transformer_engine
-from megatron_solopo.model.precision import precision_settings
+from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import load_frozen
@@ -40,6 +40,7 @@ _SCORING_VERSION = 1  # raise it when a change of the code gives other numbers f
 
 def reference_logprobs(
     config: Config,
+    model: ResolvedModel,
     datasets: RunDatasets,
     topology: Topology,
     *,
@@ -57,21 +58,21 @@ def reference_logprobs(
     Raises UserError naming what differs if the cache was made for other data, weights or precision.
     """
     cache = config.reference_cache
-    expected = reference_dependencies(config, datasets)
+    expected = reference_dependencies(config, model, datasets)
     if overwrite or not on_rank_0((cache / _MANIFEST).is_file):
         on_rank_0(lambda: _check_cache_directory(cache))
-        computed = _compute(config, datasets, topology, separate_roles, before_batch)
+        computed = _compute(config, model, datasets, topology, separate_roles, before_batch)
         on_rank_0(lambda: _write(cache, expected, datasets, computed))
         return computed
-    return cached_reference(config, datasets)
+    return cached_reference(config, model, datasets)
 
 
-def cached_reference(config: Config, datasets: RunDatasets) -> dict[str, ReferenceLogprobs]:
+def cached_reference(config: Config, model: ResolvedModel, datasets: RunDatasets) -> dict[str, ReferenceLogprobs]:
     """Reference log-probabilities by split, only from the cache.
 
     Raises UserError if there is no cache. If it was made for other data, weights or precision, the error names them.
     """
-    cache, expected = config.reference_cache, reference_dependencies(config, datasets)
+    cache, expected = config.reference_cache, reference_dependencies(config, model, datasets)
     if not (cache / _MANIFEST).is_file():
         raise UserError(
             f"{cache}: no cached reference log-probs; write them with `megatron-solopo reference`, "
@@ -95,14 +96,14 @@ def fingerprint(references: Mapping[str, ReferenceLogprobs]) -> str:
     return digest.hexdigest()
 
 
-def reference_dependencies(config: Config, datasets: RunDatasets) -> dict[str, Any]:
+def reference_dependencies(config: Config, model: ResolvedModel, datasets: RunDatasets) -> dict[str, Any]:
     """Everything that the numbers depend on, by the name that error messages use."""
     return {
         "data": datasets.manifest.fingerprint_parts,
         "weights": weights_fingerprint(config.reference.model_path or config.model.path),
         "dtype": config.model.dtype,
         "fp8": precision_settings(config.model),
-        "implementation": "transformer_engine" if uses_transformer_engine(config.model) else "local",
+        "implementation": "transformer_engine" if model.uses_transformer_engine else "local",
         "scoring_version": _SCORING_VERSION,
         "roles": list(config.objective.roles.all),
     }
@@ -125,12 +126,14 @@ def _check(cache: Path, expected: dict[str, Any]) -> None:
 
 def _compute(
     config: Config,
+    model: ResolvedModel,
     datasets: RunDatasets,
     topology: Topology,
     separate_roles: bool,
     before_batch: Callable[[], None] | None,
 ) -> dict[str, ReferenceLogprobs]:
-    chunks = load_frozen(config, config.reference.model_path or config.model.path, topology)
+    reference = model.at(config.reference.model_path or model.path)
+    chunks = load_frozen(reference, topology, chunk_tokens=config.logprob.chunk_tokens)
     return {
         split: score_sequences(
             config,

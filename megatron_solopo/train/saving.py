@@ -21,7 +21,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file
-from megatron_solopo.model.precision import precision_settings
+from megatron_solopo.model.build import precision_settings
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.train.callbacks import Callback, say
 from megatron_solopo.train.policy import Policy

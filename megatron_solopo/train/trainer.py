@@ -64,7 +64,7 @@ def preflight(config: Config) -> list[Finding]:
     with open_session(config) as session:
         findings = _check_surroundings(session)
         loader = training_batches(config, session.datasets.by_split["train"], session.topology)
-        policy = build_policy(config, session.topology, session.max_steps)
+        policy = build_policy(config, session.model, session.topology, session.max_steps)
         return [*findings, ("largest pack", str(_try_largest_pack(session, policy, loader)))]
 
 
@@ -79,7 +79,7 @@ def precompute_reference(config: Config, *, overwrite: bool) -> Path:
 
 def _check_surroundings(session: Session) -> list[Finding]:
     return check_surroundings(
-        session.config, session.architecture, session.topology, lambda check: session.enter(check, 0)
+        session.config, session.model.architecture, session.topology, lambda check: session.enter(check, 0)
     )
 
 
@@ -92,6 +92,7 @@ def _try_largest_pack(session: Session, policy: Policy, loader: GlobalBatchLoade
 def _reference_logprobs(session: Session, *, overwrite: bool = False, step: int = 0) -> dict[str, ReferenceLogprobs]:
     return reference_logprobs(
         session.config,
+        session.model,
         session.datasets,
         session.topology,
         overwrite=overwrite,
@@ -123,7 +124,7 @@ class Trainer:
         """Train to the last step; or save and raise Stopped, if a signal asked to stop."""
         self.state = self.state_before_skips = self.saver.find_checkpoint(self.loader)
         self._prepare_reference()
-        self.policy = build_policy(self.config, self.topology, self.session.max_steps)
+        self.policy = build_policy(self.config, self.session.model, self.topology, self.session.max_steps)
         self.saver.restore(self.policy, self.state)
         trial = None
         if not self._is_finished() and tries_largest_pack(self.config, self.topology):
@@ -179,7 +180,7 @@ class Trainer:
 
     def _describe(self) -> str:
         """One line of what runs where, for the head of the log."""
-        config, parallel, architecture = self.config, self.config.parallel, self.session.architecture
+        config, parallel, architecture = self.config, self.config.parallel, self.session.model.architecture
         layout = (
             f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x "
             f"CP {parallel.context_parallel_size} x DP {self.topology.data_group.size()}"
@@ -275,7 +276,9 @@ class Trainer:
         """What the step took: the time of the slowest rank, the memory of the fullest rank."""
         seconds, memory = reduce_over_ranks([seconds, peak_memory_bytes()], dist.ReduceOp.MAX, self.topology)
         # Every rank of a replica counts the replica's packs, so the sum counts each pack once per such rank.
-        own_flops = training_flops(self.session.architecture, batch.packs) / self.config.parallel.model_parallel_size
+        own_flops = (
+            training_flops(self.session.model.architecture, batch.packs) / self.config.parallel.model_parallel_size
+        )
         (flops,) = reduce_over_ranks([own_flops], dist.ReduceOp.SUM, self.topology)
         peak = peak_flops()
         return {

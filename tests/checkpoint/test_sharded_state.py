@@ -23,6 +23,7 @@ from megatron_solopo.checkpoint.sharded_state import (
     without_classes,
 )
 from megatron_solopo.config import parse_config
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel.megatron_internals import initialize_adam_state
 from megatron_solopo.train.policy import Policy, build_policy
 from tests.ranks import layout, two_ranks
@@ -52,7 +53,8 @@ def saved_and_loaded(sizes: dict[str, int]) -> dict[str, Any]:
         config = parse_config(
             {"run_dir": "unused", "training": {"global_batch_size": 1}, "parallel": sizes} | section, source="test"
         )
-        saved, ours, theirs = (build_policy(config, groups, max_steps=10) for _ in range(3))
+        model = resolve_model(config.model, config.parallel)
+        saved, ours, theirs = (build_policy(config, model, groups, max_steps=10) for _ in range(3))
         wanted = invent(saved)
         path = ShardedSave(folder, saved.chunks, saved.optimizer, {"step": 1}, {}).complete()
         load_checkpoint(path, ours.chunks, ours.optimizer)
