@@ -2,16 +2,12 @@
 
 A process of its own; see `bench_case.worker_main`.
 """
-# ruff: noqa: E402  (megatron's warnings of what is not installed must be off before it is imported)
 
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-warnings.filterwarnings("ignore", module=r"megatron\.core")
 
 import torch
 from bench_case import (
@@ -30,8 +26,8 @@ from bench_case import (
 )
 from bench_profile import StepProfiler
 
-from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.layout import pack_multiple
 from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules, to_megatron
 from megatron_solopo.config import Config, ObjectiveConfig, parse_config

@@ -17,7 +17,7 @@ from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.statistics import bucket_bound
 from megatron_solopo.generate.scoring import Score
-from megatron_solopo.triplets.contexts import parse_context, read_contexts
+from megatron_solopo.triplets.context_rows import parse_context, read_contexts
 from megatron_solopo.triplets.prompt import Measure
 
 QA_METRICS: tuple[Score, ...] = ("sub_em", "exact_match", "token_f1", "string_match_part")

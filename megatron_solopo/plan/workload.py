@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_solopo.architecture.fp8 import pack_multiple
-from megatron_solopo.architecture.layout import packs_multiple, sequence_multiple
+from megatron_solopo.architecture.layout import pack_multiple, packs_multiple, sequence_multiple
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.batch_plan import (
     IntArray,

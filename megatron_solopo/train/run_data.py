@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.layout import pack_multiple
 from megatron_solopo.architecture.model_directory import has_tokenizer
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.dataset import TripletDataset

@@ -18,7 +18,7 @@ from megatron_solopo.files import sha256_file
 from megatron_solopo.generate.journal import Journal, StoredResponse, read_offsets
 from megatron_solopo.generate.model import Answer, Model, Request
 from megatron_solopo.progress import bar_style
-from megatron_solopo.triplets.contexts import ContextRow, parse_context, read_contexts
+from megatron_solopo.triplets.context_rows import ContextRow, parse_context, read_contexts
 from megatron_solopo.triplets.report import Bars, Chart, Histogram, check_output, provenance, write_stage_report
 from megatron_solopo.triplets.seeds import derived_seed
 from megatron_solopo.triplets.settings import END_TOKENS, SampleSettings
@@ -76,7 +76,7 @@ def sample(settings: SampleSettings) -> SampleReport:
     max_tokens = room - END_TOKENS if settings.max_tokens is None else settings.max_tokens
     if not 1 <= max_tokens <= room:
         raise UserError(f"--max-tokens {max_tokens}: the contexts leave room for {room} tokens, see --response-tokens")
-    made = provenance([settings.contexts], settings.seed, settings.model_dump(mode="json"))
+    made = provenance([settings.contexts], settings.seed, settings)
     with Journal(settings.output, _header(settings, max_tokens)) as journal:
         before = journal.count
         model = _load(settings)
