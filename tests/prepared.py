@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_solopo.data.settings import PrepareSettings
 from megatron_solopo.data.tokenize import prepare
 from tests.tiny_models import VOCAB_SIZE
 
@@ -45,5 +46,13 @@ def write_triplets(path: Path, rows: int, seed: int) -> Path:
 def make_prepared(path: Path, *, rows: int, eval_count: int, seed: int) -> Path:
     """Write triplets, tokenize them, and return the prepared directory."""
     source = write_triplets(path.with_suffix(".jsonl"), rows, seed)
-    prepare(source, path, str(make_tokenizer(path.with_suffix(".tokenizer"))), eval_count=eval_count, seed=seed)
+    prepare(
+        PrepareSettings(
+            input=source,
+            output=path,
+            tokenizer=str(make_tokenizer(path.with_suffix(".tokenizer"))),
+            eval_count=eval_count,
+            seed=seed,
+        )
+    )
     return path

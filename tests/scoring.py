@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_solopo.config import parse_config
+from megatron_solopo.config import ObjectiveConfig, parse_config
 from megatron_solopo.data.packing import Pack, build_pack
 from megatron_solopo.model.microbatch import Microbatch
 from megatron_solopo.parallel import topology
@@ -21,7 +21,7 @@ from megatron_solopo.train.step import run_schedule
 from tests.parity.layouts import tokenized
 from tests.tiny_models import VOCAB_SIZE
 
-ROLES = ("short_chosen", "short_rejected", "long_chosen")
+ROLES = ObjectiveConfig().roles.all
 
 
 def make_row() -> dict[str, Any]:
@@ -81,7 +81,7 @@ def expected(path: Path) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     row, found = make_row(), []
     for role in ROLES:
-        context, answer = role.split("_")
+        context, answer = role.context, role.response
         prompt, response = row[f"prompt_{context}"], row[answer]
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *response]])).logits[0]

@@ -39,9 +39,10 @@ from megatron_solopo.data.packing import Pack, build_pack
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.layer_spec import uses_transformer_engine
-from megatron_solopo.model.precision import assign, check_precision
-from megatron_solopo.objective import metric_names, required_roles
+from megatron_solopo.model.precision import check_precision
+from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology as process_groups
+from megatron_solopo.parallel.megatron_internals import assign
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss
@@ -84,7 +85,7 @@ class Series:
 
     def __init__(self, name: str, config: Config, plan: Plan, long_tokens: int, topology: Topology) -> None:
         self.objective, self.topology = objective_named(name, config), topology
-        roles = required_roles(self.objective)
+        roles = self.objective.roles.all
         multiples = topology.sequence_multiple, pack_multiple(config.parallel, config.model)
         # A triplet is a pack: long sequences are what fills the memory.
         self.packs: list[Pack] = [build_pack([triplet], roles, *multiples) for triplet in plan.batch(long_tokens)]
@@ -95,7 +96,7 @@ class Series:
     def score_reference(self, policy: Policy) -> None:
         """The policy's own log-probs are the reference's, as at the start of every run: DPO's loss is then ln 2."""
         reports = policy.evaluate(self.packs, logprob_report(self.topology), self.topology)
-        references = ReferenceLogprobs(required_roles(self.objective), torch.cat(reports).float().cpu())
+        references = ReferenceLogprobs(self.objective.roles.all, torch.cat(reports).float().cpu())
         self.loss = objective_loss(self.objective, references, self.topology)
 
     def step(self, policy: Policy) -> None:

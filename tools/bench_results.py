@@ -105,13 +105,12 @@ class Results:
         from megatron_solopo.architecture.huggingface_config import read_architecture
         from megatron_solopo.config import parse_config
         from megatron_solopo.data.packing import build_pack
-        from megatron_solopo.objective import required_roles
         from megatron_solopo.train.metrics import training_flops
 
         key = (LONG_PO if system == TRL else system, long_tokens)
         if key not in self._sizes:
             objective = parse_config(self.plan.config, "benchmark").objective.model_copy(update={"name": key[0]})
-            pack = build_pack(self.plan.batch(long_tokens), required_roles(objective), sequence_multiple=1)
+            pack = build_pack(self.plan.batch(long_tokens), objective.roles.all, sequence_multiple=1)
             self._sizes[key] = pack.num_tokens, training_flops(read_architecture(Path(self.plan.model_path)), [pack])
         return self._sizes[key]
 

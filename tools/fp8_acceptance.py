@@ -27,7 +27,7 @@ import torch
 from reporting import environment, table
 from torch import Tensor
 
-from megatron_solopo.config import Config, load_config
+from megatron_solopo.config import Config, Role, load_config
 from megatron_solopo.files import atomic_path, check_replaceable, write_json
 
 matplotlib.use("Agg")
@@ -76,7 +76,6 @@ def compare(baseline: Config, candidate: Config, triplets: int, steps: int) -> t
     from precision_runs import gradient_cosine, raw_gaps, root_mean_square, run_precision
 
     from megatron_solopo.model.precision import check_precision
-    from megatron_solopo.objective import required_roles
     from megatron_solopo.parallel import topology as process_groups
     from megatron_solopo.train.session import check_and_join
 
@@ -89,7 +88,7 @@ def compare(baseline: Config, candidate: Config, triplets: int, steps: int) -> t
         cosine = gradient_cosine(one.gradients, other.gradients, topology.device)
     finally:
         process_groups.destroy(topology)
-    roles = required_roles(baseline.objective)
+    roles = baseline.objective.roles.all
     lengths_TR = response_lengths(train, roles)
     values = {"logp_difference": (other.logps_TR - one.logps_TR) / lengths_TR}
     numbers: dict[str, Any] = {"gradient_cosine": cosine}
@@ -110,10 +109,10 @@ def compare(baseline: Config, candidate: Config, triplets: int, steps: int) -> t
     return numbers, values
 
 
-def response_lengths(dataset: Any, roles: Sequence[str]) -> Tensor:
+def response_lengths(dataset: Any, roles: Sequence[Role]) -> Tensor:
     """Response tokens, `[T, R]`."""
     rows = dataset.rows(range(len(dataset)), roles)
-    return torch.tensor([[len(row.responses[role.split("_")[1]]) for role in roles] for row in rows])
+    return torch.tensor([[len(row.responses[role.response]) for role in roles] for row in rows])
 
 
 def draw(numbers: dict[str, Any], values: dict[str, Tensor], path: Path) -> None:

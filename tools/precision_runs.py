@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
-from megatron_solopo.config import Config, ObjectiveConfig
-from megatron_solopo.objective import metric_names, required_roles
+from megatron_solopo.config import Config, ObjectiveConfig, Role
+from megatron_solopo.objective import metric_names
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES
 from megatron_solopo.objective.reward import ResponseLogprobs
 from megatron_solopo.parallel.topology import Topology
@@ -99,7 +99,7 @@ def first_gradient(
     |gap|, and rounding would decide the sign of the gradient that is to be compared.
     """
     if references is not None:
-        shift_R = torch.tensor([float(role.startswith("long")) for role in references.roles])
+        shift_R = torch.tensor([float(role.context == "long") for role in references.roles])
         references = ReferenceLogprobs(references.roles, references.logps - shift_R)
     packs = training_batches(config, splits.datasets["train"], topology).next_batch().packs
     for chunk in policy.chunks:
@@ -133,11 +133,11 @@ def raw_gaps(objective: ObjectiveConfig, logps_TR: Tensor, lengths_TR: Tensor) -
     The policy and its reference have the same weights at the start: with the reference taken off, there is no gap yet
     that noise could be compared with.
     """
-    roles = required_roles(objective)
+    roles = objective.roles.all
     reward = PREFERENCE_LOSSES[objective.loss_type].reward
     short, long = (
         reward(ResponseLogprobs(logps_TR[:, place], lengths_TR[:, place], torch.zeros(len(logps_TR))), objective.beta)
-        for place in (roles.index("short_chosen"), roles.index("long_chosen"))
+        for place in (roles.index(Role.SHORT_CHOSEN), roles.index(Role.LONG_CHOSEN))
     )
     return short - long
 

@@ -30,7 +30,6 @@ from megatron_solopo.data.packing import build_pack
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import PackedResponses, ResponseModel
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
-from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import training_flops
@@ -130,7 +129,7 @@ def use_full_logits(model: ResponseModel) -> None:
 
 
 def zero_references(objective: ObjectiveConfig, rows: int) -> ReferenceLogprobs:
-    roles = required_roles(objective)
+    roles = objective.roles.all
     return ReferenceLogprobs(roles, torch.zeros(rows, len(roles)))
 
 
@@ -160,7 +159,7 @@ def measure_memory(head: str, prompt_tokens: int, response_tokens: int, vocab_si
             use_full_logits(model)
         lengths = [min(_MEMORY_SHORT_TOKENS, prompt_tokens) + response_tokens, prompt_tokens + response_tokens]
         triplet = random_triplet(*lengths, response_tokens, vocab_size, index=0)
-        pack = build_pack([triplet], required_roles(SOLOPO), groups.sequence_multiple)
+        pack = build_pack([triplet], SOLOPO.roles.all, groups.sequence_multiple)
         loss_function = objective_loss(SOLOPO, zero_references(SOLOPO, rows=1), groups)
         reports: list[Tensor] = []
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: imports may have raised it
@@ -205,7 +204,7 @@ def measure_times(short: int, long: int, response_tokens: int, repeats: int) -> 
         for index in range(repeats + 1):
             triplet = random_triplet(short, long, response_tokens, _TIME_VOCAB_SIZE, index)
             for objective in OBJECTIVES:
-                packs = [build_pack([triplet], required_roles(objective), groups.sequence_multiple)]
+                packs = [build_pack([triplet], objective.roles.all, groups.sequence_multiple)]
                 loss_function = objective_loss(objective, zero_references(objective, repeats + 1), groups)
                 wall_start, cpu_start = time.perf_counter(), time.process_time()
                 policy.step(packs, loss_function, groups)

@@ -20,10 +20,10 @@ from megatron_solopo.architecture.model_directory import MEGATRON_LM_VERSION, is
 from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory
 from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, rules, to_megatron
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
-from megatron_solopo.checkpoint.optimizer_state import initialize_state, load_state, state_to_load, state_to_save
+from megatron_solopo.checkpoint.optimizer_state import load_state, state_to_load, state_to_save
 from megatron_solopo.checkpoint.save import CheckpointContent, PendingSave
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.precision import assign
+from megatron_solopo.parallel.megatron_internals import assign, initialize_adam_state
 
 _KERNEL_STATE = "_extra_state"
 _Chunk = TypeVar("_Chunk", DistributedDataParallel, ResponseModel)
@@ -59,7 +59,7 @@ def begin_save(
 def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None) -> None:
     """Load parameters, and the optimizer's state if one is given, under the current layout."""
     if optimizer is not None:
-        initialize_state(optimizer)
+        initialize_adam_state(optimizer)
     _load_model(path, chunks)
     if optimizer is not None:
         wanted = {"optimizer": state_to_load(optimizer, _parameters(_sharded_model_state(chunks)), _metadata())}

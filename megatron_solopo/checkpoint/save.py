@@ -7,8 +7,6 @@ a write in the background is the same code as one that is waited for.
 A checkpoint on its way to the disk: under a temporary name, listed in its manifest, renamed, then `latest`.
 """
 
-import inspect
-import queue
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
 from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER
@@ -34,6 +29,7 @@ from megatron_solopo.checkpoint.model_files import write_files
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes, remove, write_json
 from megatron_solopo.parallel.agreement import on_rank_0, together
+from megatron_solopo.parallel.megatron_internals import ShardedFiles
 
 _FORMAT = CheckpointingConfig("torch_dist", 1)
 # Files per rank, each written by a thread of its own.
@@ -54,50 +50,25 @@ class ShardedWrite:
 
     def __init__(self, state: dict[str, Any], folder: Path, content_metadata: dict[str, Any]) -> None:
         """Plan, on all ranks together; writes nothing but, with megatron-core 0.16, rank 0's `common.pt`."""
-        # Results stay in this process; Megatron's queue would be a process of its own.
-        filesystem_async._results_queue = queue.Queue()
-        strategy = _Planner(_FORMAT.sharded_backend, _FORMAT.sharded_backend_version, thread_count=_THREADS)
-        options: dict[str, Any] = {}
-        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
-            options["async_strategy"] = "mcore"
-        dist_checkpointing.save(
-            state, str(folder), strategy, async_sharded_save=True, content_metadata=content_metadata, **options
-        )
-        self._folder, self._writer, self._metadata = folder, strategy.writer, strategy.metadata
+        self._files = ShardedFiles(state, folder, content_metadata, files_per_rank=_THREADS)
+        self._folder = folder
         self._results: list[Any] = []
 
     @property
     def files(self) -> list[str]:
         """Names of the files that this rank writes."""
-        return [name for _, name, _ in self._writer.write_buckets]
+        return self._files.names
 
     def stage(self, *, copy: bool) -> None:
         """Bring the tensors to host memory; with `copy` also those that lie there, for training will change them."""
-        for _, _, (_, tensors) in self._writer.write_buckets:
-            for place, (item, tensor) in enumerate(tensors):
-                staged = tensor.to("cpu")
-                tensors[place] = (item, staged.clone() if copy and staged is tensor else staged)
+        self._files.stage(copy=copy)
 
     def write(self) -> None:
         """Write this rank's files, to the disk; raises what the file system raises."""
-        buckets = self._writer.write_buckets
         with ThreadPoolExecutor(_THREADS) as pool:
-            for results in pool.map(self._write_file, range(len(buckets)), buckets):
+            for results in pool.map(self._files.write, range(len(self._files.names))):
                 self._results += results
-        self._writer.write_buckets = []  # the copies are needed no more
-
-    def _write_file(self, number: int, bucket: Any) -> list[Any]:
-        transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
-        results, running = queue.Queue[Any](), queue.Queue[int]()
-        running.put(number)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, results, running, use_fsync=True
-        )
-        _, found = results.get()
-        if isinstance(found, Exception):
-            raise found
-        written: list[Any] = found
-        return written
+        self._files.release()
 
     def gather(self) -> list[Any] | None:
         """On all ranks together, once each has written: what `finish` needs, on rank 0."""
@@ -107,19 +78,8 @@ class ShardedWrite:
 
     def finish(self, gathered: list[Any]) -> None:
         """On rank 0: write the list of pieces, then the file that makes the directory a checkpoint."""
-        self._writer.finish(self._metadata, gathered)
+        self._files.finish(gathered)
         save_config(_FORMAT, str(self._folder))
-
-
-class _Planner(TorchDistSaveShardedStrategy):
-    """Keeps the plan, of which Megatron would make functions to be called later."""
-
-    writer: Any
-    metadata: Any
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *strategy: Any) -> Any:
-        self.writer, self.metadata = writer, planned[1]
-        return super()._get_save_and_finalize_callbacks(writer, planned, *strategy)
 
 
 # Room for what is no tensor: Megatron's lists of pieces and the file system's own.

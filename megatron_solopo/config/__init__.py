@@ -2,9 +2,9 @@
 
 from megatron_solopo.config.load import check_not_by_hand, load_config, parse_config, save_config
 from megatron_solopo.config.schema import (
-    ROLES,
     CheckpointConfig,
     Config,
+    Context,
     DataConfig,
     FP8Recipe,
     LoggingConfig,
@@ -16,16 +16,17 @@ from megatron_solopo.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     ReferenceConfig,
+    Response,
+    Role,
+    Roles,
     TrainingConfig,
     WatchdogConfig,
-    context_and_response,
-    required_roles,
 )
 
 __all__ = [
-    "ROLES",
     "CheckpointConfig",
     "Config",
+    "Context",
     "DataConfig",
     "FP8Recipe",
     "LoggingConfig",
@@ -37,12 +38,13 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ReferenceConfig",
+    "Response",
+    "Role",
+    "Roles",
     "TrainingConfig",
     "WatchdogConfig",
     "check_not_by_hand",
-    "context_and_response",
     "load_config",
     "parse_config",
-    "required_roles",
     "save_config",
 ]

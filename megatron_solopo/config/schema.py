@@ -12,7 +12,9 @@ The sequences of a triplet, by name.
 A role is the context that a response is read in and the response that the sequence ends with: `short_chosen`.
 """
 
+from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -177,6 +179,49 @@ class ParallelConfig(Section):
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
+Context = Literal["short", "long"]
+Response = Literal["chosen", "rejected"]
+
+
+class Role(StrEnum):
+    """One sequence of a triplet: the context that the model reads, and the response behind it."""
+
+    SHORT_CHOSEN = "short_chosen"
+    SHORT_REJECTED = "short_rejected"
+    LONG_CHOSEN = "long_chosen"
+    LONG_REJECTED = "long_rejected"
+
+    @property
+    def context(self) -> Context:
+        """Which prompt the sequence starts with."""
+        return "short" if self in (Role.SHORT_CHOSEN, Role.SHORT_REJECTED) else "long"
+
+    @property
+    def response(self) -> Response:
+        """Which response the sequence ends with."""
+        return "chosen" if self in (Role.SHORT_CHOSEN, Role.LONG_CHOSEN) else "rejected"
+
+    @property
+    def on_short_context(self) -> "Role":
+        """The same response behind the short context."""
+        return Role(f"short_{self.response}")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The sequences of a triplet that an objective reads."""
+
+    pair: tuple[Role, Role]
+    """The chosen and the rejected sequence that the preference loss compares."""
+    aligned: tuple[Role, ...] = ()
+    """The long sequences whose reward is aligned to the reward on the short context."""
+
+    @property
+    def all(self) -> tuple[Role, ...]:
+        """The pair, then the aligned sequences. Packs and caches of the reference keep this order."""
+        return self.pair + self.aligned
+
+
 class ObjectiveConfig(Section):
     """The loss; every formula is in `megatron_solopo.objective`."""
 
@@ -224,6 +269,17 @@ class ObjectiveConfig(Section):
         if self.loss_type == "orpo" and self.beta != type(self).model_fields["beta"].default:
             raise UserError(f"beta={self.beta} has no part in loss_type=orpo; TRL's beta for ORPO is orpo_lambda here")
         return self
+
+    @property
+    def roles(self) -> Roles:
+        """The sequences of a triplet that this objective reads."""
+        if self.name == "long_po":
+            return Roles((Role.LONG_CHOSEN, Role.LONG_REJECTED))
+        pair = (Role.SHORT_CHOSEN, Role.SHORT_REJECTED)
+        if self.name == "short_po":
+            return Roles(pair)
+        both = self.align == "both"
+        return Roles(pair, (Role.LONG_CHOSEN, Role.LONG_REJECTED) if both else (Role.LONG_CHOSEN,))
 
     @property
     def alignment_weight(self) -> float:
@@ -340,22 +396,3 @@ class Config(Section):
     def reference_cache(self) -> Path:
         """Where the reference log-probs are kept."""
         return self.reference.cache or self.run_dir / "reference"
-
-
-ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
-
-
-def context_and_response(role: str) -> tuple[str, str]:
-    """`long_chosen` -> (`long`, `chosen`)."""
-    assert role in ROLES, f"role {role!r} is none of {ROLES}"
-    context, response = role.split("_")
-    return context, response
-
-
-def required_roles(config: ObjectiveConfig) -> tuple[str, ...]:
-    """The sequences of a triplet that the objective reads: its pair (chosen, rejected), then what is aligned to it."""
-    if config.name == "long_po":
-        return ROLES[2:]
-    if config.name == "short_po":
-        return ROLES[:2]
-    return ROLES if config.align == "both" else ROLES[:3]

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_solopo.config import context_and_response
+from megatron_solopo.config import Role
 from megatron_solopo.errors import UserError
 
 IntArray = NDArray[np.int64]
@@ -65,7 +65,7 @@ class TripletSizes:
 def triplet_sizes(
     prompt_lengths: Mapping[str, IntArray],
     response_lengths: Mapping[str, IntArray],
-    roles: Sequence[str],
+    roles: Sequence[Role],
     sequence_multiple: int,
 ) -> TripletSizes:
     """Sizes of all triplets from token counts.
@@ -76,8 +76,7 @@ def triplet_sizes(
         roles: the sequences that each triplet yields.
         sequence_multiple: what each sequence is padded to a multiple of.
     """
-    parts = [context_and_response(role) for role in roles]
-    lengths_RD = np.stack([prompt_lengths[context] + response_lengths[response] for context, response in parts])
+    lengths_RD = np.stack([prompt_lengths[role.context] + response_lengths[role.response] for role in roles])
     lengths_RD = lengths_RD.astype(np.int64)
     padded_RD = padded_lengths(lengths_RD, sequence_multiple)
     return TripletSizes(padded_RD.sum(axis=0), lengths_RD.sum(axis=0), np.square(padded_RD).sum(axis=0))

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from megatron_solopo.config import context_and_response
+from megatron_solopo.config import Role
 from megatron_solopo.data.batch_plan import IntArray, TripletSizes, triplet_sizes
 from megatron_solopo.data.packing import TokenizedTriplet
 from megatron_solopo.data.prepared import token_lengths
@@ -36,7 +36,7 @@ class TripletDataset:
         """The first `count` rows, or all where there are fewer."""
         return TripletDataset(self._table.select(range(min(count, len(self)))), self._prompt_columns)
 
-    def sizes(self, roles: Sequence[str], sequence_multiple: int) -> TripletSizes:
+    def sizes(self, roles: Sequence[Role], sequence_multiple: int) -> TripletSizes:
         """Size of every row, from the list offsets alone: no token is read.
 
         Raises:
@@ -66,7 +66,7 @@ class TripletDataset:
         depths: list[list[float]] = self._table[DEPTHS_FIELD].to_pylist()
         return depths
 
-    def rows(self, indices: Sequence[int] | IntArray, roles: Sequence[str]) -> list[TokenizedTriplet]:
+    def rows(self, indices: Sequence[int] | IntArray, roles: Sequence[Role]) -> list[TokenizedTriplet]:
         """The triplets at some row numbers, with the prompts and responses that the roles need."""
         prompts, responses = self._columns(roles)
         numbers = np.asarray(indices).tolist()
@@ -81,17 +81,19 @@ class TripletDataset:
             for place, number in enumerate(numbers)
         ]
 
-    def _columns(self, roles: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    def _columns(self, roles: Sequence[Role]) -> tuple[dict[str, str], dict[str, str]]:
         """Columns that the roles need: by context, and by response."""
-        prompts, responses = {}, {}
-        for context, response in map(context_and_response, roles):
-            column = self._prompt_columns.get(context)
+        prompts: dict[str, str] = {}
+        responses: dict[str, str] = {}
+        for role in roles:
+            column = self._prompt_columns.get(role.context)
             if column is None or column not in self._table.column_names:
+                known = ", ".join(self._table.column_names)
                 raise UserError(
-                    f"the prepared data has no {context} prompts (columns: {', '.join(self._table.column_names)}); "
-                    f"prepare rows with prompt_short and prompt_long, or change objective.name"
+                    f"the prepared data has no {role.context} prompts (columns: {known}); "
+                    "prepare rows with prompt_short and prompt_long, or change objective.name"
                 )
-            prompts[context], responses[response] = column, response
+            prompts[role.context], responses[role.response] = column, role.response
         return prompts, responses
 
     def _lengths(self, columns: set[str]) -> dict[str, IntArray]:

@@ -8,18 +8,16 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from megatron_solopo.data.prepared import PROMPT_COLUMNS
-from megatron_solopo.data.row import DEPTHS_FIELD, PROMPT_FIELDS, RESPONSE_FIELDS, Content, Kind, Message
+from megatron_solopo.data.row import DEPTHS_FIELD, PROMPT_FIELDS, RESPONSE_FIELDS, Content, Kind, Message, Template
 from megatron_solopo.data.row_files import read_rows
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
-
-Template = Literal["chat", "plain"]
 
 # Rows of 128K tokens are 1.5 MB: few of them are held while writing.
 _WRITER_BATCH_ROWS = 64

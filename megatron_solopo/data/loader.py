@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_solopo.config import Role
 from megatron_solopo.data.batch_plan import (
     IntArray,
     RankPacks,
@@ -94,7 +95,7 @@ class GlobalBatchLoader:
     def __init__(
         self,
         dataset: TripletDataset,
-        roles: Sequence[str],
+        roles: Sequence[Role],
         packing: Packing,
         *,
         global_batch_size: int,
@@ -169,7 +170,7 @@ class GlobalBatchLoader:
 
 
 def sequential_batches(
-    dataset: TripletDataset, roles: Sequence[str], packing: Packing, *, chunk_size: int
+    dataset: TripletDataset, roles: Sequence[Role], packing: Packing, *, chunk_size: int
 ) -> Iterator[GlobalBatch]:
     """Every triplet exactly once in dataset order, for evaluation and reference passes.
 
@@ -188,7 +189,7 @@ class _Packer:
     """Turns dataset rows into this rank's share of a batch."""
 
     dataset: TripletDataset
-    roles: Sequence[str]
+    roles: Sequence[Role]
     packing: Packing
     sizes: TripletSizes = field(init=False)
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_solopo.config import context_and_response
+from megatron_solopo.config import Role
 from megatron_solopo.data.batch_plan import padded_lengths
 
 PAD_TOKEN = 0
@@ -53,7 +53,7 @@ class Pack:
     response_sequences_N: Tensor
     """Sequence number in [0, S) that each response token belongs to."""
     num_triplets: int
-    roles: tuple[str, ...]
+    roles: tuple[Role, ...]
     triplet_indices: Tensor
     """Dataset row of each triplet [num_triplets]."""
     ids: tuple[str, ...]
@@ -76,7 +76,7 @@ class Pack:
 
 
 def build_pack(
-    rows: Sequence[TokenizedTriplet], roles: Sequence[str], sequence_multiple: int, pack_multiple: int = 1
+    rows: Sequence[TokenizedTriplet], roles: Sequence[Role], sequence_multiple: int, pack_multiple: int = 1
 ) -> Pack:
     """Lay out the sequences of some triplets.
 
@@ -87,9 +87,8 @@ def build_pack(
         pack_multiple: what the whole pack is padded to a multiple of, at the end of its last sequence;
             itself a multiple of `sequence_multiple`, or 1.
     """
-    parts = [context_and_response(role) for role in roles]
-    prompts = [row.prompts[context] for row in rows for context, _ in parts]
-    responses = [row.responses[response] for row in rows for _, response in parts]
+    prompts = [row.prompts[role.context] for row in rows for role in roles]
+    responses = [row.responses[role.response] for row in rows for role in roles]
     prompt_lengths_S = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     response_lengths_S = np.array([len(response) for response in responses], dtype=np.int64)
     # An empty prompt would make its first response token a prediction of the sequence before it.

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_solopo.data.row import DEPTHS_FIELD, RESPONSE_FIELDS, Kind
+from megatron_solopo.errors import UserError
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
@@ -152,7 +153,7 @@ def _load_split(path: Path, name: str, rows: int, manifest: PreparedManifest) ->
     return split
 
 
-def _unusable(path: Path, reason: str) -> ValueError:
-    return ValueError(
+def _unusable(path: Path, reason: str) -> UserError:
+    return UserError(
         f"{path}: not a complete prepared directory: {reason}; write one with megatron-solopo data prepare"
     )

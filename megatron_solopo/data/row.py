@@ -17,6 +17,8 @@ Kind = Literal["triplet", "pair"]
 Form = Literal["text", "messages"]
 Message = dict[str, str]
 Content = str | list[Message]
+Template = Literal["chat", "plain"]
+"""How a row becomes text: by the chat template, or as it is."""
 
 PROMPT_FIELDS: dict[Kind, tuple[str, ...]] = {"triplet": ("prompt_short", "prompt_long"), "pair": ("prompt",)}
 RESPONSE_FIELDS = ("chosen", "rejected")

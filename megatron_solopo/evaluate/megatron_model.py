@@ -27,6 +27,7 @@ from megatron_solopo.evaluate.samples import Sample, Spec
 from megatron_solopo.evaluate.transformers_model import described_device
 from megatron_solopo.generate.transformers import end_tokens
 from megatron_solopo.model.build import build_model
+from megatron_solopo.parallel.megatron_internals import advance_cache
 from megatron_solopo.parallel.topology import Topology
 
 _LEAST_STEP = 64
@@ -83,8 +84,7 @@ class MegatronModel:
         tokens, generated = prompts_BT, list[Tensor]()
         while len(generated) < max_new_tokens and not bool(ended_B.all()):
             next_B = self._next(tokens, context)
-            context.sequence_len_offset += tokens.shape[1]
-            context.enable_decode_mode()
+            advance_cache(context, tokens.shape[1])
             generated.append(next_B)
             ended_B |= torch.isin(next_B, end_ids)
             tokens = next_B.unsqueeze(1)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_solopo import __version__
-from megatron_solopo.config import Config, OptimizerConfig, context_and_response
+from megatron_solopo.config import Config, OptimizerConfig, Role
 from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
@@ -63,7 +63,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
         is_writer, data_parallel_size = dist.get_rank() == 0, topology.data_group.size()
     finally:
         process_groups.destroy(topology)
-    lengths = {role: dataset.response_lengths(context_and_response(role)[1]) for role in logps.roles}
+    lengths = {role: dataset.response_lengths(role.response) for role in logps.roles}
     columns = triplet_columns(
         settings.objective, _by_role(logps), lengths, None if references is None else _by_role(references)
     )
@@ -176,7 +176,7 @@ def _score(
     return score_sequences(config, chunks, splits.datasets[split], topology, "evaluation", apart=True), references
 
 
-def _by_role(logprobs: ReferenceLogprobs) -> dict[str, Tensor]:
+def _by_role(logprobs: ReferenceLogprobs) -> dict[Role, Tensor]:
     return dict(zip(logprobs.roles, logprobs.logps.unbind(dim=1), strict=True))
 
 
@@ -189,10 +189,10 @@ def _check_finite(columns: Mapping[str, TripletColumn], dataset: TripletDataset,
         )
 
 
-def _tokens(dataset: TripletDataset, roles: Sequence[str]) -> dict[str, IntArray]:
+def _tokens(dataset: TripletDataset, roles: Sequence[Role]) -> dict[str, IntArray]:
     """Tokens of prompt and chosen answer by context, the long one last."""
-    chosen = [role for role in roles if role.endswith("_chosen")]
-    return {f"tokens_{context_and_response(role)[0]}": dataset.sizes((role,), 1).tokens for role in chosen}
+    chosen = [role for role in roles if role.response == "chosen"]
+    return {f"tokens_{role.context}": dataset.sizes((role,), 1).tokens for role in chosen}
 
 
 def _write(

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_solopo.config import ObjectiveConfig, context_and_response
+from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.evaluate.statistics import Mask, by_depth, by_length, mean, proportion
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES
 from megatron_solopo.objective.reward import ResponseLogprobs
@@ -23,9 +23,9 @@ TripletColumn = NDArray[np.float64]
 
 def triplet_columns(
     objective: ObjectiveConfig,
-    logps: Mapping[str, Tensor],
-    lengths: Mapping[str, NDArray[np.int64]],
-    references: Mapping[str, Tensor] | None,
+    logps: Mapping[Role, Tensor],
+    lengths: Mapping[Role, NDArray[np.int64]],
+    references: Mapping[Role, Tensor] | None,
 ) -> dict[str, TripletColumn]:
     """Per triplet, float64 [D] by name.
 
@@ -35,11 +35,11 @@ def triplet_columns(
         lengths: role -> tokens of the response [D].
         references: role -> the reference model's [D], for losses that need it.
     """
-    contexts = list(dict.fromkeys(context_and_response(role)[0] for role in logps))
+    contexts = list(dict.fromkeys(role.context for role in logps))
     reward = PREFERENCE_LOSSES[objective.loss_type].reward
     columns: dict[str, TripletColumn] = {}
     for role, logp in logps.items():
-        context, answer = context_and_response(role)
+        context, answer = role.context, role.response
         reference = None if references is None else references[role].double()
         columns[f"logps/{answer}_{context}"] = logp.double().numpy()
         if reference is not None:

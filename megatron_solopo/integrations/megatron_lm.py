@@ -22,7 +22,6 @@ Plugs SoLoPO into Megatron-LM's own `pretrain()`: three arguments of the call in
 """
 
 import argparse
-import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.enums import ModelType
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 from tqdm import tqdm
@@ -48,6 +46,7 @@ from megatron_solopo.files import atomic_path
 from megatron_solopo.integrations.arguments import add_arguments, config_from_args, flags_for_keys
 from megatron_solopo.integrations.task import PreferenceTask
 from megatron_solopo.model.build import build_chunk
+from megatron_solopo.parallel.megatron_internals import call_pretrain, count_sequence_lengths
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import keep_before
 
@@ -286,7 +285,7 @@ class Solopo:
             item: StepPack = next(data_iterator)
         # Once per pack, whichever chunks it runs through.
         if item.split == "train" and not get_attr_wrapped_model(model, "vp_stage"):
-            _count_lengths(item.pack)
+            count_sequence_lengths(item.pack.sequence_lengths_S)
         output, loss = self.task.forward(item.pack, model, item.split)
         return output, partial(self._loss, item, loss)
 
@@ -311,7 +310,14 @@ class Solopo:
             keywords: for `pretrain`, besides the model and data that are ours; `args_defaults` too.
         """
         try:
-            self._call(pretrain, self.model_provider(model_provider), keywords)
+            call_pretrain(
+                pretrain,
+                datasets=self.datasets,
+                model_provider=self.model_provider(model_provider),
+                forward_step=self.forward_step,
+                add_arguments=self.add_arguments,
+                keywords=keywords,
+            )
         finally:  # Megatron-LM leaves by sys.exit too
             if "args" in self.__dict__:
                 self.add_model_files()
@@ -330,31 +336,3 @@ class Solopo:
             if is_megatron_checkpoint(path) and not folder.exists():
                 with atomic_path(folder) as temporary:
                     write_files(files, temporary)
-
-    def _call(self, pretrain: Callable[..., Any], provider: Callable[..., Any], keywords: dict[str, Any]) -> None:
-        model_type = ModelType.encoder_or_decoder
-        if "cfg_container" not in inspect.signature(pretrain).parameters:
-            pretrain(
-                self.datasets,
-                provider,
-                model_type,
-                self.forward_step,
-                extra_args_provider=self.add_arguments,
-                **keywords,
-            )
-            return
-        from megatron.training.argument_utils import pretrain_cfg_container_from_args
-        from megatron.training.arguments import parse_and_validate_args
-
-        args = parse_and_validate_args(self.add_arguments, args_defaults=keywords.pop("args_defaults", {}))
-        container = pretrain_cfg_container_from_args(args)
-        pretrain(container, self.datasets, model_type, self.forward_step, model_provider=provider, **keywords)
-
-
-def _count_lengths(pack: Pack) -> None:
-    """Tell Megatron-LM the real lengths, for its throughput. Before 0.19 it takes every sequence to be as long."""
-    from megatron.training import training
-
-    count = getattr(training, "update_seqlen_stats_from_cu_seqlens", None)
-    if count is not None:
-        count(torch.nn.functional.pad(pack.sequence_lengths_S.cumsum(0), (1, 0)))

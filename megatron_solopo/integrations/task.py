@@ -23,6 +23,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.model.head import attach_response_head
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.objective import metric_names
+from megatron_solopo.parallel.megatron_internals import pipeline_settings, set_rotary_frequencies
 from megatron_solopo.parallel.topology import Topology, current
 from megatron_solopo.train.metrics import reduce_sums
 from megatron_solopo.train.reference import cached_reference
@@ -43,14 +44,12 @@ def prepare_model(model: Any, architecture: Architecture, chunk_tokens: int) -> 
     check_transformer_config(model.config)
     # Packs differ in length, so shapes travel with each pipeline message. Megatron-LM's arguments forbid it.
     model.config.variable_seq_lengths = True
-    # transformers' own frequencies, whatever the rope type.
-    model.rotary_pos_emb.inv_freq = architecture.inv_freq.clone()
+    set_rotary_frequencies(model, architecture.inv_freq.clone())
     attach_response_head(model, real_vocab_size=architecture.vocab_size, chunk_tokens=chunk_tokens)
 
 
 def check_transformer_config(config: TransformerConfig) -> None:
     """Raise ValueError naming the settings that give wrong gradients, or none at all, with packs of triplets."""
-    interleaved = config.virtual_pipeline_model_parallel_size is not None
     wrong = {
         "calculate_per_token_loss": (config.calculate_per_token_loss, True),
         "hidden_dropout": (config.hidden_dropout, 0.0),
@@ -61,10 +60,10 @@ def check_transformer_config(config: TransformerConfig) -> None:
         "defer_embedding_wgrad_compute": (config.defer_embedding_wgrad_compute, False),
         "tp_comm_overlap": (config.tp_comm_overlap, False),
         "cuda_graph_impl": (config.cuda_graph_impl, "none"),
-        # The other combination swaps forward and backward tensors in the interleaved schedule.
-        "overlap_p2p_comm": (config.overlap_p2p_comm or not interleaved, True),
-        "batch_p2p_comm": (config.batch_p2p_comm and interleaved, False),
     }
+    if config.virtual_pipeline_model_parallel_size is not None:
+        exchange = pipeline_settings(interleaved=True)
+        wrong |= {name: (getattr(config, name), exchange[name]) for name in ("overlap_p2p_comm", "batch_p2p_comm")}
     _refuse(wrong, "the model's TransformerConfig does not go with packs of triplets")
 
 

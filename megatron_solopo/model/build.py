@@ -1,9 +1,5 @@
-"""Fused kernels that add weight gradients straight to Megatron's gradient buffers.
+"""Builds this rank's model chunks from an architecture and the parallel layout."""
 
-Builds this rank's model chunks from an architecture and the parallel layout.
-"""
-
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,23 +13,11 @@ from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.layer_spec import layer_spec, uses_transformer_engine
 from megatron_solopo.model.precision import precision_settings
-from megatron_solopo.parallel.cpu import is_cpu
-
-
-def supports_gradient_accumulation_fusion() -> bool:
-    """Whether NVIDIA Apex's fused weight-gradient kernel, which Megatron's own linear layers use, can run here."""
-    return not is_cpu() and find_spec("fused_weight_gradient_mlp_cuda") is not None
-
-
-def fuse_weight_gradients(model: torch.nn.Module) -> None:
-    """Let Transformer Engine's linear layers add their weight gradients to `main_grad` themselves.
-
-    They need no Apex for that. Megatron's configuration has one switch for them and for its own output layer,
-    which does need it and refuses to be built without.
-    """
-    for module in model.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+from megatron_solopo.parallel.megatron_internals import (
+    has_fused_weight_gradients,
+    pipeline_settings,
+    set_rotary_frequencies,
+)
 
 
 def transformer_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
@@ -70,7 +54,7 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
         init_method=torch.nn.init.zeros_,
         output_layer_init_method=torch.nn.init.zeros_,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=supports_gradient_accumulation_fusion(),
+        gradient_accumulation_fusion=has_fused_weight_gradients(),
         # Megatron's fusions compile at run time; plain kernels where there is no GPU to gain from them.
         bias_activation_fusion=on_gpu_kernels,
         bias_dropout_fusion=on_gpu_kernels,
@@ -83,7 +67,6 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
 
 
 def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
-    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
@@ -91,14 +74,8 @@ def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
         "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.uses_sequence_parallel,
         "cp_comm_type": parallel.cp_comm_type,
-        # Packs differ in length, so shapes travel with each pipeline message; Megatron ties that
-        # to the dispatcher type even in a dense model.
-        "variable_seq_lengths": True,
-        "moe_token_dispatcher_type": "alltoall",
-        # The other combination swaps forward and backward tensors in the interleaved schedule.
-        "overlap_p2p_comm": interleaved,
-        "batch_p2p_comm": not interleaved,
         "deallocate_pipeline_outputs": True,
+        **pipeline_settings(interleaved=parallel.virtual_pipeline_model_parallel_size is not None),
     }
 
 
@@ -154,6 +131,5 @@ def build_chunk(
         real_vocab_size=architecture.vocab_size,
         chunk_tokens=chunk_tokens,
     )
-    # transformers' own frequencies, whatever the rope type, instead of Megatron's re-derivation.
-    chunk.rotary_pos_emb.inv_freq = architecture.inv_freq.clone()
+    set_rotary_frequencies(chunk, architecture.inv_freq.clone())
     return chunk

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from megatron_solopo.model.logprob import label_logprobs
+from megatron_solopo.parallel.megatron_internals import OutputOverride, add_base_class
 
 
 @dataclass
@@ -30,24 +31,22 @@ class PackedResponses(PackedSeqParams):
     """int64 [N]: the predicted tokens."""
 
 
-class ResponseHead:
-    """What makes a GPTModel return label log-probabilities, fp32 [N], instead of logits in its last stage.
+class ResponseHead(OutputOverride):
+    """Makes the last stage of a GPTModel return label log-probabilities, fp32 [N], instead of logits.
 
-    Only `_postprocess` differs: parameters, checkpoints, tied weights and pipeline stages are
-    GPTModel's own. Call it as `model(tokens, None, None, packed_seq_params=PackedResponses(...))`.
+    Parameters, checkpoints, tied weights and pipeline stages are GPTModel's own. Call the model as
+    `model(tokens, None, None, packed_seq_params=PackedResponses(...))`. With any other packing it returns logits.
     """
 
     real_vocab_size: int
-    """Vocabulary without padding; what lies beyond gets no probability."""
+    """Vocabulary without padding. Padding gets no probability."""
     chunk_tokens: int
     """Response rows projected at a time."""
 
-    def _postprocess(
-        self: Any, hidden_states: Tensor, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any
-    ) -> Tensor:
-        if not self.post_process or not isinstance(packed_seq_params, PackedResponses):
-            plain = super()._postprocess  # type: ignore[misc]
-            return plain(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
+    def overrides(self, packed_seq_params: PackedSeqParams | None) -> bool:
+        return isinstance(packed_seq_params, PackedResponses)
+
+    def override(self: Any, hidden_states: Tensor, packed_seq_params: PackedResponses) -> Tensor:
         tied = self.share_embeddings_and_output_weights
         rows, labels = packed_seq_params.response_rows, packed_seq_params.response_labels
         assert rows is not None and labels is not None
@@ -82,8 +81,7 @@ class ResponseModel(ResponseHead, GPTModel):
 def attach_response_head(model: GPTModel, *, real_vocab_size: int, chunk_tokens: int) -> None:
     """Give a GPTModel that someone else has built, of whatever subclass, the response-only head, in place."""
     if not isinstance(model, ResponseHead):
-        built = type(model)
-        model.__class__ = type(f"Response{built.__name__}", (ResponseHead, built), {})
+        add_base_class(model, ResponseHead)
     model.real_vocab_size = real_vocab_size
     model.chunk_tokens = chunk_tokens
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -15,6 +14,7 @@ from megatron_solopo.config import ModelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.parallel.cpu import is_cpu
+from megatron_solopo.parallel.megatron_internals import has_transformer_engine
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
@@ -37,7 +37,7 @@ def uses_transformer_engine(model: ModelConfig) -> bool:
     reason = ""
     if is_cpu():
         reason = "needs a CUDA device"
-    elif not HAVE_TE:
+    elif not has_transformer_engine():
         reason = "needs the package transformer-engine, which is not installed or cannot be imported"
     elif model.dtype == "float32":
         reason = "needs model.dtype=bfloat16"

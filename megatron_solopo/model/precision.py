@@ -1,18 +1,14 @@
-"""FP8 through Transformer Engine: what is legal, what this machine can do, and how weights enter FP8 parameters."""
+"""FP8 through Transformer Engine: what is legal, and what this machine can do."""
 
 import importlib
 from typing import Any
-
-import megatron.core
-import torch
-from packaging.version import Version
-from torch import Tensor
 
 from megatron_solopo.architecture.fp8 import check_fp8
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.layer_spec import uses_transformer_engine
+from megatron_solopo.parallel.megatron_internals import FP8_PARAMETERS_SINCE, installed_version
 
 # Transformer Engine's own question for each recipe; what to take instead where the answer is no.
 _AVAILABLE = {
@@ -21,7 +17,6 @@ _AVAILABLE = {
     "blockwise": "is_fp8_block_scaling_available",
     "mxfp8": "is_mxfp8_available",
 }
-_FP8_PARAM_SINCE = Version("0.19")
 _NEAREST: dict[str, tuple[FP8Recipe, ...]] = {
     "mxfp8": ("blockwise", "tensorwise"),
     "blockwise": ("mxfp8", "tensorwise"),
@@ -40,10 +35,10 @@ def check_precision(
     check_fp8(architecture, model, parallel, optimizer)
     if model.fp8 is None:
         return
-    if model.fp8_param and Version(megatron.core.__version__) < _FP8_PARAM_SINCE:
+    if model.fp8_param and installed_version() < FP8_PARAMETERS_SINCE:
         raise UserError(
-            f"model.fp8_param=true needs megatron-core {_FP8_PARAM_SINCE} or newer (Python 3.12), which writes such "
-            f"weights to checkpoints; {megatron.core.__version__} is installed. Set it to false"
+            f"model.fp8_param=true needs megatron-core {FP8_PARAMETERS_SINCE} or newer (Python 3.12), which can write "
+            f"such weights to checkpoints; {installed_version()} is installed. Set it to false"
         )
     if not uses_transformer_engine(model):
         raise UserError(
@@ -81,24 +76,3 @@ def precision_settings(model: ModelConfig) -> dict[str, Any]:
         "num_layers_at_start_in_bf16": model.num_layers_at_start_in_bf16,
         "num_layers_at_end_in_bf16": model.num_layers_at_end_in_bf16,
     }
-
-
-def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
-    """Give a parameter its value, cast to the parameter's precision.
-
-    An FP8 parameter also keeps the value in bfloat16, from which the optimizer makes its master weight.
-    """
-    is_fp8 = hasattr(parameter, "get_high_precision_init_val")
-    if is_fp8:  # its kernels quantize what is on the device already
-        value = value.detach().to(parameter.device, torch.bfloat16)
-    with torch.no_grad():
-        parameter.copy_(value)
-    if is_fp8:
-        parameter._high_precision_init_val = value.to("cpu", copy=True)
-
-
-def release_exact_values(model: torch.nn.Module) -> None:
-    """Drop what `assign` keeps for the optimizer, on the host: it has made its master weights, or there is none."""
-    for parameter in model.parameters():
-        if hasattr(parameter, "clear_high_precision_init_val"):
-            parameter.clear_high_precision_init_val()

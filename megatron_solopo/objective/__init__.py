@@ -6,7 +6,6 @@ function in `preference.py` (or `reward.py`) and one line of `PREFERENCE_LOSSES`
 Shape suffix: T = triplets of a pack.
 """
 
-from megatron_solopo.config import required_roles
 from megatron_solopo.objective.solopo import ObjectiveOutput, compute_objective, metric_names
 
-__all__ = ["ObjectiveOutput", "compute_objective", "metric_names", "required_roles"]
+__all__ = ["ObjectiveOutput", "compute_objective", "metric_names"]

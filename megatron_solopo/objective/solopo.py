@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
-from megatron_solopo.config import ObjectiveConfig, context_and_response, required_roles
+from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES
 from megatron_solopo.objective.reward import ResponseLogprobs
 
@@ -61,15 +61,15 @@ class ObjectiveOutput:
 @cache
 def metric_names(config: ObjectiveConfig) -> tuple[str, ...]:
     """The keys of `ObjectiveOutput.metrics`, in order; pipeline ranks that compute no loss need them."""
-    nothing = dict.fromkeys(required_roles(config), torch.zeros(0))
+    nothing = dict.fromkeys(config.roles.all, torch.zeros(0))
     return tuple(compute_objective(config, nothing, nothing, nothing).metrics)
 
 
 def compute_objective(
     config: ObjectiveConfig,
-    logps: Mapping[str, Tensor],
-    lengths: Mapping[str, Tensor],
-    reference_logps: Mapping[str, Tensor] | None = None,
+    logps: Mapping[Role, Tensor],
+    lengths: Mapping[Role, Tensor],
+    reference_logps: Mapping[Role, Tensor] | None = None,
 ) -> ObjectiveOutput:
     """Loss and metrics of T triplets; T may be 0.
 
@@ -88,7 +88,7 @@ def compute_objective(
         nll_loss: -log pi(y_w|x) / |y_w| on the pair's context.
     solo_ra/* and *_long exist for solopo alone; the pair of long_po is the long one.
     """
-    roles = required_roles(config)
+    roles = config.roles.all
     assert all(logps[role].dtype in (torch.float32, torch.float64) for role in roles), "sums of log-probs need float32"
     assert reference_logps is not None or not config.needs_reference, f"{config.loss_type} needs reference log-probs"
     references = reference_logps if config.needs_reference else None
@@ -99,7 +99,7 @@ def compute_objective(
     loss_type = PREFERENCE_LOSSES[config.loss_type]
     rewards = {role: loss_type.reward(response, config.beta) for role, response in responses.items()}
 
-    chosen, rejected = roles[:2]
+    chosen, rejected = config.roles.pair
     nll_T = -responses[chosen].mean_logp_T
     po_loss_T = loss_type.pair_loss(rewards[chosen] - rewards[rejected], nll_T, config)
     loss_T = po_loss_T + config.nll_coefficient * nll_T
@@ -113,27 +113,29 @@ def compute_objective(
     return ObjectiveOutput(loss_T, {name: value_T.detach() for name, value_T in metrics.items()})
 
 
-def _alignment(config: ObjectiveConfig, rewards: Mapping[str, Tensor]) -> Tensor:
+def _alignment(config: ObjectiveConfig, rewards: Mapping[Role, Tensor]) -> Tensor:
     """Sum of the distances of the aligned answers, `[T]`."""
     distances = [
         alignment_distance(
-            rewards[f"short_{context_and_response(role)[1]}"],
+            rewards[role.on_short_context],
             rewards[role],
             config.distance,
             config.huber_delta,
             config.detach_short,
         )
-        for role in required_roles(config)[2:]
+        for role in config.roles.aligned
     ]
     return torch.stack(distances).sum(dim=0)
 
 
-def _alignment_metrics(rewards: Mapping[str, Tensor], logps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    gap_T = rewards["short_chosen"] - rewards["long_chosen"]
+def _alignment_metrics(rewards: Mapping[Role, Tensor], logps: Mapping[Role, Tensor]) -> dict[str, Tensor]:
+    long = Role.LONG_CHOSEN
+    gap_T = rewards[Role.SHORT_CHOSEN] - rewards[long]
     metrics = {"solo_ra/gap_abs": gap_T.abs(), "solo_ra/gap_signed": gap_T}
-    if "long_rejected" in rewards:
-        metrics["solo_ra/gap_abs_rejected"] = (rewards["short_rejected"] - rewards["long_rejected"]).abs()
-    return metrics | {"rewards/chosen_long": rewards["long_chosen"], "logps/chosen_long": logps["long_chosen"]}
+    if Role.LONG_REJECTED in rewards:
+        gap_T = rewards[Role.SHORT_REJECTED] - rewards[Role.LONG_REJECTED]
+        metrics["solo_ra/gap_abs_rejected"] = gap_T.abs()
+    return metrics | {"rewards/chosen_long": rewards[long], "logps/chosen_long": logps[long]}
 
 
 def _pair_metrics(chosen_T: Tensor, rejected_T: Tensor) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """The dry run: it builds ranks of a layout without memory, and compares their bytes with the plan.
 
-A fake process group of the full size gives each rank its place. Model, gradient buffers and optimizer are Megatron-Core's
-own on the meta device, so their sizes are exact. Megatron's schedule then runs the heaviest pack forward and backward,
-and a meter counts what autograd keeps alive. The layers are plain PyTorch. A replacement for attention's kernel has the
-inputs, outputs and saved tensors of flash attention. Gradients are not reduced.
+A fake process group of the full size gives each rank its place. Model, gradient buffers and optimizer are those of
+Megatron-Core on the meta device, so their sizes are exact. Megatron's schedule then runs the heaviest pack forward and
+backward, and a meter counts what autograd keeps alive. The layers are plain PyTorch. A replacement for attention's
+kernel has the inputs, outputs and saved tensors of flash attention. Gradients are not reduced.
 
 The functions that count bytes also count those of a model that really trains; tests use them so.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_solopo.architecture.huggingface_config import Architecture
-from megatron_solopo.config import Config, required_roles
+from megatron_solopo.config import Config
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.build import build_model
@@ -80,7 +80,11 @@ def _check_rank(
             wrapped = wrap_data_parallel(chunks, config.optimizer)
             optimizer = build_optimizer(wrapped, config.optimizer)
             _initialize_moments(optimizer)
-            built = (parameter_bytes(wrapped), gradient_bytes(wrapped), optimizer_state_bytes(optimizer, wrapped))
+            built = {
+                "parameters": parameter_bytes(wrapped),
+                "gradients": gradient_bytes(wrapped),
+                "optimizer": optimizer_state_bytes(optimizer, wrapped),
+            }
             saved = _run_schedule(wrapped, chunks, microbatch, num_packs) if rank.runs_schedule else None
         pipeline_rank = groups.pipeline_group.rank()
         data_rank = groups.data_group.rank() * groups.context_group.size() + groups.context_group.rank()
@@ -91,7 +95,7 @@ def _check_rank(
         place=rank.place,
         num_parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
         built=built,
-        estimated=(state.parameters, state.gradients, state.optimizer),
+        estimated={name: getattr(state, name) for name in built},
         saved_bytes=saved,
         estimated_saved_bytes=None if saved is None else peak.total,
         seconds=time.monotonic() - started,
@@ -112,7 +116,7 @@ class SavedTensorMeter:
     @contextmanager
     def counting(self) -> Iterator["SavedTensorMeter"]:
         """Count what the body saves, until its last use."""
-        with torch.autograd.graph.saved_tensors_hooks(lambda saved: _SavedTensor(saved, self), lambda kept: kept.tensor):
+        with torch.autograd.graph.saved_tensors_hooks(lambda new: _SavedTensor(new, self), lambda kept: kept.tensor):
             yield self
 
     def add(self, tensor: Tensor) -> None:
@@ -231,7 +235,6 @@ def _build_chunks(architecture: Architecture, config: Config) -> list[ResponseMo
     for chunk in chunks:
         chunk.config.variable_seq_lengths = False
         chunk.config.batch_p2p_comm = False
-        chunk.config.finalize_model_grads_func = None  # without memory, there is nothing to reduce
         set_rotary_frequencies(chunk, chunk.rotary_pos_emb.inv_freq.to(_META))
         for module in chunk.modules():
             if isinstance(module, PackedAttention):
@@ -280,7 +283,7 @@ def _build_microbatch(config: Config, pack: PackShape, groups: Topology) -> Micr
         )
         for number, lengths in enumerate(pack.triplets)
     ]
-    built = build_pack(rows, required_roles(config.objective), groups.sequence_multiple)
+    built = build_pack(rows, config.objective.roles.all, groups.sequence_multiple)
     whole = shard_pack(built, groups)
     return replace(whole, tokens_1t=whole.tokens_1t.to(_META))
 
@@ -289,6 +292,8 @@ def _run_schedule(
     wrapped: Sequence[torch.nn.Module], chunks: Sequence[ResponseModel], microbatch: Microbatch, num_packs: int
 ) -> int:
     """Run Megatron's schedule over the packs. Returns the most bytes that autograd kept alive."""
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = None  # there is nothing to reduce without memory
 
     def loss(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         count = torch.ones((), dtype=torch.int, device="cpu")

@@ -1,4 +1,4 @@
-"""Peak memory of every pipeline stage by part, and the model state that a rank holds from the first step to the last."""
+"""Peak memory of every pipeline stage by part, and the state of the model and the optimizer that each rank holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,9 +102,10 @@ class RankCheck:
     place: str
     """Which pipeline stage, and which shard of the optimizer's state."""
     num_parameters: int
-    built: tuple[int, int, int]
-    """Bytes of parameter buffers, gradient buffers and optimizer state as Megatron-Core allocates them."""
-    estimated: tuple[int, int, int]
+    built: dict[str, int]
+    """Bytes of parameters, gradients and optimizer state, by these names, as Megatron-Core allocates them."""
+    estimated: dict[str, int]
+    """The same by arithmetic."""
     saved_bytes: int | None
     """Most bytes that autograd kept at any moment of Megatron's schedule, with plain PyTorch layers; None: not run."""
     estimated_saved_bytes: float | None
@@ -113,9 +114,8 @@ class RankCheck:
     @property
     def difference(self) -> str:
         """Which of the exact figures disagree, and by how many bytes; empty if none does."""
-        names = ("parameters", "gradients", "optimizer")
-        pairs = zip(names, self.built, self.estimated, strict=True)
-        return ", ".join(f"{name} {mine - real:+,}" for name, real, mine in pairs if mine != real)
+        differences = {name: self.estimated[name] - size for name, size in self.built.items()}
+        return ", ".join(f"{name} {difference:+,}" for name, difference in differences.items() if difference)
 
     def as_json(self) -> dict[str, Any]:
         """All figures, and whether the exact ones are equal."""

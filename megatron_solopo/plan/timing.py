@@ -216,7 +216,7 @@ class StepTimer:
         return 4 * self._collective(size, tp, tp)
 
     def _context_traffic(self, pack: PackShape, attention: float, *, backward: bool) -> float:
-        """Seconds of the exchange of keys and values that attention does not hide. An exchange by heads hides nothing."""
+        """Seconds of exchanging keys and values that attention does not hide. By heads, it hides nothing."""
         a, parallel, e = self.architecture, self.config.parallel, element_bytes(self.config)
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
         if cp == 1:
@@ -253,7 +253,7 @@ class StepTimer:
         return self._collective(state.gradients, size, span) + self._collective(state.parameters, size, span)
 
     def _update(self, state: RankState) -> float:
-        """Seconds in which Adam reads and writes its state once. The offloaded share crosses PCIe to the host's memory."""
+        """Seconds in which Adam reads and writes its state once. The offloaded share crosses PCIe to the host."""
         on_gpu = 2 * state.optimizer / (self.gpu.hbm_gb_per_s * 1e9 * self.efficiency.memory)
         # fp32 gradients down and bfloat16 weights up, 6 of the 16 bytes that the host keeps.
         crossing = state.host * 6 / 16

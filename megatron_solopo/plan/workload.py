@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_solopo.architecture.fp8 import pack_multiple as fp8_pack_multiple
 from megatron_solopo.architecture.layout import packs_multiple, sequence_multiple
-from megatron_solopo.config import Config, context_and_response, required_roles
+from megatron_solopo.config import Config, Role
 from megatron_solopo.data.batch_plan import (
     IntArray,
     RankPacks,
@@ -39,10 +39,9 @@ class Workload:
     source: str
     """Where the lengths come from, in words."""
 
-    def longest(self, roles: Sequence[str]) -> int:
+    def longest(self, roles: Sequence[Role]) -> int:
         """Tokens of the longest sequence that has one of these roles."""
-        parts = (context_and_response(role) for role in roles)
-        return max(int((self.prompts[context] + self.responses[answer]).max()) for context, answer in parts)
+        return max(int((self.prompts[role.context] + self.responses[role.response]).max()) for role in roles)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +148,7 @@ class Packer:
 
     def __init__(self, workload: Workload, config: Config) -> None:
         self.workload, self.config = workload, config
-        self.roles = required_roles(config.objective)
+        self.roles = config.objective.roles.all
         size = config.training.global_batch_size
         available = len(workload.responses["chosen"])
         generator = np.random.default_rng(_SEED)
@@ -211,13 +210,12 @@ class Packer:
         sizes = self._sizes(multiple)
         loads = [sum(int(sizes.cost[self.rows[pack]].sum()) for pack in rank) for rank in planned]
         heaviest = planned[loads.index(max(loads))]
-        positions = sum(
-            int(padded_lengths(sizes.padded_tokens[self.rows[pack]].sum(), pack_multiple)) for rank in planned for pack in rank
-        )
+        packs = [self.rows[pack] for rank in planned for pack in rank]
+        positions = sum(int(padded_lengths(sizes.padded_tokens[rows].sum(), pack_multiple)) for rows in packs)
         return BatchShape(
             heaviest_rank=tuple(self._shape(self.rows[pack], multiple, pack_multiple, cp) for pack in heaviest),
             num_triplets=len(self.rows),
-            num_packs=sum(len(rank) for rank in planned),
+            num_packs=len(packs),
             pad_waste=1 - int(sizes.tokens[self.rows].sum()) / positions,
             balance=sum(loads) / len(loads) / max(loads),
         )
@@ -229,7 +227,7 @@ class Packer:
 
 
 def pack_shape(
-    triplets: Sequence[Mapping[str, int]], roles: Sequence[str], multiple: int, pack_multiple: int, cp: int
+    triplets: Sequence[Mapping[str, int]], roles: Sequence[Role], multiple: int, pack_multiple: int, cp: int
 ) -> PackShape:
     """The shape of one pack.
 
@@ -239,9 +237,8 @@ def pack_shape(
         pack_multiple: the length of the pack is padded to a multiple of this.
         cp: context-parallel size.
     """
-    parts = [context_and_response(role) for role in roles]
-    prompts_S = np.array([triplet[context] for triplet in triplets for context, _ in parts])
-    responses_S = np.array([triplet[answer] for triplet in triplets for _, answer in parts])
+    prompts_S = np.array([triplet[role.context] for triplet in triplets for role in roles])
+    responses_S = np.array([triplet[role.response] for triplet in triplets for role in roles])
     padded_S = padded_lengths(prompts_S + responses_S, multiple)
     padded_S[-1] += int(padded_lengths(padded_S.sum(), pack_multiple)) - int(padded_S.sum())
     chunk_S1 = (padded_S // (2 * cp))[:, None]

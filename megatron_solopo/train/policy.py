@@ -21,11 +21,15 @@ from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import Config, ModelConfig, OptimizerConfig
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.build import build_model, fuse_weight_gradients
+from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.layer_spec import uses_transformer_engine
 from megatron_solopo.model.microbatch import Microbatch
-from megatron_solopo.model.precision import release_exact_values
+from megatron_solopo.parallel.megatron_internals import (
+    fuse_weight_gradients,
+    gradient_buffers,
+    release_exact_values,
+)
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import reduce_over_ranks
 from megatron_solopo.train.step import LossFunction, run_schedule
@@ -53,7 +57,7 @@ def _note_and_finalize(model: Sequence[DistributedDataParallel], *arguments: Any
 
     Afterwards a NaN is everywhere, and nobody can tell whose it was.
     """
-    sums = [buffer.grad_data.sum() for chunk in model for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    sums = [buffer.grad_data.sum() for chunk in model for buffer in gradient_buffers(chunk)]
     model[0].gradient_was_finite = torch.stack(sums).isfinite().all()
     finalize_model_grads(list(model), *arguments, **keywords)
 

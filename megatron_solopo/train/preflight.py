@@ -36,8 +36,8 @@ from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
-from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.agreement import on_rank_0, raise_first
+from megatron_solopo.parallel.megatron_internals import optimizer_parts
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import peak_memory_bytes, reduce_over_ranks, reset_peak_memory
 from megatron_solopo.train.policy import Policy
@@ -223,7 +223,7 @@ def try_largest_pack(
     """
     pack = loader.largest_pack(_PLANNED_BATCHES)
     packs = [pack] * max(topology.packs_multiple, topology.pipeline_group.size())
-    roles = required_roles(config.objective)
+    roles = config.objective.roles.all
     loss = objective_loss(config.objective, ReferenceLogprobs(roles, torch.zeros(num_rows, len(roles))), topology)
     reset_peak_memory()
     started = time.monotonic()
@@ -246,7 +246,7 @@ def try_largest_pack(
 
 def _missing_moments(config: Config, policy: Policy) -> int:
     """Bytes that Adam's moments will take on this rank's device from the first update on; 0 where they are there."""
-    parts = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    parts = optimizer_parts(policy.optimizer)
     if any(part.optimizer.state for part in parts):
         return 0
     held = sum(weight.numel() for group in policy.optimizer.param_groups for weight in group["params"])

@@ -19,14 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, Role
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.layer_spec import uses_transformer_engine
 from megatron_solopo.model.precision import precision_settings
-from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.run_data import Splits, single_pass
@@ -87,7 +86,8 @@ def fingerprint(references: Mapping[str, ReferenceLogprobs]) -> str:
     """Hex SHA-256 of the numbers themselves: of a cache that is computed again they may differ in the last bits."""
     digest = hashlib.sha256()
     for name, logprobs in sorted(references.items()):
-        digest.update(f"{name} {logprobs.roles}".encode() + logprobs.logps.contiguous().numpy().tobytes())
+        roles = tuple(str(role) for role in logprobs.roles)
+        digest.update(f"{name} {roles}".encode() + logprobs.logps.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -107,7 +107,7 @@ def reference_dependencies(config: Config, splits: Splits) -> dict[str, Any]:
         "fp8": precision_settings(config.model),
         "implementation": "transformer_engine" if uses_transformer_engine(config.model) else "local",
         "scoring_version": _SCORING_VERSION,
-        "roles": list(required_roles(config.objective)),
+        "roles": list(config.objective.roles.all),
     }
 
 
@@ -153,7 +153,7 @@ def score_sequences(
         apart: one pass for each role, so that a pack must hold the longest sequence and not the largest triplet.
         boundary: called before every batch.
     """
-    roles = required_roles(config.objective)
+    roles = config.objective.roles.all
     passes = [(role,) for role in roles] if apart else [roles]
     labels = [f"{label}, {role}" for role in roles] if apart else [label]
     logps = [
@@ -169,7 +169,7 @@ def _score_pass(
     dataset: TripletDataset,
     topology: Topology,
     label: str,
-    roles: tuple[str, ...],
+    roles: tuple[Role, ...],
     boundary: Callable[[], None] | None,
 ) -> Tensor:
     """Summed log-probabilities, fp32 [rows, len(roles)]."""
@@ -203,7 +203,7 @@ def _damaged(cache: Path, file: str) -> ValueError:
     return ValueError(f"{cache / file}: missing or damaged; delete {cache}, and it is computed again")
 
 
-def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[str]) -> ReferenceLogprobs:
+def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[Role]) -> ReferenceLogprobs:
     try:
         table = pq.read_table(cache / f"{name}.parquet")
     except (OSError, pa.ArrowException):

@@ -12,13 +12,12 @@ from tqdm import tqdm
 from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import has_tokenizer
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, Role
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, sequential_batches
 from megatron_solopo.data.prepared import PreparedManifest, load_prepared
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.progress import bar_style
 
@@ -81,7 +80,7 @@ def _check_lengths(
     config: Config, manifest: PreparedManifest, architecture: Architecture, columns: Mapping[str, str]
 ) -> None:
     """Compares upper bounds: the longest prompt and the longest response of the contexts in use."""
-    contexts = {role.split("_")[0] for role in required_roles(config.objective)}
+    contexts = {role.context for role in config.objective.roles.all}
     longest = max(manifest.lengths[columns[context]].max for context in contexts)
     longest += max(manifest.lengths[answer].max for answer in ("chosen", "rejected"))
     if longest > architecture.max_sequence_length:
@@ -114,7 +113,7 @@ def training_batches(
         packing = replace(packing, packs_multiple=packs_multiple)
     return GlobalBatchLoader(
         dataset,
-        required_roles(config.objective),
+        config.objective.roles.all,
         packing,
         global_batch_size=global_batch_size or config.training.global_batch_size,
         seed=config.seed,
@@ -126,7 +125,7 @@ def single_pass(
     dataset: TripletDataset,
     topology: Topology,
     label: str,
-    roles: Sequence[str] | None = None,
+    roles: Sequence[Role] | None = None,
     boundary: Callable[[], None] | None = None,
 ) -> Iterator[GlobalBatch]:
     """Every triplet once, with a progress bar named `label` on rank 0; some packs may not be `counted`.
@@ -136,7 +135,7 @@ def single_pass(
         boundary: called before every batch, by all ranks together.
     """
     chunk_size = _SINGLE_PASS_TRIPLETS_PER_RANK * topology.data_group.size()
-    roles = required_roles(config.objective) if roles is None else roles
+    roles = config.objective.roles.all if roles is None else roles
     batches = sequential_batches(dataset, roles, _packing(config, topology), chunk_size=chunk_size)
     total = -(-len(dataset) // chunk_size)
     for batch in tqdm(batches, label, total, unit="batch", disable=dist.get_rank() != 0, **bar_style("batches")):

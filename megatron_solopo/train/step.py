@@ -15,7 +15,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_solopo.config import ObjectiveConfig
+from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.model.logprob import sequence_logprobs
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
@@ -29,10 +29,10 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 class ReferenceLogprobs:
     """Summed reference log-probabilities of every sequence of a data set, fp32 [rows, R]."""
 
-    roles: tuple[str, ...]
+    roles: tuple[Role, ...]
     logps: Tensor
 
-    def select(self, roles: Sequence[str], rows: Tensor, device: torch.device) -> dict[str, Tensor]:
+    def select(self, roles: Sequence[Role], rows: Tensor, device: torch.device) -> dict[Role, Tensor]:
         """By role, fp32 [len(rows)]."""
         return {role: self.logps[rows, self.roles.index(role)].to(device) for role in roles}
 
@@ -154,7 +154,7 @@ def _per_triplet(values_S: Tensor, pack: Pack) -> Tensor:
     return values_S.view(pack.num_triplets, len(pack.roles))
 
 
-def _by_role(values_TR: Tensor, roles: Sequence[str]) -> dict[str, Tensor]:
+def _by_role(values_TR: Tensor, roles: Sequence[Role]) -> dict[Role, Tensor]:
     return dict(zip(roles, values_TR.unbind(dim=1), strict=True))
 
 

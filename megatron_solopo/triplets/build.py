@@ -127,11 +127,10 @@ def build(settings: BuildSettings) -> BuildReport:
     Raises:
         ValueError: A setting is illegal, a row is not of the format, or no row could be built: one line per mistake.
     """
-    settings.check()
     check_output(settings.output, settings.overwrite, settings.inputs)
     tokenizer = load_tokenizer(settings.tokenizer)
     _check_prompts(settings, tokenizer)
-    made = provenance(settings.inputs, settings.seed, settings.to_json(), (settings.tokenizer, tokenizer))
+    made = provenance(settings.inputs, settings.seed, settings.model_dump(mode="json"), (settings.tokenizer, tokenizer))
     tally = Tally(made)
     with atomic_path(settings.output) as temporary:
         store = temporary.with_name(f"{temporary.name}.corpus")

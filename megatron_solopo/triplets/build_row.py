@@ -76,7 +76,7 @@ class RowBuilder:
         self._settings = settings
         self._prompt = prompt
         self._measure = measure
-        self._plan = settings.plan
+        self._plan = settings.length_plan
         self._pool = Pool(corpus.pool, corpus.load_tokens(), corpus.keys)
 
     def build(self, number: int) -> list[Built | Drop]:
@@ -117,7 +117,7 @@ class RowBuilder:
             answers = (self._measure.response(text, common[name]) for name in ("chosen", "rejected"))
             common["response_tokens"] = max(answers)
         else:
-            common["response_tokens"] = self._settings.room
+            common["response_tokens"] = self._settings.response_room
         return short, common | {"short_tokens": self._measure.prompt(text) + common["response_tokens"]}
 
     def _constructed(self, sample: _Sample, short: Sequence[int]) -> RowFields:
@@ -129,7 +129,7 @@ class RowBuilder:
         return {"chosen": chosen_response(sample.question), "rejected": rejected}
 
     def _short_by_number(self, sample: _Sample) -> list[int]:
-        wanted = self._settings.wanted_distractors
+        wanted = self._settings.num_short_distractors
         chosen = list[int]()
         used = {int(self._pool.keys[index]) for index in sample.evidence}
         for index in self._short_candidates(sample):
@@ -150,13 +150,13 @@ class RowBuilder:
         def arranged(taken: Sequence[int]) -> list[int]:
             return self._ordered([*sample.evidence, *taken], np.random.default_rng(order))
 
-        alone = self._length(sample, arranged([]), self._settings.room)
+        alone = self._length(sample, arranged([]), self._settings.response_room)
         if alone > limit:
             raise _Unfit("the evidence alone exceeds --short-tokens")
         filler = Filler(
             self._pool,
             lambda index: self._usable(sample, index),
-            lambda taken: self._length(sample, arranged(taken), self._settings.room),
+            lambda taken: self._length(sample, arranged(taken), self._settings.response_room),
             limit,
             sample.rng,
         )

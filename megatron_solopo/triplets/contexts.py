@@ -32,7 +32,7 @@ from megatron_solopo.data.row import Content
 from megatron_solopo.errors import UserError, first_problem
 from megatron_solopo.triplets.seeds import generator
 
-RowFields = TypeVar("Row", bound=BaseModel)
+_Row = TypeVar("_Row", bound=BaseModel)
 
 
 class ContextRow(BaseModel):
@@ -51,7 +51,7 @@ class ContextRow(BaseModel):
     """Room for a response, in tokens, its end included."""
 
 
-def read_contexts(path: Path, row: type[RowFields]) -> Iterator[tuple[int, int, RowFields]]:
+def read_contexts(path: Path, row: type[_Row]) -> Iterator[tuple[int, int, _Row]]:
     """Every row with its line number and byte offset.
 
     Args:
@@ -71,7 +71,7 @@ def read_contexts(path: Path, row: type[RowFields]) -> Iterator[tuple[int, int, 
         raise UserError(f"--contexts {path}: holds no row, expected the output of data build")
 
 
-def parse_context(line: bytes, where: str, row: type[RowFields]) -> RowFields:
+def parse_context(line: bytes, where: str, row: type[_Row]) -> _Row:
     """One line of the file; raises UserError."""
     try:
         return row.model_validate_json(line)

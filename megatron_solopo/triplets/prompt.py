@@ -9,8 +9,8 @@ from pathlib import Path
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_solopo.data.encode import Template, render_prompt, render_response
-from megatron_solopo.data.row import Content
+from megatron_solopo.data.encode import render_prompt, render_response
+from megatron_solopo.data.row import Content, Template
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.corpus.formats import Document

@@ -65,14 +65,13 @@ def sample(settings: SampleSettings) -> SampleReport:
         ValueError: A setting is illegal, the journal is another's, the model refuses the requests, or some got no
             answer; what was received stays, and the same command asks for the rest.
     """
-    settings.check()
     check_output(settings.output, True, [settings.contexts])
     questions, room = _index(settings.contexts)
     max_tokens = room - END_TOKENS if settings.max_tokens is None else settings.max_tokens
     if not 1 <= max_tokens <= room:
         raise UserError(f"--max-tokens {max_tokens}: the contexts leave room for {room} tokens, see --response-tokens")
     header = _header(settings, max_tokens)
-    made = provenance([settings.contexts], settings.seed, asdict(settings))
+    made = provenance([settings.contexts], settings.seed, settings.model_dump(mode="json"))
     with Journal(settings.output, header) as journal:
         before = sum(map(len, journal.received.values()))
         model = _load(settings)

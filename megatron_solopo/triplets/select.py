@@ -7,7 +7,7 @@ Streaming: contexts are read once, question by question; of the responses only p
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -197,12 +197,11 @@ def select(settings: SelectSettings) -> SelectReport:
         ValueError: A setting is illegal, a file is not what it should be, the responses are of other contexts, or no
             pair could be made.
     """
-    settings.check()
     check_output(settings.output, settings.overwrite, [settings.contexts, settings.responses])
     tokenizer = load_tokenizer(settings.tokenizer)
     _check_belonging(settings)
     inputs = [settings.contexts, settings.responses]
-    made = provenance(inputs, settings.seed, asdict(settings), (settings.tokenizer, tokenizer))
+    made = provenance(inputs, settings.seed, settings.model_dump(mode="json"), (settings.tokenizer, tokenizer))
     selection = _Selection(settings, tokenizer, SelectReport(made))
     with atomic_path(settings.output) as temporary:
         with temporary.open("w", encoding="utf-8") as stream:

@@ -6,13 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_solopo.architecture.fp8 import pack_multiple
-from megatron_solopo.config import ROLES, ModelConfig, ParallelConfig
+from megatron_solopo.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_solopo.data.loader import Packing
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.parallel.context import shard_indices
 
 # Transformer Engine's documentation of its recipes, and Megatron-Core's padding for them.
 TOKENS_PER_RANK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+ROLES = ObjectiveConfig().roles.all
 SIZES = st.sampled_from([1, 2, 4, 8])
 LENGTHS = st.lists(st.tuples(*[st.integers(1, 90)] * 4), min_size=1, max_size=3)
 
@@ -31,8 +32,8 @@ def test_every_rank_holds_a_multiple_of_tokens(context: int, tensor: int, recipe
                          {n: np.ones(k, int) for n, k in zip(names[2:], row[2:], strict=True)})
         for i, row in enumerate(lengths)
     ]  # fmt: skip
-    pack = build_pack(rows, ROLES[:3], 2 * context * tensor, multiple)
-    plain = build_pack(rows, ROLES[:3], 2 * context * tensor)
+    pack = build_pack(rows, ROLES, 2 * context * tensor, multiple)
+    plain = build_pack(rows, ROLES, 2 * context * tensor)
     for rank in range(context):
         assert len(shard_indices(pack.cu_seqlens_S1, context, rank)) % (tensor * TOKENS_PER_RANK[recipe]) == 0
     assert 0 <= pack.padded_tokens - plain.padded_tokens < multiple

@@ -11,9 +11,10 @@ from megatron.core import dist_checkpointing
 
 from megatron_solopo.checkpoint import load as distributed
 from megatron_solopo.checkpoint.load import begin_save, load_checkpoint
-from megatron_solopo.checkpoint.optimizer_state import initialize_state, load_state, requested_share
+from megatron_solopo.checkpoint.optimizer_state import load_state, requested_share
 from megatron_solopo.checkpoint.save import CheckpointContent
 from megatron_solopo.config import parse_config
+from megatron_solopo.parallel.megatron_internals import initialize_adam_state
 from megatron_solopo.train.policy import Policy, build_policy
 from tests.ranks import layout, two_ranks
 from tests.tiny_models import make_model
@@ -65,7 +66,7 @@ def inner(policy: Policy) -> Any:
 
 def invent(policy: Policy) -> list[torch.Tensor]:
     """Give a policy a state that no other rank has; returns a copy of it."""
-    initialize_state(policy.optimizer)
+    initialize_adam_state(policy.optimizer)
     torch.manual_seed(dist.get_rank())
     for tensor in held(policy):
         tensor.normal_()
@@ -83,7 +84,7 @@ def held(policy: Policy) -> list[torch.Tensor]:
 
 def load_as_megatron_does(path: Path, policy: Policy) -> None:
     """The slow way: every rank asks for everything."""
-    initialize_state(policy.optimizer)
+    initialize_adam_state(policy.optimizer)
     model = distributed._parameters(distributed._sharded_model_state(policy.chunks))
     wanted = policy.optimizer.sharded_state_dict(model, is_loading=True, metadata=distributed._metadata())
     load_state(policy.optimizer, dist_checkpointing.load({"optimizer": wanted}, str(path))["optimizer"])

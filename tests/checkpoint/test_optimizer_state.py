@@ -10,7 +10,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_solopo.checkpoint import load as distributed
-from megatron_solopo.checkpoint.optimizer_state import complete_group, initialize_state, load_state, portable
+from megatron_solopo.checkpoint.optimizer_state import complete_group, load_state, portable
 
 
 def hybrid() -> HybridDeviceOptimizer:
@@ -29,14 +29,6 @@ def test_a_hybrid_optimizers_groups_can_be_read_without_running_code(tmp_path: P
     read = torch.load(tmp_path / "portable.pt", weights_only=True)
     kept = {key for key, value in groups[0].items() if not isinstance(value, type)}
     assert read["optimizer"]["param_groups"][0].keys() == kept and read["param_state"] == 1
-
-
-def test_a_hybrid_optimizer_makes_its_state_by_a_step_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = hybrid()
-    taken: list[bool] = []
-    monkeypatch.setattr(optimizer, "dummy_step", lambda: taken.append(True))  # takes parameters on a GPU
-    initialize_state(SimpleNamespace(optimizer=optimizer, config=None))
-    assert taken
 
 
 def test_a_hybrid_optimizer_counts_on_after_it_was_loaded() -> None:

@@ -2,6 +2,10 @@
 
 import json
 
+from megatron_solopo.data import tokenize
+from megatron_solopo.data.prepared import PreparedManifest
+from megatron_solopo.data.settings import PrepareSettings
+
 
 def triplet(index, long_words=20):
     return {
@@ -25,3 +29,7 @@ def as_messages(row):
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def prepare(input, output, tokenizer, **options) -> PreparedManifest:
+    return tokenize.prepare(PrepareSettings(input=input, output=output, tokenizer=tokenizer, **options))

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_solopo.config import ROLES
+from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.loader import GlobalBatchLoader, Packing, sequential_batches
 from megatron_solopo.errors import UserError
 
-SOLOPO, LONG_PO = ROLES[:3], ROLES[2:]
+SOLOPO, SHORT_PO, LONG_PO = (ObjectiveConfig(name=name).roles.all for name in ("solopo", "short_po", "long_po"))
 COLUMNS = {"short": "prompt_short", "long": "prompt_long"}
 MAX_TOKENS = 700
 RECORDED_ORDER = [28, 24, 20, 38, 5, 34, 18, 36]
@@ -209,12 +209,12 @@ def test_triplets_over_the_budget_are_all_reported_at_construction():
 
 def test_short_prompts_alone_do_not_need_the_long_budget():
     table = table_of([(10, 900, 5, 5)] * 4)
-    assert loader(table, roles=ROLES[:2], global_batch_size=4).next_batch().num_tokens == 4 * 30
+    assert loader(table, roles=SHORT_PO, global_batch_size=4).next_batch().num_tokens == 4 * 30
 
 
 def test_missing_context_is_named():
     table = TABLE.remove_columns("prompt_long")
-    assert loader(table, roles=ROLES[:2]).next_batch().num_triplets == 8
+    assert loader(table, roles=SHORT_PO).next_batch().num_triplets == 8
     with pytest.raises(UserError, match=r"no long prompts .*objective.name"):
         loader(table)
 

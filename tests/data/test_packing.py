@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_solopo.config import ROLES
+from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.data.packing import PAD_TOKEN, TokenizedTriplet, build_pack
 
-ROLE_SETS = [ROLES[:3], ROLES[:2], ROLES[2:], ROLES]
+SOLOPO = ObjectiveConfig().roles.all
+ROLE_SETS = [SOLOPO, *(ObjectiveConfig(name=name).roles.all for name in ("short_po", "long_po")), tuple(Role)]
 
 
 def triplet(index, short, long, chosen, rejected, start=1):
@@ -35,8 +36,8 @@ def naive_pack(rows, roles, multiple):
     expected["boundaries"].append(0)
     for row in rows:
         for role in roles:
-            prompt = row.prompts[role.split("_")[0]].tolist()
-            response = row.responses[role.split("_")[1]].tolist()
+            prompt = row.prompts[role.context].tolist()
+            response = row.responses[role.response].tolist()
             expected["tokens"] += prompt
             for token in response:
                 expected["rows"].append(len(expected["tokens"]) - 1)
@@ -86,7 +87,7 @@ def test_any_lengths(lengths, roles, multiple):
 
 
 def test_labels_are_the_tokens_after_their_rows_and_stay_inside_the_sequence():
-    pack = build_pack(triplets_of([(3, 47, 31, 5), (31, 123, 2, 3)]), ROLES, 8)
+    pack = build_pack(triplets_of([(3, 47, 31, 5), (31, 123, 2, 3)]), tuple(Role), 8)
     assert torch.equal(pack.tokens_T[pack.response_rows_N + 1], pack.response_labels_N)
     starts = pack.cu_seqlens_S1[:-1].long()[pack.response_sequences_N]
     ends = starts + pack.sequence_lengths_S[pack.response_sequences_N]
@@ -95,7 +96,7 @@ def test_labels_are_the_tokens_after_their_rows_and_stay_inside_the_sequence():
 
 def test_sequences_are_triplet_major_with_roles_inner():
     rows = triplets_of([(3, 10, 2, 4), (5, 20, 1, 6)])
-    pack = build_pack(rows, ROLES[:3], 4)
+    pack = build_pack(rows, SOLOPO, 4)
     lengths_per_triplet = pack.sequence_lengths_S.reshape(pack.num_triplets, len(pack.roles))
     assert lengths_per_triplet.tolist() == [[5, 7, 12], [6, 11, 21]]
     assert pack.roles == ("short_chosen", "short_rejected", "long_chosen")
@@ -104,7 +105,7 @@ def test_sequences_are_triplet_major_with_roles_inner():
 
 
 def test_types_are_what_kernels_and_indexing_want():
-    pack = build_pack(triplets_of([(3, 10, 2, 4)]), ROLES[:3], 4)
+    pack = build_pack(triplets_of([(3, 10, 2, 4)]), SOLOPO, 4)
     assert pack.cu_seqlens_S1.dtype == torch.int32
     for tensor in (pack.tokens_T, pack.response_rows_N, pack.response_labels_N, pack.response_sequences_N,
                    pack.sequence_lengths_S, pack.response_lengths_S, pack.triplet_indices):  # fmt: skip

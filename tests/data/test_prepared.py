@@ -5,8 +5,8 @@ import pytest
 
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared, token_lengths
-from megatron_solopo.data.tokenize import prepare
 from megatron_solopo.errors import UserError
+from tests.data.sample_rows import prepare
 
 
 def test_prompt_column_of_triplets(tmp_path, triplets, hugging_face):

@@ -6,11 +6,10 @@ import pytest
 
 from megatron_solopo import __version__
 from megatron_solopo.data.prepared import load_prepared
-from megatron_solopo.data.tokenize import prepare
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
-from tests.data.sample_rows import as_messages, triplet, write_rows
+from tests.data.sample_rows import as_messages, prepare, triplet, write_rows
 from tests.data.tiny_tokenizers import CHATML, STRICT, write_hugging_face
 
 TOKEN_COLUMNS = ("prompt_short", "prompt_long", "chosen", "rejected")
@@ -175,7 +174,7 @@ def test_fingerprint_changes_with_each_part_and_not_otherwise(tmp_path, hugging_
     runs = iter(range(100))
 
     def manifest(**changes):
-        return prepare(output=tmp_path / f"out{next(runs)}", **base | changes)
+        return prepare(**{"output": tmp_path / f"out{next(runs)}"} | base | changes)
 
     first = manifest()
     assert first.fingerprint == sha256_json(first.fingerprint_parts)

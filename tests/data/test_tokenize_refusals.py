@@ -3,9 +3,8 @@ import shutil
 import pytest
 
 from megatron_solopo.data.prepared import load_prepared
-from megatron_solopo.data.tokenize import prepare
 from megatron_solopo.errors import UserError
-from tests.data.sample_rows import as_messages, triplet, write_rows
+from tests.data.sample_rows import as_messages, prepare, triplet, write_rows
 from tests.data.tiny_tokenizers import REWRITING, STRICT, write_hugging_face
 
 

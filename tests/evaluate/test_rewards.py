@@ -6,20 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_solopo.config import ObjectiveConfig
+from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.evaluate.rewards import summarise, summarise_groups, triplet_columns
 from megatron_solopo.evaluate.statistics import mean, proportion, student_t
 
-ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
-
 
 def columns(objective: ObjectiveConfig, logps: list[list[float]], references: list[list[float]] | None = None):
-    """Rows are triplets, in the order of ROLES; chosen answers have 4 tokens, rejected ones 2."""
-    by_role = dict(zip(ROLES, torch.tensor(logps).unbind(dim=1), strict=True))
-    lengths = {role: np.full(len(logps), 4 if "chosen" in role else 2) for role in ROLES}
+    """Rows are triplets, in the order of `Role`; chosen answers have 4 tokens, rejected ones 2."""
+    by_role = dict(zip(Role, torch.tensor(logps).unbind(dim=1), strict=True))
+    lengths = {role: np.full(len(logps), 4 if role.response == "chosen" else 2) for role in Role}
     if references is None:
         return triplet_columns(objective, by_role, lengths, None)
-    return triplet_columns(objective, by_role, lengths, dict(zip(ROLES, torch.tensor(references).T, strict=True)))
+    return triplet_columns(objective, by_role, lengths, dict(zip(Role, torch.tensor(references).T, strict=True)))
 
 
 LOGPS = [[-2.0, -3.0, -9.0, -3.0], [-4.0, -4.0, -4.0, -5.0]]

@@ -11,7 +11,6 @@ from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
-from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel import topology
 from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss
@@ -51,7 +50,7 @@ def peak_bytes(folder: Path, long_prompt: int) -> int:
         wrapped = wrap_data_parallel(chunks, OptimizerConfig())
         optimizer = build_optimizer(wrapped, OptimizerConfig())
         policy = Policy(wrapped, optimizer, build_scheduler(optimizer, OptimizerConfig(), 2))
-        roles = required_roles(SOLOPO)
+        roles = SOLOPO.roles.all
         pack = build_pack([TokenizedTriplet("0", 0, prompts, responses)], roles, groups.sequence_multiple)
         torch.cuda.reset_peak_memory_stats()
         references = ReferenceLogprobs(roles, torch.zeros(1, len(roles)))

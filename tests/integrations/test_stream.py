@@ -6,12 +6,13 @@ from typing import Any
 import datasets
 import pytest
 
+from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.loader import GlobalBatchLoader, Packing
 from megatron_solopo.errors import UserError
 from megatron_solopo.integrations.megatron_lm import PackStream
 
-ROLES = ("short_chosen", "short_rejected", "long_chosen")
+ROLES = ObjectiveConfig().roles.all
 ROWS, BATCH = 14, 8
 
 

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 
-ROLES = ("short_chosen", "short_rejected", "long_chosen")
+ROLES = ObjectiveConfig().roles.all
 
 
 def triplets(lengths: list[tuple[int, int, int, int]]) -> list[TokenizedTriplet]:
@@ -54,7 +55,7 @@ def expected_rows(rows: list[TokenizedTriplet], pack: Pack, size: int) -> list[t
     found, sequence = [], 0
     for triplet in rows:
         for role in ROLES:
-            context, answer = role.split("_")
+            context, answer = role.context, role.response
             tokens = [*triplet.prompts[context], *triplet.responses[answer]]
             start, end = pack.cu_seqlens_S1[sequence : sequence + 2].tolist()
             for place in range(len(triplet.prompts[context]) - 1, len(tokens) - 1):

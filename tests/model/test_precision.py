@@ -1,21 +1,19 @@
-"""FP8: what is refused and why, and how weights enter FP8 parameters."""
+"""FP8: what is refused, and why."""
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import megatron.core
 import pytest
-import torch
 
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.model import precision
 from megatron_solopo.model.build import transformer_config
-from megatron_solopo.model.precision import assign, check_precision, precision_settings
+from megatron_solopo.model.precision import check_precision, precision_settings
 from tests.tiny_models import FAMILIES
 
 FP8 = {"fp8": "hybrid", "dtype": "bfloat16"}
@@ -144,25 +142,3 @@ def test_megatron_takes_the_settings(architecture, recipe) -> None:
     assert (config.fp8, config.fp8_recipe, config.first_last_layers_bf16) == ("hybrid", recipe, recipe != "delayed")
     assert not config.fp8_dot_product_attention and not config.fp8_multi_head_attention
     assert precision_settings(settings(dtype="bfloat16")) == {}
-
-
-class QuantizedParameter(torch.nn.Parameter):
-    """What Transformer Engine makes of a weight: coarse values, and those it was initialized with until asked."""
-
-    def get_high_precision_init_val(self) -> torch.Tensor:
-        return self._high_precision_init_val
-
-
-def test_an_fp8_parameter_keeps_the_exact_value_for_its_master_weight() -> None:
-    parameter = QuantizedParameter(torch.zeros(3, dtype=torch.float8_e4m3fn), requires_grad=False)
-    parameter._high_precision_init_val = torch.zeros(3, dtype=torch.bfloat16)
-    value = torch.tensor([1.0, 1.01171875, -3.03125], dtype=torch.bfloat16)
-    assign(parameter, value)
-    assert torch.equal(parameter.get_high_precision_init_val(), value)
-    assert not torch.equal(parameter.detach().to(torch.bfloat16), value)  # or the test would show nothing
-
-
-def test_a_plain_parameter_takes_the_value_in_its_precision(tmp_path: Path) -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
-    assign(parameter, torch.tensor([1.0, 1.001]))
-    assert parameter.tolist() == [1.0, 1.0] and not hasattr(parameter, "_high_precision_init_val")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_solopo.config import LossType, ObjectiveConfig
-from megatron_solopo.objective import compute_objective, metric_names, required_roles
+from megatron_solopo.objective import compute_objective, metric_names
 
 ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
 LOSS_TYPES = get_args(LossType)
@@ -145,7 +145,7 @@ def test_every_objective_equals_the_plain_formula(loss_type, face):
 def test_gradients(loss_type, face):
     config = objective(loss_type, face)
     logps, lengths, references = random_batch()
-    roles = required_roles(config)
+    roles = config.roles.all
     leaves = tuple(logps[role].clone().requires_grad_() for role in roles)
 
     def loss(*values):
@@ -250,7 +250,7 @@ def test_short_pair_and_gaps_bound_the_long_loss(short_chosen, short_rejected, l
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_only_the_required_roles_are_read(face, roles, loss_type):
     config = objective(loss_type, face)
-    assert required_roles(config) == roles
+    assert config.roles.all == roles
     logps, lengths, references = ({role: values[role] for role in roles} for values in random_batch())
     assert compute_objective(config, logps, lengths, references).loss_T.shape == (T,)
 

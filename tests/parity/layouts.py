@@ -12,9 +12,9 @@ from torch import Tensor
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.checkpoint.mapping import rules, to_huggingface
-from megatron_solopo.config import Config, parse_config
+from megatron_solopo.config import Config, Role, parse_config
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
-from megatron_solopo.objective import metric_names, required_roles
+from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import build_policy, load_model
@@ -124,7 +124,7 @@ def make_config(model: Path, objective: Mapping[str, Any], layout: Layout) -> Co
 def _train(
     config: Config, groups: Topology, layout: Layout, reference: Path, batches: Sequence[Sequence[Row]]
 ) -> RankResult:
-    roles = required_roles(config.objective)
+    roles = config.objective.roles.all
     packs = [my_packs(batch, number, layout, roles, groups) for number, batch in enumerate(batches)]
     references = None
     if config.objective.needs_reference:
@@ -162,7 +162,7 @@ def live_reference(
     return ReferenceLogprobs(roles, logps)
 
 
-def my_packs(batch: Sequence[Row], number: int, layout: Layout, roles: Sequence[str], groups: Topology) -> list[Pack]:
+def my_packs(batch: Sequence[Row], number: int, layout: Layout, roles: Sequence[Role], groups: Topology) -> list[Pack]:
     """This data-parallel rank's packs of global batch `number`."""
     triplets = [tokenized(row, number * len(batch) + position) for position, row in enumerate(batch)]
     multiples = groups.sequence_multiple, layout.pack_multiple

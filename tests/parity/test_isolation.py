@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel import topology
 from megatron_solopo.train.policy import load_model
 from megatron_solopo.train.step import logprob_report, run_schedule
@@ -48,7 +47,7 @@ def _score(model: Path, layout: Layout) -> list[torch.Tensor]:
         chunks = load_model(config, model, groups)
         found = []
         for rows in (ROWS, perturbed(ROWS)):
-            packs = my_packs(rows, 0, layout, required_roles(config.objective), groups)
+            packs = my_packs(rows, 0, layout, config.objective.roles.all, groups)
             with torch.no_grad():
                 found += run_schedule(chunks, packs, logprob_report(groups), groups, forward_only=True)
         return found
@@ -67,5 +66,5 @@ def test_perturbing_one_sequence_leaves_the_others_bit_equal(scores: Any, name: 
     assert on_last_stage
     for before, after in on_last_stage:
         same = before == after
-        changed = {(CHANGED, role) for role in (2, 3)}  # its two sequences on the long context
+        changed = {(CHANGED, place) for place in (2, 3)}  # its two sequences on the long context
         assert {tuple(place) for place in (~same).nonzero().tolist()} == changed

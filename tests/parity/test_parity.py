@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.packing import build_pack
-from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel.context import shard_indices
 from tests.distributed import run_distributed
 from tests.layouts import cp, pp, tp
@@ -231,7 +230,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 @pytest.mark.parametrize(("context", "tensor"), [(4, 1), (2, 2)])
 def test_ranks_without_a_response_token_are_among_the_cases(context: int, tensor: int) -> None:
     """The layouts called lonely are what they are called: their first pack's rows lie on one rank."""
-    roles = required_roles(ObjectiveConfig(**DPO_BOTH))
+    roles = ObjectiveConfig(**DPO_BOTH).roles.all
     for batch in BATCHES:
         pack = build_pack([tokenized(batch[0], 0)], roles, 2 * context * tensor)
         for rank in range(context):

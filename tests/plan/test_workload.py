@@ -5,16 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_solopo.config import ROLES
+from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.context import shard_indices
-from megatron_solopo.plan.layouts import with_keys
+from megatron_solopo.plan.layouts import replace_settings
 from megatron_solopo.plan.workload import Packer, pack_shape, prepared_workload, stated_workload
 from tests.plan.models import load_example
 from tests.prepared import make_prepared
 
 NAMES = ("short", "long", "chosen", "rejected")
+ROLES = ObjectiveConfig().roles.all
 LENGTHS = st.fixed_dictionaries({name: st.integers(1, 70) for name in NAMES})
 
 
@@ -30,8 +31,8 @@ def test_a_shape_is_the_real_packs(triplets: list[dict[str, int]], cp: int, whol
         )
         for number, lengths in enumerate(triplets)
     ]
-    pack = build_pack(rows, ROLES[:3], 2 * cp, whole)
-    shape = pack_shape(triplets, ROLES[:3], 2 * cp, whole, cp)
+    pack = build_pack(rows, ROLES, 2 * cp, whole)
+    shape = pack_shape(triplets, ROLES, 2 * cp, whole, cp)
     assert shape.padded_tokens == pack.padded_tokens and shape.tokens == pack.num_tokens
     assert shape.squares == int(pack.cu_seqlens_S1.diff().long().square().sum())
     assert shape.longest == pack.max_sequence_length and shape.num_triplets == pack.num_triplets
@@ -87,6 +88,6 @@ def test_a_batch_is_counted_whole() -> None:
     ],
 )
 def test_what_training_would_refuse_is_refused(keys, dp: int, words: str) -> None:
-    config = with_keys(load_example("llama-3.1-8b")[0], **keys)
+    config = replace_settings(load_example("llama-3.1-8b")[0], **keys)
     with pytest.raises(UserError, match=words):
         Packer(stated_workload("short=3584,long=130560,response=512", 200, 200), config).pack(config, dp)

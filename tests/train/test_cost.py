@@ -9,12 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
+from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.train import metrics as cost
 from megatron_solopo.train.metrics import peak_flops, peak_memory_bytes, training_flops
 from tests.tiny_models import FAMILIES, VOCAB_SIZE
 
-ROLES = ("short_chosen", "short_rejected", "long_chosen")
+ROLES = ObjectiveConfig().roles.all
 PROMPTS = {"short": 5, "long": 23}
 RESPONSES = {"chosen": 4, "rejected": 7}
 # (prompt, response) of the three sequences of a triplet.

@@ -12,7 +12,6 @@ from megatron_solopo.config import Config, ObjectiveConfig
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
-from megatron_solopo.objective import required_roles
 from megatron_solopo.train import preflight as checks
 from megatron_solopo.train import preflight as largest_pack
 from megatron_solopo.train.trainer import preflight, train
@@ -44,7 +43,7 @@ def run_all(folder: Path) -> dict[str, Any]:
     left = sorted(path.name for path in (folder / "rows").iterdir())
     data = load_prepared(folder / "prepared").train
     dataset = TripletDataset(data, {"short": "prompt_short", "long": "prompt_long"})
-    found["longest"] = int(dataset.sizes(required_roles(ObjectiveConfig()), 4).padded_tokens.max())
+    found["longest"] = int(dataset.sizes(ObjectiveConfig().roles.all, 4).padded_tokens.max())
     mine = {"optimizer": {"lr": 1e-2 if rank == 3 else 1e-3}}
     found["config"] = refused(config(folder, "differs", **mine))
     sizes = {"parallel": {"tensor_model_parallel_size": 4 if rank == 2 else 2}}

@@ -122,7 +122,7 @@ def test_async_saves_are_the_synchronous_ones_bit_by_bit(folder: Path) -> None:
 
 
 DEATHS = {
-    "inside the write": ("megatron_solopo.checkpoint.save:ShardedWrite._write_file:5", 3),
+    "inside the write": ("megatron_solopo.parallel.megatron_internals:ShardedFiles.write:5", 3),
     "between name and latest": ("megatron_solopo.checkpoint.directory:sync_directory:8", 4),
 }
 

@@ -71,4 +71,4 @@ def evidence(question: Question) -> set[str]:
 def construct(source: Path, output: Path, tokenizer: str, **options: Any) -> BuildReport:
     """Build triplets with answers by rule, at 2,048 tokens where nothing else is asked for."""
     options = {"responses": "constructed", "long_tokens": "2048"} | options
-    return build(BuildSettings(source, output, tokenizer, **options))
+    return build(BuildSettings(input=source, output=output, tokenizer=tokenizer, **options))

@@ -28,7 +28,7 @@ class Bench:
     def build(self, **options) -> tuple[list[Row], BuildReport]:
         options = {"long_tokens": "4096", "response_tokens": 300, "overwrite": True} | options
         output = self.folder / "contexts.jsonl"
-        report = build(BuildSettings(self.source, output, self.tokenizer, **options))
+        report = build(BuildSettings(input=self.source, output=output, tokenizer=self.tokenizer, **options))
         return read(output), report
 
 

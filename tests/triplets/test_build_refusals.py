@@ -143,7 +143,7 @@ def test_a_mistake_is_one_line_and_leaves_no_file(arguments, message, tokenizer_
 def test_all_mistakes_in_the_settings_are_told_at_once(tokenizer_path, tmp_path) -> None:
     with pytest.raises(UserError) as error:
         construct(QUESTIONS, tmp_path / "out.jsonl", tokenizer_path, seed=-1, num_proc=0, long_tokens="x")
-    assert [line.split()[0] for line in str(error.value).splitlines()] == ["--seed", "--num-proc", "--long-tokens"]
+    assert [line.split()[0] for line in str(error.value).splitlines()] == ["--long-tokens", "--seed", "--num-proc"]
 
 
 def test_an_existing_file_is_kept_unless_told_otherwise(tokenizer_path, tmp_path):

@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 def run(model, folder, rows, **changes) -> list[dict]:
     values = {"num_samples": 3, "samples_per_request": 2, "max_tokens": 12}
     contexts = write_lines(folder / "contexts.jsonl", rows)
-    sample(SampleSettings(contexts, folder / "responses.jsonl", str(model), **values | changes))
+    sample(SampleSettings(contexts=contexts, output=folder / "responses.jsonl", model=str(model), **values | changes))
     return [json.loads(response.model_dump_json()) for _, response in read_offsets(folder / "responses.jsonl")]
 
 

@@ -39,7 +39,16 @@ class Bench:
         contexts = write_lines(self.folder / "contexts.jsonl", self.contexts)
         responses = write_lines(self.folder / "responses.jsonl", self.responses)
         output = self.folder / "triplets.jsonl"
-        report = select(SelectSettings(contexts, responses, output, self.tokenizer, overwrite=True, **changes))
+        report = select(
+            SelectSettings(
+                contexts=contexts,
+                responses=responses,
+                output=output,
+                tokenizer=self.tokenizer,
+                overwrite=True,
+                **changes,
+            )
+        )
         assert validate_file(output).errors == []
         return read(output), report
 
@@ -89,7 +98,7 @@ def test_string_match_all_asks_for_every_answer(bench) -> None:
 def drawn(tokenizer, texts: list[str], answers: list[str], **changes) -> Counter:
     """Which pairs come of 200 seeds."""
     path = Path("unused.jsonl")
-    judge = Judge(SelectSettings(path, path, path, "", **changes))
+    judge = Judge(SelectSettings(contexts=path, responses=path, output=path, tokenizer="", **changes))
     row = ContextRow.model_validate(context(0, answers=answers))
     responses = [StoredResponse(**response(0, index, text)) for index, text in enumerate(texts)]
     candidates, _ = judge.candidates(responses, row, Measure(tokenizer, "plain"))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_solopo.data.settings import PrepareSettings
 from megatron_solopo.data.tokenize import prepare
 from megatron_solopo.files import atomic_path
 from megatron_solopo.triplets.contexts import to_line
@@ -38,9 +39,9 @@ def make_pairs(
     write_contexts(contexts, num_questions, longs_per_question, long_length, seed)
     sample(
         SampleSettings(
-            contexts,
-            responses,
-            str(base),
+            contexts=contexts,
+            output=responses,
+            model=str(base),
             num_samples=_SAMPLES,
             samples_per_request=_SAMPLES,
             max_tokens=_ANSWER_TOKENS,
@@ -49,8 +50,18 @@ def make_pairs(
         )
     )
     # Not sub_em: a weak model also answers with a whole fact (`k07=v21`), which contains the right word.
-    select(SelectSettings(contexts, responses, triplets, str(base), score="token_f1", seed=seed, overwrite=True))
-    prepare(triplets, folder / "prepared", str(base), seed=seed, overwrite=True)
+    select(
+        SelectSettings(
+            contexts=contexts,
+            responses=responses,
+            output=triplets,
+            tokenizer=str(base),
+            score="token_f1",
+            seed=seed,
+            overwrite=True,
+        )
+    )
+    prepare(PrepareSettings(input=triplets, output=folder / "prepared", tokenizer=str(base), seed=seed, overwrite=True))
     return folder / "prepared"
 
 

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_solopo.data.encode import Template
-from megatron_solopo.data.row import Content
+from megatron_solopo.data.row import Content, Template
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.samples import QA_METRICS, Sample, Spec, Unfit
 from megatron_solopo.evaluate.tasks.fit import Draft, fit

@@ -47,6 +47,7 @@ from pydantic import (
 
 from megatron_solopo.errors import UserError
 
+Format = Literal["musique", "hotpotqa", "2wikimultihopqa", "squad", "generic"]
 LeakRule = Literal["substring", "word", "allow"]
 """What excludes a distractor: the answer anywhere in it, the answer as whole words, or nothing."""
 

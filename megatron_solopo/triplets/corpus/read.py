@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,6 +15,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.corpus.formats import (
     DistractorRecord,
     Document,
+    Format,
     GenericRecord,
     HotpotRecord,
     MusiqueRecord,
@@ -23,7 +24,6 @@ from megatron_solopo.triplets.corpus.formats import (
     read_articles,
 )
 
-Format = Literal["musique", "hotpotqa", "2wikimultihopqa", "squad", "generic"]
 _Record = MusiqueRecord | HotpotRecord | SquadRecord | GenericRecord | DistractorRecord
 
 _RECORDS: dict[str, TypeAdapter[Any]] = {

@@ -10,13 +10,12 @@ import torch
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.layout import sequence_multiple
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, Role
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
-from megatron_solopo.objective import required_roles
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.plan.dry_run import SavedMeter, gradient_bytes, optimizer_state_bytes, parameter_bytes
+from megatron_solopo.plan.dry_run import SavedTensorMeter, gradient_bytes, optimizer_state_bytes, parameter_bytes
 from megatron_solopo.plan.workload import PackShape, pack_shape
 from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss
@@ -55,7 +54,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryInUse:
     """Bytes on one rank after a step, and its place."""
 
     pipeline_rank: int
@@ -74,16 +73,16 @@ def shapes(config: Config) -> list[PackShape]:
     """The packs of every rank, as the planner sees them."""
     parallel = config.parallel
     multiple = sequence_multiple(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
-    roles = required_roles(config.objective)
+    roles = config.objective.roles.all
     return [pack_shape([triplet], roles, multiple, 1, parallel.context_parallel_size) for triplet in TRIPLETS]
 
 
-def run_cases(models: Path, cases: Sequence[Case]) -> list[Held]:
+def run_cases(models: Path, cases: Sequence[Case]) -> list[MemoryInUse]:
     """On every rank: one optimizer step for each case in turn."""
     return [run_case(case.config(models)) for case in cases]
 
 
-def run_case(config: Config) -> Held:
+def run_case(config: Config) -> MemoryInUse:
     groups = topology.initialize(config.parallel, seed=1)
     try:
         return _train(config, groups)
@@ -91,7 +90,7 @@ def run_case(config: Config) -> Held:
         topology.destroy(groups)
 
 
-def _train(config: Config, groups: Topology) -> Held:
+def _train(config: Config, groups: Topology) -> MemoryInUse:
     architecture = read_architecture(config.model.path)
     rows = config.logprob.chunk_tokens
     chunks = build_model(architecture, config.model, config.parallel, chunk_tokens=rows, device=groups.device)
@@ -100,13 +99,13 @@ def _train(config: Config, groups: Topology) -> Held:
     wrapped = wrap_data_parallel(chunks, config.optimizer)
     optimizer = build_optimizer(wrapped, config.optimizer)
     policy = Policy(wrapped, optimizer, build_scheduler(optimizer, config.optimizer, 2))
-    roles = required_roles(config.objective)
+    roles = config.objective.roles.all
     loss = objective_loss(config.objective, ReferenceLogprobs(roles, torch.zeros(2, len(roles))), groups)
-    meter = SavedMeter(parameter for chunk in chunks for parameter in chunk.parameters())
+    meter = SavedTensorMeter(parameter for chunk in chunks for parameter in chunk.parameters())
     with meter.counting():
         policy.step([_pack(number, roles, groups) for number in range(2)], loss, groups)
     context = groups.context_group
-    return Held(
+    return MemoryInUse(
         pipeline_rank=groups.pipeline_group.rank(),
         data_parallel_size=groups.data_group.size(),
         data_rank=groups.data_group.rank() * context.size() + context.rank(),
@@ -118,7 +117,7 @@ def _train(config: Config, groups: Topology) -> Held:
     )
 
 
-def _pack(number: int, roles: tuple[str, ...], groups: Topology) -> Pack:
+def _pack(number: int, roles: tuple[Role, ...], groups: Topology) -> Pack:
     generator = np.random.default_rng(number)
     tokens = {name: generator.integers(VOCAB_SIZE, size=length) for name, length in TRIPLETS[number].items()}
     triplet = TokenizedTriplet(

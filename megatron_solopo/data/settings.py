@@ -1,0 +1,34 @@
+"""What a user asks of `data prepare`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_solopo.command_settings import CommandSettings
+
+
+class PrepareSettings(CommandSettings):
+    """What a user asks of `data prepare`. The same settings always give the same output."""
+
+    input: Path
+    """Triplet or pair file, JSONL or parquet."""
+    output: Path
+    """Directory to write. It is `data.path` in a run's config."""
+    tokenizer: str
+    """Hugging Face directory or SentencePiece .model file."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """chat: messages by the tokenizer's chat template; a string is one user message. plain: BOS where it is usual, the
+    text, and EOS behind a response. auto: chat for messages, plain for strings."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Most tokens of a prompt together with a response."""
+    overlong: Literal["refuse", "drop"] = "refuse"
+    """Longer rows are an error (refuse), or left out and counted (drop). Nothing is ever cut."""
+    eval_count: int = Field(default=0, ge=0)
+    """Rows to hold out for evaluation."""
+    seed: int = 1234
+    """Seed that draws the held-out rows."""
+    num_proc: int = Field(default=1, ge=1)
+    """Processes that tokenize. The output does not depend on their number."""
+    overwrite: bool = False
+    """Replace the output if it is a prepared directory."""

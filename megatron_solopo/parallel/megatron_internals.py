@@ -1,0 +1,404 @@
+"""Everything that this package touches in Megatron-LM without a promise of Megatron's that it will stay.
+
+Each entry names the versions that it was read in and tested with, the reason, and the file or pull request upstream
+(paths are those of https://github.com/NVIDIA/Megatron-LM). `tests/parallel/test_megatron_internals.py` has a test for
+each entry. It fails when the installed Megatron changes what the entry relies on, or no longer needs the entry.
+The adaptation of `torch.cuda` to a CPU is in `parallel/cpu.py`.
+"""
+
+import inspect
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.enums import ModelType
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.packed_seq_params import PackedSeqParams
+from packaging.version import Version
+from torch import Tensor
+
+from megatron_solopo.parallel.cpu import is_cpu
+
+# --- the model ---
+
+
+class OutputOverride:
+    """Base class that lets the last pipeline stage of a GPTModel return something else than logits.
+
+    Versions: 0.16 and 0.19. 0.16 has no other place for it than the method `_postprocess`. 0.19 also has the argument
+    `output_processor`, but only of `forward`, which a script of Megatron-LM's calls without it.
+    Upstream: `megatron/core/models/gpt/gpt_model.py`.
+    """
+
+    def overrides(self, packed_seq_params: PackedSeqParams | None) -> bool:
+        """Whether `override` applies to this forward pass."""
+        raise NotImplementedError
+
+    def override(self, hidden_states: Tensor, packed_seq_params: Any) -> Tensor:
+        """Return the model's output from the hidden states [t, 1, H] of the last layer."""
+        raise NotImplementedError
+
+    def _postprocess(
+        self: Any, hidden_states: Tensor, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any
+    ) -> Tensor:
+        if self.post_process and self.overrides(packed_seq_params):
+            output: Tensor = self.override(hidden_states, packed_seq_params)
+            return output
+        plain: Tensor = super()._postprocess(  # type: ignore[misc]
+            hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        return plain
+
+
+def add_base_class(model: GPTModel, base: type[OutputOverride]) -> None:
+    """Put `base` before the class of a model that exists already. Parameters and their names stay.
+
+    Versions: all. Megatron-LM and its forks build the model in their own code, of a subclass of their own.
+    """
+    built = type(model)
+    model.__class__ = type(f"{base.__name__}{built.__name__}", (base, built), {})
+
+
+def set_rotary_frequencies(model: GPTModel, inv_freq: Tensor) -> None:
+    """Replace the frequencies [head_dim / 2] that Megatron has computed, on whatever device they are given.
+
+    Versions: 0.16 and 0.19. Megatron computes the usual frequencies and those of Llama 3.1 in its own way. We want
+    transformers' numbers, which exist for every rope type.
+    Upstream: `megatron/core/models/common/embeddings/rotary_pos_embedding.py`.
+    """
+    model.rotary_pos_emb.inv_freq = inv_freq
+
+
+def pipeline_settings(*, interleaved: bool) -> dict[str, Any]:
+    """Return the fields of a TransformerConfig under which pipeline stages can exchange packs of different lengths.
+
+    Versions: 0.16 and 0.19. `variable_seq_lengths` needs the all-to-all dispatcher of experts, even in a dense model
+    (`megatron/core/transformer/transformer_config.py`). The interleaved schedule on two stages swaps forward and
+    backward tensors under the other two values (https://github.com/NVIDIA/Megatron-LM/pull/1495).
+    """
+    return {
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
+
+
+def advance_cache(context: StaticInferenceContext, num_tokens: int) -> None:
+    """Tell the key-value cache that `num_tokens` more positions of every sequence are in it.
+
+    Versions: 0.16 and 0.19. Megatron's text generation does the same for its own models.
+    Upstream: `megatron/core/inference/contexts/static_context.py`.
+    """
+    context.sequence_len_offset += num_tokens
+    context.enable_decode_mode()
+
+
+# --- kernels and precisions ---
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron could import Transformer Engine.
+
+    Versions: 0.16 and 0.19. Upstream: `HAVE_TE` of `megatron/core/extensions/transformer_engine.py`.
+    """
+    return bool(HAVE_TE)
+
+
+def has_fused_weight_gradients() -> bool:
+    """Whether the output layer can add its weight gradient to Megatron's gradient buffer in one kernel of Apex's.
+
+    Versions: 0.16 and 0.19. A model with `gradient_accumulation_fusion` cannot be built without the kernel.
+    Upstream: `megatron/core/tensor_parallel/layers.py`.
+    """
+    return not is_cpu() and find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def fuse_weight_gradients(model: torch.nn.Module) -> None:
+    """Let Transformer Engine's linear layers add their weight gradients to `main_grad` themselves.
+
+    Versions: 0.16 and 0.19. These layers do not need Apex, but Megatron has one switch for them and for its own output
+    layer, which does (`has_fused_weight_gradients`).
+    Upstream: `megatron/core/extensions/transformer_engine.py`.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+FP8_PARAMETERS_SINCE = Version("0.19")
+"""First version that can write FP8 parameters to checkpoints, because it dequantizes them before.
+
+Upstream: `megatron/core/dist_checkpointing/strategies/filesystem_async.py`.
+"""
+
+
+def installed_version() -> Version:
+    """Version of megatron-core."""
+    return Version(megatron.core.__version__)
+
+
+def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Give a parameter its value, cast to the parameter's precision.
+
+    Versions: 0.16 and 0.19. The optimizer makes its master weight of an FP8 parameter from the exact value that
+    Transformer Engine kept when it initialized the parameter. So the exact value is replaced too, in bfloat16.
+    Upstream: `megatron/core/optimizer/distrib_optimizer.py`, and `get_high_precision_init_val` in Transformer Engine.
+    """
+    is_fp8 = hasattr(parameter, "get_high_precision_init_val")
+    if is_fp8:  # the kernels that quantize a value want it on the device
+        value = value.detach().to(parameter.device, torch.bfloat16)
+    with torch.no_grad():
+        parameter.copy_(value)
+    if is_fp8:
+        parameter._high_precision_init_val = value.to("cpu", copy=True)
+
+
+def release_exact_values(model: torch.nn.Module) -> None:
+    """Free the host memory of the exact values (see `assign`), once the optimizer is built or there is none."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "clear_high_precision_init_val"):
+            parameter.clear_high_precision_init_val()
+
+
+# --- the optimizer and its state ---
+
+STATE_NAMES = ("param", "exp_avg", "exp_avg_sq")
+"""Names of a parameter's state in a checkpoint: fp32 master weight, and Adam's two moments.
+
+Versions: 0.16 and 0.19. Upstream: `DistributedOptimizer.get_parameter_state_dp_zero` in
+`megatron/core/optimizer/distrib_optimizer.py`.
+"""
+
+
+def gradient_buffers(chunk: DistributedDataParallel) -> list[Any]:
+    """Return the buffers that hold this chunk's gradients and, under the distributed optimizer, its parameters.
+
+    Versions: 0.16 and 0.19. Upstream: `megatron/core/distributed/distributed_data_parallel.py`.
+    """
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]
+
+
+def optimizer_parts(optimizer: MegatronOptimizer) -> Sequence[Any]:
+    """Return the optimizers that Megatron has chained, or the one that it has not.
+
+    Versions: 0.16 and 0.19. Which of the two Megatron returns depends on the model and on its settings.
+    Upstream: `get_megatron_optimizer` in `megatron/core/optimizer/__init__.py`.
+    """
+    parts: Sequence[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return parts
+
+
+def dense_optimizer(optimizer: MegatronOptimizer) -> Any:
+    """Return the only optimizer of a dense model."""
+    (part,) = optimizer_parts(optimizer)
+    return part
+
+
+def numbered_parameters(optimizer: DistributedOptimizer) -> dict[int, Tensor]:
+    """Return the parameters that this rank updates at least in part, by their number in the loaded state.
+
+    Versions: 0.16 and 0.19. `load_parameter_state_from_fully_reshardable` counts all parameters and looks up the
+    numbers of these alone. Upstream: `megatron/core/optimizer/distrib_optimizer.py`.
+    """
+    buckets = (bucket for ranges in optimizer.gbuf_ranges for of_dtype in ranges.values() for bucket in of_dtype)
+    own = {parameter for bucket in buckets for parameter in bucket["param_map"]}
+    numbered = enumerate(parameter for buffer in optimizer.buffers for parameter in buffer.param_index_map)
+    return {number: parameter for number, parameter in numbered if parameter in own}
+
+
+@contextmanager
+def places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Within the block, `sharded_state_dict` of the optimizer reads every parameter's state at its right place.
+
+    Versions: 0.16 and 0.19; upstream has fixed it since (https://github.com/NVIDIA/Megatron-LM/pull/5077). Megatron
+    gathers a buffer's state without the padding between its buckets, but then cuts out the parameters at places that
+    count the padding. It would save wrong numbers behind the first bucket, and zeros at the end. Tied embeddings have
+    a bucket of their own under pipeline parallelism.
+    """
+    buffers = getattr(dense_optimizer(optimizer), "buffers", [])
+    kept = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        padding, before = 0, {}
+        for bucket in buffer.buckets:
+            before[bucket.bucket_id] = padding
+            padding += bucket.grad_data.numel() - bucket.numel_unpadded
+        buffer.param_index_map = {
+            parameter: (start - before[number], end - before[number], number)
+            for parameter, (start, end, number) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in zip(buffers, kept, strict=True):
+            buffer.param_index_map = places
+
+
+def initialize_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Make the state that Adam makes at its first step, so that a checkpoint can be loaded into it.
+
+    Versions: 0.16 and 0.19. Megatron's `init_state_fn` leaves out `step`, without which torch's Adam cannot be loaded.
+    The hybrid optimizer has no `init_state_fn`. Its `dummy_step` changes the parameters, which must be loaded after it.
+    Upstream: `megatron/core/optimizer/__init__.py`, `megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py`.
+    """
+    part = dense_optimizer(optimizer)
+    if isinstance(part.optimizer, HybridDeviceOptimizer):
+        part.optimizer.dummy_step()
+        return
+    part.init_state_fn(part.optimizer, part.config)
+    # The Adam of Transformer Engine and that of Apex count steps per group and have no such state.
+    if isinstance(part.optimizer, torch.optim.Optimizer) and type(part.optimizer).__module__.startswith("torch."):
+        for state in part.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+
+
+def load_parameter_state(optimizer: DistributedOptimizer, state: dict[int, dict[str, Tensor]]) -> None:
+    """Load master weights and moments by number and name, after `load_state_dict` of the optimizer.
+
+    Versions: 0.16 and 0.19. Megatron copies every entry of a parameter's state, but torch's Adam also keeps `step`
+    there, which a checkpoint holds with the group. So `step` is taken out and put back. It is put back as one tensor
+    per parameter: Megatron gives all parameters the same one, which would advance once per parameter.
+    The hybrid optimizer copies its groups over those of the optimizers in it, which count for themselves. So its own
+    groups must not hold `step`.
+    Upstream: `megatron/core/optimizer/distrib_optimizer.py`, `megatron/core/optimizer/cpu_offloading/`.
+    """
+    inner = optimizer.optimizer
+    steps = {parameter: held.pop("step") for parameter, held in inner.state.items() if "step" in held}
+    optimizer.load_parameter_state_from_fully_reshardable(state)
+    for parameter, step in steps.items():
+        inner.state[parameter]["step"] = step.clone()
+    if isinstance(inner, HybridDeviceOptimizer):
+        for group in inner.param_groups:
+            group.pop("step", None)
+
+
+# --- writing checkpoints ---
+
+
+class ShardedFiles:
+    """The files that one rank writes of a sharded state. Megatron plans them; the caller decides who writes when.
+
+    Versions: 0.16 and 0.19. Megatron's own writer starts processes for it (0.16 by fork, 0.19 in a daemon). Our
+    process runs threads of CUDA and of the process groups, which must not be forked. Its results go through a further
+    process, which outlives a rank that was killed. So the plan is taken before Megatron makes functions of it, and its
+    results go through a queue of this process.
+    Upstream: `megatron/core/dist_checkpointing/strategies/` (`torch.py`, `filesystem_async.py`).
+    """
+
+    def __init__(
+        self, state: dict[str, Any], folder: Path, content_metadata: dict[str, Any], *, files_per_rank: int
+    ) -> None:
+        """Plan, on all ranks together; writes nothing but, with megatron-core 0.16, rank 0's `common.pt`."""
+        filesystem_async._results_queue = queue.Queue()  # Megatron would start a process that holds a queue
+        strategy = _PlanKeeper("torch_dist", 1, thread_count=files_per_rank)
+        options: dict[str, Any] = {}
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19
+            options["async_strategy"] = "mcore"
+        dist_checkpointing.save(
+            state, str(folder), strategy, async_sharded_save=True, content_metadata=content_metadata, **options
+        )
+        self._writer, self._metadata = strategy.writer, strategy.metadata
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the files that this rank writes."""
+        return [name for _, name, _ in self._writer.write_buckets]
+
+    def stage(self, *, copy: bool) -> None:
+        """Bring the tensors to host memory. With `copy`, also copy those that are there: training will change them."""
+        for _, _, (_, tensors) in self._writer.write_buckets:
+            for place, (item, tensor) in enumerate(tensors):
+                staged = tensor.to("cpu")
+                tensors[place] = (item, staged.clone() if copy and staged is tensor else staged)
+
+    def write(self, number: int) -> list[Any]:
+        """Write file `number` of `names` to the disk. Returns what `finish` needs; raises what the file system raises.
+
+        Files may be written by several threads at once.
+        """
+        transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []  # newer torch
+        results, running = queue.Queue[Any](), queue.Queue[int]()
+        running.put(number)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, self._writer.write_buckets[number], results, running, use_fsync=True
+        )
+        _, found = results.get()
+        if isinstance(found, Exception):
+            raise found
+        written: list[Any] = found
+        return written
+
+    def release(self) -> None:
+        """Free the tensors that `stage` has copied."""
+        self._writer.write_buckets = []
+
+    def finish(self, results: list[Any]) -> None:
+        """On rank 0: write the list of pieces. `results` has one entry per rank, all that its `write` returned."""
+        self._writer.finish(self._metadata, results)
+
+
+class _PlanKeeper(TorchDistSaveShardedStrategy):
+    """Keeps the plan that Megatron would turn into functions to call later."""
+
+    writer: Any
+    metadata: Any
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *strategy: Any) -> Any:
+        self.writer, self.metadata = writer, planned[1]
+        return super()._get_save_and_finalize_callbacks(writer, planned, *strategy)
+
+
+# --- megatron.training (its wheel is part of megatron-core since 0.19) ---
+
+
+def call_pretrain(
+    pretrain: Callable[..., Any],
+    *,
+    datasets: Callable[..., Any],
+    model_provider: Callable[..., Any],
+    forward_step: Callable[..., Any],
+    add_arguments: Callable[..., Any],
+    keywords: dict[str, Any],
+) -> None:
+    """Call Megatron-LM's `pretrain`, or one of the same form, in the form that its signature shows.
+
+    Versions: up to 0.16 it parses the arguments itself; since 0.19 it takes a container of them first.
+    Upstream: `megatron/training/training.py`.
+    """
+    model_type = ModelType.encoder_or_decoder
+    if "cfg_container" not in inspect.signature(pretrain).parameters:
+        pretrain(datasets, model_provider, model_type, forward_step, extra_args_provider=add_arguments, **keywords)
+        return
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args(add_arguments, args_defaults=keywords.pop("args_defaults", {}))
+    container = pretrain_cfg_container_from_args(args)
+    pretrain(container, datasets, model_type, forward_step, model_provider=model_provider, **keywords)
+
+
+def count_sequence_lengths(lengths_S: Tensor) -> None:
+    """Tell Megatron-LM's throughput the real lengths [S] of a pack's sequences.
+
+    Versions: since 0.19. Earlier ones assume that every sequence has the length of `--seq-length`.
+    Upstream: `megatron/training/training.py`.
+    """
+    from megatron.training import training
+
+    count = getattr(training, "update_seqlen_stats_from_cu_seqlens", None)
+    if count is not None:
+        count(torch.nn.functional.pad(lengths_S.cumsum(0), (1, 0)))
