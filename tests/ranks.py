@@ -13,12 +13,13 @@ from tests.distributed import run_distributed
 
 # Each has a function `on_two_ranks`, run on both ranks; its results are asserted in that file's tests.
 _MODULES = (
+    "tests.parallel.test_agreement",
     "tests.parallel.test_context",
     "tests.parallel.test_topology",
-    "tests.checkpoint.test_optimizer_share",
+    "tests.checkpoint.test_sharded_state",
     "tests.model.test_vocab_parallel",
-    "tests.model.test_sequence",
-    "tests.model.test_attention",
+    "tests.model.test_microbatch",
+    "tests.model.test_layers",
     "tests.model.test_head",
     "tests.evaluate.test_long_context",
     "tests.evaluate.test_megatron_model",

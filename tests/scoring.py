@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from megatron_solopo.config import ObjectiveConfig, parse_config
 from megatron_solopo.data.packing import Pack, build_pack
 from megatron_solopo.model.microbatch import Microbatch
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.context import shard_indices
 from megatron_solopo.parallel.topology import Topology
@@ -71,7 +72,8 @@ def score_path(path: Path, parallel: Mapping[str, Any]) -> Tensor | None:
     )
     groups = topology.initialize(config.parallel, seed=1)
     try:
-        return score(load_model(config, path, groups), groups)
+        model = resolve_model(config.model, config.parallel)
+        return score(load_model(model, groups, chunk_tokens=config.logprob.chunk_tokens), groups)
     finally:
         topology.destroy(groups)
 

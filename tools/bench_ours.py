@@ -31,15 +31,14 @@ from bench_case import (
 from bench_profile import StepProfiler
 
 from megatron_solopo.architecture.fp8 import pack_multiple
-from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules, to_megatron
 from megatron_solopo.config import Config, ObjectiveConfig, parse_config
 from megatron_solopo.data.packing import Pack, build_pack
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.layer_spec import uses_transformer_engine
-from megatron_solopo.model.precision import check_precision
+from megatron_solopo.model.resolve import ResolvedModel, check_precision, resolve_model
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.megatron_internals import assign
@@ -65,11 +64,11 @@ def _random_part(
     return random_tensor(name, torch.Size(shapes[name]), like.dtype, like.device)[index]
 
 
-def build_random_policy(config: Config, architecture: Architecture, topology: Topology, max_steps: int) -> Policy:
+def build_random_policy(config: Config, model: ResolvedModel, topology: Topology, max_steps: int) -> Policy:
     """What `megatron_solopo.train.policy.build_policy` builds, but of random weights."""
     chunk_tokens = config.logprob.chunk_tokens
-    chunks = build_model(architecture, config.model, config.parallel, chunk_tokens=chunk_tokens, device=topology.device)
-    fill_with_random_weights(chunks, architecture)
+    chunks = build_model(model, chunk_tokens=chunk_tokens, device=topology.device)
+    fill_with_random_weights(chunks, model.architecture)
     wrapped = wrap_data_parallel(chunks, config.optimizer)
     optimizer = build_optimizer(wrapped, config.optimizer)
     return Policy(wrapped, optimizer, build_scheduler(optimizer, config.optimizer, max_steps))
@@ -123,7 +122,6 @@ class Ours:
     def __init__(self, plan: Plan, topology: Topology, emit: Emit) -> None:
         self.plan, self.topology, self.emit = plan, topology, emit
         self.configs = {name: parse_config(values, name) for name, values in plan.configs.items()}
-        self.architecture = read_architecture(Path(plan.model_path))
         self.names = list(self.configs)
         self.gave_up: set[str] = set()
         self.policy: Policy | None = None
@@ -171,7 +169,8 @@ class Ours:
             if self.policy is None:
                 max_steps = 2 * len(self.plan.long_tokens) * (self.plan.warmup + self.plan.steps + 1)
                 config = self.configs[self.names[0]]
-                self.policy = build_random_policy(config, self.architecture, self.topology, max_steps)
+                model = resolve_model(config.model, config.parallel)
+                self.policy = build_random_policy(config, model, self.topology, max_steps)
             work(self.policy)
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -189,10 +188,11 @@ class Ours:
 def run(plan: Plan, emit: Emit) -> None:
     """Measure all lengths."""
     config = parse_config(plan.config, "benchmark")
-    check_precision(read_architecture(config.model.path), config.model, config.parallel, config.optimizer)
+    model = resolve_model(config.model, config.parallel)
+    check_precision(model, config.optimizer)
     topology = process_groups.initialize(config.parallel, config.seed)
     try:
-        layers = "Transformer Engine" if uses_transformer_engine(config.model) else "plain PyTorch"
+        layers = "Transformer Engine" if model.uses_transformer_engine else "plain PyTorch"
         recompute = config.parallel.recompute_granularity or "off"
         emit("facts", name="megatron_solopo", text=f"{config.model.dtype}, {layers} layers, recompute {recompute}")
         ours = Ours(plan, topology, emit)

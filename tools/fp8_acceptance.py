@@ -75,13 +75,14 @@ def compare(baseline: Config, candidate: Config, triplets: int, steps: int) -> t
     """Run both; numbers for the verdict, and the values behind the picture."""
     from precision_runs import gradient_cosine, raw_gaps, root_mean_square, run_precision
 
-    from megatron_solopo.model.precision import check_precision
+    from megatron_solopo.model.resolve import check_precision, resolve_model
     from megatron_solopo.parallel import topology as process_groups
     from megatron_solopo.train.session import check_and_join
 
-    architecture, topology, splits = check_and_join(baseline)
+    model, topology, splits = check_and_join(baseline)
     try:
-        check_precision(architecture, candidate.model, candidate.parallel, candidate.optimizer)
+        resolved = resolve_model(candidate.model, candidate.parallel, architecture=model.architecture)
+        check_precision(resolved, candidate.optimizer)
         train = splits.datasets["train"].head(triplets)
         some = dataclasses.replace(splits, datasets={"train": train})
         one, other = (run_precision(config, some, topology, steps) for config in (baseline, candidate))

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from megatron_solopo.config import Config, ObjectiveConfig, Role
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.objective import metric_names
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES
 from megatron_solopo.objective.reward import ResponseLogprobs
@@ -48,7 +49,7 @@ class PrecisionRun:
 
 def run_precision(config: Config, splits: Splits, topology: Topology, steps: int) -> PrecisionRun:
     """Score the training split, then train on it; the caller's groups, this config's precision."""
-    policy = build_policy(config, topology, steps)
+    policy = build_policy(config, resolve_model(config.model, config.parallel), topology, steps)
     start = score_sequences(config, policy.chunks, splits.datasets["train"], topology, "policy")
     run = PrecisionRun(start.logps)
     references = _references(config, splits, topology, start)
@@ -79,7 +80,8 @@ def _references(
         return None
     if config.reference.model_path is None:
         return policy_start
-    chunks = load_model(config, config.reference.model_path, topology)
+    model = resolve_model(config.model, config.parallel).at(config.reference.model_path)
+    chunks = load_model(model, topology, chunk_tokens=config.logprob.chunk_tokens)
     return score_sequences(config, chunks, splits.datasets["train"], topology, "reference")
 
 

@@ -30,6 +30,7 @@ from megatron_solopo.data.packing import build_pack
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import PackedResponses, ResponseModel
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import training_flops
@@ -108,7 +109,8 @@ def one_process() -> Iterator[Topology]:
 def make_model(architecture: Architecture, groups: Topology) -> ResponseModel:
     """Random weights, the same in every process."""
     settings = {"chunk_tokens": LogprobConfig().chunk_tokens, "device": groups.device}
-    (model,) = build_model(architecture, ModelConfig(path=Path("random")), ParallelConfig(), **settings)
+    resolved = resolve_model(ModelConfig(path=Path("random")), ParallelConfig(), architecture=architecture)
+    (model,) = build_model(resolved, **settings)
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from megatron_solopo.data.row import Content
+from megatron_solopo.data.rows import Content
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.evaluate.tasks.catalog import QA, GeneratedTasks, TaskPlan
 from megatron_solopo.evaluate.tasks.questions import QuestionCorpus

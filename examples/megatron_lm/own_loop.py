@@ -18,10 +18,10 @@ from torch.nn import functional
 
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import Config, load_config
-from megatron_solopo.model.layer_spec import layer_spec
+from megatron_solopo.model.layers import layer_spec
 
 
-def build_model(config: Config, tied_embeddings: bool) -> GPTModel:
+def build_model(config: Config, task: PreferenceTask) -> GPTModel:
     """Your own model goes here; this one is of the Qwen2 family. The comments say what SoLoPO asks of it."""
     transformer = TransformerConfig(
         num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
@@ -34,10 +34,11 @@ def build_model(config: Config, tied_embeddings: bool) -> GPTModel:
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         sequence_parallel=config.parallel.uses_sequence_parallel,
     )  # fmt: skip
-    spec = layer_spec(transformer, config.model, None)  # or yours: any whose attention takes packed sequences
+    # Or yours: any whose attention takes packed sequences.
+    spec = layer_spec(transformer, transformer_engine=task.model.uses_transformer_engine, vp_stage=None)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     return GPTModel(transformer, spec, 256, 512, pre_process=first, post_process=last, position_embedding_type="rope",
-                    share_embeddings_and_output_weights=tied_embeddings)  # fmt: skip
+                    share_embeddings_and_output_weights=task.architecture.tied_embeddings)  # fmt: skip
 
 
 def train(config: Config) -> list[dict[str, float]]:
@@ -45,7 +46,7 @@ def train(config: Config) -> list[dict[str, float]]:
     parallel_state.initialize_model_parallel(*sizes)
     model_parallel_cuda_manual_seed(config.seed)
     task = PreferenceTask(config)  # 1. data, objective, reference
-    model = task.prepare_model(build_model(config, task.architecture.tied_embeddings))  # 2. the response-only head
+    model = task.prepare_model(build_model(config, task))  # 2. the response-only head
     load_weights([model], task.architecture, config.model.path)
     model.config.finalize_model_grads_func = finalize_model_grads  # or gradients are not summed over ranks
     model = DistributedDataParallel(model.config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)

@@ -1,25 +1,42 @@
-"""A model's sizes: all that a plan needs to know of it.
+"""Reads a Hugging Face `config.json` and states the model in Megatron-Core's terms.
 
-What a Hugging Face `config.json` says about a model, in the terms Megatron-Core needs.
+Importing this module imports neither torch nor transformers, so a plan answers quickly. transformers is asked
 
-Everything is derived from the config, scaled rotary frequencies by transformers' own code. What we
-cannot reproduce exactly is refused by name rather than approximated.
+- for its defaults, where a config leaves out a field that matters here;
+- for the rotary frequencies, when they are first used.
+
+A config that we cannot reproduce exactly is refused by name.
 """
 
+from __future__ import annotations
+
+import copy
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import torch
-from torch import Tensor
-from transformers import AutoConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from megatron_solopo.architecture.model_directory import huggingface_directory
+from megatron_solopo.architecture.model_directory import CONFIG, huggingface_directory
 from megatron_solopo.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -42,7 +59,7 @@ class ModelShape:
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole model, tied embeddings counted once."""
+        """Parameters of the whole model. Tied embeddings count once."""
         queries, keys = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
         attention = 2 * self.hidden_size * (queries + keys) + (queries + 2 * keys if self.add_qkv_bias else 0)
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_layernorm else 0)
@@ -51,33 +68,54 @@ class ModelShape:
         return self.num_layers * layer + embeddings + self.hidden_size
 
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-_COUNTS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
-
-
 @dataclass(frozen=True)
 class Architecture(ModelShape):
     """A model's shape, and the numbers that its layers compute with."""
 
     layernorm_epsilon: float
-    inv_freq: Tensor
-    """Rotary frequencies, fp32 [head_dim / 2]."""
-    rotary_scale: float
-    """Factor on cos and sin (YaRN's attention factor); attention logits grow by its square."""
+    rotary_fields: Mapping[str, Any] = field(hash=False)
+    """The fields of config.json that decide the rotation, as transformers takes them."""
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """Rotary frequencies, fp32 [head_dim / 2]."""
+        return self._rotation[0]
+
+    @property
+    def rotary_scale(self) -> float:
+        """Factor on cos and sin (YaRN's attention factor). Attention logits grow by its square."""
+        return self._rotation[1]
 
     @property
     def softmax_scale(self) -> float:
         """Factor on the attention logits: rotary_scale^2 / sqrt(head_dim)."""
         return float(self.rotary_scale**2 / self.head_dim**0.5)
+
+    @cached_property
+    def _rotation(self) -> tuple[Tensor, float]:
+        """Frequencies and the factor on cos and sin, by transformers' own code.
+
+        Without scaling the formula stands here. transformers keeps it in each model's module, and that takes 1.5 s to
+        import (`LlamaRotaryEmbedding.compute_default_rope_parameters`).
+        """
+        import torch
+        from transformers import AutoConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        config = AutoConfig.for_model(
+            self.model_type,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            head_dim=self.head_dim,
+            **copy.deepcopy(dict(self.rotary_fields)),  # transformers changes what it is given
+        )
+        rope = config.rope_parameters
+        if rope["rope_type"] == "default":
+            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float) / self.head_dim
+            return 1.0 / rope["rope_theta"] ** exponents, 1.0
+        inv_freq, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
+        assert 2 * len(inv_freq) == self.head_dim, f"{len(inv_freq)} frequencies for head_dim={self.head_dim}"
+        return inv_freq.float(), scale
 
 
 def read_architecture(path: Path) -> Architecture:
@@ -85,41 +123,34 @@ def read_architecture(path: Path) -> Architecture:
 
     Raises UserError naming the file, the offending field and the supported values.
     """
-    path = huggingface_directory(path)
-    file = path / "config.json"
-    _check_model_type(file)
-    with _named_errors(file):
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    _refuse_unsupported(config, file)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    with _named_errors(file):
-        inv_freq, rotary_scale = _rotary(config, head_dim)
-    if 2 * len(inv_freq) != head_dim:
-        raise UserError(
-            f"{file}: {len(inv_freq)} rotary frequencies do not rotate head_dim={head_dim} whole; "
-            "supported: partial_rotary_factor 1.0"
-        )
+    file = huggingface_directory(path) / CONFIG
+    fields = _read_fields(file)
+    config, problems = _validate(fields)
+    if problems and all(_is_left_open(problem) for problem in problems):
+        fields = _with_defaults(file, fields)
+        config, problems = _validate(fields)
+    if config is None:
+        raise UserError(f"{file}: {'; '.join(map(_described, problems))}")
     return Architecture(
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_key_value_heads or config.num_attention_heads,
-        head_dim=head_dim,
+        num_query_groups=config.num_key_value_heads,
+        head_dim=config.width_of_heads,
         vocab_size=config.vocab_size,
-        max_sequence_length=_max_sequence_length(config),
+        max_sequence_length=config.max_sequence_length,
         layernorm_epsilon=config.rms_norm_eps,
         add_qkv_bias=config.model_type == "qwen2",
         qk_layernorm=config.model_type == "qwen3",
         tied_embeddings=config.tie_word_embeddings,
-        inv_freq=inv_freq.float(),
-        rotary_scale=rotary_scale,
+        rotary_fields={name: fields[name] for name in _ROTARY_FIELDS if fields.get(name) is not None},
     )
 
 
-def _check_model_type(file: Path) -> None:
-    """Refuse what is no config of a supported model, before transformers looks for the code of an unknown one."""
+def _read_fields(file: Path) -> dict[str, Any]:
+    """The fields as stated. Refuses a file that is no config of a supported, unquantized model."""
     if not file.is_file():
         raise UserError(
             f"{file}: no such file; a model is a Hugging Face directory, or a Megatron checkpoint with a "
@@ -127,80 +158,212 @@ def _check_model_type(file: Path) -> None:
         )
     try:
         fields = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid JSON: {error}") from None
-    fields = fields if isinstance(fields, dict) else {}
+    if not isinstance(fields, dict):
+        fields = {}
     model_type = fields.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise UserError(f"{file}: model_type={model_type!r} is not supported; supported: {_listed(MODEL_TYPES)}")
+        raise UserError(f"{file}: model_type={model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
     if (quantization := fields.get("quantization_config")) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UserError(
             f"{file}: quantization_config with quant_method={method!r} is not supported; supported: none "
             "(take the unquantized model, or save it dequantized and without that field)"
         )
+    return fields
 
 
-@contextmanager
-def _named_errors(file: Path) -> Iterator[None]:
-    """Turn whatever transformers raises for a bad field (its checks share no base class) into one line."""
+def _with_defaults(file: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that matter here, completed and normalised by transformers."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    stated = {name: copy.deepcopy(fields[name]) for name in _Config.model_fields if name in fields}
     try:
-        yield
-    except Exception as error:
+        config = AutoConfig.for_model(**stated)
+    except StrictDataclassError as error:
         raise UserError(f"{file}: transformers cannot read it: {' '.join(str(error).split())[:300]}") from None
+    return {name: getattr(config, name) for name in _Config.model_fields if hasattr(config, name)}
 
 
-def _rotary(config: Any, head_dim: int) -> tuple[Tensor, float]:
-    """Frequencies and the factor on cos and sin.
-
-    transformers keeps those of no scaling with each model, whose modules take 1.5 s to import; of them there is only
-    one kind (`LlamaRotaryEmbedding.compute_default_rope_parameters`).
-    """
-    rope = config.rope_parameters
-    if rope["rope_type"] == "default":
-        return 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim), 1.0
-    return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
+_ROTARY_FIELDS = ("max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters")
+_ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+_LEFT_TO_DEFAULT = "left_to_default"
 
 
-def _max_sequence_length(config: Any) -> int:
-    """YaRN configs may state the length before scaling; the others state it after."""
-    rope = config.rope_parameters
-    original = rope.get("original_max_position_embeddings")
-    scaled = int(original * rope["factor"]) if rope["rope_type"] == "yarn" and original else 0
-    return max(int(config.max_position_embeddings), scaled)
+def _refuse_null(value: float | None, info: ValidationInfo) -> float | None:
+    """For a field that may be left out, but not be null."""
+    if value is None:
+        raise ValueError(f"{info.field_name}=null is not supported; leave the field out")
+    return value
 
 
-def _refuse_unsupported(config: Any, file: Path) -> None:
-    rope_type = config.rope_parameters.get("rope_type")
-    if rope_type not in ROPE_TYPES:
-        raise UserError(f"{file}: rope_type={rope_type!r} is not supported; supported: {_listed(ROPE_TYPES)}")
-    required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
-    for field, value in required.items():
-        found = getattr(config, field, value)
-        if found is not None and found != value:
-            raise UserError(f"{file}: {field}={found!r} is not supported; supported: {value!r}")
-    if getattr(config, "sliding_window", None) is not None:
-        raise UserError(
-            f"{file}: sliding_window={config.sliding_window} is not supported; supported: null "
-            "(long-context alignment needs full attention)"
-        )
-    other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if other_layers:
-        raise UserError(
-            f"{file}: layer_types={_listed(sorted(other_layers))} is not supported; supported: full_attention"
-        )
-    _refuse_impossible(config, file)
+def _check_whole(factor: float | None) -> float | None:
+    if factor not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor={factor} is not supported; supported: 1.0")
+    return factor
 
 
-def _refuse_impossible(config: Any, file: Path) -> None:
-    for field in _COUNTS:
-        count = getattr(config, field)
-        if count is not None and count < 1:
-            raise UserError(f"{file}: {field}={count} must be at least 1")
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    if groups and heads % groups:
-        raise UserError(f"{file}: num_key_value_heads={groups} must divide num_attention_heads={heads}")
+_Count = Annotated[int, Field(ge=1)]
+_Theta = Annotated[Annotated[float, Field(gt=1)] | None, AfterValidator(_refuse_null)]
+_WholeRotation = Annotated[float | None, AfterValidator(_check_whole)]
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
+class _Rope(BaseModel):
+    """Parameters of one rotation. transformers ignores keys that it does not know, and so do we."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    rope_type: Literal["default", "linear", "llama3", "yarn"]
+    rope_theta: _Theta = None
+    factor: PositiveFloat | None = None
+    original_max_position_embeddings: Annotated[_Count | None, AfterValidator(_refuse_null)] = None
+    partial_rotary_factor: _WholeRotation = None
+    low_freq_factor: PositiveFloat | None = None
+    high_freq_factor: PositiveFloat | None = None
+    attention_factor: PositiveFloat | None = None
+    beta_fast: PositiveFloat | None = None
+    beta_slow: PositiveFloat | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_type(cls, fields: Any) -> Any:
+        """Old configs name the type `type`, or leave it out."""
+        if not isinstance(fields, dict):
+            return fields
+        return fields | {"rope_type": fields.get("rope_type", fields.get("type", "default"))}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if missing := [name for name in _ROPE_NEEDS[self.rope_type] if getattr(self, name) is None]:
+            raise ValueError(f"rope_type={self.rope_type} needs {', '.join(missing)}")
+        if nested := [name for name, value in (self.model_extra or {}).items() if isinstance(value, dict)]:
+            raise ValueError(f"rope parameters for each kind of layer ({', '.join(nested)}) are not supported")
+        return self
+
+
+class _Config(BaseModel):
+    """The fields of config.json that matter here. A required field has a default in transformers."""
+
+    model_config = ConfigDict(strict=True)
+
+    model_type: Literal["llama", "mistral", "qwen2", "qwen3"]
+    num_hidden_layers: _Count
+    hidden_size: _Count
+    intermediate_size: _Count
+    num_attention_heads: _Count
+    num_key_value_heads: _Count
+    vocab_size: _Count
+    max_position_embeddings: _Count
+    rms_norm_eps: PositiveFloat
+    tie_word_embeddings: bool
+    hidden_act: Literal["silu"]
+    head_dim: _Count | None = None
+    rope_theta: _Theta = None
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
+    partial_rotary_factor: _WholeRotation = None
+    original_max_position_embeddings: int | None = None
+    attention_bias: Literal[False] | None = None
+    mlp_bias: Literal[False] | None = None
+    layer_types: list[Literal["full_attention"]] | None = None
+    use_sliding_window: bool | None = None
+    sliding_window: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty_rope(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        empty = [name for name in ("rope_scaling", "rope_parameters") if fields.get(name) == {}]
+        return {name: value for name, value in fields.items() if name not in empty}
+
+    @property
+    def rope(self) -> _Rope:
+        """transformers lets the old name win where both are stated."""
+        return self.rope_scaling or self.rope_parameters or _Rope(rope_type="default")
+
+    @property
+    def width_of_heads(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_sequence_length(self) -> int:
+        """YaRN configs may state the length before scaling; the others state it after."""
+        if self.rope.rope_type != "yarn":
+            return self.max_position_embeddings
+        assert self.rope.factor is not None and self.rope.original_max_position_embeddings is not None
+        return max(self.max_position_embeddings, int(self.rope.original_max_position_embeddings * self.rope.factor))
+
+    @model_validator(mode="after")
+    def _check_defaults(self) -> Self:
+        """Find what has a default that differs between families, or is derived from other fields."""
+        uses_window = self.model_type == "mistral" or self.use_sliding_window
+        for name, is_open in (
+            ("head_dim", self.model_type == "qwen3" and self.head_dim is None),
+            ("sliding_window", uses_window and "sliding_window" not in self.model_fields_set),
+            (
+                "original_max_position_embeddings",
+                self.rope.rope_type == "yarn" and self.rope.original_max_position_embeddings is None,
+            ),
+        ):
+            if is_open:
+                raise PydanticCustomError(_LEFT_TO_DEFAULT, "{name} is missing", {"name": name})
+        return self
+
+    @model_validator(mode="after")
+    def _check_support(self) -> Self:
+        has_window = self.model_type in ("llama", "mistral") or self.use_sliding_window
+        if has_window and self.sliding_window is not None:
+            raise ValueError(
+                f"sliding_window={self.sliding_window} is not supported; supported: null "
+                "(long-context alignment needs full attention)"
+            )
+        if self.original_max_position_embeddings is not None and self.rope.rope_type in ("llama3", "yarn"):
+            raise ValueError("original_max_position_embeddings is supported inside rope_parameters only")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        heads, groups, width = self.num_attention_heads, self.num_key_value_heads, self.width_of_heads
+        if self.model_type == "llama" and self.hidden_size % heads:
+            raise ValueError(f"num_attention_heads={heads} must divide hidden_size={self.hidden_size}")
+        if heads % groups:
+            raise ValueError(f"num_key_value_heads={groups} must divide num_attention_heads={heads}")
+        if width < 1 or width % 2:
+            raise ValueError(f"head_dim={width} is not supported; supported: even numbers")
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types names {len(self.layer_types)} layers, but num_hidden_layers={self.num_hidden_layers}"
+            )
+        return self
+
+
+def _validate(fields: dict[str, Any]) -> tuple[_Config | None, list[Any]]:
+    """The config, or pydantic's list of problems."""
+    try:
+        return _Config.model_validate(fields), []
+    except ValidationError as error:
+        return None, error.errors(include_url=False)
+
+
+def _is_left_open(problem: Mapping[str, Any]) -> bool:
+    """Whether a field is left to its default: it is missing or null."""
+    return problem["type"] in ("missing", _LEFT_TO_DEFAULT) or problem["input"] is None
+
+
+def _described(problem: Mapping[str, Any]) -> str:
+    name = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "value_error":
+        return f"{problem['ctx']['error']}"
+    if problem["type"] == "literal_error":
+        supported = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+        return f"{name}={problem['input']!r} is not supported; supported: {supported}"
+    return f"{name}={problem['input']!r}: {problem['msg']}"

@@ -1,23 +1,20 @@
-"""The directory that holds a run's checkpoints: names, pointers, and what an interruption may leave.
+"""The directory that holds a run's checkpoints: names and pointers, what stays, and which one a run continues from.
 
-checkpoints/iter_0000010/            complete: it got its name last
-checkpoints/latest                   the name of the one that a run continues from
-checkpoints/.iter_0000020.incomplete being written
-checkpoints/.latest.next             written before iter_0000020 gets its name, renamed to `latest` right after
-checkpoints/damaged_iter_0000010     found damaged, kept for a person to look at
-One process alone changes it: rank 0 of the run that holds the run directory's lock.
+    checkpoints/iter_0000010/            a complete checkpoint; it gets this name last
+    checkpoints/latest                   the name of the checkpoint that a run continues from
+    checkpoints/best                     the name of the best one saved so far, by `checkpoint.best_metric`
+    checkpoints/.iter_0000020.incomplete a checkpoint that is being written
+    checkpoints/.latest.next             written before iter_0000020 gets its name, renamed to `latest` right after
+    checkpoints/damaged_iter_0000010     found damaged, kept for a person to look at
 
-Which checkpoints stay, and which one is the best.
-
-checkpoints/best    the name of the best saved so far, by `checkpoint.best_metric`
-
-Finds the checkpoint that a run continues from: the newest whose every file is as it was written.
+Only one process changes this directory: rank 0 of the run that holds the run directory's lock.
 """
 
 import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +35,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, remove, replace
 from megatron_solopo.parallel.agreement import on_rank_0
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 TRAINER_STATE = "trainer.json"
 _NEXT = ".latest.next"
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -57,24 +54,24 @@ def step_of(name: str) -> int:
 
 
 def temporary_path(root: Path, step: int) -> Path:
-    """Where a checkpoint lies until it is complete."""
+    """The path of a checkpoint until it is complete."""
     return root / f".{checkpoint_name(step)}.incomplete"
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Those that got their name, newest first."""
+    """The complete checkpoints, newest first."""
     found = [path for path in root.glob("iter_*") if path.is_dir() and step_of(path.name) >= 0]
     return sorted(found, key=lambda path: step_of(path.name), reverse=True)
 
 
 def read_pointer(root: Path, pointer: str) -> str | None:
-    """The name that `latest` holds, or None where there is no such file."""
+    """The checkpoint's name in the file `pointer` (`latest` or `best`), or None if there is no such file."""
     file = root / pointer
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
 def write_pointer(root: Path, pointer: str, name: str) -> None:
-    """Point to another checkpoint."""
+    """Let the file `pointer` name another checkpoint."""
     with atomic_path(root / pointer) as temporary:
         temporary.write_text(name + "\n", encoding="utf-8")
         sync_file(temporary)
@@ -82,7 +79,7 @@ def write_pointer(root: Path, pointer: str, name: str) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a complete checkpoint its name, then point `latest` to it; see `recover` for a death in between."""
+    """Give a complete checkpoint its name, then let `latest` name it; `recover` completes it after a death between."""
     root = final.parent
     write_pointer(root, _NEXT, final.name)
     replace(temporary, final)
@@ -92,12 +89,12 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def recover(root: Path) -> None:
-    """Clean up behind a process that died: point to what it completed, remove what it did not."""
-    following = read_pointer(root, _NEXT)
-    if following is not None and step_of(following) >= 0:
-        # It was complete when this was written.
-        if (temporary := temporary_path(root, step_of(following))).exists():
-            replace(temporary, root / following)
+    """Clean up after a process that died: publish the checkpoint that it had completed, remove what is incomplete."""
+    announced = read_pointer(root, _NEXT)
+    if announced is not None and step_of(announced) >= 0:
+        # The checkpoint was complete when this name was written.
+        if (temporary := temporary_path(root, step_of(announced))).exists():
+            replace(temporary, root / announced)
         (root / _NEXT).replace(root / LATEST)
     for pattern in _LEFTOVERS:
         for leftover in root.glob(pattern):
@@ -105,9 +102,9 @@ def recover(root: Path) -> None:
 
 
 def candidates(root: Path) -> list[Path]:
-    """What a run may continue from, best first: the one that `latest` names, then the older ones.
+    """The checkpoints that a run may continue from, best first: the one that `latest` names, then the older ones.
 
-    Newer ones, which a person has turned back from by writing another name into `latest`, are no candidates.
+    A person may write an older name into `latest`. Newer checkpoints are then no candidates.
     """
     name = read_pointer(root, LATEST)
     complete = checkpoints(root)
@@ -117,7 +114,7 @@ def candidates(root: Path) -> list[Path]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, if it is there at all, so that no run takes it again; returns its new path."""
+    """Rename a damaged checkpoint, if it exists, so that no run continues from it; returns its new path."""
     new, count = path.with_name(f"damaged_{path.name}"), 1
     while new.exists():
         count += 1
@@ -127,11 +124,13 @@ def set_aside(path: Path) -> Path:
     return new
 
 
-BEST = "best"
-
-
 def check_best_metric(config: CheckpointConfig, names: Iterable[str], evaluates: bool) -> None:
-    """Raise ValueError if `best_metric` is none of the run's metrics: `names`, and those of the evaluation."""
+    """Raise UserError if `best_metric` is none of the run's metrics.
+
+    Args:
+        names: metrics of a step.
+        evaluates: the run also has them of its evaluation, with the prefix `eval_`.
+    """
     legal = list(names)
     legal += [f"eval_{name}" for name in legal] if evaluates else []
     if config.best_metric is not None and config.best_metric not in legal:
@@ -142,39 +141,40 @@ def check_best_metric(config: CheckpointConfig, names: Iterable[str], evaluates:
 
 
 def tidy(root: Path, config: CheckpointConfig) -> None:
-    """On rank 0, after a save: point to the best, and remove what need not be kept.
+    """On rank 0, after a save: update `best`, and remove the checkpoints that `config` does not keep.
 
-    What `latest` and `best` name stays. A checkpoint steps aside under a hidden name before it is removed, so that none
-    that bears its name is ever half there.
+    The checkpoints that `latest` and `best` name stay. A checkpoint gets a hidden name before it is removed, so that no
+    incomplete directory ever bears a checkpoint's name.
     """
     newest = read_pointer(root, LATEST)
     if config.best_metric is not None and newest is not None:
-        _rank(root, root / newest, config.best_metric, config.greater_is_better)
+        _update_best(root, newest, config.best_metric, config.greater_is_better)
     if config.keep_last is None:
         return
-    pinned = {read_pointer(root, BEST), newest}
-    # Those that a person has turned back from are newer: they do not count, and are not this run's to remove.
+    protected = {read_pointer(root, BEST), newest}
+    # Checkpoints newer than `latest` belong to a course that a person has abandoned: this run neither counts nor
+    # removes them.
     own = [path for path in checkpoints(root) if step_of(path.name) <= step_of(newest or "")]
     for path in own[config.keep_last :]:
-        if path.name in pinned or (config.keep_every is not None and step_of(path.name) % config.keep_every == 0):
+        if path.name in protected or (config.keep_every is not None and step_of(path.name) % config.keep_every == 0):
             continue
-        aside = path.with_name(f".{path.name}.deleted")
-        remove(aside)
-        path.rename(aside)
-        remove(aside)
+        hidden = path.with_name(f".{path.name}.deleted")
+        remove(hidden)
+        path.rename(hidden)
+        remove(hidden)
 
 
-def _rank(root: Path, path: Path, metric: str, greater_is_better: bool) -> None:
-    value, name = _value(path, metric), read_pointer(root, BEST)
-    best = None if name is None else _value(root / name, metric)
-    if value is not None and (best is None or (value > best if greater_is_better else value < best)):
-        write_pointer(root, BEST, path.name)
+def _update_best(root: Path, newest: str, metric: str, greater_is_better: bool) -> None:
+    best = read_pointer(root, BEST)
+    value, best_value = _metric_of(root / newest, metric), None if best is None else _metric_of(root / best, metric)
+    if value is not None and (best_value is None or (value > best_value if greater_is_better else value < best_value)):
+        write_pointer(root, BEST, newest)
 
 
-def _value(path: Path, metric: str) -> float | None:
-    """What a checkpoint's step measured; None where that step was not evaluated, or the checkpoint is gone."""
+def _metric_of(path: Path, metric: str) -> float | None:
+    """A metric of a checkpoint's step; None if that step was not evaluated, or the checkpoint is gone."""
     try:
-        state: dict[str, Any] = json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
+        state = _trainer_state(path)
     except FileNotFoundError:
         return None
     value = (state.get("metrics") or {}).get(metric)
@@ -182,23 +182,23 @@ def _value(path: Path, metric: str) -> float | None:
 
 
 def newest_checkpoint(root: Path, *, checksums: bool, say: Callable[[str], Any]) -> tuple[Path, dict[str, Any]] | None:
-    """Path and trainer state of the newest good checkpoint, or None where nothing was saved yet.
+    """Path and trainer state of the newest good checkpoint, or None if nothing was saved yet.
 
-    Called by all ranks together; each reads its share of the files. A damaged checkpoint is told by the files that
-    are, and renamed to `damaged_iter_...`, but only where an older one is good.
+    All ranks call it together, and each reads its share of the files. A damaged checkpoint is reported with its damaged
+    files, and renamed to `damaged_iter_...`, but only if an older one is good.
 
     Args:
-        checksums: read every file whole; False: compare sizes alone.
-        say: told, on rank 0, of every damaged checkpoint in a line.
+        checksums: read every file whole; False: compare sizes only.
+        say: prints a line; called on rank 0 for every damaged or edited checkpoint.
 
     Raises UserError on every rank, and renames nothing, if there are checkpoints but none of them is good.
     """
     damaged: dict[Path, str] = {}
-    for path in on_rank_0(lambda: _candidates(root)):
-        problem = _problem(path, checksums)
+    for path in on_rank_0(lambda: _recovered_candidates(root)):
+        problem = _find_damage(path, checksums)
         if problem is None:
-            on_rank_0(lambda path=path: _turn_to(path, damaged, say))
-            return path, on_rank_0(lambda path=path: _read_state(path))
+            on_rank_0(partial(_continue_from, path, damaged, say))
+            return path, on_rank_0(partial(_trainer_state, path))
         damaged[path] = problem
     if damaged:
         raise UserError(
@@ -208,34 +208,35 @@ def newest_checkpoint(root: Path, *, checksums: bool, say: Callable[[str], Any])
     return None
 
 
-def _candidates(root: Path) -> list[Path]:
+def _recovered_candidates(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     recover(root)
     return candidates(root)
 
 
-def _problem(path: Path, checksums: bool) -> str | None:
-    """What is wrong with a checkpoint, the same on every rank."""
-    listed, problem = on_rank_0(lambda: _listed(path))
+def _find_damage(path: Path, checksums: bool) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank; None if it is good."""
+    files, problem = on_rank_0(lambda: _listed_files(path))
     if problem is not None:
         return str(problem)
     found: list[Any] = [None] * dist.get_world_size()
-    mine = share(listed, dist.get_rank(), dist.get_world_size())
-    dist.all_gather_object(found, damages(path, mine, checksums=checksums))
+    own = share(files, dist.get_rank(), dist.get_world_size())
+    dist.all_gather_object(found, damages(path, own, checksums=checksums))
     return shown([damage for each in found for damage in each]) or None
 
 
-def _listed(path: Path) -> tuple[dict[str, FileEntry], str | None]:
+def _listed_files(path: Path) -> tuple[dict[str, FileEntry], str | None]:
+    """The files that the manifest lists, or why it cannot be read."""
     if not path.is_dir():
         return {}, f"{path}: no such directory, but {path.parent / LATEST} names it"
     try:
         return read_manifest(path), None
-    except ValueError as error:
+    except UserError as error:
         return {}, str(error)
 
 
-def _turn_to(path: Path, damaged: Mapping[Path, str], say: Callable[[str], Any]) -> None:
+def _continue_from(path: Path, damaged: Mapping[Path, str], say: Callable[[str], Any]) -> None:
     """On rank 0: let `latest` name a good checkpoint before the damaged ones lose their names."""
     if read_pointer(path.parent, LATEST) != path.name:
         write_pointer(path.parent, LATEST, path.name)
@@ -246,6 +247,6 @@ def _turn_to(path: Path, damaged: Mapping[Path, str], say: Callable[[str], Any])
         say(f"warning: checkpoint {path.name}: changed since it was saved: {', '.join(changed)}")
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _trainer_state(path: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
     return state

@@ -1,17 +1,13 @@
-"""Writes this rank's share of a sharded state: Megatron plans who writes what, threads of this process write it.
+"""Writes one checkpoint of a run: planned by all ranks together, then written by each rank alone, in threads.
 
-Megatron's own writer forks processes for the same work, from a process that runs threads of CUDA and of the process
-groups, and passes results through a further process that outlives a killed rank. Here nothing outlives anything, and
-a write in the background is the same code as one that is waited for.
-
-A checkpoint on its way to the disk: under a temporary name, listed in its manifest, renamed, then `latest`.
+Megatron plans which rank writes what, and gives the file format (`ShardedFiles`). The threads end with their process,
+and a save in the background runs the same code as any other.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +16,161 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER
+from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER, MEGATRON_LM_VERSION
 from megatron_solopo.checkpoint.directory import TRAINER_STATE, checkpoint_name, publish, temporary_path
 from megatron_solopo.checkpoint.manifest import FileEntry, sealed_files, write_manifest
 from megatron_solopo.checkpoint.model_files import write_files
+from megatron_solopo.checkpoint.sharded_state import SHARDING, model_state, optimizer_state_to_save
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes, remove, write_json
-from megatron_solopo.parallel.agreement import on_rank_0, together
+from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.megatron_internals import ShardedFiles
 
 _FORMAT = CheckpointingConfig("torch_dist", 1)
-# Files per rank, each written by a thread of its own.
-_THREADS = 2
+# Each rank writes this many files, each in a thread of its own.
+_FILES_PER_RANK = 2
+# For everything that is not a tensor: Megatron's lists of pieces, and the file system's own data.
+_SMALL_FILES_BYTES = 1 << 20
+_RESERVE_BYTES = 1 << 16
 
 
-def bytes_to_write(state: dict[str, Any]) -> int:
-    """Bytes of tensors that this rank would write; the sum over the ranks is what a checkpoint takes."""
+class ShardedSave:
+    """One checkpoint on its way to the disk. All ranks create and complete it together.
+
+    The constructor plans which rank writes what, stages the tensors in host memory and starts the thread that writes.
+    `complete` waits for the files of all ranks, gathers what was written, seals the checkpoint (metadata, manifest,
+    everything on the disk) and publishes it: it gets its name, and `latest` points to it.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        chunks: Sequence[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        trainer_state: dict[str, Any],
+        model_files: Mapping[str, bytes],
+        *,
+        background: bool = False,
+    ) -> None:
+        """Begin `root/iter_<step>`.
+
+        Args:
+            trainer_state: JSON values, equal on every rank, among them `step`.
+            model_files: the config, tokenizer and so on that travel with the weights; those of rank 0 are written.
+            background: on return the training state may change, because copies of it are being written. Otherwise this
+                rank's files are written on return.
+
+        Raises UserError on every rank, and leaves nothing behind, if a rank finds no room or cannot write.
+        """
+        step = trainer_state["step"]
+        self.path, self._folder = root / checkpoint_name(step), temporary_path(root, step)
+        self._trainer_state, self._model_files = trainer_state, model_files
+        model = model_state(chunks)
+        state = model | {"optimizer": optimizer_state_to_save(optimizer, model)} | MEGATRON_LM_VERSION
+        needed = _sum_over_ranks(_bytes_to_write(state) + sum(map(len, model_files.values()))) + _SMALL_FILES_BYTES
+        with self._removed_on_failure():
+            on_rank_0(lambda: self._make_folder(needed))
+        self._files = ShardedFiles(state, self._folder, dict(SHARDING), files_per_rank=_FILES_PER_RANK)
+        with self._removed_on_failure():
+            on_every_rank(lambda: self._files.stage(copy=background))
+        self._pool = ThreadPoolExecutor(1)
+        self._written = self._pool.submit(self._write)
+        if not background:
+            self._written.exception()  # waits; `complete` raises it on all ranks
+
+    def is_written(self) -> bool:
+        """Whether the files of all ranks are on the disk, or failed to get there. All ranks call it together."""
+        return _sum_over_ranks(0 if self._written.done() else 1) == 0
+
+    def complete(self) -> Path:
+        """Wait for the files of all ranks, then seal and publish the checkpoint; returns its path.
+
+        Raises UserError on every rank if the file system refused a file of one of them. Then nothing of this
+        checkpoint is left, and the older ones are unchanged.
+        """
+        try:
+            with self._removed_on_failure():
+                written = on_every_rank(self._written.result)
+                gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+                dist.gather_object(written, gathered)
+                on_rank_0(lambda: self._seal(gathered or []))
+        finally:
+            self._pool.shutdown()
+        return self.path
+
+    def abandon(self) -> None:
+        """After a failure, call this instead of `complete`: wait for this rank's own thread, and for no other rank.
+
+        The files stay under their temporary name. The next save of that step removes them.
+        """
+        self._pool.shutdown()
+
+    @contextmanager
+    def _removed_on_failure(self) -> Iterator[None]:
+        """Around an error that all ranks raise together, when no rank writes any more."""
+        try:
+            yield
+        except UserError as error:
+            if dist.get_rank() == 0:
+                # Where nothing can be written, nothing can be removed either; the next run tries again.
+                with suppress(OSError):
+                    remove(self._folder)
+            raise UserError(f"{self.path} was not saved: {error}; what was saved before is intact") from None
+
+    def _make_folder(self, needed: int) -> None:
+        """On rank 0."""
+        remove(self._folder)
+        self._folder.parent.mkdir(parents=True, exist_ok=True)
+        free = _free_bytes(self._folder.parent)
+        if free < needed:
+            raise UserError(
+                f"it takes {described_bytes(needed)}, but {described_bytes(free)} are free on its file system (make "
+                "room, or set checkpoint.keep_last or run_dir)"
+            )
+        self._folder.mkdir()
+        # While it plans, Megatron writes a small file on rank 0, and the other ranks wait. If the disk refuses such a
+        # file, let that happen here, where all ranks learn of it.
+        reserve = self._folder / "reserve"
+        reserve.write_bytes(bytes(_RESERVE_BYTES))
+        reserve.unlink()
+
+    def _write(self) -> tuple[list[Any], dict[str, FileEntry]]:
+        """In the thread: write this rank's files; returns Megatron's results and the manifest's entries."""
+        names = self._files.names
+        with ThreadPoolExecutor(_FILES_PER_RANK) as pool:
+            results = [each for file in pool.map(self._write_file, range(len(names))) for each in file]
+        self._files.release()
+        return results, sealed_files(self._folder, names)
+
+    def _write_file(self, number: int) -> list[Any]:
+        try:
+            return self._files.write(number)
+        except RuntimeError as error:
+            # torch's writer turns a full disk into a RuntimeError; the operating system's error is behind it.
+            for cause in (error.__cause__, error.__context__):
+                if isinstance(cause, OSError):
+                    raise cause from None
+            raise
+
+    def _seal(self, written: list[tuple[list[Any], dict[str, FileEntry]]]) -> None:
+        """On rank 0: write the list of pieces, the files that make the folder a checkpoint, and the manifest."""
+        self._files.finish([results for results, _ in written])
+        save_config(_FORMAT, str(self._folder))
+        write_files(self._model_files, self._folder / HUGGINGFACE_FOLDER)
+        write_json(self._folder / TRAINER_STATE, self._trainer_state)
+        files = {name: entry for _, entries in written for name, entry in entries.items()}
+        present = (str(path.relative_to(self._folder)) for path in self._folder.rglob("*") if path.is_file())
+        files |= sealed_files(self._folder, [name for name in present if name not in files])
+        write_manifest(self._folder, files)
+        publish(self._folder, self.path)
+
+
+def _bytes_to_write(state: dict[str, Any]) -> int:
+    """Bytes of the tensors that this rank writes; their sum over the ranks is what a checkpoint takes."""
     return sum(
         each.data.nbytes
         for each in nested_values(state)
@@ -45,173 +178,12 @@ def bytes_to_write(state: dict[str, Any]) -> int:
     )
 
 
-class ShardedWrite:
-    """One rank's part of one checkpoint: planned by all ranks together, then written by each alone."""
-
-    def __init__(self, state: dict[str, Any], folder: Path, content_metadata: dict[str, Any]) -> None:
-        """Plan, on all ranks together; writes nothing but, with megatron-core 0.16, rank 0's `common.pt`."""
-        self._files = ShardedFiles(state, folder, content_metadata, files_per_rank=_THREADS)
-        self._folder = folder
-        self._results: list[Any] = []
-
-    @property
-    def files(self) -> list[str]:
-        """Names of the files that this rank writes."""
-        return self._files.names
-
-    def stage(self, *, copy: bool) -> None:
-        """Bring the tensors to host memory; with `copy` also those that lie there, for training will change them."""
-        self._files.stage(copy=copy)
-
-    def write(self) -> None:
-        """Write this rank's files, to the disk; raises what the file system raises."""
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for results in pool.map(self._files.write, range(len(self._files.names))):
-                self._results += results
-        self._files.release()
-
-    def gather(self) -> list[Any] | None:
-        """On all ranks together, once each has written: what `finish` needs, on rank 0."""
-        gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(self._results, gathered)
-        return gathered
-
-    def finish(self, gathered: list[Any]) -> None:
-        """On rank 0: write the list of pieces, then the file that makes the directory a checkpoint."""
-        self._files.finish(gathered)
-        save_config(_FORMAT, str(self._folder))
-
-
-# Room for what is no tensor: Megatron's lists of pieces and the file system's own.
-_SMALL_FILES_BYTES = 1 << 20
-_RESERVE_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class CheckpointContent:
-    """What a checkpoint holds besides the sharded tensors."""
-
-    trainer_state: dict[str, Any]
-    """JSON-able, the same on every rank, `step` among it."""
-    model_files: Mapping[str, bytes]
-    """The config, tokenizer and so on that travel with the weights; rank 0's are written."""
-    rank_files: Mapping[str, bytes] = field(default_factory=dict)
-    """This rank's own, by names that no other rank has."""
-
-
-class PendingSave:
-    """Begun and completed by all ranks together; in between each rank writes its files."""
-
-    def __init__(
-        self,
-        root: Path,
-        state: dict[str, Any],
-        content_metadata: dict[str, Any],
-        content: CheckpointContent,
-        *,
-        background: bool,
-    ) -> None:
-        """Begin. On return the training state may change if `background`, and this rank's files are written if not.
-
-        Raises UserError on every rank, and leaves nothing behind, if there is no room or the directory cannot be
-        written.
-        """
-        step = content.trainer_state["step"]
-        self.path, self._temporary = root / checkpoint_name(step), temporary_path(root, step)
-        self._content = content
-        small = [*content.model_files.values(), *content.rank_files.values()]
-        needed = _total(bytes_to_write(state) + sum(map(len, small))) + _SMALL_FILES_BYTES
-        with self._complete_or_absent():
-            on_rank_0(lambda: self._prepare(needed))
-        self._write = ShardedWrite(state, self._temporary, content_metadata)
-        with self._complete_or_absent():
-            together(lambda: self._write.stage(copy=background))
-        self._pool = ThreadPoolExecutor(1)
-        self._written = self._pool.submit(self._write_files)
-        if not background:
-            self._written.exception()  # waits; `complete` raises it on all ranks
-
-    def is_written(self) -> bool:
-        """Whether every rank's files are on the disk, or failed to get there; asked on all ranks together."""
-        return _total(0 if self._written.done() else 1) == 0
-
-    def complete(self) -> Path:
-        """Wait for all ranks' files, give the checkpoint its name, point `latest` to it, and return its path.
-
-        Raises UserError on every rank if one of them failed; then nothing of it is left, and what was saved before
-        is as it was.
-        """
-        try:
-            with self._complete_or_absent():
-                files = together(self._written.result)
-                gathered = self._write.gather()
-                listed: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-                dist.gather_object(files, listed)
-                on_rank_0(lambda: self._seal(gathered or [], listed or []))
-        finally:
-            self._pool.shutdown()
-        return self.path
-
-    def abandon(self) -> None:
-        """Instead of `complete`, after a failure: wait for this rank's own thread, and for no other rank.
-
-        What is written stays under its temporary name; the next save of that step removes it.
-        """
-        self._pool.shutdown()
-
-    @contextmanager
-    def _complete_or_absent(self) -> Iterator[None]:
-        """Around what fails on all ranks together: by then no rank writes any more."""
-        try:
-            yield
-        except ValueError as error:
-            if dist.get_rank() == 0:
-                # Where nothing can be written, nothing can be removed; the next run tries again.
-                with suppress(OSError):
-                    remove(self._temporary)
-            raise UserError(f"{self.path} was not saved: {error}; what was saved before is intact") from None
-
-    def _prepare(self, needed: int) -> None:
-        remove(self._temporary)
-        self._temporary.parent.mkdir(parents=True, exist_ok=True)
-        free = _free_bytes(self._temporary.parent)
-        if free < needed:
-            raise UserError(
-                f"it takes {described_bytes(needed)}, but {described_bytes(free)} are free on its file system (make "
-                "room, or set checkpoint.keep_last or run_dir)"
-            )
-        self._temporary.mkdir()
-        # Megatron writes a small file in the midst of its planning, on rank 0, while the others wait: if it cannot be
-        # written, let it be here.
-        reserve = self._temporary / "reserve"
-        reserve.write_bytes(bytes(_RESERVE_BYTES))
-        reserve.unlink()
-
-    def _write_files(self) -> dict[str, FileEntry]:
-        names = [*self._write.files, *self._content.rank_files]
-        self._write.write()
-        write_files(self._content.rank_files, self._temporary)
-        return sealed_files(self._temporary, names)
-
-    def _seal(self, gathered: list[Any], listed: list[dict[str, FileEntry]]) -> None:
-        """On rank 0."""
-        self._write.finish(gathered)
-        write_files(self._content.model_files, self._temporary / HUGGINGFACE_FOLDER)
-        write_json(self._temporary / TRAINER_STATE, self._content.trainer_state)
-        files = {name: entry for each in listed for name, entry in each.items()}
-        present = (str(path.relative_to(self._temporary)) for path in self._temporary.rglob("*") if path.is_file())
-        files |= sealed_files(self._temporary, [name for name in present if name not in files])
-        write_manifest(self._temporary, files)
-        publish(self._temporary, self.path)
-
-
 def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def _total(count: int) -> int:
-    """Sum over the ranks."""
+def _sum_over_ranks(count: int) -> int:
     device = "cpu" if dist.get_backend() == "gloo" else torch.cuda.current_device()
-    total: Tensor = torch.tensor(count, dtype=torch.int64, device=device)
+    total = torch.tensor(count, dtype=torch.int64, device=device)
     dist.all_reduce(total)
     return int(total)

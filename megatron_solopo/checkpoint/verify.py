@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, ModelShape, read_architecture
 from megatron_solopo.checkpoint.huggingface_weights import (
     DTYPES,
     SafetensorsDirectory,
@@ -33,6 +33,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
 
 LOGITS_LIMIT = 1e-5
@@ -96,7 +97,8 @@ def _our_logits(
     groups = topology.initialize(ParallelConfig(), seed=1)
     try:
         config = ModelConfig(path=path, dtype="float32", implementation="local")
-        (model,) = build_model(architecture, config, ParallelConfig(), chunk_tokens=1, device=groups.device)
+        resolved = resolve_model(config, ParallelConfig(), architecture=architecture)
+        (model,) = build_model(resolved, chunk_tokens=1, device=groups.device)
         load_weights([model], architecture, path)
         _round(model, architecture, precision)
         lengths = torch.tensor([0, *(len(tokens) for tokens in sequences)])
@@ -182,7 +184,8 @@ def to_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _differing_fields(huggingface: Architecture, checkpoint: Architecture) -> Iterator[str]:
     """Names, with both values but for those of tensors."""
-    for name in (each.name for each in fields(Architecture)):
+    names = [each.name for each in fields(ModelShape)]
+    for name in (*names, "layernorm_epsilon", "inv_freq", "rotary_scale"):
         theirs, ours = getattr(huggingface, name), getattr(checkpoint, name)
         if not isinstance(ours, Tensor):
             if theirs != ours:

@@ -87,7 +87,7 @@ def validate(file: Path, as_json: bool) -> None:
     Example:
       megatron-solopo data validate triplets.jsonl
     """
-    from megatron_solopo.data.row_files import validate_file
+    from megatron_solopo.data.rows import validate_file
 
     report = validate_file(file)
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else str(report))

@@ -1,18 +1,15 @@
-"""How large the sequences of each triplet are, for a whole dataset at once.
+"""The plan of a global batch: which triplets share a pack, and which rank computes which packs.
 
-A role names one sequence of a triplet: the context it is read in and the response it ends with,
-`short_chosen` for example. Each sequence is padded at its end to a multiple that the parallel
-layout needs, so budgets count padded tokens.
-
-Which triplets of a global batch share a pack, and which rank computes which packs.
+A triplet yields one sequence for each role. Each sequence is padded at its end to a multiple that the parallel layout
+needs, so budgets count padded tokens.
 
 1. Best-fit decreasing packs the triplets by padded tokens, so that few packs are needed.
-2. The costliest packs are split until their number divides evenly over the ranks (data-parallel
-   ranks step together, and an interleaved pipeline wants a multiple of its size).
-3. Packs go to the ranks costliest first, each to the rank with the least cost so far (LPT).
-4. Triplets are exchanged between the costliest rank and the others while that lowers its cost.
+2. The costliest packs are divided until their number is a multiple of the number of ranks. Data-parallel ranks step
+   together, and an interleaved pipeline needs a multiple of its own size.
+3. Packs go to ranks, costliest first, each to the rank with the least cost so far (longest processing time first).
+4. The costliest rank exchanges triplets with the others as long as that lowers its cost.
 
-Everything is integer arithmetic with ties broken by position, so that all ranks make the same plan.
+All arithmetic is on integers, and positions break ties, so all ranks make the same plan.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,25 +26,25 @@ IntArray = NDArray[np.int64]
 
 
 def padded_lengths(lengths: IntArray, multiple: int) -> IntArray:
-    """Each length rounded up to the next multiple."""
+    """Round each length up to the next multiple."""
     return -(-lengths // multiple) * multiple
 
 
 class TripletSize(NamedTuple):
-    """What one triplet asks of the pack that holds it."""
+    """The space and the time that one triplet takes in its pack."""
 
     padded_tokens: int
-    """Positions it takes up: every sequence rounded up to the multiple."""
+    """Positions in the pack: every sequence rounded up to the multiple."""
     tokens: int
     """Prompt and response tokens of all its sequences, without padding."""
     cost: int
-    """Attention cost: the sum over its sequences of the padded length squared, which is what
-    causal self-attention over a packed batch is proportional to (no sequence sees another)."""
+    """Sum of the squared padded lengths of its sequences. The time of causal self-attention is proportional to it,
+    because no sequence sees another."""
 
 
 @dataclass(frozen=True, eq=False)
 class TripletSizes:
-    """The sizes of D triplets as int64 arrays [D]; the fields are those of `TripletSize`."""
+    """Sizes of D triplets as int64 arrays [D], one for each field of `TripletSize`."""
 
     padded_tokens: IntArray
     tokens: IntArray
@@ -68,13 +65,13 @@ def triplet_sizes(
     roles: Sequence[Role],
     sequence_multiple: int,
 ) -> TripletSizes:
-    """Sizes of all triplets from token counts.
+    """Compute the sizes of all triplets from token counts.
 
     Args:
-        prompt_lengths: context (`short`, `long`) -> tokens of that prompt [D].
-        response_lengths: response (`chosen`, `rejected`) -> tokens of that response [D].
-        roles: the sequences that each triplet yields.
-        sequence_multiple: what each sequence is padded to a multiple of.
+        prompt_lengths: Context (`short`, `long`) -> tokens of its prompt [D].
+        response_lengths: Response (`chosen`, `rejected`) -> its tokens [D].
+        roles: The sequences of each triplet.
+        sequence_multiple: Each sequence is padded to a multiple of this.
     """
     lengths_RD = np.stack([prompt_lengths[role.context] + response_lengths[role.response] for role in roles])
     lengths_RD = lengths_RD.astype(np.int64)
@@ -86,7 +83,7 @@ RankPacks = list[list[list[int]]]
 """Triplet positions, indexed [rank][pack][triplet]."""
 
 _SETTLED = 1000
-"""Step 4 stops where it can take no more than 1/1000 of the mean cost off the costliest rank."""
+"""Step 4 stops when it can lower the cost of the costliest rank by no more than 1/1000 of the mean cost."""
 
 
 def plan_global_batch(
@@ -97,23 +94,21 @@ def plan_global_batch(
     num_ranks: int,
     packs_multiple: int = 1,
 ) -> RankPacks:
-    """Pack the triplets of one optimizer step and share the packs out to the data-parallel ranks.
+    """Pack the triplets of one optimizer step and distribute the packs over the data-parallel ranks.
 
     Args:
-        sizes: one per triplet of the batch; the result holds positions in this sequence.
-        max_tokens: padded tokens that one pack may hold.
-        max_triplets: triplets that one pack may hold; None: any number.
-        num_ranks: data-parallel ranks.
-        packs_multiple: every rank's number of packs is a multiple of this.
+        sizes: One for each triplet of the batch. The result holds positions in this sequence.
+        max_tokens: Padded tokens that one pack may hold.
+        max_triplets: Triplets that one pack may hold. None: any number.
+        num_ranks: Data-parallel ranks.
+        packs_multiple: Every rank gets a multiple of this number of packs.
 
     Returns:
-        Positions indexed [rank][pack][triplet]: each exactly once, every rank with the same number
-        of packs, no pack empty, each rank's costliest pack first (so that the step that needs most
-        memory is not the last to be tried).
+        Positions indexed [rank][pack][triplet]. Each position occurs once. Every rank has the same number of packs, and
+        no pack is empty. The costliest pack of each rank comes first, so that a lack of memory shows early.
 
-    Raises:
-        ValueError: a triplet is larger than `max_tokens`, or the triplets do not make enough packs
-            to give each rank the same number of them.
+    Raises UserError if a triplet is larger than `max_tokens`, or if there are too few triplets to give each rank the
+    same number of packs.
     """
     _check_budget(sizes, max_tokens)
     share = num_ranks * packs_multiple
@@ -129,9 +124,9 @@ def plan_global_batch(
 
 
 def check_batch_size(global_batch_size: int, num_ranks: int, packs_multiple: int) -> None:
-    """Raise ValueError if batches of this size could come to one that the ranks cannot share, however far into a run.
+    """Raise UserError if some batch of this size might not divide evenly over the ranks.
 
-    Args are those of `plan_global_batch`.
+    The arguments are those of `plan_global_batch`.
     """
     share = num_ranks * packs_multiple
     if global_batch_size % share:
@@ -149,7 +144,7 @@ def packs_needed(
     max_triplets: int | None,
     num_ranks: int,
 ) -> int:
-    """Packs that each rank needs for these triplets; `plan_global_batch` takes the next multiple, and its arguments."""
+    """Least number of packs that each rank needs for these triplets. `plan_global_batch` uses the next multiple."""
     return -(-len(_best_fit_decreasing(sizes, max_tokens, max_triplets)) // num_ranks)
 
 
@@ -161,17 +156,16 @@ def plan_single_pass(
     num_ranks: int,
     packs_multiple: int = 1,
 ) -> tuple[RankPacks, list[list[bool]]]:
-    """Like `plan_global_batch`, for any number of triplets: ranks that come out short repeat a pack.
+    """Like `plan_global_batch`, for any number of triplets.
 
-    All ranks must run the same number of packs, even where one triplet is all there is. A short
-    rank is therefore given the cheapest pack of the plan again, marked as not counted.
+    All ranks must run the same number of packs, even if there is only one triplet. A rank with too few packs repeats
+    the cheapest pack of the plan, which then does not count.
 
     Returns:
-        Positions indexed [rank][pack][triplet], and [rank][pack] whether the pack counts. Over the
-        packs that count, each position appears exactly once.
+        Positions indexed [rank][pack][triplet], and [rank][pack] whether the pack counts. In the packs that count, each
+        position occurs once.
 
-    Raises:
-        ValueError: a triplet is larger than `max_tokens`.
+    Raises UserError if a triplet is larger than `max_tokens`.
     """
     _check_budget(sizes, max_tokens)
     share = num_ranks * packs_multiple
@@ -199,7 +193,7 @@ def _cost(pack: Sequence[int], sizes: Sequence[TripletSize]) -> int:
 
 
 def _best_fit_decreasing(sizes: Sequence[TripletSize], max_tokens: int, max_triplets: int | None) -> list[list[int]]:
-    """Largest triplet first, each into the fullest pack that still takes it."""
+    """Put each triplet, the largest first, into the fullest pack that has room for it."""
     limit = len(sizes) if max_triplets is None else max_triplets
     packs: list[list[int]] = []
     free = np.empty(len(sizes), dtype=np.int64)
@@ -235,7 +229,7 @@ def _split(packs: list[list[int]], sizes: Sequence[TripletSize], target: int) ->
 def _share_out(
     packs: list[list[int]], sizes: Sequence[TripletSize], max_tokens: int, max_triplets: int | None, num_ranks: int
 ) -> RankPacks:
-    """Steps 3 and 4: packs to ranks, then triplets exchanged."""
+    """Steps 3 and 4: give packs to ranks, then exchange triplets."""
     packs_per_rank = -(-len(packs) // num_ranks)
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0] * num_ranks
@@ -254,10 +248,10 @@ def _share_out(
 
 @dataclass
 class _Exchange:
-    """Exchanges of single triplets between ranks, which keep every pack legal and not empty.
+    """Exchanges single triplets between ranks. No pack becomes too large or empty.
 
-    n triplets and K packs; entries n..n+K of the arrays [n + K] are one phantom triplet of size and
-    cost 0 per pack: to exchange a triplet with a phantom is to move it to that pack.
+    There are n triplets and K packs. Entries n to n + K of the arrays [n + K] are phantom triplets, one for each pack,
+    with size 0 and cost 0. An exchange with a phantom moves a triplet to the phantom's pack.
     """
 
     tokens: IntArray
@@ -301,7 +295,7 @@ class _Exchange:
         return cls(tokens, cost, pack_of, rank_of, free, count, load, n if max_triplets is None else max_triplets)
 
     def improve(self) -> bool:
-        """Make the exchange that brings the costliest rank and its partner lowest; False: none is worth it."""
+        """Make the exchange after which the costlier of the two ranks is cheapest. False if none is worth it."""
         num_triplets = len(self.tokens) - len(self.free)
         costliest = int(self.load.argmax())
         ranks = self.rank_of[self.pack_of]

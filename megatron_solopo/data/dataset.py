@@ -1,4 +1,4 @@
-"""Tokenized triplets on disk: their lengths all at once, their tokens row by row."""
+"""Tokenized triplets on disk. Lengths are read for all rows at once, tokens row by row."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,21 +11,21 @@ from megatron_solopo.config import Role
 from megatron_solopo.data.batch_plan import IntArray, TripletSizes, triplet_sizes
 from megatron_solopo.data.packing import TokenizedTriplet
 from megatron_solopo.data.prepared import token_lengths
-from megatron_solopo.data.row import DEPTHS_FIELD
+from megatron_solopo.data.rows import DEPTHS_FIELD
 from megatron_solopo.errors import UserError
 
 
 class TripletDataset:
-    """A `datasets.Dataset` of token ids, read as triplets. Nothing is held in memory but the table's mapping.
+    """A memory-mapped `datasets.Dataset` of token ids, read as triplets.
 
     Args:
-        table: columns `id` (string) and, as lists of integers, `chosen`, `rejected` and the prompts.
-        prompt_columns: context (`short`, `long`) -> the column that holds its prompt. Only the
-            contexts that the roles in use name are needed.
+        table: Columns `id` (string) and, as lists of integers, `chosen`, `rejected` and the prompts.
+        prompt_columns: Context (`short`, `long`) -> the column that holds its prompt. Contexts that no role uses may
+            be missing.
     """
 
     def __init__(self, table: datasets.Dataset, prompt_columns: Mapping[str, str]) -> None:
-        # Once here: it copies the whole chunk list of the table.
+        # Done once, because it copies the whole chunk list of the table.
         self._table = table.with_format("arrow")
         self._prompt_columns = dict(prompt_columns)
 
@@ -33,14 +33,13 @@ class TripletDataset:
         return len(self._table)
 
     def head(self, count: int) -> "TripletDataset":
-        """The first `count` rows, or all where there are fewer."""
+        """The first `count` rows, or all if there are fewer."""
         return TripletDataset(self._table.select(range(min(count, len(self)))), self._prompt_columns)
 
     def sizes(self, roles: Sequence[Role], sequence_multiple: int) -> TripletSizes:
-        """Size of every row, from the list offsets alone: no token is read.
+        """Size of every row. Reads the list offsets, no token.
 
-        Raises:
-            ValueError: a context has no column, or a prompt or response is empty.
+        Raises UserError if a context has no column, or if a prompt or response is empty.
         """
         prompts, responses = self._columns(roles)
         lengths = self._lengths({*prompts.values(), *responses.values()})
@@ -52,7 +51,7 @@ class TripletDataset:
         )
 
     def response_lengths(self, response: str) -> IntArray:
-        """Tokens of every row's `chosen` or `rejected`, [rows]."""
+        """Number of tokens in every row's `chosen` or `rejected`, [rows]."""
         return self._lengths({response})[response]
 
     def ids(self, rows: Sequence[int] | IntArray) -> list[str]:
@@ -60,7 +59,7 @@ class TripletDataset:
         return [str(value) for value in self._table[np.asarray(rows).tolist()]["id"].to_pylist()]
 
     def evidence_depths(self) -> list[list[float]]:
-        """Of every row, where the evidence lies in the long context, from 0 to 1; empty where that is not known."""
+        """Places of the evidence in every row's long context, from 0 to 1; an empty list if they are not known."""
         if DEPTHS_FIELD not in self._table.column_names:
             return [[] for _ in range(len(self))]
         depths: list[list[float]] = self._table[DEPTHS_FIELD].to_pylist()
@@ -82,7 +81,7 @@ class TripletDataset:
         ]
 
     def _columns(self, roles: Sequence[Role]) -> tuple[dict[str, str], dict[str, str]]:
-        """Columns that the roles need: by context, and by response."""
+        """The columns that the roles need: by context, and by response."""
         prompts: dict[str, str] = {}
         responses: dict[str, str] = {}
         for role in roles:

@@ -1,7 +1,7 @@
 """From preference rows to token columns, by the chat template or as plain text.
 
-Prompt and response are encoded separately, so that no token spans their boundary, and the same response has
-the same tokens behind the short and the long prompt.
+Prompt and response are encoded separately. So no token crosses their boundary, and a response has the same tokens
+behind the short and the long prompt.
 """
 
 import json
@@ -14,12 +14,12 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from megatron_solopo.data.prepared import PROMPT_COLUMNS
-from megatron_solopo.data.row import DEPTHS_FIELD, PROMPT_FIELDS, RESPONSE_FIELDS, Content, Kind, Message, Template
-from megatron_solopo.data.row_files import read_rows
+from megatron_solopo.data.rows import DEPTHS_FIELD, PROMPT_FIELDS, RESPONSE_FIELDS, Content, Kind, Message, read_rows
+from megatron_solopo.data.settings import Template
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 
-# Rows of 128K tokens are 1.5 MB: few of them are held while writing.
+# Rows of 128K tokens are 1.5 MB, so the writer holds few of them.
 _WRITER_BATCH_ROWS = 64
 
 
@@ -35,8 +35,8 @@ def tokenize_rows(
 ) -> Dataset:
     """Tokenize a valid file into Arrow files under `work`, row by row in the file's order.
 
-    Columns: id, line, problem, evidence_depths and the token columns. Where a row cannot be tokenized, problem says
-    why and its token columns are empty; elsewhere problem is "".
+    Columns: id, line, problem, evidence_depths and the token columns. If a row cannot be tokenized, `problem` says why
+    and the token columns are empty. For all other rows `problem` is "".
     """
     carried = {"id": Value("string"), "line": Value("int64"), DEPTHS_FIELD: List(Value("float32"))}
     rows = Dataset.from_generator(
@@ -70,7 +70,7 @@ def tokenize_row(
 ) -> dict[str, list[int]]:
     """Token ids of one row's prompts and responses, by name.
 
-    Raises UserError where the template refuses the messages or a text has no tokens.
+    Raises UserError if the template refuses the messages, if a text has no tokens, or if the responses are equal.
     """
     if template == "chat":
         texts = _render(prompts, responses, tokenizer)
@@ -91,7 +91,7 @@ def tokenize_row(
 
 
 def _generate_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows in one Arrow schema, whether they are strings or messages: the contents as JSON."""
+    """Rows in one Arrow schema for strings and messages: the contents are JSON."""
     for row in read_rows(path):
         assert not row.errors and row.id is not None
         carried = {"id": row.id, "line": row.line, DEPTHS_FIELD: row.evidence_depths}
@@ -108,7 +108,7 @@ def _tokenize_record(
     problem = ""
     try:
         ids = tokenize_row(prompts, responses, tokenizer, template)
-    except ValueError as error:
+    except UserError as error:
         ids = {name: [] for name in (*prompts, *responses)}
         problem = str(error)
     return {"problem": problem} | {name: np.asarray(tokens, np.int32) for name, tokens in ids.items()}
@@ -116,12 +116,12 @@ def _tokenize_record(
 
 @lru_cache(maxsize=1)
 def _process_tokenizer(path: str, fingerprint: str) -> Tokenizer:
-    """One tokenizer per worker process; the fingerprint keeps a replaced directory from being mistaken for the old."""
+    """One tokenizer per worker process. The fingerprint tells a replaced directory from the old one."""
     return load_tokenizer(path)
 
 
 def _render(prompts: dict[str, Content], responses: dict[str, Content], tokenizer: Tokenizer) -> dict[str, str]:
-    """Texts by the chat template: a prompt up to where the answer starts, a response from there on."""
+    """Texts by the chat template: prompts up to the start of the answer, responses from there on."""
     texts: dict[str, str] = {}
     for prompt_name, prompt in prompts.items():
         texts[prompt_name] = render_prompt(prompt, tokenizer)
@@ -133,19 +133,19 @@ def _render(prompts: dict[str, Content], responses: dict[str, Content], tokenize
 
 
 def render_prompt(prompt: Content, tokenizer: Tokenizer) -> str:
-    """A prompt by the chat template, up to where the answer starts; the tokenizer has a template."""
+    """A prompt by the chat template, up to the start of the answer. The tokenizer must have a template."""
     text = tokenizer.render_chat(_as_messages(prompt, "user"), add_generation_prompt=True)
     assert text is not None
     return text
 
 
 def template_of(prompt: Content) -> Template:
-    """How `data prepare` writes a prompt of this form by itself."""
+    """The template that `--template auto` chooses for a prompt."""
     return "plain" if isinstance(prompt, str) else "chat"
 
 
 def encode_prompt(prompt: Content, tokenizer: Tokenizer, template: Template) -> list[int]:
-    """Token ids of a prompt up to where the answer starts."""
+    """Token ids of a prompt up to the start of the answer."""
     if template == "plain":
         return tokenizer.encode(str(prompt), add_special_tokens=True)
     return tokenizer.encode(render_prompt(prompt, tokenizer), add_special_tokens=False)
@@ -156,7 +156,10 @@ def render_response(
 ) -> str:
     """A response by the chat template, from the end of `render_prompt(prompt)` on.
 
-    Raises UserError, with these names of both, where the template writes the prompt differently once it is answered.
+    Args:
+        names: Names of the prompt and the response in an error.
+
+    Raises UserError if the template writes the prompt differently once an answer follows.
     """
     prompt_text = render_prompt(prompt, tokenizer)
     messages = _as_messages(prompt, "user") + _as_messages(response, "assistant")
@@ -168,7 +171,7 @@ def render_response(
 
 
 def check_template(template: Template, tokenizer: Tokenizer, tokenizer_path: str) -> None:
-    """Raise ValueError where the tokenizer lacks what the template needs."""
+    """Raise UserError if the tokenizer lacks what the template needs."""
     if template == "chat" and tokenizer.chat_template is None:
         raise UserError(
             f"{tokenizer_path}: has no chat template; use another tokenizer, or strings and --template plain"

@@ -1,9 +1,9 @@
 """Global batches of packs for one data-parallel rank.
 
-The order of the triplets is fixed by (seed, epoch) alone and a global batch is the next
-`global_batch_size` of them, so batch b holds the same triplets under every parallel layout, and
-the number of consumed triplets is the loader's whole state. Each rank plans the whole batch from
-the lengths, which all know, and reads the tokens of its own packs only: ranks never communicate.
+Seed and epoch alone decide the order of the triplets. A global batch is the next `global_batch_size` of them. So batch
+b holds the same triplets under every parallel layout, and the number of consumed triplets is the loader's whole state.
+All ranks know all lengths. Each rank plans the whole batch and reads the tokens of its own packs only, so the ranks
+need no communication.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from megatron_solopo.data.packing import Pack, build_pack
 from megatron_solopo.errors import UserError
 
 _STATE_KEYS = {"seed": "seed", "dataset_length": "data.path", "global_batch_size": "training.global_batch_size"}
-"""What a saved state must agree on -> the key that sets it."""
+"""Values that a saved state and a run must share -> the key that sets each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,60 +36,58 @@ class GlobalBatch:
     """This rank's packs, and totals over all data-parallel ranks."""
 
     packs: list[Pack]
-    """As many on every rank."""
+    """Every rank has the same number of packs."""
     counted: list[bool]
-    """Whether each pack counts. Always true from `GlobalBatchLoader`; see `sequential_batches`."""
+    """Whether each pack counts. All packs of `GlobalBatchLoader` count; see `sequential_batches`."""
     num_triplets: int
     """Triplets of the global batch."""
     num_tokens: int
-    """Their real tokens, padding not counted."""
+    """Tokens of these triplets, without padding."""
     padded_tokens: int
-    """Their tokens, with each sequence padded to its multiple."""
+    """Tokens of these triplets, with every sequence padded to its multiple."""
     num_packs: int
-    """Packs run by all ranks together, repeated ones included."""
+    """Packs of all ranks, repeated ones included."""
     pack_fill: float
-    """Real tokens over the token budget of those packs, in (0, 1]."""
+    """Tokens without padding over the token budget of all packs, in (0, 1]."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How triplets become packs, and which packs are this rank's."""
+    """How triplets become packs, and which packs this rank computes."""
 
     sequence_multiple: int
-    """What each sequence is padded to a multiple of."""
+    """Each sequence is padded to a multiple of this."""
     max_tokens_per_pack: int
     """Padded tokens that one pack may hold."""
     dp_rank: int
     """This rank among the data-parallel ranks."""
     dp_size: int
     max_triplets_per_pack: int | None = None
-    """Triplets that one pack may hold; None: any number."""
+    """Triplets that one pack may hold. None: any number."""
     pack_multiple: int = 1
-    """What each pack is padded to a multiple of."""
+    """Each pack is padded to a multiple of this."""
     packs_multiple: int = 1
-    """Every rank's number of packs is a multiple of this."""
+    """Every rank gets a multiple of this number of packs."""
 
     @property
     def max_sequence_tokens(self) -> int:
-        """What the sequences of one pack may come to, so that the padded pack keeps to its budget."""
+        """Most padded tokens of one pack's sequences, so that the padded pack stays within its budget."""
         return self.max_tokens_per_pack // self.pack_multiple * self.pack_multiple
 
 
 class GlobalBatchLoader:
-    """Shuffled global batches without end.
+    """An endless sequence of shuffled global batches.
 
-    The stream of triplets is one permutation of the dataset per epoch, one after the other. Nothing
-    is dropped at an epoch's end: a global batch may take the last triplets of one epoch and the
-    first of the next.
+    Each epoch is one permutation of the dataset. No triplet is dropped at the end of an epoch: a global batch may take
+    the last triplets of one epoch and the first of the next.
 
     Args:
-        roles: the sequences that each triplet yields.
-        global_batch_size: triplets per batch, over all ranks.
-        seed: of the permutations.
+        roles: The sequences of each triplet.
+        global_batch_size: Triplets per batch, over all ranks.
+        seed: Seed of the permutations.
 
-    Raises:
-        ValueError: the dataset is smaller than a batch, the batch size does not divide over the
-            ranks, a triplet is over the budget, a prompt or response is missing or empty.
+    Raises UserError if the dataset is smaller than a batch, if the batch size does not divide over the ranks, if a
+    triplet exceeds the budget, or if a prompt or response is missing or empty.
     """
 
     def __init__(
@@ -112,7 +110,7 @@ class GlobalBatchLoader:
         self.consumed_triplets = 0
 
     def next_batch(self) -> GlobalBatch:
-        """The next global batch; it is consumed once this returns."""
+        """Return the next global batch and count its triplets as consumed."""
         size = self._identity["global_batch_size"]
         rows = self._stream(self.consumed_triplets, self.consumed_triplets + size)
         batch = self._packer.training_batch(rows)
@@ -120,9 +118,10 @@ class GlobalBatchLoader:
         return batch
 
     def packs_needed(self, num_batches: int) -> Iterator[tuple[int, int]]:
-        """Of each of the next batches, from the lengths alone: where it starts in the stream, and the packs per rank.
+        """For each of the next batches, its start in the stream of triplets and its packs per rank.
 
-        It is the least that the budget allows; a batch has as many, or the next multiple.
+        The number of packs is the least that the budget allows. The batch has this number or the next multiple. Reads
+        lengths, no tokens.
         """
         size = self._identity["global_batch_size"]
         for number in range(num_batches):
@@ -130,7 +129,7 @@ class GlobalBatchLoader:
             yield start, self._packer.packs_needed(self._stream(start, start + size))
 
     def largest_pack(self, num_batches: int) -> Pack:
-        """Of the next batches' packs on all ranks, or the largest triplet alone if that is larger; alike on all."""
+        """The largest pack of the next batches on all ranks, or the largest triplet alone if that is larger."""
         size = self._identity["global_batch_size"]
         packs = [np.array([self._packer.sizes.padded_tokens.argmax()])]
         for number in range(num_batches):
@@ -140,14 +139,13 @@ class GlobalBatchLoader:
         return self._packer.pack(max(packs, key=lambda rows: int(self._packer.sizes.padded_tokens[rows].sum())))
 
     def state_dict(self) -> dict[str, int]:
-        """Where the stream stands; the same on every rank."""
+        """The position in the stream of triplets. It is the same on every rank."""
         return {**self._identity, "consumed_triplets": self.consumed_triplets}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue exactly where the state was taken, under any number of data-parallel ranks.
+        """Continue at a saved position, with any number of data-parallel ranks.
 
-        Raises:
-            ValueError: the state is of another seed, dataset length or batch size.
+        Raises UserError if the state has another seed, dataset length or batch size.
         """
         for name, key in _STATE_KEYS.items():
             if state[name] != self._identity[name]:
@@ -158,7 +156,7 @@ class GlobalBatchLoader:
         self.consumed_triplets = state["consumed_triplets"]
 
     def _stream(self, start: int, end: int) -> IntArray:
-        """Dataset rows at places start..end of the endless stream."""
+        """Dataset rows at positions start to end of the endless stream."""
         length = self._identity["dataset_length"]
         parts = []
         while start < end:
@@ -172,12 +170,12 @@ class GlobalBatchLoader:
 def sequential_batches(
     dataset: TripletDataset, roles: Sequence[Role], packing: Packing, *, chunk_size: int
 ) -> Iterator[GlobalBatch]:
-    """Every triplet exactly once in dataset order, for evaluation and reference passes.
+    """Every triplet once in dataset order, for evaluation and reference passes.
 
-    `chunk_size` triplets make one batch; the last batch may be smaller. All ranks must run the same
-    number of packs, so a rank that comes out short repeats a pack that is not `counted`: run it,
-    then leave its results out. Batch totals count no triplet twice. The other arguments, and the
-    errors raised (at the call, not at the first batch), are those of `GlobalBatchLoader`.
+    `chunk_size` triplets make one batch. The last batch may be smaller. All ranks must run the same number of packs, so
+    a rank with too few packs repeats one that is not `counted`: run it, but leave its results out. Batch totals count
+    each triplet once. The other arguments and the errors are those of `GlobalBatchLoader`. Errors are raised by the
+    call, not by the first batch.
     """
     packer = _Packer(dataset, roles, packing)
     chunks = (np.arange(start, min(start + chunk_size, len(dataset))) for start in range(0, len(dataset), chunk_size))
@@ -252,8 +250,8 @@ class _Packer:
 def _epoch_order(length: int, seed: int, epoch: int) -> IntArray:
     """Permutation of range(length) for one epoch.
 
-    Sorts raw generator output, whose stream numpy keeps stable between releases, unlike that of
-    `Generator.permutation`: a checkpoint resumes on the same triplets under a newer numpy.
+    It sorts the raw output of the generator. numpy keeps that output stable between releases, unlike
+    `Generator.permutation`. So a checkpoint continues on the same triplets under a newer numpy.
     """
     keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(length)
     return np.argsort(keys, kind="stable")

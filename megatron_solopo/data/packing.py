@@ -1,8 +1,7 @@
-"""One pack: whole triplets laid end to end in a single row of tokens, ready for the model.
+"""A pack: the sequences of whole triplets, one behind the other in a single row of tokens.
 
-Shape legend: T padded positions of the pack, S sequences, S1 = S + 1, N response tokens of all
-sequences, R roles. Sequences are ordered triplet by triplet, roles inner, so that a per-sequence
-tensor [S] reshapes to [num_triplets, R].
+Shapes: T padded positions of the pack, S sequences, S1 = S + 1, N response tokens of all sequences, R roles.
+Sequences are ordered by triplet and then by role, so a tensor [S] reshapes to [num_triplets, R].
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,56 +16,56 @@ from megatron_solopo.config import Role
 from megatron_solopo.data.batch_plan import padded_lengths
 
 PAD_TOKEN = 0
-"""Id at padded positions. Padding trails each sequence and no label is there, so any legal id would do."""
+"""Id at padded positions. Any legal id would do: padding follows its sequence and has no label."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedTriplet:
-    """One dataset row: token ids, not padded, none empty."""
+    """The token ids of one dataset row, without padding. No prompt or response is empty."""
 
     id: str
     index: int
-    """Row number in the dataset."""
+    """Number of the row in the dataset."""
     prompts: Mapping[str, NDArray[np.integer]]
-    """Context (`short`, `long`) -> ids of the prompt over it."""
+    """Context (`short`, `long`) -> ids of its prompt."""
     responses: Mapping[str, NDArray[np.integer]]
     """Response (`chosen`, `rejected`) -> its ids."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """One micro-batch on the host, not yet cut for context parallelism. Tensors are int64 if not said otherwise."""
+    """One micro-batch on the host, before context parallelism divides it. Tensors are int64 unless noted."""
 
     tokens_T: Tensor
-    """Input ids, `PAD_TOKEN` behind each sequence."""
+    """Input ids. `PAD_TOKEN` fills up each sequence."""
     cu_seqlens_S1: Tensor
-    """Padded sequence boundaries, int32: sequence s lies at [cu_seqlens[s], cu_seqlens[s + 1])."""
+    """Boundaries of the padded sequences, int32: sequence s is at [cu_seqlens[s], cu_seqlens[s + 1])."""
     sequence_lengths_S: Tensor
-    """Real lengths, prompt and response, without padding."""
+    """Tokens of prompt and response in each sequence, without padding."""
     response_lengths_S: Tensor
     """Response tokens of each sequence."""
     response_rows_N: Tensor
-    """Position in [0, T) whose hidden state predicts each response token: the one before it. Labels
-    are thus shifted here, over the whole pack, and a later cut cannot lose the token at its edge."""
+    """Position in [0, T) whose hidden state predicts each response token: the position before the token. Labels are
+    shifted here, before context parallelism divides the pack, so no token at an edge is lost."""
     response_labels_N: Tensor
     """The response tokens themselves."""
     response_sequences_N: Tensor
-    """Sequence number in [0, S) that each response token belongs to."""
+    """Number in [0, S) of the sequence of each response token."""
     num_triplets: int
     roles: tuple[Role, ...]
     triplet_indices: Tensor
-    """Dataset row of each triplet [num_triplets]."""
+    """Dataset row of each triplet, [num_triplets]."""
     ids: tuple[str, ...]
     """Id of each triplet."""
 
     @property
     def max_sequence_length(self) -> int:
-        """Longest sequence, padding included (what a kernel given `cu_seqlens_S1` must know)."""
+        """Length of the longest sequence with its padding, which attention kernels ask for beside `cu_seqlens_S1`."""
         return int(self.cu_seqlens_S1.diff().max())
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, padding not counted."""
+        """Tokens without padding."""
         return int(self.sequence_lengths_S.sum())
 
     @property
@@ -78,20 +77,20 @@ class Pack:
 def build_pack(
     rows: Sequence[TokenizedTriplet], roles: Sequence[Role], sequence_multiple: int, pack_multiple: int = 1
 ) -> Pack:
-    """Lay out the sequences of some triplets.
+    """Make a pack of some triplets.
 
     Args:
-        rows: the triplets, at least one.
-        roles: the sequences that each triplet yields, in their order inside the triplet.
-        sequence_multiple: what each sequence is padded at its end to a multiple of.
-        pack_multiple: what the whole pack is padded to a multiple of, at the end of its last sequence;
-            itself a multiple of `sequence_multiple`, or 1.
+        rows: The triplets, at least one.
+        roles: The sequences of each triplet, in their order.
+        sequence_multiple: Each sequence is padded at its end to a multiple of this.
+        pack_multiple: The pack is padded to a multiple of this, at the end of its last sequence. It is 1 or a multiple
+            of `sequence_multiple`.
     """
     prompts = [row.prompts[role.context] for row in rows for role in roles]
     responses = [row.responses[role.response] for row in rows for role in roles]
     prompt_lengths_S = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     response_lengths_S = np.array([len(response) for response in responses], dtype=np.int64)
-    # An empty prompt would make its first response token a prediction of the sequence before it.
+    # With an empty prompt, the end of the sequence before it would predict the first response token.
     assert prompt_lengths_S.min() > 0 and response_lengths_S.min() > 0
 
     lengths_S = prompt_lengths_S + response_lengths_S

@@ -3,9 +3,9 @@
     manifest.json   what the data is, where it came from, how long its rows are
     train/  eval/   columns id, evidence_depths, prompt_short, prompt_long (not for pairs), chosen, rejected
 
-Token columns are list<int32>: a prompt as the sequence starts (BOS or chat template included), a response as it
-ends (EOS or the template's end of turn included). A sequence is the two put together. `evidence_depths` is empty where
-the rows did not say; directories that older versions wrote lack the column.
+Token columns are list<int32>. A prompt includes BOS or the start of the chat template. A response includes EOS or the
+template's end of turn. A sequence is a prompt followed by a response. `evidence_depths` is empty if the row had none;
+directories of older versions lack the column.
 """
 
 import json
@@ -19,7 +19,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_solopo.data.row import DEPTHS_FIELD, RESPONSE_FIELDS, Kind
+from megatron_solopo.data.rows import DEPTHS_FIELD, RESPONSE_FIELDS, Kind
 from megatron_solopo.errors import UserError
 
 FORMAT_VERSION: Literal[1] = 1
@@ -35,7 +35,7 @@ class _Record(BaseModel):
 
 
 class LengthStatistics(_Record):
-    """Lengths in tokens of one column, over the rows kept; each is the length of some row."""
+    """Lengths in tokens of one column over the kept rows. Each is the length of a row."""
 
     min: int
     median: int
@@ -44,18 +44,18 @@ class LengthStatistics(_Record):
 
 
 class PreparedManifest(_Record):
-    """What `manifest.json` says."""
+    """The content of `manifest.json`."""
 
     format_version: Literal[1] = FORMAT_VERSION
     version: str
-    """Version of megatron-solopo that wrote it."""
+    """Version of megatron-solopo that wrote the directory."""
     kind: Kind
     template: Literal["chat", "plain"]
-    """How rows became text; "auto" is resolved."""
+    """How rows became text: what "auto" stood for."""
     tokenizer: str
     vocab_size: int
     fingerprint: str
-    """Hex SHA-256 of `fingerprint_parts`: equal exactly where the tokens are made alike."""
+    """Hex SHA-256 of `fingerprint_parts`. Two directories with equal fingerprints hold the same tokens."""
     fingerprint_parts: dict[str, Any]
     read: int
     kept: int
@@ -73,7 +73,7 @@ class PreparedManifest(_Record):
         return (*PROMPT_COLUMNS[self.kind], *RESPONSE_FIELDS)
 
     def __str__(self) -> str:
-        """A few lines for a reader: what was kept, what was left out, how long the rows are."""
+        """A few lines for a reader: kept rows, dropped rows, lengths."""
         dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
         lines = [
             f"{self.kind} rows: {self.read} read, {self.kept} kept ({self.train} train, {self.eval} eval)",
@@ -95,14 +95,14 @@ class PreparedData:
     eval: Dataset | None
 
     def prompt_column(self, context: Literal["short", "long"]) -> str:
-        """The column of a context's prompt; a pair has one prompt, which serves as either."""
+        """The column of a context's prompt. A pair has one prompt for both contexts."""
         return "prompt_short" if self.manifest.kind == "pair" else f"prompt_{context}"
 
 
 def load_prepared(path: Path) -> PreparedData:
-    """Open what `megatron-solopo data prepare` wrote; reads no tokens yet.
+    """Open a directory that `megatron-solopo data prepare` wrote. Reads no tokens yet.
 
-    Raises UserError with one line where the directory is missing, incomplete or of another format.
+    Raises UserError if the directory is missing, incomplete or of another format.
     """
     manifest = _read_manifest(path)
     train = _load_split(path, "train", manifest.train, manifest)
@@ -111,7 +111,7 @@ def load_prepared(path: Path) -> PreparedData:
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether a directory was written by `data prepare`, in whatever format version."""
+    """Whether `data prepare` wrote a directory, in any format version."""
     try:
         manifest = json.loads((path / MANIFEST_NAME).read_bytes())
     except (OSError, ValueError):
@@ -120,7 +120,7 @@ def is_prepared(path: Path) -> bool:
 
 
 def token_lengths(data: Dataset, column: str) -> NDArray[np.int64]:
-    """Tokens of each row [rows] of a token column; reads Arrow's offsets, never the tokens."""
+    """Number of tokens in each row of a token column, [rows]. Reads Arrow's offsets, never the tokens."""
     tables = data.select_columns([column]).with_format("arrow").iter(batch_size=_LENGTHS_BATCH_ROWS)
     lengths = [pc.list_value_length(table.column(column)).to_numpy() for table in tables]
     return np.concatenate([np.empty(0, np.int64), *lengths]).astype(np.int64)

@@ -7,6 +7,9 @@ from pydantic import Field
 
 from megatron_solopo.command_settings import CommandSettings
 
+Template = Literal["chat", "plain"]
+"""How a row becomes text: by the tokenizer's chat template, or as it is."""
+
 
 class PrepareSettings(CommandSettings):
     """What a user asks of `data prepare`. The same settings always give the same output."""

@@ -28,9 +28,8 @@ from megatron_solopo.data.prepared import (
     is_prepared,
     token_lengths,
 )
-from megatron_solopo.data.row import RESPONSE_FIELDS, Kind, Template
-from megatron_solopo.data.row_files import ValidationReport, validate_file
-from megatron_solopo.data.settings import PrepareSettings
+from megatron_solopo.data.rows import RESPONSE_FIELDS, Kind, ValidationReport, validate_file
+from megatron_solopo.data.settings import PrepareSettings, Template
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, remove, sha256_file, sha256_json, write_json

@@ -1,6 +1,7 @@
 """Tokenizers behind one protocol: Hugging Face directories and SentencePiece models."""
 
 import json
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,7 +15,7 @@ from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
 
-# Text put before a continuation and cut off again. Several, since a tokenizer may merge one with what follows.
+# Text that is put before a continuation and cut off again. A tokenizer may merge one of them with what follows.
 _ANCHORS = (".", "0", "a", "(", "A", "\n")
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"
 _NO_LIMIT = 1 << 60
@@ -25,7 +26,7 @@ class Tokenizer(Protocol):
 
     @property
     def eos_token_id(self) -> int | None:
-        """The token that ends a text, None if there is none."""
+        """The token that ends a text, or None if the tokenizer has none."""
 
     @property
     def vocab_size(self) -> int:
@@ -33,42 +34,43 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of all that decides token ids; the chat template is not part of it."""
+        """Hex SHA-256 of everything that decides token ids. The chat template is not part of it."""
 
     @property
     def chat_template(self) -> str | None:
-        """The text of the chat template, None if there is none."""
+        """The text of the chat template, or None if the tokenizer has none."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Tokens of a text that starts a sequence.
 
-        add_special_tokens puts the usual tokens before it (BOS), and never any after it.
+        Args:
+            add_special_tokens: Put the usual tokens (BOS) before the text. No token is ever put after it.
         """
 
     def count(self, text: str, *, add_special_tokens: bool) -> int:
-        """How many tokens `encode` makes, at less time and memory for a long text."""
+        """Number of tokens that `encode` makes. It takes less time and memory for a long text."""
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Tokens of a text that follows other text, without any special tokens.
+        """Tokens of a text that follows other text, without special tokens.
 
-        The difference to `encode`: tokenizers that mark the start of words put a space before a text
-        that has none, which would stand between a prompt and its response.
+        `encode` is not enough: a tokenizer that marks the start of words puts a space before a text that has none.
+        That space would come between a prompt and its response.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens."""
 
     def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
-        """Messages as the chat template writes them, None if there is no template.
+        """Messages as the chat template writes them, or None if the tokenizer has no template.
 
-        Raises UserError with the template's reason where it refuses the messages.
+        Raises UserError with the template's reason if it refuses the messages.
         """
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Load a SentencePiece `.model` file, or a Hugging Face directory or Megatron checkpoint; runs no code from it.
+    """Load a SentencePiece `.model` file, a Hugging Face directory or a Megatron checkpoint. Runs no code from it.
 
-    Raises UserError with one line where there is no tokenizer.
+    Raises UserError if there is no tokenizer.
     """
     path = Path(path)
     if path.is_dir():
@@ -79,8 +81,15 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     raise UserError(f"{path}: {found}; expected a Hugging Face directory or a SentencePiece .model file")
 
 
+def raised_in_template(error: Exception) -> bool:
+    """Whether a Jinja template caused an error: one of jinja2's own, or any error inside an expression of it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # jinja2 gives the frames of a template's code this file name.
+    return isinstance(error, TemplateError) or any(frame.filename == "<template>" for frame in frames)
+
+
 class _LocalTokenizer(ABC):
-    """What both kinds share: the usual prefix, and continuations without a space put before them."""
+    """The common part of both kinds: the usual prefix, and continuations without a space before them."""
 
     _prefix: list[int]
 
@@ -104,10 +113,10 @@ class _LocalTokenizer(ABC):
         return len(self._encode(text))
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Encode behind an anchor and cut the anchor's tokens off.
+        """Encode the text behind an anchor and cut the anchor's tokens off.
 
-        encode(anchor + text) begins with encode(anchor) unless the two merge, and the rest is the continuation:
-        neither merges nor a best segmentation reach across a boundary that stands, so it is the same for any anchor.
+        encode(anchor + text) begins with encode(anchor), unless tokens of the two merge. The rest is the continuation.
+        It is the same for every anchor that does not merge: no merge and no best segmentation crosses that boundary.
         """
         if not self._puts_space_before_text:
             return self._encode(text)
@@ -141,9 +150,9 @@ class _HuggingFaceTokenizer(_LocalTokenizer):
             )
             has_template = bool(self._tokenizer.chat_template)
             self.chat_template: str | None = self._tokenizer.get_chat_template() if has_template else None
-        # The library raises whatever the damaged file led to.
+        # Each kind of damaged file leads to another error, and the Rust library raises plain Exceptions.
         except Exception as error:
-            raise UserError(f"{path}: no loadable tokenizer: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path}: no loadable tokenizer: {' '.join(str(error).split())}") from error
         self._path = path
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
         self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
@@ -151,7 +160,7 @@ class _HuggingFaceTokenizer(_LocalTokenizer):
         self._prefix = self._usual_prefix()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text, with special tokens written out."""
+        """The text, with special tokens as text."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
@@ -162,9 +171,11 @@ class _HuggingFaceTokenizer(_LocalTokenizer):
             text: str = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:
+            if not raised_in_template(error):
+                raise
             reason = " ".join(str(error).split())
-            raise UserError(f"the chat template of {self._path} refuses the messages: {reason}") from None
+            raise UserError(f"the chat template of {self._path} refuses the messages: {reason}") from error
         return text
 
     def _encode(self, text: str) -> list[int]:
@@ -172,11 +183,11 @@ class _HuggingFaceTokenizer(_LocalTokenizer):
         return ids
 
     def _count(self, text: str) -> int:
-        """Without offsets and strings of tokens, which take most of the time and memory of a long text."""
+        """Count without offsets and strings of tokens, which take most of the time and memory for a long text."""
         if not self._tokenizer.is_fast:
             return super()._count(text)
         backend = self._tokenizer.backend_tokenizer
-        # What tokenizer.json may ask for, and `encode` turns off as well.
+        # tokenizer.json may ask for both. `encode` turns them off as well.
         backend.no_truncation()
         backend.no_padding()
         return len(backend.encode_batch_fast([text], add_special_tokens=False)[0])
@@ -192,7 +203,7 @@ class _HuggingFaceTokenizer(_LocalTokenizer):
         return whole[: next(starts, 0)]
 
     def _identity(self) -> dict[str, Any]:
-        """A JSON value that differs where token ids can, whatever directory the tokenizer lies in."""
+        """A JSON value that differs if token ids can differ. It does not depend on the directory's name."""
         if self._tokenizer.is_fast:
             rules = json.loads(self._tokenizer.backend_tokenizer.to_str())
             for unused in ("truncation", "padding"):
@@ -204,7 +215,7 @@ class _HuggingFaceTokenizer(_LocalTokenizer):
 
 
 class _SentencePieceTokenizer(_LocalTokenizer):
-    """A `.model` file. Text is normalised as the model says (many collapse spaces); BOS is usual if it exists."""
+    """A `.model` file. It normalises text (many models collapse spaces). The usual prefix is BOS, if it exists."""
 
     chat_template: str | None = None
 
@@ -212,7 +223,7 @@ class _SentencePieceTokenizer(_LocalTokenizer):
         try:
             self._processor = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: not a SentencePiece model: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path}: not a SentencePiece model: {' '.join(str(error).split())}") from error
         self.eos_token_id = self._known(self._processor.eos_id())
         self.vocab_size: int = self._processor.get_piece_size()
         self.fingerprint = sha256_file(path)
@@ -220,7 +231,7 @@ class _SentencePieceTokenizer(_LocalTokenizer):
         self._prefix = [] if bos is None else [bos]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text, with special tokens left out."""
+        """The text, without special tokens."""
         text: str = self._processor.decode(list(ids))
         return text
 

@@ -17,7 +17,6 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
@@ -27,6 +26,7 @@ from megatron_solopo.evaluate.samples import Sample, Spec
 from megatron_solopo.evaluate.transformers_model import described_device
 from megatron_solopo.generate.transformers import end_tokens
 from megatron_solopo.model.build import build_model
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel.megatron_internals import advance_cache
 from megatron_solopo.parallel.topology import Topology
 
@@ -42,13 +42,11 @@ class MegatronModel:
     def __init__(
         self, path: Path, tokenizer: Tokenizer, dtype: Any, parallel: ParallelConfig, topology: Topology
     ) -> None:
-        architecture = read_architecture(path)
-        config = ModelConfig(path=path, dtype=dtype)
-        chunks = build_model(architecture, config, parallel, chunk_tokens=1, device=topology.device)
-        load_weights(chunks, architecture, path)
-        (self._model,) = chunks
+        model = resolve_model(ModelConfig(path=path, dtype=dtype), parallel)
+        (self._model,) = build_model(model, chunk_tokens=1, device=topology.device)
+        load_weights([self._model], model.architecture, path)
         self._model.eval()
-        self._vocab_size = architecture.vocab_size
+        self._vocab_size = model.architecture.vocab_size
         self._topology = topology
         self._tokenizer = tokenizer
         self._ends = end_tokens(huggingface_directory(path), tokenizer)

@@ -25,6 +25,7 @@ from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.rewards import TripletColumn, summarise_groups, triplet_columns
 from megatron_solopo.files import atomic_path, check_writable, sha256_json
+from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.report.evaluation_pictures import draw_preference
@@ -55,11 +56,11 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
     Raises UserError for what does not fit, FloatingPointError where the model's numbers are not finite.
     """
     settings = _evaluation_config(subject, config, split)
-    _, topology, splits = check_and_join(settings)
+    model, topology, splits = check_and_join(settings)
     dataset = splits.datasets[split]
     try:
         _refuse_together(output, settings, splits.manifest.fingerprint, split)
-        logps, references = _score(settings, Splits(splits.manifest, {split: dataset}), split, topology)
+        logps, references = _score(settings, model, Splits(splits.manifest, {split: dataset}), split, topology)
         is_writer, data_parallel_size = dist.get_rank() == 0, topology.data_group.size()
     finally:
         process_groups.destroy(topology)
@@ -162,17 +163,17 @@ def _layout(config: Config, data_parallel_size: int) -> dict[str, int]:
 
 
 def _score(
-    config: Config, splits: Splits, split: str, topology: Topology
+    config: Config, model: ResolvedModel, splits: Splits, split: str, topology: Topology
 ) -> tuple[ReferenceLogprobs, ReferenceLogprobs | None]:
     """Log-probabilities of the model, and of the reference model where rewards need it."""
     references = None
     if config.objective.needs_reference:
         # A cache for each of what it depends on: evaluations of a run's checkpoints share one, and none is ever stale.
-        digest = sha256_json(reference_dependencies(config, splits))[:12]
+        digest = sha256_json(reference_dependencies(config, model, splits))[:12]
         cache = config.run_dir / EVALUATION_FOLDER / f"reference-{split}-{digest}"
         cached = config.model_copy(update={"reference": config.reference.model_copy(update={"cache": cache})})
-        references = reference_logprobs(cached, splits, topology, apart=True)[split]
-    chunks = load_frozen(config, config.model.path, topology)
+        references = reference_logprobs(cached, model, splits, topology, apart=True)[split]
+    chunks = load_frozen(model, topology, chunk_tokens=config.logprob.chunk_tokens)
     return score_sequences(config, chunks, splits.datasets[split], topology, "evaluation", apart=True), references
 
 

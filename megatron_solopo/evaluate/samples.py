@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Protocol
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from megatron_solopo.data.encode import check_template, template_of
-from megatron_solopo.data.row import Content
+from megatron_solopo.data.rows import Content
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.statistics import bucket_bound

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_solopo.data.row import Template
+from megatron_solopo.data.settings import Template
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.tasks.catalog import QA, TASKS
 from megatron_solopo.triplets.corpus.formats import Format

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_solopo.data.row import Content
+from megatron_solopo.data.rows import Content
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 @contextmanager
 def flags_for_keys() -> Iterator[None]:
-    """In the message of a ValueError, write configuration keys as the flags that set them."""
+    """In the message of a UserError, write configuration keys as the flags that set them."""
     flags = dict(_MEGATRON_FLAGS)
     for section, (_, keys) in _SECTIONS.items():
         flags |= {f"{section}.{key}": _flag(name or key) for key, name in keys.items()}
@@ -155,8 +155,8 @@ def flags_for_keys() -> Iterator[None]:
     pattern = rf"(?<![\w./-])(?:(?:{dotted})(?!\w)|(?:{bare})(?==))"
     try:
         yield
-    except ValueError as error:
-        message = re.sub(pattern, lambda key: flags.get(key.group(), flags.get(f"objective.{key.group()}")), str(error))
+    except UserError as error:
+        message = re.sub(pattern, lambda key: flags.get(key[0]) or flags[f"objective.{key[0]}"], str(error))
         raise UserError(message) from None
 
 

@@ -227,9 +227,8 @@ class Solopo:
 
         config = core_transformer_config_from_args(self.args)
         config.softmax_scale = self.task.architecture.softmax_scale
-        return build_chunk(
-            self.task.architecture, config, self.config.model, self.config.logprob.chunk_tokens, vp_stage
-        )
+        rows = self.config.logprob.chunk_tokens
+        return build_chunk(self.task.model, config, chunk_tokens=rows, vp_stage=vp_stage)
 
     def _load_weights(self, chunks: list[Any]) -> None:
         from megatron.training.checkpointing import checkpoint_exists

@@ -22,6 +22,7 @@ from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.head import attach_response_head
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
+from megatron_solopo.model.resolve import ResolvedModel, uses_transformer_engine
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.megatron_internals import pipeline_settings, set_rotary_frequencies
 from megatron_solopo.parallel.topology import Topology, current
@@ -116,10 +117,14 @@ class PreferenceTask:
         self.config = config
         self.topology = topology or current()
         self.architecture = read_architecture(config.model.path)
+        # `resolve_model` would refuse layouts that the loop may have: stages of unequal length, for example.
+        self.model = ResolvedModel(
+            config.model, config.parallel, self.architecture, uses_transformer_engine(config.model)
+        )
         self.splits = load_splits(config, self.architecture)
         self.metric_names = metric_names(config.objective)
         """What the reports sum up, in their order; `megatron_solopo.objective` says what each is."""
-        references = cached_reference(config, self.splits) if config.objective.needs_reference else {}
+        references = cached_reference(config, self.model, self.splits) if config.objective.needs_reference else {}
         self._losses: dict[str, Callable[[Microbatch], LossFunction]] = {
             name: objective_loss(config.objective, references.get(name), self.topology) for name in self.splits.datasets
         }

@@ -1,4 +1,4 @@
-"""Builds this rank's model chunks from an architecture and the parallel layout."""
+"""Builds this rank's model chunks."""
 
 from typing import Any
 
@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 
-from megatron_solopo.architecture.huggingface_config import Architecture
-from megatron_solopo.architecture.layout import check_layout, padded_vocab_size
+from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.layer_spec import layer_spec, uses_transformer_engine
-from megatron_solopo.model.precision import precision_settings
+from megatron_solopo.model.layers import layer_spec
+from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.megatron_internals import (
     has_fused_weight_gradients,
     pipeline_settings,
@@ -20,15 +19,15 @@ from megatron_solopo.parallel.megatron_internals import (
 )
 
 
-def transformer_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """Megatron-Core's configuration of this model under this layout.
+def transformer_config(model: ResolvedModel) -> TransformerConfig:
+    """Return Megatron-Core's configuration of a model under its layout.
 
-    `calculate_per_token_loss` makes the gradient the exact mean over the triplets of the global
-    batch: our loss function reports triplets where Megatron counts tokens.
+    `calculate_per_token_loss` makes the gradient the exact mean over the triplets of the global batch: our loss
+    function reports triplets where Megatron counts tokens.
     """
-    check_layout(architecture, parallel)
-    dtype = getattr(torch, model.dtype)
-    on_gpu_kernels = uses_transformer_engine(model)
+    architecture = model.architecture
+    dtype = getattr(torch, model.settings.dtype)
+    fuses = model.uses_transformer_engine
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -49,20 +48,20 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        # Weights are loaded afterwards, so zeros do. Initialization must not be skipped: it marks the
-        # tensor-parallel parameters, and without the marks the gradient norm misses their shards.
+        # Weights are loaded afterwards, so zeros do. Initialization must not be skipped, because it marks the
+        # tensor-parallel parameters: without the marks the gradient norm would miss their shards.
         init_method=torch.nn.init.zeros_,
         output_layer_init_method=torch.nn.init.zeros_,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=has_fused_weight_gradients(),
-        # Megatron's fusions compile at run time; plain kernels where there is no GPU to gain from them.
-        bias_activation_fusion=on_gpu_kernels,
-        bias_dropout_fusion=on_gpu_kernels,
-        apply_rope_fusion=on_gpu_kernels,
+        # These fusions compile at run time, which pays only beside the kernels of a GPU.
+        bias_activation_fusion=fuses,
+        bias_dropout_fusion=fuses,
+        apply_rope_fusion=fuses,
         masked_softmax_fusion=False,
-        **precision_settings(model),
-        **_layout_settings(parallel),
-        **_memory_settings(parallel),
+        **precision_settings(model.settings),
+        **_layout_settings(model.parallel),
+        **_memory_settings(model.parallel),
     )
 
 
@@ -91,35 +90,44 @@ def _memory_settings(parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
-def build_model(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, *, chunk_tokens: int, device: torch.device
-) -> list[ResponseModel]:
-    """This rank's model chunks (one, or one per virtual pipeline stage), weights not yet loaded.
+def precision_settings(settings: ModelConfig) -> dict[str, Any]:
+    """Return the fields of Megatron-Core's TransformerConfig for FP8."""
+    if settings.fp8 is None:
+        return {}
+    return {
+        "fp8": settings.fp8,
+        "fp8_recipe": settings.fp8_recipe,
+        "fp8_param": settings.fp8_param,
+        # The usual history in Megatron-LM and Transformer Engine. The default of Megatron-Core (1) has none.
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": settings.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": settings.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": settings.num_layers_at_end_in_bf16,
+    }
 
-    Raises UserError for a layout that does not fit the model.
-    """
-    config = transformer_config(architecture, model, parallel)
-    chunks = parallel.virtual_pipeline_model_parallel_size
+
+def build_model(model: ResolvedModel, *, chunk_tokens: int, device: torch.device) -> list[ResponseModel]:
+    """Build this rank's model chunks: one, or one per virtual pipeline stage. Their weights are not loaded yet."""
+    config = transformer_config(model)
+    chunks = model.parallel.virtual_pipeline_model_parallel_size
     stages: list[int | None] = list(range(chunks)) if chunks else [None]
-    return [build_chunk(architecture, config, model, chunk_tokens, stage).to(device) for stage in stages]
+    return [build_chunk(model, config, chunk_tokens=chunk_tokens, vp_stage=stage).to(device) for stage in stages]
 
 
 def build_chunk(
-    architecture: Architecture,
-    config: TransformerConfig,
-    model: ModelConfig,
-    chunk_tokens: int,
-    vp_stage: int | None,
+    model: ResolvedModel, config: TransformerConfig, *, chunk_tokens: int, vp_stage: int | None
 ) -> ResponseModel:
-    """One model chunk of this rank under a TransformerConfig, whoever made it; weights not yet loaded.
+    """Build one model chunk of this rank under a TransformerConfig, whoever made it. Its weights are not loaded yet.
 
     Args:
-        vp_stage: number of the virtual pipeline stage, or None where there is one chunk per rank.
+        vp_stage: number of the virtual pipeline stage, or None where a rank has one chunk.
     """
+    architecture = model.architecture
     stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     chunk = ResponseModel(
         config,
-        layer_spec(config, model, vp_stage),
+        layer_spec(config, transformer_engine=model.uses_transformer_engine, vp_stage=vp_stage),
         vocab_size=padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=architecture.max_sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),

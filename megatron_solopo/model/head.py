@@ -1,7 +1,10 @@
-"""A GPTModel that projects response positions alone to the vocabulary.
+"""A GPTModel that projects the response positions alone to the vocabulary.
 
-The prompt's hidden states never reach the output layer, so 128K prompt tokens cost no logits:
-memory and time of the head depend on the responses alone.
+The prompt's hidden states never reach the output layer. So memory and time of the head depend on the responses alone,
+and 128K tokens of a prompt cost no logits.
+
+Shapes: t positions on this rank, N response rows on this context-parallel rank, H hidden size, V padded vocabulary,
+W tensor-parallel size.
 """
 
 from dataclasses import dataclass
@@ -11,18 +14,20 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from megatron_solopo.model.logprob import label_logprobs
 from megatron_solopo.parallel.megatron_internals import OutputOverride, add_base_class
 
 
 @dataclass
-class PackedResponses(PackedSeqParams):
-    """Megatron's packing metadata plus the response positions of this context-parallel rank.
+class PackedResponses(PackedSeqParams):  # type: ignore[misc]
+    """Megatron's packing metadata, and the response positions of this context-parallel rank.
 
-    It travels with the pack through every pipeline stage; only the last one reads the responses.
+    It goes with the pack through every pipeline stage. Only the last stage reads the responses.
     """
 
     response_rows: Tensor | None = None
@@ -69,7 +74,7 @@ class ResponseHead(OutputOverride):
         )
 
 
-class ResponseModel(ResponseHead, GPTModel):
+class ResponseModel(ResponseHead, GPTModel):  # type: ignore[misc]
     """Megatron-Core's GPTModel with the response-only head."""
 
     def __init__(self, *args: Any, real_vocab_size: int, chunk_tokens: int, **kwargs: Any) -> None:
@@ -79,7 +84,7 @@ class ResponseModel(ResponseHead, GPTModel):
 
 
 def attach_response_head(model: GPTModel, *, real_vocab_size: int, chunk_tokens: int) -> None:
-    """Give a GPTModel that someone else has built, of whatever subclass, the response-only head, in place."""
+    """Give a GPTModel of any subclass, built by other code, the response-only head, in place."""
     if not isinstance(model, ResponseHead):
         add_base_class(model, ResponseHead)
     model.real_vocab_size = real_vocab_size
@@ -87,18 +92,18 @@ def attach_response_head(model: GPTModel, *, real_vocab_size: int, chunk_tokens:
 
 
 def gather_rows(hidden_tH: Tensor, rows_N: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """Gather single rows of a sequence-parallel tensor, and nothing else, to every tensor-parallel rank.
+    """Gather single rows of a sequence-parallel tensor, and no others, to every tensor-parallel rank.
 
     Args:
         hidden_tH: this rank's contiguous 1/W of all positions.
         rows_N: ascending positions over all ranks, equal on every rank.
 
     Returns:
-        [N, H], equal on every rank; backward reduce-scatters.
+        [N, H], equal on every rank. Backward reduce-scatters.
     """
     size, rank, local_positions = group.size(), group.rank(), len(hidden_tH)
     counts = torch.bincount(rows_N // local_positions, minlength=size)
-    # Every rank sends equally many rows (gloo needs that), at least one; the surplus is dropped below.
+    # Every rank sends equally many rows, as gloo needs it, and at least one. The surplus is dropped below.
     sent = max(int(counts.max()), 1)
     first = int(counts[:rank].sum())
     own = rows_N[first : first + int(counts[rank])] - rank * local_positions
@@ -107,4 +112,53 @@ def gather_rows(hidden_tH: Tensor, rows_N: Tensor, group: torch.distributed.Proc
         hidden_tH.index_select(0, padded), tensor_parallel_output_grad=True, group=group
     )
     kept = [torch.arange(int(count), device=rows_N.device) + owner * sent for owner, count in enumerate(counts)]
-    return gathered.index_select(0, torch.cat(kept))
+    rows_NH: Tensor = gathered.index_select(0, torch.cat(kept))
+    return rows_NH
+
+
+def label_logprobs(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    labels_N: Tensor,
+    *,
+    vocab_size: int,
+    chunk_tokens: int,
+    tensor_group: torch.distributed.ProcessGroup,
+    reduce_hidden_gradient: bool,
+    gradient_accumulation_fusion: bool,
+) -> Tensor:
+    """Return the log-probability of each row's label under a vocabulary-parallel output layer, fp32 [N].
+
+    Logits exist for at most `chunk_tokens` rows at a time, forward and backward. With more rows than that, each chunk
+    is projected again in the backward pass instead of being kept.
+
+    Args:
+        hidden_NH: the same on every tensor-parallel rank.
+        weight_VH: this rank's shard [V / W, H] of the output (or tied embedding) weight.
+        vocab_size: the real vocabulary. Rows of the weight beyond it are padding and get no probability.
+        reduce_hidden_gradient: sum the gradient of `hidden_NH` over the tensor-parallel ranks here, because no
+            gather's backward does.
+    """
+    first_column = tensor_group.rank() * weight_VH.shape[0]
+    num_real = max(0, min(vocab_size - first_column, weight_VH.shape[0]))
+
+    def project(chunk_CH: Tensor, chunk_labels_C: Tensor) -> Tensor:
+        logits_CV = linear_with_grad_accumulation_and_async_allreduce(
+            input=chunk_CH,
+            weight=weight_VH,
+            bias=None,
+            gradient_accumulation_fusion=gradient_accumulation_fusion,
+            allreduce_dgrad=reduce_hidden_gradient,
+            sequence_parallel=False,
+            tp_group=tensor_group,
+        ).float()
+        if num_real < weight_VH.shape[0]:
+            logits_CV[:, num_real:] = -torch.inf
+        # Batch axis: the loss is written for [sequence, batch, vocabulary].
+        losses_C1: Tensor = vocab_parallel_cross_entropy(logits_CV.unsqueeze(1), chunk_labels_C.unsqueeze(1))
+        return -losses_C1.squeeze(1)
+
+    if len(labels_N) <= chunk_tokens:
+        return project(hidden_NH, labels_N)
+    chunks = zip(torch.split(hidden_NH, chunk_tokens), torch.split(labels_N, chunk_tokens), strict=True)
+    return torch.cat([checkpoint(project, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])

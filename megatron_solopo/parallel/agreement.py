@@ -1,6 +1,12 @@
-"""Work that can fail on one rank and must then fail on all: with one message, and nobody left waiting."""
+"""Work that may fail on one rank and must then fail on all of them, so that no rank waits for one that has gone.
 
-from collections.abc import Callable
+A user's mistake (`UserError`) and an error of the operating system (`OSError`) become the same one-line `UserError` on
+every rank. Any other exception is a fault. It continues, with its type and its traceback, on the rank where it
+happened, and every other rank raises `RankFailedError`, which names that rank.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -10,49 +16,79 @@ from megatron_solopo.errors import UserError
 _Result = TypeVar("_Result")
 
 
-def together(action: Callable[[], _Result]) -> _Result:
+class RankFailedError(RuntimeError):
+    """Another rank failed with an exception that is no user's mistake."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What the other ranks are told about an exception; exceptions themselves cannot always be pickled."""
+
+    rank: int
+    message: str
+    is_fault: bool
+
+
+def on_every_rank(action: Callable[[], _Result]) -> _Result:
     """Run `action` on every rank and return this rank's result.
 
-    Raises UserError on every rank, with the message of the lowest rank that failed, if it failed anywhere.
+    All ranks must call this function together; `action` itself must not communicate. If it fails on any rank, every
+    rank raises as the module describes. A fault comes before a user's mistake, then the lowest rank counts.
     """
-    result, failure = _attempt(action)
+    result, error = _attempt(action)
     failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    raise_first(failures)
+    dist.all_gather_object(failures, _failure(error))
+    _raise_first(failures, error)
     return result  # type: ignore[return-value]
 
 
 def on_rank_0(action: Callable[[], _Result]) -> _Result:
-    """Run `action` on rank 0 alone and return its result on every rank.
+    """Run `action` on rank 0 alone and return its result on every rank; if it fails, every rank raises.
 
-    On a shared file system the ranks might not see the same yet. Raises UserError on every rank if it failed.
+    Ranks may see a shared file system differently, so one rank looks for all of them. All ranks must call this
+    function together.
     """
-    found: list[Any] = list(_attempt(action)) if dist.get_rank() == 0 else [None, None]
-    dist.broadcast_object_list(found, src=0)
-    raise_first(found[1:])
-    result: _Result = found[0]
-    return result
+    result, error = _attempt(action) if dist.get_rank() == 0 else (None, None)
+    shared: list[Any] = [result, _failure(error)]
+    dist.broadcast_object_list(shared, src=0)
+    _raise_first(shared[1:], error)
+    found: _Result = shared[0]
+    return found
 
 
-def raise_first(failures: list[str | None]) -> None:
-    """Raise ValueError with the first failure, if there is one."""
-    for failure in failures:
-        if failure is not None:
-            raise UserError(failure)
+def describe_os_error(error: OSError) -> str:
+    """One line: the file, if the error names one, and the reason."""
+    reason = error.strerror or f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
-def _attempt(action: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
+def _attempt(action: Callable[[], _Result]) -> tuple[_Result | None, Exception | None]:
     try:
         return action(), None
-    # Any other is a mistake of this program, and keeps its traceback.
-    except (ValueError, OSError, RuntimeError) as error:
-        return None, described_error(error)
+    except Exception as error:  # the caller raises it, or what stands for it, once every rank knows of it
+        return None, error
 
 
-def described_error(error: BaseException) -> str:
-    """One line for what the file system or a library raised: the file, where the error or what caused it names one."""
-    for each in (error, error.__cause__, error.__context__):
-        if isinstance(each, OSError) and each.strerror:
-            return f"{each.filename}: {each.strerror}" if each.filename else each.strerror
-    message = " ".join(str(error).split())
-    return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
+def _failure(error: Exception | None) -> _Failure | None:
+    if error is None:
+        return None
+    if isinstance(error, UserError):
+        return _Failure(dist.get_rank(), str(error), is_fault=False)
+    if isinstance(error, OSError):
+        return _Failure(dist.get_rank(), describe_os_error(error), is_fault=False)
+    return _Failure(dist.get_rank(), f"{type(error).__name__}: {' '.join(str(error).split())}", is_fault=True)
+
+
+def _raise_first(failures: Sequence[_Failure | None], own_error: Exception | None) -> None:
+    known = sorted((each for each in failures if each is not None), key=lambda each: (not each.is_fault, each.rank))
+    if not known:
+        return
+    first, own = known[0], _failure(own_error)
+    if own is not None and own.is_fault:
+        assert own_error is not None
+        raise own_error
+    if first.is_fault:
+        raise RankFailedError(
+            f"rank {first.rank} failed: {first.message}; its traceback is in that rank's output"
+        ) from own_error
+    raise UserError(first.message) from None

@@ -45,7 +45,7 @@ def sum_over_context(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     summing its gradient again (as `torch.distributed.nn.functional.all_reduce` does) would
     count it CP times.
     """
-    return values if group.size() == 1 else _SumForward.apply(values, group)
+    return values if group.size() == 1 else _SumForward.apply(values, group)  # type: ignore[no-untyped-call]
 
 
 class _SumForward(torch.autograd.Function):

@@ -137,7 +137,7 @@ def fuse_weight_gradients(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 FP8_PARAMETERS_SINCE = Version("0.19")
@@ -165,7 +165,7 @@ def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(value)
     if is_fp8:
-        parameter._high_precision_init_val = value.to("cpu", copy=True)
+        parameter._high_precision_init_val = value.to("cpu", copy=True)  # type: ignore[attr-defined]
 
 
 def release_exact_values(model: torch.nn.Module) -> None:
@@ -351,7 +351,7 @@ class ShardedFiles:
         self._writer.finish(self._metadata, results)
 
 
-class _PlanKeeper(TorchDistSaveShardedStrategy):
+class _PlanKeeper(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Keeps the plan that Megatron would turn into functions to call later."""
 
     writer: Any

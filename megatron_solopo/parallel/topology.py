@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch._C._distributed_c10d import HashStore
 
 from megatron_solopo.architecture.layout import check_world_size, packs_multiple, sequence_multiple
 from megatron_solopo.config import ParallelConfig
@@ -162,7 +163,7 @@ def _join(device: torch.device, world_size: int, timeout: timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         assert world_size == 1
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 def _allow_sockets(world_size: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import Efficiency, check_fp8_of, find_gpu, read_gpus
-from megatron_solopo.architecture.plain import read_shape
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.plan import PlanSettings
@@ -266,8 +266,8 @@ def _dry_run_text(checks: Sequence[RankCheck]) -> str:
         {
             "rank": str(check.rank),
             "place": check.place,
-            "number of parameters": f"{check.num_parameters:,}",
-            **{f"{name} bytes": f"{size:,}" for name, size in check.built.items()},
+            "elements": f"{check.num_parameters:,}",
+            **{name: f"{size:,}" for name, size in check.built.items()},
             "estimate": check.difference or "equal",
             "saved GiB": "" if check.saved_bytes is None else f"{check.saved_bytes / GIB:.2f}",
             "estimated": "" if check.estimated_saved_bytes is None else f"{check.estimated_saved_bytes / GIB:.2f}",
@@ -306,7 +306,7 @@ def make_planner(config: Config, settings: PlanSettings) -> Planner:
         raise UserError(f"--gpus {gpus}: must be a multiple of {gpu.gpus_per_node}, the GPUs of one node")
     check_fp8_of(gpu, config.model)
     efficiency = Efficiency() if settings.calibration is None else calibrate_efficiency(settings.calibration, gpu)
-    architecture = read_shape(config.model.path)
+    architecture = read_architecture(config.model.path)
     planner = Planner(architecture, config, workload, gpu, gpus, efficiency, vary=settings.vary)
     if (longest := workload.longest(planner.packer.roles)) > architecture.max_sequence_length:
         raise UserError(

@@ -15,8 +15,7 @@ import numpy as np
 from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError
 
 from megatron_solopo.architecture.gpus import GPUS, Efficiency, Gpu
-from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.architecture.plain import read_shape
+from megatron_solopo.architecture.huggingface_config import ModelShape, read_architecture
 from megatron_solopo.config import Config, parse_config
 from megatron_solopo.errors import UserError, first_problem
 from megatron_solopo.plan.layouts import Layout, replace_settings
@@ -100,7 +99,7 @@ def read_measurements(path: Path, gpu: Gpu | None = None, efficiency: Efficiency
 def _read_architecture(fields: dict[str, Any]) -> ModelShape:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(fields), encoding="utf-8")
-        return read_shape(Path(folder))
+        return read_architecture(Path(folder))
 
 
 def _estimate(

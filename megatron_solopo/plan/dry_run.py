@@ -24,10 +24,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.config import Config
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
-from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.layers import PackedAttention
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.megatron_internals import gradient_buffers, optimizer_parts, set_rotary_frequencies
 from megatron_solopo.parallel.topology import Topology
@@ -230,8 +231,8 @@ def _meta_device() -> Iterator[None]:
 
 def _build_chunks(architecture: Architecture, config: Config) -> list[ResponseModel]:
     """This rank's model chunks. Their attention computes nothing, and the pipeline's messages have one known shape."""
-    rows = config.logprob.chunk_tokens
-    chunks = build_model(architecture, config.model, config.parallel, chunk_tokens=rows, device=_META)
+    model = resolve_model(config.model, config.parallel, architecture=architecture)
+    chunks = build_model(model, chunk_tokens=config.logprob.chunk_tokens, device=_META)
     for chunk in chunks:
         chunk.config.variable_seq_lengths = False
         chunk.config.batch_p2p_comm = False

@@ -6,7 +6,6 @@ The model that is trained: its chunks, optimizer and learning-rate schedule, and
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +15,14 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.load import load_weights
-from megatron_solopo.config import Config, ModelConfig, OptimizerConfig
+from megatron_solopo.config import Config, OptimizerConfig
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.layer_spec import uses_transformer_engine
 from megatron_solopo.model.microbatch import Microbatch
+from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.megatron_internals import (
     fuse_weight_gradients,
     gradient_buffers,
@@ -62,9 +60,9 @@ def _note_and_finalize(model: Sequence[DistributedDataParallel], *arguments: Any
     finalize_model_grads(list(model), *arguments, **keywords)
 
 
-def check_offload(optimizer: OptimizerConfig, model: ModelConfig) -> None:
+def check_offload(optimizer: OptimizerConfig, model: ResolvedModel) -> None:
     """Raise ValueError if optimizer state is to leave a GPU that is not there, or without Transformer Engine."""
-    if optimizer.optimizer_offload_fraction and not uses_transformer_engine(model):
+    if optimizer.optimizer_offload_fraction and not model.uses_transformer_engine:
         raise UserError(
             f"optimizer.optimizer_offload_fraction={optimizer.optimizer_offload_fraction} needs a CUDA device, "
             "Transformer Engine and model.dtype=bfloat16; set it to 0"
@@ -196,34 +194,28 @@ class Policy:
             return run_schedule(self.chunks, packs, loss_function, topology, forward_only=True)
 
 
-def load_model(config: Config, path: Path, topology: Topology) -> list[ResponseModel]:
-    """Build this rank's chunks of the Hugging Face directory or Megatron checkpoint in `path`, and load its weights.
+def load_model(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) -> list[ResponseModel]:
+    """Build this rank's chunks of a model and load its weights.
 
-    Raises UserError for an unsupported model, a layout that does not fit it, or damaged weights.
+    Raises UserError for damaged weights.
     """
-    architecture = read_architecture(path)
-    chunks = build_model(
-        architecture,
-        config.model,
-        config.parallel,
-        chunk_tokens=config.logprob.chunk_tokens,
-        device=topology.device,
-    )
-    load_weights(chunks, architecture, path)
+    chunks = build_model(model, chunk_tokens=chunk_tokens, device=topology.device)
+    load_weights(chunks, model.architecture, model.path)
     return chunks
 
 
-def load_frozen(config: Config, path: Path, topology: Topology) -> list[ResponseModel]:
+def load_frozen(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) -> list[ResponseModel]:
     """`load_model` for a model that is only read."""
-    chunks = load_model(config, path, topology)
+    chunks = load_model(model, topology, chunk_tokens=chunk_tokens)
     for chunk in chunks:
         release_exact_values(chunk)
     return chunks
 
 
-def build_policy(config: Config, topology: Topology, max_steps: int) -> Policy:
-    """The model of `config.model.path`, ready for its first step."""
-    chunks = wrap_data_parallel(load_model(config, config.model.path, topology), config.optimizer)
+def build_policy(config: Config, model: ResolvedModel, topology: Topology, max_steps: int) -> Policy:
+    """Load the model and make it ready for its first step."""
+    loaded = load_model(model, topology, chunk_tokens=config.logprob.chunk_tokens)
+    chunks = wrap_data_parallel(loaded, config.optimizer)
     optimizer = build_optimizer(chunks, config.optimizer)
     for chunk in chunks:
         release_exact_values(chunk)

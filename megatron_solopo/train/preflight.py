@@ -36,7 +36,7 @@ from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
-from megatron_solopo.parallel.agreement import on_rank_0, raise_first
+from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.megatron_internals import optimizer_parts
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import peak_memory_bytes, reduce_over_ranks, reset_peak_memory
@@ -120,13 +120,11 @@ def _check_run_dir(run_dir: Path, num_parameters: int) -> str:
             "that all hosts share"
         )
     least, needed = min(each[2] for each in everyone), num_parameters * _FP32_WEIGHT_AND_MOMENTS_BYTES
-    problem = None
     if least < needed:
-        problem = (
+        raise UserError(
             f"run_dir={run_dir}: {described_bytes(least)} free, but one checkpoint takes {described_bytes(needed)}; "
             "make room, or set run_dir to another directory"
         )
-    raise_first([problem])
     return f"seen by all, {described_bytes(least)} free, {described_bytes(needed)} per checkpoint"
 
 

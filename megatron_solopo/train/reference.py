@@ -23,9 +23,9 @@ from megatron_solopo.config import Config, Role
 from megatron_solopo.data.dataset import TripletDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
+from megatron_solopo.model.build import precision_settings
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.layer_spec import uses_transformer_engine
-from megatron_solopo.model.precision import precision_settings
+from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.run_data import Splits, single_pass
@@ -38,6 +38,7 @@ _SCORING_VERSION = 1  # raise it when the same weights and data come to score di
 
 def reference_logprobs(
     config: Config,
+    model: ResolvedModel,
     splits: Splits,
     topology: Topology,
     *,
@@ -55,24 +56,24 @@ def reference_logprobs(
     Raises UserError naming what differs if the cache was made for other data, weights or precision.
     """
     cache = config.reference_cache
-    expected = reference_dependencies(config, splits)
+    expected = reference_dependencies(config, model, splits)
     if overwrite or not _on_rank_0((cache / _MANIFEST).is_file(), topology):
         check_replaceable(cache, _OWN_FILES, "reference.cache")
         check_writable(cache, "reference.cache")
-        computed = _compute(config, splits, topology, apart, boundary)
+        computed = _compute(config, model, splits, topology, apart, boundary)
         if dist.get_rank() == 0:
             _write(cache, expected, splits, computed)
         dist.barrier()
         return computed
-    return cached_reference(config, splits)
+    return cached_reference(config, model, splits)
 
 
-def cached_reference(config: Config, splits: Splits) -> dict[str, ReferenceLogprobs]:
+def cached_reference(config: Config, model: ResolvedModel, splits: Splits) -> dict[str, ReferenceLogprobs]:
     """By split, from the cache alone.
 
     Raises UserError if there is no cache, or naming what differs if it was made for other data, weights or precision.
     """
-    cache, expected = config.reference_cache, reference_dependencies(config, splits)
+    cache, expected = config.reference_cache, reference_dependencies(config, model, splits)
     if not (cache / _MANIFEST).is_file():
         raise UserError(
             f"{cache}: no cached reference log-probs; write them with `megatron-solopo reference`, "
@@ -98,14 +99,14 @@ def _on_rank_0(found: bool, topology: Topology) -> bool:
     return bool(seen)
 
 
-def reference_dependencies(config: Config, splits: Splits) -> dict[str, Any]:
+def reference_dependencies(config: Config, model: ResolvedModel, splits: Splits) -> dict[str, Any]:
     """Everything the numbers depend on, by a name that a reader of the error understands."""
     return {
         "data": splits.manifest.fingerprint_parts,
         "weights": weights_fingerprint(config.reference.model_path or config.model.path),
         "dtype": config.model.dtype,
         "fp8": precision_settings(config.model),
-        "implementation": "transformer_engine" if uses_transformer_engine(config.model) else "local",
+        "implementation": "transformer_engine" if model.uses_transformer_engine else "local",
         "scoring_version": _SCORING_VERSION,
         "roles": list(config.objective.roles.all),
     }
@@ -127,9 +128,15 @@ def _check(cache: Path, expected: dict[str, Any]) -> None:
 
 
 def _compute(
-    config: Config, splits: Splits, topology: Topology, apart: bool, boundary: Callable[[], None] | None
+    config: Config,
+    model: ResolvedModel,
+    splits: Splits,
+    topology: Topology,
+    apart: bool,
+    boundary: Callable[[], None] | None,
 ) -> dict[str, ReferenceLogprobs]:
-    chunks = load_frozen(config, config.reference.model_path or config.model.path, topology)
+    reference = model.at(config.reference.model_path or model.path)
+    chunks = load_frozen(reference, topology, chunk_tokens=config.logprob.chunk_tokens)
     return {
         name: score_sequences(config, chunks, dataset, topology, f"reference {name}", apart=apart, boundary=boundary)
         for name, dataset in splits.datasets.items()

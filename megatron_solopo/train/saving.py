@@ -11,7 +11,7 @@ the data behind it, so that one asked for in the middle of a step repeats that s
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,16 @@ from megatron_solopo.checkpoint.directory import (
     newest_checkpoint,
     tidy,
 )
-from megatron_solopo.checkpoint.load import begin_save, load_checkpoint
+from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.checkpoint.model_files import read_model_files
-from megatron_solopo.checkpoint.rng import restore_rng, rng_state
-from megatron_solopo.checkpoint.save import CheckpointContent, PendingSave
+from megatron_solopo.checkpoint.save import ShardedSave
 from megatron_solopo.config import CheckpointConfig, Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file
-from megatron_solopo.model.precision import precision_settings
+from megatron_solopo.model.build import precision_settings
 from megatron_solopo.objective import metric_names
-from megatron_solopo.parallel.agreement import described_error, on_rank_0, together
+from megatron_solopo.parallel.agreement import describe_os_error, on_rank_0
 from megatron_solopo.train.bad_numbers import SkippedSteps
 from megatron_solopo.train.metrics import Metrics
 from megatron_solopo.train.policy import Policy
@@ -143,7 +142,7 @@ def deadline(config: CheckpointConfig) -> float | None:
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where a run stands between two steps; the same on every rank, but for `rng`."""
+    """Where a run stands between two steps; the same on every rank."""
 
     step: int
     """Steps done."""
@@ -153,7 +152,6 @@ class Boundary:
     """The last step's metrics, until its evaluation is done and they are written: a run continues with just that."""
     metrics: Metrics | None = None
     """The last step's metrics, its evaluation among them, once they are written."""
-    rng: bytes = field(default_factory=rng_state, repr=False, compare=False)
 
     @property
     def first_unrecorded_step(self) -> int:
@@ -201,10 +199,6 @@ class Saver:
             return
         load_checkpoint(self._resumed, policy.chunks, policy.optimizer)
         policy.scheduler.step(increment=self.boundary.step - self.boundary.skipped.total)
-        if self._resumed_state["layout"] == self._layout():
-            content = together((self._resumed / _rng_file()).read_bytes)
-            restore_rng(content)
-            self.boundary = replace(self.boundary, rng=content)
 
     def step_done(self, metrics: Metrics, skipped: SkippedSteps) -> None:
         """Told right after an optimizer step: what is saved from here on is the state behind it."""
@@ -261,10 +255,9 @@ class Saver:
             return
         started = time.monotonic()
         self._clock.begun()
-        state = asdict(self.boundary) | {"identity": self._identity, "layout": self._layout()}
-        content = CheckpointContent(state, self._model_files, {_rng_file(): state.pop("rng")})
-        policy = self._policy
-        save = begin_save(self._root, policy.chunks, policy.optimizer, content, background=background)
+        state = asdict(self.boundary) | {"identity": self._identity}
+        chunks, optimizer = self._policy.chunks, self._policy.optimizer
+        save = ShardedSave(self._root, chunks, optimizer, state, self._model_files, background=background)
         self._pending = _Pending(save, self.boundary, reason, started)
         self._settle(wait=not background)
 
@@ -286,7 +279,7 @@ class Saver:
         try:
             tidy(self._root, self._config.checkpoint)
         except OSError as error:
-            _say(f"warning: {self._root} was not tidied: {described_error(error)}")
+            _say(f"warning: {self._root} was not tidied: {describe_os_error(error)}")
 
     def _find(self) -> tuple[Path | None, dict[str, Any]]:
         if not self._config.checkpoint.resume and on_rank_0(lambda: bool(checkpoints(self._root))):
@@ -305,29 +298,15 @@ class Saver:
         skipped = SkippedSteps(**state["skipped"])
         return Boundary(state["step"], self._loader.state_dict(), skipped, state["unrecorded"], state["metrics"])
 
-    def _layout(self) -> dict[str, int]:
-        """What a rank's number means."""
-        parallel = self._config.parallel
-        return {
-            "world": dist.get_world_size(),
-            "tensor": parallel.tensor_model_parallel_size,
-            "pipeline": parallel.pipeline_model_parallel_size,
-            "context": parallel.context_parallel_size,
-        }
-
 
 @dataclass(frozen=True)
 class _Pending:
     """A save that was begun."""
 
-    save: PendingSave
+    save: ShardedSave
     boundary: Boundary
     reason: str
     started: float
-
-
-def _rng_file() -> str:
-    return f"rng/rank_{dist.get_rank():05d}.safetensors"
 
 
 def _say(line: str) -> None:

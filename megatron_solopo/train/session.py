@@ -9,12 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from megatron_solopo import exits
-from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
-from megatron_solopo.architecture.layout import check_layout
 from megatron_solopo.config import Config, check_not_by_hand
 from megatron_solopo.files import check_writable
-from megatron_solopo.model.layer_spec import uses_transformer_engine
-from megatron_solopo.model.precision import check_precision
+from megatron_solopo.model.resolve import ResolvedModel, check_precision, resolve_model
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import check_offload
@@ -29,7 +26,7 @@ class Session:
     """The surroundings of one run on this rank."""
 
     config: Config
-    architecture: Architecture
+    model: ResolvedModel
     topology: Topology
     splits: Splits
     signals: StopSignals
@@ -62,11 +59,11 @@ def open_session(config: Config) -> Iterator[Session]:
     listens for signals right after. The interpreter aborts where such a thread is left when it ends.
     """
     with StopSignals() as signals:
-        architecture, topology, splits = check_and_join(config)
+        model, topology, splits = check_and_join(config)
         try:
             signals.join()
             with watching(config.watchdog, config.run_dir) as watchdog:
-                yield Session(config, architecture, topology, splits, signals, watchdog)
+                yield Session(config, model, topology, splits, signals, watchdog)
                 signals.conclude()
         except Stopped as stopped:
             signals.finish(stopped)
@@ -76,19 +73,17 @@ def open_session(config: Config) -> Iterator[Session]:
             process_groups.destroy(topology)
 
 
-def check_and_join(config: Config) -> tuple[Architecture, Topology, Splits]:
+def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, Splits]:
     """Check model, layout, data and directories, cheapest first, then join the process groups.
 
     Raises UserError for what does not fit, or is not the same on all ranks.
     """
-    architecture = read_architecture(config.model.path)
-    check_layout(architecture, config.parallel)
-    uses_transformer_engine(config.model)  # refuses what cannot run here
-    check_precision(architecture, config.model, config.parallel, config.optimizer)
-    check_offload(config.optimizer, config.model)
-    splits = load_splits(config, architecture)
+    model = resolve_model(config.model, config.parallel)
+    check_precision(model, config.optimizer)
+    check_offload(config.optimizer, model)
+    splits = load_splits(config, model.architecture)
     check_writable(config.run_dir, "run_dir")
     check_not_by_hand(config.run_dir / "config.yaml")
     facts = start_facts(config, splits)
     topology = process_groups.initialize(config.parallel, config.seed, lambda: check_same_start(facts))
-    return architecture, topology, splits
+    return model, topology, splits

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.data.packing import Pack
-from megatron_solopo.model.logprob import sequence_logprobs
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.objective import compute_objective, metric_names
 from megatron_solopo.parallel.topology import Topology
@@ -117,7 +116,7 @@ def objective_loss(
 
     def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pack = microbatch.pack
-        logps_TR = _per_triplet(_sequence_logprobs(microbatch, token_logprobs_N, topology), pack)
+        logps_TR = _per_triplet(microbatch.sequence_logprobs(token_logprobs_N, topology.context_group), pack)
         lengths_TR = _per_triplet(pack.response_lengths_S.to(topology.device), pack)
         reference = None
         if objective.needs_reference:
@@ -138,15 +137,10 @@ def logprob_report(topology: Topology) -> Callable[[Microbatch], LossFunction]:
     """The loss function of forward-only passes; reports the sequence log-probabilities, fp32 [T, R]."""
 
     def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logps_S = _sequence_logprobs(microbatch, token_logprobs_N, topology)
+        logps_S = microbatch.sequence_logprobs(token_logprobs_N, topology.context_group)
         return logps_S.sum(), _count(microbatch.pack, topology), _per_triplet(logps_S, microbatch.pack)
 
     return lambda microbatch: partial(loss, microbatch)
-
-
-def _sequence_logprobs(microbatch: Microbatch, token_logprobs_N: Tensor, topology: Topology) -> Tensor:
-    num_sequences = len(microbatch.pack.response_lengths_S)
-    return sequence_logprobs(token_logprobs_N, microbatch.response_sequences_N, num_sequences, topology.context_group)
 
 
 def _per_triplet(values_S: Tensor, pack: Pack) -> Tensor:

@@ -19,7 +19,6 @@ from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import metric_names
-from megatron_solopo.parallel.agreement import described_error
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE, TripletLosses, describe, record_skip
 from megatron_solopo.train.lock import run_lock
 from megatron_solopo.train.metrics import (
@@ -64,13 +63,15 @@ def preflight(config: Config) -> list[Finding]:
     with open_session(config) as session:
         rows = _check_surroundings(session)
         loader = training_batches(config, session.splits.datasets["train"], session.topology)
-        policy = build_policy(config, session.topology, _max_steps(config, len(session.splits.datasets["train"])))
+        policy = build_policy(
+            config, session.model, session.topology, _max_steps(config, len(session.splits.datasets["train"]))
+        )
         return [*rows, ("largest pack", str(_try_largest_pack(session, policy, loader)))]
 
 
 def _check_surroundings(session: Session) -> list[Finding]:
     return check_surroundings(
-        session.config, session.architecture, session.topology, lambda check: session.begin(check, 0)
+        session.config, session.model.architecture, session.topology, lambda check: session.begin(check, 0)
     )
 
 
@@ -87,6 +88,7 @@ def precompute_reference(config: Config, *, overwrite: bool) -> Path:
     with open_session(config) as session:
         reference_logprobs(
             config,
+            session.model,
             session.splits,
             session.topology,
             overwrite=overwrite,
@@ -100,7 +102,7 @@ class Trainer:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.config, self.architecture = session.config, session.architecture
+        self.config, self.architecture = session.config, session.model.architecture
         self.topology, self.splits = session.topology, session.splits
         config, splits, topology = self.config, self.splits, self.topology
         self.names = metric_names(config.objective)
@@ -113,13 +115,15 @@ class Trainer:
         self.triplet_losses = TripletLosses()
         references: dict[str, Any] = {}
         if config.objective.needs_reference:
-            references = reference_logprobs(config, splits, topology, boundary=self._boundary("reference pass"))
+            references = reference_logprobs(
+                config, session.model, splits, topology, boundary=self._boundary("reference pass")
+            )
             self.saver.keep("reference.cache (its numbers)", fingerprint(references))
         self.losses = {
             name: objective_loss(config.objective, references.get(name), topology, observe)
             for name, observe in {"train": self.triplet_losses.observe, "eval": None}.items()
         }
-        self.policy = build_policy(config, topology, self.max_steps)
+        self.policy = build_policy(config, session.model, topology, self.max_steps)
         self.saver.restore(self.policy)
         self.trial = None
         if is_wanted(config, topology) and self.step < self.max_steps:
@@ -149,7 +153,8 @@ class Trainer:
         if self.saver.is_pending:
             error = sys.exception()
             assert error is not None, "success and a stop complete it"
-            told = f"{described_error(error)}; waiting for this rank's files of the save that was begun"
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            told += "; waiting for this rank's files of the save that was begun"
             sys.stderr.write(f"[rank {dist.get_rank()}] {told}\n")
             self.session.watchdog.wait_for_own_save()
             self.saver.abandon()

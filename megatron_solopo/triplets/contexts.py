@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_solopo.data.row import Content
+from megatron_solopo.data.rows import Content
 from megatron_solopo.errors import UserError, first_problem
 from megatron_solopo.triplets.seeds import generator
 

@@ -10,7 +10,8 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_solopo.data.encode import render_prompt, render_response
-from megatron_solopo.data.row import Content, Template
+from megatron_solopo.data.rows import Content
+from megatron_solopo.data.settings import Template
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.corpus.formats import Document

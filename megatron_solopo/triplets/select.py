@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_solopo.data.encode import check_template, template_of
-from megatron_solopo.data.row import Content
+from megatron_solopo.data.rows import Content
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, sha256_file

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator
 
 from megatron_solopo.command_settings import CommandSettings
-from megatron_solopo.data.row import Template
+from megatron_solopo.data.settings import Template
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.scoring import Score
 from megatron_solopo.triplets.corpus.formats import Format, LeakRule

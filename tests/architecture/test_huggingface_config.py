@@ -1,4 +1,4 @@
-"""What is read from a config.json is what transformers makes of it; what cannot be reproduced is refused by name."""
+"""We read a config.json as transformers does, and refuse by name what we cannot reproduce."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.errors import UserError
 from tests.tiny_models import FAMILIES, make_model
 
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "plans" / "models").iterdir())
+# Fields as the models' authors published them, with some that transformers does not need.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "qwen2": {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 2, "torch_dtype": "bfloat16"},
+    "qwen3": {"attention_bias": False, "rope_scaling": None, "rope_theta": 1000000, "max_window_layers": 4},
+    "mistral": {"sliding_window": None, "rope_theta": 1e6, "head_dim": None},
+    "llama3": {"rope_theta": 5e5, "pretraining_tp": 1, "mlp_bias": False},
+}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
 
 REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
@@ -46,9 +55,9 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "qwen2",
         {"layer_types": ["full_attention", "sliding_attention"] * 2},
-        ["layer_types=sliding_attention", "supported: full_attention"],
+        ["layer_types.1='sliding_attention'", "supported: full_attention"],
     ),
-    ("llama2", {"hidden_act": "gelu"}, ["hidden_act='gelu'", "supported: 'silu'"]),
+    ("llama2", {"hidden_act": "gelu"}, ["hidden_act='gelu'", "supported: silu"]),
     ("llama2", {"attention_bias": True}, ["attention_bias=True", "supported: False"]),
     ("qwen3", {"attention_bias": True}, ["attention_bias=True", "supported: False"]),
     ("llama2", {"mlp_bias": True}, ["mlp_bias=True", "supported: False"]),
@@ -62,7 +71,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
                 "partial_rotary_factor": 0.5,
             }
         },
-        ["2 rotary frequencies", "head_dim=8", "supported: partial_rotary_factor 1.0"],
+        ["partial_rotary_factor=0.5", "supported: 1.0"],
     ),
     (
         "llama2",
@@ -71,11 +80,16 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     ("llama2", {"hidden_size": "wide"}, ["hidden_size", "wide"]),
     ("llama2", {"rms_norm_eps": None}, ["rms_norm_eps"]),
-    ("llama2", {"num_attention_heads": 3}, ["hidden size (32)", "attention heads (3)"]),
-    ("llama2", {"num_attention_heads": 0}, ["transformers cannot read it"]),
+    ("mistral", {"num_key_value_heads": None}, ["num_key_value_heads"]),
+    ("qwen3", {"head_dim": 7}, ["head_dim=7", "even"]),
+    ("qwen3", {"layer_types": ["full_attention"] * 3}, ["layer_types names 3 layers", "num_hidden_layers=4"]),
+    ("llama2", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5", "supported: 1.0"]),
+    ("qwen2", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, ["full_attention", "not supported"]),
+    ("llama2", {"num_attention_heads": 3}, ["num_attention_heads=3", "must divide hidden_size=32"]),
+    ("llama2", {"num_attention_heads": 0}, ["num_attention_heads=0", "greater than or equal to 1"]),
     ("llama3", {"num_key_value_heads": 3}, ["num_key_value_heads=3", "num_attention_heads=4"]),
-    ("llama3", {"num_hidden_layers": 0}, ["num_hidden_layers=0", "at least 1"]),
-    ("llama3", {"vocab_size": -1}, ["vocab_size=-1", "at least 1"]),
+    ("llama3", {"num_hidden_layers": 0}, ["num_hidden_layers=0", "greater than or equal to 1"]),
+    ("llama3", {"vocab_size": -1}, ["vocab_size=-1", "greater than or equal to 1"]),
 ]
 
 
@@ -179,8 +193,114 @@ def test_a_models_own_code_is_never_run(tmp_path: Path) -> None:
     assert "model_type='own'" in message and not marker.exists()
 
 
+def without(folder: Path, *names: str) -> Path:
+    """Remove fields from a config.json."""
+    file = folder / "config.json"
+    stated = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in stated.items() if name not in names}))
+    return folder
+
+
+def test_a_window_that_is_on_unless_stated_is_refused(tmp_path: Path) -> None:
+    assert "sliding_window=4096 is not supported" in refusal(without(write(tmp_path, "mistral", {}), "sliding_window"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_counted_as_transformers_counts_them(family: str, tmp_path: Path) -> None:
     make_model(tmp_path, family)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert read_architecture(tmp_path).num_parameters == model.num_parameters()
+
+
+def assert_reads_as_transformers(folder: Path) -> None:
+    found, theirs = read_architecture(folder), AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        rotary = AutoModelForCausalLM.from_config(theirs).model.rotary_emb
+    assert found.model_type == theirs.model_type
+    assert found.num_layers == theirs.num_hidden_layers
+    assert found.hidden_size == theirs.hidden_size
+    assert found.ffn_hidden_size == theirs.intermediate_size
+    assert found.num_attention_heads == theirs.num_attention_heads
+    assert found.num_query_groups == theirs.num_key_value_heads
+    assert found.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert found.vocab_size == theirs.vocab_size
+    assert found.max_sequence_length == theirs.max_position_embeddings
+    assert found.layernorm_epsilon == theirs.rms_norm_eps
+    assert found.tied_embeddings is theirs.tie_word_embeddings
+    frequencies = type(rotary)(theirs).inv_freq
+    assert torch.equal(found.inv_freq, frequencies) and found.rotary_scale == rotary.attention_scaling
+
+
+@pytest.fixture
+def no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shape must be read without transformers, whose import takes seconds."""
+
+    def asked(*arguments: Any, **fields: Any) -> None:
+        raise AssertionError("transformers was asked")
+
+    monkeypatch.setattr(AutoConfig, "for_model", asked)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tiny_model_is_read_as_transformers_reads_it(family: str, tmp_path: Path) -> None:
+    assert_reads_as_transformers(write(tmp_path, family, {}))
+
+
+@pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
+def test_every_example_is_read_as_transformers_reads_it(folder: Path) -> None:
+    assert_reads_as_transformers(folder)
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_fields_are_read_as_transformers_reads_them(family: str, tmp_path: Path) -> None:
+    assert_reads_as_transformers(write(tmp_path, family, PUBLISHED[family]))
+
+
+@pytest.mark.usefixtures("no_transformers")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_complete_config_needs_no_transformers(family: str, tmp_path: Path) -> None:
+    assert read_architecture(write(tmp_path, family, PUBLISHED.get(family, {}))).num_layers == 4
+
+
+@pytest.mark.usefixtures("no_transformers")
+@pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
+def test_an_example_needs_no_transformers(folder: Path) -> None:
+    assert read_architecture(folder).num_layers >= 28
+
+
+@pytest.mark.parametrize(
+    ("family", "missing"),
+    [
+        ("llama2", "num_key_value_heads"),
+        ("llama2", "tie_word_embeddings"),
+        ("llama2", "hidden_act"),
+        ("llama2", "rope_parameters"),
+        ("llama2", "head_dim"),
+        ("llama3", "max_position_embeddings"),
+        ("qwen3", "head_dim"),
+    ],
+)
+def test_a_missing_field_has_the_default_of_transformers(family: str, missing: str, tmp_path: Path) -> None:
+    assert_reads_as_transformers(without(write(tmp_path, family, {}), missing))
+
+
+@pytest.mark.parametrize("original", [{}, {"original_max_position_embeddings": 64}])
+def test_yarn_without_its_original_length_starts_from_the_stated_one(original: dict, tmp_path: Path) -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "finetuned": True} | original
+    folder = without(write(tmp_path, "qwen2", {"rope_scaling": scaling, "rope_theta": 1e6}), "rope_parameters")
+    found, theirs = read_architecture(folder), AutoConfig.from_pretrained(folder)
+    assert found.max_sequence_length == (512 if original else 2048)
+    frequencies, scale = ROPE_INIT_FUNCTIONS["yarn"](theirs)
+    assert torch.equal(found.inv_freq, frequencies) and found.rotary_scale == scale
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"rope_type": "linear"}, "rope_type=linear needs factor"),
+        ({"rope_type": "yarn", "factor": "4"}, "rope_scaling.factor='4'"),
+        ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}, "rope_scaling.rope_theta=1.0"),
+    ],
+)
+def test_bad_scaling_is_refused_when_it_is_read(scaling: dict, words: str, tmp_path: Path) -> None:
+    assert words in refusal(write(tmp_path, "llama2", {"rope_scaling": scaling}))

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_solopo.checkpoint.conversion import import_model
 from megatron_solopo.config import parse_config
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.train.policy import Policy, build_policy
 from tests.ranks import layout
 from tests.tiny_models import make_model
@@ -40,6 +41,6 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Policy]:
         source="test",
     )
     with layout() as groups:
-        policy = build_policy(config, groups, max_steps=10)
+        policy = build_policy(config, resolve_model(config.model, config.parallel), groups, max_steps=10)
         policy.optimizer.step()  # Adam's state is there from the first step on
         yield policy

@@ -29,6 +29,7 @@ from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.model.build import build_model
+from megatron_solopo.model.resolve import resolve_model
 from tests.distributed import run_distributed
 from tests.prepared import make_tokenizer
 from tests.ranks import layout
@@ -170,9 +171,7 @@ def test_megatrons_own_loader_needs_no_help(family: str) -> None:
     folder = converted(family)
     with layout() as groups:
         (model,) = build_model(
-            read_architecture(folder / "megatron"),
-            ModelConfig(path=folder),
-            ParallelConfig(),
+            resolve_model(ModelConfig(path=folder / "megatron"), ParallelConfig()),
             chunk_tokens=8,
             device=groups.device,
         )
@@ -190,9 +189,7 @@ def test_a_checkpoint_loads_as_its_source_does(family: str, dtype: Any) -> None:
     with layout() as groups:
         for path in (folder / "source", folder / "megatron"):
             config = ModelConfig(path=path, dtype=dtype)
-            (model,) = build_model(
-                read_architecture(path), config, ParallelConfig(), chunk_tokens=8, device=groups.device
-            )
+            (model,) = build_model(resolve_model(config, ParallelConfig()), chunk_tokens=8, device=groups.device)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.fill_(torch.nan)

@@ -19,6 +19,7 @@ from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.resolve import resolve_model
 from tests.ranks import layout
 from tests.tiny_models import make_model
 
@@ -38,9 +39,7 @@ def model(source: Path) -> Iterator[ResponseModel]:
     """Built once; each test loads into it again."""
     with layout() as groups:
         (chunk,) = build_model(
-            read_architecture(source),
-            ModelConfig(path=source),
-            ParallelConfig(),
+            resolve_model(ModelConfig(path=source), ParallelConfig()),
             chunk_tokens=8,
             device=groups.device,
         )

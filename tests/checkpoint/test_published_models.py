@@ -18,6 +18,7 @@ from megatron_solopo.checkpoint.huggingface_weights import StoredTensor
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, megatron_shape, rules
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.build import build_model
+from megatron_solopo.model.resolve import resolve_model
 from tests.ranks import layout
 
 pytestmark = pytest.mark.parity
@@ -113,7 +114,8 @@ def test_the_checkpoint_has_the_keys_and_shapes_that_megatron_asks_for(model, mo
         monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))
         config = ModelConfig(path=path, dtype="bfloat16", implementation="local")
         with torch.device("meta"):
-            (chunk,) = build_model(architecture, config, ParallelConfig(), chunk_tokens=8, device=torch.device("meta"))
+            model = resolve_model(config, ParallelConfig(), architecture=architecture)
+            (chunk,) = build_model(model, chunk_tokens=8, device=torch.device("meta"))
             asked = [
                 part
                 for each in chunk.sharded_state_dict().values()

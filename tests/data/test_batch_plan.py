@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.batch_plan import (
     TripletSize,
     padded_lengths,
@@ -14,7 +15,7 @@ from megatron_solopo.data.batch_plan import (
 )
 from megatron_solopo.errors import UserError
 
-SOLOPO = ("short_chosen", "short_rejected", "long_chosen")
+SOLOPO = ObjectiveConfig().roles.all
 MAX_TOKENS = 1000
 
 

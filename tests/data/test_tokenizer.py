@@ -110,6 +110,14 @@ def test_render_chat(tmp_path):
     assert load_tokenizer(write_sentencepiece(tmp_path / "t.model")).render_chat(user, True) is None
 
 
+def test_an_error_inside_a_template_is_the_templates_and_any_other_keeps_its_type(tmp_path):
+    path = write_hugging_face(tmp_path / "adding", chat_template="{{ messages[0]['content'] + 1 }}")
+    with pytest.raises(UserError, match="refuses the messages: can only concatenate str"):
+        load_tokenizer(path).render_chat([{"role": "user", "content": "who?"}], True)
+    with pytest.raises(TypeError, match="'int' object"):
+        load_tokenizer(path).render_chat(5, True)
+
+
 def test_unloadable_paths_are_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.model").write_bytes(b"not a model")

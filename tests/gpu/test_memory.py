@@ -11,6 +11,7 @@ from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
 from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss
@@ -44,7 +45,8 @@ def peak_bytes(folder: Path, long_prompt: int) -> int:
     try:
         model = ModelConfig(path=folder, dtype="bfloat16", implementation="transformer_engine")
         parallel = ParallelConfig(recompute_granularity="full")
-        chunks = build_model(architecture, model, parallel, chunk_tokens=512, device=groups.device)
+        resolved = resolve_model(model, parallel, architecture=architecture)
+        chunks = build_model(resolved, chunk_tokens=512, device=groups.device)
         for parameter in chunks[0].parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         wrapped = wrap_data_parallel(chunks, OptimizerConfig())

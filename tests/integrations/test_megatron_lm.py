@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from megatron_solopo.checkpoint.conversion import import_model
-from megatron_solopo.config import ModelConfig
 from megatron_solopo.files import read_jsonl
-from megatron_solopo.model.layer_spec import layer_spec
+from megatron_solopo.model.layers import layer_spec
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
 from tests.integrations.megatron_runs import BATCH, STEPS, arguments, config, pretrain, recorded
@@ -83,7 +82,7 @@ def own_model(pre_process: bool = True, post_process: bool = True, **others: Any
     transformer = core_transformer_config_from_args(args)
     return GPTModel(
         transformer,
-        layer_spec(transformer, ModelConfig(path=args.solopo_model_path), None),
+        layer_spec(transformer, transformer_engine=False, vp_stage=None),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,

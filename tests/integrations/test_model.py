@@ -14,9 +14,15 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.integrations.task import check_transformer_config, prepare_model
 from megatron_solopo.model.build import build_model, padded_vocab_size, transformer_config
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.layer_spec import layer_spec
+from megatron_solopo.model.layers import layer_spec
+from megatron_solopo.model.resolve import resolve_model
 from tests.ranks import layout
 from tests.tiny_models import make_model
+
+YARN = {
+    "rope_parameters": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.2},
+    "max_position_embeddings": 512,
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +36,8 @@ def architecture(path: Path) -> Architecture:
 
 
 def config(architecture: Architecture, **changes: Any) -> Any:
-    built = transformer_config(architecture, ModelConfig(path=Path("x")), ParallelConfig())
+    settings = ModelConfig(path=Path("x"))
+    built = transformer_config(resolve_model(settings, ParallelConfig(), architecture=architecture))
     for name, value in changes.items():
         setattr(built, name, value)
     return built
@@ -47,7 +54,7 @@ def plain_model(path: Path, architecture: Architecture, **changes: Any) -> Forke
     settings = config(architecture, **changes)
     return ForkedGPTModel(
         settings,
-        layer_spec(settings, ModelConfig(path=path), None),
+        layer_spec(settings, transformer_engine=False, vp_stage=None),
         padded_vocab_size(architecture.vocab_size, 1),
         512,
         position_embedding_type="rope",
@@ -59,9 +66,8 @@ def test_the_head_and_the_rotary_frequencies_are_those_of_our_own_model(path: Pa
         theirs = plain_model(path, architecture, variable_seq_lengths=False)
         names = list(theirs.state_dict())
         prepare_model(theirs, architecture, chunk_tokens=7)
-        (ours,) = build_model(
-            architecture, ModelConfig(path=path), ParallelConfig(), chunk_tokens=7, device=groups.device
-        )
+        resolved = resolve_model(ModelConfig(path=path), ParallelConfig())
+        (ours,) = build_model(resolved, chunk_tokens=7, device=groups.device)
         assert list(theirs.state_dict()) == names == list(ours.state_dict())
         assert theirs._postprocess.__func__ is ours._postprocess.__func__  # type: ignore[attr-defined]
         assert (theirs.real_vocab_size, theirs.chunk_tokens) == (ours.real_vocab_size, ours.chunk_tokens)
@@ -79,7 +85,7 @@ def test_the_head_and_the_rotary_frequencies_are_those_of_our_own_model(path: Pa
         ({"hidden_size": 64}, "hidden_size is 32, expected 64"),
         ({"num_query_groups": 4}, "num_query_groups is 2, expected 4"),
         ({"layernorm_epsilon": 1e-5}, "layernorm_epsilon is 1e-06, expected 1e-05"),
-        ({"rotary_scale": 1.2}, "softmax_scale is 0.35"),
+        ({"rotary_fields": YARN}, "softmax_scale is 0.35"),
         ({"tied_embeddings": True}, "share_embeddings_and_output_weights is False, expected True"),
         ({"add_qkv_bias": True, "qk_layernorm": True}, "add_qkv_bias is False, expected True; qk_layernorm is False"),
         ({"vocab_size": 1000}, "vocab_size is 256, expected 1000"),

@@ -9,11 +9,11 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import PackedResponses, ResponseModel, gather_rows
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel.topology import Topology
 from tests.ranks import layout, two_ranks
 from tests.tiny_models import VOCAB_SIZE, make_model
@@ -32,11 +32,9 @@ def one_rank() -> Iterator[Topology]:
 def response_model(path: Path, family: str, groups: Topology, chunk_tokens: int) -> ResponseModel:
     """A tiny model with its weights."""
     make_model(path, family)
-    architecture = read_architecture(path)
-    (model,) = build_model(
-        architecture, ModelConfig(path=path), ParallelConfig(), chunk_tokens=chunk_tokens, device=groups.device
-    )
-    load_weights([model], architecture, path)
+    resolved = resolve_model(ModelConfig(path=path), ParallelConfig())
+    (model,) = build_model(resolved, chunk_tokens=chunk_tokens, device=groups.device)
+    load_weights([model], resolved.architecture, path)
     return model
 
 

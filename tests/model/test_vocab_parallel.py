@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_solopo.architecture.layout import padded_vocab_size
-from megatron_solopo.model import logprob as vocab_parallel
-from megatron_solopo.model.logprob import label_logprobs
+from megatron_solopo.model import head
+from megatron_solopo.model.head import label_logprobs
 from megatron_solopo.parallel.topology import Topology
 from tests.ranks import layout, two_ranks
 
@@ -141,13 +141,13 @@ class LiveLogits(TorchDispatchMode):
 
 def test_projections_never_exceed_the_chunk(one_rank: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
     projected: list[int] = []
-    linear = vocab_parallel.linear_with_grad_accumulation_and_async_allreduce
+    linear = head.linear_with_grad_accumulation_and_async_allreduce
 
     def recorded(**arguments: Any) -> Tensor:
         projected.append(len(arguments["input"]))
         return linear(**arguments)
 
-    monkeypatch.setattr(vocab_parallel, "linear_with_grad_accumulation_and_async_allreduce", recorded)
+    monkeypatch.setattr(head, "linear_with_grad_accumulation_and_async_allreduce", recorded)
     measure(131, one_rank, chunk_tokens=4, rows=10)
     assert projected[:3] == [4, 4, 2], "forward"
     assert sorted(projected[3:]) == [2, 4, 4], "again in the backward pass, once each"

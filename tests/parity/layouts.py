@@ -14,6 +14,7 @@ from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.checkpoint.mapping import rules, to_huggingface
 from megatron_solopo.config import Config, Role, parse_config
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
@@ -129,7 +130,7 @@ def _train(
     references = None
     if config.objective.needs_reference:
         references = live_reference(config, reference, groups, packs, num_rows=sum(map(len, batches)))
-    policy = build_policy(config, groups, max_steps=len(batches))
+    policy = build_policy(config, resolve_model(config.model, config.parallel), groups, max_steps=len(batches))
     loss = objective_loss(config.objective, references, groups)
     result = RankResult(groups.tensor_group.rank(), _is_counted(groups))
     in_first_replica = groups.data_group.rank() == 0 and groups.context_group.rank() == 0
@@ -151,7 +152,8 @@ def live_reference(
     config: Config, path: Path, groups: Topology, packs: Sequence[Sequence[Pack]], num_rows: int
 ) -> ReferenceLogprobs:
     """Score this rank's packs with the reference model under the same layout."""
-    chunks = load_model(config, path, groups)
+    model = resolve_model(config.model, config.parallel).at(path)
+    chunks = load_model(model, groups, chunk_tokens=config.logprob.chunk_tokens)
     roles = packs[0][0].roles
     logps = torch.zeros(num_rows, len(roles))
     for step_packs in packs:

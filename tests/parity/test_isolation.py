@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
 from megatron_solopo.train.policy import load_model
 from megatron_solopo.train.step import logprob_report, run_schedule
@@ -44,7 +45,7 @@ def _score(model: Path, layout: Layout) -> list[torch.Tensor]:
     config = make_config(model, OBJECTIVE, layout)
     groups = topology.initialize(config.parallel, seed=1)
     try:
-        chunks = load_model(config, model, groups)
+        chunks = load_model(resolve_model(config.model, config.parallel), groups, chunk_tokens=layout.chunk_tokens)
         found = []
         for rows in (ROWS, perturbed(ROWS)):
             packs = my_packs(rows, 0, layout, config.objective.roles.all, groups)

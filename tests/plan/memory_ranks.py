@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.layout import sequence_multiple
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.plan.dry_run import SavedTensorMeter, gradient_bytes, optimizer_state_bytes, parameter_bytes
@@ -91,9 +91,8 @@ def run_case(config: Config) -> MemoryInUse:
 
 
 def _train(config: Config, groups: Topology) -> MemoryInUse:
-    architecture = read_architecture(config.model.path)
-    rows = config.logprob.chunk_tokens
-    chunks = build_model(architecture, config.model, config.parallel, chunk_tokens=rows, device=groups.device)
+    model = resolve_model(config.model, config.parallel)
+    chunks = build_model(model, chunk_tokens=config.logprob.chunk_tokens, device=groups.device)
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         torch.nn.init.normal_(parameter, std=0.05)
     wrapped = wrap_data_parallel(chunks, config.optimizer)

@@ -119,9 +119,9 @@ def logprobs_of_both(folder: Path) -> tuple[list[float], list[float]]:
 
     plan = make_plan(folder, 64)
     config = parse_config(plan.config, "test")
-    architecture = bench_ours.read_architecture(Path(plan.model_path))
+    model = bench_ours.resolve_model(config.model, config.parallel)
     with layout() as groups:
-        policy = bench_ours.build_random_policy(config, architecture, groups, max_steps=1)
+        policy = bench_ours.build_random_policy(config, model, groups, max_steps=1)
         series = bench_ours.Series("long_po", config, plan, 64, groups)
         (ours,) = policy.evaluate(series.packs, bench_ours.logprob_report(groups), groups)
     (triplet,) = plan.batch(64)

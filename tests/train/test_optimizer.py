@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_solopo.config import ModelConfig, OptimizerConfig
+from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.train import policy as optimizer
 from megatron_solopo.train.policy import build_scheduler, check_offload, check_schedule
+from tests.tiny_models import make_model
 
 LR, MIN_LR, WARMUP, STEPS = 8e-4, 2e-4, 4, 12
 
@@ -83,8 +85,8 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(settings, words) -> Non
     assert all(word in message for word in words) and "\n" not in message
 
 
-def test_state_is_not_offloaded_from_a_gpu_that_is_not_used() -> None:
-    model = ModelConfig(path=Path("model"), implementation="local")
+def test_state_is_not_offloaded_from_a_gpu_that_is_not_used(tmp_path: Path) -> None:
+    model = resolve_model(ModelConfig(path=make_model(tmp_path, "llama3"), implementation="local"), ParallelConfig())
     check_offload(OptimizerConfig(), model)
     with pytest.raises(
         ValueError, match=r"optimizer\.optimizer_offload_fraction=0\.5 needs a CUDA device.*set it to 0"

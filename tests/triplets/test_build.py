@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_solopo.data.row_files import validate_file
+from megatron_solopo.data.rows import validate_file
 from megatron_solopo.triplets.constructed_answers import GIVE_UP
 from megatron_solopo.triplets.contexts import uniform_distance
 from megatron_solopo.triplets.corpus.formats import entity_golds, mentions, normalise

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_solopo.data.encode import tokenize_row
-from megatron_solopo.data.row_files import validate_file
+from megatron_solopo.data.rows import validate_file
 from megatron_solopo.triplets.contexts import uniform_distance
 from megatron_solopo.triplets.corpus.formats import entity_golds, mentions, normalise
 from megatron_solopo.triplets.report import BuildReport

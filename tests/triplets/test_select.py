@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_solopo.data.row_files import validate_file
+from megatron_solopo.data.rows import validate_file
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.journal import StoredResponse

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_solopo.data.row import Content, Template
+from megatron_solopo.data.rows import Content
+from megatron_solopo.data.settings import Template
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.samples import QA_METRICS, Sample, Spec, Unfit
 from megatron_solopo.evaluate.tasks.fit import Draft, fit

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from megatron_solopo.data.row import Content
+from megatron_solopo.data.rows import Content
 
 
 @dataclass(frozen=True)

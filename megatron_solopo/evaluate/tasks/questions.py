@@ -8,8 +8,8 @@ import numpy as np
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.tasks.fit import Draft
-from megatron_solopo.triplets.corpus.formats import Document, Question, entity_golds, leaks, normalise
-from megatron_solopo.triplets.corpus.read import BadRow, Format, read_questions
+from megatron_solopo.triplets.corpus.formats import Document, Format, Question, entity_golds, leaks, normalise
+from megatron_solopo.triplets.corpus.read import BadRow, read_questions
 from megatron_solopo.triplets.prompt import PromptTemplate
 from megatron_solopo.triplets.seeds import generator
 

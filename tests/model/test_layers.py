@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_solopo.model.attention import PackedAttention
+from megatron_solopo.model.layers import PackedAttention
 from tests.ranks import layout, two_ranks
 
 HEADS, GROUPS, SIZE = 4, 2, 8

@@ -1,10 +1,4 @@
-"""Causal attention over packed sequences and context-parallel ranks, in plain PyTorch.
-
-Megatron-Core's local `DotProductAttention` refuses packing and context parallelism. This one does
-both: keys and values are gathered over the context-parallel ranks (all-gather forward,
-reduce-scatter backward), then each sequence attends to itself alone. In generation, where Megatron-Core
-keeps the keys and values of equally long sequences, it takes whole batches instead of packs.
-"""
+"""The modules of a transformer layer: Transformer Engine's, or plain PyTorch with our own attention and norm."""
 
 import math
 from functools import lru_cache
@@ -13,11 +7,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
@@ -25,9 +24,13 @@ from megatron_solopo.parallel.context import gathered_order
 
 
 class PackedAttention(torch.nn.Module):
-    """Core attention in THD layout: query [t, heads / TP, d], key and value [t, groups / TP, d], t = T / CP.
+    """Causal attention over packed sequences and context-parallel ranks, in plain PyTorch.
 
-    Built by Megatron-Core's `SelfAttention` from the layer spec, hence the signature.
+    Megatron-Core's local `DotProductAttention` refuses both. Here the keys and values are gathered over the
+    context-parallel ranks (all-gather forward, reduce-scatter backward). Then each sequence attends to itself alone.
+
+    Megatron-Core's `SelfAttention` builds it from the layer spec, hence the signature. Shapes are those of THD: query
+    [t, heads / TP, d], key and value [t, groups / TP, d], t = T / CP.
     """
 
     def __init__(
@@ -58,8 +61,9 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:
         """Attend within each sequence. Returns [t, heads / TP * d].
 
-        Without `packed_seq_params`: queries [s, b, heads / TP, d] that are the last s positions of the keys
-        [n, b, groups / TP, d]; returns [s, b, heads / TP * d].
+        In generation there are no `packed_seq_params`, but a batch of equally long sequences. The queries
+        [s, b, heads / TP, d] are the last s positions of the keys [n, b, groups / TP, d].
+        Returns [s, b, heads / TP * d].
         """
         if packed_seq_params is None:
             return self._attend_cached(query, key, value)
@@ -86,12 +90,13 @@ class PackedAttention(torch.nn.Module):
         return key, value
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, size: int, rank: int) -> Tensor:
-        """One sequence: this rank's queries, all keys. Chunk c of the 2 x CP sees the keys up to its own end."""
+        """Attend within one sequence: this rank's queries, all keys. Chunk c of 2 x CP sees the keys up to its end."""
         if size == 1:
             return self._attention(query, key, value, is_causal=True)
         chunk = len(key) // (2 * size)
         outputs = []
-        for part, number in zip(query.split(chunk), (rank, 2 * size - 1 - rank), strict=True):
+        first_half, second_half = query[:chunk], query[chunk:]
+        for part, number in ((first_half, rank), (second_half, 2 * size - 1 - rank)):
             end = (number + 1) * chunk
             # Fused on a GPU; on a CPU it becomes a [chunk, end] mask.
             mask = causal_lower_right(chunk, end)
@@ -99,21 +104,51 @@ class PackedAttention(torch.nn.Module):
         return torch.cat(outputs)
 
     def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """A batch, with keys of earlier positions or without. Not for context parallelism."""
+        """Attend within a batch, with or without keys of earlier positions. Not for context parallelism."""
         assert self.context_group.size() == 1
         whole = len(query) == len(key)
         mask: dict[str, Any] = {"is_causal": True} if whole else {"attn_mask": causal_lower_right(len(query), len(key))}
-        batch_first = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [s, b, h, d] -> [b, h, s, d]
-        out = F.scaled_dot_product_attention(*batch_first, scale=self.softmax_scale, enable_gqa=True, **mask)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [s, b, h, d] -> [b, h, s, d]
+        out = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale, enable_gqa=True, **mask)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
-        heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [t, h, d] -> [1, h, t, d]
-        out = F.scaled_dot_product_attention(*heads_first, scale=self.softmax_scale, enable_gqa=True, **mask)
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [t, h, d] -> [1, h, t, d]
+        out = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale, enable_gqa=True, **mask)
         return out.squeeze(0).transpose(0, 1)
 
 
 @lru_cache(maxsize=4)
 def _gathered_order(boundaries: tuple[int, ...], size: int) -> Tensor:
-    """Every layer of a pack, forward and recomputed, asks for the same order."""
+    """Keep the order of a pack: every layer asks for it, in the forward pass and when it is recomputed."""
     return gathered_order(torch.tensor(boundaries), size)
+
+
+class SequenceParallelRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight gradient is summed over the tensor-parallel ranks under sequence parallelism.
+
+    Megatron-Core's local norm refuses sequence parallelism; `finalize_model_grads` does the sum
+    for every parameter that bears the `sequence_parallel` mark.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def layer_spec(config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None) -> ModuleSpec | Any:
+    """Return the decoder's spec, as GPTModel takes it.
+
+    Args:
+        vp_stage: number of the virtual pipeline stage, or None where a rank has one chunk.
+    """
+    if transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=SequenceParallelRMSNorm)

@@ -5,8 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_solopo.data.row import RowError
-from megatron_solopo.data.row_files import read_rows, validate_file
+from megatron_solopo.data.rows import RowError, read_rows, validate_file
 
 
 def user(content):

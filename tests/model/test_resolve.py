@@ -11,9 +11,8 @@ import pytest
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
-from megatron_solopo.model import precision
-from megatron_solopo.model.build import transformer_config
-from megatron_solopo.model.precision import check_precision, precision_settings
+from megatron_solopo.model.build import precision_settings, transformer_config
+from megatron_solopo.model.resolve import ResolvedModel, check_precision
 from tests.tiny_models import FAMILIES
 
 FP8 = {"fp8": "hybrid", "dtype": "bfloat16"}
@@ -33,8 +32,12 @@ def settings(**values: Any) -> ModelConfig:
     return ModelConfig.model_validate({"path": "model", **values})
 
 
-def check(architecture: Architecture, model: ModelConfig, optimizer: Any = None, **parallel: Any) -> None:
-    check_precision(architecture, model, ParallelConfig(**parallel), optimizer or OptimizerConfig())
+def check(
+    architecture: Architecture, model: ModelConfig, optimizer: Any = None, *, has_gpu: bool = False, **parallel: Any
+) -> None:
+    """`has_gpu`: as on a machine with Transformer Engine and CUDA."""
+    resolved = ResolvedModel(model, ParallelConfig(**parallel), architecture, uses_transformer_engine=has_gpu)
+    check_precision(resolved, optimizer or OptimizerConfig())
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **answers: str | None) -> None:
@@ -46,7 +49,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **answers: str | None) -> None:
     functions = {name: answer(answers.get(name, "")) for name in AVAILABILITY if answers.get(name, "") is not None}
     monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", SimpleNamespace(**functions))
-    monkeypatch.setattr(precision, "uses_transformer_engine", lambda model: True)
 
 
 @pytest.mark.parametrize(
@@ -101,9 +103,9 @@ def test_fewer_key_value_heads_than_ranks_are_counted_as_megatron_cuts_them(monk
     """Queries, keys and values of a rank: (8 + 2 x 2) x 64 / 4 = 192, no multiple of 128, but one of 16."""
     pretend(monkeypatch)
     few = replace(architecture, num_query_groups=2)
-    check(few, settings(**FP8, fp8_recipe="tensorwise"), tensor_model_parallel_size=4)
+    check(few, settings(**FP8, fp8_recipe="tensorwise"), has_gpu=True, tensor_model_parallel_size=4)
     with pytest.raises(UserError, match="queries, keys and values / TP is 192"):
-        check(few, settings(**FP8), tensor_model_parallel_size=4)
+        check(few, settings(**FP8), has_gpu=True, tensor_model_parallel_size=4)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_fewer_key_value_heads_than_ranks_are_counted_as_megatron_cuts_them(monk
 def test_a_recipe_that_cannot_run_here_names_the_nearest(monkeypatch, architecture, recipe, answers, words) -> None:
     pretend(monkeypatch, **answers)
     with pytest.raises(UserError) as error:
-        check(architecture, settings(**FP8, fp8_recipe=recipe))
+        check(architecture, settings(**FP8, fp8_recipe=recipe), has_gpu=True)
     message = str(error.value)
     assert all(word in message for word in [f"model.fp8_recipe={recipe}", *words]) and "\n" not in message
 
@@ -131,14 +133,20 @@ def test_a_recipe_that_cannot_run_here_names_the_nearest(monkeypatch, architectu
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_a_recipe_that_can_run_is_accepted(monkeypatch, architecture, recipe) -> None:
     pretend(monkeypatch)
-    check(architecture, settings(**FP8, fp8_recipe=recipe))
-    check(architecture, settings(**FP8, fp8_recipe=recipe), context_parallel_size=8, tensor_model_parallel_size=2)
+    check(architecture, settings(**FP8, fp8_recipe=recipe), has_gpu=True)
+    check(
+        architecture,
+        settings(**FP8, fp8_recipe=recipe),
+        has_gpu=True,
+        context_parallel_size=8,
+        tensor_model_parallel_size=2,
+    )
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_megatron_takes_the_settings(architecture, recipe) -> None:
     model = settings(**FP8, fp8_recipe=recipe, first_last_layers_bf16=recipe != "delayed")
-    config = transformer_config(architecture, model, ParallelConfig())
+    config = transformer_config(ResolvedModel(model, ParallelConfig(), architecture, uses_transformer_engine=False))
     assert (config.fp8, config.fp8_recipe, config.first_last_layers_bf16) == ("hybrid", recipe, recipe != "delayed")
     assert not config.fp8_dot_product_attention and not config.fp8_multi_head_attention
     assert precision_settings(settings(dtype="bfloat16")) == {}

@@ -1,0 +1,310 @@
+"""Preference rows: their two kinds, their two forms, the files that hold them, and every check of them.
+
+    triplet   {"id", "prompt_short", "prompt_long", "chosen", "rejected"}   for SoLoPO and the plain objectives
+    pair      {"prompt", "chosen", "rejected"} and perhaps "id"             TRL's form, for the plain objectives
+
+Prompts and responses are strings, or lists of chat messages {"role", "content"}. A prompt of messages ends with a
+user message. A response of messages is exactly one assistant message. A row may have `evidence_depths`: the places of
+the evidence in the long context. Other fields are ignored.
+
+A file is JSONL or parquet. It holds rows of one kind.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+Kind = Literal["triplet", "pair"]
+Form = Literal["text", "messages"]
+Message = dict[str, str]
+Content = str | list[Message]
+
+PROMPT_FIELDS: dict[Kind, tuple[str, ...]] = {"triplet": ("prompt_short", "prompt_long"), "pair": ("prompt",)}
+RESPONSE_FIELDS = ("chosen", "rejected")
+DEPTHS_FIELD = "evidence_depths"
+"""Where each piece of evidence lies in the long context, from 0 (its start) to 1. A row may lack it."""
+
+_FIELDS = ("id", *PROMPT_FIELDS["triplet"], *PROMPT_FIELDS["pair"], *RESPONSE_FIELDS, DEPTHS_FIELD)
+_ROLES = ("system", "user", "assistant")
+_PARQUET_BATCH_ROWS = 64
+
+
+@dataclass(frozen=True)
+class RowError:
+    """One mistake in one row."""
+
+    line: int
+    """Counts from 1 (in parquet, the number of the row). 0 is the file itself."""
+    field: str
+    """"" for the whole row."""
+    reason: str
+
+
+@dataclass
+class PreferenceRow:
+    """One row as read. A part that is not legal is None or missing, and `errors` says why."""
+
+    line: int
+    id: str | None = None
+    kind: Kind | None = None
+    form: Form | None = None
+    contents: dict[str, Content] = field(default_factory=dict)
+    """The legal prompts and responses by field name. Messages have role and content only."""
+    evidence_depths: list[float] = field(default_factory=list)
+    """Empty if the row has none."""
+    errors: list[RowError] = field(default_factory=list)
+
+    def reject(self, field_name: str, reason: str) -> None:
+        """Add an error to this row."""
+        self.errors.append(RowError(self.line, field_name, reason))
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """What a file holds, and all its mistakes in file order."""
+
+    path: Path
+    rows: int
+    kind: Kind | None
+    forms: tuple[Form, ...]
+    """The forms that occur, sorted."""
+    errors: list[RowError]
+
+    def __str__(self) -> str:
+        """One line per error, `file:line: field: reason`, then one line of summary."""
+        lines = [": ".join(filter(None, (self._place(error), error.field, error.reason))) for error in self.errors]
+        bad_lines = len({error.line for error in self.errors if error.line})
+        if self.errors:
+            summary = f"{len(self.errors)} errors, {bad_lines} of {self.rows} rows are bad"
+        else:
+            summary = f"{self.rows} rows of kind {self.kind}, no errors"
+        return "\n".join([*lines, f"{self.path}: {summary}"])
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON value."""
+        return {**asdict(self), "path": str(self.path), "forms": list(self.forms)}
+
+    def _place(self, error: RowError) -> str:
+        return f"{self.path}:{error.line}" if error.line else str(self.path)
+
+
+def validate_file(path: Path) -> ValidationReport:
+    """Find every bad row of a JSONL or parquet file. Bad content raises nothing.
+
+    The file is streamed: only its ids and the errors stay in memory.
+    """
+    rows = 0
+    kind: Kind | None = None
+    kind_line = 0
+    forms: set[Form] = set()
+    id_lines: dict[str, int] = {}
+    errors: list[RowError] = []
+    for row in tqdm(read_rows(path), desc=f"Validating {path.name}", unit=" rows", disable=None):
+        rows += row.line > 0
+        if row.kind is not None and kind is None:
+            kind, kind_line = row.kind, row.line
+        if row.kind not in (None, kind):
+            row.reject("", f"is a {row.kind}, but line {kind_line} is a {kind}; one file holds one kind")
+        if row.form is not None:
+            forms.add(row.form)
+        if row.id is not None and id_lines.setdefault(row.id, row.line) != row.line:
+            row.reject("id", f"{row.id!r} is already the id of line {id_lines[row.id]}")
+        errors += row.errors
+    if not rows and not errors:
+        errors.append(RowError(0, "", "has no rows"))
+    return ValidationReport(path, rows, kind, tuple(sorted(forms)), errors)
+
+
+def read_rows(path: Path) -> Iterator[PreferenceRow]:
+    """Stream the rows of a JSONL or parquet file, good and bad. Blank lines are no rows.
+
+    If the file itself cannot be read, the last row has line 0 and the reason.
+    """
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        yield _bad_row(0, f"unknown file ending {path.suffix!r}; legal: {', '.join(readers)}")
+    elif not path.is_file():
+        yield _bad_row(0, "no such file")
+    else:
+        yield from readers[path.suffix](path)
+
+
+def _read_jsonl(path: Path) -> Iterator[PreferenceRow]:
+    with path.open("rb") as stream:
+        for line, raw in enumerate(stream, start=1):
+            if not raw.isspace():
+                yield _parse_line(line, raw.rstrip(b"\r\n"))
+
+
+def _parse_line(line: int, raw: bytes) -> PreferenceRow:
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return _bad_row(line, f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return _bad_row(line, f"not valid JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # an integer of too many digits, too many brackets
+        return _bad_row(line, f"not valid JSON: {error}")
+    return parse_row(line, value)
+
+
+def _read_parquet(path: Path) -> Iterator[PreferenceRow]:
+    line = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = [name for name in file.schema_arrow.names if name in _FIELDS]
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=columns):
+                for index in range(batch.num_rows):
+                    line += 1
+                    yield _parse_record(line, batch.slice(index, 1))
+    except (pa.ArrowException, OSError) as error:
+        place = f" after row {line}" if line else ""
+        yield _bad_row(0, f"cannot be read as parquet{place}: {' '.join(str(error).split())}")
+
+
+def _parse_record(line: int, record: pa.RecordBatch) -> PreferenceRow:
+    try:
+        value = record.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return _bad_row(line, f"not UTF-8: byte 0x{error.object[error.start]:02x}")
+    return parse_row(line, value)
+
+
+def _bad_row(line: int, reason: str) -> PreferenceRow:
+    """A row that could not be read at all."""
+    return PreferenceRow(line, errors=[RowError(line, "", reason)])
+
+
+class _IllegalValue(Exception):
+    """Why a value is not legal in its field."""
+
+
+def parse_row(line: int, value: Any) -> PreferenceRow:
+    """Check one row by itself: types, missing and blank fields, roles, equal responses."""
+    if not isinstance(value, dict):
+        return _bad_row(line, f"expected a JSON object, got {_type_name(value)}")
+    row = PreferenceRow(line)
+    row.kind = _parse_kind(value, row)
+    row.id = _parse_id(value, row)
+    for name in (*PROMPT_FIELDS.get(row.kind, ()), *RESPONSE_FIELDS) if row.kind else RESPONSE_FIELDS:
+        try:
+            row.contents[name] = _parse_content(value.get(name), is_response=name in RESPONSE_FIELDS)
+        except _IllegalValue as error:
+            row.reject(name, str(error))
+    try:
+        row.evidence_depths = _parse_depths(value.get(DEPTHS_FIELD))
+    except _IllegalValue as error:
+        row.reject(DEPTHS_FIELD, str(error))
+    _check_consistency(row)
+    return row
+
+
+def _parse_kind(value: dict[str, Any], row: PreferenceRow) -> Kind | None:
+    kinds = [kind for kind, names in PROMPT_FIELDS.items() if any(value.get(name) is not None for name in names)]
+    if len(kinds) == 1:
+        return kinds[0]
+    found = "both, so its kind is unclear" if kinds else "neither"
+    row.reject("prompt", f"expected prompt_short and prompt_long (a triplet), or prompt (a pair); the row has {found}")
+    return None
+
+
+def _parse_id(value: dict[str, Any], row: PreferenceRow) -> str | None:
+    given = value.get("id")
+    if given is None and row.kind == "pair":
+        return str(row.line)
+    try:
+        if given is None:
+            raise _IllegalValue("is missing or null")
+        if not isinstance(given, str | int) or isinstance(given, bool):
+            raise _IllegalValue(f"expected a string or an integer, got {_type_name(given)}")
+        return _check_text(str(given))
+    except _IllegalValue as error:
+        row.reject("id", str(error))
+        return None
+
+
+def _parse_content(value: Any, *, is_response: bool) -> Content:
+    if value is None:
+        raise _IllegalValue("is missing or null")
+    if isinstance(value, str):
+        return _check_text(value)
+    if not isinstance(value, list):
+        raise _IllegalValue(f"expected a string or a list of messages, got {_type_name(value)}")
+    messages = [_parse_message(message, index) for index, message in enumerate(value)]
+    roles = [message["role"] for message in messages]
+    if is_response and roles != ["assistant"]:
+        raise _IllegalValue(f"expected exactly one assistant message, got roles {roles}")
+    if not is_response and roles[-1:] != ["user"]:
+        raise _IllegalValue(f"expected messages that end with a user message, got roles {roles}")
+    return messages
+
+
+def _parse_message(value: Any, index: int) -> Message:
+    if not isinstance(value, dict):
+        raise _IllegalValue(f"message {index}: expected an object with role and content, got {_type_name(value)}")
+    unknown = sorted(key for key, entry in value.items() if key not in ("role", "content") and entry is not None)
+    if unknown:
+        raise _IllegalValue(f"message {index}: unknown key {unknown[0]!r}; legal: role, content")
+    role, content = value.get("role"), value.get("content")
+    if role not in _ROLES:
+        raise _IllegalValue(f"message {index}: role {role!r}; legal: {', '.join(_ROLES)}")
+    if not isinstance(content, str):
+        raise _IllegalValue(f"message {index}: content: expected a string, got {_type_name(content)}")
+    # An empty system message is how a user turns a chat template's default one off.
+    if role != "system" or content:
+        try:
+            _check_text(content)
+        except _IllegalValue as error:
+            raise _IllegalValue(f"message {index}: content {error}") from None
+    return {"role": role, "content": content}
+
+
+def _parse_depths(value: Any) -> list[float]:
+    if value is None:
+        return []
+    numbers = isinstance(value, list) and all(isinstance(each, int | float) for each in value)
+    if not numbers or not all(0 <= each <= 1 for each in value):
+        raise _IllegalValue("expected a list of numbers from 0 to 1")
+    return [float(each) for each in value]
+
+
+def _check_text(text: str) -> str:
+    if not text.strip():
+        raise _IllegalValue("is blank" if text else "is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        reason = f"holds a lone surrogate at character {error.start + 1}, which is not Unicode text"
+        raise _IllegalValue(reason) from None
+    return text
+
+
+def _check_consistency(row: PreferenceRow) -> None:
+    """Check what involves several fields: all have one form, and the two responses differ."""
+    forms: dict[str, Form] = {
+        name: "text" if isinstance(content, str) else "messages" for name, content in row.contents.items()
+    }
+    first = next(iter(forms), None)
+    for name, form in forms.items():
+        if first is not None and form != forms[first]:
+            row.reject(name, f"is {form}, but {first} is {forms[first]}; a row is all strings or all messages")
+    if len(set(forms.values())) == 1:
+        row.form = next(iter(forms.values()))
+    chosen, rejected = (row.contents.get(name) for name in RESPONSE_FIELDS)
+    if chosen is not None and rejected is not None and _plain_text(chosen) == _plain_text(rejected):
+        row.reject("rejected", "is the same as chosen")
+
+
+def _plain_text(response: Content) -> str:
+    return (response if isinstance(response, str) else response[0]["content"]).strip()
+
+
+def _type_name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), f"a {'number' if isinstance(value, int | float) else type(value).__name__}")

@@ -1,0 +1,123 @@
+"""A model, its layout and its layers, read and checked once where a run, an evaluation or a conversion begins."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_solopo.architecture.fp8 import check_fp8
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
+from megatron_solopo.architecture.layout import check_layout
+from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.errors import UserError
+from megatron_solopo.parallel.cpu import is_cpu
+from megatron_solopo.parallel.megatron_internals import (
+    FP8_PARAMETERS_SINCE,
+    has_transformer_engine,
+    installed_version,
+)
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """What the settings of a model come to on this machine. `settings.path` holds its weights."""
+
+    settings: ModelConfig
+    parallel: ParallelConfig
+    architecture: Architecture
+    uses_transformer_engine: bool
+    """Whether the layers are Transformer Engine's, or those of plain PyTorch."""
+
+    @property
+    def path(self) -> Path:
+        """Hugging Face directory or Megatron checkpoint."""
+        return self.settings.path
+
+    def at(self, path: Path) -> "ResolvedModel":
+        """Resolve the model in another directory, under the same settings and layout."""
+        if path == self.path:
+            return self
+        return resolve_model(self.settings.model_copy(update={"path": path}), self.parallel)
+
+
+def resolve_model(
+    settings: ModelConfig, parallel: ParallelConfig, *, architecture: Architecture | None = None
+) -> ResolvedModel:
+    """Read config.json, check that the layout divides the model, and choose the layers.
+
+    Args:
+        architecture: what config.json says, where the caller has read it already.
+
+    Raises UserError for an unsupported model, a layout that does not fit it, or layers that cannot run here.
+    """
+    architecture = architecture or read_architecture(settings.path)
+    check_layout(architecture, parallel)
+    return ResolvedModel(settings, parallel, architecture, uses_transformer_engine(settings))
+
+
+def uses_transformer_engine(settings: ModelConfig) -> bool:
+    """Whether `model.implementation` comes to Transformer Engine here. Its attention kernels take bfloat16 alone.
+
+    Raises UserError if Transformer Engine is asked for and cannot run.
+    """
+    reason = ""
+    if is_cpu():
+        reason = "needs a CUDA device"
+    elif not has_transformer_engine():
+        reason = "needs the package transformer-engine, which is not installed or cannot be imported"
+    elif settings.dtype == "float32":
+        reason = "needs model.dtype=bfloat16"
+    if reason and settings.implementation == "transformer_engine":
+        raise UserError(
+            f"model.implementation=transformer_engine {reason}; use auto or local, or see `megatron-solopo doctor`"
+        )
+    return not reason and settings.implementation != "local"
+
+
+# What Transformer Engine has to say about each recipe, and the recipes to take instead, nearest first.
+_AVAILABLE = {
+    "delayed": "is_fp8_available",
+    "tensorwise": "is_fp8_available",
+    "blockwise": "is_fp8_block_scaling_available",
+    "mxfp8": "is_mxfp8_available",
+}
+_NEAREST: dict[str, tuple[FP8Recipe, ...]] = {
+    "mxfp8": ("blockwise", "tensorwise"),
+    "blockwise": ("mxfp8", "tensorwise"),
+    "tensorwise": (),
+    "delayed": (),
+}
+
+
+def check_precision(model: ResolvedModel, optimizer: OptimizerConfig) -> None:
+    """Refuse FP8 that is illegal, that does not fit the model, or that this machine cannot compute.
+
+    Raises UserError naming the key, the reason and, for a recipe, the nearest one that this machine can compute.
+    """
+    settings = model.settings
+    check_fp8(model.architecture, settings, model.parallel, optimizer)
+    if settings.fp8 is None:
+        return
+    if settings.fp8_param and installed_version() < FP8_PARAMETERS_SINCE:
+        raise UserError(
+            f"model.fp8_param=true needs megatron-core {FP8_PARAMETERS_SINCE} or newer (Python 3.12), which can write "
+            f"such weights to checkpoints; {installed_version()} is installed. Set it to false"
+        )
+    if not model.uses_transformer_engine:
+        raise UserError(
+            f"model.fp8={settings.fp8} needs Transformer Engine on a CUDA device, model.dtype=bfloat16 and "
+            "model.implementation=auto; set model.fp8=null to train in bfloat16, or see `megatron-solopo doctor`"
+        )
+    reason = _unavailable(settings.fp8_recipe)
+    if reason:
+        possible = next((recipe for recipe in _NEAREST[settings.fp8_recipe] if not _unavailable(recipe)), None)
+        nearest = f"model.fp8_recipe={possible}" if possible else "model.fp8=null (bfloat16)"
+        raise UserError(f"model.fp8_recipe={settings.fp8_recipe} cannot run here: {reason}; the nearest is {nearest}")
+
+
+def _unavailable(recipe: FP8Recipe) -> str:
+    """Why this device and this Transformer Engine cannot run a recipe; empty where they can."""
+    ask = getattr(importlib.import_module("transformer_engine.pytorch"), _AVAILABLE[recipe], None)
+    if ask is None:
+        return "this Transformer Engine is too old for it"
+    available, reason = ask(return_reason=True)
+    return "" if available else " ".join(str(reason).split()).rstrip(".")
