@@ -1,14 +1,17 @@
-"""What the tests of conversions share: how they damage a model, and what is left after a refusal."""
+"""What the tests of conversions share: they damage a model, check a refusal, and join tensor-parallel shards."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_solopo.architecture.huggingface_config import ModelShape
+from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks
 from megatron_solopo.errors import UserError
 
 WEIGHTS = "model.safetensors"
@@ -34,3 +37,16 @@ def change(path: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
 def change_config(folder: Path, **fields: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def join_shards(rule: Rule, architecture: ModelShape, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Join the shards of all tensor-parallel ranks, and split them into Hugging Face tensors as an export does."""
+    if rule.fusion == "gate_up":
+        halves = [shard.chunk(2, dim=0) for shard in shards]
+        full = torch.cat([half[part] for part in range(2) for half in halves])
+    else:
+        full = shards[0] if rule.shard_dim is None else torch.cat(list(shards), dim=rule.shard_dim)
+    blocks: dict[str, list[Tensor]] = {name: [] for name in rule.huggingface}
+    for name, _, block in huggingface_blocks(rule, architecture, lambda start, end: full[start:end], full.itemsize):
+        blocks[name].append(block)
+    return {name: torch.cat(parts) for name, parts in blocks.items()}

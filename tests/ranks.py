@@ -17,7 +17,7 @@ _MODULES = (
     "tests.parallel.test_context",
     "tests.parallel.test_topology",
     "tests.checkpoint.test_sharded_state",
-    "tests.model.test_vocab_parallel",
+    "tests.model.test_label_logprobs",
     "tests.model.test_microbatch",
     "tests.model.test_layers",
     "tests.model.test_head",

@@ -2,16 +2,12 @@
 
 A process of its own; see `bench_case.worker_main`.
 """
-# ruff: noqa: E402  (megatron's warnings of what is not installed must be off before it is imported)
 
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-warnings.filterwarnings("ignore", module=r"megatron\.core")
 
 import torch
 from bench_case import (

@@ -7,8 +7,8 @@ import click
 
 from megatron_solopo.data.rows import Content
 from megatron_solopo.data.tokenizer import load_tokenizer
-from megatron_solopo.evaluate.tasks.catalog import QA, GeneratedTasks, TaskPlan
-from megatron_solopo.evaluate.tasks.questions import QuestionCorpus
+from megatron_solopo.evaluate.tasks.generated_tasks import QA, GeneratedTasks, TaskSettings
+from megatron_solopo.evaluate.tasks.question_corpus import QuestionCorpus
 from megatron_solopo.triplets.prompt import DEFAULT_TEMPLATE, Measure, PromptTemplate
 
 CORPUS = Path(__file__).parents[1] / "musique" / "musique.jsonl"
@@ -34,10 +34,10 @@ def main(tokenizer: str, length: int) -> None:
     corpus = QuestionCorpus(CORPUS, "musique", prompt, seed=0)
     for task in TASKS:
         measure = CountingMeasure(load_tokenizer(tokenizer), "plain")
-        plan = TaskPlan((task,), (length,), depths=(0.5,), samples=1, seed=0)
-        tasks = GeneratedTasks(plan, measure, "plain", corpus=corpus)
+        settings = TaskSettings((task,), (length,), depths=(0.5,), samples=1, seed=0)
+        tasks = GeneratedTasks(settings, measure, "plain", corpus=corpus)
         start = time.process_time()
-        tasks.build(tasks.plan()[0])
+        tasks.build(tasks.specs()[0])
         click.echo(f"{task}: {time.process_time() - start:.2f} s, {measure.calls} tokenizations")
 
 

@@ -36,7 +36,7 @@ def contexts(output: Path) -> None:
 def questions(output: Path) -> None:
     """Write questions on contexts of 16 to 1,024 words."""
     from megatron_solopo.files import atomic_path
-    from megatron_solopo.triplets.contexts import to_line
+    from megatron_solopo.triplets.context_rows import to_line
     from miniature.evaluate import question_rows
     from miniature.runs import EVAL_QUESTIONS, EVAL_SEED
 

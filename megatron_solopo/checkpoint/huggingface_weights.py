@@ -1,9 +1,10 @@
-"""The weights of a Hugging Face directory: safetensors, checked against its config and read piece by piece.
+"""The safetensors files of a Hugging Face directory: read piece by piece, and written tensor by tensor.
 
-Writes safetensors files tensor by tensor: the safetensors library itself wants a whole file's tensors in memory.
+`SafetensorsDirectory` reads, and checks what is stored against config.json. `SafetensorsWriter` writes, because the
+safetensors library needs all tensors of a file in memory at once.
 
-The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of the header, the
-header in JSON with every tensor's precision, shape and place, then the tensors' bytes.
+The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of the header; the header in
+JSON with the precision, shape and place of every tensor; then the bytes of the tensors.
 """
 
 import json
@@ -17,36 +18,46 @@ from threading import Lock
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.checkpoint.manifest import sync_file
 from megatron_solopo.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Index, huggingface_shapes, rules
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, first_problem
 from megatron_solopo.files import counted, write_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""The precisions that weights are stored in, by their names in safetensors."""
-_PIECE_BYTES = 1 << 26
+"""The supported precisions by their names in safetensors."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_COMPARED_BYTES = 1 << 26
+_HEADER_MULTIPLE = 8
+_FLUSH_BYTES = 1 << 28
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SHOWN = 5
 _CONVERT_PICKLED = (
     "pytorch_model.bin is not read; in transformers, load it and save_pretrained(..., safe_serialization=True)"
 )
-# Old checkpoints store these although they follow from the config.
+# Old checkpoints store these, although they follow from the config.
 _DERIVED = ("rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is stored, and as what."""
+    """A tensor as a header describes it."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors names it: BF16, F32, ..."""
+    """Its name in safetensors: BF16, F32 and so on."""
+
+
+class _Index(BaseModel):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, str]
 
 
 class SafetensorsDirectory:
@@ -68,39 +79,35 @@ class SafetensorsDirectory:
         return self._entries_in(SINGLE)
 
     def _checked_index(self) -> dict[str, StoredTensor]:
-        """What every shard holds; all are opened here, so that a bad one is found before loading starts."""
+        """The tensors of all shards. Every shard is opened here, so a bad one is found before loading starts."""
         file = self.path / INDEX
         try:
-            weight_map = json.loads(file.read_bytes())["weight_map"]
-            index = {name: str(shard) for name, shard in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{file}: not an index of safetensors shards: {type(error).__name__}: {error}; "
-                'expected a JSON object whose "weight_map" maps tensors to files'
-            ) from None
+            index = _Index.model_validate_json(file.read_bytes()).weight_map
+        except ValidationError as error:
+            raise UserError(f"{file}: {first_problem(error, 'not an index of safetensors shards')}") from None
         for name, shard in index.items():
             if Path(shard).is_absolute() or ".." in Path(shard).parts:
-                raise UserError(f"{file}: says that {name} lies in {shard}, outside the directory")
+                raise UserError(f"{file}: names {shard} as the file of {name}, which is outside the directory")
         held = {shard: self._entries_in(shard) for shard in sorted(set(index.values()))}
         for name, shard in index.items():
             if name not in held[shard]:
-                raise UserError(f"{file}: says that {shard} holds {name}, which it does not")
+                raise UserError(f"{file}: names {shard} as the file of {name}, but that file does not hold it")
         for shard, entries in held.items():
             for name in entries:
                 if index.get(name) != shard:
-                    raise UserError(f"{file}: does not say that {shard} holds {name}, which it does")
+                    raise UserError(f"{file}: does not name {shard} as the file of {name}, but that file holds it")
         return {name: held[shard][name] for name, shard in index.items()}
 
     def _entries_in(self, file: str) -> dict[str, StoredTensor]:
         with self._open(file) as shard:
-            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118  (no mapping)
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
             return {
                 name: StoredTensor(file, tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()
             }
 
     @contextmanager
     def _open(self, file: str) -> Iterator[safe_open]:
-        """Raises UserError where safetensors refuses header or size."""
+        """Open a file; raises UserError if safetensors refuses its header or its size."""
         try:
             shard = safe_open(self.path / file, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -109,13 +116,13 @@ class SafetensorsDirectory:
             yield shard
 
     def read(self, name: str, index: Index = (slice(None),)) -> Tensor:
-        """A tensor or a part of it, on the CPU, in the precision it is stored in."""
+        """Read a tensor or a part of it on the CPU, in its stored precision."""
         with self._open(self.entries[name].file) as shard:
-            part: Tensor = shard.get_slice(name)[index]
+            part: Tensor = shard.get_slice(name)[index]  # type: ignore[no-untyped-call]
             return part
 
     def read_finite(self, name: str, index: Index = (slice(None),)) -> Tensor:
-        """`read`, but raises UserError, naming tensor and file, where there is NaN or infinity."""
+        """Like `read`, but raises UserError, naming tensor and file, for NaN and infinity."""
         part = self.read(name, index)
         if not all_finite(part):
             raise UserError(
@@ -125,10 +132,10 @@ class SafetensorsDirectory:
         return part
 
     def check(self, architecture: Architecture) -> None:
-        """Compare with what the config asks for.
+        """Compare the stored tensors with those that the config asks for.
 
-        Raises UserError naming missing, unexpected or misshapen tensors, and those of a precision that is not
-        of `DTYPES`; and where tied embeddings are stored twice, with different numbers.
+        Raises UserError naming tensors that are missing, unexpected or misshapen, or whose precision is not in
+        `DTYPES`. Also raises it for tied embeddings that are stored twice with different numbers.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for rule in rules(architecture).values():
@@ -150,24 +157,24 @@ class SafetensorsDirectory:
             self._check_tied()
 
     def _check_tied(self) -> None:
-        """transformers unties such a pair if the two differ, so this must not pass for a tied model."""
+        """Refuse a tied pair whose tensors differ, because transformers would untie it."""
         embedding, output = self.entries[HF_EMBEDDING], self.entries[HF_OUTPUT]
         same = (embedding.shape, embedding.dtype) == (output.shape, output.dtype)
-        step = max(1, _PIECE_BYTES // (4 * embedding.shape[1]))
+        step = max(1, _COMPARED_BYTES // (4 * embedding.shape[1]))
         for start in range(0, embedding.shape[0] if same else 0, step):
             rows = (slice(start, min(start + step, embedding.shape[0])),)
             same = same and bitwise_equal(self.read(HF_EMBEDDING, rows), self.read(HF_OUTPUT, rows))
         if not same:
             raise UserError(
-                f"{self.path}: holds {HF_OUTPUT} beside {HF_EMBEDDING}, and they differ, but config.json ties them; "
-                "set tie_word_embeddings to false there, or remove the one that is not meant"
+                f"{self.path}: holds {HF_OUTPUT} and {HF_EMBEDDING}, which differ, but config.json ties them; "
+                "set tie_word_embeddings to false there, or remove one of the two tensors"
             )
 
 
 def check_tensor_names(
     path: Path, found: Collection[str], expected: Collection[str], architecture: Architecture
 ) -> None:
-    """Raises UserError, naming the first few, if tensors are missing or unexpected."""
+    """Raise UserError, naming the first few, if tensors are missing or unexpected."""
     for problem, names in (("missing", set(expected) - set(found)), ("unexpected", set(found) - set(expected))):
         if names:
             raise UserError(
@@ -177,28 +184,23 @@ def check_tensor_names(
 
 
 def shown_names(names: Sequence[str]) -> str:
-    """The first few of them."""
+    """The first few of them, in one line."""
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether it holds neither NaN nor infinity; takes no memory, unlike `isfinite`."""
+    """Whether it holds neither NaN nor infinity. Unlike `isfinite`, this takes no memory."""
     return all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def bitwise_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether shape, precision and every bit agree: unlike `torch.equal`, NaN equals itself and -0 is not 0."""
+    """Whether shape, precision and every bit agree. Unlike in `torch.equal`, NaN equals itself and -0 is not 0."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     ones, others = (each.contiguous().view(-1).view(torch.uint8) for each in (one, other))
-    # As integers that are as wide as size and place allow: four times as fast as narrow ones.
+    # Wide integers compare four times as fast as narrow ones. Size and place limit the width.
     integer = _INTEGERS[math.gcd(len(ones), ones.storage_offset(), others.storage_offset(), max(_INTEGERS))]
     return torch.equal(ones.view(integer), others.view(integer))
-
-
-_HEADER_MULTIPLE = 8
-_FLUSH_BYTES = 1 << 28
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -206,19 +208,19 @@ class _Place:
     file: Path
     start: int
     like: Tensor
-    """On the meta device: shape and precision."""
+    """A tensor on the meta device, for its shape and precision."""
 
 
 class SafetensorsWriter:
-    """Files of a model in a directory; tensors, and parts of them, may come in any order and from several threads."""
+    """Writes a model's files. Tensors, and parts of them, may come in any order and from several threads."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
-        """Write headers and, for several files, the index.
+        """Write the headers and, for several files, the index.
 
         Args:
             path: an existing directory.
-            tensors: on the meta device, every one that will be written.
-            max_shard_bytes: most bytes of tensors in one file, unless one tensor alone is larger.
+            tensors: every tensor that will be written, on the meta device.
+            max_shard_bytes: the most bytes of tensors in one file. A larger tensor has a file of its own.
         """
         split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_bytes)
         self._places: dict[str, _Place] = {}
@@ -231,7 +233,7 @@ class SafetensorsWriter:
             )
         self._missing = {name: tensor.numel() for name, tensor in tensors.items()}
         self._lock = Lock()
-        # Brings to the disk what is written while the next tensors are read.
+        # Flushes written data to the disk while the next tensors are read.
         self._flusher = ThreadPoolExecutor(1)
         self._flushes: list[Future[None]] = []
         self._unflushed_bytes = 0
@@ -243,7 +245,7 @@ class SafetensorsWriter:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         starts: dict[str, int] = {}
         end = 0
-        # The wider precision first, so that every tensor starts at a multiple of its own width.
+        # Wide precisions come first, so that every tensor starts at a multiple of its own width.
         for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
             starts[name], end = end, end + tensor.nbytes
             header[name] = {
@@ -258,13 +260,13 @@ class SafetensorsWriter:
         self._places |= {name: _Place(file, 8 + len(text) + start, tensors[name]) for name, start in starts.items()}
 
     def write(self, name: str, tensor: Tensor, first_row: int = 0) -> None:
-        """Write one tensor of the announced shape and precision, or rows of it; every row once."""
+        """Write a tensor, or rows of it, with the announced shape and precision. Every row is written once."""
         place = self._places[name]
         assert (tensor.shape[1:], tensor.dtype) == (place.like.shape[1:], place.like.dtype), name
         row_bytes = place.like[:1].nbytes
         with place.file.open("r+b", buffering=0) as stream:
             stream.seek(place.start + first_row * row_bytes)
-            content = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            content = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             while content:
                 content = content[stream.write(content) :]
         with self._lock:
@@ -275,7 +277,7 @@ class SafetensorsWriter:
                 self._unflushed_bytes = 0
 
     def finish(self) -> None:
-        """Make sure that all is written, and on the disk."""
+        """Wait until everything is on the disk; asserts that every tensor was written."""
         missing = {name: count for name, count in self._missing.items() if count}
         assert not missing, missing
         self._flushes += [self._flusher.submit(sync_file, file) for file in self._files]

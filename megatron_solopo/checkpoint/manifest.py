@@ -1,10 +1,10 @@
-"""What a checkpoint must hold: each of its files by size and checksum, in the checkpoint itself.
+"""Lists the files of a checkpoint with sizes and checksums, in the checkpoint itself, and finds damaged files.
 
 manifest.json   {"algorithm": "xxh3_128", "files": {name: {"bytes": ..., "checksum": ...}}, "checksum": that of `files`}
 
-xxh3 finds every damage that disks, networks and interruptions do, several times as fast as SHA-256. It is no
-protection against somebody who writes files to deceive. The model's small files in `huggingface/` are for people to
-edit (a chat template, rope scaling): a change there is told and is no damage.
+xxh3 finds every damage that disks, networks and interruptions cause, and is several times as fast as SHA-256. It does
+not protect against somebody who forges files. People may edit the model's small files in `huggingface/` (a chat
+template, rope scaling): such a change is reported, but is no damage.
 """
 
 import json
@@ -13,15 +13,17 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
 
 MANIFEST = "manifest.json"
-_ALGORITHM = "xxh3_128"
+_ALGORITHM: Literal["xxh3_128"] = "xxh3_128"
 _BLOCK_BYTES = 1 << 22
 _THREADS = 4
 _SHOWN = 3
@@ -29,56 +31,63 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file as it was when the checkpoint was complete."""
+    """A file at the time when the checkpoint was complete."""
 
     bytes: int
     checksum: str
-    """Hex XXH3, 128 bits."""
+    """XXH3 of 128 bits, in hex."""
 
 
-def sealed(file: Path) -> FileEntry:
-    """Bring a file to the disk; returns its size and its checksum as read back."""
-    sync_file(file)
-    return _entry(file)
+class _Content(BaseModel):
+    """manifest.json."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    algorithm: Literal["xxh3_128"]
+    files: dict[str, FileEntry]
+    checksum: str
 
 
 def sealed_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """`sealed` for files of a folder, several at a time."""
+    """Flush files of a folder to the disk, several at a time; returns sizes and checksums as read back."""
+
+    def seal(name: str) -> FileEntry:
+        sync_file(folder / name)
+        return _entry(folder / name)
+
     names = list(names)
     with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: sealed(folder / name), names), strict=True))
+        return dict(zip(names, pool.map(seal, names), strict=True))
 
 
 def write_manifest(folder: Path, files: Mapping[str, FileEntry]) -> None:
-    """Write it into `folder`, last of all files, and bring the folder itself to the disk."""
-    listed = {name: asdict(files[name]) for name in sorted(files)}
-    content = {"algorithm": _ALGORITHM, "files": listed, "checksum": _checksum_of(listed)}
+    """Write the manifest into `folder`, after all other files, and flush the folders to the disk."""
+    content = _Content(algorithm=_ALGORITHM, files=dict(sorted(files.items())), checksum=_checksum_of(files))
     file = folder / MANIFEST
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(content.model_dump(), indent=1) + "\n", encoding="utf-8")
     sync_file(file)
     for each in {folder, *((folder / name).parent for name in files)}:
         sync_directory(each)
 
 
 def read_manifest(folder: Path) -> dict[str, FileEntry]:
-    """Files by their name in `folder`; raises UserError, naming the manifest, if it is missing or damaged."""
+    """Return the files by their names in `folder`; raises UserError if the manifest is missing or damaged."""
     file = folder / MANIFEST
     try:
-        content = json.loads(file.read_bytes())
-        listed = content["files"]
-        if content["algorithm"] != _ALGORITHM or content["checksum"] != _checksum_of(listed):
-            raise UserError
-        return {name: FileEntry(**entry) for name, entry in listed.items()}
+        content = _Content.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{file}: is missing; it is the last file that a save writes") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except ValidationError:
         raise UserError(f"{file}: is damaged") from None
+    if content.checksum != _checksum_of(content.files):
+        raise UserError(f"{file}: is damaged")
+    return content.files
 
 
 def share(files: Mapping[str, FileEntry], rank: int, ranks: int) -> dict[str, FileEntry]:
-    """The files that one of several ranks looks at: about as many bytes each, every file once."""
+    """Return the files that one of several ranks checks. Ranks share all files, with about as many bytes each."""
     loads = [0] * ranks
     mine = {}
     for name, entry in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
@@ -90,10 +99,10 @@ def share(files: Mapping[str, FileEntry], rank: int, ranks: int) -> dict[str, Fi
 
 
 def damages(folder: Path, files: Mapping[str, FileEntry], *, checksums: bool) -> list[str]:
-    """One line for every file, but those to edit, that is not as it was: its path, and what is wrong.
+    """Return one line for every damaged file: its path, and what is wrong. Files that people may edit are left out.
 
     Args:
-        checksums: read every file whole; False: compare sizes alone.
+        checksums: True reads every file whole; False compares sizes only.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         listed = [(name, entry) for name, entry in files.items() if not _is_to_edit(name)]
@@ -102,15 +111,15 @@ def damages(folder: Path, files: Mapping[str, FileEntry], *, checksums: bool) ->
 
 
 def edited(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
-    """Names of the model's small files that somebody has changed or removed since."""
+    """Return the names of the model's small files that somebody has changed or removed."""
     listed = {name: entry for name, entry in files.items() if _is_to_edit(name)}
     return [name for name, entry in listed.items() if _damage(folder / name, entry, checksums=True)]
 
 
 def check_listed(folder: Path, *, checksums: bool) -> str:
-    """Hold a checkpoint against its manifest; returns what was found, for a report.
+    """Compare a checkpoint with its manifest; returns the finding for a report. A checkpoint without one passes.
 
-    Raises UserError naming the files that are damaged, or the manifest if it is. A checkpoint without one passes.
+    Raises UserError naming the damaged files, or the manifest if that is damaged.
     """
     if not (folder / MANIFEST).exists():
         return "none in this checkpoint"
@@ -122,19 +131,19 @@ def check_listed(folder: Path, *, checksums: bool) -> str:
 
 
 def shown(found: list[str]) -> str:
-    """Damages in one line, the first few by name; empty where there are none."""
+    """Return the damages in one line, the first few by name, or an empty string."""
     more = f" and {counted(len(found) - _SHOWN, 'more file')}" if len(found) > _SHOWN else ""
     return "; ".join(found[:_SHOWN]) + more
 
 
 def sync_file(path: Path) -> None:
-    """Bring what was written to a file to the disk."""
+    """Flush the content of a file to the disk."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
 def sync_directory(path: Path) -> None:
-    """Bring names that were made or changed in a directory to the disk."""
+    """Flush new and changed names of a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -170,5 +179,6 @@ def _entry(file: Path) -> FileEntry:
     return FileEntry(size, digest.hexdigest())
 
 
-def _checksum_of(listed: Mapping[str, object]) -> str:
+def _checksum_of(files: Mapping[str, FileEntry]) -> str:
+    listed = {name: asdict(entry) for name, entry in files.items()}
     return xxhash.xxh3_128(json.dumps(listed, sort_keys=True).encode()).hexdigest()

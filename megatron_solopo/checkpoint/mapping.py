@@ -1,21 +1,29 @@
-"""How Hugging Face tensors become Megatron parameters, and back: one table, both directions.
+"""The table that maps Hugging Face tensors to Megatron parameters. Both directions of a conversion read it.
 
-A rule names one Megatron parameter, the Hugging Face tensors that it is made of, with their
-shapes, how they are fused, and along which dimension tensor parallelism cuts the result:
+A `Rule` describes one Megatron parameter: its name, the Hugging Face tensors that it is made of, their shapes, how
+they are fused, and the dimension that tensor parallelism cuts.
 
-    copy     one tensor, as it is
-    vocab    one tensor, padded with zero rows to the padded vocabulary
-    qkv      per key-value group: its query heads, its key head, its value head (GQA)
-    gate_up  [gate; up]; each tensor-parallel rank holds its share of both
+    fusion    the Megatron parameter
+    copy      one tensor, unchanged
+    vocab     one tensor, padded with zero rows to the padded vocabulary
+    qkv       for each key-value group: its query heads, its key head, its value head
+    gate_up   [gate; up]; each tensor-parallel rank holds its share of both
 
-Families differ in three rules: Qwen2 adds biases, Qwen3 norms of queries and keys, and models with
-untied embeddings an output layer. The fused parameter has as many rows as its parts together, so
-every direction (a rank's share, a piece of a checkpoint, a Hugging Face tensor) is a range of rows.
+A fused parameter has as many rows as its parts together. Every reader (a rank's share, a piece of a checkpoint, a
+Hugging Face tensor) therefore asks for a range of rows.
+
+To add a model family:
+
+1. Name it in `architecture.huggingface_config`, and state there how its config differs.
+2. If it has other tensors, add a tuple of rules below, and select it in `rules`. Families differ in three places
+   today: Qwen2 adds biases, Qwen3 adds norms of queries and keys, and untied embeddings add an output layer.
+3. If a tensor has a new size, name the size in `_sizes`. If tensors are fused in a new way, add a `Fusion`.
+4. Add a tiny model to the tests: every family is converted there and back, and compared with transformers.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,22 +31,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.huggingface_config import ModelShape
 
 Fusion = Literal["copy", "vocab", "qkv", "gate_up"]
 Index = tuple[slice, ...]
 ReadTensor = Callable[[str, Index], Tensor]
-"""Hugging Face name, and which part of the tensor."""
+"""Reads the part at an index of the Hugging Face tensor with a name."""
 ReadRows = Callable[[int, int], Tensor]
-"""First row and end of a range of a Megatron parameter."""
+"""Reads the rows [start, end) of a Megatron parameter."""
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
-# Small enough for the allocator to use the same memory again: fresh pages for every block double the time.
+# The allocator reuses the memory of blocks of this size. Fresh pages for every block double the time.
 _BLOCK_BYTES = 1 << 24
-# Transformer Engine fuses each norm into the linear layer behind it and renames its weight. Megatron's
-# checkpoints use this name whichever implementation wrote them.
+# Transformer Engine fuses each norm into the linear layer behind it and renames its weight. Megatron's checkpoints
+# always use the fused name.
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -47,12 +55,12 @@ _FUSED_NORMS = {
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter. `{}` in a name stands for the layer number, from 0."""
+    """One Megatron parameter. In the table, `{}` in a name stands for the layer number, counted from 0."""
 
     megatron: str
     huggingface: tuple[str, ...]
     shapes: tuple[str, ...]
-    """Of each Hugging Face tensor, by the names in `_sizes`."""
+    """The shape of each Hugging Face tensor, in the names of `_sizes`."""
     fusion: Fusion = "copy"
     shard_dim: int | None = None
 
@@ -72,7 +80,8 @@ class Rule:
         return (name, None) if found is None else (f"decoder.layers.{found[2]}", int(found[1]))
 
 
-_D, _HF = "decoder.layers.{}.", "model.layers.{}."
+# The prefixes of a layer's parameters.
+_MEGATRON, _HF = "decoder.layers.{}.", "model.layers.{}."
 _QUERY, _KEY, _VALUE = (f"{_HF}self_attn.{name}_proj." for name in "qkv")
 _GATE, _UP, _DOWN = (f"{_HF}mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
 # fmt: off
@@ -81,58 +90,58 @@ _OUTER = (
     Rule("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",)),
 )
 _LAYER = (
-    Rule(_D + "input_layernorm.weight", (_HF + "input_layernorm.weight",), ("hidden",)),
-    Rule(_D + "self_attention.linear_qkv.weight", (_QUERY + "weight", _KEY + "weight", _VALUE + "weight"),
+    Rule(_MEGATRON + "input_layernorm.weight", (_HF + "input_layernorm.weight",), ("hidden",)),
+    Rule(_MEGATRON + "self_attention.linear_qkv.weight", (_QUERY + "weight", _KEY + "weight", _VALUE + "weight"),
          ("queries hidden", "keys hidden", "keys hidden"), "qkv", 0),
-    Rule(_D + "self_attention.linear_proj.weight", (_HF + "self_attn.o_proj.weight",), ("hidden queries",),
+    Rule(_MEGATRON + "self_attention.linear_proj.weight", (_HF + "self_attn.o_proj.weight",), ("hidden queries",),
          shard_dim=1),
-    Rule(_D + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), ("hidden",)),
-    Rule(_D + "mlp.linear_fc1.weight", (_GATE, _UP), ("ffn hidden", "ffn hidden"), "gate_up", 0),
-    Rule(_D + "mlp.linear_fc2.weight", (_DOWN,), ("hidden ffn",), shard_dim=1),
+    Rule(_MEGATRON + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), ("hidden",)),
+    Rule(_MEGATRON + "mlp.linear_fc1.weight", (_GATE, _UP), ("ffn hidden", "ffn hidden"), "gate_up", 0),
+    Rule(_MEGATRON + "mlp.linear_fc2.weight", (_DOWN,), ("hidden ffn",), shard_dim=1),
 )
-_UNTIED = (Rule(OUTPUT, (HF_OUTPUT,), ("vocab hidden",), "vocab", 0),)
+_OUTPUT_LAYER = (Rule(OUTPUT, (HF_OUTPUT,), ("vocab hidden",), "vocab", 0),)
 _QKV_BIAS = (
-    Rule(_D + "self_attention.linear_qkv.bias", (_QUERY + "bias", _KEY + "bias", _VALUE + "bias"),
+    Rule(_MEGATRON + "self_attention.linear_qkv.bias", (_QUERY + "bias", _KEY + "bias", _VALUE + "bias"),
          ("queries", "keys", "keys"), "qkv", 0),
 )
 _QK_NORM = (
-    Rule(_D + "self_attention.q_layernorm.weight", (_HF + "self_attn.q_norm.weight",), ("head",)),
-    Rule(_D + "self_attention.k_layernorm.weight", (_HF + "self_attn.k_norm.weight",), ("head",)),
+    Rule(_MEGATRON + "self_attention.q_layernorm.weight", (_HF + "self_attn.q_norm.weight",), ("head",)),
+    Rule(_MEGATRON + "self_attention.k_layernorm.weight", (_HF + "self_attn.k_norm.weight",), ("head",)),
 )
 # fmt: on
 
 
-def rules(architecture: Architecture) -> dict[str, Rule]:
-    """Every parameter of the model by its Megatron name, layers counted over the whole model."""
+def rules(architecture: ModelShape) -> dict[str, Rule]:
+    """Every parameter of the model by its Megatron name. Layers are counted over the whole model."""
     per_layer = _LAYER + (_QKV_BIAS if architecture.add_qkv_bias else ())
     per_layer += _QK_NORM if architecture.qk_layernorm else ()
-    table = _OUTER + (() if architecture.tied_embeddings else _UNTIED)
+    table = _OUTER + (() if architecture.tied_embeddings else _OUTPUT_LAYER)
     table += tuple(rule.in_layer(layer) for layer in range(architecture.num_layers) for rule in per_layer)
     return {rule.megatron: rule for rule in table}
 
 
 def canonical_name(name: str) -> str:
-    """A parameter's name in the table, whichever layer implementation holds it."""
+    """Return a parameter's name in the table, for the name that any layer implementation gives it."""
     for fused, plain in _FUSED_NORMS.items():
         if name.endswith(fused):
             return name.removesuffix(fused) + plain
     return name
 
 
-def huggingface_shapes(rule: Rule, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Shape of each of the rule's Hugging Face tensors, by name, in the rule's order."""
+def huggingface_shapes(rule: Rule, architecture: ModelShape) -> dict[str, tuple[int, ...]]:
+    """The shapes of the rule's Hugging Face tensors by name, in the rule's order."""
     sizes = _sizes(architecture)
     shapes = (tuple(sizes[name] for name in shape.split()) for shape in rule.shapes)
     return dict(zip(rule.huggingface, shapes, strict=True))
 
 
-def megatron_shape(rule: Rule, architecture: Architecture) -> tuple[int, ...]:
-    """Shape of the whole parameter, without vocabulary padding."""
+def megatron_shape(rule: Rule, architecture: ModelShape) -> tuple[int, ...]:
+    """The shape of the whole parameter, without vocabulary padding."""
     shapes = list(huggingface_shapes(rule, architecture).values())
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def _sizes(architecture: Architecture) -> dict[str, int]:
+def _sizes(architecture: ModelShape) -> dict[str, int]:
     return {
         "vocab": architecture.vocab_size,
         "hidden": architecture.hidden_size,
@@ -143,11 +152,11 @@ def _sizes(architecture: Architecture) -> dict[str, int]:
     }
 
 
-def megatron_rows(rule: Rule, architecture: Architecture, read: ReadTensor, rows: slice, *others: slice) -> Tensor:
-    """Rows of the whole Megatron parameter, of which `read` is asked for no more than these rows take.
+def megatron_rows(rule: Rule, architecture: ModelShape, read: ReadTensor, rows: slice, *others: slice) -> Tensor:
+    """Return rows of the whole Megatron parameter. `read` is asked only for what these rows contain.
 
     Args:
-        others: which part of the other dimension, where there is one; all of it by default.
+        others: the part of the second dimension, if only a part is wanted.
     """
     shapes = huggingface_shapes(rule, architecture)
     if rule.fusion == "qkv":
@@ -162,21 +171,31 @@ def megatron_rows(rule: Rule, architecture: Architecture, read: ReadTensor, rows
 
 
 def _qkv_rows(
-    architecture: Architecture, shapes: dict[str, tuple[int, ...]], read: ReadTensor, rows: slice, *others: slice
+    architecture: ModelShape, shapes: dict[str, tuple[int, ...]], read: ReadTensor, rows: slice, *others: slice
 ) -> Tensor:
-    """Fuses the groups that the rows touch: q [heads * d], k, v [groups * d] -> [groups * (heads / groups + 2) * d]."""
-    counts = {name: shape[0] // architecture.num_query_groups for name, shape in shapes.items()}
+    """Fuse the groups that the rows touch: q [heads * d], k, v [groups * d] -> [groups * (heads / groups + 2) * d]."""
+    counts = _rows_per_group(architecture, shapes)
     per_group = sum(counts.values())
     first, end = rows.start // per_group, -(-rows.stop // per_group)
-    parts = [read(name, (slice(first * n, end * n), *others)).unflatten(0, (-1, n)) for name, n in counts.items()]
+    parts = [_grouped(read(name, (slice(first * n, end * n), *others)), n) for name, n in counts.items()]
     fused = torch.cat(parts, dim=1).flatten(0, 1)
     return fused[rows.start - first * per_group : rows.stop - first * per_group]
 
 
-def row_blocks(rule: Rule, architecture: Architecture, itemsize: int) -> Iterator[slice]:
-    """Ranges of rows of the whole parameter, about 16 MiB each, that are read and written at once.
+def _rows_per_group(architecture: ModelShape, shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """The rows that one key-value group has in each of the three tensors."""
+    return {name: shape[0] // architecture.num_query_groups for name, shape in shapes.items()}
 
-    Those of fused queries, keys and values end between groups where a group fits.
+
+def _grouped(rows: Tensor, rows_per_group: int) -> Tensor:
+    """[groups * rows_per_group, ...] -> [groups, rows_per_group, ...], without a copy."""
+    return rows.view(-1, rows_per_group, *rows.shape[1:])
+
+
+def row_blocks(rule: Rule, architecture: ModelShape, itemsize: int) -> Iterator[slice]:
+    """Cut the whole parameter into ranges of rows of about 16 MiB, each of which is read and written at once.
+
+    Fused queries, keys and values are cut only between key-value groups.
 
     Args:
         itemsize: bytes of one number.
@@ -189,12 +208,12 @@ def row_blocks(rule: Rule, architecture: Architecture, itemsize: int) -> Iterato
 
 
 def huggingface_blocks(
-    rule: Rule, architecture: Architecture, read: ReadRows, itemsize: int
+    rule: Rule, architecture: ModelShape, read: ReadRows, itemsize: int
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """The rule's Hugging Face tensors in blocks of rows: name, first row, rows. Each tensor's come in order.
+    """Yield the rule's Hugging Face tensors in blocks: name, first row, rows. The blocks of a tensor come in order.
 
     Args:
-        read: reads rows of the whole Megatron parameter; `row_blocks` says how many at once.
+        read: reads rows of the whole Megatron parameter, as many at once as `row_blocks` says.
         itemsize: bytes of one number.
     """
     shapes = huggingface_shapes(rule, architecture)
@@ -211,20 +230,23 @@ def huggingface_blocks(
 
 
 def _qkv_blocks(
-    architecture: Architecture, shapes: dict[str, tuple[int, ...]], read: ReadRows, rows: slice
+    architecture: ModelShape, shapes: dict[str, tuple[int, ...]], read: ReadRows, rows: slice
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """Undoes `_qkv_rows` for whole groups."""
-    counts = {name: shape[0] // architecture.num_query_groups for name, shape in shapes.items()}
+    """Undo `_qkv_rows` for whole groups."""
+    counts = _rows_per_group(architecture, shapes)
     first_group = rows.start // sum(counts.values())
-    groups = read(rows.start, rows.stop).unflatten(0, (-1, sum(counts.values())))
-    for (name, count), part in zip(counts.items(), groups.split(list(counts.values()), dim=1), strict=True):
+    groups = _grouped(read(rows.start, rows.stop), sum(counts.values()))
+    for (name, count), part in zip(counts.items(), torch.split(groups, list(counts.values()), dim=1), strict=True):
         yield name, first_group * count, part.flatten(0, 1)
 
 
 def to_megatron(
-    rule: Rule, architecture: Architecture, read: ReadTensor, *, rank: int, size: int, padded_vocab: int
+    rule: Rule, architecture: ModelShape, read: ReadTensor, *, rank: int, size: int, padded_vocab: int
 ) -> Tensor:
-    """The share of tensor-parallel rank `rank` of `size`, reading nothing of the others' but what is fused with it."""
+    """Return the share of tensor-parallel rank `rank` of `size`.
+
+    Only this share is read. The exception is a key-value group that several ranks share: it is read whole.
+    """
     rows = megatron_shape(rule, architecture)[0]
     if rule.shard_dim is None:
         return megatron_rows(rule, architecture, read, slice(0, rows))
@@ -240,19 +262,6 @@ def to_megatron(
         found = megatron_rows(rule, architecture, read, slice(min(own.start, rows), min(own.stop, rows)))
         return F.pad(found, (0, 0, 0, own.stop - own.start - len(found)))
     return megatron_rows(rule, architecture, read, _share(rows, rank, size))
-
-
-def to_huggingface(rule: Rule, architecture: Architecture, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Join the shards of all tensor-parallel ranks and split them into Hugging Face tensors."""
-    if rule.fusion == "gate_up":
-        halves = [shard.chunk(2, dim=0) for shard in shards]
-        full = torch.cat([half[part] for part in range(2) for half in halves])
-    else:
-        full = shards[0] if rule.shard_dim is None else torch.cat(list(shards), dim=rule.shard_dim)
-    blocks: dict[str, list[Tensor]] = {name: [] for name in rule.huggingface}
-    for name, _, block in huggingface_blocks(rule, architecture, lambda start, end: full[start:end], full.itemsize):
-        blocks[name].append(block)
-    return tuple(torch.cat(parts) for parts in blocks.values())
 
 
 def _share(count: int, rank: int, size: int) -> slice:

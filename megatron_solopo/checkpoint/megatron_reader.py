@@ -1,32 +1,32 @@
-"""Reads the list of stored tensors of a Megatron distributed checkpoint without running code of it.
+"""Reads the model's tensors of a Megatron distributed checkpoint. Neither builds the model nor runs code of the files.
 
-The list (`.metadata`) is a pickle that torch's distributed checkpointing writes. It is read by an unpickler that knows
-no class but those that belong there.
+Megatron stacks a parameter of all layers in one tensor, [layers, ...]. The ranks that wrote a tensor cut it into
+pieces. A checkpoint has two kinds of file:
 
-A piece of a tensor in a Megatron distributed checkpoint, read on the pages of its file.
-
-torch writes every piece as `torch.save` does, many in one file. Loading one copies its numbers, to memory that the
-kernel must clear first; mapped, they are where the kernel has read them, and those that nobody asks for are not read.
-
-Reads parameters of a Megatron distributed checkpoint, without building its model and without running code of it.
-
-Megatron stores the layers of a model stacked in one tensor, [layers, ...], cut into pieces as the
-ranks that wrote it held them.
+- `.metadata` lists the pieces. It is a pickle, so an unpickler reads it that knows only the classes of such a list.
+- `*.distcp` hold the pieces, many in one file, each in the format of `torch.save`. `torch.load` would copy a piece to
+  fresh memory. `Piece.read` maps the file instead: the numbers stay where the kernel read them, and numbers that nobody
+  asks for are not read.
 """
 
 import io
 import math
 import pickle
+import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import IO, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import Metadata
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
 
@@ -36,6 +36,24 @@ from megatron_solopo.checkpoint.huggingface_weights import DTYPES, check_tensor_
 from megatron_solopo.checkpoint.mapping import ReadRows, Rule, megatron_shape, rules
 from megatron_solopo.errors import UserError
 
+THREADS = 2
+"""Threads of a conversion: while one waits for the disk or the kernel, the other computes."""
+_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+# What a damaged pickle of tensors raises. Python's documentation of pickle names some, and says that there are others.
+_DAMAGED_PICKLE = (
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _SAFE_CLASSES = {
     "torch": {"Size", "device"},  # and every dtype
     "torch.serialization": {"_get_layout"},
@@ -64,26 +82,22 @@ _SAFE_CLASSES = {
 
 
 def read_metadata(checkpoint: Path) -> Metadata:
-    """Raises UserError, naming the file, where it is damaged or holds what has no place in it."""
+    """Read the list of pieces; raises UserError, naming the file, if it is damaged or holds other things."""
     file = checkpoint / METADATA
+    content = io.BytesIO(file.read_bytes())
     try:
-        metadata = _Unpickler(io.BytesIO(file.read_bytes()), file).load()
-    except _Refused:
+        metadata = _Unpickler(content, file).load()
+    except UserError:
         raise
-    # A torn pickle raises whatever its bytes lead to.
-    except Exception as error:
-        raise UserError(f"{file}: cannot be read: {type(error).__name__}: {error}") from None
+    except _DAMAGED_PICKLE as error:
+        raise UserError(f"{file}: cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(metadata, Metadata) or not metadata.storage_data:
         raise UserError(f"{file}: is no list of stored tensors")
     return metadata
 
 
-class _Refused(UserError):
-    """The list of pieces holds what has no place in one."""
-
-
 class _Unpickler(pickle._Unpickler):
-    """Makes instances of the classes above and nothing else. In Python, where each step of it can be replaced."""
+    """Makes instances of `_SAFE_CLASSES` only. It is Python's own unpickler, in which each step can be replaced."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
@@ -94,24 +108,24 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in _SAFE_CLASSES.get(module, ()):
-            raise _Refused(f"{self._file}: names {module}.{name}, which has no place in a checkpoint; it was not run")
+            raise UserError(f"{self._file}: names {module}.{name}, which has no place in a checkpoint; it was not run")
         return super().find_class(module, name)
 
     def load_build(self) -> None:
-        """Sets the attributes of an instance, never those of a class or a function, which all others share."""
-        target = self.stack[-2]
+        """Set the attributes of an instance, but never those of a class or a function, which all code shares."""
+        target = self.stack[-2]  # type: ignore[attr-defined]
         if isinstance(target, type) or callable(target):
-            raise _Refused(
+            raise UserError(
                 f"{self._file}: would change {target!r}, which has no place in a checkpoint; it was not done"
             )
-        super().load_build()
+        super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored piece of a tensor: bytes [start, start + length) of a file, torch's own format."""
+    """A stored piece of a tensor: the bytes [start, start + length) of a file, in the format of `torch.save`."""
 
     key: str
     offsets: tuple[int, ...]
@@ -122,47 +136,48 @@ class Piece:
     length: int
 
     def read(self) -> Tensor:
-        """The numbers, mapped: of `shape` and `dtype`, with a hold on the file while the tensor lives.
+        """Map the numbers, with `shape` and `dtype`. The tensor keeps the file open while it lives.
 
-        Raises UserError, naming the file, where something else is stored there. A file that somebody cuts short while
-        it is mapped ends the process (SIGBUS), as it does with safetensors.
+        Raises UserError, naming the file, if something else is stored there. If somebody cuts the file short while it
+        is mapped, the process ends (SIGBUS), as it does with safetensors.
         """
         with self.file.open("rb") as stream:
-            # What is torn leads torch and its unpickler to any exception.
-            try:
-                like, start = self._stored(stream)
-                nbytes = like.untyped_storage().nbytes()
-                first = start // ALLOCATIONGRANULARITY * ALLOCATIONGRANULARITY
-                pages = mmap(stream.fileno(), start + nbytes - first, access=ACCESS_COPY, offset=first)
-                count = nbytes // self.dtype.itemsize
-                numbers = torch.frombuffer(pages, dtype=self.dtype, count=count, offset=start - first)
-                return numbers.as_strided(like.shape, like.stride(), like.storage_offset())
-            except Exception as error:
-                problem = " ".join(str(error).split())[:200] or type(error).__name__
-                raise UserError(
-                    f"{self.file}: {self.key} cannot be read: {problem}; the checkpoint is damaged"
-                ) from None
+            like, start = self._find_numbers(stream)
+            nbytes = like.untyped_storage().nbytes()
+            first = start // ALLOCATIONGRANULARITY * ALLOCATIONGRANULARITY
+            pages = mmap(stream.fileno(), start + nbytes - first, access=ACCESS_COPY, offset=first)
+        count = nbytes // self.dtype.itemsize
+        numbers = torch.frombuffer(pages, dtype=self.dtype, count=count, offset=start - first)
+        return numbers.as_strided(like.shape, like.stride(), like.storage_offset())
 
-    def _stored(self, stream: BinaryIO) -> tuple[Tensor, int]:
-        """What is stored, on the meta device, and the byte of the file where its numbers begin."""
-        view = _create_file_view(stream, self.start, self.length)
-        like = torch.load(view, map_location="meta", weights_only=True)
+    def _find_numbers(self, stream: IO[bytes]) -> tuple[Tensor, int]:
+        """Return the stored tensor on the meta device, and the byte of the file where its numbers begin."""
+        view = cast(IO[bytes], _create_file_view(cast(io.IOBase, stream), self.start, self.length))
+        try:
+            like = torch.load(view, map_location="meta", weights_only=True)
+            view.seek(0)
+            reader: Any = torch._C.PyTorchFileReader(view)
+            start = self.start + reader.get_record_offset("data/0")
+        except _DAMAGED_PICKLE as error:
+            raise self._damaged(" ".join(str(error).split())[:200] or type(error).__name__) from error
+        if not isinstance(like, Tensor):
+            raise self._damaged(f"holds {type(like).__name__} instead of a tensor")
         if (tuple(like.shape), like.dtype) != (self.shape, self.dtype):
-            raise UserError(f"holds {like.dtype} of shape {tuple(like.shape)} instead of {self.dtype} of {self.shape}")
-        view.seek(0)
-        start = self.start + torch._C.PyTorchFileReader(view).get_record_offset("data/0")
-        if start + like.untyped_storage().nbytes() > self.start + self.length:
-            raise UserError("it ends before its last number")
+            raise self._damaged(
+                f"holds {like.dtype} of shape {tuple(like.shape)} instead of {self.dtype} of {self.shape}"
+            )
+        nbytes = like.untyped_storage().nbytes()
+        last = like.storage_offset() + sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True))
+        if start + nbytes > self.start + self.length or (last + 1) * self.dtype.itemsize > nbytes:
+            raise self._damaged("it ends before its last number")
         return like, start
 
-
-THREADS = 2
-"""Convert side by side: while one waits for the disk or for the kernel, the other computes."""
-_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+    def _damaged(self, problem: str) -> UserError:
+        return UserError(f"{self.file}: {self.key} cannot be read: {problem}; the checkpoint is damaged")
 
 
 class MegatronDirectory:
-    """The model's tensors in a Megatron checkpoint; the optimizer's state and everything else is passed over."""
+    """The model's tensors in a Megatron checkpoint. Everything else there, as the optimizer's state, is ignored."""
 
     def __init__(self, path: Path) -> None:
         """Raises UserError if `path` is no checkpoint, or if its list of pieces or one of its files is damaged."""
@@ -191,15 +206,16 @@ class MegatronDirectory:
     def _find_piece(self, metadata: Metadata, key: str, chunk: ChunkStorageMetadata) -> Piece:
         info = metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
         if info is None:
-            raise UserError(f"{self.path / METADATA}: says of no file that it holds {key} {chunk.offsets}")
+            raise UserError(f"{self.path / METADATA}: names no file for {key} {chunk.offsets}")
         if Path(info.relative_path).name != info.relative_path:
             raise UserError(
-                f"{self.path / METADATA}: says that {key} lies in {info.relative_path}, outside the checkpoint"
+                f"{self.path / METADATA}: names {info.relative_path} as the file of {key}, "
+                "which is outside the checkpoint"
             )
         if getattr(info, "transform_descriptors", None):
             raise UserError(
-                f"{self.path / METADATA}: says that {key} is stored through {', '.join(info.transform_descriptors)}; "
-                "supported: plain files"
+                f"{self.path / METADATA}: {key} is stored with transforms {', '.join(info.transform_descriptors)}; "
+                "supported: none"
             )
         place, dtype = self.path / info.relative_path, self.tensors[key].properties.dtype
         return Piece(key, tuple(chunk.offsets), tuple(chunk.sizes), dtype, place, info.offset, info.length)
@@ -211,10 +227,10 @@ class MegatronDirectory:
                 sizes[piece.file] = piece.file.stat().st_size if piece.file.is_file() else -1
             if sizes[piece.file] < piece.start + piece.length:
                 problem = "is missing" if sizes[piece.file] < 0 else f"is cut short at {sizes[piece.file]:,} bytes"
-                raise UserError(f"{piece.file}: {problem}, {piece.key} was stored there; the checkpoint is damaged")
+                raise UserError(f"{piece.file}: {problem} and should hold {piece.key}; the checkpoint is damaged")
 
     def check(self, architecture: Architecture) -> None:
-        """Compare with what the config asks for; a vocabulary may be padded.
+        """Compare the stored tensors with those that the config asks for. The vocabulary may be padded.
 
         Raises UserError naming missing, unexpected or misshapen tensors, or a precision that is not supported.
         """
@@ -244,7 +260,7 @@ class MegatronDirectory:
         return found
 
     def rows_of(self, rule: Rule) -> ReadRows:
-        """A function that reads rows of one parameter, in the precision they are stored in."""
+        """Return a function that reads rows of one parameter in their stored precision."""
         key, layer = rule.stored_at
         others = list(self.tensors[key].size)[1 if layer is None else 2 :]
 
@@ -257,7 +273,7 @@ class MegatronDirectory:
         return read
 
     def _read(self, key: str, offsets: list[int], sizes: list[int]) -> Tensor:
-        """One box of a tensor; memory is taken only where several pieces are joined."""
+        """Read a box of a tensor. This takes memory only if the box consists of several pieces."""
         entry = self.tensors[key]
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, entry, [box])

@@ -1,9 +1,9 @@
 """Writes a Megatron distributed checkpoint from Hugging Face weights, piece by piece, without building the model.
 
-What Megatron needs to know (keys, shapes, where pieces lie) follows from the mapping table, so torch's own
-writer of distributed checkpoints is given a plan made from shapes; it asks for the numbers of one piece at
-a time. Pieces are small, whatever the tensor, and Megatron reads those that its layout needs.
-The vocabulary is stored without padding: Megatron pads with zeros when it loads under some tensor parallelism.
+The mapping table states what Megatron must know: keys, shapes, and where pieces lie. A plan for torch's own writer of
+distributed checkpoints is made from it, and the writer asks for the numbers of one piece at a time. All pieces are
+small, and Megatron reads those that its layout needs. The vocabulary is stored without padding, because Megatron pads
+it with zeros when it loads under some tensor parallelism.
 """
 
 import io
@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import (
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
-    DefaultSavePlanner,
-    FileSystemWriter,
+    ChunkStorageMetadata,
     Metadata,
-    SavePlan,
+    MetadataIndex,
+    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import BytesIOWriteData, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import FORMAT, MEGATRON_LM_VERSION
@@ -35,9 +36,11 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.files import write_json
 
 _FILE_BYTES = 1 << 30
-# The fields of Megatron's CheckpointingConfig that every version of it knows; to import it takes seconds.
+# The fields of Megatron's CheckpointingConfig that every version knows. Importing the class takes seconds.
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-# Every linear layer has a place for what Transformer Engine keeps beside the weights; other layers store None there.
+# Transformer Engine keeps state of its kernels beside the weights of every linear layer. With its default strictness,
+# Megatron-LM's `--load` asks for that state under every layer specification, so an import stores an empty one. Our own
+# loader does not ask for it, so a run's checkpoints hold none (see `sharded_state`).
 _EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -48,18 +51,24 @@ class _Piece:
     item: WriteItem
     nbytes: int
 
+    @property
+    def shape(self) -> torch.Size:
+        """The shape in the checkpoint, where the layers are stacked."""
+        assert self.item.tensor_data is not None
+        return self.item.tensor_data.chunk.sizes
+
 
 def write_megatron(
     source: SafetensorsDirectory, architecture: Architecture, path: Path, progress: Callable[[int], Any]
 ) -> None:
-    """Write the checkpoint into the directory `path`; `metadata.json`, which makes it one, comes last.
+    """Write the checkpoint into the directory `path`. `metadata.json`, which makes it complete, comes last.
 
     Args:
-        source: has passed its check.
-        progress: told of every number of bytes that was written.
+        source: must have passed its check.
+        progress: called with the number of bytes of each piece.
 
-    Raises UserError if the tensors that Megatron stores as one differ in precision or are not finite, OSError where
-    writing fails.
+    Raises UserError if tensors that Megatron stores as one differ in precision, or if numbers are not finite. Raises
+    OSError if writing fails.
     """
     pieces = list(_pieces(source, architecture))
     objects = _extra_states(architecture)
@@ -68,7 +77,7 @@ def write_megatron(
     writer.set_up_storage_writer(is_coordinator=True)
     groups = [[_bytes_item(key, content) for key, content in objects.items()], *_by_file(pieces)]
     plans = writer.prepare_global_plan([SavePlan(items) for items in groups])
-    # One thread's file goes to the disk while the other reads and fuses.
+    # While one thread waits for the disk, the other reads and fuses.
     with ThreadPoolExecutor(THREADS, initializer=_leave_out_checksums) as pool:
         results = list(pool.map(lambda plan: writer.write_data(plan, planner).value(), plans))
     writer.finish(_metadata(pieces, objects, architecture), results)
@@ -118,7 +127,7 @@ def _by_file(pieces: list[_Piece]) -> list[list[WriteItem]]:
 
 
 def _extra_states(architecture: Architecture) -> dict[str, bytes]:
-    """By key: nothing, in the form of Megatron's sharded objects."""
+    """Empty states of kernels by key, in the form of Megatron's sharded objects."""
     buffer = io.BytesIO()
     torch.save([None], buffer)
     count = architecture.num_layers
@@ -141,12 +150,12 @@ def _metadata(pieces: list[_Piece], objects: dict[str, bytes], architecture: Arc
 
 
 def _leave_out_checksums() -> None:
-    """For this thread: torch's CRC-32 of each piece costs more than writing it, and torch never reads it."""
+    """Turn off torch's CRC-32 in this thread. It costs more than writing a piece, and torch never reads it."""
     torch.serialization.set_crc32_options(False)
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Reads and fuses a piece when the writer asks for it."""
+    """Reads and fuses a piece when torch's writer asks for it."""
 
     def __init__(
         self,
@@ -166,5 +175,5 @@ class _LazyPlanner(DefaultSavePlanner):
         piece = self._pieces[write_item.index]
         tensor = megatron_rows(piece.rule, self._architecture, self._source.read_finite, piece.rows)
         self._progress(piece.nbytes)
-        # Each of the writer's threads calls this for one piece after the other, and drops each before the next.
-        return tensor.view(write_item.tensor_data.chunk.sizes)
+        # A writer's thread drops each piece before it asks for the next one.
+        return tensor.view(piece.shape)

@@ -1,9 +1,7 @@
-"""The small files of a model: what travels with its weights from Hugging Face to Megatron and back.
+"""A model's small files, which travel with its weights, and the fingerprint that tells models apart.
 
-huggingface/config.json, generation_config.json, tokenizer and chat template, licence   as they are
+huggingface/config.json, generation_config.json, tokenizer, chat template, licence   copied unchanged
 huggingface/megatron_solopo.json      the precision that each tensor had in the Hugging Face directory
-
-Tells models apart, in moments and however large they are.
 """
 
 import hashlib
@@ -13,6 +11,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import BinaryIO
 
+from pydantic import BaseModel, ValidationError
+
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
 from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
@@ -20,16 +20,24 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
 
 MODEL_FILES_MANIFEST = "megatron_solopo.json"
-# Neither weights and their indices, nor code, nor the model card, which describes another model than the trained one.
+# Weights, their indices and code do not travel. The model card does not either, for it describes the untrained model.
 _CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _FOLDERS = ("additional_chat_templates",)
-_LEFT = ("*.index.json",)
+_NOT_CARRIED = ("*.index.json",)
+_SAMPLE_BYTES = 4096
+
+
+class _SourceDtypes(BaseModel):
+    """Content of `MODEL_FILES_MANIFEST`."""
+
+    dtypes: dict[str, str]
 
 
 def read_model_files(path: Path) -> dict[str, bytes]:
-    """Content by relative name, manifest included, of the model in a Hugging Face directory or a Megatron checkpoint.
+    """Read the small files of the model in `path` (a Hugging Face directory or a Megatron checkpoint).
 
-    Raises UserError if the weights' headers are damaged.
+    Returns their contents by relative name, with `MODEL_FILES_MANIFEST`. Raises UserError if a header of the weights is
+    damaged.
     """
     folder = huggingface_directory(path)
     candidates = [folder, *(folder / name for name in _FOLDERS)]
@@ -42,7 +50,7 @@ def read_model_files(path: Path) -> dict[str, bytes]:
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write them into a new folder."""
+    """Write the files of `read_model_files` into a new folder."""
     for name, content in files.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -50,33 +58,31 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def source_dtypes(checkpoint: Path) -> dict[str, str]:
-    """The precision of each Hugging Face tensor before it became part of a Megatron checkpoint, in safetensors' names.
+    """The precision that each tensor had in the Hugging Face directory, in safetensors' names.
 
-    Raises UserError if the checkpoint does not say so.
+    Raises UserError if the checkpoint does not state it.
     """
     file = huggingface_directory(checkpoint) / MODEL_FILES_MANIFEST
+    remedy = "it states the precision of the original weights; choose one instead, with --dtype"
     try:
-        dtypes = json.loads(file.read_bytes())["dtypes"]
-        return {str(name): dtype for name, dtype in dtypes.items() if dtype in DTYPES}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{file}: missing or damaged; it says which precision the weights came in. Choose one instead, with --dtype"
-        ) from None
+        dtypes = _SourceDtypes.model_validate_json(file.read_bytes()).dtypes
+    except FileNotFoundError:
+        raise UserError(f"{file}: is missing; {remedy}") from None
+    except ValidationError:
+        raise UserError(f"{file}: is damaged; {remedy}") from None
+    return {name: dtype for name, dtype in dtypes.items() if dtype in DTYPES}
 
 
 def _is_carried(name: str) -> bool:
-    return any(fnmatch(name, each) for each in _CARRIED) and not any(fnmatch(name, each) for each in _LEFT)
-
-
-_SAMPLE_BYTES = 4096
+    return any(fnmatch(name, each) for each in _CARRIED) and not any(fnmatch(name, each) for each in _NOT_CARRIED)
 
 
 def weights_fingerprint(path: Path) -> str:
-    """Identifies the model in a Hugging Face directory or a Megatron checkpoint: its config, a sample of every tensor.
+    """Return a hash of the model in a Hugging Face directory or a Megatron checkpoint, in a moment and for any size.
 
-    4 KiB from the middle of each tensor (of each stored piece, in a checkpoint) tell two models apart in a
-    moment, however large: training or merging changes a tensor everywhere. An edit of a few single numbers
-    can go unnoticed. The same weights have one fingerprint as a Hugging Face directory and another as a checkpoint.
+    It covers the config and 4 KiB from the middle of each tensor (in a checkpoint: of each stored piece). Training and
+    merging change a tensor everywhere, so this tells models apart. An edit of a few single numbers can go unnoticed.
+    The same weights have different fingerprints as a Hugging Face directory and as a checkpoint.
     """
     samples: object
     if is_megatron_checkpoint(path):
@@ -88,7 +94,7 @@ def weights_fingerprint(path: Path) -> str:
 
 
 def _sample_tensors(file: Path) -> str:
-    """Hex SHA-256 of a safetensors file's header and of the middle of each of its tensors."""
+    """Hex SHA-256 of the header of a safetensors file and of the middle of each tensor."""
     with file.open("rb") as stream:
         header = stream.read(int.from_bytes(stream.read(8), "little"))
         digest = hashlib.sha256(header)
@@ -101,7 +107,7 @@ def _sample_tensors(file: Path) -> str:
 
 
 def _sample_checkpoint(path: Path) -> list[tuple[str, list[int], str]]:
-    """Of every stored piece of a model tensor: its key, its place, and the hex SHA-256 of its middle."""
+    """The key, the place, and the hex SHA-256 of the middle of every stored piece of a model tensor."""
     samples = []
     for piece in MegatronDirectory(path).pieces():
         with piece.file.open("rb") as stream:

@@ -1,21 +1,21 @@
-"""Logits of a Hugging Face directory, by transformers, and of a Megatron checkpoint, by our model.
+"""Compares a Hugging Face directory with a Megatron checkpoint: config, every bit of every tensor, and logits.
 
-Compares a Hugging Face directory with a Megatron checkpoint: config, every bit of every tensor, logits.
+transformers computes the logits of the Hugging Face directory, and our model computes those of the checkpoint. Only
+that comparison imports transformers' and Megatron's models, which takes longer than to convert a small model.
 """
+
+from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from megatron_solopo.architecture.huggingface_config import Architecture, ModelShape, read_architecture
 from megatron_solopo.checkpoint.huggingface_weights import (
@@ -25,112 +25,24 @@ from megatron_solopo.checkpoint.huggingface_weights import (
     bitwise_equal,
     shown_names,
 )
-from megatron_solopo.checkpoint.load import global_parameters, load_weights
 from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, rules
 from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
-from megatron_solopo.model.build import build_model
-from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.resolve import resolve_model
-from megatron_solopo.parallel import topology
 
-LOGITS_LIMIT = 1e-5
+if TYPE_CHECKING:
+    from megatron_solopo.model.head import ResponseModel
+
+Verification = Literal["full", "tensors", "none"]
+_LOGITS_LIMIT = 1e-5
 _LENGTHS = (96, 32)
 _GIB = 1 << 30
 
 
-class TransformersError(Exception):
-    """transformers cannot load or run a model, for whatever reason; one line."""
-
-
-def memory_missing(architecture: Architecture) -> str:
-    """Why the logits cannot be compared on this machine, or an empty string: the model must fit in fp32, once."""
-    needed = int(1.25 * 4 * architecture.num_parameters) + _GIB
-    available = psutil.virtual_memory().available
-    if needed <= available:
-        return ""
-    return f"the model in fp32 needs {needed / _GIB:.1f} GiB of memory, {available / _GIB:.1f} GiB are available"
-
-
-def logits_error(huggingface: Path, checkpoint: Path) -> tuple[float, int]:
-    """Greatest relative error |ours - theirs| / |theirs| of a position's logits, in fp32, and the number of positions.
-
-    One model is in memory at a time. Where the Hugging Face weights are of another precision than the
-    checkpoint's, the latter are rounded likewise first. Raises TransformersError.
-    """
-    architecture = read_architecture(checkpoint)
-    generator = torch.Generator().manual_seed(0)
-    lengths = [min(length, architecture.max_sequence_length) for length in _LENGTHS]
-    sequences = [torch.randint(architecture.vocab_size, (length,), generator=generator) for length in lengths]
-    theirs_TV = _huggingface_logits(huggingface, sequences)
-    ours_TV = _our_logits(checkpoint, architecture, SafetensorsDirectory(huggingface), sequences)
-    error = (ours_TV - theirs_TV).norm(dim=1) / theirs_TV.norm(dim=1)
-    return float(error.nan_to_num(nan=torch.inf).max()), len(error)
-
-
-@torch.no_grad()
-def _huggingface_logits(path: Path, sequences: list[Tensor]) -> Tensor:
-    """fp32 [T, V]."""
-    shows_progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
-        return torch.cat([model(input_ids=tokens.unsqueeze(0)).logits[0] for tokens in sequences])
-    # What it raises shares no base class: a package that is missing, a field that its checks let pass, ...
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise TransformersError(f"{path}: transformers cannot run it: {type(error).__name__}: {reason}") from None
-    finally:
-        if shows_progress:
-            logging.enable_progress_bar()
-
-
-@torch.no_grad()
-def _our_logits(
-    path: Path, architecture: Architecture, precision: SafetensorsDirectory, sequences: list[Tensor]
-) -> Tensor:
-    """fp32 [T, V], of the sequences packed into one."""
-    groups = topology.initialize(ParallelConfig(), seed=1)
-    try:
-        config = ModelConfig(path=path, dtype="float32", implementation="local")
-        resolved = resolve_model(config, ParallelConfig(), architecture=architecture)
-        (model,) = build_model(resolved, chunk_tokens=1, device=groups.device)
-        load_weights([model], architecture, path)
-        _round(model, architecture, precision)
-        lengths = torch.tensor([0, *(len(tokens) for tokens in sequences)])
-        boundaries_S1 = lengths.cumsum(0).to(torch.int32)
-        longest = int(lengths.max())
-        packing = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=boundaries_S1,
-            cu_seqlens_kv=boundaries_S1,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
-        logits_1TV = model(torch.cat(sequences).unsqueeze(0), None, None, packed_seq_params=packing)
-        return logits_1TV[0, :, : architecture.vocab_size].clone()
-    finally:
-        topology.destroy(groups)
-
-
-def _round(model: ResponseModel, architecture: Architecture, precision: SafetensorsDirectory) -> None:
-    """Give every parameter the precision of its Hugging Face tensors."""
-    table = rules(architecture)
-    for name, parameter in global_parameters(model):
-        entry = precision.entries[table[name].huggingface[0]]
-        parameter.copy_(parameter.to(DTYPES[entry.dtype]))
-
-
-Verification = Literal["full", "tensors", "none"]
-
-
 @dataclass
 class VerificationReport:
-    """A small table, and what was found wrong: one line each."""
+    """The rows of a small table, and one line for each failure."""
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -140,16 +52,16 @@ class VerificationReport:
         return "\n".join(f"{name:<{width}}  {found}" for name, found in self.rows)
 
     def add(self, name: str, found: str, failure: str = "") -> None:
-        """Add a row; `failure` says what is wrong, where something is."""
+        """Add a row. If something is wrong, `failure` says what."""
         self.rows.append((name, f"{found}{' FAILED' if failure else ''}"))
         if failure:
             self.failures.append(failure)
 
 
 def verify(huggingface: Path, checkpoint: Path, *, logits: bool, progress: Callable[[int], Any]) -> VerificationReport:
-    """Compare the two directories. Where precisions differ, the checkpoint's numbers are rounded as an export would.
+    """Compare the two directories. If precisions differ, the checkpoint's numbers are rounded first, as in an export.
 
-    Raises UserError if one of them is not what it should be; what merely differs is in the report's failures.
+    Differences are failures of the report. Raises UserError if one of the directories is damaged.
     """
     architecture = read_architecture(checkpoint)
     source, stored = SafetensorsDirectory(huggingface), MegatronDirectory(checkpoint)
@@ -172,18 +84,18 @@ def verify(huggingface: Path, checkpoint: Path, *, logits: bool, progress: Calla
 
 
 def to_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in another precision; raises UserError, naming it, where a finite number would become infinite."""
+    """Round a tensor to a precision; raises UserError, naming it, if a finite number would become infinite."""
     if tensor.dtype is dtype:
         return tensor
     rounded = tensor.to(dtype)
-    # fp16 alone has a smaller range than another of the precisions.
+    # Only fp16 has a smaller range than the other precisions.
     if dtype is torch.float16 and bool((rounded.isinf() & tensor.isfinite()).any()):
         raise UserError(f"{name}: has numbers beyond the range of float16; choose --dtype bfloat16 or float32")
     return rounded
 
 
 def _differing_fields(huggingface: Architecture, checkpoint: Architecture) -> Iterator[str]:
-    """Names, with both values but for those of tensors."""
+    """Yield the names of fields that differ. Values are shown, except those of tensors."""
     names = [each.name for each in fields(ModelShape)]
     for name in (*names, "layernorm_epsilon", "inv_freq", "rotary_scale"):
         theirs, ours = getattr(huggingface, name), getattr(checkpoint, name)
@@ -201,7 +113,7 @@ def _compare_tensors(
     architecture: Architecture,
     progress: Callable[[int], Any],
 ) -> str:
-    """Adds what it finds; returns the precisions that the checkpoint had to be rounded to, an empty string for none."""
+    """Add what it finds; returns the precisions that the checkpoint was rounded to, or an empty string."""
     casts = Counter[tuple[torch.dtype, torch.dtype]]()
     for rule in rules(architecture).values():
         casts.update((stored.dtype(rule), DTYPES[source.entries[name].dtype]) for name in rule.huggingface)
@@ -226,11 +138,11 @@ def _compare_tensors(
 
 @dataclass
 class _Compared:
-    """What is wrong with tensors, each once, in the order in which it was found."""
+    """Names of tensors with a problem, each once, in the order of discovery."""
 
     differing: dict[str, None] = field(default_factory=dict)
     damaged: dict[str, None] = field(default_factory=dict)
-    """Names, and where."""
+    """Names and places of tensors with NaN or infinity."""
 
 
 def _compare(
@@ -248,7 +160,7 @@ def _compare(
             found.differing[name] = None
         if not all_finite(other):
             found.damaged[f"{name} in {source.path / source.entries[name].file}"] = None
-        # The very same numbers need not be looked at twice.
+        # Identical numbers are checked only once.
         if not (same and block.dtype is other.dtype) and not all_finite(block):
             found.damaged[f"{name} in {stored.path}"] = None
         progress(other.nbytes)
@@ -256,7 +168,7 @@ def _compare(
 
 
 def _described(stored: torch.dtype, other: torch.dtype) -> str:
-    """A precision, or a change of one, from the checkpoint to Hugging Face."""
+    """Describe the precisions of a tensor in the checkpoint and in the Hugging Face directory."""
     if stored is other:
         return f"{_name(stored)} in both"
     change = "rounded" if _rounds(stored, other) else "exact"
@@ -274,15 +186,112 @@ def _name(dtype: torch.dtype) -> str:
 def _compare_logits(
     report: VerificationReport, huggingface: Path, checkpoint: Path, architecture: Architecture, rounded: str
 ) -> None:
-    if missing := memory_missing(architecture):
+    if missing := _memory_missing(architecture):
         report.add("logits", f"skipped: {missing}")
         return
     try:
-        error, positions = logits_error(huggingface, checkpoint)
-    except TransformersError as failure:
+        error, positions = _logits_error(huggingface, checkpoint)
+    except _TransformersError as failure:
         report.add("logits", "not compared", str(failure))
         return
-    found = f"{positions} positions, fp32: greatest relative error {error:.1e} (limit {LOGITS_LIMIT:.0e})"
-    message = f"{huggingface} and {checkpoint}: logits differ by {error:.1e}, more than {LOGITS_LIMIT:.0e}"
+    found = f"{positions} positions, fp32: greatest relative error {error:.1e} (limit {_LOGITS_LIMIT:.0e})"
+    message = f"{huggingface} and {checkpoint}: logits differ by {error:.1e}, more than {_LOGITS_LIMIT:.0e}"
     found += f" (checkpoint rounded to {rounded})" if rounded else ""
-    report.add("logits", found, "" if error < LOGITS_LIMIT else message)
+    report.add("logits", found, "" if error < _LOGITS_LIMIT else message)
+
+
+class _TransformersError(Exception):
+    """transformers cannot load or run a model. The message is one line."""
+
+
+def _memory_missing(architecture: Architecture) -> str:
+    """Say why this machine cannot compare the logits, or return an empty string. One model must fit in fp32."""
+    needed = int(1.25 * 4 * architecture.num_parameters) + _GIB
+    available = psutil.virtual_memory().available
+    if needed <= available:
+        return ""
+    return f"the model in fp32 needs {needed / _GIB:.1f} GiB of memory, {available / _GIB:.1f} GiB are available"
+
+
+def _logits_error(huggingface: Path, checkpoint: Path) -> tuple[float, int]:
+    """Return the greatest relative error |ours - theirs| / |theirs| of a position's logits, and the positions' number.
+
+    Both models compute in fp32, and only one of them is in memory at a time. If the precisions of the weights differ,
+    those of the checkpoint are rounded first. Raises _TransformersError.
+    """
+    architecture = read_architecture(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(length, architecture.max_sequence_length) for length in _LENGTHS]
+    sequences = [torch.randint(architecture.vocab_size, (length,), generator=generator) for length in lengths]
+    theirs_TV = _huggingface_logits(huggingface, sequences)
+    ours_TV = _our_logits(checkpoint, architecture, SafetensorsDirectory(huggingface), sequences)
+    error = (ours_TV - theirs_TV).norm(dim=1) / theirs_TV.norm(dim=1)
+    return float(error.nan_to_num(nan=torch.inf).max()), len(error)
+
+
+@torch.no_grad()
+def _huggingface_logits(path: Path, sequences: list[Tensor]) -> Tensor:
+    """Logits by transformers, fp32 [T, V]."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+        return torch.cat([model(input_ids=tokens.unsqueeze(0)).logits[0] for tokens in sequences])
+    # A missing package, a missing or damaged file, a field that transformers refuses, too little memory.
+    except (ImportError, OSError, ValueError, RuntimeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise _TransformersError(f"{path}: transformers cannot run it: {type(error).__name__}: {reason}") from error
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def _our_logits(
+    path: Path, architecture: Architecture, precision: SafetensorsDirectory, sequences: list[Tensor]
+) -> Tensor:
+    """Logits by our model, fp32 [T, V]. The sequences are packed into one."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from megatron_solopo.checkpoint.load import load_weights
+    from megatron_solopo.model.build import build_model
+    from megatron_solopo.model.resolve import resolve_model
+    from megatron_solopo.parallel import topology
+
+    groups = topology.initialize(ParallelConfig(), seed=1)
+    try:
+        config = ModelConfig(path=path, dtype="float32", implementation="local")
+        resolved = resolve_model(config, ParallelConfig(), architecture=architecture)
+        (model,) = build_model(resolved, chunk_tokens=1, device=groups.device)
+        load_weights([model], architecture, path)
+        _round(model, architecture, precision)
+        lengths = torch.tensor([0, *(len(tokens) for tokens in sequences)])
+        boundaries_S1 = lengths.cumsum(0).to(torch.int32)
+        longest = int(lengths.max())
+        packing = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=boundaries_S1,
+            cu_seqlens_kv=boundaries_S1,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        logits_1TV: Tensor = model(torch.cat(sequences).unsqueeze(0), None, None, packed_seq_params=packing)
+        return logits_1TV[0, :, : architecture.vocab_size].clone()
+    finally:
+        topology.destroy(groups)
+
+
+def _round(model: ResponseModel, architecture: Architecture, precision: SafetensorsDirectory) -> None:
+    """Round every parameter to the precision of its Hugging Face tensors."""
+    from megatron_solopo.checkpoint.load import global_parameters
+
+    table = rules(architecture)
+    for name, parameter in global_parameters(model):
+        entry = precision.entries[table[name].huggingface[0]]
+        parameter.copy_(parameter.to(DTYPES[entry.dtype]))

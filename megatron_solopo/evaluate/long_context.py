@@ -1,6 +1,6 @@
-"""A whole evaluation: what is asked, answers from a model (kept as they come), scores, table, pictures.
+"""A whole evaluation: samples, answers of a model (kept as they come), scores, table, pictures.
 
-<name>.json               results, see `evaluation_results`
+<name>.json               results, see `results.long_context`
 <name>.responses.jsonl    the journal of answers, from which an interrupted evaluation goes on
 <name>.predictions.jsonl  every sample with its answer and scores
 <name>.length.png         score against length; <name>.depth.png, a heat map of length and depth
@@ -8,26 +8,27 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_solopo.config import ParallelConfig
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluate.generation import Generated, Generator, batched
-from megatron_solopo.evaluate.sample_plan import Plan, identity, make_plan
-from megatron_solopo.evaluate.samples import Spec
-from megatron_solopo.evaluate.scores import Scored, make_results, score
-from megatron_solopo.evaluate.settings import LongContextSettings
-from megatron_solopo.evaluate.target import Target, resolve, stored_dtype
+from megatron_solopo.evaluate.sample_set import SampleSet, collect_samples, journal_header
+from megatron_solopo.evaluate.samples import SampleSpec
+from megatron_solopo.evaluate.scores import EvaluatedResponse, ScoredResponse, make_results, score
+from megatron_solopo.evaluate.settings import LongContextSettings, Target, find_target, stored_dtype
 from megatron_solopo.files import atomic_path, check_writable, read_jsonl, remove
 from megatron_solopo.generate.journal import Journal
-from megatron_solopo.generate.scoring import Score
+from megatron_solopo.generate.model import Answer, Model, Request
+from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.progress import bar_style
 from megatron_solopo.results.long_context import LongContextResults, read_long_context
 
@@ -35,28 +36,82 @@ _COMMAND = "evaluate long-context"
 
 
 def evaluate_long_context(settings: LongContextSettings) -> LongContextResults | None:
-    """Evaluate one model, on all ranks together; the results on rank 0, None on the others.
+    """Evaluate one model, on all ranks together.
 
-    Raises UserError for settings, files or a model that do not fit; answers that came before stay.
+    Returns the results on rank 0, None on the other ranks.
+
+    Raises UserError for settings, files or a model that do not fit. Answers that came before stay.
     """
     settings.check()
-    target = Target(None, "server") if settings.server else resolve(settings.model, settings.backend)
+    target = Target(None, "server") if settings.server else find_target(settings.model, settings.backend)
     output = _output(settings, target)
-    if target.backend != "megatron" and os.environ.get("WORLD_SIZE", "1") != "1":
+    if target.backend != "megatron":
+        _refuse_ranks(settings, target)
+    tokenizer = load_tokenizer(settings.tokenizer or target.path or "")
+    samples = collect_samples(settings, target, tokenizer)
+    with _load(settings, target, tokenizer) as runner:
+        answers = _answer(settings, target, output, samples, tokenizer, runner.model)
+    if answers is None:
+        return None
+    marker = settings.answer_marker if settings.scored_text == "final" else None
+    answered = [spec for spec in samples.specs if spec.id in answers]
+    scored = [score(spec, answers[spec.id], samples.metrics[spec.task], marker) for spec in answered]
+    skipped = [*samples.skipped, *samples.count_unmade(spec for spec in samples.specs if spec.id not in answers)]
+    results = make_results(settings, target, output.stem, samples, scored, skipped, runner.device, runner.layout)
+    _write(output, results, scored)
+    return results
+
+
+def _output(settings: LongContextSettings, target: Target) -> Path:
+    output = settings.output or target.default_output(settings.name)
+    if output is None:
+        raise UserError("--output: needed for a model that belongs to no run, such as --output results/base.json")
+    check_writable(output.parent, "--output")
+    if output.exists():
+        try:
+            read_long_context(output)
+        except UserError as error:
+            raise UserError(f"{error}; it would be lost, set --output or --name") from None
+    return output
+
+
+def _refuse_ranks(settings: LongContextSettings, target: Target) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(f"torchrun started several processes, but backend {target.backend} runs in one; start it alone")
-    if target.backend != "megatron" and settings.model_ranks != 1:
+    if settings.model_ranks != 1:
         raise UserError(
             f"--tensor-model-parallel-size and --pipeline-model-parallel-size: backend {target.backend} runs in one "
             "process; leave them out, or start with torchrun"
         )
-    tokenizer = load_tokenizer(settings.tokenizer or target.path or "")
-    plan = make_plan(settings, target, tokenizer)
-    if target.backend != "megatron":
-        return _evaluate(settings, target, output, plan, tokenizer, _one_process_model(settings, target, tokenizer))
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """A loaded model and where it runs."""
+
+    model: Model
+    device: str
+    """Name of the GPU, cpu, or server."""
+    layout: dict[str, int] = field(default_factory=dict)
+    """Parallel sizes, empty where there are none."""
+
+
+@contextmanager
+def _load(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> Iterator[_Runner]:
+    """The model; for a Megatron model the process groups exist until the block ends."""
+    if target.path is None:
+        yield _Runner(_server(settings), "server")
+        return
+    dtype = stored_dtype(target.path) if settings.dtype == "auto" else settings.dtype
+    if target.backend == "transformers":
+        from megatron_solopo.generate.transformers import TransformersModel
+
+        device = torch.device("cpu" if is_cpu() else "cuda")
+        yield _Runner(TransformersModel(target.path, tokenizer, device, dtype), _described(device))
+        return
     from megatron_solopo.evaluate.megatron_model import MegatronModel
     from megatron_solopo.parallel import topology as process_groups
 
-    assert target.path is not None
     parallel = ParallelConfig(
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
@@ -65,88 +120,106 @@ def evaluate_long_context(settings: LongContextSettings) -> LongContextResults |
     )
     topology = process_groups.initialize(parallel, seed=1)
     try:
-        model = MegatronModel(target.path, tokenizer, _dtype(settings, target.path), parallel, topology)
-        return _evaluate(settings, target, output, plan, tokenizer, model)
+        layout = {
+            "tensor_model_parallel_size": topology.tensor_group.size(),
+            "pipeline_model_parallel_size": topology.pipeline_group.size(),
+            "data_parallel_size": topology.data_group.size(),
+        }
+        model = MegatronModel(target.path, tokenizer, dtype, parallel, topology)
+        yield _Runner(model, _described(topology.device), layout)
     finally:
         process_groups.destroy(topology)
 
 
-def _output(settings: LongContextSettings, target: Target) -> Path:
-    output = settings.output or target.output("long_context", settings.name)
-    if output is None:
-        raise UserError("--output: needed for a model that belongs to no run, such as --output results/base.json")
-    check_writable(output.parent, "--output")
-    if output.exists():
-        try:
-            read_long_context(output)
-        except ValueError as error:
-            raise UserError(f"{error}; it would be lost, set --output or --name") from None
-    return output
+def _server(settings: LongContextSettings) -> Model:
+    from megatron_solopo.generate.server import OpenAIServer
+
+    assert settings.server is not None
+    return OpenAIServer(
+        settings.server,
+        settings.model,
+        concurrency=settings.concurrency,
+        timeout=settings.timeout,
+        retries=settings.retries,
+        api_key_env=settings.api_key_env,
+    )
 
 
-def _dtype(settings: LongContextSettings, path: Path) -> str:
-    return stored_dtype(path) if settings.dtype == "auto" else settings.dtype
+def _described(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _one_process_model(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> Generator:
-    if target.path is not None:
-        from megatron_solopo.evaluate.transformers_model import TransformersModel
+def _answer(
+    settings: LongContextSettings,
+    target: Target,
+    output: Path,
+    samples: SampleSet,
+    tokenizer: Tokenizer,
+    model: Model,
+) -> dict[str, EvaluatedResponse] | None:
+    """Answers by their samples, from the journal or new; samples that cannot be made have none.
 
-        return TransformersModel(target.path, tokenizer, _dtype(settings, target.path))
-    from megatron_solopo.evaluate.server_model import ServerModel, greedy_settings
-
-    return ServerModel(greedy_settings(settings), tokenizer)
-
-
-def _evaluate(
-    settings: LongContextSettings, target: Target, output: Path, plan: Plan, tokenizer: Tokenizer, model: Generator
-) -> LongContextResults | None:
-    answers = _generate(settings, target, output, plan, tokenizer, model)
-    if answers is None:
-        return None
-    marker = settings.answer_marker if settings.scored_text == "final" else None
-    answered = [spec for spec in plan.specs if spec.id in answers]
-    scored = [score(spec, answers[spec.id], plan.metrics[spec.task], marker) for spec in answered]
-    skipped = [*plan.skipped, *plan.unfit(spec for spec in plan.specs if spec.id not in answers)]
-    results = make_results(settings, target, output.stem, plan.metrics, plan.max_positions, scored, skipped, model)
-    _write(output, results, scored)
-    return results
-
-
-def _generate(
-    settings: LongContextSettings, target: Target, output: Path, plan: Plan, tokenizer: Tokenizer, model: Generator
-) -> dict[str, Generated] | None:
-    """Answers by their samples, from the journal or new, all but of samples that cannot be made.
-
-    None but on the rank that writes.
+    Returns None on every rank except the one that writes.
     """
     path = output.with_suffix(".responses.jsonl")
     if int(os.environ.get("RANK", "0")):
-        model.run(batched(_agreed(plan.specs, None), settings.batch_size), plan.build, lambda answers: None)
+        missing = _agree(samples.specs, None)
+        model.answer(batched(missing, settings.batch_size), samples.build, lambda request, answers, seconds: None)
         return None
     if settings.overwrite:
         remove(path)
-    with Journal(path, identity(settings, target, tokenizer), _COMMAND) as journal:
-        missing = _agreed(plan.specs, {spec.id for spec in plan.specs if not journal.received[spec.id]})
+    # Prompts of a server's requests are made in another thread, and a tokenizer is for one thread.
+    counting = tokenizer if target.path is not None else load_tokenizer(settings.tokenizer or "")
+    with Journal(path, journal_header(settings, target, tokenizer), _COMMAND) as journal:
+        missing = _agree(samples.specs, {spec.id for spec in samples.specs if not journal.received[spec.id]})
         with closing(tqdm(total=len(missing), desc="Evaluating", **bar_style("samples"))) as bar:
 
-            def keep(answers: Sequence[Generated]) -> None:
-                journal.append(answers)
-                bar.update(len(answers))
+            def keep(request: Request, answers: Sequence[Answer], seconds: float) -> None:
+                (answer,) = answers
+                journal.append([_stored(request, answer, seconds, counting)])
+                bar.update()
 
-            model.run(batched(missing, settings.batch_size), plan.build, keep)
-    return {each.question_id: each for each in map(Generated.model_validate, read_jsonl(path)[1:])}
+            model.answer(batched(missing, settings.batch_size), samples.build, keep)
+    return {each.question_id: each for each in map(EvaluatedResponse.model_validate, read_jsonl(path)[1:])}
 
 
-def _agreed(specs: Sequence[Spec], missing: set[str] | None) -> list[Spec]:
-    """The samples without an answer; rank 0 looks and tells the others."""
+def _stored(request: Request, answer: Answer, seconds: float, tokenizer: Tokenizer) -> EvaluatedResponse:
+    # Not every server counts tokens. Without its count, the end token is not counted.
+    tokens = answer.tokens if answer.tokens is not None else len(tokenizer.encode_continuation(answer.text))
+    return EvaluatedResponse(
+        question_id=request.question_id,
+        index=0,
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        answers=list(request.right_answers),
+        tokens=tokens,
+        seconds=seconds,
+    )
+
+
+def _agree(specs: Sequence[SampleSpec], missing: set[str] | None) -> list[SampleSpec]:
+    """The samples without an answer. Rank 0 passes their ids, and the other ranks receive them."""
     told: list[Any] = [missing]
     if dist.is_initialized():
         dist.broadcast_object_list(told, src=0)
     return [spec for spec in specs if spec.id in told[0]]
 
 
-def _write(output: Path, results: LongContextResults, scored: Sequence[Scored]) -> None:
+def batched(specs: Iterable[SampleSpec], size: int) -> list[list[SampleSpec]]:
+    """Batches of up to `size` neighbours with equally long prompts and answers, which need no padding."""
+    batches: list[list[SampleSpec]] = []
+    for spec in specs:
+        last = batches[-1] if batches else []
+        like = last and (last[0].prompt_tokens, last[0].max_new_tokens) == (spec.prompt_tokens, spec.max_new_tokens)
+        if like and len(last) < size:
+            last.append(spec)
+        else:
+            batches.append([spec])
+    return batches
+
+
+def _write(output: Path, results: LongContextResults, scored: Sequence[ScoredResponse]) -> None:
+    """Write all files; the file of results last, since it tells that the others are there."""
     from megatron_solopo.report.evaluation_pictures import draw_answers
 
     with atomic_path(output.with_suffix(".predictions.jsonl")) as temporary, temporary.open("w", encoding="utf-8") as f:
@@ -155,20 +228,19 @@ def _write(output: Path, results: LongContextResults, scored: Sequence[Scored]) 
     results.write(output)
 
 
-def _prediction(scored: Scored) -> Mapping[str, Any]:
-    spec, generated = scored.spec, scored.generated
-    scores: dict[Score, float] = scored.scores
+def _prediction(scored: ScoredResponse) -> dict[str, Any]:
+    spec, response = scored.spec, scored.response
     return {
         "id": spec.id,
         "task": spec.task,
         "length": spec.length,
         "depth": spec.depth,
         "prompt_tokens": spec.prompt_tokens,
-        "answers": generated.answers,
-        "prediction": generated.text,
-        "finish_reason": generated.finish_reason,
-        "generated_tokens": generated.tokens,
-        "seconds": generated.seconds,
-        "marker_found": scored.marked,
-        "scores": scores,
+        "answers": response.answers,
+        "prediction": response.text,
+        "finish_reason": response.finish_reason,
+        "generated_tokens": response.tokens,
+        "seconds": response.seconds,
+        "marker_found": scored.marker_found,
+        "scores": scored.scores,
     }

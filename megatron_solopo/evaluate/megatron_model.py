@@ -1,13 +1,13 @@
 """Generation by our own model under tensor, pipeline and data parallelism, with Megatron-Core's static key-value cache.
 
-A batch of equally long prompts goes through in one piece, then one token at a time; each goes through Megatron's
-forward-only schedule, which takes it over the pipeline's stages. Only the last position is projected to the vocabulary.
-Rows that have ended run along until all have. Memory: the weights, the cache (2 x layers / PP x groups / TP x
-head_dim x B x (prompt + room) numbers) and one prompt's activations, since a prompt is not cut into chunks.
-Data-parallel ranks take batches in turn and wait for each other after each.
+A batch of equally long prompts goes through in one piece, then one token at a time. Each pass uses Megatron's
+forward-only schedule, which carries it over the pipeline's stages. Only the last position is projected to the
+vocabulary. Rows that have ended run along until all have. Memory: the weights, the cache (2 x layers / PP x groups / TP
+x head_dim x B x (prompt + answer) numbers) and the activations of one prompt, since a prompt is not cut into chunks.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,8 @@ from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.data.tokenizer import Tokenizer
-from megatron_solopo.evaluate.generation import Generated, Keep, MakeSample, built, generate_batch
-from megatron_solopo.evaluate.samples import Sample, Spec
-from megatron_solopo.evaluate.transformers_model import described_device
-from megatron_solopo.generate.transformers import end_tokens
+from megatron_solopo.generate.model import Answer, Build, Item, Keep, Request
+from megatron_solopo.generate.transformers import LocalModel, build_all, end_tokens
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel.megatron_internals import advance_cache
@@ -33,8 +31,8 @@ from megatron_solopo.parallel.topology import Topology
 _LEAST_STEP = 64
 
 
-class MegatronModel:
-    """A Megatron checkpoint or Hugging Face directory; see `generation.Generator` and `generation.LocalModel`.
+class MegatronModel(LocalModel):
+    """A Megatron checkpoint or Hugging Face directory, on all ranks together.
 
     Raises UserError for a layout that does not fit the model, or damaged weights.
     """
@@ -42,45 +40,41 @@ class MegatronModel:
     def __init__(
         self, path: Path, tokenizer: Tokenizer, dtype: Any, parallel: ParallelConfig, topology: Topology
     ) -> None:
+        super().__init__(tokenizer, end_tokens(huggingface_directory(path), tokenizer), topology.device)
         model = resolve_model(ModelConfig(path=path, dtype=dtype), parallel)
         (self._model,) = build_model(model, chunk_tokens=1, device=topology.device)
         load_weights([self._model], model.architecture, path)
         self._model.eval()
         self._vocab_size = model.architecture.vocab_size
         self._topology = topology
-        self._tokenizer = tokenizer
-        self._ends = end_tokens(huggingface_directory(path), tokenizer)
-        self.device = described_device(topology.device)
-        self.layout = {
-            "tensor_model_parallel_size": topology.tensor_group.size(),
-            "pipeline_model_parallel_size": topology.pipeline_group.size(),
-            "data_parallel_size": topology.data_group.size(),
-        }
 
-    def run(self, batches: Sequence[Sequence[Spec]], build: MakeSample, keep: Keep) -> None:
-        """All ranks together, with the same batches; global rank 0 keeps."""
+    def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep) -> None:
+        """See `Model`. All ranks pass the same batches, and global rank 0 keeps the answers.
+
+        Data-parallel ranks take batches in turn and wait for each other after each.
+        """
         group = self._topology.data_group
         size, rank = group.size(), group.rank()
         for start in range(0, len(batches), size):
-            taken = list(batches[start : start + size])
-            own = self._generate(built(taken[rank], build)) if rank < len(taken) else []
-            found: list[Any] = [None] * size
-            dist.all_gather_object(found, own, group=group)
+            batch = batches[start + rank] if start + rank < len(batches) else ()
+            answered = self.answer_batch(build_all(batch, build))
+            # Nobody reads the prompts again, which may be long.
+            own = [(replace(request, prompt=""), answers, seconds) for request, answers, seconds in answered]
+            gathered: list[Any] = [None] * size
+            dist.all_gather_object(gathered, own, group=group)
             if dist.get_rank() == 0:
-                keep(_sharing_time(found))
-
-    def _generate(self, samples: Sequence[Sample]) -> list[Generated]:
-        return generate_batch(self, samples, self._tokenizer, self._ends, self._topology.device)
+                for request, answers, seconds in share_time(gathered):
+                    keep(request, answers, seconds)
 
     @torch.inference_mode()
-    def greedy(self, prompts_BT: Tensor, max_new_tokens: int, ends: Collection[int]) -> Tensor:
-        """See `generation.LocalModel`. The same on every rank of the model."""
+    def generate(self, prompts_BT: Tensor, max_tokens: int, end_tokens: Collection[int]) -> Tensor:
+        """See `LocalModel`. The most likely token each time, the same on every rank of the model."""
         batch, length = prompts_BT.shape
-        context = StaticInferenceContext(batch, _rounded(length + max_new_tokens))
-        end_ids = torch.tensor(sorted(ends), dtype=torch.int64, device=prompts_BT.device)
+        context = StaticInferenceContext(batch, _rounded(length + max_tokens))
+        end_ids = torch.tensor(sorted(end_tokens), dtype=torch.int64, device=prompts_BT.device)
         ended_B = torch.zeros(batch, dtype=torch.bool, device=prompts_BT.device)
         tokens, generated = prompts_BT, list[Tensor]()
-        while len(generated) < max_new_tokens and not bool(ended_B.all()):
+        while len(generated) < max_tokens and not bool(ended_B.all()):
             next_B = self._next(tokens, context)
             advance_cache(context, tokens.shape[1])
             generated.append(next_B)
@@ -89,7 +83,7 @@ class MegatronModel:
         return torch.stack(generated, dim=1)
 
     def _next(self, tokens_BT: Tensor, context: StaticInferenceContext) -> Tensor:
-        """The most likely tokens behind these, int64 [B]; the first of equals."""
+        """int64 [B], the most likely token behind each row; the first one of equally likely tokens."""
 
         def forward_step(iterator: Iterator[Any], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             output = model(tokens_BT, None, None, inference_context=context, runtime_gather_output=True)
@@ -110,20 +104,26 @@ class MegatronModel:
         return next_B
 
     def _most_likely(self, logits_B1V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the schedule takes for a loss, and the tokens as its report; padding of the vocabulary never wins."""
+        """A loss and a count for the schedule, which wants them, and the tokens as its report.
+
+        The vocabulary's padding is left out.
+        """
         nothing = torch.zeros((), device=logits_B1V.device)
         count = torch.ones((), dtype=torch.int, device=logits_B1V.device)
         return nothing, count, logits_B1V[:, -1, : self._vocab_size].argmax(dim=-1)
 
 
-def _sharing_time(found: Sequence[Sequence[Generated]]) -> list[Generated]:
-    """Answers of ranks that worked side by side: each gets its share of the slowest rank's time."""
-    slowest = max(sum(each.seconds for each in answers) for answers in found)
-    together = [each for answers in found for each in answers]
-    return [each.model_copy(update={"seconds": slowest / len(together)}) for each in together]
+Answered = tuple[Request, list[Answer], float]
+
+
+def share_time(gathered: Sequence[Sequence[Answered]]) -> list[Answered]:
+    """The answers of ranks that worked side by side. Each answer gets its share of the slowest rank's seconds."""
+    slowest = max(sum(seconds for _, _, seconds in answered) for answered in gathered)
+    everything = [each for answered in gathered for each in answered]
+    return [(request, answers, slowest / len(everything)) for request, answers, _ in everything]
 
 
 def _rounded(length: int) -> int:
-    """A little more, so that few lengths occur: Megatron keeps a table of rotary angles for each."""
+    """A little more than `length`: Megatron keeps a table of rotary angles for each length, so there must be few."""
     step = max(_LEAST_STEP, 1 << (length.bit_length() - 3))
     return -(-length // step) * step

@@ -6,10 +6,7 @@ model -> log-probability of both answers behind both contexts, one forward pass 
 """
 
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +14,6 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_solopo import __version__
 from megatron_solopo.config import Config, OptimizerConfig, Role
 from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.data.dataset import TripletDataset
@@ -29,8 +25,8 @@ from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.report.evaluation_pictures import draw_preference
-from megatron_solopo.results.long_context import EVALUATION_FOLDER
 from megatron_solopo.results.preference import PreferenceResults, read_preference
+from megatron_solopo.results.results_file import EVALUATION_FOLDER, origin
 from megatron_solopo.run_directory import Subject
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.reference import reference_dependencies, reference_logprobs, score_sequences
@@ -83,9 +79,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
         precision=settings.model.dtype,
         reference=None if references is None else str(settings.reference.model_path),
         layout=_layout(settings, data_parallel_size),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=__version__,
-        command=shlex.join(sys.argv),
+        **origin(),
         **summarise_groups(columns, list(tokens.values())[-1], depths),
     )
     if is_writer:

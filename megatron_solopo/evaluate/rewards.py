@@ -1,7 +1,7 @@
-"""From log-probabilities to rewards, accuracies and gaps of every triplet, and their means over groups of triplets.
+"""Rewards, accuracies and gaps of every triplet from its log-probabilities, and their means over groups of triplets.
 
-Names are those of `metrics.jsonl`, with the context behind them: `rewards/accuracies_long` is the share of triplets
-whose chosen answer has the higher reward on the long context.
+Names are those of `metrics.jsonl` with the context at the end: `rewards/accuracies_long` is the share of triplets whose
+chosen answer has the higher reward on the long context.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_solopo.config import ObjectiveConfig, Role
-from megatron_solopo.evaluate.statistics import Mask, by_depth, by_length, mean, proportion
+from megatron_solopo.evaluate.statistics import Mask, by_depth, by_length, mean_measure, proportion
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES
 from megatron_solopo.objective.reward import ResponseLogprobs
-from megatron_solopo.results.preference import CellGroup, DepthGroup, Group, LengthGroup, MeanWithInterval
+from megatron_solopo.results.preference import DepthGroup, LengthAndDepthGroup, LengthGroup, TripletGroup
+from megatron_solopo.results.results_file import MeanWithInterval
 
 TripletColumn = NDArray[np.float64]
 
@@ -27,13 +28,13 @@ def triplet_columns(
     lengths: Mapping[Role, NDArray[np.int64]],
     references: Mapping[Role, Tensor] | None,
 ) -> dict[str, TripletColumn]:
-    """Per triplet, float64 [D] by name.
+    """Numbers of every triplet, by name: float64 [D] for D triplets.
 
     Args:
-        objective: its `loss_type` and `beta` say what a reward is.
-        logps: role (`short_chosen`, `long_rejected`, ...) -> summed log-probability of the response [D].
-        lengths: role -> tokens of the response [D].
-        references: role -> the reference model's [D], for losses that need it.
+        objective: Its `loss_type` and `beta` say what a reward is.
+        logps: Summed log-probabilities of the responses [D], by role (`short_chosen`, `long_rejected` and so on).
+        lengths: Tokens of the responses [D], by role.
+        references: Log-probabilities under the reference model [D], by role, for losses that need them.
     """
     contexts = list(dict.fromkeys(role.context for role in logps))
     reward = PREFERENCE_LOSSES[objective.loss_type].reward
@@ -60,7 +61,7 @@ def triplet_columns(
 
 
 def summarise(columns: Mapping[str, TripletColumn], mask: Mask) -> dict[str, Any]:
-    """The fields of a `Group`: means and shares over its triplets, of which there is at least one."""
+    """The fields of a `TripletGroup`: means and shares over its triplets, which must be at least one."""
     chosen = {name: values[mask] for name, values in columns.items() if not name.startswith("reference")}
     metrics: dict[str, MeanWithInterval] = {}
     ties: dict[str, int | None] = {"ties_short": None, "ties_long": None}
@@ -70,7 +71,7 @@ def summarise(columns: Mapping[str, TripletColumn], mask: Mask) -> dict[str, Any
         likelier = chosen[f"logps/chosen_{context}"] > chosen[f"logps/rejected_{context}"]
         metrics[f"logps/accuracies_{context}"] = proportion(likelier)
         ties[f"ties_{context}"] = int((margin == 0).sum())
-    metrics |= {name: mean(values) for name, values in chosen.items()}
+    metrics |= {name: mean_measure(values) for name, values in chosen.items()}
     return {"n": int(mask.sum()), **ties, "metrics": metrics}
 
 
@@ -80,15 +81,15 @@ def summarise_groups(
     """The fields of `PreferenceResults` that hold groups: all triplets, by length, by depth, by both.
 
     Args:
-        columns: of `triplet_columns`.
-        tokens: by which lengths are told apart [D].
-        depths: of every triplet's pieces of evidence; none where that is not known.
+        columns: What `triplet_columns` returns.
+        tokens: Length of every triplet [D].
+        depths: Depths of every triplet's pieces of evidence; empty where they are not known.
     """
     lengths, fifths = list(by_length(tokens)), list(by_depth(depths))
     both = [({**a, **b}, in_a & in_b) for a, in_a in lengths for b, in_b in fifths if (in_a & in_b).any()]
     return {
-        "overall": Group(**summarise(columns, np.ones(len(tokens), dtype=bool))),
+        "overall": TripletGroup(**summarise(columns, np.ones(len(tokens), dtype=bool))),
         "by_length": [LengthGroup(**bounds, **summarise(columns, mask)) for bounds, mask in lengths],
         "by_depth": [DepthGroup(**bounds, **summarise(columns, mask)) for bounds, mask in fifths],
-        "by_length_and_depth": [CellGroup(**bounds, **summarise(columns, mask)) for bounds, mask in both],
+        "by_length_and_depth": [LengthAndDepthGroup(**bounds, **summarise(columns, mask)) for bounds, mask in both],
     }

@@ -1,6 +1,7 @@
-"""What a model is asked: one prompt, its answers, and where it belongs in the table.
+"""The samples that a model is asked, and files of questions as a source of them.
 
-Files of questions: rows of `data build` or `data select`, of which either side's prompts are asked.
+A source lists its samples cheaply as `SampleSpec`. It makes a prompt only when the prompt is asked, since prompts are
+long. `QuestionFile` reads what `data build` or `data select` wrote; generated tasks are in `evaluate.tasks`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,25 +17,25 @@ from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.statistics import bucket_bound
 from megatron_solopo.generate.scoring import Score
-from megatron_solopo.triplets.contexts import parse_context, read_contexts
+from megatron_solopo.triplets.context_rows import parse_context, read_contexts
 from megatron_solopo.triplets.prompt import Measure
 
 QA_METRICS: tuple[Score, ...] = ("sub_em", "exact_match", "token_f1", "string_match_part")
-"""Of one answer and its other forms; the first is the main one."""
+"""Scores of a question with one answer, which may have several forms. The first is the main score."""
 
 
 @dataclass(frozen=True)
-class Spec:
+class SampleSpec:
     """A sample before its prompt is made.
 
     Attributes:
-        id: Unlike any other's, and the same in every run with the same settings.
-        task: Name of the task or file.
+        id: Different for every sample, and the same in every run with the same settings.
+        task: Name of the task, or of the file and its side.
         length: Tokens of the prompt as asked for, or the upper bound of its bucket.
-        depth: Of the evidence, from 0 to 1; None where it has no single one.
-        prompt_tokens: True number of tokens.
-        max_new_tokens: Tokens that may be generated.
-        key: What its source makes it from.
+        depth: Where the evidence lies, from 0 to 1; None where it has no single depth.
+        prompt_tokens: True number of tokens of the prompt.
+        max_new_tokens: The most tokens of the answer.
+        key: Tells the source which sample to make.
     """
 
     id: str
@@ -50,41 +51,34 @@ class Spec:
 class Sample:
     """A sample with its prompt."""
 
-    spec: Spec
+    spec: SampleSpec
     prompt: Content
     answers: tuple[str, ...]
 
 
-class Unfit(UserError):
+class LengthNotMet(UserError):
     """No prompt of a sample's length can be made.
 
     Attributes:
-        reason: In words that other samples share, by which they are counted; the message has this one's numbers.
+        reason: In words that are the same for other samples, to count them by. The message has this sample's numbers.
     """
 
-    def __init__(self, spec: Spec, reason: str, message: str) -> None:
+    def __init__(self, spec: SampleSpec, reason: str, message: str) -> None:
         super().__init__(f"--lengths {spec.length}: {spec.task}: {message}")
         self.reason = reason
 
 
-class Source(Protocol):
-    """Tasks, or files of questions."""
+class SampleSource(Protocol):
+    """Generated tasks, or a file of questions."""
 
     metrics: dict[str, tuple[Score, ...]]
-    """Of each task, the main one first."""
+    """Scores of each task, the main one first."""
 
-    def plan(self) -> list[Spec]:
-        """Every sample, cheap to list."""
+    def specs(self) -> list[SampleSpec]:
+        """Every sample, without its prompt."""
 
-    def build(self, spec: Spec) -> Sample:
-        """One sample, the same whenever it is built. Raises Unfit, likewise, where none of its length can be made."""
-
-
-def check_task_names(sources: Sequence[Source]) -> None:
-    """Raise ValueError where two sources have a task of one name."""
-    names = [name for source in sources for name in source.metrics]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"--contexts: two files have the name {min(twice)}; rename one")
+    def build(self, spec: SampleSpec) -> Sample:
+        """One sample with its prompt, the same whenever it is built. Raises LengthNotMet."""
 
 
 Side = Literal["short", "long"]
@@ -93,14 +87,15 @@ DEFAULT_ROOM = 256
 
 def _not_blank(answer: str) -> str:
     if not answer.strip():
-        raise UserError("is blank, and would be found in every response")
+        # pydantic adds the field and turns it into a ValidationError.
+        raise ValueError("is blank, and would be found in every response")
     return answer
 
 
 class QuestionRow(BaseModel):
-    """What is read of a row; other fields are ignored.
+    """The fields of a row that are read.
 
-    `question_id` tells rows of one question apart from others: they share a short prompt, which is asked once.
+    Rows with the same `question_id` share a short prompt, which is asked once.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -111,32 +106,32 @@ class QuestionRow(BaseModel):
     prompt_long: Content | None = None
     answers: list[Annotated[str, AfterValidator(_not_blank)]] = Field(min_length=1)
     evidence_depths: list[float] = []
-    """In the long context."""
+    """Depths of the pieces of evidence in the long context, from 0 to 1."""
     response_tokens: int | None = Field(default=None, ge=1)
-    """Room for a response."""
+    """The most tokens of a response."""
 
     def prompt(self, side: Side) -> Content | None:
-        """Of one side."""
+        """The prompt of one side; None where the row has none."""
         return self.prompt_short if side == "short" else self.prompt_long
 
 
 class QuestionFile:
-    """Samples of a file, see `samples.Source`; one task per side, `<stem>.short` and `<stem>.long`.
+    """The samples of a file, see `SampleSource`; one task per side, `<stem>.short` and `<stem>.long`.
 
-    A long sample's depth is the mean depth of its evidence, brought to the nearest of `depths`; of a short context
-    none is known.
+    The depth of a long sample is the mean depth of its evidence, moved to the nearest of `depths`. A short sample has
+    no depth.
 
     Args:
         path: JSONL of `QuestionRow`.
         sides: Which prompts to ask.
         tokenizer: The model's.
-        buckets: Upper bounds of the buckets of prompt lengths, which longer prompts extend by powers of two.
-        depths: What depths are brought to.
-        max_new_tokens: Instead of the rows' `response_tokens`, or of `DEFAULT_ROOM` where a row has none.
+        buckets: Upper bounds of the buckets of prompt lengths. Longer prompts get buckets that end at powers of two.
+        depths: Legal depths of samples.
+        max_new_tokens: Replaces the rows' `response_tokens`, and `DEFAULT_ROOM` for rows without it.
         limit: Samples per side, the file's first; None: all.
 
     Raises:
-        ValueError: A row is none, or lacks a side that is asked for.
+        UserError: A row is no `QuestionRow`, or lacks a side that is asked for.
     """
 
     def __init__(
@@ -155,14 +150,14 @@ class QuestionFile:
         self._depths = depths
         self._max_new_tokens = max_new_tokens
         self.metrics = {f"{path.stem}.{side}": QA_METRICS for side in sides}
-        self._specs = [spec for side in sides for spec in self._plan_side(side, limit)]
+        self._specs = [spec for side in sides for spec in self._side_specs(side, limit)]
 
-    def plan(self) -> list[Spec]:
-        """Every sample, in the order of their prompts' lengths, so that equal ones share a batch."""
+    def specs(self) -> list[SampleSpec]:
+        """Every sample, ordered by the length of its prompt so that equally long ones can share a batch."""
         return sorted(self._specs, key=lambda spec: (spec.task, spec.prompt_tokens))
 
-    def build(self, spec: Spec) -> Sample:
-        """Reads the row again: prompts are not held."""
+    def build(self, spec: SampleSpec) -> Sample:
+        """Read the row again, as prompts are not held."""
         with self._path.open("rb") as stream:
             stream.seek(spec.key)
             row = parse_context(stream.readline(), str(self._path), QuestionRow)
@@ -170,7 +165,7 @@ class QuestionFile:
         assert prompt is not None
         return Sample(spec, prompt, tuple(row.answers))
 
-    def _plan_side(self, side: Side, limit: int | None) -> Iterator[Spec]:
+    def _side_specs(self, side: Side, limit: int | None) -> Iterator[SampleSpec]:
         asked: set[str] = set()
         for number, offset, row in read_contexts(self._path, QuestionRow):
             if limit is not None and len(asked) >= limit:
@@ -188,7 +183,7 @@ class QuestionFile:
             room = self._max_new_tokens or row.response_tokens or DEFAULT_ROOM
             depth = self._depth(row.evidence_depths) if side == "long" else None
             task = f"{self._path.stem}.{side}"
-            yield Spec(f"{task}:{name}", task, self._bucket(tokens), depth, tokens, room, offset)
+            yield SampleSpec(f"{task}:{name}", task, self._bucket(tokens), depth, tokens, room, offset)
 
     def _count(self, prompt: Content) -> int:
         template = template_of(prompt)

@@ -1,62 +1,75 @@
-"""From answers to scores: each sample's, and the means by task, length and depth.
+"""From answers to the results of an evaluation: scores, their means by task, length and depth, the printed table."""
 
-The results file from scored samples.
-
-The results as a table on the terminal.
-"""
-
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo import __version__
-from megatron_solopo.evaluate.generation import Generated, Generator
-from megatron_solopo.evaluate.samples import QA_METRICS, Spec
-from megatron_solopo.evaluate.settings import LongContextSettings
-from megatron_solopo.evaluate.statistics import estimate
-from megatron_solopo.evaluate.target import Target
+from megatron_solopo.evaluate.sample_set import SampleSet
+from megatron_solopo.evaluate.samples import QA_METRICS, SampleSpec
+from megatron_solopo.evaluate.settings import LongContextSettings, Target
+from megatron_solopo.evaluate.statistics import interval_kind, mean_score
+from megatron_solopo.generate.journal import StoredResponse
 from megatron_solopo.generate.scoring import SCORERS, Score, final_answer
-from megatron_solopo.results.long_context import Cell, LongContextResults, SkippedSamples
+from megatron_solopo.results.long_context import LongContextResults, ScoreCell, SkippedSamples
+from megatron_solopo.results.results_file import origin
+
+
+class EvaluatedResponse(StoredResponse):
+    """An answer as the journal holds it; `question_id` is the sample's id, `index` is 0."""
+
+    answers: list[str]
+    """The right answers."""
+    tokens: int
+    """Generated tokens, with the end token."""
+    seconds: float
+    """The answer's share of the wall time."""
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredResponse:
     """One sample with its answer and scores.
 
     Attributes:
-        marked: Whether the marker of a final answer was found, where it was looked for; None elsewhere.
+        marker_found: Whether the answer has the marker of a final answer; None where it was not looked for.
     """
 
-    spec: Spec
-    generated: Generated
+    spec: SampleSpec
+    response: EvaluatedResponse
     scores: dict[Score, float]
-    marked: bool | None
+    marker_found: bool | None
 
 
-def score(spec: Spec, generated: Generated, metrics: Sequence[Score], marker: str | None) -> Scored:
-    """Score an answer; of questions what stands behind the marker, where it is, if there is a marker to look for."""
-    text, marked = generated.text, None
+def score(
+    spec: SampleSpec, response: EvaluatedResponse, metrics: Sequence[Score], marker: str | None
+) -> ScoredResponse:
+    """Score an answer.
+
+    Args:
+        marker: Of an answer to a question, only the text behind the last marker is scored, if there is one. None
+            scores every answer whole.
+    """
+    text, marker_found = response.text, None
     if marker is not None and tuple(metrics) == QA_METRICS:
-        text, marked = final_answer(text, marker)
-    return Scored(spec, generated, {name: SCORERS[name](text, generated.answers) for name in metrics}, marked)
+        text, marker_found = final_answer(text, marker)
+    scores = {name: SCORERS[name](text, response.answers) for name in metrics}
+    return ScoredResponse(spec, response, scores, marker_found)
 
 
-def cells(scored: Sequence[Scored], metrics: Mapping[str, Sequence[Score]]) -> list[Cell]:
-    """Every cell of `evaluation_results.LongContextResults.cells`."""
+def score_table(scored: Sequence[ScoredResponse], metrics: Mapping[str, Sequence[Score]]) -> list[ScoreCell]:
+    """The means of every score of every task, see `LongContextResults.cells`."""
     return [
-        _cell(task, metric, length, depth, group)
+        _mean(task, metric, length, depth, group)
         for task, names in metrics.items()
         for metric in names
         for length, depth, group in _groups([each for each in scored if each.spec.task == task])
     ]
 
 
-def _groups(scored: Sequence[Scored]) -> Iterator[tuple[int | None, float | None, list[Scored]]]:
-    """All together, by length, by depth, and by both."""
+def _groups(
+    scored: Sequence[ScoredResponse],
+) -> Iterator[tuple[int | None, float | None, list[ScoredResponse]]]:
+    """All answers, those of each length, of each depth, and of both."""
     lengths = sorted({each.spec.length for each in scored})
     depths = sorted({each.spec.depth for each in scored if each.spec.depth is not None})
     for length in (None, *lengths):
@@ -66,9 +79,13 @@ def _groups(scored: Sequence[Scored]) -> Iterator[tuple[int | None, float | None
                 yield length, depth, group
 
 
-def _cell(task: str, metric: Score, length: int | None, depth: float | None, group: Sequence[Scored]) -> Cell:
-    found = estimate([each.scores[metric] for each in group])
-    return Cell(
+def _mean(
+    task: str, metric: Score, length: int | None, depth: float | None, group: Sequence[ScoredResponse]
+) -> ScoreCell:
+    scores = [each.scores[metric] for each in group]
+    found = mean_score(scores)
+    assert found.low is not None and found.high is not None
+    return ScoreCell(
         task=task,
         metric=metric,
         length=length,
@@ -77,47 +94,55 @@ def _cell(task: str, metric: Score, length: int | None, depth: float | None, gro
         score=found.mean,
         low=found.low,
         high=found.high,
-        interval=found.interval,
-        prompt_tokens=sum(each.spec.prompt_tokens for each in group),
-        generated_tokens=sum(each.generated.tokens for each in group),
-        seconds=sum(each.generated.seconds for each in group),
+        interval=interval_kind(scores),
+        **_cost(group),
     )
+
+
+def _cost(scored: Sequence[ScoredResponse]) -> dict[str, Any]:
+    return {
+        "prompt_tokens": sum(each.spec.prompt_tokens for each in scored),
+        "generated_tokens": sum(each.response.tokens for each in scored),
+        "seconds": sum(each.response.seconds for each in scored),
+    }
 
 
 def make_results(
     settings: LongContextSettings,
     target: Target,
     name: str,
-    metrics: Mapping[str, Sequence[Score]],
-    max_positions: int | None,
-    scored: Sequence[Scored],
+    samples: SampleSet,
+    scored: Sequence[ScoredResponse],
     skipped: Sequence[SkippedSamples],
-    model: Generator,
+    device: str,
+    layout: dict[str, int],
 ) -> LongContextResults:
-    """All that is known of an evaluation."""
-    found = cells(scored, metrics)
+    """The file of results.
+
+    Args:
+        name: Of the file, without its ending.
+        device: What computed; "server" where that is not known.
+        layout: Parallel sizes, empty where there are none.
+    """
+    table = score_table(scored, samples.metrics)
     return LongContextResults(
         name=name,
         model=str(target.path or settings.model),
         backend=target.backend,
         run_dir=None if target.run_dir is None else str(target.run_dir),
         step=target.step,
-        main_metrics={task: names[0] for task, names in metrics.items()},
-        lengths=sorted({cell.length for cell in found if cell.length is not None}),
-        depths=sorted({cell.depth for cell in found if cell.depth is not None}),
-        cells=found,
+        main_metrics={task: names[0] for task, names in samples.metrics.items()},
+        lengths=sorted({cell.length for cell in table if cell.length is not None}),
+        depths=sorted({cell.depth for cell in table if cell.depth is not None}),
+        cells=table,
         skipped=list(skipped),
-        max_positions=max_positions,
+        max_positions=samples.max_positions,
         samples=len(scored),
-        prompt_tokens=sum(each.spec.prompt_tokens for each in scored),
-        generated_tokens=sum(each.generated.tokens for each in scored),
-        seconds=sum(each.generated.seconds for each in scored),
-        layout=model.layout,
-        device=model.device,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=__version__,
-        command=shlex.join(sys.argv),
+        layout=layout,
+        device=device,
         settings={option: _plain(value) for option, value in asdict(settings).items()},
+        **_cost(scored),
+        **origin(),
     )
 
 
@@ -146,7 +171,7 @@ def render(results: LongContextResults) -> str:
     return "\n".join([*lines, *skipped, cost])
 
 
-def _shown(cell: Cell | None) -> str:
+def _shown(cell: ScoreCell | None) -> str:
     if cell is None:
         return "-"
     low, mean, high = (f"{100 * value:.1f}" for value in (cell.low, cell.score, cell.high))

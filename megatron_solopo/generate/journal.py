@@ -1,8 +1,8 @@
-"""Responses on disk as they come: a file that a killed program can continue, without losing or repeating one.
+"""Responses on disk as they come, in a file that a killed program continues without losing or repeating one.
 
-JSON lines. The first is {"journal": ...}, all that decides what a response may be; the others are responses, appended
-and synced to the disk before they count as received. A last line without its end is one that was being written when
-the program was killed: it never counted, is cut off, and its response asked for again.
+JSON lines. The first is {"journal": ...} and holds everything that decides what a response may be. Each other line is a
+response. A response counts as received once its line has been appended and synced to the disk. A last line without a
+line break was being written when the program was killed: it is cut off, and its response is asked for again.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ from megatron_solopo.errors import UserError, first_problem
 
 
 class StoredResponse(BaseModel):
-    """One sampled response."""
+    """One response of a model."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -29,9 +29,9 @@ class StoredResponse(BaseModel):
     """Number of the sample, from 0."""
     text: str
     finish_reason: str | None = None
-    """As the server says: length where the response was cut at its greatest number of tokens."""
+    """See `generate.model.Answer`."""
     seed: int | None = None
-    """Of the request; the responses of one request share it."""
+    """Seed of the request; the responses of one request share it."""
 
 
 class Journal:
@@ -39,14 +39,14 @@ class Journal:
 
     Args:
         path: Created where it does not exist, continued where it does.
-        header: Must be that of the existing file.
-        command: Whose output the file is.
+        header: Must be the header of the existing file.
+        command: The command that writes the file, for error messages.
 
     Attributes:
         received: Numbers of the samples in the file, by question.
 
     Raises:
-        ValueError: The file has another header, is no journal, or another process has it open.
+        UserError: The file has another header, is no journal, or another process has it open.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], command: str = "data sample") -> None:
@@ -79,8 +79,13 @@ class Journal:
         if not end:
             self._append([json.dumps({"journal": header}, ensure_ascii=False)])
 
+    @property
+    def count(self) -> int:
+        """Number of different samples in the file."""
+        return sum(map(len, self.received.values()))
+
     def append(self, responses: Sequence[StoredResponse]) -> None:
-        """Write responses; they are on the disk when this returns."""
+        """Write responses. They are on the disk when this returns."""
         self._append([response.model_dump_json() for response in responses])
         for response in responses:
             self.received[response.question_id].add(response.index)
@@ -100,18 +105,21 @@ class Journal:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """What decided the responses; None for a file of responses that no `data sample` wrote."""
+    """The header of a journal; None for a file of responses that has none."""
     first = next((line for _, line in _complete_lines(path)), b"{}")
     try:
         value = json.loads(first)
-    except ValueError:
+    except (json.JSONDecodeError, UnicodeDecodeError):
         return None
     header = value.get("journal") if isinstance(value, dict) else None
     return header if isinstance(header, dict) else None
 
 
 def read_offsets(path: Path) -> Iterator[tuple[int, StoredResponse]]:
-    """Every response with its byte offset, in the order they came. Raises UserError naming a line that is none."""
+    """Every response with its byte offset, in the order they came.
+
+    Raises UserError, naming the line, for a line that is no response.
+    """
     has_header = read_header(path) is not None
     for start, line in _complete_lines(path):
         if start or not has_header:
@@ -119,7 +127,7 @@ def read_offsets(path: Path) -> Iterator[tuple[int, StoredResponse]]:
 
 
 def parse_response(path: Path, offset: int, line: bytes) -> StoredResponse:
-    """One line of the file; raises UserError."""
+    """The response on one line of the file. Raises UserError where it holds none."""
     try:
         return StoredResponse.model_validate_json(line)
     except ValidationError as error:

@@ -1,54 +1,31 @@
-"""Responses from a server that speaks OpenAI's API: vLLM, SGLang, TGI and others.
+"""Answers from a server that speaks OpenAI's API: vLLM, SGLang, TGI and others.
 
-Prompts that are text go to /completions, chat messages to /chat/completions. Whatever may pass by itself (no
-connection, a timeout, overload, an error of the server's) is tried again after a growing wait; a request that the
-server calls wrong ends the run, and so does an answer cut before it had the tokens asked for.
+Prompts that are text go to /completions, chat messages go to /chat/completions. A request that meets no connection, a
+timeout, an overload or a fault of the server is sent again after a growing wait. A request that the server calls wrong
+ends the run, and so does an answer that was cut before it had the tokens asked for.
 """
 
 import asyncio
 import os
 import random
 from collections import Counter
-from typing import Any, Protocol
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
 
 import httpx2
 from pydantic import BaseModel, ValidationError
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.generate.model import Answer, Request, RequestFailed
+from megatron_solopo.generate.model import Answer, Build, Item, Keep, Request, RequestFailed, RequestPool
 
-_PASSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 60.0
 _SHOWN_CHARACTERS = 200
 _ABORTED = "abort"
-"""Why an answer of vLLM or SGLang ended that was stopped from outside (paused, put to sleep): it is part of one."""
+"""vLLM and SGLang say so of an answer that was stopped from outside (paused, put to sleep). It is incomplete."""
 _LENGTH = "length"
 _MODELS_SECONDS = 10.0
-
-
-class ServerSettings(Protocol):
-    """What is asked of a server and how; `sample_settings.SampleSettings` says what each means."""
-
-    @property
-    def server(self) -> str | None: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def concurrency(self) -> int: ...
-    @property
-    def timeout(self) -> float: ...
-    @property
-    def retries(self) -> int: ...
-    @property
-    def backoff(self) -> float: ...
-    @property
-    def api_key_env(self) -> str | None: ...
-    @property
-    def seed(self) -> int: ...
 
 
 class _Message(BaseModel):
@@ -80,7 +57,7 @@ class _ServedModels(BaseModel):
 
 
 class _TryAgain(Exception):
-    """What may pass by itself; `wait` is what the server asks for, in seconds."""
+    """A fault that may pass by itself; `wait` is the number of seconds that the server asks for."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -88,54 +65,78 @@ class _TryAgain(Exception):
 
 
 class OpenAIServer:
-    """A client of `settings.server`; see `data.sample_model.Model`."""
+    """A model on a server, see `generate.model.Model`. Sends every request of a batch by itself.
 
-    def __init__(self, settings: ServerSettings) -> None:
-        assert settings.server is not None
-        self.concurrency = settings.concurrency
+    Args:
+        url: Base URL, such as http://localhost:8000/v1.
+        model: Name that the server knows the model by.
+        concurrency: How many requests are under way at once.
+        timeout: Seconds that a request may take.
+        retries: How often a request that fails is sent again.
+        backoff: Seconds before the first retry; doubled for each further one, up to a minute.
+        api_key_env: Environment variable that holds the server's key; None sends none.
+        temperature: 0 asks for the most likely tokens.
+        top_p: Sample from the most likely tokens that together have this probability.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        concurrency: int,
+        timeout: float,
+        retries: int,
+        backoff: float = 1.0,
+        api_key_env: str | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> None:
         self.retried: Counter[str] = Counter()
-        self._settings = settings
-        self._url = settings.server.rstrip("/")
-        self._headers = _authorization(settings.api_key_env)
-        self._client: httpx2.AsyncClient | None = None
-        # Only spreads retries in time: nothing of the data depends on it.
-        self._jitter = random.Random(settings.seed)
+        self._url = url.rstrip("/")
+        self._concurrency = concurrency
+        self._timeout = timeout
+        self._retries = retries
+        self._backoff = backoff
+        self._asked = {"model": model, "temperature": temperature, "top_p": top_p}
+        limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        # The time limit is on the whole request, below: a server that trickles is as slow as one that hangs.
+        self._client = httpx2.AsyncClient(timeout=None, limits=limits, headers=_authorization(api_key_env))
 
-    async def ask(self, request: Request) -> list[Answer]:
-        """Answers to a request, tried as often as the settings say."""
-        for attempt in range(self._settings.retries + 1):
+    def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep) -> None:
+        """See `Model`. Can be called once."""
+        asyncio.run(self._answer(RequestPool(self._ask, self._concurrency, build, keep), batches))
+
+    async def _answer(self, pool: RequestPool[Item], batches: Sequence[Sequence[Item]]) -> None:
+        async with self._client:
+            await pool.finish(chain.from_iterable(batches))
+
+    async def _ask(self, request: Request) -> list[Answer]:
+        """Answers to a request, which is sent again as often as the settings say."""
+        for attempt in range(self._retries + 1):
             try:
                 return await self._ask_once(request)
             except _TryAgain as error:
                 reason, wait = str(error), error.wait
-            if attempt < self._settings.retries:
+            if attempt < self._retries:
                 self.retried[reason] += 1
-                growing = self._settings.backoff * 2**attempt * self._jitter.uniform(0.5, 1.0)
+                growing = self._backoff * 2**attempt * random.uniform(0.5, 1.0)
                 await asyncio.sleep(min(_LONGEST_WAIT, max(growing, wait or 0.0)))
-        raise RequestFailed(f"{reason}, after {self._settings.retries} retries")
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        if self._client is not None:
-            await self._client.aclose()
+        raise RequestFailed(f"{reason}, after {self._retries} retries")
 
     async def _ask_once(self, request: Request) -> list[Answer]:
-        if self._client is None:
-            limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-            # The time limit is on the whole request, below: a server that trickles is as slow as one that hangs.
-            self._client = httpx2.AsyncClient(timeout=None, limits=limits, headers=self._headers)
         path, body = self._body(request)
         try:
-            async with asyncio.timeout(self._settings.timeout):
+            async with asyncio.timeout(self._timeout):
                 response = await self._client.post(f"{self._url}{path}", json=body)
         except TimeoutError:
-            raise _TryAgain(f"no answer within {self._settings.timeout:g} s") from None
+            raise _TryAgain(f"no answer within {self._timeout:g} s") from None
         except httpx2.RequestError as error:
             raise _TryAgain(type(error).__name__) from None
         except httpx2.InvalidURL as error:
             raise UserError(f"--server {self._url}: is no URL: {error}") from None
-        if response.status_code in _PASSES:
-            raise _TryAgain(f"HTTP {response.status_code}", _asked_wait(response))
+        if response.status_code in _RETRIED_STATUS:
+            raise _TryAgain(f"HTTP {response.status_code}", _retry_after(response))
         if response.status_code != 200:
             detail = " ".join(response.text.split())[:_SHOWN_CHARACTERS]
             raise UserError(f"--server {self._url}: refuses with HTTP {response.status_code}: {detail}")
@@ -145,10 +146,8 @@ class OpenAIServer:
 
     def _body(self, request: Request) -> tuple[str, dict[str, Any]]:
         body: dict[str, Any] = {
-            "model": self._settings.model,
+            **self._asked,
             "n": len(request.indices),
-            "temperature": self._settings.temperature,
-            "top_p": self._settings.top_p,
             "max_tokens": request.max_tokens,
             "seed": request.seed,
         }
@@ -157,7 +156,10 @@ class OpenAIServer:
         return "/chat/completions", body | {"messages": request.prompt}
 
     def _refuse_cut(self, completion: _Completion, max_tokens: int) -> None:
-        """vLLM takes a request whose prompt leaves less room than it asks for, and lowers `max_tokens` unsaid."""
+        """Raise UserError for an answer with fewer tokens than asked for.
+
+        vLLM takes a request whose prompt leaves less room than it asks for, and lowers `max_tokens` without a word.
+        """
         cut = sum(choice.finish_reason == _LENGTH for choice in completion.choices)
         tokens = completion.usage.completion_tokens if completion.usage else None
         if tokens is not None and tokens < cut * max_tokens:
@@ -167,16 +169,17 @@ class OpenAIServer:
             )
 
 
-def served_positions(settings: ServerSettings) -> int | None:
-    """Longest sequence of the server's model, as vLLM and SGLang tell; None where it does not answer or say."""
-    assert settings.server is not None
-    url = f"{settings.server.rstrip('/')}/models"
+def served_positions(url: str, model: str, api_key_env: str | None) -> int | None:
+    """Longest sequence of the server's model, as vLLM and SGLang tell it.
+
+    None where the server does not answer or does not say.
+    """
     try:
-        response = httpx2.get(url, headers=_authorization(settings.api_key_env), timeout=_MODELS_SECONDS)
+        response = httpx2.get(f"{url.rstrip('/')}/models", headers=_authorization(api_key_env), timeout=_MODELS_SECONDS)
         models = _ServedModels.model_validate_json(response.content).data
     except (httpx2.RequestError, httpx2.InvalidURL, ValidationError):
         return None
-    return next((model.max_model_len for model in models if model.id == settings.model), None)
+    return next((each.max_model_len for each in models if each.id == model), None)
 
 
 def _authorization(variable: str | None) -> dict[str, str]:
@@ -188,8 +191,8 @@ def _authorization(variable: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def _asked_wait(response: httpx2.Response) -> float | None:
-    """Seconds of a Retry-After header; the form with a date is not in use among these servers."""
+def _retry_after(response: httpx2.Response) -> float | None:
+    """Seconds of a Retry-After header. These servers do not use its other form, which is a date."""
     try:
         return float(response.headers.get("retry-after", ""))
     except ValueError:
@@ -197,7 +200,7 @@ def _asked_wait(response: httpx2.Response) -> float | None:
 
 
 def _completion(response: httpx2.Response, asked: int) -> _Completion:
-    """At most as many choices as were asked for."""
+    """At least one choice, at most as many as asked for. Raises _TryAgain for any other answer."""
     try:
         completion = _Completion.model_validate_json(response.content)
     except ValidationError:

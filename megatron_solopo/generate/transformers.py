@@ -1,45 +1,169 @@
-"""A Hugging Face model directory, loaded without running code from it."""
+"""Models in this process: what they share, and Hugging Face directories, loaded without running code from them."""
 
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
+from megatron_solopo.data.encode import encode_prompt, template_of
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
+from megatron_solopo.generate.model import Answer, Build, Item, Keep, Request
 
-# The library's own are not typed.
+# transformers' own are not typed.
+_AUTO_MODEL: Any = AutoModelForCausalLM
 _GENERATION_CONFIG: Any = GenerationConfig
 _LOGGING: Any = logging
 
 
-def load_transformers_model(path: Path | str, dtype: str = "auto") -> Any:
-    """The causal language model, ready to evaluate, on the CPU.
+class LocalModel(ABC):
+    """A model in this process or on this group of ranks, see `generate.model.Model`. Answers one batch at a time."""
+
+    def __init__(self, tokenizer: Tokenizer, end_tokens: Collection[int], device: torch.device) -> None:
+        self.retried: Counter[str] = Counter()
+        self._tokenizer = tokenizer
+        self._end_tokens = end_tokens
+        self._device = device
+
+    @abstractmethod
+    def generate(self, prompts_BT: Tensor, max_tokens: int, end_tokens: Collection[int]) -> Tensor:
+        """int64 [B, n], the tokens behind equally long prompts; n is at most `max_tokens`.
+
+        Generation stops once every row has one of `end_tokens`. What follows a row's first end token is arbitrary.
+        """
+
+    def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep) -> None:
+        """See `Model`. Building a prompt does not count in the seconds."""
+        for batch in batches:
+            for request, answers, seconds in self.answer_batch(build_all(batch, build)):
+                keep(request, answers, seconds)
+
+    def answer_batch(self, requests: Sequence[Request]) -> list[tuple[Request, list[Answer], float]]:
+        """Each request with its answers and seconds; the prompts must be equally long."""
+        if not requests:
+            return []
+        ids = [
+            encode_prompt(each.prompt, self._tokenizer, template_of(each.prompt))
+            for each in requests
+            for _ in each.indices
+        ]
+        prompts_BT = torch.tensor(ids, device=self._device)
+        start = time.perf_counter()
+        rows = self.generate(prompts_BT, requests[0].max_tokens, self._end_tokens).tolist()
+        seconds = (time.perf_counter() - start) / len(requests)
+        answers = iter([answer_of(row, self._tokenizer, self._end_tokens) for row in rows])
+        return [(each, [next(answers) for _ in each.indices], seconds) for each in requests]
+
+
+class TransformersModel(LocalModel):
+    """A Hugging Face directory.
 
     Args:
-        dtype: A torch dtype's name; auto: the one it is stored in.
+        path: Directory of the model; its own file of generation settings counts for its end tokens alone.
+        dtype: Name of a torch dtype; auto: the one that the weights are stored in.
+        temperature: 0 generates the most likely token each time. Above 0, answers are sampled, and a batch is one
+            request: its random numbers come from its seed alone, whatever was sampled before.
+        top_p: Sample from the most likely tokens that together have this probability.
+    """
 
-    Raises UserError with one line where there is no loadable model.
+    def __init__(
+        self,
+        path: Path | str,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        dtype: str = "auto",
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> None:
+        # First, as it says best what is wrong with a directory.
+        self._model = load_transformers_model(path, dtype).to(device)
+        super().__init__(tokenizer, end_tokens(path, tokenizer), device)
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0}
+        self._sampling = {"do_sample": True, **sampling} if temperature else {"do_sample": False}
+        # Penalties or a top_k of the model's own file would change the distribution.
+        self._model.generation_config = _GENERATION_CONFIG()
+
+    def answer_batch(self, requests: Sequence[Request]) -> list[tuple[Request, list[Answer], float]]:
+        """See `LocalModel`."""
+        if self._sampling["do_sample"]:
+            (request,) = requests
+            torch.manual_seed(request.seed)
+        return super().answer_batch(requests)
+
+    @torch.inference_mode()
+    def generate(self, prompts_BT: Tensor, max_tokens: int, end_tokens: Collection[int]) -> Tensor:
+        """See `LocalModel`."""
+        settings = _GENERATION_CONFIG(
+            max_new_tokens=max_tokens,
+            eos_token_id=sorted(end_tokens) or None,
+            pad_token_id=min(end_tokens, default=0),
+            **self._sampling,
+        )
+        whole: Tensor = self._model.generate(
+            prompts_BT, attention_mask=torch.ones_like(prompts_BT), generation_config=settings
+        )
+        return whole[:, prompts_BT.shape[1] :]
+
+
+def build_all(items: Iterable[Item], build: Build[Item]) -> list[Request]:
+    """The requests of the items for which one can be made."""
+    return [request for request in map(build, items) if request is not None]
+
+
+def answer_of(tokens: Sequence[int], tokenizer: Tokenizer, end_tokens: Collection[int]) -> Answer:
+    """An answer from a row of generated tokens, up to the first end token."""
+    end = next((place for place, token in enumerate(tokens) if token in end_tokens), None)
+    count = len(tokens) if end is None else end + 1
+    return Answer(tokenizer.decode(tokens[:end]), "length" if end is None else "stop", count)
+
+
+def load_transformers_model(path: Path | str, dtype: str = "auto") -> Any:
+    """The causal language model on the CPU, in evaluation mode.
+
+    Args:
+        dtype: Name of a torch dtype; auto: the one that the weights are stored in.
+
+    Raises UserError for a directory that holds no model, or a damaged or incomplete one.
     """
     shows_progress = _LOGGING.is_progress_bar_enabled()
     _LOGGING.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False
+        model, found = _AUTO_MODEL.from_pretrained(
+            path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
-    # The library raises whatever the damaged file led to.
-    except Exception as error:
-        raise UserError(f"--model {path}: no loadable model: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        raise _no_model(path, error) from None
+    except RuntimeError as error:
+        # Of tensors of other shapes. Others, such as a full GPU, say nothing about the directory.
+        if "mismatched" not in str(error):
+            raise
+        raise _no_model(path, error) from None
     finally:
         if shows_progress:
             _LOGGING.enable_progress_bar()
+    if found["missing_keys"]:
+        raise _no_model(path, f"its weights lack {min(found['missing_keys'])}")
     return model.eval()
 
 
+def _no_model(path: Path | str, reason: object) -> UserError:
+    return UserError(f"--model {path}: no loadable model: {' '.join(str(reason).split())}")
+
+
 def end_tokens(path: Path | str, tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end a response: the tokenizer's, and those that the model's generation settings name (Llama 3
-    has several)."""
+    """The tokens that end an answer: the tokenizer's, and those of the model's generation settings.
+
+    Llama 3 has several.
+    """
     try:
         settings = _GENERATION_CONFIG.from_pretrained(path, local_files_only=True)
     except OSError:

@@ -1,20 +1,21 @@
-"""Megatron-LM's command line: our flags on it, what its own must be, and the Config that both come to.
+"""Our flags on Megatron-LM's command line, the values that its own flags must have, and the Config made of both.
 
-The flags are made of the configuration classes: names, types, defaults, legal values and help are
-theirs, and so are the checks and the messages, in which a key is written as the flag that sets it.
+The configuration classes give the flags their names, types, defaults, legal values and help. They also check the
+values. Their messages name configuration keys, which are replaced by the flags that set them.
 """
 
 import argparse
 import re
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import torch
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from megatron_solopo.command_settings import alternatives, choices
 from megatron_solopo.config import (
     Config,
     DataConfig,
@@ -27,7 +28,7 @@ from megatron_solopo.config import (
 from megatron_solopo.errors import UserError
 
 _PREFIX = "solopo"
-# Section -> the class it is made of, and the flag of each key ("" where it is the key's own name).
+# Section -> its class, and the name of each key's flag ("": the key's own name).
 _SECTIONS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
     "model": (ModelConfig, {"path": "model_path"}),
     "data": (DataConfig, {"path": "data_path", "max_tokens_per_pack": "", "max_triplets_per_pack": ""}),
@@ -35,7 +36,7 @@ _SECTIONS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
     "logprob": (LogprobConfig, {"chunk_tokens": ""}),
     "reference": (ReferenceConfig, {"model_path": "reference_model_path", "cache": "reference_cache"}),
 }
-# Keys that Megatron-LM's own arguments set.
+# Keys that flags of Megatron-LM set.
 _MEGATRON_FLAGS = {
     "training.global_batch_size": "--global-batch-size",
     "training.eval_steps": "--eval-interval",
@@ -57,13 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group = parser.add_argument_group(f"SoLoPO: {section}", model.__doc__)
         for key, name in keys.items():
             field = model.model_fields[key]
-            options = _argparse_options(field.annotation)
             group.add_argument(
                 _flag(name or key),
                 default=None if field.is_required() else field.default,
                 required=field.is_required(),
                 help=_help(field.description, field.default, field.is_required()),
-                **options,
+                **_argparse_options(field),
             )
     group = parser.add_argument_group("SoLoPO: output")
     group.add_argument(
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def config_from_args(args: argparse.Namespace) -> Config:
-    """The configuration that Megatron-LM's parsed arguments come to.
+    """Make the configuration of Megatron-LM's parsed arguments.
 
     Raises UserError naming the flags that are wrong, alone or together.
     """
@@ -119,9 +119,9 @@ def _precision(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError, one line, naming every argument that packs of triplets do not go with, and what it must be."""
+    """Raise UserError naming every argument that does not work with packs of triplets, and its required value."""
     required = {
-        "dataloader_type": ("external", "--dataloader-type external: packs are our iterator's"),
+        "dataloader_type": ("external", "--dataloader-type external: our iterator makes the packs"),
         "calculate_per_token_loss": (True, "--calculate-per-token-loss: it makes the loss the mean over triplets"),
         "hidden_dropout": (0.0, "--hidden-dropout 0: the reference has none"),
         "attention_dropout": (0.0, "--attention-dropout 0: the reference has none"),
@@ -171,15 +171,11 @@ def _help(description: str | None, default: Any, required: bool) -> str:
     return f"{text}{'. ' if text else ''}{ending}".strip().replace("%", "%%")
 
 
-def _argparse_options(annotation: Any) -> dict[str, Any]:
-    """type, choices or action of a field's annotation; optional fields are read as what they hold when given."""
-    if get_origin(annotation) is Annotated:
-        return _argparse_options(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        (held,) = (each for each in get_args(annotation) if each is not type(None))
-        return _argparse_options(held)
-    if get_origin(annotation) is Literal:
-        return {"choices": get_args(annotation)}
-    if annotation is bool:
-        return {"action": "store_true"}
-    return {"type": annotation}
+def _argparse_options(field: FieldInfo) -> dict[str, Any]:
+    """Return argparse's type, choices or action for a field. `X | None` is read as X."""
+    if legal := choices(field):
+        return {"choices": legal}
+    (kind,) = alternatives(field)
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    return {"action": "store_true"} if kind is bool else {"type": kind}

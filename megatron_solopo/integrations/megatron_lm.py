@@ -1,11 +1,4 @@
-"""Global batches as the endless iterator of micro-batches that Megatron-LM's training loop reads.
-
-Every metric of every training step, negative ones too: Megatron-LM's console line leaves those out.
-
-`metrics.jsonl` has the names and the form of our own trainer's, without what Megatron-LM alone knows:
-gradient norm, learning rate, times and evaluation are in its own log, TensorBoard and W&B.
-
-Plugs SoLoPO into Megatron-LM's own `pretrain()`: three arguments of the call in `pretrain_gpt.py` change.
+"""SoLoPO in Megatron-LM's own `pretrain()`: three arguments of the call in `pretrain_gpt.py` change.
 
     from megatron_solopo.integrations.megatron_lm import Solopo
 
@@ -18,7 +11,12 @@ Plugs SoLoPO into Megatron-LM's own `pretrain()`: three arguments of the call in
         extra_args_provider=solopo.add_arguments,
     )
 
-`Solopo.pretrain` makes that call, and that of the 0.19 series, for a script of no other needs.
+`Solopo.pretrain` makes that call for a script that needs nothing else, also in the form of Megatron-LM 0.19.
+
+`Solopo` gives `pretrain()` what it asks of its caller. `PackStream` is the iterator of micro-batches that its loop
+reads. `StepLog` writes every metric of every training step to `metrics.jsonl`: Megatron-LM's console line leaves out
+negative ones. The file has the names and the form of our own trainer's. What Megatron-LM alone knows (gradient norm,
+learning rate, times, evaluation) is in its own log, TensorBoard and W&B.
 """
 
 import argparse
@@ -53,14 +51,14 @@ from megatron_solopo.train.metrics import keep_before
 
 @dataclass(frozen=True, eq=False)
 class StepPack:
-    """A pack and its place: Megatron-LM's loop tells a forward step neither."""
+    """A pack and its place in the step, which Megatron-LM's loop does not tell a forward step."""
 
     pack: Pack
     split: str
     number: int
-    """Of this rank's packs of the step, from 0."""
+    """Number among this rank's packs of the step, from 0."""
     batch: GlobalBatch
-    """The step's."""
+    """The global batch of the step."""
 
     @property
     def is_last(self) -> bool:
@@ -69,18 +67,18 @@ class StepPack:
 
 
 class PackStream:
-    """`num_packs` packs per global batch, for as many batches as are asked for.
+    """Endless iterator over this rank's packs, `num_packs` for every global batch.
 
-    Megatron-LM fixes the number of micro-batches of a step beforehand: global batch size / (micro-batch
-    size x DP). So its micro-batch size is the mean number of triplets in a pack: the triplets of a global
-    batch are packed into just that many packs, as even in cost as can be.
+    Megatron-LM fixes the number of micro-batches of a step beforehand: global batch size / (micro-batch size x DP).
+    So its micro-batch size is the mean number of triplets in a pack. The triplets of a global batch are packed into
+    exactly that many packs, which cost as equally as possible.
 
     Args:
-        loader: with `packs_multiple=num_packs`.
+        loader: made with `packs_multiple=num_packs`.
         consumed_triplets: where to start in the loader's stream.
-        num_batches: how many batches will be asked for; they are looked at now, by their lengths.
+        num_batches: how many batches the caller will read. Their lengths are checked now.
 
-    Raises UserError if the token budget of a pack is too small for so few packs in one of them.
+    Raises UserError if one of these batches needs more packs under the token budget of a pack.
     """
 
     def __init__(
@@ -120,14 +118,14 @@ class PackStream:
 
 
 class StepLog:
-    """Sums the reports of a step's packs, and writes their means when the last one has come.
+    """Sums the reports of a step's packs, and writes their means after the last pack.
 
-    It lives on the last pipeline stage, where losses are. The ranks of a data-parallel group meet in one
-    all-reduce per step; the very first of them writes.
+    Only the last pipeline stage uses it, because losses exist there alone. The ranks of a data-parallel group do one
+    all-reduce per step. The first rank of all writes.
     """
 
     def __init__(self, run_dir: Path, names: Sequence[str], topology: Topology, first_step: int) -> None:
-        """Continue at `first_step`: later lines of an interrupted run are dropped, as those steps are run again."""
+        """Continue at `first_step`. Later lines of an interrupted run are dropped, because those steps run again."""
         self._path, self._names, self._topology = run_dir / "metrics.jsonl", names, topology
         self._step = first_step - 1
         self._batch: GlobalBatch | None = None
@@ -139,7 +137,7 @@ class StepLog:
             keep_before(self._path, first_step)
 
     def add(self, item: StepPack, report: Tensor) -> None:
-        """Take the report of one pack, fp32 sums [M]."""
+        """Add the report of one pack, fp32 sums [M] of the metrics."""
         if item.number == 0:
             self._reports = []
         self._reports.append(report)
@@ -147,7 +145,7 @@ class StepLog:
             return
         sums = torch.stack(self._reports).double().sum(dim=0)
         dist.all_reduce(sums, group=self._topology.data_group)
-        # Megatron-LM may run a step again to tell a faulty GPU from a faulty program: same batch, same step.
+        # Megatron-LM may run a step again, with the same batch, to tell a faulty GPU from a faulty program.
         is_new = item.batch is not self._batch
         self._batch = item.batch
         self._step += is_new
@@ -157,7 +155,7 @@ class StepLog:
     def _write(self, means: list[float], batch: GlobalBatch) -> None:
         metrics = dict(zip(self._names, means, strict=True))
         counts = {"num_triplets": batch.num_triplets, "num_tokens": batch.num_tokens, "pack_fill": batch.pack_fill}
-        # NaN is no JSON: a run that has gone wrong says so with null, and Megatron-LM's own checks stop it.
+        # JSON has no NaN, so null stands for it. Megatron-LM's own checks stop such a run.
         line = {name: value if value - value == 0 else None for name, value in (metrics | counts).items()}
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": self._step} | line, allow_nan=False) + "\n")
@@ -169,7 +167,7 @@ ReportingLossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tenso
 
 
 class Solopo:
-    """What `pretrain()` asks of its caller. Everything is made at its first use, when Megatron-LM has its arguments."""
+    """What `pretrain()` asks of its caller. Parts are made at their first use, when Megatron-LM has its arguments."""
 
     add_arguments = staticmethod(add_arguments)
 
@@ -183,7 +181,7 @@ class Solopo:
 
     @cached_property
     def config(self) -> Config:
-        """Our configuration, as the arguments have it; raises UserError naming flags that do not go together."""
+        """Our configuration, made of the arguments. Raises UserError naming flags that do not go together."""
         return config_from_args(self.args)
 
     @cached_property
@@ -197,14 +195,14 @@ class Solopo:
         return StepLog(self.config.run_dir, self.task.metric_names, self.task.topology, self.args.iteration + 1)
 
     def model_provider(self, provider: Callable[..., Any] | None = None) -> Callable[..., Any]:
-        """A model provider that gives every chunk of `provider` the response-only head and its weights.
+        """Return a model provider that gives every chunk of `provider` the response-only head and its weights.
 
-        The weights are those of `--solopo-model-path`, unless `--load` or `--pretrained-checkpoint` holds
-        a checkpoint, which Megatron-LM then loads.
+        The weights are those of `--solopo-model-path`. But if `--load` or `--pretrained-checkpoint` holds a
+        checkpoint, Megatron-LM loads that instead.
 
         Args:
-            provider: the script's own, which returns a GPTModel; None: a GPTModel of Megatron-LM's arguments,
-                with Transformer Engine's layers, or with plain ones that know packs under `--transformer-impl local`.
+            provider: the script's own, which returns a GPTModel. None builds a GPTModel of Megatron-LM's arguments,
+                with Transformer Engine's layers, or with our plain ones under `--transformer-impl local`.
         """
         build = provider or self._build
         chunks: list[Any] = []
@@ -212,7 +210,7 @@ class Solopo:
         def provide(*args: Any, **kwargs: Any) -> Any:
             with flags_for_keys():
                 chunks.append(self.task.prepare_model(build(*args, **kwargs)))
-                # All at once: the ranks load together, and building tied embeddings is a meeting of ranks, too.
+                # After the last chunk: loading is collective, and so is building tied embeddings.
                 if len(chunks) == self.task.topology.num_model_chunks:
                     self._load_weights(chunks)
             return chunks[-1]
@@ -222,7 +220,7 @@ class Solopo:
     def _build(
         self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **others: Any
     ) -> Any:
-        """`config` and `pg_collection`, which later versions hand over, only repeat what is known already."""
+        """Later versions also hand over `config` and `pg_collection`, which repeat what is known already."""
         from megatron.training.arguments import core_transformer_config_from_args
 
         config = core_transformer_config_from_args(self.args)
@@ -240,9 +238,11 @@ class Solopo:
     def datasets(
         self, train_val_test_num_samples: Any, vp_stage: int | None = None
     ) -> tuple[PackStream, PackStream | None, None]:
-        """Training and validation iterators of this rank; every virtual stage reads the same packs from its own.
+        """Return the training and validation iterators of this rank.
 
-        Raises UserError if the batch sizes do not fit the layout or the data, or evaluation lacks data.
+        Every virtual stage reads the same packs from iterators of its own.
+
+        Raises UserError if the batch sizes do not fit the layout or the data, or if evaluation has no data.
         """
         args = self.args
         samples = train_val_test_num_samples
@@ -260,11 +260,11 @@ class Solopo:
         micro = getattr(args, "eval_micro_batch_size", args.micro_batch_size)
         return train, self._stream("eval", size, micro, args.consumed_valid_samples, samples[1]), None
 
-    # Every tensor-parallel rank and pipeline stage reads its own packs: Megatron-LM need not broadcast them.
+    # Every tensor-parallel rank and pipeline stage reads its packs itself, so Megatron-LM must not broadcast them.
     datasets.is_distributed = True  # type: ignore[attr-defined]
 
     def _stream(self, split: str, size: int, micro_batch_size: int, consumed: int, total: int) -> PackStream:
-        """Batches of `size` triplets, from `consumed` up to `total` triplets and on."""
+        """Return batches of `size` triplets from `consumed` on. Those up to `total` are checked now."""
         num_packs = size // (micro_batch_size * self.task.topology.data_group.size())
         multiple = self.task.topology.packs_multiple
         if num_packs % multiple:
@@ -279,10 +279,10 @@ class Solopo:
             return PackStream(loader, split, num_packs, consumed_triplets=consumed, num_batches=num_batches)
 
     def forward_step(self, data_iterator: Any, model: torch.nn.Module) -> tuple[Tensor, ReportingLossFunction]:
-        """Megatron-LM's forward step over one pack."""
+        """Run one pack through a model chunk, as the `forward_step_func` of `pretrain`."""
         with flags_for_keys():
             item: StepPack = next(data_iterator)
-        # Once per pack, whichever chunks it runs through.
+        # Once per pack, although it runs through every chunk.
         if item.split == "train" and not get_attr_wrapped_model(model, "vp_stage"):
             count_sequence_lengths(item.pack.sequence_lengths_S)
         output, loss = self.task.forward(item.pack, model, item.split)
@@ -291,7 +291,7 @@ class Solopo:
     def _loss(
         self, item: StepPack, loss: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], output: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The loss, the number of triplets, and by metric [sum, triplets], which Megatron-LM adds up, then divides."""
+        """Return the loss, the number of triplets, and [sum, triplets] by metric, for Megatron-LM to add and divide."""
         value, count, report_M = loss(output)
         if item.split == "train":
             self._log.add(item, report_M)
@@ -301,12 +301,12 @@ class Solopo:
     def pretrain(
         self, pretrain: Callable[..., Any], model_provider: Callable[..., Any] | None = None, **keywords: Any
     ) -> None:
-        """Call Megatron-LM's `pretrain` in the form that this version of it has.
+        """Call Megatron-LM's `pretrain` in the form that its version has.
 
         Args:
-            pretrain: `megatron.training.pretrain`, or a fork's or a wrapper's of the same form.
+            pretrain: `megatron.training.pretrain`, or a function of the same form.
             model_provider: see `model_provider`.
-            keywords: for `pretrain`, besides the model and data that are ours; `args_defaults` too.
+            keywords: more arguments of `pretrain`, such as `args_defaults`.
         """
         try:
             call_pretrain(
@@ -317,15 +317,15 @@ class Solopo:
                 add_arguments=self.add_arguments,
                 keywords=keywords,
             )
-        finally:  # Megatron-LM leaves by sys.exit too
-            if "args" in self.__dict__:
+        finally:  # Megatron-LM may leave through sys.exit
+            if "args" in vars(self):
                 self.add_model_files()
 
     def add_model_files(self) -> None:
-        """Give every checkpoint under `--save` the model's config and tokenizer, in its folder `huggingface/`.
+        """Copy the model's config and tokenizer into every checkpoint under `--save`, to the folder `huggingface/`.
 
-        With them it is a model for our commands: `model.path`, `convert export`, `evaluate`. For scripts that
-        call `pretrain` themselves; all ranks may call it, one writes.
+        With them our commands take the checkpoint as a model: `model.path`, `convert export`, `evaluate`. `pretrain`
+        does it; scripts that do not use it call this method. All ranks may call it, rank 0 writes.
         """
         if self.args.save is None or self.args.rank != 0:
             return

@@ -1,9 +1,7 @@
-"""Makes a GPTModel that someone else has built ready for packs: checks it, and gives it the response-only head.
+"""SoLoPO in any training loop on Megatron-Core: packs, the response-only head, a forward step with its loss, metrics.
 
-What a training loop that is not ours needs of us: packs, a forward step with its loss, metrics. Nothing else.
-
-The loop keeps its own model, optimizer, schedule, logging and checkpoints. See "Use it in your own
-loop" in examples/megatron_lm/README.md for a complete one.
+The loop keeps its own model, optimizer, schedule, logging and checkpoints. "Use it in your own loop" in
+examples/megatron_lm/README.md shows a whole one.
 """
 
 import math
@@ -33,9 +31,9 @@ from megatron_solopo.train.step import LossFunction, forward_microbatch, objecti
 
 
 def prepare_model(model: Any, architecture: Architecture, chunk_tokens: int) -> None:
-    """Check a model chunk and its configuration, and change in place what packs need.
+    """Check a model chunk and its configuration, and give it the response-only head in place.
 
-    Raises UserError naming each setting that differs from `architecture`, or that packs do not go with.
+    Raises UserError naming each setting that differs from `architecture`, or that does not work with packs.
     """
     if not isinstance(model, GPTModel):
         raise UserError(
@@ -43,14 +41,14 @@ def prepare_model(model: Any, architecture: Architecture, chunk_tokens: int) -> 
         )
     _check_architecture(model, architecture)
     check_transformer_config(model.config)
-    # Packs differ in length, so shapes travel with each pipeline message. Megatron-LM's arguments forbid it.
+    # Packs differ in length, so pipeline messages must carry shapes. Megatron-LM's arguments cannot say so.
     model.config.variable_seq_lengths = True
     set_rotary_frequencies(model, architecture.inv_freq.clone())
     attach_response_head(model, real_vocab_size=architecture.vocab_size, chunk_tokens=chunk_tokens)
 
 
 def check_transformer_config(config: TransformerConfig) -> None:
-    """Raise ValueError naming the settings that give wrong gradients, or none at all, with packs of triplets."""
+    """Raise UserError naming the settings that give wrong gradients, or none, with packs of triplets."""
     wrong = {
         "calculate_per_token_loss": (config.calculate_per_token_loss, True),
         "hidden_dropout": (config.hidden_dropout, 0.0),
@@ -65,7 +63,7 @@ def check_transformer_config(config: TransformerConfig) -> None:
     if config.virtual_pipeline_model_parallel_size is not None:
         exchange = pipeline_settings(interleaved=True)
         wrong |= {name: (getattr(config, name), exchange[name]) for name in ("overlap_p2p_comm", "batch_p2p_comm")}
-    _refuse(wrong, "the model's TransformerConfig does not go with packs of triplets")
+    _refuse(wrong, "the model's TransformerConfig does not work with packs of triplets")
 
 
 def _check_architecture(model: GPTModel, architecture: Architecture) -> None:
@@ -90,7 +88,7 @@ def _check_architecture(model: GPTModel, architecture: Architecture) -> None:
         "share_embeddings_and_output_weights": (model.share_embeddings_and_output_weights, a.tied_embeddings),
         "vocab_size": (min(model.vocab_size, a.vocab_size), a.vocab_size),
     }
-    _refuse(settings, "the model is not that of config.json")
+    _refuse(settings, "the model differs from config.json")
 
 
 def _refuse(settings: dict[str, tuple[Any, Any]], problem: str) -> None:
@@ -106,11 +104,11 @@ def _refuse(settings: dict[str, tuple[Any, Any]], problem: str) -> None:
 class PreferenceTask:
     """Data, objective and reference of one run, on the process groups that Megatron-Core already has.
 
-    Of the config it reads `model`, `data`, `objective`, `logprob`, `reference`, `seed`,
-    `training.global_batch_size` and the sizes in `parallel`; the rest is the loop's own business.
+    It reads these parts of the config: `model`, `data`, `objective`, `logprob`, `reference`, `seed`,
+    `training.global_batch_size` and the sizes in `parallel`. The loop decides everything else.
 
-    Raises UserError if there are no process groups yet, the data does not fit the model or the
-    objective, or the reference cache is missing or was made for another model or other data.
+    Raises UserError if there are no process groups yet, if the data does not fit the model or the objective, or if the
+    reference cache is missing or was made for another model or other data.
     """
 
     def __init__(self, config: Config, topology: Topology | None = None) -> None:
@@ -123,20 +121,19 @@ class PreferenceTask:
         )
         self.splits = load_splits(config, self.architecture)
         self.metric_names = metric_names(config.objective)
-        """What the reports sum up, in their order; `megatron_solopo.objective` says what each is."""
+        """Names of the metrics in a report, in its order. `megatron_solopo.objective` explains them."""
         references = cached_reference(config, self.model, self.splits) if config.objective.needs_reference else {}
         self._losses: dict[str, Callable[[Microbatch], LossFunction]] = {
             name: objective_loss(config.objective, references.get(name), self.topology) for name in self.splits.datasets
         }
 
     def prepare_model(self, model: Any) -> Any:
-        """Give a GPTModel the response-only head and the model's own rotary frequencies, and return it.
+        """Give a GPTModel the response-only head and the rotary frequencies of config.json, and return it.
 
-        Call it on every chunk after it was built, before Float16Module or DistributedDataParallel wrap
-        it. Parameters and their names stay as they are.
+        Call it on every chunk before Float16Module or DistributedDataParallel wrap it. Parameters and their names stay.
 
-        Raises UserError naming what in the model is not as in `config.model.path`, or what in its
-        TransformerConfig does not go with packs and with the mean over triplets.
+        Raises UserError naming what in the model differs from `config.model.path`, or what in its TransformerConfig
+        does not work with packs or with the mean over triplets.
         """
         prepare_model(model, self.architecture, self.config.logprob.chunk_tokens)
         return model
@@ -144,15 +141,15 @@ class PreferenceTask:
     def batches(
         self, split: str = "train", *, global_batch_size: int | None = None, packs_multiple: int | None = None
     ) -> GlobalBatchLoader:
-        """Endless shuffled global batches: `next_batch().packs` are this rank's micro-batches of the next step.
+        """Return endless shuffled global batches: `next_batch().packs` are this rank's micro-batches of the next step.
 
-        All ranks get the same number of packs. They differ in length, and their number may from step to
-        step: ask for a multiple that holds all of them where a loop wants it to be constant.
+        All ranks get the same number of packs. Packs differ in length, and their number may change from step to step.
+        A loop that needs a constant number asks for a multiple that is large enough for every step.
 
         Args:
-            split: train, or eval where the data has it.
-            global_batch_size: triplets per batch over all ranks; None: `training.global_batch_size`.
-            packs_multiple: what the number of packs on each rank is a multiple of.
+            split: `train`, or `eval` if the data has it.
+            global_batch_size: triplets per batch over all ranks. None takes `training.global_batch_size`.
+            packs_multiple: the number of packs on each rank is a multiple of this.
         """
         return training_batches(
             self.config,
@@ -163,24 +160,25 @@ class PreferenceTask:
         )
 
     def forward_step(self, iterator: Iterator[Pack], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        """The `forward_step_func` of Megatron-Core's schedules over packs of the training split.
+        """Run the next pack of the training split, as the `forward_step_func` of Megatron-Core's schedules.
 
-        The loss function returns, for one pack, the summed loss times CP (a scalar), the number of
-        triplets (int), and the report: fp32 sums over those triplets, one per `metric_names`. With
-        `calculate_per_token_loss` the gradient is that of the mean over the triplets of the global batch.
+        Returns the model's output and the loss function. For one pack the loss function returns three values: the
+        summed loss times CP (a scalar), the number of triplets (int), and the report. The report holds fp32 sums over
+        those triplets, one per name in `metric_names`. With `calculate_per_token_loss` the gradient is that of the
+        mean over the triplets of the global batch.
         """
         return self.forward(next(iterator), model, "train")
 
     def forward(self, pack: Pack, model: torch.nn.Module, split: str) -> tuple[Tensor, LossFunction]:
-        """`forward_step` of one pack of a split."""
+        """Run one pack of a split; see `forward_step`."""
         return forward_microbatch(model, shard_pack(pack, self.topology), self._losses[split])
 
     def mean_metrics(self, reports: Sequence[Tensor], num_triplets: int) -> dict[str, float]:
-        """The mean metrics of a step, the same on every rank; all ranks call it.
+        """Return the mean metrics of a step, the same on every rank. All ranks must call it.
 
         Args:
-            reports: what the schedule returned (nothing on stages but the last).
-            num_triplets: of the global batch, over all ranks.
+            reports: what the schedule returned; an empty list on all pipeline stages but the last.
+            num_triplets: triplets of the global batch, over all ranks.
         """
         sums = reduce_sums(reports, len(self.metric_names), self.topology)
         return {name: total / num_triplets for name, total in zip(self.metric_names, sums, strict=True)}

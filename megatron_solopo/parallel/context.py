@@ -1,7 +1,7 @@
-"""Context parallelism over packed sequences: who holds which token, and sums over the ranks.
+"""Context parallelism over packed sequences: which rank holds which token, and sums over the ranks.
 
-Every sequence is cut into 2 x CP equal chunks; rank r holds chunks r and 2 x CP - 1 - r, so that
-causal attention costs every rank the same (the order that Transformer Engine expects).
+Every sequence is cut into 2 x CP equal chunks. Rank r holds chunks r and 2 x CP - 1 - r, so that causal attention
+costs every rank the same. Transformer Engine expects this order.
 """
 
 from itertools import pairwise
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def shard_indices(cu_seqlens_S1: Tensor, size: int, rank: int) -> Tensor:
-    """Positions of a pack that context-parallel rank `rank` of `size` holds, in its local order.
+    """Return the positions of a pack that context-parallel rank `rank` of `size` holds, in its local order.
 
     Args:
-        cu_seqlens_S1: padded sequence boundaries [S + 1]; every length is a multiple of 2 * size.
+        cu_seqlens_S1: padded sequence boundaries [S + 1]. Every length is a multiple of 2 * size.
 
     Returns:
         int64 positions [T / size], on the CPU.
@@ -34,16 +34,15 @@ def shard_indices(cu_seqlens_S1: Tensor, size: int, rank: int) -> Tensor:
 
 
 def gathered_order(cu_seqlens_S1: Tensor, size: int) -> Tensor:
-    """Index [T] that puts the concatenation of all ranks' shards back into pack order."""
+    """Return the index [T] that puts the concatenation of all ranks' shards back into the order of the pack."""
     return torch.argsort(torch.cat([shard_indices(cu_seqlens_S1, size, rank) for rank in range(size)]))
 
 
 def sum_over_context(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum over the context-parallel ranks; each rank's gradient is that of its own addend.
+    """Sum over the context-parallel ranks. Each rank's gradient is that of its own addend.
 
-    All-reduce forward, identity backward: every rank computes the same loss from the sum, and
-    summing its gradient again (as `torch.distributed.nn.functional.all_reduce` does) would
-    count it CP times.
+    All-reduce forward, identity backward. Every rank computes the same loss from the sum. Summing its gradient again,
+    as `torch.distributed.nn.functional.all_reduce` does, would count it CP times.
     """
     return values if group.size() == 1 else _SumForward.apply(values, group)  # type: ignore[no-untyped-call]
 

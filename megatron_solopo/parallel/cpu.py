@@ -1,8 +1,8 @@
-"""Runs Megatron-Core on a machine without CUDA: the one place that adapts `torch.cuda`.
+"""Runs Megatron-Core on a machine without CUDA: the only place that adapts `torch.cuda`.
 
-Megatron-Core asks `torch.cuda` for devices, streams, random states and memory without checking
-that CUDA is there. `adapt_if_needed` gives each of these its CPU meaning. It must run before
-megatron is imported, and does nothing where CUDA is available, unless MEGATRON_SOLOPO_DEVICE=cpu.
+Megatron-Core asks `torch.cuda` for devices, streams, random states and memory without checking that CUDA is there.
+`adapt_if_needed` gives each of these its meaning on a CPU. It must run before megatron is imported. It does nothing
+where CUDA is available, unless MEGATRON_SOLOPO_DEVICE=cpu.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ _adapted = False
 
 
 def is_cpu() -> bool:
-    """Whether this process computes on the CPU: CUDA is absent, or the CPU was asked for.
+    """Whether this process computes on the CPU: CUDA is absent, or the user asked for the CPU.
 
-    Raises UserError if the environment variable holds anything but cpu, cuda or nothing.
+    Raises UserError if MEGATRON_SOLOPO_DEVICE is neither cpu nor cuda nor empty, or is cuda without CUDA.
     """
     wanted = os.environ.get(DEVICE_VARIABLE, "")
     if wanted not in ("", "cpu", "cuda"):
@@ -46,7 +46,7 @@ def is_cpu() -> bool:
 
 
 def adapt_if_needed() -> None:
-    """Give `torch.cuda` its CPU meaning, once, if this process computes on the CPU."""
+    """Give `torch.cuda` its meaning on a CPU, once, if this process computes on the CPU."""
     global _adapted
     if _adapted or not is_cpu():
         return
@@ -59,14 +59,14 @@ def adapt_if_needed() -> None:
 
 
 def _hide_gpu_libraries() -> None:
-    """Megatron takes Transformer Engine's and Apex's optimizers wherever they import; their kernels need CUDA."""
+    """Hide Transformer Engine and Apex. Megatron uses their optimizers if they import, but their kernels need CUDA."""
     for name in ("transformer_engine", "apex"):
         if name not in sys.modules:
             sys.modules[name] = None  # type: ignore[assignment]
 
 
 class _Event:
-    """A point in the one and only CPU 'stream': always reached."""
+    """A point in the only stream of a CPU, always reached."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -81,7 +81,7 @@ class _Event:
 
 
 class _Stream:
-    """The CPU runs everything in order, so waiting is free."""
+    """The only stream of a CPU. It runs everything in order, so nothing waits."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -96,7 +96,7 @@ class _Stream:
 
 
 class _Generators:
-    """The CPU's generator, whatever the device."""
+    """The CPU's generator for every device."""
 
     def __getitem__(self, device: Any) -> torch.Generator:
         return torch.default_generator
@@ -106,17 +106,17 @@ def _adapt_device_and_random_state() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.device_count = lambda: 1
-    # One function object per name: torch.compile's tables refuse an object that has two.
+    # One function object per name: torch.compile refuses a function that has two.
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None
     cuda.empty_cache = lambda: None
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.manual_seed = _seed
-    # Megatron sets states through the device's generator, once CUDA is initialised: here, at once.
+    # Megatron sets states through the device's generator, as soon as CUDA is initialised: here, at once.
     cuda.default_generators = _Generators()
     cuda._lazy_call = lambda call, **kwargs: call()
-    # Compute capability 0.0: older than any GPU, so that no kernel of a GPU is chosen.
+    # Compute capability 0.0 is older than any GPU, so Megatron chooses no kernel of a GPU.
     cuda.get_device_properties = lambda device=None: SimpleNamespace(name="cpu", major=0, minor=0)
 
 
@@ -131,14 +131,14 @@ def _adapt_tensors() -> None:
     cuda: Any = torch.cuda
     cuda.FloatTensor, cuda.LongTensor, cuda.IntTensor = torch.FloatTensor, torch.LongTensor, torch.IntTensor
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-    # `with torch.device(...)` keeps a table of the factories, made at first use: make it of the originals.
+    # `with torch.device(...)` makes a table of the factories at its first use. It must hold the originals.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor_type = torch.Tensor.type
 
     def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # Gradient clipping asserts that gradients are 'torch.cuda.FloatTensor', by name.
+        # Gradient clipping asserts that the type of gradients is called 'torch.cuda.FloatTensor'.
         result = tensor_type(self, *args, **kwargs)
         return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
@@ -146,10 +146,10 @@ def _adapt_tensors() -> None:
 
 
 def _share_gloo_device() -> None:
-    """All process groups of this process wait for messages in one thread.
+    """Let all process groups of this process wait for messages in one thread.
 
-    torch gives every group a thread of its own, which looks for messages a hundred times a second: with Megatron's
-    dozens of groups, tests on few cores did little else.
+    torch gives every group a thread of its own, which looks for messages a hundred times a second. Megatron has dozens
+    of groups, so these threads would take most of the time of tests on few cores.
     """
     if not dist.is_gloo_available():
         return
@@ -166,7 +166,7 @@ def _share_gloo_device() -> None:
 
 @functools.cache
 def _gloo_devices() -> list[Any]:
-    """As torch chooses them: of the interfaces that are named, or the default one."""
+    """Return the devices that torch would choose: those of the named interfaces, or the default one."""
     names = os.environ.get("GLOO_SOCKET_IFNAME", "")
     if not names:
         return [dist.ProcessGroupGloo.create_default_device()]
@@ -174,7 +174,7 @@ def _gloo_devices() -> list[Any]:
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A tensor factory that reads device='cuda' as the CPU."""
+    """Return a tensor factory that takes device='cuda' for the CPU."""
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:

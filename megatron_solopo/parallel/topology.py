@@ -1,4 +1,4 @@
-"""Process groups: who this process is among the ranks, and whom it talks to."""
+"""Process groups: this process's place among the ranks."""
 
 import os
 import resource
@@ -17,15 +17,15 @@ from megatron_solopo.config import ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import cpu
 
-# Gloo groups as large as the world, if all of it is data parallel: on CPUs ten, beside NCCL Megatron's three and that
-# of the signals.
+# At most this many gloo groups are as large as the world: ten on CPUs, if all of it is data parallel. Beside NCCL there
+# are four: three of Megatron's, and one for signals.
 _WORLD_GROUPS = 10
 _OTHER_FILES = 1024
 
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place in every parallel dimension (Megatron-Core's groups, by name)."""
+    """This rank's place in every parallel dimension, as Megatron-Core's groups."""
 
     device: torch.device
     tensor_group: dist.ProcessGroup
@@ -34,16 +34,16 @@ class Topology:
     data_group: dist.ProcessGroup
     num_model_chunks: int
     owns_world: bool
-    """Whether `initialize` made the world group, so that `destroy` ends it."""
+    """Whether `initialize` made the world group. Then `destroy` ends it."""
 
     @property
     def sequence_multiple(self) -> int:
-        """Every packed sequence is padded to a multiple of this: 2 x CP x TP."""
+        """Padded length of every packed sequence is a multiple of this: 2 x CP x TP."""
         return sequence_multiple(self.tensor_group.size(), self.context_group.size())
 
     @property
     def packs_multiple(self) -> int:
-        """The interleaved schedule needs micro-batches in multiples of the pipeline size."""
+        """Number of a rank's packs is a multiple of this, which the interleaved schedule needs."""
         return packs_multiple(self.pipeline_group.size(), self.num_model_chunks)
 
     @property
@@ -58,13 +58,13 @@ class Topology:
 
 
 def initialize(config: ParallelConfig, seed: int, check: Callable[[], None] | None = None) -> Topology:
-    """Join the process group that torchrun describes (or make one of a single process) and split it.
+    """Join the process group that torchrun describes, or make one of a single process, and split it.
 
     Args:
-        check: called between the two, where all ranks have met and not yet relied on having the same sizes.
+        check: called after the join and before the split. No rank relies yet on all having the same sizes.
 
-    Raises UserError for a world size that does not fit, before any process waits for another. What it raises later
-    leaves no group of its own behind.
+    Raises UserError for a world size that does not fit, before any process waits for another. After any error, also
+    one of `check`, no group is left that this function has made.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
@@ -99,7 +99,7 @@ def _split(
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
-        # An int by its annotation, but it goes into a timedelta.
+        # Annotated as an int, but used in a timedelta: fractions work.
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     model_parallel_cuda_manual_seed(seed)
@@ -107,7 +107,7 @@ def _split(
 
 
 def current() -> Topology:
-    """This rank's place in the groups that `parallel_state.initialize_model_parallel` has made, whoever called it.
+    """Return this rank's place in the groups that some caller of `initialize_model_parallel` has made.
 
     Raises UserError if there are none yet.
     """
@@ -138,12 +138,12 @@ def destroy(topology: Topology) -> None:
 
 
 def _prepare_cuda(config: ParallelConfig) -> None:
-    """Settings that CUDA and its allocator read once, at their first use. What the user has set stays."""
-    # Packs differ in length: segments that can grow keep freed memory usable for the next, larger pack.
+    """Set what CUDA and its allocator read once, at their first use. What the user has set stays."""
+    # Packs differ in length. Segments that can grow keep freed memory usable for the next, larger pack.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-    # One hardware queue starts communication kernels in the order of issue: Megatron's overlap under TP and CP
-    # counts on that. Elsewhere it would only keep copies to the host from running beside kernels.
+    # Megatron's overlap under TP and CP needs communication kernels to start in the order of issue, which one hardware
+    # queue ensures. In other layouts one queue would only keep copies to the host from running beside kernels.
     if config.tensor_model_parallel_size * config.context_parallel_size > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
@@ -167,10 +167,10 @@ def _join(device: torch.device, world_size: int, timeout: timedelta) -> None:
 
 
 def _allow_sockets(world_size: int) -> None:
-    """Raise this process's own limit of open files, 1,024 by default, as far as it may be and is needed.
+    """Raise this process's limit of open files, 1,024 by default, to what it needs or as far as it may.
 
-    Every gloo group, those beside NCCL's too, connects all of its ranks with each other. (torch's TORCH_GLOO_LAZY_INIT
-    would connect only those that talk, but hung in several trials on 4 and 8 ranks with torch 2.13.)
+    Every gloo group connects all of its ranks with each other, also beside NCCL. torch's TORCH_GLOO_LAZY_INIT would
+    connect only ranks that talk, but it hung in several trials on 4 and 8 ranks with torch 2.13.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OTHER_FILES + _WORLD_GROUPS * world_size

@@ -32,7 +32,8 @@ from megatron_solopo.report.figure import (
 )
 from megatron_solopo.report.runs import RunRecord, answer_cells, answer_points, common_tasks, mean_answer_points
 from megatron_solopo.results.long_context import LongContextResults
-from megatron_solopo.results.preference import MeanWithInterval, PreferenceResults
+from megatron_solopo.results.preference import PreferenceResults
+from megatron_solopo.results.results_file import MeanWithInterval
 
 _DPI = 150
 _INCHES_PER_PANEL = 3

@@ -19,8 +19,9 @@ import yaml
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.report.figure import Point
-from megatron_solopo.results.long_context import EVALUATION_FOLDER, LongContextResults, read_long_context
+from megatron_solopo.results.long_context import LongContextResults, read_long_context
 from megatron_solopo.results.preference import PreferenceResults, read_preference
+from megatron_solopo.results.results_file import EVALUATION_FOLDER
 from megatron_solopo.run_directory import METRICS, RUN_CONFIG
 
 Result = TypeVar("Result", LongContextResults, PreferenceResults)

@@ -1,6 +1,6 @@
-"""What `evaluate preference` found, as its JSON file holds it: `<run_dir>/evaluation/preference-<checkpoint>.json`.
+"""The JSON file of `evaluate preference`.
 
-Metrics bear the names of `metrics.jsonl` with their context: `rewards/accuracies_long` is the share of triplets whose
+Metrics have the names of `metrics.jsonl` with their context: `rewards/accuracies_long` is the share of triplets whose
 chosen answer has the higher reward on the long context. Beside the JSON lie, with the same stem, a line for each
 triplet (`.jsonl`) and a picture (`.png`).
 """
@@ -10,42 +10,28 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_solopo.results.long_context import Results, ResultsPart, read_results
+from megatron_solopo.results.results_file import MeanWithInterval, Results, ResultsPart, read_results
 
 
-class MeanWithInterval(ResultsPart):
-    """A mean over triplets and its 95 % confidence interval."""
-
-    mean: float
-    low: float | None
-    """Null, as `high`, where a single triplet says nothing of the spread."""
-    high: float | None
-
-    def __str__(self) -> str:
-        if self.low is None or self.high is None:
-            return f"{self.mean:+.4f} [one triplet]"
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
-
-
-class Group(ResultsPart):
+class TripletGroup(ResultsPart):
     """Some triplets."""
 
     n: int = Field(ge=1)
     ties_short: int | None
-    """Triplets whose two rewards are equal, which is not accurate: all, where the policy is its own reference."""
+    """Triplets with equal rewards, which count as wrong. A policy that is its own reference has only these."""
     ties_long: int | None
-    """Null for plain pairs, whose only context is called short."""
+    """Null for plain pairs: their only context is called short."""
     metrics: dict[str, MeanWithInterval]
 
 
-class LengthGroup(Group):
+class LengthGroup(TripletGroup):
     """Triplets whose long context and chosen answer have (`above`, `up_to`] tokens; bounds are powers of two."""
 
     above: int
     up_to: int
 
 
-class DepthGroup(Group):
+class DepthGroup(TripletGroup):
     """Triplets with a piece of evidence in this part of the long context; one with several pieces may be in several."""
 
     start: float | None
@@ -53,7 +39,7 @@ class DepthGroup(Group):
     end: float | None
 
 
-class CellGroup(LengthGroup, DepthGroup):
+class LengthAndDepthGroup(LengthGroup, DepthGroup):
     """Triplets of a length and a depth."""
 
 
@@ -61,14 +47,6 @@ class PreferenceResults(Results):
     """The file that `evaluate preference` writes."""
 
     kind: Literal["preference"] = "preference"
-    schema_version: Literal[1] = 1
-    name: str
-    model: str
-    """The directory that was evaluated."""
-    run_dir: str | None
-    """Of the training run that the checkpoint belongs to; null where it belongs to none."""
-    step: int | None
-    """Optimizer step of the checkpoint; null where it is of no run."""
     data: str
     data_fingerprint: str
     split: Literal["train", "eval"]
@@ -78,15 +56,10 @@ class PreferenceResults(Results):
     precision: str
     reference: str | None
     """The model that rewards are measured against; null where the loss type needs none."""
-    layout: dict[str, int]
-    """Parallel sizes by Megatron-Core's names, and `data_parallel_size`."""
-    created: str
-    version: str
-    command: str
-    overall: Group
+    overall: TripletGroup
     by_length: list[LengthGroup]
     by_depth: list[DepthGroup]
-    by_length_and_depth: list[CellGroup]
+    by_length_and_depth: list[LengthAndDepthGroup]
 
     def __str__(self) -> str:
         """A small table for a reader."""

@@ -1,33 +1,25 @@
-"""The same function over many items, on one process or several, results in order.
+"""`data build`: short and long contexts around the same evidence, from a question answering corpus.
 
-Short and long contexts around the same evidence, from a question answering corpus.
-
-1. Read the corpus row by row into a store on disk; refuse or report what is not of the format.
+1. Read the corpus row by row into a store on disk. Refuse or report rows that are not of the format.
 2. Tokenize every distinct document once.
-3. Per question, from random streams of its own: the short context, the answers if they are constructed, and the long
-   contexts, each measured exactly. What cannot be built is dropped, counted and listed.
+3. Build each question's rows from random streams of its own: the short context, the answers if they are constructed,
+   and the long contexts. Every length is measured exactly. What cannot be built is dropped, counted and listed.
 
-Steps 2 and 3 run on several processes; none holds the corpus or the output in memory.
+Steps 2 and 3 run on several processes. None of them holds the corpus or the output in memory.
 
-Method: SoLoPO (arXiv 2505.11166) over RULER's way of hiding evidence among distractors (arXiv 2404.06654), but with a
-random stream per question, so that evidence moves between samples.
+Method: SoLoPO (arXiv 2505.11166) with RULER's way to hide evidence among distractors (arXiv 2404.06654). Unlike RULER,
+each question has its own random stream, so the evidence moves between samples.
 """
 
-import json
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from megatron_solopo.data.encode import check_template
@@ -36,110 +28,210 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, remove
 from megatron_solopo.progress import bar_style
 from megatron_solopo.triplets.build_row import Built, Drop, MeasuredContext, RowBuilder
+from megatron_solopo.triplets.context_rows import to_line
+from megatron_solopo.triplets.contexts import uniform_distance
 from megatron_solopo.triplets.corpus.formats import Document, Question
 from megatron_solopo.triplets.corpus.read import BadRow, read_distractors, read_questions
 from megatron_solopo.triplets.corpus.store import Corpus, CorpusWriter
+from megatron_solopo.triplets.process_pool import ProcessPool
 from megatron_solopo.triplets.prompt import Measure, PromptTemplate, read_template
-from megatron_solopo.triplets.report import BuildReport, Tally, check_output, provenance
+from megatron_solopo.triplets.report import (
+    Bars,
+    Chart,
+    Histogram,
+    check_output,
+    provenance,
+    write_stage_report,
+)
 from megatron_solopo.triplets.settings import BuildSettings
 
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
-# Finished results that wait for an earlier one are held; this bounds them.
-_WAITING_PER_PROCESS = 4
-
-
-class Workers:
-    """Processes that share a set-up; with one, everything runs in the caller. Use as a context manager.
-
-    Args:
-        num_proc: Processes.
-        initialise: Called once in each, with `arguments`, before any work.
-        arguments: Picklable.
-    """
-
-    def __init__(self, num_proc: int, initialise: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        self._executor: ProcessPoolExecutor | None = None
-        self._waiting = num_proc * _WAITING_PER_PROCESS
-        if num_proc == 1:
-            initialise(*arguments)
-        else:
-            # A forked process would inherit the threads of torch and the tokenizer in an unknown state.
-            context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(num_proc, context, _begin, (initialise, arguments))
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def map(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-        """`function` of every item, in order. A process that was killed is a ValueError."""
-        if self._executor is None:
-            yield from map(function, items)
-            return
-        waiting: deque[Future[_Result]] = deque()
-        try:
-            for item in items:
-                waiting.append(self._executor.submit(function, item))
-                if len(waiting) >= self._waiting:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except ValueError as error:
-            # Raised here again: what another process raised has lost the place that it came from.
-            raise UserError(str(error)) from None
-        except BrokenProcessPool:
-            raise UserError("a worker process was killed, most likely for want of memory; lower --num-proc") from None
-
-
-def _begin(initialise: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """Set a process up. Ctrl-C goes to all of them: the caller alone ends the work and tells it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_caller, daemon=True).start()
-    initialise(*arguments)
-
-
-def _end_with_caller() -> None:
-    """A caller that was killed tells nobody: without this its processes would wait for work for ever."""
-    caller = multiprocessing.parent_process()
-    assert caller is not None
-    caller.join()
-    os._exit(1)
-
-
 _SHOWN_MISTAKES = 20
+_SHOWN_DROPS = 3
+_DEPTH_BINS = 10
 _DOCUMENTS_PER_TASK = 256
 
 
+@dataclass(frozen=True)
+class LengthStats:
+    """Tokens of prompt and response over the written rows."""
+
+    minimum: int
+    mean: float
+    median: float
+    maximum: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> "LengthStats":
+        """Summary of at least one length."""
+        mean, median = round(float(np.mean(lengths)), 1), float(np.median(lengths))
+        return cls(minimum=min(lengths), mean=mean, median=median, maximum=max(lengths))
+
+    def __str__(self) -> str:
+        return f"min {self.minimum}, mean {self.mean:.1f}, median {self.median:.1f}, max {self.maximum}"
+
+
+@dataclass(frozen=True)
+class DepthStats:
+    """Where the evidence lies in the long contexts, see `triplets.contexts`."""
+
+    tenths: list[int]
+    """Pieces of evidence by tenth of the context, from start to end."""
+    distance: float
+    """Kolmogorov-Smirnov distance to the uniform distribution."""
+    critical: float
+    """95 of 100 uniform samples have a smaller distance."""
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """The numbers of a build, as `report.json` holds them."""
+
+    provenance: dict[str, Any]
+    rows_read: int
+    """Questions and rows that are not of the format."""
+    rows_written: int
+    dropped: dict[str, int]
+    """Rows that were not written, by reason."""
+    left_out: list[dict[str, Any]]
+    """Each dropped row, with its line in the corpus."""
+    pool_documents: int
+    """Distinct documents that distractors are drawn from."""
+    rows_with_distractors_of_others: int
+    """Written rows whose short context holds documents of other questions."""
+    rows_underfull: int
+    """Written rows more than 1 % below their length, because the pool holds too few documents."""
+    rows_without_leak_check: int
+    """Written rows with the answer yes or no."""
+    rejected: dict[str, int]
+    """Written rows by kind of constructed rejected answer."""
+    short_tokens: LengthStats
+    long_tokens: LengthStats
+    least_fill: float
+    """Smallest length of a long context over its target."""
+    depth: DepthStats
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain dictionaries, lists and numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"rows: {self.rows_read} questions read, {self.rows_written} rows written"]
+        for reason, count in sorted(self.dropped.items()):
+            places = [f"{each['id']} (line {each['line']})" for each in self.left_out if each["reason"] == reason]
+            more = ", ..." if len(places) > _SHOWN_DROPS else ""
+            lines.append(f"  dropped, {reason}: {count}: {', '.join(places[:_SHOWN_DROPS])}{more}")
+        lines.append(f"pool: {self.pool_documents} distinct documents")
+        counts = {
+            "short distractors of other questions": self.rows_with_distractors_of_others,
+            "lengths that the pool does not suffice for": self.rows_underfull,
+            "yes or no for an answer, not searched for in distractors": self.rows_without_leak_check,
+        }
+        lines += [f"  rows with {what}: {count}" for what, count in counts.items() if count]
+        if self.rejected:
+            lines.append(f"rejected answers: {', '.join(f'{count} {kind}' for kind, count in self.rejected.items())}")
+        verdict = "uniform" if self.depth.distance < self.depth.critical else "NOT UNIFORM"
+        return "\n".join(
+            [
+                *lines,
+                f"short tokens: {self.short_tokens}",
+                f"long tokens: {self.long_tokens}, at least {self.least_fill:.2%} of what was asked for",
+                f"evidence per tenth of the long context: {' '.join(map(str, self.depth.tenths))}",
+                f"  distance to uniform {self.depth.distance:.3f}, {verdict} (5 % of uniform samples reach "
+                f"{self.depth.critical:.3f})",
+            ]
+        )
+
+
+class Tally:
+    """Collects the numbers of the report while rows are written."""
+
+    def __init__(self, provenance: dict[str, Any]) -> None:
+        self.bad_rows: list[BadRow] = []
+        self.documents = 0
+        self.questions = 0
+        self._provenance = provenance
+        self._measured: list[MeasuredContext] = []
+        self._drops: list[Drop] = []
+
+    def add(self, result: MeasuredContext | Drop) -> None:
+        """Take one row's outcome."""
+        if isinstance(result, Drop):
+            self._drops.append(result)
+        else:
+            self._measured.append(result)
+
+    def report(self, input: Path) -> BuildReport:
+        """All numbers. Raises UserError if no row was built."""
+        rows = self._measured
+        bad = {(row.path, row.line) for row in self.bad_rows}
+        dropped = Counter(drop.reason for drop in self._drops) + Counter({"not of the format": len(bad)})
+        if not rows:
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
+            raise UserError(f"--input {input}: no question could be built: {reasons}")
+        depths = [depth for row in rows for depth in row.depths]
+        distance, critical = uniform_distance(depths)
+        tenths = np.histogram(depths, bins=_DEPTH_BINS, range=(0, 1))[0].tolist()
+        return BuildReport(
+            provenance=self._provenance,
+            rows_read=self.questions + len(bad),
+            rows_written=len(rows),
+            dropped=dict(dropped),
+            left_out=[asdict(drop) for drop in self._drops]
+            + [asdict(Drop(row.line, "", str(row))) for row in self.bad_rows],
+            pool_documents=self.documents,
+            rows_with_distractors_of_others=sum(row.filled_from_pool for row in rows),
+            rows_underfull=sum(row.underfull for row in rows),
+            rows_without_leak_check=sum(not row.leak_checked for row in rows),
+            rejected=dict(Counter(row.rejected for row in rows if row.rejected)),
+            short_tokens=LengthStats.of([row.short_tokens for row in rows]),
+            long_tokens=LengthStats.of([row.long_tokens for row in rows]),
+            least_fill=round(min(row.long_tokens / row.target_tokens for row in rows), 5),
+            depth=DepthStats(tenths, round(distance, 4), round(critical, 4)),
+        )
+
+    def write(self, report: BuildReport, output: Path) -> None:
+        """Write `report.json` and the page."""
+        rows = self._measured
+        charts: list[Chart] = [
+            Histogram("Long context with response", "tokens", [row.long_tokens for row in rows]),
+            Histogram("Short context with response", "tokens", [row.short_tokens for row in rows]),
+            Histogram(
+                "Evidence in the long context", "depth, 0 is the start", [d for row in rows for d in row.depths], (0, 1)
+            ),
+            Histogram(
+                "Length over target, long context", "ratio", [row.long_tokens / row.target_tokens for row in rows]
+            ),
+        ]
+        if report.dropped:
+            charts.append(Bars("Rows that were dropped", report.dropped))
+        values = report.to_json()
+        left_out = values.pop("left_out")
+        write_stage_report(output, f"Contexts: {output.name}", str(report), values, charts, left_out)
+
+
 def build(settings: BuildSettings) -> BuildReport:
-    """Write contexts, or triplets where responses are constructed; nothing is ever cut.
+    """Write contexts, or triplets if responses are constructed. Nothing is ever cut.
 
-    A row has id, question_id, prompt_short, prompt_long, question, answers, evidence_depths (see `data.placement`),
-    short_tokens and long_tokens (prompt and room for the response), target_tokens, response_tokens (the room), and
-    with constructed responses chosen and rejected. The short side depends on seed and question, and not on the length.
+    A row has id, question_id, prompt_short, prompt_long, question, answers, evidence_depths (see `triplets.contexts`),
+    short_tokens and long_tokens (prompt and room for the response), target_tokens and response_tokens (the room). With
+    constructed responses it also has chosen and rejected. The short side depends on seed and question, not on the
+    length.
 
-    Raises:
-        ValueError: A setting is illegal, a row is not of the format, or no row could be built: one line per mistake.
+    Raises UserError, one line per mistake, if a row is not of the format or if no row could be built.
     """
     check_output(settings.output, settings.overwrite, settings.inputs)
     tokenizer = load_tokenizer(settings.tokenizer)
     _check_prompts(settings, tokenizer)
-    made = provenance(settings.inputs, settings.seed, settings.model_dump(mode="json"), (settings.tokenizer, tokenizer))
+    made = provenance(settings.inputs, settings.seed, settings, (settings.tokenizer, tokenizer))
     tally = Tally(made)
     with atomic_path(settings.output) as temporary:
         store = temporary.with_name(f"{temporary.name}.corpus")
         try:
             _store_corpus(settings, store, tally)
-            with Workers(settings.num_proc, _initialise, (store, settings)) as workers:
-                _count_documents(workers, store)
+            with ProcessPool(settings.num_proc, _initialise, (store, settings)) as pool:
+                _count_documents(pool, store)
                 with temporary.open("w", encoding="utf-8") as stream:
-                    for text in _rows(workers, store, tally):
+                    for text in _rows(pool, store, tally):
                         stream.write(text)
         finally:
             remove(store)
@@ -149,7 +241,7 @@ def build(settings: BuildSettings) -> BuildReport:
 
 
 def _check_prompts(settings: BuildSettings, tokenizer: Tokenizer) -> None:
-    """Make one prompt and one response: what is wrong with a template is told before the corpus is read."""
+    """Make one prompt and one response, so that a bad template is reported before the corpus is read."""
     check_template(settings.template, tokenizer, settings.tokenizer)
     made = _prompt(settings).prompt([Document("Title", "Text.")], "Question?")
     Measure(tokenizer, settings.template).response(made, "Answer.")
@@ -160,7 +252,7 @@ def _prompt(settings: BuildSettings) -> PromptTemplate:
 
 
 def _store_corpus(settings: BuildSettings, store: Path, tally: Tally) -> None:
-    """Read everything; raises UserError naming the bad rows where they are not to be dropped."""
+    """Read the corpus and the pool. Raises UserError with the bad rows, unless they are dropped."""
     found = chain(
         read_questions(settings.input, settings.format), read_distractors(settings.pool) if settings.pool else ()
     )
@@ -186,8 +278,8 @@ def _list_mistakes(bad_rows: list[BadRow]) -> str:
     return "\n".join(lines)
 
 
-class _State:
-    """What one process builds with."""
+class _Worker:
+    """Everything that one process builds with."""
 
     def __init__(self, store: Path, settings: BuildSettings) -> None:
         self.corpus = Corpus(store)
@@ -198,45 +290,41 @@ class _State:
 
     @cached_property
     def builder(self) -> RowBuilder:
-        """Once every document has been counted."""
+        """Made when every document has its length."""
         return RowBuilder(self.corpus, self._settings, self._prompt, self._measure)
 
 
-_state: _State
+_worker: _Worker
 
 
 def _initialise(store: Path, settings: BuildSettings) -> None:
-    global _state
-    _state = _State(store, settings)
+    global _worker
+    _worker = _Worker(store, settings)
 
 
 def _count(documents: range) -> list[int]:
-    return _state.count([_state.corpus.document(index) for index in documents])
+    return _worker.count([_worker.corpus.document(index) for index in documents])
 
 
 def _build(number: int) -> list[tuple[str, MeasuredContext | Drop]]:
-    """The lines to write, as text already where there are many processes, and what is to be told of them."""
-    results = _state.builder.build(number)
-    return [(_line(each), each.measured) if isinstance(each, Built) else ("", each) for each in results]
+    """The lines of one question's rows, with what the report needs of them. A dropped row has an empty line."""
+    results = _worker.builder.build(number)
+    return [(to_line(each.row), each.measured) if isinstance(each, Built) else ("", each) for each in results]
 
 
-def _line(built: Built) -> str:
-    return json.dumps(built.row, ensure_ascii=False) + "\n"
-
-
-def _count_documents(workers: Workers, store: Path) -> None:
+def _count_documents(pool: ProcessPool, store: Path) -> None:
     corpus = Corpus(store)
     starts = range(0, corpus.num_documents, _DOCUMENTS_PER_TASK)
     tasks = [range(start, min(start + _DOCUMENTS_PER_TASK, corpus.num_documents)) for start in starts]
-    counted = tqdm(workers.map(_count, tasks), total=len(tasks), desc="Tokenizing", **bar_style("batches of documents"))
+    counted = tqdm(pool.map(_count, tasks), total=len(tasks), desc="Tokenizing", **bar_style("batches of documents"))
     corpus.save_tokens(chain.from_iterable(counted))
 
 
-def _rows(workers: Workers, store: Path, tally: Tally) -> Iterator[str]:
-    """Every row that can be built, in the order of the corpus; all are told to `tally`."""
+def _rows(pool: ProcessPool, store: Path, tally: Tally) -> Iterator[str]:
+    """Every row that can be built, in the order of the corpus. `tally` gets all results."""
     corpus = Corpus(store)
     tally.documents, tally.questions = len(corpus.pool), corpus.num_questions
-    results = workers.map(_build, range(corpus.num_questions))
+    results = pool.map(_build, range(corpus.num_questions))
     for pairs in tqdm(results, total=corpus.num_questions, desc="Building contexts", **bar_style("questions")):
         for text, result in pairs:
             tally.add(result)

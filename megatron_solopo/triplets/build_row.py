@@ -1,6 +1,6 @@
-"""From one question to its rows: the short context, the answers where they are constructed, the long contexts."""
+"""From one question to its rows: the short context, constructed answers if asked for, and the long contexts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,22 @@ from megatron_solopo.triplets.settings import BuildSettings
 
 RowFields = dict[str, Any]
 
+_SHORT_EXCEEDS_LONG = "the short context and the response exceed --long-tokens"
+
 
 @dataclass(frozen=True)
 class Drop:
-    """A row that was not written; `line` is its question's in the corpus."""
+    """A row that was not written."""
 
     line: int
+    """Line of the question in the corpus."""
     id: str
     reason: str
 
 
 @dataclass(frozen=True)
 class MeasuredContext:
-    """What the report needs to know of a row; lengths in tokens, with the room for the response."""
+    """What the report needs of a row. Lengths are in tokens and include the room for the response."""
 
     short_tokens: int
     long_tokens: int
@@ -38,38 +41,39 @@ class MeasuredContext:
     rejected: str | None
     """The kind of constructed rejected answer: wrong_entity or give_up."""
     filled_from_pool: bool
-    """The question has fewer usable documents of its own than its short context holds."""
+    """Whether the short context holds documents of other questions."""
     underfull: bool
     leak_checked: bool
-    """False where the answer is yes or no, which documents cannot give away."""
+    """False if the answer is yes or no, which documents cannot give away."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A row and what is to be told of it."""
+    """A row to write, and what the report needs of it."""
 
     row: RowFields
     measured: MeasuredContext
 
 
-class _Unfit(Exception):
-    """Why a question or one of its rows is dropped."""
+class _Dropped(Exception):
+    """The reason why a question or one of its rows is dropped."""
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """A question as its contexts are built from it."""
+    """A question with everything that its contexts need."""
 
     number: int
     question: Question
     own: list[int]
+    """Its documents, as indices of the corpus."""
     evidence: list[int]
     golds: list[str]
     rng: np.random.Generator
 
 
 class RowBuilder:
-    """Builds the rows of any question of a corpus; what comes out depends on settings, corpus and question alone."""
+    """Builds the rows of any question of a corpus. They depend on settings, corpus and question alone."""
 
     def __init__(self, corpus: Corpus, settings: BuildSettings, prompt: PromptTemplate, measure: Measure) -> None:
         self._corpus = corpus
@@ -80,14 +84,14 @@ class RowBuilder:
         self._pool = Pool(corpus.pool, corpus.load_tokens(), corpus.keys)
 
     def build(self, number: int) -> list[Built | Drop]:
-        """The rows of the question with this number, one per length, or why there are none."""
+        """The rows of the question with this number, one for each length, or the reasons why there are none."""
         line, question, own = self._corpus.question(number)
         rng = generator(self._settings.seed, question.id)
         evidence = self._distinct(own[index] for index in question.supporting)
         sample = _Sample(number, question, own, evidence, entity_golds(question.answers), rng)
         try:
             short, common = self._short_side(sample)
-        except _Unfit as reason:
+        except _Dropped as reason:
             return [Drop(line, question.id, str(reason))]
         lengths = self._plan.draw(generator(self._settings.seed, f"length:{question.id}"))
         built: list[Built | Drop] = []
@@ -95,18 +99,18 @@ class RowBuilder:
             row_id = question.id if len(lengths) == 1 else f"{question.id}@{target}"
             try:
                 built.append(self._row(sample, short, common, row_id, slot, target))
-            except _Unfit as reason:
+            except _Dropped as reason:
                 built.append(Drop(line, row_id, str(reason)))
         return built
 
     def _short_side(self, sample: _Sample) -> tuple[list[int], RowFields]:
-        """The short context's documents in order, and all that the rows of the question share."""
+        """The documents of the short context in order, and the fields that all rows of the question share."""
         if not sample.question.answerable:
-            raise _Unfit("not answerable")
+            raise _Dropped("not answerable")
         if not sample.evidence:
-            raise _Unfit("no supporting document")
+            raise _Dropped("no supporting document")
         if not golds(sample.question.answers):
-            raise _Unfit("no answer that is more than white space")
+            raise _Dropped("no answer that is more than white space")
         by_length = self._settings.short_tokens is not None
         short = self._short_by_length(sample) if by_length else self._short_by_number(sample)
         text = self._prompt.prompt(self._documents(short), sample.question.question)
@@ -122,10 +126,10 @@ class RowBuilder:
 
     def _constructed(self, sample: _Sample, short: Sequence[int]) -> RowFields:
         if not sample.question.hops:
-            raise _Unfit("no decomposition to construct answers from")
+            raise _Dropped("no decomposition to construct answers from")
         rejected = rejected_response(sample.question, self._documents(short), sample.rng)
         if mentions(normalise(rejected), golds(sample.question.answers)):
-            raise _Unfit("every rejected answer would contain the gold answer")
+            raise _Dropped("every rejected answer would contain the gold answer")
         return {"chosen": chosen_response(sample.question), "rejected": rejected}
 
     def _short_by_number(self, sample: _Sample) -> list[int]:
@@ -139,7 +143,7 @@ class RowBuilder:
                 used.add(int(self._pool.keys[index]))
                 chosen.append(index)
         if len(chosen) < wanted:
-            raise _Unfit("the pool holds too few documents for --short-distractors")
+            raise _Dropped("the pool holds too few documents for --short-distractors")
         return self._ordered([*sample.evidence, *chosen], sample.rng)
 
     def _short_by_length(self, sample: _Sample) -> list[int]:
@@ -150,17 +154,11 @@ class RowBuilder:
         def arranged(taken: Sequence[int]) -> list[int]:
             return self._ordered([*sample.evidence, *taken], np.random.default_rng(order))
 
-        alone = self._length(sample, arranged([]), self._settings.response_room)
-        if alone > limit:
-            raise _Unfit("the evidence alone exceeds --short-tokens")
-        filler = Filler(
-            self._pool,
-            lambda index: self._usable(sample, index),
-            lambda taken: self._length(sample, arranged(taken), self._settings.response_room),
-            limit,
-            sample.rng,
-        )
-        filled = filler.fill(sample.evidence, self._short_candidates(sample), alone)
+        room = self._settings.response_room
+        candidates = self._short_candidates(sample)
+        filled = self._fill(sample, sample.evidence, candidates, arranged, room, limit, sample.rng)
+        if filled.length > limit:
+            raise _Dropped("the evidence alone exceeds --short-tokens")
         self._refuse_underfull(filled, "--short-tokens")
         return arranged(filled.documents)
 
@@ -169,7 +167,7 @@ class RowBuilder:
     ) -> Built:
         room = common["response_tokens"]
         if common["short_tokens"] > target:
-            raise _Unfit("the short context and the response exceed --long-tokens")
+            raise _Dropped(_SHORT_EXCEEDS_LONG)
         rng = generator(self._settings.seed, f"long:{slot}:{sample.question.id}")
         samples = self._corpus.num_questions
         depths = draw_depths(len(sample.evidence), sample.number, samples, self._settings.seed, str(slot), rng)
@@ -179,15 +177,10 @@ class RowBuilder:
         def arranged(taken: Sequence[int]) -> list[int]:
             return self._scattered(sample.evidence, [*beside, *taken], depths, np.random.default_rng(order))
 
-        filler = Filler(
-            self._pool,
-            lambda index: self._usable(sample, index),
-            lambda taken: self._length(sample, arranged(taken), room),
-            target,
-            rng,
-        )
         candidates = map(int, rng.permutation(self._pool.members))
-        filled = filler.fill(short, candidates, self._length(sample, arranged([]), room))
+        filled = self._fill(sample, short, candidates, arranged, room, target, rng)
+        if filled.length > target:
+            raise _Dropped(_SHORT_EXCEEDS_LONG)
         self._refuse_underfull(filled, "--long-tokens")
         documents = arranged(filled.documents)
         row = {"id": row_id, **common, "long_tokens": filled.length, "target_tokens": target}
@@ -205,9 +198,28 @@ class RowBuilder:
         )
         return Built(row, measured)
 
+    def _fill(
+        self,
+        sample: _Sample,
+        given: Sequence[int],
+        candidates: Iterable[int],
+        arranged: Callable[[Sequence[int]], list[int]],
+        room: int,
+        limit: int,
+        rng: np.random.Generator,
+    ) -> Filled:
+        """Fill a context. `arranged` puts chosen documents and the given ones in order."""
+
+        def length(taken: Sequence[int]) -> int:
+            text = self._prompt.prompt(self._documents(arranged(taken)), sample.question.question)
+            return self._measure.prompt(text) + room
+
+        filler = Filler(self._pool, lambda index: self._usable(sample, index), length, limit, rng)
+        return filler.fill(given, candidates)
+
     def _refuse_underfull(self, filled: Filled, option: str) -> None:
         if not filled.complete and self._settings.underfull == "drop":
-            raise _Unfit(f"no choice from the pool comes within 1 % below {option}")
+            raise _Dropped(f"no choice from the pool comes within 1 % below {option}")
 
     def _scattered(
         self, evidence: Sequence[int], others: Sequence[int], depths: NDArray[np.float64], rng: np.random.Generator
@@ -222,7 +234,7 @@ class RowBuilder:
         return [documents[place] for place in rng.permutation(len(documents))]
 
     def _short_candidates(self, sample: _Sample) -> Iterable[int]:
-        """The question's own documents first, then any."""
+        """The question's own documents, then all others."""
         own = self._distinct(sample.own)
         yield from (own[place] for place in sample.rng.permutation(len(own)))
         yield from map(int, sample.rng.permutation(self._pool.members))
@@ -233,12 +245,8 @@ class RowBuilder:
         return not leaks(text, sample.golds, self._settings.leak_rule)
 
     def _distinct(self, indices: Iterable[int]) -> list[int]:
-        """Documents, the first of each text."""
+        """The documents without repeated texts. The first one of each text stays."""
         return list({int(self._pool.keys[index]): index for index in reversed(list(indices))}.values())[::-1]
 
     def _documents(self, indices: Iterable[int]) -> list[Document]:
         return [self._corpus.document(index) for index in indices]
-
-    def _length(self, sample: _Sample, documents: Sequence[int], room: int) -> int:
-        text = self._prompt.prompt(self._documents(documents), sample.question.question)
-        return self._measure.prompt(text) + room

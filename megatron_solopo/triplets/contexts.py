@@ -1,110 +1,47 @@
-"""The rows that `data build` writes, as `data sample`, `data select` and `evaluate` read them.
+"""The documents of a context: how many tokens they fill, and where the evidence lies among them.
 
-Where the evidence lies in a long context.
+Depth of a document: the position of its middle among the tokens of all documents, from 0 to 1.
 
-Depth of a document: where its middle lies among the tokens of all documents, from 0 to 1.
+Depths are spread by Latin hypercube sampling (McKay et al. 1979). Over the whole data set, the first piece of evidence
+of every question has a stratum of its own, so has the second, and so on. The orders of the strata are independent.
+Within its stratum, the question's own generator draws the depth. RULER's `qa.py` instead starts from one seed for
+every sample, so all samples of one size have their evidence at the same places.
 
-Depths are spread by Latin hypercube sampling (McKay et al. 1979): over the whole data set, the first piece of evidence
-of every sample has a stratum of its own, so has the second, and so on, in orders that know nothing of each other;
-within its stratum each depth is drawn by the sample's own generator. RULER's `qa.py` draws from one seed again for
-every sample, and all samples of a size have their evidence at the same places.
-
-Fill a context with documents up to a length in tokens: never over it, and within 1 % under.
-
-Lengths of documents are known beforehand; their sum is the length of the whole but for a few tokens, where a
-tokenizer merges across documents. So documents are chosen by sums, the whole is then measured exactly, and what the
-measure says is corrected by adding, exchanging or removing a document, until it fits.
+A context is filled up to a length in tokens: never over it, and within 1 % under it. The lengths of the documents are
+known. Their sum is the length of the whole but for a few tokens, where a tokenizer merges across documents. So
+documents are chosen by their sum, the whole is measured exactly, and documents are added, exchanged or removed until
+the exact length fits.
 """
 
-import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
-from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_solopo.data.rows import Content
-from megatron_solopo.errors import UserError, first_problem
 from megatron_solopo.triplets.seeds import generator
 
-_Row = TypeVar("_Row", bound=BaseModel)
+TOLERANCE = 0.01
+"""A context may end this far below its target, as a fraction of the target."""
 
-
-class ContextRow(BaseModel):
-    """One pair of contexts that waits for responses."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    id: str
-    question_id: str
-    prompt_short: Content
-    prompt_long: Content
-    question: str
-    answers: list[str] = Field(min_length=1)
-    evidence_depths: list[float]
-    response_tokens: int = Field(ge=1)
-    """Room for a response, in tokens, its end included."""
-
-
-def read_contexts(path: Path, row: type[_Row]) -> Iterator[tuple[int, int, _Row]]:
-    """Every row with its line number and byte offset.
-
-    Args:
-        row: what is read of each, `ContextRow` or fewer fields.
-
-    Raises UserError naming the line and field of the first that is none.
-    """
-    offset = 0
-    try:
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                yield number, offset, parse_context(line, f"{path}:{number}", row)
-                offset += len(line)
-    except OSError as error:
-        raise UserError(f"--contexts {path}: {error.strerror}") from None
-    if not offset:
-        raise UserError(f"--contexts {path}: holds no row, expected the output of data build")
-
-
-def parse_context(line: bytes, where: str, row: type[_Row]) -> _Row:
-    """One line of the file; raises UserError."""
-    try:
-        return row.model_validate_json(line)
-    except ValidationError as error:
-        problem = first_problem(error, "the whole line")
-        raise UserError(f"{where}: {problem} (expected a row of data build)") from None
-
-
-def by_question(path: Path) -> Iterator[list[ContextRow]]:
-    """The rows of one question after the other; they stand together in the file."""
-    for _, rows in groupby((row for _, _, row in read_contexts(path, ContextRow)), key=lambda row: row.question_id):
-        yield list(rows)
-
-
-def to_line(row: dict[str, Any]) -> str:
-    """A row as a line of a file."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
+_MEASURES = 16
+_TRIES = 32
 _UNIFORM_AT_5_PERCENT = 1.358
 
 
 def draw_depths(
     count: int, sample: int, samples: int, seed: int, stream: str, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Depths [count] for the evidence of one of `samples` samples.
+    """Depths [count] for the evidence of one sample.
 
     Args:
         count: Pieces of evidence.
         sample: Number of the sample, below `samples`.
         samples: Size of the data set.
-        seed: Of the data set; with `stream`, which tells data sets of one seed apart, it orders the strata.
-        rng: Of the sample.
+        seed: Seed of the data set. Together with `stream` it orders the strata.
+        stream: Tells data sets with one seed apart.
+        rng: The sample's own generator.
     """
     strata = [_strata(samples, seed, f"{stream}:{ordinal}")[sample] for ordinal in range(count)]
     return (np.array(strata, dtype=np.float64) + rng.random(count)) / samples
@@ -118,12 +55,12 @@ def _strata(samples: int, seed: int, stream: str) -> NDArray[np.int64]:
 def arrange(
     evidence: Sequence[int], others: Sequence[int], depths: NDArray[np.float64], tokens: NDArray[np.int32]
 ) -> list[int]:
-    """All documents in order: the others as given, each piece of evidence in the gap nearest to its depth.
+    """All documents in order: the others as given, and each piece of evidence in the gap nearest to its depth.
 
     Args:
         evidence: Documents, as indices into `tokens`.
         others: Documents, as indices into `tokens`.
-        depths: [len(evidence)], one for each.
+        depths: Depth of each piece of evidence.
         tokens: Length of every document.
     """
     sizes = tokens[np.asarray(evidence, dtype=np.int64)]
@@ -131,7 +68,7 @@ def arrange(
     total = gaps[-1] + sizes.sum()
     arranged, start, placed = list[int](), 0, 0.0
     for index in np.argsort(depths, kind="stable"):
-        # How much of the others comes before it, if its middle is to lie at its depth.
+        # Tokens of the others before it, if its middle is at its depth.
         before = depths[index] * total - placed - sizes[index] / 2
         gap = max(start, int(np.abs(gaps - before).argmin()))
         arranged += [*others[start:gap], evidence[index]]
@@ -149,7 +86,7 @@ def evidence_depths(documents: Sequence[int], evidence: Collection[int], tokens:
 def uniform_distance(depths: Sequence[float]) -> tuple[float, float]:
     """Kolmogorov-Smirnov distance of depths to the uniform distribution on [0, 1], and its 5 % critical value.
 
-    The critical value is the asymptotic one, 1.358 / sqrt(n), for independent draws; stratified ones lie well below.
+    The critical value is the asymptotic one for independent draws, 1.358 / sqrt(n). Stratified draws stay well below.
     """
     ordered = np.sort(np.asarray(depths, dtype=np.float64))
     steps = np.arange(len(ordered) + 1) / len(ordered)
@@ -157,23 +94,15 @@ def uniform_distance(depths: Sequence[float]) -> tuple[float, float]:
     return distance, _UNIFORM_AT_5_PERCENT / len(ordered) ** 0.5
 
 
-TOLERANCE = 0.01
-"""How far below its target a context may end, as a fraction of the target."""
-
-_MEASURES = 16
-_TRIES = 32
-
-
 @dataclass(frozen=True)
 class Filled:
-    """Documents that were chosen, and the exact length with them.
-
-    `complete` is False where no choice from the pool comes within the tolerance.
-    """
+    """The chosen documents."""
 
     documents: list[int]
     length: int
+    """Exact length of the context with them, in tokens."""
     complete: bool
+    """False if no choice from the pool comes within the tolerance."""
 
 
 class Pool:
@@ -181,8 +110,8 @@ class Pool:
 
     Args:
         members: Indices of the documents.
-        tokens: int32 [documents], what each adds to a prompt.
-        keys: int32 [documents]; documents of one key never share a context.
+        tokens: Tokens that each document adds to a prompt, int32 [documents].
+        keys: int32 [documents]. Documents with one key never share a context.
     """
 
     def __init__(self, members: NDArray[np.int64], tokens: NDArray[np.int32], keys: NDArray[np.int32]) -> None:
@@ -193,7 +122,7 @@ class Pool:
         self._sizes = tokens[self._by_size]
 
     def sized(self, low: int, high: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """A few members of `low` to `high` tokens, from a random place among them on."""
+        """A few members of `low` to `high` tokens, beginning at a random one."""
         start, end = np.searchsorted(self._sizes, [max(low, 1), high + 1])
         if start >= end:
             return self._by_size[:0]
@@ -210,11 +139,11 @@ class Filler:
     """Chooses documents for one context.
 
     Args:
-        pool: Where they come from.
-        usable: Whether a document may be a distractor here; asked late, and once per document.
-        count: Exact length in tokens of a sample with these documents beside the given ones.
-        limit: Tokens that are never exceeded.
-        rng: Decides between documents that serve equally.
+        pool: The documents to choose from.
+        usable: Whether a document may be a distractor here. Called late, and once per document.
+        count: Exact length in tokens of the context with these documents beside the given ones.
+        limit: Most tokens of the context.
+        rng: Chooses between documents of equal use.
     """
 
     def __init__(
@@ -236,14 +165,16 @@ class Filler:
         self._taken: list[int] = []
         self._room = 0
 
-    def fill(self, given: Sequence[int], candidates: Iterable[int], empty_length: int) -> Filled:
-        """Take documents.
+    def fill(self, given: Sequence[int], candidates: Iterable[int]) -> Filled:
+        """Take documents. The result is over the limit only if the given documents alone are.
 
         Args:
             given: Documents that are in the context already.
-            candidates: What to take, first come first served; any of the pool is taken to end at the right length.
-            empty_length: Exact length with the given documents alone, at most the limit.
+            candidates: Documents to take first, in this order. Others of the pool follow to reach the length.
         """
+        empty_length = self._count([])
+        if empty_length > self._limit:
+            return Filled([], empty_length, complete=False)
         self._used = {int(self._pool.keys[index]) for index in given}
         self._room = self._limit - empty_length
         best = Filled([], empty_length, self._fits(empty_length))
@@ -255,7 +186,7 @@ class Filler:
             if best.length < length <= self._limit:
                 best = Filled(list(self._taken), length, self._fits(length))
             if best.complete or self._limit - length == self._room:
-                break  # it fits, or nothing in the pool makes it fit better
+                break  # it fits, or no document of the pool makes it fit better
             self._room = self._limit - length
         return best
 
@@ -263,7 +194,7 @@ class Filler:
         return self._limit - self._slack <= length <= self._limit
 
     def _take_in_order(self, candidates: Iterable[int]) -> None:
-        """Take what comes, up to the first that does not fit any more."""
+        """Take candidates up to the first that does not fit."""
         for index in candidates:
             if self._free(index):
                 if self._pool.tokens[index] > self._room:
@@ -271,7 +202,7 @@ class Filler:
                 self._take(index)
 
     def _move(self) -> bool:
-        """One change that brings the sum of lengths nearer to the limit; False if there is none."""
+        """Make one change that brings the sum of lengths nearer to the limit. False if there is none."""
         if (index := self._find(self._room)) is not None:
             self._take(index)
             return True
@@ -290,7 +221,7 @@ class Filler:
         return index is not None
 
     def _find(self, tokens: int) -> int | None:
-        """A free document that has as many tokens, or less by at most the slack."""
+        """A free document with this many tokens, or fewer by at most the slack."""
         found = self._pool.sized(tokens - self._slack, tokens, self._rng)
         return next(filter(self._free, map(int, found)), None)
 

@@ -1,12 +1,11 @@
 """Ask a model for responses to short contexts, many per question.
 
-The model is a Hugging Face directory or a server with OpenAI's API. Responses go into a journal as they come; started
-again after a kill, or for more samples, only what is missing is asked for.
+The model is a Hugging Face directory, or it is behind a server with OpenAI's API. Responses go into a journal as they
+come. A run that starts again, after a kill or for more samples, asks only for the missing ones.
 """
 
-import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,14 +16,12 @@ from tqdm import tqdm
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file
 from megatron_solopo.generate.journal import Journal, StoredResponse, read_offsets
-from megatron_solopo.generate.model import Model, Request, RequestFailed
+from megatron_solopo.generate.model import Answer, Model, Request
 from megatron_solopo.progress import bar_style
-from megatron_solopo.triplets.contexts import ContextRow, parse_context, read_contexts
+from megatron_solopo.triplets.context_rows import ContextRow, parse_context, read_contexts
 from megatron_solopo.triplets.report import Bars, Chart, Histogram, check_output, provenance, write_stage_report
 from megatron_solopo.triplets.seeds import derived_seed
 from megatron_solopo.triplets.settings import END_TOKENS, SampleSettings
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -58,45 +55,46 @@ class SampleReport:
         )
 
 
+@dataclass(frozen=True)
+class _Missing:
+    """Samples to ask for in one request."""
+
+    question_id: str
+    offset: int
+    """Of the question's first row in the file of contexts; the short context is that of all its rows."""
+    indices: tuple[int, ...]
+
+
 def sample(settings: SampleSettings) -> SampleReport:
     """Complete the journal `settings.output`.
 
-    Raises:
-        ValueError: A setting is illegal, the journal is another's, the model refuses the requests, or some got no
-            answer; what was received stays, and the same command asks for the rest.
+    Raises UserError where a setting is illegal, the journal belongs to other settings, the model refuses the requests,
+    or some requests got no answer. What was received stays, and the same command asks for the rest.
     """
     check_output(settings.output, True, [settings.contexts])
     questions, room = _index(settings.contexts)
     max_tokens = room - END_TOKENS if settings.max_tokens is None else settings.max_tokens
     if not 1 <= max_tokens <= room:
         raise UserError(f"--max-tokens {max_tokens}: the contexts leave room for {room} tokens, see --response-tokens")
-    header = _header(settings, max_tokens)
-    made = provenance([settings.contexts], settings.seed, settings.model_dump(mode="json"))
-    with Journal(settings.output, header) as journal:
-        before = sum(map(len, journal.received.values()))
+    made = provenance([settings.contexts], settings.seed, settings)
+    with Journal(settings.output, _header(settings, max_tokens)) as journal:
+        before = journal.count
         model = _load(settings)
-        requests = _requests(settings, questions, journal, max_tokens)
-        total = settings.num_samples * len(questions)
-        missing = total - sum(len(_wanted(settings) & journal.received[each]) for each in questions)
-        with closing(tqdm(total=missing, desc="Sampling", **bar_style("responses"))) as bar:
-            asyncio.run(_Run(model, journal, bar).finish(requests))
-        now = sum(map(len, journal.received.values())) - before
-    return _report(settings, made, len(questions), now, model.retried)
+        missing = list(_missing(settings, questions, journal))
+        _ask(settings, model, missing, journal, max_tokens)
+        received_now = journal.count - before
+    return _report(settings, made, len(questions), received_now, model.retried)
 
 
 def _header(settings: SampleSettings, max_tokens: int) -> dict[str, Any]:
-    """All that decides what a response may be; not how many, nor where from."""
+    """Everything that decides a response; neither how many there are nor which server gives them."""
     names = ("model", "temperature", "top_p", "seed")
     header = {name: getattr(settings, name) for name in names}
     return header | {"max_tokens": max_tokens, "contexts": sha256_file(settings.contexts)}
 
 
-def _wanted(settings: SampleSettings) -> set[int]:
-    return set(range(settings.num_samples))
-
-
 def _index(path: Path) -> tuple[dict[str, int], int]:
-    """Byte offset of each question's first row, whose short context is that of all its rows; and the least room."""
+    """Byte offset of each question's first row, and the least room for a response in the file."""
     offsets: dict[str, int] = {}
     room = 0
     for _, offset, row in read_contexts(path, ContextRow):
@@ -109,87 +107,67 @@ def _load(settings: SampleSettings) -> Model:
     if settings.server is not None:
         from megatron_solopo.generate.server import OpenAIServer
 
-        return OpenAIServer(settings)
-    from megatron_solopo.triplets.huggingface_sampler import HuggingFaceSampler
+        return OpenAIServer(
+            settings.server,
+            settings.model,
+            concurrency=settings.concurrency,
+            timeout=settings.timeout,
+            retries=settings.retries,
+            backoff=settings.backoff,
+            api_key_env=settings.api_key_env,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+        )
+    import torch
 
-    return HuggingFaceSampler(settings)
+    from megatron_solopo.data.tokenizer import load_tokenizer
+    from megatron_solopo.generate.transformers import TransformersModel
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(settings.model)
+    return TransformersModel(settings.model, tokenizer, device, temperature=settings.temperature, top_p=settings.top_p)
 
 
-def _requests(
-    settings: SampleSettings, questions: dict[str, int], journal: Journal, max_tokens: int
-) -> Iterator[Request]:
-    """What is missing, made as it is asked for: prompts are not held."""
+def _missing(settings: SampleSettings, questions: dict[str, int], journal: Journal) -> Iterator[_Missing]:
     size = settings.samples_per_request
-    with settings.contexts.open("rb") as stream:
-        for question, offset in questions.items():
-            missing = sorted(_wanted(settings) - journal.received[question])
-            if not missing:
-                continue
-            stream.seek(offset)
+    for question, offset in questions.items():
+        indices = sorted(set(range(settings.num_samples)) - journal.received[question])
+        for start in range(0, len(indices), size):
+            yield _Missing(question, offset, tuple(indices[start : start + size]))
+
+
+def _ask(
+    settings: SampleSettings, model: Model, missing: Sequence[_Missing], journal: Journal, max_tokens: int
+) -> None:
+    """Ask for the missing samples and keep them as they come."""
+    total = sum(len(each.indices) for each in missing)
+    with (
+        settings.contexts.open("rb") as stream,
+        closing(tqdm(total=total, desc="Sampling", **bar_style("responses"))) as bar,
+    ):
+
+        def build(item: _Missing) -> Request:
+            stream.seek(item.offset)
             prompt = parse_context(stream.readline(), str(settings.contexts), ContextRow).prompt_short
-            for start in range(0, len(missing), size):
-                indices = tuple(missing[start : start + size])
-                yield Request(
-                    question, prompt, indices, max_tokens, derived_seed(settings.seed, f"{question}:{indices[0]}")
-                )
+            seed = derived_seed(settings.seed, f"{item.question_id}:{item.indices[0]}")
+            return Request(item.question_id, prompt, item.indices, max_tokens, seed)
 
-
-class _Run:
-    """Requests under way, and what became of them."""
-
-    def __init__(self, model: Model, journal: Journal, bar: Any) -> None:
-        self._model = model
-        self._journal = journal
-        self._bar = bar
-        self._failed: list[str] = []
-        self._failed_in_a_row = 0
-
-    async def finish(self, requests: Iterator[Request]) -> None:
-        """Answer every request; raises UserError for those that got no answer."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(self._model.concurrency):
-                    group.create_task(self._work(requests))
-        except BaseExceptionGroup as errors:
-            # All tasks share one cause: a server that refuses, a full disk, Ctrl-C.
-            raise errors.exceptions[0] from None
-        finally:
-            await self._model.aclose()
-        if self._failed:
-            shown = "; ".join(self._failed[:_SHOWN]) + ("; ..." if len(self._failed) > _SHOWN else "")
-            raise UserError(
-                f"{len(self._failed)} requests got no answer: {shown}; what was received is kept, "
-                "the same command asks for the rest"
+        def keep(request: Request, answers: Sequence[Answer], seconds: float) -> None:
+            journal.append(
+                [
+                    StoredResponse(
+                        question_id=request.question_id,
+                        index=index,
+                        text=answer.text,
+                        finish_reason=answer.finish_reason,
+                        seed=request.seed,
+                    )
+                    for index, answer in zip(request.indices, answers, strict=False)
+                ]
             )
+            bar.update(len(answers))
 
-    async def _work(self, requests: Iterator[Request]) -> None:
-        """One of the concurrent lines: takes the next request until there is none, or the server seems gone."""
-        for request in requests:
-            if self._failed_in_a_row >= self._model.concurrency:
-                return
-            try:
-                await self._complete(request)
-                self._failed_in_a_row = 0
-            except RequestFailed as error:
-                self._failed.append(f"{request.question_id}: {error}")
-                self._failed_in_a_row += 1
-
-    async def _complete(self, request: Request) -> None:
-        """Every sample of one request; a server may give fewer at once than it was asked for."""
-        missing = request.indices
-        while missing:
-            seed = request.seed + len(request.indices) - len(missing)
-            part = Request(request.question_id, request.prompt, missing, request.max_tokens, seed)
-            answers = await self._model.ask(part)
-            responses = [
-                StoredResponse(
-                    question_id=part.question_id, index=i, text=a.text, finish_reason=a.finish_reason, seed=part.seed
-                )
-                for i, a in zip(missing, answers, strict=False)
-            ]
-            self._journal.append(responses)
-            self._bar.update(len(responses))
-            missing = missing[len(responses) :]
+        model.answer([[item] for item in missing], build, keep)
 
 
 def _report(

@@ -21,7 +21,7 @@ from megatron_solopo.files import atomic_path, sha256_file
 from megatron_solopo.generate.journal import StoredResponse, parse_response, read_header, read_offsets
 from megatron_solopo.generate.scoring import SCORERS, final_answer, token_f1
 from megatron_solopo.progress import bar_style
-from megatron_solopo.triplets.contexts import ContextRow, by_question, to_line
+from megatron_solopo.triplets.context_rows import ContextRow, read_by_question, to_line
 from megatron_solopo.triplets.prompt import Measure
 from megatron_solopo.triplets.report import Bars, Chart, Histogram, check_output, provenance, write_stage_report
 from megatron_solopo.triplets.seeds import generator
@@ -201,7 +201,7 @@ def select(settings: SelectSettings) -> SelectReport:
     tokenizer = load_tokenizer(settings.tokenizer)
     _check_belonging(settings)
     inputs = [settings.contexts, settings.responses]
-    made = provenance(inputs, settings.seed, settings.model_dump(mode="json"), (settings.tokenizer, tokenizer))
+    made = provenance(inputs, settings.seed, settings, (settings.tokenizer, tokenizer))
     selection = _Selection(settings, tokenizer, SelectReport(made))
     with atomic_path(settings.output) as temporary:
         with temporary.open("w", encoding="utf-8") as stream:
@@ -241,7 +241,7 @@ class _Selection:
         for offset, response in read_offsets(self._settings.responses):
             self._places[response.question_id].append(offset)
         known: set[str] = set()
-        for rows in tqdm(by_question(self._settings.contexts), desc="Selecting", **bar_style("questions")):
+        for rows in tqdm(read_by_question(self._settings.contexts), desc="Selecting", **bar_style("questions")):
             if rows[0].question_id in known:
                 raise UserError(
                     f"--contexts {self._settings.contexts}: the rows of question {rows[0].question_id!r} do not stand "

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from megatron_solopo.checkpoint import conversion
-from megatron_solopo.checkpoint import verify as logits
 from megatron_solopo.checkpoint.conversion import export_model, import_model, verify_models
 from megatron_solopo.checkpoint.huggingface_weights import INDEX
 from megatron_solopo.cli.main import main
@@ -104,11 +104,11 @@ def test_numbers_that_are_not_finite_are_named(value: float, folder: Path, monke
     assert failures[1] == f"not finite (NaN or infinity): {QUERY} in {folder / 'megatron'}"
 
 
-def test_whatever_transformers_raises_is_a_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_transformers_cannot_run_is_a_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: Any, **more: Any) -> None:
         raise ImportError("needs\nanother package")
 
-    monkeypatch.setattr(logits.AutoModelForCausalLM, "from_pretrained", fails)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fails)
     report = verify_models(folder / "hf", folder / "megatron", logits=True)
     wanted = f"{folder / 'hf'}: transformers cannot run it: ImportError: needs another package"
     assert report.failures == [wanted] and dict(report.rows)["logits"] == "not compared FAILED"
@@ -136,7 +136,9 @@ def test_verify_shows_both_values_of_a_field(folder: Path) -> None:
 def test_an_index_that_points_out_of_the_directory_is_refused(shard: str, folder: Path) -> None:
     (folder / "hf" / WEIGHTS).rename(folder / "other.safetensors")
     (folder / "hf" / INDEX).write_text(f'{{"weight_map": {{"{QUERY}": "{shard}"}}}}')
-    assert f"{QUERY} lies in {shard}, outside the directory" in refused_import(folder, folder / "hf")
+    assert f"names {shard} as the file of {QUERY}, which is outside the directory" in refused_import(
+        folder, folder / "hf"
+    )
 
 
 def test_a_missing_tokenizer_is_in_the_report(folder: Path) -> None:

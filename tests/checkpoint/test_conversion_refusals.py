@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_solopo.checkpoint import conversion, verify
-from megatron_solopo.checkpoint import verify as logits
 from megatron_solopo.checkpoint.conversion import export_model, import_model
 from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory
 from megatron_solopo.cli.main import main
@@ -175,12 +174,12 @@ def test_what_does_not_verify_is_not_kept(module: str, folder, monkeypatch) -> N
 
 def test_other_logits_are_not_kept(folder, monkeypatch) -> None:
     """As if our model computed something else from the same numbers."""
-    monkeypatch.setattr(logits, "_round", lambda model, *more: model.rotary_pos_emb.inv_freq.mul_(1.001))
+    monkeypatch.setattr(verify, "_round", lambda model, *more: model.rotary_pos_emb.inv_freq.mul_(1.001))
     assert "logits differ by" in refused_import(folder)
 
 
 def test_a_model_too_large_for_memory_is_said_to_be_unscored(folder, monkeypatch) -> None:
-    monkeypatch.setattr(logits.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**6}))
+    monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**6}))
     report = import_model(folder / "hf", folder / "out", verification="full")
     assert "skipped: the model in fp32 needs 1.0 GiB of memory, 0.0 GiB" in dict(report.rows)["logits"]
 

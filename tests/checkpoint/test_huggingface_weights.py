@@ -174,19 +174,21 @@ def test_a_missing_shard_is_refused_before_anything_is_touched(model: ResponseMo
 def test_a_shard_without_a_tensor_that_the_index_promises_is_refused(model: ResponseModel, folder: Path) -> None:
     holder = shard(folder)[UP]
     change(folder / holder, lambda tensors: tensors.pop(UP))
-    assert refusal(model, folder) == f"{folder / INDEX}: says that {holder} holds {UP}, which it does not"
+    assert (
+        refusal(model, folder)
+        == f"{folder / INDEX}: names {holder} as the file of {UP}, but that file does not hold it"
+    )
 
 
 @pytest.mark.parametrize("text", ["{ nope", "", "[]", "null", "{}", '{"weight_map": []}'])
 def test_a_broken_index_is_refused(model: ResponseModel, folder: Path, text: str) -> None:
     (folder / INDEX).write_text(text)
-    message = refusal(model, folder)
-    assert str(folder / INDEX) in message and "weight_map" in message
+    assert refusal(model, folder).startswith(f"{folder / INDEX}: ")
 
 
 def test_an_index_that_names_no_file_is_refused(model: ResponseModel, folder: Path) -> None:
     (folder / INDEX).write_text('{"weight_map": {"a": 1}}')
-    assert f"{folder / '1'}: cannot be read" in refusal(model, folder)
+    assert f"{folder / INDEX}: weight_map.a: " in refusal(model, folder)
 
 
 def test_the_fingerprint_is_the_models_wherever_it_lies(source: Path, folder: Path) -> None:

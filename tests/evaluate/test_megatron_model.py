@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_solopo.config import ParallelConfig
-from megatron_solopo.evaluate.generation import answer_of
-from megatron_solopo.evaluate.megatron_model import MegatronModel
-from megatron_solopo.evaluate.transformers_model import TransformersModel
+from megatron_solopo.evaluate.megatron_model import MegatronModel, share_time
+from megatron_solopo.generate.model import Answer, Request
+from megatron_solopo.generate.transformers import TransformersModel, answer_of
 from tests.ranks import layout, two_ranks
 from tests.tiny_models import VOCAB_SIZE, make_model
 
@@ -28,6 +28,7 @@ LENGTHS, NEW = (17, 40), 24
 DECISIVE = "decisive"
 # Numbers closer than this are equal but for rounding, in fp32 with logits of about 1 (their differences: 2e-6).
 TIE = 2e-5
+CPU = torch.device("cpu")
 NO_TOKENIZER: Any = SimpleNamespace(eos_token_id=None, decode=lambda tokens: " ".join(map(str, tokens)))
 
 
@@ -54,7 +55,7 @@ def generate(name: str, groups, **sizes: Any) -> list[Tensor]:
         dist.broadcast_object_list(shared, src=0)
         parallel = ParallelConfig(**{"sequence_parallel": False} | sizes)
         model = MegatronModel(Path(shared[0]), NO_TOKENIZER, "float32", parallel, groups)
-        generated = [model.greedy(prompt, NEW, ends=()) for prompt in prompts()]
+        generated = [model.generate(prompt, NEW, end_tokens=()) for prompt in prompts()]
         dist.barrier()
         return generated
 
@@ -72,8 +73,8 @@ def on_two_ranks() -> dict[str, dict[str, list[Tensor]]]:
 def theirs(name: str) -> tuple[list[Tensor], list[Tensor]]:
     """transformers' tokens [B, n], and how far the best logit lies above the next at each of them."""
     with tempfile.TemporaryDirectory() as folder:
-        model = TransformersModel(make(Path(folder) / "model", name), NO_TOKENIZER, "float32")
-        tokens = [model.greedy(prompt, NEW, ends=()) for prompt in prompts()]
+        model = TransformersModel(make(Path(folder) / "model", name), NO_TOKENIZER, CPU, "float32")
+        tokens = [model.generate(prompt, NEW, end_tokens=()) for prompt in prompts()]
         margins = []
         for prompt, new in zip(prompts(), tokens, strict=True):
             with torch.no_grad():
@@ -120,11 +121,19 @@ def test_rows_end_where_transformers_ends_them(tmp_path) -> None:
     path = make(tmp_path / "model", DECISIVE)
     with layout() as groups:
         ours = MegatronModel(path, NO_TOKENIZER, "float32", ParallelConfig(), groups)
-        other = TransformersModel(path, NO_TOKENIZER, "float32")
+        other = TransformersModel(path, NO_TOKENIZER, CPU, "float32")
         for chosen in (ends, {int(free[0, 3])}):
             rows = [
-                [answer_of(row, NO_TOKENIZER, chosen) for row in model.greedy(prompts()[0], NEW, chosen).tolist()]
+                [answer_of(row, NO_TOKENIZER, chosen) for row in model.generate(prompts()[0], NEW, chosen).tolist()]
                 for model in (ours, other)
             ]
             assert rows[0] == rows[1] and rows[0][0].finish_reason == "stop" and rows[0][0].tokens <= 4
-        assert ours.greedy(prompts()[0][:1], NEW, ends).shape[1] == rows[0][0].tokens
+        assert ours.generate(prompts()[0][:1], NEW, ends).shape[1] == rows[0][0].tokens
+
+
+def test_data_parallel_ranks_share_the_time_of_the_slowest() -> None:
+    def answered(seconds: float) -> tuple[Request, list[Answer], float]:
+        return Request("q", "", (0,), 1), [Answer("", "stop", 1)], seconds
+
+    shared = share_time([[answered(1.0), answered(1.0)], [answered(3.0)], []])
+    assert [seconds for _, _, seconds in shared] == [1.0, 1.0, 1.0]

@@ -12,7 +12,8 @@ from megatron_solopo.config import Config, load_config, parse_config
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.evaluate.preference import default_output, evaluate_preference
 from megatron_solopo.files import read_jsonl
-from megatron_solopo.results.preference import MeanWithInterval, PreferenceResults, read_preference
+from megatron_solopo.results.preference import PreferenceResults, read_preference
+from megatron_solopo.results.results_file import MeanWithInterval
 from megatron_solopo.run_directory import find_subject
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed

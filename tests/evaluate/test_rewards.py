@@ -1,14 +1,10 @@
 """Worked examples: from log-probabilities to accuracies, margins and gaps."""
 
-import math
-
 import numpy as np
-import pytest
 import torch
 
 from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.evaluate.rewards import summarise, summarise_groups, triplet_columns
-from megatron_solopo.evaluate.statistics import mean, proportion, student_t
 
 
 def columns(objective: ObjectiveConfig, logps: list[list[float]], references: list[list[float]] | None = None):
@@ -54,24 +50,3 @@ def test_groups_are_means_over_their_own_triplets() -> None:
     assert [(each.start, each.n) for each in groups["by_depth"]] == [(0.0, 1), (None, 1)]
     assert [(each.up_to, each.start) for each in groups["by_length_and_depth"]] == [(1024, 0.0), (4096, None)]
     assert groups["overall"].metrics["solo_ra/gap_abs"].mean == 3.5
-
-
-def test_intervals_are_wilsons_and_students() -> None:
-    share = proportion(np.array([True] * 8 + [False] * 2))
-    assert (share.mean, share.low, share.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)  # Newcombe 1998's form
-    assert proportion(np.array([True] * 5)).high == 1.0 and proportion(np.array([True] * 5)).low == pytest.approx(
-        0.5655, abs=1e-4
-    )
-    values = mean(np.array([1.0, 2.0, 3.0, 6.0]))
-    half = 3.182446 * math.sqrt(14 / 3) / 2
-    assert (values.mean, values.low, values.high) == pytest.approx((3.0, 3 - half, 3 + half))
-    alone = mean(np.array([2.5]))
-    assert (alone.mean, alone.low, alone.high) == (2.5, None, None) and "[one triplet]" in str(alone)
-
-
-@pytest.mark.parametrize(
-    ("degrees", "percentile"),
-    [(1, 12.706205), (2, 4.302653), (3, 3.182446), (10, 2.228139), (30, 2.042272), (1000, 1.962339), (10**6, 1.959966)],
-)
-def test_students_t_is_the_tables(degrees: int, percentile: float) -> None:
-    assert student_t(degrees) == pytest.approx(percentile, rel=2e-6)

@@ -143,10 +143,16 @@ def test_a_wrong_combination_is_refused_by_name(name: str, value: Any, part: str
 def test_keys_become_flags_in_messages_and_paths_do_not() -> None:
     message = "/runs/model.path/x: data.path and model.fp8_recipe=mxfp8 need training.global_batch_size (parallel.*)"
     with pytest.raises(UserError) as error, flags_for_keys():
-        raise ValueError(message)
+        raise UserError(message)
     assert str(error.value) == (
         "/runs/model.path/x: --solopo-data-path and --fp8-recipe=mxfp8 need --global-batch-size (the parallel sizes)"
     )
+
+
+def test_a_fault_of_the_program_keeps_its_message() -> None:
+    with pytest.raises(ValueError, match=r"^data\.path is longer$") as error, flags_for_keys():
+        raise ValueError("data.path is longer")
+    assert not isinstance(error.value, UserError)
 
 
 def test_help_says_what_each_flag_is_and_its_default() -> None:

@@ -157,6 +157,16 @@ def test_megatron_on_a_cpu_does_not_take_the_gpu_libraries_that_are_installed(tm
     assert done.stdout.strip() == "<class 'torch.optim.adamw.AdamW'>", done.stderr
 
 
+def test_megatron_warns_of_everything_but_the_libraries_that_are_not_installed() -> None:
+    program = """
+import warnings
+import megatron_solopo.train.policy
+warnings.warn_explicit("another matter", UserWarning, "file.py", 1, module="megatron.core.optimizer")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "another matter" in done.stderr and "not installed" not in done.stderr, done.stderr
+
+
 @on_cpu
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_process_groups_wait_for_messages_in_one_thread() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.load import global_parameters
-from megatron_solopo.checkpoint.mapping import rules, to_huggingface
+from megatron_solopo.checkpoint.mapping import rules
 from megatron_solopo.config import Config, Role, parse_config
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.resolve import resolve_model
@@ -20,6 +20,7 @@ from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import build_policy, load_model
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss, run_schedule
+from tests.conversions import join_shards
 from tests.parity.plain import Row
 
 LEARNING_RATE = 1e-3
@@ -204,5 +205,5 @@ def huggingface_tensors(shares: Sequence[tuple[int, dict[str, Tensor]]], model: 
     joined: dict[str, Tensor] = {}
     for name, rule in rules(architecture).items():
         parts = [shards[name][rank] for rank in sorted(shards[name])]
-        joined |= dict(zip(rule.huggingface, to_huggingface(rule, architecture, parts), strict=True))
+        joined |= join_shards(rule, architecture, parts)
     return joined

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_solopo.results.long_context import Cell, LongContextResults
+from megatron_solopo.results.long_context import LongContextResults, ScoreCell
 from megatron_solopo.results.preference import PreferenceResults
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -88,9 +88,9 @@ def accuracy(skill: float, length: int, depth: float) -> float:
     return round(max(0.0, 0.97 - lost * (1.15 - abs(depth - 0.5))), 4)
 
 
-def cell(task: str, score: float, length: int, depth: float | None, n: int) -> Cell:
+def cell(task: str, score: float, length: int, depth: float | None, n: int) -> ScoreCell:
     half = 1.96 * math.sqrt(max(score * (1 - score), 0.01) / n)
-    return Cell(
+    return ScoreCell(
         task=task, metric="string_match_all", length=length, depth=depth, n=n, score=score, low=max(0.0, score - half),
         high=min(1.0, score + half), interval="wilson", prompt_tokens=1, generated_tokens=1, seconds=1.0,
     )  # fmt: skip

@@ -8,9 +8,8 @@ from typing import Any
 
 from megatron_solopo.data.encode import tokenize_row
 from megatron_solopo.data.tokenizer import Tokenizer
-from megatron_solopo.triplets.build import build
+from megatron_solopo.triplets.build import BuildReport, build
 from megatron_solopo.triplets.corpus.formats import Document, Question
-from megatron_solopo.triplets.report import BuildReport
 from megatron_solopo.triplets.settings import BuildSettings
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "musique"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from megatron_solopo.data.rows import validate_file
+from megatron_solopo.triplets.build import BuildReport
 from megatron_solopo.triplets.constructed_answers import GIVE_UP
 from megatron_solopo.triplets.contexts import uniform_distance
 from megatron_solopo.triplets.corpus.formats import entity_golds, mentions, normalise
-from megatron_solopo.triplets.report import BuildReport
 from tests.triplets.musique_example import (
     QUESTIONS,
     Row,

@@ -8,10 +8,9 @@ from transformers import AutoTokenizer
 
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.triplets.build import build
+from megatron_solopo.triplets.build import BuildReport, build
 from megatron_solopo.triplets.corpus.formats import entity_golds, mentions, normalise
 from megatron_solopo.triplets.prompt import Measure
-from megatron_solopo.triplets.report import BuildReport
 from megatron_solopo.triplets.settings import BuildSettings
 from tests.triplets.context_files import write_lines
 from tests.triplets.musique_example import Row, evidence, first_lines, passage, passages, read, write

@@ -6,9 +6,9 @@ import pytest
 
 from megatron_solopo.data.encode import tokenize_row
 from megatron_solopo.data.rows import validate_file
+from megatron_solopo.triplets.build import BuildReport
 from megatron_solopo.triplets.contexts import uniform_distance
 from megatron_solopo.triplets.corpus.formats import entity_golds, mentions, normalise
-from megatron_solopo.triplets.report import BuildReport
 from tests.triplets.musique_example import QUESTIONS, Row, construct, evidence, passages, read
 
 LENGTHS = (2048, 8192, 32768, 131072)

@@ -247,7 +247,7 @@ def test_a_journal_of_other_settings_is_not_continued(changes, message, contexts
         ({"num_samples": 0}, "--num-samples 0: must be at least 1"),
         ({"temperature": 0.0}, "--temperature 0.0: must be above 0"),
         ({"top_p": 1.5}, "--top-p 1.5"),
-        ({"retries": -1}, "--retries -1: must not be negative"),
+        ({"retries": -1}, "--retries -1: must be at least 0"),
         ({"server": "localhost:8000"}, "must begin with http"),
         ({"max_tokens": 101}, "the contexts leave room for 100 tokens"),
         ({"api_key_env": "NO_SUCH_VARIABLE_HERE"}, "not set"),

@@ -11,7 +11,7 @@ from megatron_solopo.data.rows import validate_file
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.journal import StoredResponse
-from megatron_solopo.triplets.contexts import ContextRow
+from megatron_solopo.triplets.context_rows import ContextRow
 from megatron_solopo.triplets.prompt import Measure
 from megatron_solopo.triplets.select import Judge, SelectReport, select
 from megatron_solopo.triplets.settings import SelectSettings

@@ -9,7 +9,7 @@ import numpy as np
 from megatron_solopo.data.settings import PrepareSettings
 from megatron_solopo.data.tokenize import prepare
 from megatron_solopo.files import atomic_path
-from megatron_solopo.triplets.contexts import to_line
+from megatron_solopo.triplets.context_rows import to_line
 from megatron_solopo.triplets.sample import sample
 from megatron_solopo.triplets.select import select
 from megatron_solopo.triplets.settings import SampleSettings, SelectSettings

@@ -1,4 +1,4 @@
-"""From settings to samples: where they come from, which fit the model, and what an answer depends on."""
+"""The samples of an evaluation: where they come from, which fit the model, and what decides an answer to them."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -14,81 +14,87 @@ from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluate.samples import QuestionFile, Sample, Side, Source, Spec, Unfit, check_task_names
-from megatron_solopo.evaluate.settings import LongContextSettings
-from megatron_solopo.evaluate.target import Target
-from megatron_solopo.evaluate.tasks.catalog import QA, GeneratedTasks, TaskPlan
-from megatron_solopo.evaluate.tasks.questions import QuestionCorpus
-from megatron_solopo.evaluate.tasks.synthetic import read_sentences
+from megatron_solopo.evaluate.samples import LengthNotMet, QuestionFile, SampleSource, SampleSpec, Side
+from megatron_solopo.evaluate.settings import LongContextSettings, Target
+from megatron_solopo.evaluate.tasks.generated_tasks import QA, GeneratedTasks, TaskSettings
+from megatron_solopo.evaluate.tasks.question_corpus import QuestionCorpus
+from megatron_solopo.evaluate.tasks.synthetic_samples import read_sentences
 from megatron_solopo.files import sha256_file, sha256_text
+from megatron_solopo.generate.model import Request
 from megatron_solopo.generate.scoring import Score
 from megatron_solopo.results.long_context import SkippedSamples
 from megatron_solopo.triplets.prompt import Measure, PromptTemplate, read_template
 
-_SAMPLES = 20
+_DEFAULT_SAMPLES = 20
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is asked of the model.
+class SampleSet:
+    """What the model is asked.
 
     Attributes:
         specs: Samples that fit the model.
-        skipped: Those that do not, counted; of those that fit, `unfit` counts what cannot be made.
-        metrics: Of each task, the main one first.
-        max_positions: Of the model, None where unknown.
+        skipped: Samples that do not fit, counted. Samples that cannot be made are not among them: only `build` meets
+            those.
+        metrics: Scores of each task, the main one first.
+        max_positions: Of the model; None where unknown.
+        sources: By task.
     """
 
-    specs: list[Spec]
+    specs: list[SampleSpec]
     skipped: list[SkippedSamples]
     metrics: dict[str, tuple[Score, ...]]
     max_positions: int | None
-    sources: dict[str, Source]
+    sources: dict[str, SampleSource]
 
-    def build(self, spec: Spec) -> Sample | None:
-        """One sample with its prompt; None, on every rank alike, where no prompt of its length can be made."""
+    def build(self, spec: SampleSpec) -> Request | None:
+        """Ask one sample; None, on every rank alike, where no prompt of its length can be made."""
         try:
-            return self.sources[spec.task].build(spec)
-        except Unfit:
+            sample = self.sources[spec.task].build(spec)
+        except LengthNotMet:
             return None
+        return Request(spec.id, sample.prompt, (0,), spec.max_new_tokens, right_answers=sample.answers)
 
-    def unfit(self, specs: Iterable[Spec]) -> list[SkippedSamples]:
-        """Those of these samples that cannot be made, counted."""
+    def count_unmade(self, specs: Iterable[SampleSpec]) -> list[SkippedSamples]:
+        """Those of the samples that cannot be made, counted."""
         found: Counter[tuple[str, int, str]] = Counter()
         for spec in specs:
             try:
                 self.sources[spec.task].build(spec)
-            except Unfit as error:
+            except LengthNotMet as error:
                 found[spec.task, spec.length, error.reason] += 1
         return [
             SkippedSamples(task=task, length=length, n=n, reason=reason) for (task, length, reason), n in found.items()
         ]
 
 
-def make_plan(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> Plan:
-    """Raises UserError for tasks whose lengths the model does not take, or files that hold no question."""
+def collect_samples(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> SampleSet:
+    """List the samples. Raises UserError for tasks that are too long for the model, or files that hold no question."""
     positions = _served_positions(settings) if target.path is None else _max_positions(target.path)
-    sources: list[Source] = _files(settings, tokenizer)
+    sources: list[SampleSource] = _question_files(settings, tokenizer)
     if settings.tasks:
-        tasks = _tasks(settings, tokenizer)
-        _refuse_overlong(tasks.plan(), positions)
+        tasks = _generated_tasks(settings, tokenizer)
+        _refuse_overlong(tasks.specs(), positions)
         tasks.check()
         sources.insert(0, tasks)
-    check_task_names(sources)
-    by_task = {task: source for source in sources for task in source.metrics}
-    metrics = {task: by_task[task].metrics[task] for task in by_task}
-    planned = [spec for source in sources for spec in source.plan()]
-    fitting = [spec for spec in planned if positions is None or _total(spec) <= positions]
-    left_out = Counter((spec.task, spec.length) for spec in planned) - Counter((s.task, s.length) for s in fitting)
+    by_task: dict[str, SampleSource] = {}
+    for source in sources:
+        if twice := by_task.keys() & source.metrics.keys():
+            raise UserError(f"--contexts: two files have the name {min(twice)}; rename one")
+        by_task |= dict.fromkeys(source.metrics, source)
+    specs = [spec for source in sources for spec in source.specs()]
+    fitting = [spec for spec in specs if positions is None or _total(spec) <= positions]
+    left_out = Counter((spec.task, spec.length) for spec in specs) - Counter((s.task, s.length) for s in fitting)
     reason = f"prompt and room for the answer exceed the model's {positions} positions"
     skipped = [SkippedSamples(task=task, length=length, n=n, reason=reason) for (task, length), n in left_out.items()]
     if not fitting:
-        raise UserError(f"--contexts: {reason} in all {len(planned)} samples")
-    return Plan(fitting, skipped, metrics, positions, by_task)
+        raise UserError(f"--contexts: {reason} in all {len(specs)} samples")
+    metrics = {task: source.metrics[task] for task, source in by_task.items()}
+    return SampleSet(fitting, skipped, metrics, positions, by_task)
 
 
-def identity(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that decides an answer, by the option's name; not which samples are asked."""
+def journal_header(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Everything that decides an answer, by the option's name; not which samples are asked."""
     files = [settings.corpus, settings.haystack, settings.prompt_template]
     hashes = {str(path): sha256_file(path) for path in (*settings.contexts, *files) if path is not None}
     return {
@@ -103,13 +109,13 @@ def identity(settings: LongContextSettings, target: Target, tokenizer: Tokenizer
     }
 
 
-def _tasks(settings: LongContextSettings, tokenizer: Tokenizer) -> GeneratedTasks:
+def _generated_tasks(settings: LongContextSettings, tokenizer: Tokenizer) -> GeneratedTasks:
     template = _template(settings, tokenizer)
-    asked = TaskPlan(
+    asked = TaskSettings(
         settings.tasks,
         settings.lengths,
         settings.depths,
-        settings.samples or _SAMPLES,
+        settings.samples or _DEFAULT_SAMPLES,
         settings.seed,
         settings.max_new_tokens,
     )
@@ -122,7 +128,7 @@ def _tasks(settings: LongContextSettings, tokenizer: Tokenizer) -> GeneratedTask
     return GeneratedTasks(asked, Measure(tokenizer, template), template, sentences, corpus)
 
 
-def _files(settings: LongContextSettings, tokenizer: Tokenizer) -> list[Source]:
+def _question_files(settings: LongContextSettings, tokenizer: Tokenizer) -> list[SampleSource]:
     sides: tuple[Side, ...] = ("short", "long") if settings.side == "both" else (settings.side,)
     return [
         QuestionFile(
@@ -140,7 +146,7 @@ def _template(settings: LongContextSettings, tokenizer: Tokenizer) -> Template:
     return settings.template
 
 
-def _refuse_overlong(specs: list[Spec], positions: int | None) -> None:
+def _refuse_overlong(specs: list[SampleSpec], positions: int | None) -> None:
     for spec in specs:
         if positions is not None and _total(spec) > positions:
             most = positions - spec.max_new_tokens
@@ -150,22 +156,22 @@ def _refuse_overlong(specs: list[Spec], positions: int | None) -> None:
             )
 
 
-def _total(spec: Spec) -> int:
+def _total(spec: SampleSpec) -> int:
     return spec.prompt_tokens + spec.max_new_tokens
 
 
 def _served_positions(settings: LongContextSettings) -> int | None:
-    from megatron_solopo.evaluate.server_model import greedy_settings
     from megatron_solopo.generate.server import served_positions
 
-    return served_positions(greedy_settings(settings))
+    assert settings.server is not None
+    return served_positions(settings.server, settings.model, settings.api_key_env)
 
 
 def _max_positions(path: Path) -> int | None:
     """Positions that the model was made for; None where its config does not say."""
     try:
         return read_architecture(path).max_sequence_length
-    except ValueError:
+    except UserError:
         if is_megatron_checkpoint(path):
             raise
     # transformers runs other models than we do.

@@ -1,10 +1,8 @@
-"""What a task makes before its length is fitted.
+"""Prompts of exactly so many tokens, whatever the tokenizer.
 
-Prompts of exactly so many tokens, whatever the tokenizer.
-
-Only the whole prompt is ever measured, since tokenizers merge across every seam. As many units (sentences, documents,
-words of a list) are taken as fit; neutral sentences and then single words go into the prompt's padding; the last token
-or two are met by trying short endings, and with fewer words or units where no ending meets them.
+Only whole prompts are measured, since a tokenizer may merge text across any seam. A prompt takes as many units
+(sentences, documents or words of a list) as fit. Then neutral sentences and single words pad it. Short endings meet the
+last tokens; where none does, the search goes on with fewer words or units.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +13,13 @@ from megatron_solopo.data.rows import Content
 
 
 @dataclass(frozen=True)
-class Draft:
-    """One sample without its length.
+class UnsizedSample:
+    """A sample of a task before its prompt has the wanted length.
 
     Attributes:
-        build: (units, padding) -> text; more of either make it longer.
+        build: Makes the text from a number of units and a padding; more of either make it longer.
         lead: How an answer begins; a plain prompt ends with it, a chat message leaves it out.
-        answers: What is scored against.
+        answers: The right answers.
         most_units: How many units there are; None: no bound.
     """
 
@@ -32,7 +30,7 @@ class Draft:
 
 
 PromptBuilder = Callable[[int, str], Content]
-"""(units, padding) -> prompt; more of either make it longer."""
+"""Makes the prompt from a number of units and a padding; more of either make it longer."""
 
 _SENTENCES = (
     "The morning was calm and nobody was in a hurry.",
@@ -45,13 +43,12 @@ _ENDINGS = ("", ".", " a", " on", " on.", " x", " I I", " a.", "!", " -", " it i
 _BACKWARDS = 6
 
 
-def fit(build: PromptBuilder, excess: Callable[[Content], int], most_units: int | None = None) -> Content | None:
-    """A prompt without excess, the same for the same arguments; None where none was found.
+def fit_length(build: PromptBuilder, excess: Callable[[Content], int], most_units: int | None = None) -> Content | None:
+    """A prompt of the wanted length, the same for the same arguments; None where none was found.
 
     Args:
-        build: Makes prompts.
-        excess: Tokens of a prompt beyond the length to be met; negative below it.
-        most_units: How many units there are; padding does not stand in for what is missing. None: no bound.
+        excess: Number of tokens that a prompt has beyond the wanted length; negative for a shorter one.
+        most_units: How many units there are; None: no bound. Padding does not replace missing units.
     """
     units = _most(lambda n: excess(build(n, "")), most_units)
     if units is None:
@@ -64,7 +61,7 @@ def fit(build: PromptBuilder, excess: Callable[[Content], int], most_units: int 
 
 
 def _pad(build: PromptBuilder, excess: Callable[[Content], int], units: int) -> Content | None:
-    """A prompt of these units without excess, if some padding gives one."""
+    """A prompt of so many units with the wanted length; None where no padding gives one."""
 
     def padded(padding: str) -> int:
         return excess(build(units, padding))
@@ -88,9 +85,10 @@ def _first(stock: Sequence[str], count: int) -> str:
 
 
 def _most(excess: Callable[[int], int], bound: int | None = None) -> int | None:
-    """The most items whose excess is not above 0, None if there is none; excess grows about evenly.
+    """The largest number of items whose excess is not above 0; None if even no item is too much.
 
-    Steps as wide as the last growth asks for lead there in a few calls.
+    The excess grows about evenly, so the growth of the last step tells how wide the next one must be. Few calls are
+    needed.
     """
     low, low_excess = 0, excess(0)
     if low_excess > 0:

@@ -9,7 +9,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_solopo.data.tokenizer import load_tokenizer
-from megatron_solopo.triplets import build as module
 from megatron_solopo.triplets.corpus.formats import Document
 from megatron_solopo.triplets.prompt import DEFAULT_TEMPLATE, Measure, PromptTemplate
 from tests.data.tiny_tokenizers import write_sentencepiece
@@ -94,4 +93,3 @@ def test_every_distinct_document_is_tokenized_once(tokenizer_path, tmp_path, mon
     lines = first_lines(20)
     report = construct(write(tmp_path / "few.jsonl", lines), tmp_path / "out.jsonl", tokenizer_path)
     assert max(asked.values()) == 1 and len(asked) >= report.pool_documents > 300
-    assert module.Measure is Measure

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from megatron_solopo.data.encode import encode_prompt
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluate.tasks.catalog import TASKS, GeneratedTasks, TaskPlan
-from megatron_solopo.evaluate.tasks.questions import QuestionCorpus
-from megatron_solopo.evaluate.tasks.synthetic import read_sentences
+from megatron_solopo.evaluate.tasks.generated_tasks import TASKS, GeneratedTasks, TaskSettings
+from megatron_solopo.evaluate.tasks.question_corpus import QuestionCorpus
+from megatron_solopo.evaluate.tasks.synthetic_samples import read_sentences
 from megatron_solopo.generate.scoring import SCORERS
 from megatron_solopo.triplets.prompt import DEFAULT_TEMPLATE, Measure, PromptTemplate
 from tests.triplets.musique_example import QUESTIONS, first_lines, write
@@ -28,12 +28,12 @@ def corpus() -> QuestionCorpus:
 
 def tasks_of(tokenizer, names, lengths, template="plain", **options) -> GeneratedTasks:
     corpus, sentences = options.pop("corpus", None), options.pop("sentences", None)
-    plan = TaskPlan(tuple(names), tuple(lengths), **{"depths": (0.0, 0.5, 1.0), "samples": 3, "seed": 0} | options)
-    return GeneratedTasks(plan, Measure(tokenizer, template), template, sentences, corpus)
+    asked = TaskSettings(tuple(names), tuple(lengths), **{"depths": (0.0, 0.5, 1.0), "samples": 3, "seed": 0} | options)
+    return GeneratedTasks(asked, Measure(tokenizer, template), template, sentences, corpus)
 
 
 def samples_of(tasks: GeneratedTasks) -> list:
-    return [tasks.build(spec) for spec in tasks.plan()]
+    return [tasks.build(spec) for spec in tasks.specs()]
 
 
 @given(st.sampled_from(STYLES), st.sampled_from(NEEDLES_AND_CHAINS), st.integers(700, 3000), st.integers(0, 1 << 20))
@@ -62,7 +62,7 @@ def test_a_prompt_depends_on_the_seed_and_its_number_alone(tokenizers) -> None:
     assert first == again
     assert all(one.prompt != two.prompt for one, two in zip(first, other, strict=True))
     alone = tasks_of(tokenizers["byte_level"], names, lengths, seed=1)
-    assert alone.build(alone.plan()[-1]) == first[-1]  # made without the others before it
+    assert alone.build(alone.specs()[-1]) == first[-1]  # made without the others before it
     assert len({sample.prompt for sample in first}) == len(first)
 
 
@@ -168,9 +168,9 @@ def test_a_length_that_no_padding_meets_names_the_next(tokenizers) -> None:
         def prompt(self, prompt) -> int:
             return super().prompt(prompt) // 2 * 2
 
-    plan = TaskPlan(("needle_single",), (901,), (0.5,), 1, 0)
+    asked = TaskSettings(("needle_single",), (901,), (0.5,), 1, 0)
     with pytest.raises(UserError, match=r"no padding meets this length; the next that can be met is 902$"):
-        GeneratedTasks(plan, Even(tokenizers["byte_level"], "plain"), "plain").check()
+        GeneratedTasks(asked, Even(tokenizers["byte_level"], "plain"), "plain").check()
 
 
 def test_a_corpus_that_just_suffices_is_taken_whole(tokenizers, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Question answering over a corpus: the evidence among documents that do not give the answer away."""
+"""Questions over a corpus: their evidence stands among documents that do not give the answer away."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluate.tasks.fit import Draft
+from megatron_solopo.evaluate.tasks.prompt_length import UnsizedSample
 from megatron_solopo.triplets.corpus.formats import Document, Format, Question, entity_golds, leaks, normalise
 from megatron_solopo.triplets.corpus.read import BadRow, read_questions
 from megatron_solopo.triplets.prompt import PromptTemplate
@@ -15,7 +15,7 @@ from megatron_solopo.triplets.seeds import generator
 
 
 class QuestionCorpus:
-    """The questions of a file, and all its documents as distractors; held in memory.
+    """The questions of a file, and all its documents as distractors. Everything is held in memory.
 
     Raises UserError for a file that is not of its format or holds no question with an answer and evidence.
     """
@@ -38,18 +38,18 @@ class QuestionCorpus:
 
     @cached_property
     def has_one_piece_of_evidence(self) -> bool:
-        """Whether every question rests on a single document, whose depth can then be given."""
+        """Whether every question has a single document of evidence, so that its depth can be chosen."""
         return all(len(each.supporting) == 1 for each in self._questions)
 
     @cached_property
     def _normalised(self) -> list[str]:
         return [normalise(f"{document.title}\n{document.text}") for document in self._documents]
 
-    def draft(self, number: int, depth: float | None, rng: np.random.Generator) -> Draft:
+    def sample(self, number: int, depth: float | None, rng: np.random.Generator) -> UnsizedSample:
         """A sample of one question; the same number is the same question at every length.
 
         Args:
-            depth: Of the evidence among the documents; None: every piece of it at a random depth.
+            depth: Of the evidence among the documents; None puts every piece of it at a random depth.
         """
         question = self._questions[self._order[number]]
         evidence = list(dict.fromkeys(question.documents[place] for place in question.supporting))
@@ -69,12 +69,12 @@ class QuestionCorpus:
                 start = gap
             return self._prompt.text([*arranged, *documents[start:]], question.question)
 
-        return Draft(build, "", question.answers, len(distractors))
+        return UnsizedSample(build, "", question.answers, len(distractors))
 
     def _distractors(
         self, question: Question, evidence: Sequence[Document], rng: np.random.Generator
     ) -> list[Document]:
-        """All usable documents: the question's own first, as the likelier to mislead, both in random order."""
+        """All usable documents in random order, but the question's own ones first, as they mislead more."""
         golds = entity_golds(question.answers)
         own = set(question.documents)
         usable = [

@@ -26,7 +26,7 @@ def test_rows_of_data_build_are_read(tokenizers, tmp_path) -> None:
     construct(source, tmp_path / "built.jsonl", tokenizer, long_tokens="6000,9000")
     built = read(tmp_path / "built.jsonl")
     found = QuestionFile(tmp_path / "built.jsonl", ("short", "long"), tokenizers["byte_level"], [6000], [0.0, 0.5, 1.0])
-    specs = found.plan()
+    specs = found.specs()
     longs = [spec for spec in specs if spec.task == "built.long"]
     assert len(longs) == len(built) and len(specs) - len(longs) == len({each["question_id"] for each in built})
     assert {spec.length for spec in longs} == {6000, 16384}
@@ -46,7 +46,7 @@ def test_rows_of_data_build_are_read(tokenizers, tmp_path) -> None:
 def test_lengths_are_bucketed_and_depths_brought_to_the_nearest(tokenizers, tmp_path) -> None:
     rows = [row(number, evidence_depths=[depth]) for number, depth in ((5, 0.1), (40, 0.4), (300, 0.8))]
     found = QuestionFile(rows_file(tmp_path, rows), ["long"], tokenizers["byte_level"], [64, 128], [0.0, 0.5, 1.0])
-    specs = found.plan()
+    specs = found.specs()
     tokens = [spec.prompt_tokens for spec in specs]
     assert tokens == sorted(tokens) and tokens[0] <= 64 < tokens[1] and tokens[2] > 128
     power = 1 << (tokens[2] - 1).bit_length()
@@ -59,10 +59,10 @@ def test_a_question_is_asked_once_in_its_short_context(tokenizers, tmp_path) -> 
     rows = [row(1), row(2, question_id="1"), row(3, question_id="q")]
     path = rows_file(tmp_path, rows)
     short = QuestionFile(path, ["short"], tokenizers["byte_level"], [], [], max_new_tokens=7)
-    assert [spec.id for spec in short.plan()] == ["rows.short:1", "rows.short:q"]
-    assert {spec.max_new_tokens for spec in short.plan()} == {7}
+    assert [spec.id for spec in short.specs()] == ["rows.short:1", "rows.short:q"]
+    assert {spec.max_new_tokens for spec in short.specs()} == {7}
     long = QuestionFile(path, ["long"], tokenizers["byte_level"], [], [], limit=2)
-    assert [spec.id for spec in long.plan()] == ["rows.long:1", "rows.long:2"]
+    assert [spec.id for spec in long.specs()] == ["rows.long:1", "rows.long:2"]
 
 
 @pytest.mark.parametrize(

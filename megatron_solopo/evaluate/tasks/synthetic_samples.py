@@ -1,10 +1,7 @@
-"""Text that nothing is asked about, and what is hidden in it.
+"""Samples of the tasks that need no corpus.
 
-Retrieval: access codes hidden in a text, of which some are asked for.
-
-Multi-hop tracing: a chain of assignments through a text.
-
-Aggregation: the words that a long list holds most often.
+Needles: access codes hidden in a text, some of which are asked for. Variable tracking: a chain of assignments through a
+text. Common words: the words that a long list holds most often.
 """
 
 import re
@@ -16,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluate.tasks.fit import Draft
+from megatron_solopo.evaluate.tasks.prompt_length import UnsizedSample
 
 _SUBJECTS = (
     "A farmer", "An old sailor", "The baker", "My neighbour", "The young painter", "A tall stranger", "The teacher",
@@ -44,11 +41,10 @@ _SENTENCES_PER_CHUNK = 1024
 
 
 class Haystack:
-    """Sentences without end.
+    """Sentences without end, about which nothing is asked.
 
     Args:
-        rng: Decides which.
-        source: Sentences to take in their order, from a random one on and around; None: made-up ones.
+        source: Sentences that are taken in their order, again and again, from a random one on. None makes sentences up.
     """
 
     def __init__(self, rng: np.random.Generator, source: Sequence[str] | None) -> None:
@@ -69,12 +65,11 @@ class Haystack:
         return self._made[:count]
 
     def hide(self, hidden: Sequence[tuple[float, str]], count: int, padding: str) -> str:
-        """The first sentences as one text, with each hidden one at its depth among them and the padding in the middle.
+        """The first `count` sentences as one text, with the hidden ones among them.
 
         Args:
-            hidden: (depth, sentence); 0 is the text's start, 1 its end.
-            count: Sentences beside the hidden ones.
-            padding: Put at depth 0.5, where it is not empty.
+            hidden: Each with its depth; 0 is the text's start, 1 its end.
+            padding: Stands at depth 0.5.
         """
         sentences = self.take(count)
         inserted = sorted([*hidden, *([(0.5, padding)] if padding else [])], key=lambda each: each[0])
@@ -113,7 +108,7 @@ _LEAST_CODE, _CODES = 1_000_000, 9_000_000
 
 @dataclass(frozen=True)
 class Needles:
-    """How many codes are hidden and asked for: `keys` names with `values` codes each, of which `asked` names."""
+    """How many codes are hidden: `keys` names with `values` codes each. The question asks for `asked` of the names."""
 
     keys: int
     values: int
@@ -128,12 +123,13 @@ NEEDLES = {
 }
 
 
-def needle_draft(kind: Needles, depth: float | None, rng: np.random.Generator, source: Sequence[str] | None) -> Draft:
-    """A sample.
+def needle_sample(
+    kind: Needles, depth: float | None, rng: np.random.Generator, source: Sequence[str] | None
+) -> UnsizedSample:
+    """Access codes in a text.
 
     Args:
-        depth: Of the one code that is asked for; None: every code at a random depth.
-        rng: Of the sample.
+        depth: Of the one code that is asked for; None puts every code at a random depth.
         source: See `Haystack`.
     """
     names = _needle_names(kind.keys, rng)
@@ -157,11 +153,11 @@ def needle_draft(kind: Needles, depth: float | None, rng: np.random.Generator, s
             f"Question: Which access {code} does the text give for {asked}?"
         )
 
-    return Draft(build, f"Answer: The access {code} for {asked} {verb}", answers)
+    return UnsizedSample(build, f"Answer: The access {code} for {asked} {verb}", answers)
 
 
 def _needle_names(count: int, rng: np.random.Generator) -> list[str]:
-    """Different names; no word is in two of them."""
+    """Different names that share no word."""
     firsts, seconds = (rng.choice(words, count, replace=False).tolist() for words in (_ADJECTIVES, _NOUNS))
     return [f"{first} {second}" for first, second in zip(firsts, seconds, strict=True)]
 
@@ -175,8 +171,8 @@ _NAME_LETTERS = 5
 _LEAST_VALUE, _VALUES = 10_000, 90_000
 
 
-def tracking_draft(rng: np.random.Generator, source: Sequence[str] | None) -> Draft:
-    """A value, the variable it is assigned to, and `HOPS` more that get it one from another, in the text's order."""
+def variable_tracking_sample(rng: np.random.Generator, source: Sequence[str] | None) -> UnsizedSample:
+    """A value, the variable it is assigned to, and `HOPS` more variables, each assigned from the one before."""
     names = _variable_names(HOPS + 1, rng)
     value = _LEAST_VALUE + int(rng.integers(_VALUES))
     statements = [f"VAR {names[0]} = {value}.", *(f"VAR {new} = VAR {old}." for old, new in pairwise(names))]
@@ -190,7 +186,7 @@ def tracking_draft(rng: np.random.Generator, source: Sequence[str] | None) -> Dr
             f"Question: Which {len(names)} variables have the value {value}, directly or by way of other variables?"
         )
 
-    return Draft(build, f"Answer: The {len(names)} variables with the value {value} are", tuple(names))
+    return UnsizedSample(build, f"Answer: The {len(names)} variables with the value {value} are", tuple(names))
 
 
 def _variable_names(count: int, rng: np.random.Generator) -> list[str]:
@@ -209,10 +205,12 @@ _LONG = 4096
 _WORDS_PER_CHUNK = 1024
 
 
-def words_draft(length: int, rng: np.random.Generator) -> Draft:
-    """A numbered list in random order: `COMMON` words come 30 times each and all others 3 times (below 4,096 tokens,
-    where that would be half the list, 10 times and once). The words are made up and equally long, so that none is
-    part of another."""
+def common_words_sample(length: int, rng: np.random.Generator) -> UnsizedSample:
+    """A numbered list in random order: `COMMON` words come 30 times each, all others 3 times.
+
+    Below 4,096 tokens the common words would be half of the list: there they come 10 times, the others once. The words
+    are made up and equally long, so that no word is part of another.
+    """
     often, seldom = (30, 3) if length >= _LONG else (10, 1)
     order_seed = int(rng.integers(1 << 62))
     words = _Words(rng)
@@ -220,17 +218,19 @@ def words_draft(length: int, rng: np.random.Generator) -> Draft:
     def build(units: int, padding: str) -> str:
         chosen = words.take(COMMON + units)
         entries = np.repeat(chosen, [often] * COMMON + [seldom] * units)
-        # Of the units alone: the same units give the same list, whatever was tried before.
+        # The same number of units gives the same list, whatever was tried before.
         shuffled = np.random.default_rng((order_seed, units)).permutation(entries)
         listed = " ".join(f"{number}. {word}" for number, word in enumerate(shuffled, start=1))
-        # No heading: it would cost its tokens at once, and the lengths between could not be met.
+        # A heading would cost all its tokens at once, and the lengths between could not be met.
         before = f"{padding} " if padding else ""
         return (
             f"{before}Below is a numbered list of words. Some words come more often than others.\n\n{listed}\n\n"
             f"Question: Which {COMMON} words come most often in the list?"
         )
 
-    return Draft(build, f"Answer: The {COMMON} words that come most often in the list are", tuple(words.take(COMMON)))
+    return UnsizedSample(
+        build, f"Answer: The {COMMON} words that come most often in the list are", tuple(words.take(COMMON))
+    )
 
 
 class _Words:
@@ -243,7 +243,7 @@ class _Words:
     def take(self, count: int) -> list[str]:
         """The first words."""
         while len(self._made) < count:
-            # Always as many: a word does not depend on how many were asked for at once.
+            # Always the same number: a word must not depend on how many were asked for at once.
             draws = self._rng.integers(len(_SYLLABLES), size=(_WORDS_PER_CHUNK, _WORD_SYLLABLES))
             self._made |= dict.fromkeys("".join(_SYLLABLES[place] for place in draw) for draw in draws)
         return list(self._made)[:count]
