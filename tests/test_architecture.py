@@ -31,6 +31,7 @@ PACKAGES = {
     "plan": Package(5, beside=frozenset({"data"})),  # the real packer
     "generate": Package(5, beside=frozenset({"data"})),
     "triplets": Package(5, beside=frozenset({"data", "generate"})),
+    "evaluation_settings": Package(6),
     "parallel": Package(5, megatron=True),
     "model": Package(6, megatron=True),
     "checkpoint": Package(7, megatron=True),

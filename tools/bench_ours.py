@@ -26,8 +26,8 @@ from bench_case import (
 )
 from bench_profile import StepProfiler
 
-from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.layout import pack_multiple
 from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules, to_megatron
 from megatron_solopo.config import Config, ObjectiveConfig, parse_config

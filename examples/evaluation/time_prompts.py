@@ -7,8 +7,9 @@ import click
 
 from megatron_solopo.data.rows import Content
 from megatron_solopo.data.tokenizer import load_tokenizer
-from megatron_solopo.evaluate.tasks.generated_tasks import QA, GeneratedTasks, TaskSettings
+from megatron_solopo.evaluate.tasks.generated_tasks import GeneratedTasks, TaskSettings
 from megatron_solopo.evaluate.tasks.question_corpus import QuestionCorpus
+from megatron_solopo.evaluation_settings import QA
 from megatron_solopo.triplets.prompt import DEFAULT_TEMPLATE, Measure, PromptTemplate
 
 CORPUS = Path(__file__).parents[1] / "musique" / "musique.jsonl"

@@ -24,7 +24,8 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.sample_set import SampleSet, collect_samples, journal_header
 from megatron_solopo.evaluate.samples import SampleSpec
 from megatron_solopo.evaluate.scores import EvaluatedResponse, ScoredResponse, make_results, score
-from megatron_solopo.evaluate.settings import LongContextSettings, Target, find_target, stored_dtype
+from megatron_solopo.evaluate.target import Target, find_target, stored_dtype
+from megatron_solopo.evaluation_settings import LongContextSettings
 from megatron_solopo.files import atomic_path, check_writable, read_jsonl, remove
 from megatron_solopo.generate.journal import Journal
 from megatron_solopo.generate.model import Answer, Model, Request
@@ -42,7 +43,6 @@ def evaluate_long_context(settings: LongContextSettings) -> LongContextResults |
 
     Raises UserError for settings, files or a model that do not fit. Answers that came before stay.
     """
-    settings.check()
     target = Target(None, "server") if settings.server else find_target(settings.model, settings.backend)
     output = _output(settings, target)
     if target.backend != "megatron":

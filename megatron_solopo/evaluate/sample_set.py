@@ -15,10 +15,11 @@ from megatron_solopo.data.settings import Template
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.samples import LengthNotMet, QuestionFile, SampleSource, SampleSpec, Side
-from megatron_solopo.evaluate.settings import LongContextSettings, Target
-from megatron_solopo.evaluate.tasks.generated_tasks import QA, GeneratedTasks, TaskSettings
+from megatron_solopo.evaluate.target import Target
+from megatron_solopo.evaluate.tasks.generated_tasks import GeneratedTasks, TaskSettings
 from megatron_solopo.evaluate.tasks.question_corpus import QuestionCorpus
 from megatron_solopo.evaluate.tasks.synthetic_samples import read_sentences
+from megatron_solopo.evaluation_settings import QA, LongContextSettings
 from megatron_solopo.files import sha256_file, sha256_text
 from megatron_solopo.generate.model import Request
 from megatron_solopo.generate.scoring import Score

@@ -1,14 +1,14 @@
 """From answers to the results of an evaluation: scores, their means by task, length and depth, the printed table."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_solopo.evaluate.sample_set import SampleSet
 from megatron_solopo.evaluate.samples import QA_METRICS, SampleSpec
-from megatron_solopo.evaluate.settings import LongContextSettings, Target
 from megatron_solopo.evaluate.statistics import interval_kind, mean_score
+from megatron_solopo.evaluate.target import Target
+from megatron_solopo.evaluation_settings import LongContextSettings
 from megatron_solopo.generate.journal import StoredResponse
 from megatron_solopo.generate.scoring import SCORERS, Score, final_answer
 from megatron_solopo.results.long_context import LongContextResults, ScoreCell, SkippedSamples
@@ -140,16 +140,10 @@ def make_results(
         samples=len(scored),
         layout=layout,
         device=device,
-        settings={option: _plain(value) for option, value in asdict(settings).items()},
+        settings=settings.model_dump(mode="json"),
         **_cost(scored),
         **origin(),
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def render(results: LongContextResults) -> str:

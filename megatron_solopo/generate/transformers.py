@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
-from megatron_solopo.data.encode import encode_prompt, template_of
-from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.data.tokenizer import Tokenizer, encode_prompt, template_of
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.model import Answer, Build, Item, Keep, Request
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from megatron_solopo.architecture.fp8 import check_fp8
 from megatron_solopo.architecture.gpus import Gpu, has_fp8
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.architecture.layout import check_layout, check_world_size
+from megatron_solopo.architecture.layout import check_fp8, check_layout, check_world_size
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_solopo.architecture.fp8 import FP8_MULTIPLES
 from megatron_solopo.architecture.gpus import Efficiency, Gpu, Reserve
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.architecture.layout import check_layout
+from megatron_solopo.architecture.layout import FP8_MULTIPLES, check_layout
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.plan.layouts import Layout, candidate_sizes, check_supported, layout_variants, make_layout

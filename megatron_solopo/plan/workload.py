@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_solopo.architecture.fp8 import pack_multiple as fp8_pack_multiple
-from megatron_solopo.architecture.layout import packs_multiple, sequence_multiple
+from megatron_solopo.architecture import layout
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.batch_plan import (
     IntArray,
@@ -172,8 +171,8 @@ class Packer:
         """
         parallel = config.parallel
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-        multiple, pack_multiple = sequence_multiple(tp, cp), fp8_pack_multiple(parallel, config.model)
-        packs = packs_multiple(
+        multiple, pack_multiple = layout.sequence_multiple(tp, cp), layout.pack_multiple(parallel, config.model)
+        packs = layout.packs_multiple(
             parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
         )
         check_batch_size(config.training.global_batch_size, data_parallel_size, packs)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import Config, Role
-from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
 from megatron_solopo.model.build import precision_settings

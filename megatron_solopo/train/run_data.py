@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.layout import pack_multiple
 from megatron_solopo.architecture.model_directory import has_tokenizer
 from megatron_solopo.config import Config, Role
-from megatron_solopo.data.dataset import TripletDataset
-from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, sequential_batches
+from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, TripletDataset, sequential_batches
 from megatron_solopo.data.prepared import PreparedManifest, load_prepared
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError

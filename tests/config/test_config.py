@@ -191,9 +191,9 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path: Path, content: bytes) ->
 
 
 def test_an_absent_file_and_a_directory_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent\.yaml: no such config file"):
+    with pytest.raises(UserError, match=r"absent\.yaml: cannot read the config: No such file"):
         load_config(tmp_path / "absent.yaml")
-    with pytest.raises(UserError, match="is a directory"):
+    with pytest.raises(UserError, match="Is a directory"):
         load_config(tmp_path)
 
 

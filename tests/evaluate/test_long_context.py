@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.long_context import evaluate_long_context
 from megatron_solopo.evaluate.scores import render
-from megatron_solopo.evaluate.settings import LongContextSettings
+from megatron_solopo.evaluation_settings import LongContextSettings
 from megatron_solopo.generate.scoring import SCORERS
 from megatron_solopo.results.long_context import SkippedSamples, read_long_context
 from tests.evaluate.evaluation_models import CHECKPOINT, MAX_POSITIONS, make_model, make_run
@@ -31,7 +31,9 @@ PARALLEL = {
 
 def evaluate_here(folder: Path, model: Path, **options):
     """By our model, on the ranks at hand: its layout, and predictions by sample."""
-    settings = LongContextSettings(str(model), output=folder / "r.json", **ASKED | {"backend": "megatron"} | options)
+    settings = LongContextSettings(
+        model=str(model), output=folder / "r.json", **ASKED | {"backend": "megatron"} | options
+    )
     results = evaluate_long_context(settings)
     if results is None:
         return None
@@ -99,7 +101,7 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def of_run(models):
     """Results of the run's checkpoint, by our model."""
-    return evaluate_long_context(LongContextSettings(str(models[0]), **ASKED))
+    return evaluate_long_context(LongContextSettings(model=str(models[0]), **ASKED))
 
 
 def predictions(output: Path) -> dict[str, dict]:
@@ -132,7 +134,7 @@ def test_a_run_is_evaluated_into_its_directory(models, of_run) -> None:
 
 
 def test_the_export_gives_the_same_predictions_by_transformers(models, of_run, tmp_path) -> None:
-    results = evaluate_long_context(LongContextSettings(str(models[1]), output=tmp_path / "hf.json", **ASKED))
+    results = evaluate_long_context(LongContextSettings(model=str(models[1]), output=tmp_path / "hf.json", **ASKED))
     ours = predictions(models[0] / "evaluation" / f"long_context-{CHECKPOINT}.json")
     theirs = predictions(tmp_path / "hf.json")
     assert results.backend == "transformers" and results.run_dir is None
@@ -163,12 +165,12 @@ def test_a_sample_that_cannot_be_made_is_counted_and_the_rest_answered(models, t
     chosen = {"tasks": ("qa",), "lengths": (500,), "samples": 2, "max_new_tokens": 12}
     with completion_server() as server:
         asked = {"server": server.url, "tokenizer": str(model), "output": tmp_path / "s.json"} | chosen
-        results = evaluate_long_context(LongContextSettings("m", corpus=questions(tmp_path), **asked))
+        results = evaluate_long_context(LongContextSettings(model="m", corpus=questions(tmp_path), **asked))
     assert (results.samples, results.skipped) == (1, skipped)
 
 
 def test_an_interrupted_evaluation_generates_only_what_is_missing(models, of_run, tmp_path) -> None:
-    settings = LongContextSettings(str(models[1]), output=tmp_path / "again.json", **ASKED)
+    settings = LongContextSettings(model=str(models[1]), output=tmp_path / "again.json", **ASKED)
     evaluate_long_context(settings)
     journal = tmp_path / "again.responses.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -202,7 +204,7 @@ def rows_of(tmp_path, lengths) -> Path:
 def test_prompts_that_do_not_fit_are_counted_and_left_out(models, tmp_path) -> None:
     path = rows_of(tmp_path, [20, 30, 1500])
     options = {"contexts": (path,), "lengths": (128, 256), "depths": (0.0, 1.0), "output": tmp_path / "r.json"}
-    results = evaluate_long_context(LongContextSettings(str(models[1]), **options))
+    results = evaluate_long_context(LongContextSettings(model=str(models[1]), **options))
     (skipped,) = results.skipped
     assert (skipped.task, skipped.n) == ("rows.long", 1) and skipped.length > MAX_POSITIONS
     assert "exceed the model's 2048 positions" in skipped.reason
@@ -215,7 +217,7 @@ def test_a_server_is_asked_greedily(models, tmp_path) -> None:
     path = rows_of(tmp_path, [20, 30])
     with completion_server({0: "500"}) as server:
         settings = LongContextSettings(
-            "name", server=server.url, tokenizer=str(models[1]), contexts=(path,), output=tmp_path / "s.json"
+            model="name", server=server.url, tokenizer=str(models[1]), contexts=(path,), output=tmp_path / "s.json"
         )
         results = evaluate_long_context(settings)
     bodies = [each.body for each in server.log]
@@ -233,10 +235,10 @@ def test_a_server_is_not_asked_for_more_than_it_says_it_holds(models, tmp_path) 
     asked = {"tokenizer": str(models[1]), "output": tmp_path / "s.json"}
     with completion_server(positions=200, tokens=5) as server:
         files = {"server": server.url, "contexts": (rows_of(tmp_path, [20, 30, 400]),)}
-        results = evaluate_long_context(LongContextSettings("tiny", **asked | files))
+        results = evaluate_long_context(LongContextSettings(model="tiny", **asked | files))
         with pytest.raises(UserError, match=r"--lengths 700: with 64 tokens .* 200 positions; legal: at most 136"):
             tasks = {"server": server.url, "tasks": ("needle_single",), "lengths": (700,)}
-            evaluate_long_context(LongContextSettings("tiny", **asked | tasks))
+            evaluate_long_context(LongContextSettings(model="tiny", **asked | tasks))
         assert len(server.log) == 5
     assert (results.max_positions, results.samples, results.skipped[0].n) == (200, 5, 1)
     # As the server counts them.
@@ -252,7 +254,7 @@ def test_a_server_is_not_asked_for_more_than_it_says_it_holds(models, tmp_path) 
         ({"depths": (0.5, 1.5)}, "--depths 1.5: must be from 0 to 1"),
         ({"depths": ()}, "--depths: names none"),
         ({"tensor_model_parallel_size": 2}, "backend transformers runs in one process"),
-        ({"server": "http://x", "tokenizer": "t", "backend": "megatron"}, "--backend megatron: has no part"),
+        ({"server": "http://x", "tokenizer": "t", "backend": "megatron"}, "--backend megatron: has no effect"),
         ({"output": None}, "--output: needed for a model that belongs to no run"),
         ({"output": Path("r.jsonl")}, "must end in .json"),
         ({"server": "localhost"}, "must begin with http"),
@@ -269,10 +271,10 @@ def test_mistakes_are_one_line(models, options, message, tmp_path) -> None:
 def test_another_file_is_not_lost(models, tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"kind": "preference"}')
     with pytest.raises(UserError, match=r"config\.json: .* it would be lost, set --output or --name"):
-        evaluate_long_context(LongContextSettings(str(models[1]), output=tmp_path / "config.json", **ASKED))
+        evaluate_long_context(LongContextSettings(model=str(models[1]), output=tmp_path / "config.json", **ASKED))
     assert (tmp_path / "config.json").read_text() == '{"kind": "preference"}'
 
 
 def test_a_checkpoint_is_not_for_transformers(models) -> None:
     with pytest.raises(UserError, match=r"--backend transformers: .* is a Megatron checkpoint; .* export it first"):
-        evaluate_long_context(LongContextSettings(str(models[0]), backend="transformers", **ASKED))
+        evaluate_long_context(LongContextSettings(model=str(models[0]), backend="transformers", **ASKED))

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_solopo import progress
 from megatron_solopo.config import parse_config
-from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.train import run_data as batches
 from tests.prepared import make_prepared

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_solopo.config import Config, ObjectiveConfig
-from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.train import preflight as checks

@@ -15,11 +15,12 @@ from megatron_solopo.evaluate.tasks.synthetic_samples import (
     needle_sample,
     variable_tracking_sample,
 )
+from megatron_solopo.evaluation_settings import QA
 from megatron_solopo.generate.scoring import Score
 from megatron_solopo.triplets.prompt import Measure
 from megatron_solopo.triplets.seeds import generator
 
-QA, _TRACKING, _WORDS = "qa", "variable_tracking", "common_words"
+_TRACKING, _WORDS = "variable_tracking", "common_words"
 _RULER_METRICS: tuple[Score, ...] = ("string_match_all",)
 
 

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_solopo.data.encode import encode_prompt
+from megatron_solopo.data.tokenizer import encode_prompt
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.tasks.generated_tasks import TASKS, GeneratedTasks, TaskSettings
 from megatron_solopo.evaluate.tasks.question_corpus import QuestionCorpus
 from megatron_solopo.evaluate.tasks.synthetic_samples import read_sentences
+from megatron_solopo.evaluation_settings import TASK_NAMES
 from megatron_solopo.generate.scoring import SCORERS
 from megatron_solopo.triplets.prompt import DEFAULT_TEMPLATE, Measure, PromptTemplate
 from tests.triplets.musique_example import QUESTIONS, first_lines, write
@@ -34,6 +35,10 @@ def tasks_of(tokenizer, names, lengths, template="plain", **options) -> Generate
 
 def samples_of(tasks: GeneratedTasks) -> list:
     return [tasks.build(spec) for spec in tasks.specs()]
+
+
+def test_every_task_that_a_user_may_name_is_there() -> None:
+    assert tuple(TASKS) == TASK_NAMES
 
 
 @given(st.sampled_from(STYLES), st.sampled_from(NEEDLES_AND_CHAINS), st.integers(700, 3000), st.integers(0, 1 << 20))
