@@ -31,7 +31,7 @@ class PlanSettings(CommandSettings):
     vary: tuple[str, ...] = ("recompute", "offload", "cp_comm")
     """What the plan chooses besides the sizes: recompute, offload, cp_comm, fp8. The config decides the others."""
     calibration: Path | None = None
-    """JSON of tools/benchmark.py: use its measured efficiencies, not the assumed ones."""
+    """JSON of tools.benchmarks.benchmark: use its measured efficiencies, not the assumed ones."""
     price: PositiveFloat | None = None
     """Price of one GPU-hour."""
     top: Annotated[int, Field(ge=1, le=20)] = 5

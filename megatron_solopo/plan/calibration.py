@@ -1,4 +1,4 @@
-"""Efficiencies from measurements: they replace the assumed ones, and come from the JSON that tools/benchmark.py writes.
+"""Efficiencies from measurements: they replace the assumed ones, and come from the JSON that tools/benchmarks/benchmark.py writes.
 
 The benchmark measures one GPU, so only compute can be fitted. One factor is for the matrix products and everything else
 that grows with the number of tokens. Another is for attention, which grows with the square of the length. Measurements
@@ -80,7 +80,9 @@ def read_measurements(path: Path, gpu: Gpu | None = None, efficiency: Efficiency
     except FileNotFoundError:
         raise UserError(f"{path}: no such file (--calibration)") from None
     except ValidationError as error:
-        raise UserError(f"{path}: not a result of tools/benchmark.py: {first_problem(error, 'the file')}") from None
+        raise UserError(
+            f"{path}: not a result of tools.benchmarks.benchmark: {first_problem(error, 'the file')}"
+        ) from None
     gpu = gpu or next((each for each in GPUS.values() if each.device_name in benchmark.device), None)
     if gpu is None or benchmark.device == "cpu":
         return []
@@ -89,7 +91,9 @@ def read_measurements(path: Path, gpu: Gpu | None = None, efficiency: Efficiency
     for row in benchmark.measurements:
         if row.system in _SYSTEMS and row.status == "ok":
             if row.median_seconds is None:
-                raise UserError(f"{path}: not a result of tools/benchmark.py: median_seconds is missing in {row}")
+                raise UserError(
+                    f"{path}: not a result of tools.benchmarks.benchmark: median_seconds is missing in {row}"
+                )
             config = parse_config(benchmark.configs[row.variant or next(iter(benchmark.configs))], str(path))
             estimate = _estimate(architecture, config, gpu, efficiency or Efficiency(), benchmark.sizes, row)
             found.append(MeasuredRun(benchmark.device, row.system, row.long_tokens, row.median_seconds, estimate))

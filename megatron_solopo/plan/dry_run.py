@@ -13,13 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.config import Config
@@ -30,7 +27,13 @@ from megatron_solopo.model.layers import PackedAttention
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
-from megatron_solopo.parallel.megatron_internals import gradient_buffers, optimizer_parts, set_rotary_frequencies
+from megatron_solopo.parallel.megatron_internals import (
+    gradient_buffers,
+    megatron_on_meta,
+    optimizer_parts,
+    set_rotary_frequencies,
+    simulated_rank,
+)
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.plan.layouts import DistinctRank, Layout, distinct_ranks, replace_settings
 from megatron_solopo.plan.memory import RankCheck, peak_activations, rank_state
@@ -76,7 +79,7 @@ def _check_rank(
     config = layout.config
     with _fake_process_groups(config, rank.rank, layout.gpus) as groups:
         microbatch = _build_microbatch(config, pack, groups)
-        with _meta_device():
+        with megatron_on_meta():
             chunks = _build_chunks(architecture, config)
             wrapped = wrap_data_parallel(chunks, config.optimizer)
             optimizer = build_optimizer(wrapped, config.optimizer)
@@ -191,42 +194,10 @@ def _initialize_moments(optimizer: "MegatronOptimizer") -> None:
 @contextmanager
 def _fake_process_groups(config: Config, rank: int, size: int) -> Iterator[Topology]:
     """Process groups of one rank while the others do not exist. Collectives return at once and move nothing."""
-    assert not dist.is_initialized()
-    new_group = dist.new_group
-
-    def without_gloo(*args: Any, **kwargs: Any) -> Any:
-        return new_group(*args, **kwargs | {"backend": None})
-
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-    try:
-        with mock.patch.object(dist, "new_group", without_gloo):
-            groups = topology.initialize(config.parallel, _SEED)
+    with simulated_rank(rank, size):
+        groups = topology.initialize(config.parallel, _SEED)
         yield groups
         topology.destroy(groups)
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def _meta_device() -> Iterator[None]:
-    """Make tensors without memory, also where Megatron asks for the current CUDA device."""
-    select, tensor_type = Tensor.index_select, Tensor.type
-
-    def select_on_meta(self: Tensor, dim: int, index: Tensor) -> Tensor:
-        # The response rows are a real tensor, because the model reads how many there are.
-        return select(self, dim, index.to(self.device))
-
-    def type_as_on_cuda(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = tensor_type(self, *args, **kwargs)
-        return f"torch.cuda.{result.rpartition('.')[2]}" if isinstance(result, str) else result
-
-    with (
-        mock.patch.object(torch.cuda, "current_device", lambda: _META),
-        mock.patch.object(Tensor, "index_select", select_on_meta),
-        mock.patch.object(Tensor, "type", type_as_on_cuda),
-        _META,
-    ):
-        yield
 
 
 def _build_chunks(architecture: Architecture, config: Config) -> list[ResponseModel]:

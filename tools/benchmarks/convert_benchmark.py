@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure wall time and peak memory of `convert import` and `convert export` beside a plain copy of the same bytes.
 
-    python tools/convert_benchmark.py --json convert.json
+    python -m tools.benchmarks.convert_benchmark --json convert.json
 
 The model has random weights and the figures of Qwen2.5-1.5B with an untied head: 3.55 GB in bfloat16. Each measurement
 is a process of its own, the command that a user runs; the copy writes to the disk (fsync), as the conversions do. A
@@ -24,12 +24,12 @@ from typing import Any
 
 import click
 import torch
-from cpu_benchmark import environment, table
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.huggingface_weights import SafetensorsWriter
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules
 from megatron_solopo.files import write_json
+from tools.benchmarks.cpu_benchmark import environment, table
 
 _GB, _MIB, _GIB = 10**9, 2**20, 2**30
 _POLL_SECONDS = 0.02
