@@ -1,4 +1,4 @@
-"""Efficiencies from measurements: they replace the assumed ones, and come from the JSON that tools/benchmarks/benchmark.py writes.
+"""Measured efficiencies, which replace the assumed ones. They come from the JSON of tools/benchmarks/benchmark.py.
 
 The benchmark measures one GPU, so only compute can be fitted. One factor is for the matrix products and everything else
 that grows with the number of tokens. Another is for attention, which grows with the square of the length. Measurements
@@ -98,6 +98,10 @@ def read_measurements(path: Path, gpu: Gpu | None = None, efficiency: Efficiency
             estimate = _estimate(architecture, config, gpu, efficiency or Efficiency(), benchmark.sizes, row)
             found.append(MeasuredRun(benchmark.device, row.system, row.long_tokens, row.median_seconds, estimate))
     return found
+
+
+def _not_a_benchmark(path: Path, problem: str) -> UserError:
+    return UserError(f"{path}: not a result of tools.benchmarks.benchmark: {problem} (--calibration)")
 
 
 def _read_architecture(fields: dict[str, Any]) -> ModelShape:
