@@ -32,7 +32,7 @@ from megatron_solopo.results.results_file import EVALUATION_FOLDER, origin
 from megatron_solopo.run_directory import Subject
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.reference import reference_dependencies, reference_logprobs, score_sequences
-from megatron_solopo.train.run_data import Splits
+from megatron_solopo.train.run_data import RunDatasets
 from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.step import ReferenceLogprobs
 
@@ -53,11 +53,11 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
     Raises UserError for a config, data or output that do not fit, or rewards that are not finite.
     """
     settings = _evaluation_config(subject, config, split)
-    model, topology, splits = check_and_join(settings)
-    dataset = splits.datasets[split]
+    model, topology, datasets = check_and_join(settings)
+    dataset = datasets.by_split[split]
     try:
-        on_rank_0(lambda: _check_output(output, settings, splits.manifest.fingerprint, split))
-        logps, references = _score(settings, model, Splits(splits.manifest, {split: dataset}), split, topology)
+        on_rank_0(lambda: _check_output(output, settings, datasets.manifest.fingerprint, split))
+        logps, references = _score(settings, model, RunDatasets(datasets.manifest, {split: dataset}), split, topology)
         is_writer, data_parallel_size = dist.get_rank() == 0, topology.data_group.size()
     finally:
         process_groups.destroy(topology)
@@ -73,7 +73,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
         run_dir=None if subject.run_dir is None else str(subject.run_dir),
         step=subject.step,
         data=str(config.data.path),
-        data_fingerprint=splits.manifest.fingerprint,
+        data_fingerprint=datasets.manifest.fingerprint,
         split=split,
         loss_type=settings.objective.loss_type,
         beta=settings.objective.beta,
@@ -145,19 +145,21 @@ def _layout(config: Config, data_parallel_size: int) -> dict[str, int]:
 
 
 def _score(
-    config: Config, model: ResolvedModel, splits: Splits, split: str, topology: Topology
+    config: Config, model: ResolvedModel, datasets: RunDatasets, split: str, topology: Topology
 ) -> tuple[ReferenceLogprobs, ReferenceLogprobs | None]:
     """Log-probabilities of the model, and of the reference model where rewards need it."""
     references = None
     if config.objective.needs_reference:
         # The name depends on everything that decides the numbers. So the checkpoints of a run share a cache, and no
         # cache is ever out of date.
-        digest = sha256_json(reference_dependencies(config, model, splits))[:12]
+        digest = sha256_json(reference_dependencies(config, model, datasets))[:12]
         cache = config.run_dir / EVALUATION_FOLDER / f"reference-{split}-{digest}"
         cached = config.model_copy(update={"reference": config.reference.model_copy(update={"cache": cache})})
-        references = reference_logprobs(cached, model, splits, topology, apart=True)[split]
+        references = reference_logprobs(cached, model, datasets, topology, separate_roles=True)[split]
     chunks = load_frozen(model, topology, chunk_tokens=config.logprob.chunk_tokens)
-    return score_sequences(config, chunks, splits.datasets[split], topology, "evaluation", apart=True), references
+    return score_sequences(
+        config, chunks, datasets.by_split[split], topology, "evaluation", separate_roles=True
+    ), references
 
 
 def _by_role(logprobs: ReferenceLogprobs) -> dict[Role, Tensor]:
