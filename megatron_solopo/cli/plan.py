@@ -35,7 +35,9 @@ def split_varied(_: click.Context, __: click.Parameter, value: str) -> tuple[str
 @click.option("--triplets", type=click.IntRange(1), default=10_000, show_default=True, help="Together with --tokens.")
 @click.option("--vary", callback=split_varied, default="recompute,offload,cp_comm", show_default=True,
               help="What to choose besides the sizes; fp8 too, if asked for. Else as the config says.")  # fmt: skip
-@click.option("--calibration", type=_FILE, help="JSON of tools/benchmark.py: measured efficiencies for assumed ones.")
+@click.option(
+    "--calibration", type=_FILE, help="JSON of tools.benchmarks.benchmark: measured efficiencies for assumed ones."
+)
 @click.option("--price", type=click.FloatRange(0, min_open=True), help="Of one GPU-hour.")
 @click.option("--top", type=click.IntRange(1, 20), default=5, show_default=True, help="Layouts to list.")
 @click.option("--explain", help="Show this layout in full instead of the best: tp=8,pp=4,cp=4,vpp=2.")

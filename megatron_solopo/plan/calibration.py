@@ -1,4 +1,4 @@
-"""Measured efficiencies instead of assumed ones, from the JSON that tools/benchmark.py writes.
+"""Measured efficiencies instead of assumed ones, from the JSON that tools/benchmarks/benchmark.py writes.
 
 One GPU is measured there, so what can be fitted is compute: a factor for the matrix products with everything that is
 proportional to tokens, and one for attention, which grows with the square of the length. One length gives one factor.
@@ -55,7 +55,7 @@ def measured(path: Path, gpu: Gpu | None = None, efficiency: Efficiency | None =
     except FileNotFoundError:
         raise UserError(f"{path}: no such file (--calibration)") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a result of tools/benchmark.py: {type(error).__name__} {error}") from None
+        raise UserError(f"{path}: not a result of tools.benchmarks.benchmark: {type(error).__name__} {error}") from None
     gpu = gpu or next((each for each in GPUS.values() if each.device_name in device), None)
     if gpu is None or device == "cpu":
         return []

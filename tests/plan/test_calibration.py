@@ -16,7 +16,7 @@ DEVICE = "NVIDIA H100 80GB HBM3, 580.1, 81559 MiB"
 
 
 def benchmark(path: Path, lengths: tuple[int, ...], truth: Efficiency, device: str = DEVICE) -> Path:
-    """A file as tools/benchmark.py writes it, on a GPU that is exactly as `truth` says."""
+    """A file as tools/benchmarks/benchmark.py writes it, on a GPU that is exactly as `truth` says."""
     config, _ = load_example("llama-3.1-8b", "optimizer.use_distributed_optimizer=false")
     rows: list[dict[str, Any]] = [
         {"system": system, "long_tokens": length, "variant": "", "status": "ok", "median_seconds": 1.0}
@@ -62,7 +62,7 @@ def test_one_length_gives_one_factor(tmp_path: Path) -> None:
 def test_another_file_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "b.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"not a result of tools/benchmark\.py") as error:
+    with pytest.raises(UserError, match=r"not a result of tools\.benchmarks\.benchmark") as error:
         calibrated(path, GPUS["h100"])
     assert "\n" not in str(error.value)
 
@@ -92,7 +92,7 @@ def test_the_documents_show_every_measured_figure_beside_its_estimate() -> None:
     text = (PLANS / "README.md").read_text(encoding="utf-8")
     shown = {tuple(re.split(r"\s*\|\s*", line.strip("| "))[:3]) for line in text.splitlines() if ".json |" in line}
     expected = set()
-    for path in sorted([*ROOT.glob("tools/*benchmark*.json"), *ROOT.glob("examples/**/*benchmark*.json")]):
+    for path in sorted([*ROOT.glob("tools/**/*benchmark*.json"), *ROOT.glob("examples/**/*benchmark*.json")]):
         for row in measured(path):
             expected.add((path.name, row.system, f"{row.long_tokens:,}"))
             cells = f"| {path.name} | {row.system} | {row.long_tokens:,} | {row.seconds:.3f} | "

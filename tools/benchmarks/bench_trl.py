@@ -15,7 +15,15 @@ from typing import Any
 
 import torch
 import trl.trainer.dpo_trainer as dpo_trainer
-from bench_case import (
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers.models.qwen2 import modeling_qwen2
+from trl import DPOConfig, DPOTrainer
+
+from tools.benchmarks.bench_case import (
     FAILED,
     OUT_OF_MEMORY,
     TRL,
@@ -29,15 +37,8 @@ from bench_case import (
     random_model,
     worker_main,
 )
-from bench_profile import StepProfiler
-from bench_variants import Search, Variant, possible_variants
-from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
-from transformers.models.qwen2 import modeling_qwen2
-from trl import DPOConfig, DPOTrainer
+from tools.benchmarks.bench_profile import StepProfiler
+from tools.benchmarks.bench_variants import Search, Variant, possible_variants
 
 _ON_GPU = torch.cuda.is_available()
 

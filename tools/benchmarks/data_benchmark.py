@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast `data build` makes long contexts, and what memory it takes, on one process and on several.
 
-    python tools/data_benchmark.py --json data_benchmark.json
+    python -m tools.benchmarks.data_benchmark --json data_benchmark.json
 
 Builds contexts from the shipped questions, asked again under other ids until there are enough, with the example's
 tokenizer or one of yours. Times include reading the corpus, starting processes and writing. Memory is the greatest
@@ -27,7 +27,7 @@ from typing import Any
 import click
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ROOT / "examples" / "musique" / "musique.jsonl"
 _MIB = 2**20
 _GIB = 2**30

@@ -1,6 +1,7 @@
 """Kills a random rank with SIGKILL at a random moment, again and again, and asks whether the run ends like any other.
 
-    python tools/chaos.py --config c.yaml --folder work/chaos --kills 50 training.max_steps=150 checkpoint.save_steps=2
+    python -m tools.checks.chaos --config c.yaml --folder work/chaos --kills 50 \\
+        training.max_steps=150 checkpoint.save_steps=2
 
 One run goes undisturbed into <folder>/undisturbed. Another one, <folder>/killed, is started as often as it dies, by
 torchrun's own agent (`--max-restarts`); each time one of its ranks dies in one of the phases of a step: data, forward,
@@ -25,12 +26,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chaos_phases import PHASES, WRITTEN_BY_RANK_0, Moment, run_rank
-from reporting import environment
-
 from megatron_solopo.files import check_replaceable, read_jsonl, remove, write_json
+from tools.checks.chaos_phases import PHASES, WRITTEN_BY_RANK_0, Moment, run_rank
+from tools.reporting import environment
 
 MEASURED = ("step_time", "tokens_per_second", "mfu", "peak_memory_bytes")
 """Metrics of the machine, not of the computation."""

@@ -3,10 +3,10 @@
 
 \b
 On a GPU:
-    python tools/benchmark.py --shape qwen2.5-1.5b --long-tokens 8192 --long-tokens 32768 \\
+    python -m tools.benchmarks.benchmark --shape qwen2.5-1.5b --long-tokens 8192 --long-tokens 32768 \\
         --fallback parallel.recompute_granularity=full --json benchmark.json --plot benchmark.png
 On a CPU, at toy size:
-    python tools/benchmark.py --shape tiny --short-tokens 64 --long-tokens 256 --response-tokens 16
+    python -m tools.benchmarks.benchmark --shape tiny --short-tokens 64 --long-tokens 256 --response-tokens 16
 
 Weights and data are random and the same for all systems. solopo and long_po run in one process, whole optimizer steps
 in turn; TRL runs in a process of its own, in every variant that could be its fastest, the reference log-probs
@@ -30,12 +30,12 @@ from typing import Any
 import click
 import torch
 import yaml
-from bench_case import OURS, SHAPES, SYSTEMS, TRL, Plan, model_config
-from bench_report import markdown, plot
-from bench_results import TOOLS, Results, on_gpu, run_worker
-from reporting import environment
 
 from megatron_solopo.config import load_config
+from tools.benchmarks.bench_case import OURS, SHAPES, SYSTEMS, TRL, Plan, model_config
+from tools.benchmarks.bench_report import markdown, plot
+from tools.benchmarks.bench_results import ROOT, Results, on_gpu, run_worker
+from tools.reporting import environment
 
 _PACKAGES = (
     *("torch", "megatron-core", "transformer-engine", "transformers", "trl", "accelerate", "liger-kernel"),
@@ -114,7 +114,7 @@ def device_facts() -> dict[str, Any]:
 
 
 def source_commit() -> str:
-    command = ["git", "-C", str(TOOLS), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -183,9 +183,9 @@ def main(
         }
         results = Results(plan, head, json_path)
         plan_file = plan.write(folder / "plan.json")
-        for script, served in (("bench_ours.py", OURS), ("bench_trl.py", (TRL,))):
+        for name, served in (("bench_ours", OURS), ("bench_trl", (TRL,))):
             if systems := [system for system in plan.systems if system in served]:
-                for message in run_worker(script, plan_file):
+                for message in run_worker(f"tools.benchmarks.{name}", plan_file):
                     results.take(systems, message)
     results.save()
     if not results.rows:

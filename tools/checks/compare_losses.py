@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare the losses of two runs, step by step.
 
-    python tools/compare_losses.py RUN_A RUN_B --tolerance 1e-5
+    python -m tools.checks.compare_losses RUN_A RUN_B --tolerance 1e-5
 
 Runs that differ in their parallel layout alone start equal to rounding (about 1e-6); each update then
 amplifies the rounding, Adam's first ones most. Gradient norms are compared, too: a loss curve alone can

@@ -20,7 +20,6 @@ from typing import Any
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 
 import torch
-from random_triplets import random_triplet
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -36,6 +35,7 @@ from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import training_flops
 from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss, run_schedule
+from tools.benchmarks.random_triplets import random_triplet
 
 RESPONSE_ONLY, FULL_LOGITS = HEADS = ("response-only", "full logits")
 SOLOPO, LONG_PO = OBJECTIVES = (ObjectiveConfig(name="solopo"), ObjectiveConfig(name="long_po"))

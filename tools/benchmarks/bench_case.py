@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_triplets import random_triplet
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from megatron_solopo.data.packing import TokenizedTriplet
+from tools.benchmarks.random_triplets import random_triplet
 
 SOLOPO, LONG_PO, TRL = SYSTEMS = ("solopo", "long_po", "trl")
 OURS = (SOLOPO, LONG_PO)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure on a CPU what the response-only head saves in memory and what short-to-long training saves in time.
 
-    python tools/cpu_benchmark.py --json benchmark.json
+    python -m tools.benchmarks.cpu_benchmark --json benchmark.json
 
 Memory: forward and backward of one SoLo-DPO triplet, each in a fresh process, with the response-only head and with
 full logits (Megatron's own output layer and cross-entropy over every position), which must give the same loss and
@@ -21,10 +21,10 @@ from typing import Any
 
 import click
 import psutil
-from reporting import GIB, environment, table
-from step_costs import HEADS, OBJECTIVES, Memory, Times, disagreement, measure_memory, measure_times
 
 from megatron_solopo.files import write_json
+from tools.benchmarks.step_costs import HEADS, OBJECTIVES, Memory, Times, disagreement, measure_memory, measure_times
+from tools.reporting import GIB, environment, table
 
 AGREEMENT = 1e-4
 """Greatest relative difference of loss and gradient norms between the heads."""

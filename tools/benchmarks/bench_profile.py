@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_case import synchronize
 
 from megatron_solopo.files import write_json
+from tools.benchmarks.bench_case import synchronize
 
 _STEP = "benchmark step"
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")

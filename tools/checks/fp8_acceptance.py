@@ -3,10 +3,11 @@
 
 \b
 On a GPU (the config's own precision is the baseline; OVERRIDES make the candidate):
-    python tools/fp8_acceptance.py --config config.yaml --output acceptance
-    python tools/fp8_acceptance.py --config config.yaml --output acceptance model.fp8=hybrid model.fp8_recipe=tensorwise
+    python -m tools.checks.fp8_acceptance --config config.yaml --output acceptance
+    python -m tools.checks.fp8_acceptance --config config.yaml --output acceptance \\
+        model.fp8=hybrid model.fp8_recipe=tensorwise
 On a CPU, where there is no FP8, any other precision:
-    python tools/fp8_acceptance.py --config config.yaml --output acceptance model.dtype=bfloat16
+    python -m tools.checks.fp8_acceptance --config config.yaml --output acceptance model.dtype=bfloat16
 
 Writes result.json and acceptance.png, prints a table and a verdict; exit code 1 if a threshold is not met. It costs two
 short runs: --triplets forward passes and --steps training steps each, and one gradient in host memory.
@@ -24,11 +25,11 @@ from typing import Any
 import click
 import matplotlib
 import torch
-from reporting import environment, table
 from torch import Tensor
 
 from megatron_solopo.config import Config, Role, load_config
 from megatron_solopo.files import atomic_path, check_replaceable, write_json
+from tools.reporting import environment, table
 
 matplotlib.use("Agg")
 warnings.filterwarnings("ignore", module=r"megatron\.core")  # of what is not installed here
@@ -73,18 +74,17 @@ def configs(path: Path, overrides: Sequence[str]) -> tuple[Config, Config]:
 
 def compare(baseline: Config, candidate: Config, triplets: int, steps: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Run both; numbers for the verdict, and the values behind the picture."""
-    from precision_runs import gradient_cosine, raw_gaps, root_mean_square, run_precision
-
     from megatron_solopo.model.resolve import check_precision, resolve_model
     from megatron_solopo.parallel import topology as process_groups
     from megatron_solopo.train.session import check_and_join
+    from tools.checks.precision_runs import gradient_cosine, raw_gaps, root_mean_square, run_precision
 
-    model, topology, splits = check_and_join(baseline)
+    model, topology, datasets = check_and_join(baseline)
     try:
         resolved = resolve_model(candidate.model, candidate.parallel, architecture=model.architecture)
         check_precision(resolved, candidate.optimizer)
-        train = splits.datasets["train"].head(triplets)
-        some = dataclasses.replace(splits, datasets={"train": train})
+        train = datasets.by_split["train"].head(triplets)
+        some = dataclasses.replace(datasets, by_split={"train": train})
         one, other = (run_precision(config, some, topology, steps) for config in (baseline, candidate))
         cosine = gradient_cosine(one.gradients, other.gradients, topology.device)
     finally:

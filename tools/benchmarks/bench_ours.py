@@ -10,21 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_case import (
-    NOT_TRIED,
-    OURS,
-    OUT_OF_MEMORY,
-    Emit,
-    Measurement,
-    Plan,
-    StepMeter,
-    first_line,
-    free_memory,
-    is_out_of_memory,
-    random_tensor,
-    worker_main,
-)
-from bench_profile import StepProfiler
 
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.layout import pack_multiple
@@ -41,6 +26,21 @@ from megatron_solopo.parallel.megatron_internals import assign
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss
+from tools.benchmarks.bench_case import (
+    NOT_TRIED,
+    OURS,
+    OUT_OF_MEMORY,
+    Emit,
+    Measurement,
+    Plan,
+    StepMeter,
+    first_line,
+    free_memory,
+    is_out_of_memory,
+    random_tensor,
+    worker_main,
+)
+from tools.benchmarks.bench_profile import StepProfiler
 
 
 def fill_with_random_weights(chunks: list[ResponseModel], architecture: Architecture) -> None:

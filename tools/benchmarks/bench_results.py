@@ -12,13 +12,13 @@ from typing import Any
 
 import click
 import torch
-from bench_case import LONG_PO, OK, TRL, Plan
-from bench_report import Row, agreement, complete, ratios
 
 from megatron_solopo.files import write_json
+from tools.benchmarks.bench_case import LONG_PO, OK, TRL, Plan
+from tools.benchmarks.bench_report import Row, agreement, complete, ratios
 
 warnings.filterwarnings("ignore", module=r"megatron\.core")  # of what is not installed here
-TOOLS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def on_gpu() -> bool:
@@ -44,12 +44,12 @@ def worker_environment() -> dict[str, str]:
     return defaults | values | hidden
 
 
-def run_worker(script: str, plan_file: Path) -> Iterator[dict[str, Any]]:
+def run_worker(module: str, plan_file: Path) -> Iterator[dict[str, Any]]:
     """Start a process and yield what it reports; the last message says so if it did not end well."""
     receive, send = os.pipe()
-    command = [sys.executable, str(TOOLS / script), str(plan_file), str(send)]
+    command = [sys.executable, "-m", module, str(plan_file), str(send)]
     # What libraries print must not land in the tables.
-    with subprocess.Popen(command, pass_fds=(send,), env=worker_environment(), stdout=sys.stderr) as process:
+    with subprocess.Popen(command, pass_fds=(send,), env=worker_environment(), cwd=ROOT, stdout=sys.stderr) as process:
         os.close(send)
         try:
             with os.fdopen(receive, encoding="utf-8") as stream:

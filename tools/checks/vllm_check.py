@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does vLLM compute from an exported directory what transformers computes from it?
 
-    python tools/vllm_check.py --vllm-python VLLM_ENVIRONMENT/bin/python
+    python -m tools.checks.vllm_check --vllm-python VLLM_ENVIRONMENT/bin/python
 
 For every family a tiny model of random weights is imported, exported and loaded by vLLM, in an environment of its own,
 as it is. Compared are the log-probs of the whole vocabulary at every position of some prompts and of the tokens that
@@ -14,7 +14,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,15 +22,13 @@ from typing import Any
 
 import click
 import torch
-from reporting import environment, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.checkpoint.conversion import export_model, import_model
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 from tests import tiny_models
 from tests.prepared import make_tokenizer
+from tools.reporting import environment, table
 
 CHILD = Path(__file__).with_name("vllm_logprobs.py")
 FAMILIES = tuple(tiny_models.FAMILIES)

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Every check and measurement that needs a GPU, in under nine minutes on one H200; without a GPU, the same at toy size.
 #
-#     tools/gpu_checks.sh OUTPUT [PART ...]
+#     tools/checks/gpu_checks.sh OUTPUT [PART ...]
 #
 # Parts (all by default): tests acceptance trl mfu fp8 128k. Each is bounded by a time limit, a failure does not stop
 # the next one, and each leaves a JSON file and a log in OUTPUT. PYTHON names the interpreter (python3). On a machine
 # without a network, WHEELS="FILE.whl ..." are installed to a temporary folder first.
 set -uo pipefail
 
-output=$(realpath -m "${1:?usage: tools/gpu_checks.sh OUTPUT [PART ...]}")
+output=$(realpath -m "${1:?usage: tools/checks/gpu_checks.sh OUTPUT [PART ...]}")
 shift
 parts=("$@")
 [[ ${#parts[@]} -gt 0 ]] || parts=(tests acceptance trl mfu fp8 128k)
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 mkdir -p "$output"
 PYTHON=${PYTHON:-python3}
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -40,7 +40,7 @@ part() {
 benchmark() { # NAME SECONDS ARGUMENTS...
     local name=$1 limit=$2
     shift 2
-    part "$name" "$limit" "$PYTHON" tools/benchmark.py --json "$output/$name.json" --plot "$output/$name.png" "$@"
+    part "$name" "$limit" "$PYTHON" -m tools.benchmarks.benchmark --json "$output/$name.json" --plot "$output/$name.png" "$@"
 }
 
 # Which test did what, from pytest's report to tests.json.
@@ -92,7 +92,7 @@ run_acceptance() {
     printf '%s\n' "run_dir: $scratch/run" "model: {path: $scratch/wide, dtype: $dtype}" \
         "data: {path: $scratch/prepared, max_tokens_per_pack: 32768}" "training: {global_batch_size: 4}" \
         "optimizer: {lr: 1.0e-5}" >"$scratch/config.yaml"
-    part acceptance 120 "$PYTHON" tools/fp8_acceptance.py --config "$scratch/config.yaml" \
+    part acceptance 120 "$PYTHON" -m tools.checks.fp8_acceptance --config "$scratch/config.yaml" \
         --output "$output/acceptance" --triplets "$triplets" --steps "$steps" "$candidate"
 }
 

@@ -7,7 +7,8 @@ from itertools import product
 from statistics import median
 
 import torch
-from bench_case import NOT_TRIED, OK, OUT_OF_MEMORY, TRL, Measurement
+
+from tools.benchmarks.bench_case import NOT_TRIED, OK, OUT_OF_MEMORY, TRL, Measurement
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_case import LONG_PO, OK, OURS, OUT_OF_MEMORY, SOLOPO, TRL
-from reporting import GIB, table
-
 from megatron_solopo.files import atomic_path
+from tools.benchmarks.bench_case import LONG_PO, OK, OURS, OUT_OF_MEMORY, SOLOPO, TRL
+from tools.reporting import GIB, table
 
 Row = dict[str, Any]
 _NONE = "-"
