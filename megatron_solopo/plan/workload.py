@@ -221,7 +221,8 @@ def pack_shape(
 
     Args:
         triplets: tokens by prompt (`short`, `long`) and answer (`chosen`, `rejected`).
-        multiple, whole: what each sequence, and the pack, is padded to a multiple of.
+        multiple: each sequence is padded to a multiple of this.
+        whole: the pack is padded to a multiple of this.
         cp: context-parallel size.
     """
     prompts_S = np.array([triplet[role.context] for triplet in triplets for role in roles])
