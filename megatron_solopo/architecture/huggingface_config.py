@@ -256,7 +256,7 @@ class _Config(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    model_type: Literal["llama", "mistral", "qwen2", "qwen3"]
+    model_type: str
     num_hidden_layers: _Count
     hidden_size: _Count
     intermediate_size: _Count

@@ -23,7 +23,7 @@ from megatron_solopo.architecture.model_directory import (
 )
 from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory, SafetensorsWriter, all_finite
 from megatron_solopo.checkpoint.manifest import check_listed, sealed_files, write_manifest
-from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, huggingface_shapes, rules
+from megatron_solopo.checkpoint.mapping import Rule, all_huggingface_shapes, huggingface_blocks, rules
 from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory
 from megatron_solopo.checkpoint.megatron_writer import write_megatron
 from megatron_solopo.checkpoint.model_files import MODEL_FILES_MANIFEST, read_model_files, source_dtypes, write_files
@@ -48,7 +48,7 @@ def import_model(source: Path, output: Path, *, verification: Verification) -> V
     architecture = read_architecture(source)
     weights = SafetensorsDirectory(source)
     weights.check(architecture)
-    dtypes = {name: DTYPES[weights.entries[name].dtype] for name in _names(architecture)}
+    dtypes = {name: DTYPES[weights.entries[name].dtype] for name in all_huggingface_shapes(architecture)}
     files = read_model_files(source)
     total = _total_bytes(architecture, dtypes)
     with _output(output, total, files) as temporary:
@@ -144,17 +144,13 @@ def _verified(
 
 
 def _target_dtypes(checkpoint: Path, architecture: Architecture, dtype: Dtype | None) -> dict[str, torch.dtype]:
-    names = _names(architecture)
+    names = all_huggingface_shapes(architecture)
     if dtype is not None:
         return dict.fromkeys(names, getattr(torch, dtype))
     originals = source_dtypes(checkpoint)
     if absent := [name for name in names if name not in originals]:
         raise UserError(f"{checkpoint}: does not state the original precision of {absent[0]}; choose one with --dtype")
     return {name: DTYPES[originals[name]] for name in names}
-
-
-def _names(architecture: Architecture) -> list[str]:
-    return [name for rule in rules(architecture).values() for name in rule.huggingface]
 
 
 def _file_bytes(total: int) -> int:
@@ -172,11 +168,8 @@ def _far_apart(table: list[Rule]) -> list[Rule]:
 
 
 def _meta_tensors(architecture: Architecture, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
-    return {
-        name: torch.empty(shape, dtype=dtypes[name], device="meta")
-        for rule in rules(architecture).values()
-        for name, shape in huggingface_shapes(rule, architecture).items()
-    }
+    shapes = all_huggingface_shapes(architecture)
+    return {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
 
 
 def _total_bytes(architecture: Architecture, dtypes: dict[str, torch.dtype]) -> int:

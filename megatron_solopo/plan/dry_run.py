@@ -15,13 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.config import Config
@@ -32,7 +29,13 @@ from megatron_solopo.model.layers import PackedAttention
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
-from megatron_solopo.parallel.megatron_internals import gradient_buffers, optimizer_parts, set_rotary_frequencies
+from megatron_solopo.parallel.megatron_internals import (
+    gradient_buffers,
+    megatron_on_meta,
+    optimizer_parts,
+    set_rotary_frequencies,
+    simulated_rank,
+)
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.plan.layouts import DistinctRank, Layout, Proof, distinct_ranks, with_keys
 from megatron_solopo.plan.memory import alive_bytes, rank_state
@@ -164,7 +167,7 @@ def _prove(architecture: Architecture, layout: Layout, rank: DistinctRank, pack:
     size = layout.data_parallel_size * config.parallel.model_parallel_size
     with _place(config, rank.rank, size) as groups:
         microbatch = _microbatch(config, pack, groups)
-        with _on_meta():
+        with megatron_on_meta():
             chunks = _chunks(architecture, config)
             wrapped = wrap_data_parallel(chunks, config.optimizer)
             optimizer = build_optimizer(wrapped, config.optimizer)
@@ -190,41 +193,10 @@ def _prove(architecture: Architecture, layout: Layout, rank: DistinctRank, pack:
 @contextmanager
 def _place(config: Config, rank: int, size: int) -> Iterator[Topology]:
     """Process groups of one rank among many that are not there: collectives return at once and move nothing."""
-    assert not dist.is_initialized()
-    new_group = dist.new_group
-
-    def without_gloo(*args: Any, **kwargs: Any) -> Any:
-        return new_group(*args, **kwargs | {"backend": None})
-
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-    try:
-        with mock.patch.object(dist, "new_group", without_gloo):
-            groups = topology.initialize(config.parallel, _SEED)
+    with simulated_rank(rank, size):
+        groups = topology.initialize(config.parallel, _SEED)
         yield groups
         topology.destroy(groups)
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def _on_meta() -> Iterator[None]:
-    """Tensors are made without memory, where Megatron asks for the current CUDA device too."""
-    select, tensor_type = Tensor.index_select, Tensor.type
-
-    def select_on_meta(self: Tensor, dim: int, index: Tensor) -> Tensor:
-        return select(self, dim, index.to(self.device))  # response rows stay real: their number is read
-
-    def type_as_on_cuda(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = tensor_type(self, *args, **kwargs)
-        return f"torch.cuda.{result.rpartition('.')[2]}" if isinstance(result, str) else result
-
-    with (
-        mock.patch.object(torch.cuda, "current_device", lambda: _META),
-        mock.patch.object(Tensor, "index_select", select_on_meta),
-        mock.patch.object(Tensor, "type", type_as_on_cuda),
-        _META,
-    ):
-        yield
 
 
 def _chunks(architecture: Architecture, config: Config) -> list[ResponseModel]:

@@ -182,7 +182,7 @@ def test_a_broken_index_is_refused(model: ResponseModel, folder: Path, text: str
 
 def test_an_index_that_names_no_file_is_refused(model: ResponseModel, folder: Path) -> None:
     (folder / INDEX).write_text('{"weight_map": {"a": 1}}')
-    assert f"{folder / INDEX}: weight_map.a: " in refusal(model, folder)
+    assert f"{folder / INDEX}: weight_map.a=1: " in refusal(model, folder)
 
 
 def test_the_fingerprint_is_the_models_wherever_it_lies(source: Path, folder: Path) -> None:

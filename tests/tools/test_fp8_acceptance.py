@@ -137,9 +137,9 @@ def test_the_compared_gradient_holds_the_alignments_part(config: Path, monkeypat
     norms = []
     for alpha in (0.0, 3.0):
         loaded = load_config(config, [f"objective.alpha={alpha}", "optimizer.use_distributed_optimizer=false"])
-        _, groups, splits = check_and_join(loaded)
+        _, groups, datasets = check_and_join(loaded)
         try:
-            gradients = precision_runs.run_precision(loaded, splits, groups, steps=1).gradients
+            gradients = precision_runs.run_precision(loaded, datasets, groups, steps=1).gradients
         finally:
             topology.destroy(groups)
         norms.append(float(sum(gradient.square().sum() for gradient in gradients)) ** 0.5)

@@ -3,10 +3,10 @@
 
     python -m tools.benchmarks.convert_benchmark --json convert.json
 
-The model has random weights and the figures of Qwen2.5-1.5B with an untied head: 3.55 GB in bfloat16. Each measurement
-is a process of its own, the command that a user runs; the copy writes to the disk (fsync), as the conversions do. A
-copy takes longer where memory was not used before, so every conversion has one beside it, in turn before and after.
-Medians of the repeats. Fails where a conversion exceeds the bound on its memory. Linux only.
+The model has random weights and the sizes of Qwen2.5-1.5B with an untied head: 3.55 GB in bfloat16. Each measurement
+is a process of its own, with the command that a user runs. The copy writes to the disk (fsync), as the conversions do.
+A copy is slower in memory that was not used before. So each conversion has its own copy, by turns before and after it.
+The table shows medians of the repeats. The tool fails if a conversion exceeds its memory bound. Linux only.
 """
 
 import json
@@ -27,7 +27,7 @@ import torch
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.huggingface_weights import SafetensorsWriter
-from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules
+from megatron_solopo.checkpoint.mapping import all_huggingface_shapes
 from megatron_solopo.files import write_json
 from tools.benchmarks.cpu_benchmark import environment, table
 
@@ -57,15 +57,11 @@ COPY = "import os, pathlib, shutil, sys\nsource, target = map(pathlib.Path, sys.
 
 
 def make_model(path: Path) -> tuple[int, int]:
-    """Write the model, one random tensor at a time; returns its bytes and those of its largest tensor."""
+    """Write the model, one random tensor at a time; returns the bytes of the model and of its largest tensor."""
     path.mkdir()
     write_json(path / "config.json", CONFIG)
     architecture = read_architecture(path)
-    shapes = {
-        name: shape
-        for rule in rules(architecture).values()
-        for name, shape in huggingface_shapes(rule, architecture).items()
-    }
+    shapes = all_huggingface_shapes(architecture)
     meta = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
     writer = SafetensorsWriter(path, meta, max_shard_bytes=5 * _GB)
     torch.manual_seed(0)
@@ -77,11 +73,11 @@ def make_model(path: Path) -> tuple[int, int]:
 
 
 def run(command: Sequence[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a process."""
+    """Run a process; returns its seconds and its peak resident bytes."""
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0
-    # The kernel keeps the peak; only one of the last moment can be missed. (ru_maxrss begins with the parent's.)
+    # The kernel keeps the peak, so only a peak in the last moment is missed. (ru_maxrss starts with the parent's.)
     while process.poll() is None:
         peak = max(peak, high_water(process.pid))
         time.sleep(_POLL_SECONDS)
@@ -91,7 +87,7 @@ def run(command: Sequence[str]) -> tuple[float, int]:
 
 
 def high_water(pid: int) -> int:
-    """Peak resident bytes of a process so far, files that it has mapped included; 0 when it has just ended."""
+    """Peak resident bytes of a process so far, with mapped files, or 0 if it has just ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except (FileNotFoundError, ProcessLookupError):
@@ -102,14 +98,14 @@ def high_water(pid: int) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """A command, and the directory that it makes."""
+    """A command and its output directory."""
 
     name: str
     command: list[str]
     output: Path
 
     def run(self) -> tuple[float, int]:
-        """As `run`, with clean disks and without what an earlier one has made."""
+        """Flush the disks, remove the output of an earlier run, and run the command."""
         shutil.rmtree(self.output, ignore_errors=True)
         os.sync()
         return run(self.command)
@@ -117,7 +113,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Pair:
-    """One conversion, and the copy beside it."""
+    """One conversion and its copy."""
 
     seconds: float
     copy_seconds: float
@@ -125,12 +121,12 @@ class Pair:
 
     @property
     def of_copy(self) -> float:
-        """Its throughput by that of the copy."""
+        """The throughput of the conversion divided by that of the copy."""
         return self.copy_seconds / self.seconds
 
 
 def conversions(folder: Path) -> list[Work]:
-    """Each export comes after the import that it reads."""
+    """The commands to measure. Each export comes after the import that it reads."""
     convert = [sys.executable, "-m", "megatron_solopo", "convert"]
     source, megatron = folder / "source", folder / "megatron"
     found = []
@@ -145,7 +141,7 @@ def conversions(folder: Path) -> list[Work]:
 
 
 def measure(folder: Path, repeats: int) -> dict[str, list[Pair]]:
-    """Every conversion with its copy, as often as asked for."""
+    """Run every conversion with its copy, `repeats` times."""
     copy = Work("copy", [sys.executable, "-c", COPY, str(folder / "source"), str(folder / "copied")], folder / "copied")
     found: dict[str, list[Pair]] = {}
     for repeat in range(repeats):
@@ -173,7 +169,11 @@ def rows(found: dict[str, list[Pair]], nbytes: int) -> list[dict[str, Any]]:
 
 
 @click.command(help=__doc__.replace("    python", "\b\n    python"))
-@click.option("--folder", type=click.Path(path_type=Path), help="Where to work; by default a temporary directory.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    help="Parent of the work directory. Default: the system's temporary directory.",
+)
 @click.option("--repeats", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
 def main(folder: Path | None, repeats: int, json_path: Path | None) -> None:

@@ -28,7 +28,7 @@ PHASES = {
         "megatron.core.optimizer.optimizer:FP32Optimizer.step",
         "megatron.core.optimizer.optimizer:ChainedOptimizer.step",
     ),
-    "save": ("megatron_solopo.train.saving:Saver._save",),
+    "save": ("megatron_solopo.train.saving:Saver.save",),
     "latest": ("megatron_solopo.checkpoint.save:publish",),
 }
 PER_STEP = ("forward", "backward", "optimizer")

@@ -26,7 +26,7 @@ from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import reduce_sums
 from megatron_solopo.train.policy import Policy, build_policy, load_model
 from megatron_solopo.train.reference import score_sequences
-from megatron_solopo.train.run_data import Splits, training_batches
+from megatron_solopo.train.run_data import RunDatasets, training_batches
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss, run_schedule
 
 GAP = "solo_ra/gap_abs"
@@ -47,15 +47,15 @@ class PrecisionRun:
     """On the host, see `first_gradient`: this rank's, each parameter of the whole model on one rank alone."""
 
 
-def run_precision(config: Config, splits: Splits, topology: Topology, steps: int) -> PrecisionRun:
+def run_precision(config: Config, datasets: RunDatasets, topology: Topology, steps: int) -> PrecisionRun:
     """Score the training split, then train on it; the caller's groups, this config's precision."""
     policy = build_policy(config, resolve_model(config.model, config.parallel), topology, steps)
-    start = score_sequences(config, policy.chunks, splits.datasets["train"], topology, "policy")
+    start = score_sequences(config, policy.chunks, datasets.by_split["train"], topology, "policy")
     run = PrecisionRun(start.logps)
-    references = _references(config, splits, topology, start)
-    run.gradients = first_gradient(config, policy, splits, topology, references)
+    references = _references(config, datasets, topology, start)
+    run.gradients = first_gradient(config, policy, datasets, topology, references)
     loss = objective_loss(config.objective, references, topology)
-    loader = training_batches(config, splits.datasets["train"], topology)
+    loader = training_batches(config, datasets.by_split["train"], topology)
     names = metric_names(config.objective)
     for _ in range(steps):
         batch = loader.next_batch()
@@ -73,7 +73,7 @@ def run_precision(config: Config, splits: Splits, topology: Topology, steps: int
 
 
 def _references(
-    config: Config, splits: Splits, topology: Topology, policy_start: ReferenceLogprobs
+    config: Config, datasets: RunDatasets, topology: Topology, policy_start: ReferenceLogprobs
 ) -> ReferenceLogprobs | None:
     """Each precision measures its rewards against a reference of its own, as a whole run would."""
     if not config.objective.needs_reference:
@@ -82,7 +82,7 @@ def _references(
         return policy_start
     model = resolve_model(config.model, config.parallel).at(config.reference.model_path)
     chunks = load_model(model, topology, chunk_tokens=config.logprob.chunk_tokens)
-    return score_sequences(config, chunks, splits.datasets["train"], topology, "reference")
+    return score_sequences(config, chunks, datasets.by_split["train"], topology, "reference")
 
 
 def _free() -> None:
@@ -93,7 +93,7 @@ def _free() -> None:
 
 
 def first_gradient(
-    config: Config, policy: Policy, splits: Splits, topology: Topology, references: ReferenceLogprobs | None
+    config: Config, policy: Policy, datasets: RunDatasets, topology: Topology, references: ReferenceLogprobs | None
 ) -> list[Tensor]:
     """Gradient of the first global batch, of the parameters that count on this rank, in a fixed order.
 
@@ -103,7 +103,7 @@ def first_gradient(
     if references is not None:
         shift_R = torch.tensor([float(role.context == "long") for role in references.roles])
         references = ReferenceLogprobs(references.roles, references.logps - shift_R)
-    packs = training_batches(config, splits.datasets["train"], topology).next_batch().packs
+    packs = training_batches(config, datasets.by_split["train"], topology).next_batch().packs
     for chunk in policy.chunks:
         chunk.zero_grad_buffer()
     loss = objective_loss(config.objective, references, topology)

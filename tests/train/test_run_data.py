@@ -8,7 +8,7 @@ from megatron_solopo import progress
 from megatron_solopo.config import parse_config
 from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
-from megatron_solopo.train import run_data as batches
+from megatron_solopo.train import run_data
 from tests.prepared import make_prepared
 from tests.ranks import layout
 
@@ -31,7 +31,7 @@ def test_a_log_gets_whole_lines_and_none_for_short_work(
     monkeypatch.setattr(progress, "_LOG_SECONDS", seconds)
     capsys.readouterr()
     with layout() as groups:
-        assert sum(batch.num_triplets for batch in batches.single_pass(config, dataset, groups, "reference")) == 40
+        assert sum(batch.num_triplets for batch in run_data.single_pass(config, dataset, groups, "reference")) == 40
     lines = [line.strip() for line in capsys.readouterr().err.replace("\r", "").splitlines() if line.strip()]
     assert any(line.startswith("reference: 3/3 batches in ") for line in lines) is told
     assert all("%|" not in line for line in lines)
@@ -52,7 +52,7 @@ def test_packs_are_padded_for_fp8_where_it_is_on(tmp_path: Path) -> None:
             source="test",
         )
         with layout() as groups:
-            packs = batches.training_batches(config, dataset, groups).next_batch().packs
+            packs = run_data.training_batches(config, dataset, groups).next_batch().packs
         sizes[fp8] = [pack.padded_tokens for pack in packs]
     assert all(size % 128 == 0 and size <= 400 for size in sizes["hybrid"])
     assert any(size % 128 for size in sizes[None])

@@ -1,12 +1,13 @@
-"""Saves by the clock: on one rank, with a clock of the test's own."""
+"""Saves by step and by time, on one rank, with a clock of the test's own."""
 
 from collections.abc import Iterator
 
 import pytest
+from pydantic import ValidationError
 
 from megatron_solopo.config import CheckpointConfig
 from megatron_solopo.errors import UserError
-from megatron_solopo.train.saving import SaveClock, deadline
+from megatron_solopo.train.callbacks import SaveClock, deadline
 from tests.ranks import layout
 
 
@@ -23,13 +24,13 @@ class Run:
         self.now = start
         self.saves: dict[int, str] = {}
         self.saved_at: dict[int, float] = {}
-        clock = SaveClock(config, steps, now=lambda: self.now)
+        clock = SaveClock(config, now=lambda: self.now)
         for number in range(1, steps + 1):
             self.now += step
-            if reason := clock.due(number):
-                clock.begun()
+            if reason := clock.reason_to_save(number, is_last=number == steps):
+                clock.on_save_begin()
                 self.now += save
-                clock.saved(save)
+                clock.on_saved()
                 self.saves[number], self.saved_at[number] = reason, self.now
 
 
@@ -86,5 +87,5 @@ def test_slurms_end_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_keys_that_make_no_sense_are_refused(keys: dict[str, object], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(ValidationError, match=words):
         CheckpointConfig(**keys)
