@@ -68,7 +68,6 @@ def _quiet_libraries() -> None:
     """Hide the libraries' notes to each other about deprecations; a user can do nothing about them."""
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
     for name in ("megatron", "torch.distributed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

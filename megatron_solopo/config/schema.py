@@ -383,8 +383,10 @@ class WatchdogConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Where metrics go, in addition to `metrics.jsonl`."""
+    """Where metrics go, in addition to `metrics.jsonl`, which holds every step."""
 
+    console_steps: PositiveInt = 1
+    """Print a line every this many steps. Skipped steps, evaluations and the last step have a line in any case."""
     tensorboard: bool = True
     """Write TensorBoard's files to `<run_dir>/tensorboard`."""
     wandb_project: str | None = None

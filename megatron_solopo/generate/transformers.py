@@ -16,7 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from megatron_solopo.data.tokenizer import Tokenizer, encode_prompt, template_of
 from megatron_solopo.errors import UserError
-from megatron_solopo.generate.model import Answer, Build, Item, Keep, Request
+from megatron_solopo.generate.model import Answer, Answered, Build, Item, Keep, Request
 
 # transformers' own are not typed.
 _AUTO_MODEL: Any = AutoModelForCausalLM
@@ -46,7 +46,7 @@ class LocalModel(ABC):
             for request, answers, seconds in self.answer_batch(build_all(batch, build)):
                 keep(request, answers, seconds)
 
-    def answer_batch(self, requests: Sequence[Request]) -> list[tuple[Request, list[Answer], float]]:
+    def answer_batch(self, requests: Sequence[Request]) -> list[Answered]:
         """Each request with its answers and seconds; the prompts must be equally long."""
         if not requests:
             return []
@@ -91,7 +91,7 @@ class TransformersModel(LocalModel):
         # Penalties or a top_k of the model's own file would change the distribution.
         self._model.generation_config = _GENERATION_CONFIG()
 
-    def answer_batch(self, requests: Sequence[Request]) -> list[tuple[Request, list[Answer], float]]:
+    def answer_batch(self, requests: Sequence[Request]) -> list[Answered]:
         """See `LocalModel`."""
         if self._sampling["do_sample"]:
             (request,) = requests

@@ -128,7 +128,8 @@ class MetricsWriter(Callback):
         # A continued run may first complete the evaluation of a step that was done before.
         done = max(1, step - self._first_step + 1)
         remaining = (time.monotonic() - self._started) / done * (self._total_steps - step)
-        say(console_line(metrics, self._total_steps, remaining))
+        if has_console_line(metrics, self._logging.console_steps, self._total_steps):
+            say(console_line(metrics, self._total_steps, remaining))
 
     def on_success(self) -> None:
         """Draw the run's course."""
@@ -138,6 +139,13 @@ class MetricsWriter(Callback):
         """End the thread of TensorBoard's writer. W&B ends its run itself, when the process does."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def has_console_line(metrics: Metrics, console_steps: int, total_steps: int) -> bool:
+    """Whether a step is printed: every `console_steps`-th, the last, a skipped one, and one with an evaluation."""
+    step = int(metrics["step"] or 0)
+    is_special = bool(metrics.get("skipped")) or metrics.get("eval_loss") is not None
+    return step % console_steps == 0 or step == total_steps or is_special
 
 
 def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -> str:

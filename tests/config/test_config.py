@@ -108,7 +108,7 @@ def test_an_unknown_key_suggests_the_nearest(tmp_path: Path, override: str, unkn
 
 def test_an_unknown_key_like_no_other_lists_the_legal_ones(tmp_path: Path) -> None:
     (line,) = mistakes(tmp_path, "", ("logging.zzz=1",))
-    assert "unknown key logging.zzz" in line and "legal here: tensorboard, wandb_project" in line
+    assert "unknown key logging.zzz" in line and "legal here: console_steps, tensorboard, wandb_project" in line
     (line,) = mistakes(tmp_path, "", ("optimizer.foo=1",))
     assert "did you mean" not in line and "min_lr" in line and "clip_grad" in line
 

@@ -82,6 +82,20 @@ def test_each_step_is_one_line_as_given(tmp_path: Path, capsys: pytest.CaptureFi
     assert [line.split(" | ")[0] for line in printed] == [f"starting {tmp_path} at step 1", "step 1/10", "step 2/10"]
 
 
+def test_every_nth_step_has_a_console_line_and_so_have_skipped_evaluated_and_last_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    special = {
+        2: {"skipped": 1, "skipped_steps": 1},
+        5: {"eval_loss": 0.125, "eval_rewards/accuracies": 0.5},
+    }
+    steps = [step_metrics(step, **special.get(step, {})) for step in range(1, 11)]
+    write(tmp_path, steps, logging=LoggingConfig(tensorboard=False, console_steps=4))
+    shown = [line.split("/")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert shown == ["step 2", "step 4", "step 5", "step 8", "step 10"]
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 10
+
+
 def test_what_the_alarms_see_is_told_below_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steady = [step_metrics(step, loss=0.5 + step % 3 / 100) for step in range(1, 31)]
     write(tmp_path, steady)

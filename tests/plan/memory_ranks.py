@@ -15,7 +15,7 @@ from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.plan.dry_run import SavedMeter, gradient_bytes, optimizer_state_bytes, parameter_bytes
+from megatron_solopo.plan.dry_run import SavedTensorMeter, gradient_bytes, optimizer_state_bytes, parameter_bytes
 from megatron_solopo.plan.workload import PackShape, pack_shape
 from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss
@@ -54,7 +54,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryInUse:
     """Bytes on one rank after a step, and its place."""
 
     pipeline_rank: int
@@ -77,12 +77,12 @@ def shapes(config: Config) -> list[PackShape]:
     return [pack_shape([triplet], roles, multiple, 1, parallel.context_parallel_size) for triplet in TRIPLETS]
 
 
-def run_cases(models: Path, cases: Sequence[Case]) -> list[Held]:
+def run_cases(models: Path, cases: Sequence[Case]) -> list[MemoryInUse]:
     """On every rank: one optimizer step for each case in turn."""
     return [run_case(case.config(models)) for case in cases]
 
 
-def run_case(config: Config) -> Held:
+def run_case(config: Config) -> MemoryInUse:
     groups = topology.initialize(config.parallel, seed=1)
     try:
         return _train(config, groups)
@@ -90,7 +90,7 @@ def run_case(config: Config) -> Held:
         topology.destroy(groups)
 
 
-def _train(config: Config, groups: Topology) -> Held:
+def _train(config: Config, groups: Topology) -> MemoryInUse:
     model = resolve_model(config.model, config.parallel)
     chunks = build_model(model, chunk_tokens=config.logprob.chunk_tokens, device=groups.device)
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
@@ -100,11 +100,11 @@ def _train(config: Config, groups: Topology) -> Held:
     policy = Policy(wrapped, optimizer, build_scheduler(optimizer, config.optimizer, 2))
     roles = config.objective.roles.all
     loss = objective_loss(config.objective, ReferenceLogprobs(roles, torch.zeros(2, len(roles))), groups)
-    meter = SavedMeter(parameter for chunk in chunks for parameter in chunk.parameters())
+    meter = SavedTensorMeter(parameter for chunk in chunks for parameter in chunk.parameters())
     with meter.counting():
         policy.step([_pack(number, roles, groups) for number in range(2)], loss, groups)
     context = groups.context_group
-    return Held(
+    return MemoryInUse(
         pipeline_rank=groups.pipeline_group.rank(),
         data_parallel_size=groups.data_group.size(),
         data_rank=groups.data_group.rank() * context.size() + context.rank(),

@@ -8,12 +8,12 @@ import pytest
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import element_bytes
-from megatron_solopo.plan.memory import alive_bytes, rank_state
-from megatron_solopo.plan.parameters import Chunk, model_chunks
-from megatron_solopo.plan.pipeline import most_alive, stage_order
+from megatron_solopo.plan.memory import peak_activations, rank_state
+from megatron_solopo.plan.parameters import ModelChunk, model_chunks
+from megatron_solopo.plan.pipeline import peak_in_flight, stage_order
 from tests.distributed import run_distributed
 from tests.layouts import cp, pp, tp
-from tests.plan.held import Case, Held, run_cases, shapes
+from tests.plan.memory_ranks import Case, MemoryInUse, run_cases, shapes
 from tests.tiny_models import FAMILIES
 
 ACTIVATION_TOLERANCE = 0.10
@@ -66,7 +66,7 @@ FOUR = [
 CASES = {1: ONE, 2: TWO, 4: FOUR}
 
 
-def cpu_masks(config: Config, chunks: Sequence[Chunk], rank: Held) -> float:
+def cpu_masks(config: Config, chunks: Sequence[ModelChunk], rank: MemoryInUse) -> float:
     """Bytes of the masks that attention's kernel keeps under context parallelism on a CPU; a GPU's makes its own.
 
     A rank's queries are two chunks, mirrored; each has a mask of [chunk, keys up to its end], in its own precision,
@@ -86,7 +86,7 @@ def cpu_masks(config: Config, chunks: Sequence[Chunk], rank: Held) -> float:
     if parallel.recompute_granularity == "selective":
         return 0.0  # one is made again when the head's logits, which are more, have gone
     order = stage_order(rank.pipeline_rank, parallel.pipeline_model_parallel_size, len(chunks), len(packs))
-    return most_alive(order, lambda chunk, number: chunks[chunk].num_layers * one_layer(number))
+    return peak_in_flight(order, lambda chunk, number: chunks[chunk].num_layers * one_layer(number))
 
 
 @pytest.fixture(scope="module")
@@ -98,20 +98,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def held(models: Path) -> dict[str, list[Held]]:
+def in_use(models: Path) -> dict[str, list[MemoryInUse]]:
     """By case, what each rank holds; one launch per world size."""
-    found: dict[str, list[Held]] = {}
+    found: dict[str, list[MemoryInUse]] = {}
     for size, cases in CASES.items():
-        ranks: Sequence[list[Held]] = run_distributed(run_cases, size, models, cases)
+        ranks: Sequence[list[MemoryInUse]] = run_distributed(run_cases, size, models, cases)
         found |= {case.name: [rank[number] for rank in ranks] for number, case in enumerate(cases)}
     return found
 
 
 @pytest.mark.parametrize("case", ONE + TWO + FOUR, ids=lambda case: case.name)
-def test_state_is_what_the_training_process_holds_to_the_byte(case: Case, models: Path, held: dict) -> None:
+def test_state_is_what_the_training_process_holds_to_the_byte(case: Case, models: Path, in_use: dict) -> None:
     config = case.config(models)
     architecture = read_architecture(config.model.path)
-    for rank in held[case.name]:
+    for rank in in_use[case.name]:
         state = rank_state(architecture, config, rank.pipeline_rank, rank.data_parallel_size, rank.data_rank)
         real = (rank.num_parameters, rank.parameters, rank.gradients, rank.optimizer)
         assert (state.num_parameters, state.parameters, state.gradients, state.optimizer) == real
@@ -120,11 +120,11 @@ def test_state_is_what_the_training_process_holds_to_the_byte(case: Case, models
 
 
 @pytest.mark.parametrize("case", ONE + TWO + FOUR, ids=lambda case: case.name)
-def test_activations_are_those_that_autograd_keeps(case: Case, models: Path, held: dict) -> None:
+def test_activations_are_those_that_autograd_keeps(case: Case, models: Path, in_use: dict) -> None:
     config = case.config(models)
     architecture = read_architecture(config.model.path)
     packs = shapes(config)
-    for rank in held[case.name]:
-        alive = alive_bytes(architecture, config, rank.pipeline_rank, packs, local=True)
-        expected = alive.most + cpu_masks(config, model_chunks(architecture, config.parallel, rank.pipeline_rank), rank)
+    for rank in in_use[case.name]:
+        peak = peak_activations(architecture, config, rank.pipeline_rank, packs, local=True)
+        expected = peak.total + cpu_masks(config, model_chunks(architecture, config.parallel, rank.pipeline_rank), rank)
         assert expected == pytest.approx(rank.saved, rel=ACTIVATION_TOLERANCE)
