@@ -188,8 +188,8 @@ class GlobalBatchLoader:
         global_batch_size: Triplets per batch, over all ranks.
         seed: Seed of the permutations.
 
-    Raises UserError if the dataset is smaller than a batch, if the batch size does not divide over the ranks, if a
-    triplet exceeds the budget, or if a prompt or response is missing or empty.
+    Raises UserError if the dataset is smaller than a batch, or if the batch size does not divide over the ranks. Also
+    raises it if a triplet exceeds the budget, or if a prompt or response is missing or empty.
     """
 
     def __init__(
@@ -318,9 +318,13 @@ class _Packer:
         return build_pack(self.dataset.rows(rows, self.roles), self.roles, *multiples)
 
     def packs_needed(self, rows: IntArray) -> int:
-        limits = self._limits()
-        limits.pop("packs_multiple")
-        return packs_needed(self.sizes.select(rows), **limits)
+        packing = self.packing
+        return packs_needed(
+            self.sizes.select(rows),
+            max_tokens=packing.max_sequence_tokens,
+            max_triplets=packing.max_triplets_per_pack,
+            num_ranks=packing.dp_size,
+        )
 
     def single_pass_batch(self, rows: IntArray) -> GlobalBatch:
         plan, counted = plan_single_pass(self.sizes.select(rows), **self._limits())

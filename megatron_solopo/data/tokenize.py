@@ -53,8 +53,8 @@ _WRITER_BATCH_ROWS = 64
 def prepare(settings: PrepareSettings) -> PreparedManifest:
     """Validate, tokenize and split a file of triplets or pairs. The output is complete or absent.
 
-    Raises UserError for bad rows, for rows that are too long, if the tokenizer lacks what the template needs, if no
-    row remains, and if the output exists.
+    Raises UserError if a row is bad or too long, if no row remains, or if the output exists. Also raises it if the
+    tokenizer lacks what the template needs.
     """
     _check_output(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
