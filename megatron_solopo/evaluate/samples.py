@@ -86,8 +86,7 @@ DEFAULT_ROOM = 256
 
 def _not_blank(answer: str) -> str:
     if not answer.strip():
-        # pydantic adds the field and turns it into a ValidationError.
-        raise ValueError("is blank, and would be found in every response")
+        raise UserError("is blank, and would be found in every response")
     return answer
 
 
