@@ -32,7 +32,7 @@ def name_of(path: Path) -> str:
 
 def shown_commands(text: str) -> list[list[str]]:
     """Every `megatron-solopo ...` line, continuation lines joined, comments cut; as words after the program's name."""
-    joined = re.sub(r"\\\n\s*", " ", text)
+    joined = re.sub(r"\\{1,2}\n\s*", " ", text)  # a here-document doubles the backslash
     launchers = r"(?:torchrun|python -m megatron_solopo\.launch) .*-m megatron_solopo"
     found = re.findall(rf"^\s*(?:{launchers}|megatron-solopo) (.+)$", joined, flags=re.MULTILINE)
     return [shlex.split(line, comments=True) for line in found]
