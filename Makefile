@@ -12,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart musique test test-py312 find-py312 lint format
+.PHONY: help quickstart musique test test-py312 find-py312 lint format docs
 
 # Distributed tests start several processes; one thread each keeps them from fighting over the cores.
 test test-py312: export OMP_NUM_THREADS := 1
@@ -36,11 +36,17 @@ test-py312: $(VENV312)/.installed ## set up, then run the parity tests on Python
 	$(VENV312)/bin/python -m pytest -m parity
 	@echo "parity tests ran with $$($(VENV312)/bin/python -V) in $(CURDIR)/$(VENV312)"
 
-lint: $(VENV)/.installed ## check style, format, types and shell scripts
+lint: $(VENV)/.installed ## check style, format, types, shell scripts and the Dockerfile
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/shellcheck --external-sources examples/slurm/*.sh examples/slurm/*.sbatch
+	$(VENV)/bin/hadolint Dockerfile
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.installed ## build the documentation site in build/site; a warning is an error
+	$(VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "open $(CURDIR)/build/site/index.html"
 
 format: $(VENV)/.installed ## sort imports and format the code
 	$(VENV)/bin/ruff check --select I --fix
@@ -68,7 +74,7 @@ endef
 define install
 	test -x $(1)/bin/pip || "$$interpreter" -m venv $(1); \
 	$(1)/bin/python -m pip install $(TORCH); \
-	$(1)/bin/python -m pip install --editable ".[dev]"; \
+	$(1)/bin/python -m pip install --editable ".[dev,docs]"; \
 	touch $@
 endef
 

@@ -1,6 +1,10 @@
-"""What a user can mend, told apart from what is a fault of this program."""
+"""The errors that a user can mend, and how they are worded."""
+
+from typing import Any
 
 from pydantic import ValidationError
+
+_LONGEST_VALUE = 80
 
 
 class UserError(ValueError):
@@ -10,11 +14,37 @@ class UserError(ValueError):
     """
 
 
-def first_problem(error: ValidationError, whole: str) -> str:
-    """The first field that does not fit, by its path, and why: "cells.3.low: Field required".
+def describe_problem(detail: Any, whole: str) -> str:
+    """One line for one item of pydantic's `ValidationError.errors()`, such as "optimizer.lr=0: Input should be ...".
 
     Args:
-        whole: what to name instead of a field where it is all of the input.
+        whole: what to name instead of a field if the whole input is wrong.
+
+    Raises:
+        ValueError: the validator's own exception, if it is not a `UserError`; it is then a bug.
     """
-    detail = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, detail['loc'])) or whole}: {detail['msg']}"
+    key = ".".join(map(str, detail["loc"]))
+    if detail["type"] == "missing":
+        return f"{key} is required"
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {key}"
+    if detail["type"] == "value_error":  # raised by a validator of our own
+        cause = detail["ctx"]["error"]
+        if not isinstance(cause, UserError):
+            raise cause
+        return f"{key or whole}: {cause}"
+    value = f"={detail['input']!r}"
+    # A long value would hide the reason, and a file that is no JSON would be shown whole.
+    shown = value if key and len(value) <= _LONGEST_VALUE else ""
+    return f"{key or whole}{shown}: {detail['msg']}"
+
+
+def first_problem(error: ValidationError, whole: str) -> str:
+    """`describe_problem` of the first field that does not fit."""
+    return describe_problem(error.errors(include_url=False)[0], whole)
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line: the file, if the error names one, and the reason."""
+    reason = error.strerror or f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{error.filename}: {reason}" if error.filename else reason

@@ -29,5 +29,5 @@ launch train --config $config run_dir=$work/cp2 reference.cache=$work/reference 
     parallel.tensor_model_parallel_size=1 parallel.context_parallel_size=2
 
 say "5. The same losses?"
-python tools/compare_losses.py $work/tp2 $work/cp2 --tolerance 1e-2
+python -m tools.checks.compare_losses $work/tp2 $work/cp2 --tolerance 1e-2
 say "Look at $work/tp2: metrics.png, metrics.jsonl, config.yaml, checkpoints/ and TensorBoard events."

@@ -1,4 +1,4 @@
-"""The parts of the quickstart that are not the product's: the base model, the contexts, the picture."""
+"""The parts of the quickstart that are not in the package: the base model, the contexts, the picture."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def base(output: Path) -> None:
 @main.command()
 @click.option("--output", required=True, type=_PATH, help="JSONL to write, as data build writes it.")
 def contexts(output: Path) -> None:
-    """Write short contexts and long ones around the same facts."""
+    """Write short contexts, and long contexts with the same facts."""
     from miniature.pairs import write_contexts
     from miniature.runs import LONG_LENGTH, LONGS_PER_QUESTION, NUM_QUESTIONS
 
@@ -48,7 +48,7 @@ def questions(output: Path) -> None:
 @click.argument("results", nargs=2, type=_PATH)
 @click.option("--output", required=True, type=_PATH, help="PNG to write.")
 def compare(results: tuple[Path, Path], output: Path) -> None:
-    """Accuracy against length before and after, as a table and a picture, from two files of evaluate long-context."""
+    """Compare two results of evaluate long-context: a table and a picture of accuracy against length."""
     from megatron_solopo.results.long_context import read_long_context
     from miniature.evaluate import LENGTHS, QUESTION_WORDS
     from miniature.figures import save_comparison
@@ -62,16 +62,17 @@ def compare(results: tuple[Path, Path], output: Path) -> None:
         }
         for each in map(read_long_context, results)
     ]
-    for row in (("words", "before", "after"), *((n, f"{found[0][n]:.2f}", f"{found[1][n]:.2f}") for n in LENGTHS)):
-        click.echo("{:>8} {:>8} {:>8}".format(*row))
+    click.echo(f"{'words':>8} {'before':>8} {'after':>8}")
+    for length in LENGTHS:
+        click.echo(f"{length:>8} {found[0][length]:>8.0%} {found[1][length]:>8.0%}")
     save_comparison(dict(zip(("before", "after"), found, strict=True)), output)
-    click.echo(output)
+    click.echo(f"picture: {output}")
 
 
 @main.command()
 @click.argument("models", nargs=2, type=_PATH)
 def ask(models: tuple[Path, Path]) -> None:
-    """Ask two Hugging Face directories a question on 512 words that only the second gets right, if there is one."""
+    """Ask two models a question on 512 words. If there is one that only the second answers right, ask that one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from miniature.evaluate import eval_set, right

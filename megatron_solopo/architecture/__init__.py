@@ -1,1 +1,1 @@
-"""What a model is, and which layouts fit it: read from its config.json, without Megatron."""
+"""What a model is, which layouts fit it, and what GPUs can do, without Megatron."""

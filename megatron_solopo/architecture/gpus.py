@@ -1,13 +1,12 @@
-"""What GPUs can do: one table, from NVIDIA's data sheets, for plans and for the MFU of a run.
+"""What GPUs can do, for plans and for the MFU of a run: one table from NVIDIA's data sheets, and assumed efficiencies.
 
 Peaks are dense (no sparsity) and per GPU; links are per direction. Users add types in a YAML file:
 
     my-gpu: {device_name: B300, memory_gib: 268, bf16_tflops: 2250, fp8_tflops: 4500, hbm_gb_per_s: 8000,
              nvlink_gb_per_s: 900, network_gb_per_s: 50, pcie_gb_per_s: 64, host_gb_per_s: 50, gpus_per_node: 8}
 
-How much of a data sheet's figure a real kernel or collective reaches: assumptions, until a benchmark replaces them.
-
-The defaults are round numbers of the size that public training reports show; none was measured with this project.
+`Efficiency` states how much of such a peak a real kernel or collective reaches. Its defaults are round numbers of the
+size that public training reports show. They are assumptions until a benchmark of the GPU replaces them.
 """
 
 from pathlib import Path
@@ -26,14 +25,14 @@ class Gpu(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     device_name: str
-    """Part of the name that CUDA gives the device."""
+    """A part of the name that CUDA gives the device."""
     memory_gib: PositiveFloat
     """What a process can allocate, CUDA's own context included."""
     bf16_tflops: PositiveFloat
     fp8_tflops: PositiveFloat | None = None
-    """None: no FP8."""
+    """None if the type has no FP8."""
     has_mxfp8: bool = False
-    """Whether it can scale blocks of 32 (`fp8_recipe: mxfp8`)."""
+    """Whether it scales blocks of 32 (`fp8_recipe: mxfp8`)."""
     hbm_gb_per_s: PositiveFloat
     nvlink_gb_per_s: PositiveFloat
     """To the other GPUs of the node, per direction: half of what data sheets state for both."""
@@ -42,7 +41,7 @@ class Gpu(BaseModel):
     pcie_gb_per_s: PositiveFloat = 64.0
     """To the host, per direction."""
     host_gb_per_s: PositiveFloat = 50.0
-    """Of the host's memory, one GPU's share: 400 GB/s for eight."""
+    """One GPU's share of the host's memory bandwidth: 400 GB/s for eight."""
     gpus_per_node: PositiveInt = 8
 
 
@@ -51,7 +50,7 @@ def _sheet(name: str, gib: float, bf16: float, fp8: float | None, hbm: float, nv
     return Gpu(**values, hbm_gb_per_s=hbm, nvlink_gb_per_s=nvlink, **more)
 
 
-# Order matters to `bf16_peak`: a device has the first entry whose name is part of its own.
+# `bf16_peak` takes the first entry whose name is part of the device's name, so the order matters.
 GPUS: dict[str, Gpu] = {
     "a100": _sheet("A100", 79.1, 312, None, 2039, 300, pcie_gb_per_s=32, network_gb_per_s=25),
     "h100-pcie": _sheet("H100 PCIe", 79.1, 756, 1513, 2000, 64),
@@ -64,14 +63,14 @@ GPUS: dict[str, Gpu] = {
 
 
 def bf16_peak(device_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a CUDA device by its name, or None for one that is not in the table."""
+    """Dense bfloat16 FLOP/s of a CUDA device by its name, or None if the table does not have it."""
     return next((gpu.bf16_tflops * 1e12 for gpu in GPUS.values() if gpu.device_name in device_name), None)
 
 
 def read_gpus(path: Path | None) -> dict[str, Gpu]:
-    """The table, with the types of a YAML file added or replaced.
+    """Return the table with the types of a YAML file added or replaced.
 
-    Raises UserError naming the file, the type and the field that is wrong.
+    Raises UserError naming the file, the type and the wrong field.
     """
     if path is None:
         return GPUS
@@ -102,12 +101,12 @@ def find_gpu(name: str, gpus: dict[str, Gpu]) -> Gpu:
 
 
 def has_fp8(gpu: Gpu, recipe: str) -> bool:
-    """Whether a type computes FP8 with this way of scaling."""
+    """Whether a type computes FP8 with a recipe of `model.fp8_recipe`."""
     return gpu.fp8_tflops is not None and (recipe != "mxfp8" or gpu.has_mxfp8)
 
 
 def check_fp8_of(gpu: Gpu, model: ModelConfig) -> None:
-    """Refuse FP8 that a type does not have; raises UserError naming the keys."""
+    """Refuse an FP8 recipe that a type does not have; raises UserError naming the keys."""
     if model.fp8 is not None and not has_fp8(gpu, model.fp8_recipe):
         others = "" if gpu.fp8_tflops is None else ", or model.fp8_recipe to blockwise or tensorwise"
         raise UserError(
@@ -120,7 +119,7 @@ _Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Efficiency(BaseModel):
-    """Shares of the peak, and fixed costs."""
+    """Shares of a GPU's peaks that are reached, and fixed costs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -137,22 +136,22 @@ class Efficiency(BaseModel):
     nvlink: _Share = 0.75
     network: _Share = 0.75
     host: _Share = 0.75
-    """PCIe, and the host's memory, which bounds Adam there."""
+    """PCIe and the host's memory. The latter bounds Adam on the host."""
     message_seconds: float = 10e-6
-    """Start of a collective or message."""
+    """Time to start a collective or a message."""
     overlap_of_context: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Share of attention's time behind which the ring of keys and values (p2p) can hide."""
+    """The share of attention's time that can hide the ring exchange of keys and values (p2p)."""
     source: str = "assumptions, not measured"
 
 
 class Reserve(BaseModel):
-    """Memory that is not tensors of the model."""
+    """Memory that holds no tensors of the model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     context_gib: float = 1.5
     """CUDA context, kernels, cuBLAS and Transformer Engine workspaces."""
     communicator_gib: float = 0.25
-    """NCCL's buffers of each group that a rank talks in."""
+    """NCCL's buffers for each process group of a rank."""
     fragmentation: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Of everything allocated, lost between tensors (with expandable segments, which the trainer turns on)."""
+    """The share of allocated memory that is lost between tensors. The trainer turns on expandable segments."""

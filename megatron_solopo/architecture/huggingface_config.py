@@ -31,7 +31,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from megatron_solopo.architecture.model_directory import CONFIG, huggingface_directory
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, describe_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -200,13 +200,13 @@ _LEFT_TO_DEFAULT = "left_to_default"
 def _refuse_null(value: float | None, info: ValidationInfo) -> float | None:
     """For a field that may be left out, but not be null."""
     if value is None:
-        raise ValueError(f"{info.field_name}=null is not supported; leave the field out")
+        raise UserError(f"{info.field_name}=null is not supported; leave the field out")
     return value
 
 
 def _check_whole(factor: float | None) -> float | None:
     if factor not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor={factor} is not supported; supported: 1.0")
+        raise UserError(f"partial_rotary_factor={factor} is not supported; supported: 1.0")
     return factor
 
 
@@ -245,9 +245,9 @@ class _Rope(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if missing := [name for name in _ROPE_NEEDS[self.rope_type] if getattr(self, name) is None]:
-            raise ValueError(f"rope_type={self.rope_type} needs {', '.join(missing)}")
+            raise UserError(f"rope_type={self.rope_type} needs {', '.join(missing)}")
         if nested := [name for name, value in (self.model_extra or {}).items() if isinstance(value, dict)]:
-            raise ValueError(f"rope parameters for each kind of layer ({', '.join(nested)}) are not supported")
+            raise UserError(f"rope parameters for each kind of layer ({', '.join(nested)}) are not supported")
         return self
 
 
@@ -256,7 +256,7 @@ class _Config(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    model_type: Literal["llama", "mistral", "qwen2", "qwen3"]
+    model_type: str
     num_hidden_layers: _Count
     hidden_size: _Count
     intermediate_size: _Count
@@ -322,25 +322,25 @@ class _Config(BaseModel):
     def _check_support(self) -> Self:
         has_window = self.model_type in ("llama", "mistral") or self.use_sliding_window
         if has_window and self.sliding_window is not None:
-            raise ValueError(
+            raise UserError(
                 f"sliding_window={self.sliding_window} is not supported; supported: null "
                 "(long-context alignment needs full attention)"
             )
         if self.original_max_position_embeddings is not None and self.rope.rope_type in ("llama3", "yarn"):
-            raise ValueError("original_max_position_embeddings is supported inside rope_parameters only")
+            raise UserError("original_max_position_embeddings is supported inside rope_parameters only")
         return self
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
         heads, groups, width = self.num_attention_heads, self.num_key_value_heads, self.width_of_heads
         if self.model_type == "llama" and self.hidden_size % heads:
-            raise ValueError(f"num_attention_heads={heads} must divide hidden_size={self.hidden_size}")
+            raise UserError(f"num_attention_heads={heads} must divide hidden_size={self.hidden_size}")
         if heads % groups:
-            raise ValueError(f"num_key_value_heads={groups} must divide num_attention_heads={heads}")
+            raise UserError(f"num_key_value_heads={groups} must divide num_attention_heads={heads}")
         if width < 1 or width % 2:
-            raise ValueError(f"head_dim={width} is not supported; supported: even numbers")
+            raise UserError(f"head_dim={width} is not supported; supported: even numbers")
         if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
+            raise UserError(
                 f"layer_types names {len(self.layer_types)} layers, but num_hidden_layers={self.num_hidden_layers}"
             )
         return self
@@ -360,10 +360,10 @@ def _is_left_open(problem: Mapping[str, Any]) -> bool:
 
 
 def _described(problem: Mapping[str, Any]) -> str:
-    name = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "value_error":
-        return f"{problem['ctx']['error']}"
+    """One line for a problem. It names the supported values where they are a short list."""
+    if problem["type"] == "value_error" and isinstance(problem["ctx"]["error"], UserError):
+        return str(problem["ctx"]["error"])  # one of the checks above, which names the field itself
     if problem["type"] == "literal_error":
         supported = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
-        return f"{name}={problem['input']!r} is not supported; supported: {supported}"
-    return f"{name}={problem['input']!r}: {problem['msg']}"
+        return f"{'.'.join(map(str, problem['loc']))}={problem['input']!r} is not supported; supported: {supported}"
+    return describe_problem(problem, CONFIG)

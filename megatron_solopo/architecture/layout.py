@@ -1,19 +1,33 @@
-"""Which parallel layouts divide a model and a number of GPUs, and what they pad to: arithmetic alone, no Megatron."""
+"""Which parallel layouts and FP8 settings fit a model, and what sequences and packs are padded to. Arithmetic only."""
 
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.config import ParallelConfig
+from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 
 _VOCAB_MULTIPLE_PER_RANK = 128
+# Both sides of an FP8 matrix must be a multiple of this. One side is the tokens of a pack that one rank holds.
+FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 
 
 def sequence_multiple(tensor_model_parallel_size: int, context_parallel_size: int) -> int:
-    """What every packed sequence is padded to a multiple of: 2 x CP chunks, each shared out to TP ranks."""
+    """Every packed sequence is padded to a multiple of this: 2 x CP chunks, each of which TP ranks share."""
     return 2 * context_parallel_size * tensor_model_parallel_size
 
 
+def pack_multiple(parallel: ParallelConfig, model: ModelConfig) -> int:
+    """The tokens of a whole pack are padded to a multiple of this, after the padding of its sequences.
+
+    It is 1 without FP8. With FP8, each of the CP x TP ranks needs a multiple of `FP8_MULTIPLES`. The last sequence
+    takes the difference, because padding every short sequence would cost more.
+    """
+    if model.fp8 is None:
+        return 1
+    ranks = parallel.context_parallel_size * parallel.tensor_model_parallel_size
+    return FP8_MULTIPLES[model.fp8_recipe] * ranks
+
+
 def packs_multiple(pipeline_model_parallel_size: int, num_model_chunks: int) -> int:
-    """What each rank's number of packs is a multiple of: the interleaved schedule wants the pipeline size."""
+    """Each rank's number of packs is a multiple of this. The interleaved schedule needs the pipeline size."""
     return pipeline_model_parallel_size if num_model_chunks > 1 else 1
 
 
@@ -33,7 +47,7 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Vocabulary rows to allocate: Megatron's usual multiple of 128 x TP, so that shards are equal and fast."""
+    """Vocabulary rows to allocate: Megatron's usual multiple of 128 x TP, which makes shards equal and fast."""
     multiple = _VOCAB_MULTIPLE_PER_RANK * tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
 
@@ -104,3 +118,66 @@ def _check_activation_offload(architecture: ModelShape, parallel: ParallelConfig
         problem = f"must be below the model's {architecture.num_layers} layers"
     if problem:
         raise UserError(f"parallel.cpu_offloading_num_layers={count} {problem}")
+
+
+def check_fp8(
+    architecture: ModelShape, model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig
+) -> None:
+    """Refuse FP8 settings that contradict each other or do not fit the model; raises UserError naming the key."""
+    if model.fp8 is None:
+        for key in ("fp8_param", "first_last_layers_bf16"):
+            if getattr(model, key):
+                raise UserError(f"model.{key}=true needs model.fp8=hybrid or e4m3")
+        return
+    _check_combination(model, optimizer)
+    _check_bfloat16_layers(architecture, model, parallel)
+    _check_widths(architecture, model, parallel)
+
+
+def _check_combination(model: ModelConfig, optimizer: OptimizerConfig) -> None:
+    if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
+        raise UserError(
+            "model.first_last_layers_bf16=true is not supported with model.fp8_recipe=delayed, which scales all layers "
+            "together; set model.fp8_recipe to tensorwise or blockwise"
+        )
+    if not model.fp8_param:
+        return
+    if model.fp8_recipe == "mxfp8":
+        raise UserError("model.fp8_param=true is not supported with model.fp8_recipe=mxfp8; set it to false")
+    if not optimizer.use_distributed_optimizer:
+        raise UserError("model.fp8_param=true needs optimizer.use_distributed_optimizer=true")
+    if optimizer.optimizer_offload_fraction:
+        raise UserError(
+            "model.fp8_param=true is not supported with optimizer.optimizer_offload_fraction="
+            f"{optimizer.optimizer_offload_fraction}; set one of them to its default"
+        )
+
+
+def _check_bfloat16_layers(architecture: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Megatron needs those layers on the first and on the last pipeline stage."""
+    if not model.first_last_layers_bf16:
+        return
+    layers = architecture.num_layers // parallel.pipeline_model_parallel_size
+    for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if getattr(model, key) > layers:
+            raise UserError(
+                f"model.{key}={getattr(model, key)} is more than the {layers} layers of a pipeline stage "
+                f"(parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size})"
+            )
+
+
+def _check_widths(architecture: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Both sides of every weight matrix of a rank must be multiples, like the tokens."""
+    tp, multiple = parallel.tensor_model_parallel_size, FP8_MULTIPLES[model.fp8_recipe]
+    a = architecture
+    for what, width in (
+        ("hidden size", a.hidden_size),
+        ("attention heads x head_dim / TP", a.num_attention_heads * a.head_dim // tp),
+        ("queries, keys and values / TP", (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim // tp),
+        ("feed-forward columns / TP", a.ffn_hidden_size // tp),
+    ):
+        if width % multiple:
+            raise UserError(
+                f"model.fp8_recipe={model.fp8_recipe} needs matrices of multiples of {multiple}, but {what} is {width} "
+                f"(parallel.tensor_model_parallel_size={tp}); choose another recipe, a smaller TP, or model.fp8=null"
+            )

@@ -1,7 +1,7 @@
-"""Where a model's Hugging Face files lie: in its directory, or in the folder `huggingface/` of a Megatron checkpoint.
+"""Finds a model's Hugging Face files: in its directory, or in the folder `huggingface/` of a Megatron checkpoint.
 
-checkpoint/.metadata, metadata.json, common.pt, *.distcp     Megatron's
-checkpoint/huggingface/   config.json, generation config, tokenizer, chat template: all that an export needs
+checkpoint/.metadata, metadata.json, common.pt, *.distcp   Megatron's files
+checkpoint/huggingface/                                    the model's small files, which an export needs
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_solopo.errors import UserError
 
 HUGGINGFACE_FOLDER = "huggingface"
 METADATA, FORMAT = ".metadata", "metadata.json"
-# Megatron-LM takes a checkpoint that does not say so for one of its oldest form, whose attention weights it reorders.
+# Without this, Megatron-LM takes a checkpoint for one of its oldest form, and reorders its attention weights.
 MEGATRON_LM_VERSION = {"checkpoint_version": 3.0}
 CONFIG = "config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -18,22 +18,22 @@ _CHECKPOINTS = ("iter_*", "checkpoints/iter_*")
 
 
 def is_megatron_checkpoint(path: Path) -> bool:
-    """Whether `path` is a Megatron distributed checkpoint; Megatron writes the second of these files last."""
+    """Whether `path` is a complete Megatron distributed checkpoint. Megatron writes metadata.json last."""
     return (path / METADATA).is_file() and (path / FORMAT).is_file()
 
 
 def huggingface_directory(path: Path) -> Path:
-    """The directory that holds config.json and the tokenizer of the model in `path`, of either kind."""
+    """The directory with config.json and tokenizer of a model (Hugging Face directory or Megatron checkpoint)."""
     return path / HUGGINGFACE_FOLDER if is_megatron_checkpoint(path) else path
 
 
 def has_tokenizer(path: Path) -> bool:
-    """Whether a tokenizer lies with the model in `path`, of either kind."""
+    """Whether a model (Hugging Face directory or Megatron checkpoint) has a tokenizer."""
     return any((huggingface_directory(path) / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def check_huggingface_directory(path: Path, option: str) -> None:
-    """Raise ValueError, naming the command's `option`, if `path` cannot be a Hugging Face directory."""
+    """Raise UserError, naming the command's `option`, if `path` cannot be a Hugging Face directory."""
     named = f"{option}={path}"
     _check_is_directory(path, named, " (names of a hub are not downloaded)")
     if is_megatron_checkpoint(path):
@@ -48,7 +48,7 @@ def check_huggingface_directory(path: Path, option: str) -> None:
 
 
 def check_megatron_checkpoint(path: Path, option: str) -> None:
-    """Raise ValueError, naming the command's `option` and what was likely meant, if `path` is no such checkpoint."""
+    """Raise UserError, naming the command's `option` and a likely path, if `path` is no complete checkpoint."""
     named = f"{option}={path}"
     if is_megatron_checkpoint(path):
         if not (config := huggingface_directory(path) / CONFIG).is_file():
@@ -72,7 +72,7 @@ def _is_inside_checkpoint(path: Path) -> bool:
 
 
 def _meant(path: Path) -> str:
-    """The newest checkpoint in a run directory or in its `checkpoints/`, as a question."""
+    """Ask for the newest checkpoint in a run directory or in its `checkpoints/`."""
     inside = [each for pattern in _CHECKPOINTS for each in _complete(path, pattern)]
     return f"; did you mean {inside[-1]}?" if inside else ""
 

@@ -1,4 +1,4 @@
-"""Hugging Face directory to Megatron checkpoint and back: complete and verified, or not there at all."""
+"""Converts between Hugging Face directories and Megatron checkpoints. An output is complete and verified, or absent."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ from megatron_solopo.architecture.model_directory import (
 )
 from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory, SafetensorsWriter, all_finite
 from megatron_solopo.checkpoint.manifest import check_listed, sealed_files, write_manifest
-from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, huggingface_shapes, rules
+from megatron_solopo.checkpoint.mapping import Rule, all_huggingface_shapes, huggingface_blocks, rules
 from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory
 from megatron_solopo.checkpoint.megatron_writer import write_megatron
 from megatron_solopo.checkpoint.model_files import MODEL_FILES_MANIFEST, read_model_files, source_dtypes, write_files
@@ -34,22 +34,21 @@ from megatron_solopo.progress import bar_style
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_NEARLY_FULL_BYTES = 1 << 26
 _SMALL_MODEL_BYTES, _LARGEST_FILE_BYTES = 10**9, 5 * 10**9
 
 
 def import_model(source: Path, output: Path, *, verification: Verification) -> VerificationReport:
-    """Write the Hugging Face model in `source` as a Megatron checkpoint, each tensor in the precision it has.
+    """Write the Hugging Face model in `source` as a Megatron checkpoint. Each tensor keeps its precision.
 
-    Raises UserError for a model that is not supported or damaged, an existing `output`, too little space, or a
-    checkpoint that does not verify; `output` does not exist then.
+    Raises UserError if the model is not supported or damaged, `output` exists, space is too small, or the checkpoint
+    does not verify. Then no `output` is left behind.
     """
     check_huggingface_directory(source, "--hf")
     _check_output(output, source)
     architecture = read_architecture(source)
     weights = SafetensorsDirectory(source)
     weights.check(architecture)
-    dtypes = {name: DTYPES[weights.entries[name].dtype] for name in _names(architecture)}
+    dtypes = {name: DTYPES[weights.entries[name].dtype] for name in all_huggingface_shapes(architecture)}
     files = read_model_files(source)
     total = _total_bytes(architecture, dtypes)
     with _output(output, total, files) as temporary:
@@ -70,10 +69,10 @@ def export_model(
     """Write the model of a Megatron checkpoint as a Hugging Face directory.
 
     Args:
-        dtype: precision to write; None: of each tensor, the one it had in the Hugging Face directory it came from.
+        dtype: the precision to write. With None, each tensor gets the precision of its original Hugging Face tensor.
 
-    Raises UserError for a damaged checkpoint, an existing `output`, too little space, numbers that are not finite or
-    beyond the range of `dtype`, or files that do not verify; `output` does not exist then.
+    Raises UserError if the checkpoint is damaged, `output` exists, space is too small, numbers are not finite or beyond
+    the range of `dtype`, or the files do not verify. Then no `output` is left behind.
     """
     stored = MegatronDirectory(checkpoint)
     _check_output(output, checkpoint)
@@ -110,10 +109,10 @@ def export_model(
 
 
 def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> VerificationReport:
-    """Compare two existing directories; raises UserError if one is not what it should be."""
+    """Compare two existing directories; raises UserError if one of them is of another kind or damaged."""
     if is_megatron_checkpoint(huggingface) and not is_megatron_checkpoint(checkpoint):
         raise UserError(
-            f"--hf={huggingface}: is a Megatron checkpoint, and --checkpoint={checkpoint} is none; exchange the two"
+            f"--hf={huggingface}: is a Megatron checkpoint, but --checkpoint={checkpoint} is not one; exchange the two"
         )
     check_huggingface_directory(huggingface, "--hf")
     check_megatron_checkpoint(checkpoint, "--checkpoint")
@@ -132,54 +131,45 @@ def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> Verif
 def _verified(
     huggingface: Path, checkpoint: Path, output: Path, verification: Verification, total: int
 ) -> VerificationReport:
-    """Raises UserError where something differs."""
-    report = VerificationReport()
+    """Verify before the output gets its name; raises UserError if something differs."""
     if verification == "none":
+        report = VerificationReport()
         report.add("verification", "skipped: not asked for")
         return report
     with _bar("verify", total) as progress:
         report = verify(huggingface, checkpoint, logits=verification == "full", progress=progress)
     if report.failures:
-        raise UserError(f"{output}: was not written, for it did not verify: {'; '.join(report.failures)}")
+        raise UserError(f"{output}: was not written, because it did not verify: {'; '.join(report.failures)}")
     return report
 
 
 def _target_dtypes(checkpoint: Path, architecture: Architecture, dtype: Dtype | None) -> dict[str, torch.dtype]:
-    names = _names(architecture)
+    names = all_huggingface_shapes(architecture)
     if dtype is not None:
         return dict.fromkeys(names, getattr(torch, dtype))
-    came_in = source_dtypes(checkpoint)
-    if absent := [name for name in names if name not in came_in]:
-        raise UserError(
-            f"{checkpoint}: does not say which precision {absent[0]} came in; choose one instead, with --dtype"
-        )
-    return {name: DTYPES[came_in[name]] for name in names}
-
-
-def _names(architecture: Architecture) -> list[str]:
-    return [name for rule in rules(architecture).values() for name in rule.huggingface]
+    originals = source_dtypes(checkpoint)
+    if absent := [name for name in names if name not in originals]:
+        raise UserError(f"{checkpoint}: does not state the original precision of {absent[0]}; choose one with --dtype")
+    return {name: DTYPES[originals[name]] for name in names}
 
 
 def _file_bytes(total: int) -> int:
-    """Most bytes in a file: as is usual, but two files at least of a model that takes its time, see `_far_apart`."""
+    """The most bytes in one file. A large model has at least one file per thread, see `_far_apart`."""
     return min(_LARGEST_FILE_BYTES, max(_SMALL_MODEL_BYTES, total // THREADS + 1))
 
 
 def _far_apart(table: list[Rule]) -> list[Rule]:
-    """In an order whose neighbours, which threads write at once, lie in different files where there are several.
+    """Order the rules so that neighbours lie in different files, if there are several.
 
-    File systems let one thread at a time write to a file.
+    Threads write neighbours at the same time, and a file system lets only one thread write to a file.
     """
     stride = -(-len(table) // THREADS)
     return [rule for start in range(stride) for rule in table[start::stride]]
 
 
 def _meta_tensors(architecture: Architecture, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
-    return {
-        name: torch.empty(shape, dtype=dtypes[name], device="meta")
-        for rule in rules(architecture).values()
-        for name, shape in huggingface_shapes(rule, architecture).items()
-    }
+    shapes = all_huggingface_shapes(architecture)
+    return {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
 
 
 def _total_bytes(architecture: Architecture, dtypes: dict[str, torch.dtype]) -> int:
@@ -187,7 +177,7 @@ def _total_bytes(architecture: Architecture, dtypes: dict[str, torch.dtype]) -> 
 
 
 def _config_with_dtype(config: bytes, dtype: Dtype) -> bytes:
-    """config.json under either name that transformers has given the key."""
+    """State the precision in config.json. transformers has had two names for the key."""
     fields = json.loads(config)
     for key in [key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype"]:
         fields[key] = dtype
@@ -201,7 +191,7 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], Any]]:
 
 
 def _check_output(output: Path, source: Path) -> None:
-    """Raises UserError, before the work, where `output` cannot or must not be written."""
+    """Raise UserError, before the work, if `output` cannot or must not be written."""
     if output.exists():
         raise UserError(f"{output}: exists already; choose another --out, or remove it first")
     if output.is_symlink():
@@ -210,13 +200,13 @@ def _check_output(output: Path, source: Path) -> None:
             "the link first"
         )
     if output.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{output}: lies inside {source}, which is converted; choose another --out")
+        raise UserError(f"{output}: lies inside {source}, which is the source; choose another --out")
     check_writable(output, "--out")
 
 
 @contextmanager
 def _output(output: Path, total: int, files: dict[str, bytes]) -> Iterator[Path]:
-    """A directory that becomes `output` if all goes well."""
+    """Yield a temporary directory, which becomes `output` if the body succeeds."""
     needed = total + sum(map(len, files.values()))
     _check_space(output, needed)
     with atomic_path(output) as temporary:
@@ -231,23 +221,26 @@ def _check_space(output: Path, needed: int) -> None:
     if free < needed:
         raise UserError(
             f"{output}: needs {described_bytes(needed)}, but {described_bytes(free)} are free on its file system; "
-            "choose another --out, or make room"
+            "choose another --out, or free some space"
         )
 
 
 @contextmanager
 def _named_when_full(output: Path, needed: int) -> Iterator[None]:
-    """Turn what a full disk raises into one line; others may have filled it since it was looked at."""
+    """Turn the error of a full disk into one line. Others may have filled the disk since the check."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch's serializer raises a RuntimeError of its own while it handles the failed write.
-        causes = (error, error.__cause__, error.__context__)
-        is_full = any(isinstance(each, OSError) and each.errno in _FULL for each in causes)
-        is_full = is_full or shutil.disk_usage(output.absolute().parent).free < _NEARLY_FULL_BYTES
-        if not is_full:
+        if not any(isinstance(each, OSError) and each.errno in _FULL for each in _chain(error)):
             raise
         raise UserError(
             f"{output}: no space was left on its file system while it was written; it needs "
             f"{described_bytes(needed)}; nothing of it was kept"
-        ) from None
+        ) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those before it. torch's serializer raises its own error while it handles a failed write."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.checkpoint.manifest import sync_file
-from megatron_solopo.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Index, huggingface_shapes, rules
+from megatron_solopo.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Index, all_huggingface_shapes
 from megatron_solopo.errors import UserError, first_problem
 from megatron_solopo.files import counted, write_json
 
@@ -137,9 +137,7 @@ class SafetensorsDirectory:
         Raises UserError naming tensors that are missing, unexpected or misshapen, or whose precision is not in
         `DTYPES`. Also raises it for tied embeddings that are stored twice with different numbers.
         """
-        shapes: dict[str, tuple[int, ...]] = {}
-        for rule in rules(architecture).values():
-            shapes |= huggingface_shapes(rule, architecture)
+        shapes = all_huggingface_shapes(architecture)
         found = {name for name in self.entries if not name.endswith(_DERIVED)}
         if architecture.tied_embeddings:
             found.discard(HF_OUTPUT)

@@ -135,6 +135,15 @@ def huggingface_shapes(rule: Rule, architecture: ModelShape) -> dict[str, tuple[
     return dict(zip(rule.huggingface, shapes, strict=True))
 
 
+def all_huggingface_shapes(architecture: ModelShape) -> dict[str, tuple[int, ...]]:
+    """The shapes of all Hugging Face tensors of the model by name, in the table's order."""
+    return {
+        name: shape
+        for rule in rules(architecture).values()
+        for name, shape in huggingface_shapes(rule, architecture).items()
+    }
+
+
 def megatron_shape(rule: Rule, architecture: ModelShape) -> tuple[int, ...]:
     """The shape of the whole parameter, without vocabulary padding."""
     shapes = list(huggingface_shapes(rule, architecture).values())

@@ -63,12 +63,12 @@ def verify(huggingface: Path, checkpoint: Path, *, logits: bool, progress: Calla
 
     Differences are failures of the report. Raises UserError if one of the directories is damaged.
     """
-    architecture = read_architecture(checkpoint)
+    theirs, architecture = read_architecture(huggingface), read_architecture(checkpoint)
     source, stored = SafetensorsDirectory(huggingface), MegatronDirectory(checkpoint)
-    source.check(read_architecture(huggingface))
+    source.check(theirs)
     stored.check(architecture)
     report = VerificationReport()
-    differing = ", ".join(_differing_fields(read_architecture(huggingface), architecture))
+    differing = ", ".join(_differing_fields(theirs, architecture))
     message = f"{huggingface} and {checkpoint}: config.json differs in {differing}" if differing else ""
     report.add("config", differing or "same model, same rotary frequencies", message)
     if differing:

@@ -1,4 +1,4 @@
-"""The commands that convert checkpoints."""
+"""The commands `convert import`, `convert export` and `convert verify`."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from megatron_solopo.errors import UserError
 _DIRECTORY = click.Path(path_type=Path)
 _VERIFY = click.option(
     "--verify", "verification", type=click.Choice(["full", "tensors", "none"]), default="full", show_default=True,
-    help="full: every bit of every tensor, and logits where the model fits in memory; tensors: without logits.",
+    help="full: every bit of every tensor, and logits if the model fits in memory; tensors: without logits.",
 )  # fmt: skip
 
 
@@ -24,19 +24,19 @@ _VERIFY = click.option(
 def convert() -> None:
     """Convert between Hugging Face directories and Megatron checkpoints, on one process and without a GPU.
 
-    Memory stays below 2 GiB and three times the largest tensor; comparing logits takes the whole model in fp32
-    and is done only where that fits. An output is complete or absent. After a kill -9, a hidden .OUT.incomplete-* is
-    left beside it; the next run with the same --out removes it.
+    A conversion takes at most 2 GiB of memory plus three times the largest tensor. The comparison of logits takes the
+    whole model in fp32, and is left out if that does not fit. An output is complete or absent. A kill -9 leaves a
+    hidden .OUT.incomplete-* beside it, which the next run with the same --out removes.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("convert runs as one process; start it without torchrun")
-    # Before megatron is imported: a conversion runs on the CPU wherever it is.
+    # A conversion always runs on the CPU. This must be set before megatron is imported.
     os.environ["MEGATRON_SOLOPO_DEVICE"] = "cpu"
 
 
 @contextmanager
 def _interruptible(output: Path | None = None) -> Iterator[None]:
-    """End with one line, cleaned up, on Ctrl-C and likewise on SIGTERM, which queues and `timeout` send."""
+    """End with one line, and clean up, on Ctrl-C and on SIGTERM, which queues and `timeout` send."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
@@ -47,8 +47,8 @@ def _interruptible(output: Path | None = None) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if output is not None and output.exists() and not existed:
-            # It got its name, verified, just before.
-            sys.exit(f"interrupted: {output} is complete, only the report is missing; see it with convert verify")
+            # The verified output got its name just before.
+            sys.exit(f"interrupted: {output} is complete, but the report is missing; run convert verify to see it")
         outcome = f"{output} was not written; " if output is not None else ""
         sys.exit(f"interrupted: {outcome}run the same command again")
     finally:
@@ -74,10 +74,12 @@ def import_(source: Path, output: Path, verification: Literal["full", "tensors",
 
 
 @convert.command("export")
-@click.option("--checkpoint", type=_DIRECTORY, required=True, help="Megatron checkpoint, imported or saved by `train`.")
+@click.option(
+    "--checkpoint", type=_DIRECTORY, required=True, help="Megatron checkpoint of `convert import` or `train`."
+)
 @click.option("--out", "output", type=_DIRECTORY, required=True, help="Hugging Face directory to write.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
-              help="Precision to write; by default that of the Hugging Face model it came from.")  # fmt: skip
+              help="Precision to write. Default: the precision of the original Hugging Face model.")  # fmt: skip
 @_VERIFY
 def export(
     checkpoint: Path,
@@ -101,12 +103,14 @@ def export(
 @convert.command("verify")
 @click.option("--hf", "source", type=_DIRECTORY, required=True, help="Hugging Face directory.")
 @click.option("--checkpoint", type=_DIRECTORY, required=True, help="Megatron checkpoint.")
-@click.option("--logits/--no-logits", default=True, show_default=True, help="Compare logits where the model fits.")
+@click.option(
+    "--logits/--no-logits", default=True, show_default=True, help="Compare logits if the model fits in memory."
+)
 def verify(source: Path, checkpoint: Path, logits: bool) -> None:
     """Compare a Hugging Face directory with a Megatron checkpoint. Exit code 1 if they differ.
 
-    Where precisions differ, the checkpoint is rounded first, as an export would: such a pair passes, and the report
-    says "after rounding to ...".
+    If the precisions differ, the checkpoint is rounded first, as in an export. Such a pair passes, and the report
+    says "after rounding to bfloat16".
 
     \b
     Example:

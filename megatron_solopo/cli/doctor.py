@@ -1,4 +1,4 @@
-"""What this machine can run: versions, devices, optional kernels, and what each missing piece costs."""
+"""The command `doctor`: what this machine can run, and what each missing library costs."""
 
 import contextlib
 import importlib
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import click
 from packaging.requirements import Requirement
 
 CheckStatus = Literal["ok", "warn", "missing", "fail"]
@@ -74,6 +75,23 @@ class Diagnosis:
         lines = [line for check in self.checks for line in _render(check, name_width, columns)]
         failed = [check.name for check in self.checks if check.status == "fail"]
         return "\n".join([*lines, "", f"not ready: {', '.join(failed)}" if failed else "ready"])
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+def doctor(as_json: bool) -> None:
+    """Show what is installed and works on this machine, and what each missing library costs.
+
+    The exit code is 1 if something required is missing.
+
+    \b
+    Example:
+      megatron-solopo doctor
+    """
+    diagnosis = diagnose()
+    click.echo(diagnosis.to_json() if as_json else diagnosis.render())
+    if not diagnosis.healthy:
+        sys.exit(1)
 
 
 def _render(check: Check, name_width: int, columns: int) -> list[str]:

@@ -1,7 +1,7 @@
-"""The command line: subcommands and nothing else.
+"""The entry point: all commands together, and what a user sees of an error.
 
-A user's mistake (ValueError, an unwritable path) is one line on standard error and exit code 2. Libraries are
-imported by the command that needs them, so `--help` answers at once.
+A `UserError`, and an error of the operating system that names a file, are one line and exit code 2. Any other exception
+keeps its traceback. Each command imports its own libraries, so `--help` answers at once.
 """
 
 import logging
@@ -19,14 +19,15 @@ import click
 from megatron_solopo import __version__
 from megatron_solopo.cli.convert import convert
 from megatron_solopo.cli.data import data
+from megatron_solopo.cli.doctor import doctor
 from megatron_solopo.cli.evaluate import evaluate
 from megatron_solopo.cli.plan import plan
 from megatron_solopo.cli.report import report
+from megatron_solopo.errors import UserError, describe_os_error
 
-_PATH = click.Path(path_type=Path)
 _LATER_RANKS_WAIT_SECONDS = 5.0
-# What click raises, from 8.2 on, where a group is named without a command; before, it just shows the help.
-_HELP_INSTEAD: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+# Click 8.2 and later raise this where a group is named without a command; earlier versions show the help.
+_NoCommand: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = cli.main(args=arguments, prog_name="megatron-solopo", standalone_mode=False)
         if code:
             sys.exit(code)
-    except _HELP_INSTEAD as error:
+    except _NoCommand as error:
         error.show()
         sys.exit(error.exit_code)
     except click.ClickException as error:
@@ -46,33 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(
-            "interrupted; started again, training, data sample and evaluate long-context go on from what is saved, "
-            "other work starts anew"
+            "interrupted; if you start it again, train, data sample and evaluate long-context continue from what is "
+            "saved, and other commands start from the beginning"
         )
-    except (ValueError, FloatingPointError) as error:
-        if not _is_ours(error):
-            raise
-        _report(str(error))
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        _report(f"{error.filename}: {error.strerror}")
-        sys.exit(2)
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether this package raised it: a message for the user. Another library's is a bug and keeps its traceback."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(__file__).parents[1])
 
 
 def _report(message: str) -> None:
-    """One line per mistake. The same mistake on many ranks is told once, by rank 0."""
+    """Print one line per mistake. If all ranks make the same mistake, rank 0 alone prints it."""
     rank = int(os.environ.get("RANK", "0"))
     prefix = ""
     if rank:
-        # torchrun ends the other ranks as soon as one has failed: if rank 0 has failed too, it has told already.
+        # torchrun ends the other ranks soon after the first failure. If rank 0 failed too, it has reported already.
         time.sleep(_LATER_RANKS_WAIT_SECONDS)
         prefix = f"[rank {rank}] "
     for line in message.splitlines():
@@ -80,68 +65,66 @@ def _report(message: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keep a user's terminal for this program: deprecation notes between libraries are not for them."""
+    """Hide the libraries' notes to each other about deprecations; a user can do nothing about them."""
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
     for name in ("megatron", "torch.distributed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """Prints what a user can mend as one line; `--debug` shows the traceback too."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.filename is None:
+                raise
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            _report(describe_os_error(error) if isinstance(error, OSError) else str(error))
+            ctx.exit(2)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="megatron-solopo")
-def cli() -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of an error that is otherwise one line.")
+def cli(debug: bool) -> None:
     """Short-to-long preference optimization (SoLoPO, arXiv 2505.11166) on Megatron-Core.
 
     \b
-    A run, from question answering data to an aligned model:
-      megatron-solopo data build    ...   contexts from a QA corpus (or bring your own triplets)
-      megatron-solopo data sample   ...   a model's answers to the short ones
-      megatron-solopo data select   ...   right and wrong ones: triplets
-      megatron-solopo data prepare  ...   tokenize them
+    From question answering data to an aligned model:
+      megatron-solopo data build ...      build contexts from a corpus (or bring your own triplets)
+      megatron-solopo data sample ...     let a model answer the short contexts
+      megatron-solopo data select ...     make triplets of right and wrong answers
+      megatron-solopo data prepare ...    tokenize the triplets
       megatron-solopo train --config c.yaml
-      megatron-solopo evaluate ...        what it does with long contexts
-      megatron-solopo convert export ...  back to Hugging Face
+      megatron-solopo evaluate ...        measure the model on long contexts
+      megatron-solopo convert export ...  convert the model back to Hugging Face
     """
 
 
-cli.add_command(convert)
-cli.add_command(data)
-cli.add_command(evaluate)
-cli.add_command(plan)
-cli.add_command(report)
-
-
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-def doctor(as_json: bool) -> None:
-    """Say what is installed here, what works, and what each missing piece costs.
-
-    \b
-    Example:
-      megatron-solopo doctor
-    """
-    from megatron_solopo.cli.doctor import diagnose
-
-    report = diagnose()
-    click.echo(report.to_json() if as_json else report.render())
-    if not report.healthy:
-        sys.exit(1)
+for _command in (convert, data, doctor, evaluate, plan, report):
+    cli.add_command(_command)
 
 
 def _with_config(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that reads a config."""
     command = click.argument("overrides", nargs=-1)(command)
-    return click.option("--config", "path", type=_PATH, required=True, help="YAML config.")(command)
+    return click.option("--config", "path", type=click.Path(path_type=Path), required=True, help="YAML config.")(
+        command
+    )
 
 
 @cli.command()
 @_with_config
-@click.option("--overwrite", is_flag=True, help="Compute again, over an existing cache.")
+@click.option("--overwrite", is_flag=True, help="Compute again and replace the cache.")
 def reference(path: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
-    """Compute the reference log-probs of the data once and keep them on disk.
+    """Compute the log-probabilities of the reference model and keep them on disk.
 
-    `train` does this by itself where they are missing; run it alone to do it on fewer GPUs or before a queue.
+    `train` computes them itself if they are missing. Run this command alone to use fewer GPUs, or before you queue a
+    job.
 
     \b
     Example:
@@ -150,7 +133,7 @@ def reference(path: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
     from megatron_solopo.config import load_config
 
     config = load_config(path, overrides)
-    # Only now, so that a mistake in the config is told before megatron has been imported.
+    # The import is slow; a mistake in the config is reported before it.
     from megatron_solopo.train.trainer import precompute_reference
 
     cache = precompute_reference(config, overwrite=overwrite)
@@ -162,16 +145,21 @@ def reference(path: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
 @_with_config
 @click.option("--preflight-only", is_flag=True, help="Check everything, try the largest pack, and do not train.")
 def train(path: Path, overrides: tuple[str, ...], preflight_only: bool) -> None:
-    """Train. OVERRIDES are dotted keys over the config file.
+    """Train. OVERRIDES are dotted keys that replace values of the config file.
 
-    Started again, it continues from what is saved. SIGTERM, SIGUSR1 or SIGINT on any rank saves at the next boundary (a
-    micro-batch; a step with pipeline stages) and exits with code 85; a second signal exits at once. torchrun turns 85
-    into 1 and kills its ranks after --shutdown-timeout (30) seconds: `python -m megatron_solopo.launch` takes the same
-    options, passes the signals on, waits, and exits as the ranks did. A rank without progress for watchdog.* minutes
-    names who did not arrive and exits with 86.
+    If you start the command again, the run continues from its newest checkpoint.
 
-    Before the first step all ranks check that they start alike, see one run directory with room, and reach each other;
-    --preflight-only does that, tries forward and backward of the largest pack, and ends.
+    SIGTERM, SIGUSR1 or SIGINT on any rank stops the run. All ranks finish the micro-batch (with pipeline stages: the
+    step), save, and exit with code 85. A second signal ends the process at once.
+
+    torchrun turns code 85 into 1 and kills its ranks 30 seconds after a signal (--shutdown-timeout). Start the ranks
+    with `python -m megatron_solopo.launch` instead: it takes torchrun's options, passes signals on, waits, and exits
+    with the code of the ranks.
+
+    If a rank makes no progress for watchdog.* minutes, the run names the ranks that are missing and exits with code 86.
+
+    Before the first step, the ranks check that they started alike, see the same run directory with enough space, and
+    reach each other. --preflight-only checks this, runs forward and backward of the largest pack, and ends.
 
     \b
     Examples:
@@ -183,7 +171,7 @@ def train(path: Path, overrides: tuple[str, ...], preflight_only: bool) -> None:
     from megatron_solopo.config import load_config
 
     config = load_config(path, overrides)
-    # Only now, so that a mistake in the config is told before megatron has been imported.
+    # The import is slow; a mistake in the config is reported before it.
     from megatron_solopo.train.trainer import preflight
     from megatron_solopo.train.trainer import train as run
 

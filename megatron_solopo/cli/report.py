@@ -4,17 +4,23 @@ from pathlib import Path
 
 import click
 
-_FOLDER = click.Path(path_type=Path)
+from megatron_solopo.cli.options import PATH
 
 
 @click.command()
-@click.argument("runs", type=_FOLDER, nargs=-1, required=True, metavar="RUN...")
-@click.option("--output", type=_FOLDER, default=Path("report"), show_default=True, help="Directory to write; an earlier report there is replaced.")  # fmt: skip  # noqa: E501
+@click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "--output",
+    type=PATH,
+    default=Path("report"),
+    show_default=True,
+    help="Directory to write. An earlier report there is replaced.",
+)
 def report(runs: tuple[Path, ...], output: Path) -> None:
-    """Compare runs on one page: accuracy against context length, verdict, curves, cost, what was set differently.
+    """Compare runs on one page: accuracy against context length, verdict, curves, cost, different settings.
 
-    Reads config.yaml, metrics.jsonl and evaluation/*.json of each; needs neither a GPU nor the network, and the page
-    neither. Runs may be unfinished, of different lengths, and damaged: the page says so.
+    Reads config.yaml, metrics.jsonl and evaluation/*.json of each run. Neither the command nor the page needs a GPU or
+    the network. Runs may be unfinished, damaged or of different lengths: the page says so.
 
     \b
     Example:

@@ -1,9 +1,10 @@
-"""Reads and writes a configuration: defaults, then YAML, then dotted overrides; unknown keys are refused.
+"""Read and write a configuration: defaults, then the YAML file, then dotted overrides. Unknown keys are errors.
 
-OmegaConf reads and merges the layers; `config` checks what comes out.
+OmegaConf reads and merges these layers; the schema checks the result.
 """
 
 import difflib
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from megatron_solopo.config.schema import Config
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, describe_problem
 from megatron_solopo.files import atomic_path
 
 _HEADER = "# Written by megatron-solopo: the resolved configuration of this run."
@@ -24,7 +25,7 @@ _HEADER = "# Written by megatron-solopo: the resolved configuration of this run.
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and dotted overrides (`objective.alpha=3`) over the defaults.
 
-    Raises UserError with one line per mistake: the key, the value, the legal values, the nearest key.
+    Raises UserError with one line per mistake: the key, the value, the legal values and the nearest key.
     """
     merged = _read_yaml(path)
     for override in overrides:
@@ -43,15 +44,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a directory, expected a YAML file") from None
-    except PermissionError:
-        raise UserError(f"{path}: may not be read by this user") from None
-    # OmegaConf says OSError where the file holds a bare number or word.
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a valid config: {error}") from None
+    try:
+        loaded = OmegaConf.load(io.StringIO(text))
+    # OmegaConf raises OSError for a file that holds a bare number or word.
+    except (YAMLError, OmegaConfBaseException, OSError) as error:
         raise UserError(f"{path}: not a valid config: {_one_line(error)}") from None
     if not OmegaConf.is_dict(loaded):
         raise UserError(f"{path}: not a valid config: expected keys and values, found a list")
@@ -63,7 +64,7 @@ def _one_line(error: Exception) -> str:
 
 
 def parse_config(values: Any, source: str) -> Config:
-    """Check a nested dictionary; `source` names it in the error."""
+    """Check a nested dictionary. Raises UserError with one line per mistake, behind the name `source`."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -72,31 +73,25 @@ def parse_config(values: Any, source: str) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML, complete or not at all; ask `check_not_by_hand` first."""
+    """Write the resolved configuration as YAML, complete or not at all. Call `check_not_by_hand` first."""
     with atomic_path(path) as temporary:
         values = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
         temporary.write_text(f"{_HEADER}\n{values}", encoding="utf-8")
 
 
 def check_not_by_hand(path: Path) -> None:
-    """Raise ValueError if there is a file at `path` that `save_config` has not written."""
+    """Raise UserError if the file at `path` exists and `save_config` did not write it."""
     if path.is_file() and not path.read_text(encoding="utf-8").startswith(_HEADER):
-        raise UserError(f"{path}: was not written by a run, and would be replaced; move it, or set another run_dir")
+        raise UserError(f"{path}: was not written by a run and would be replaced; move it, or set another run_dir")
 
 
 def _explain(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"]) or "the whole file"
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(detail['loc'])}"
-    if detail["type"] == "missing":
-        return f"{key} is required"
-    if detail["type"] == "value_error":  # from a section's own check; the input is the whole section
-        return f"{key}: {detail['ctx']['error']}"
-    return f"{key}={detail['input']!r}: {detail['msg']}"
+    hint = _nearest(detail["loc"]) if detail["type"] == "extra_forbidden" else ""
+    return describe_problem(detail, "the whole file") + hint
 
 
 def _nearest(location: tuple[str | int, ...]) -> str:
-    """A hint naming the closest legal key of the same section, else any key of that very name."""
+    """Suggest the closest key of the same section, else a key of the same name in another section."""
     *parents, unknown = (str(part) for part in location)
     known = [key.split(".") for key in _all_keys(Config)]
     same_section = [key[-1] for key in known if key[:-1] == parents]

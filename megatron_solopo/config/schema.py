@@ -1,15 +1,7 @@
-"""What all sections of the configuration have in common.
+"""The configuration of a run: its sections, keys, types, defaults and legal values.
 
-The section `checkpoint` of the configuration.
-
-The configuration of a run: sections, keys, types, defaults and legal values, checked by pydantic.
-
-Parallelism and optimizer keys bear Megatron-Core's names, preference keys TRL's. `config_file`
-reads and writes it.
-
-The sequences of a triplet, by name.
-
-A role is the context that a response is read in and the response that the sequence ends with: `short_chosen`.
+The keys of parallelism and of the optimizer have Megatron-Core's names; those of the objective have TRL's. The string
+below a key is its documentation.
 """
 
 from dataclasses import dataclass
@@ -33,158 +25,137 @@ from pydantic import (
 
 from megatron_solopo.errors import UserError
 
-
-class Section(BaseModel):
-    """Frozen, and strict about types and keys; a string below a key is its documentation."""
-
-    # Strict: `true` is no number and 1.5 no integer.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class CheckpointConfig(Section):
-    """Megatron distributed checkpoints under `<run_dir>/checkpoints`."""
-
-    save_steps: PositiveInt | None = None
-    """Save every this many steps, and at the end; null: only at the end."""
-    every_minutes: PositiveFloat | None = None
-    """Save where this much time has passed since the last save, too."""
-    must_save_by: str | None = None
-    """Save in time before this moment, too, and go on: an ISO time (2030-01-31T18:00, local unless it says otherwise),
-    or `slurm` for the end of the job's time limit. The slowest step and save so far, twice, are left for it; five
-    minutes until both were seen."""
-    async_save: bool = False
-    """Train on while threads write a copy of the state: host memory for this rank's share. `latest` follows when all
-    ranks have written; a failure ends the run at the next step."""
-    keep_last: PositiveInt | None = None
-    """Checkpoints that stay, the newest ones; null: all. A new one is complete before an old one goes."""
-    keep_every: PositiveInt | None = None
-    """Those of steps that are multiples of this stay besides."""
-    best_metric: str | None = None
-    """A metric of `metrics.jsonl`, such as eval_loss: of the saved steps that have it, `checkpoints/best` names the one
-    with the lowest, and that checkpoint stays besides."""
-    greater_is_better: bool = False
-    """`checkpoints/best` names the one with the greatest `best_metric` instead."""
-    resume: bool = True
-    """Continue from the newest whole checkpoint in `<run_dir>/checkpoints`, where there is one; false: refuse a
-    directory that holds a run."""
-    verify: Literal["checksums", "sizes"] = "checksums"
-    """What a checkpoint is held against before it is loaded. checksums: the ranks read every file, each its share, at
-    what the disk gives; sizes: finds missing and cut files alone, in a moment."""
-
-    @field_validator("must_save_by")
-    @classmethod
-    def _is_a_moment(cls, value: str | None) -> str | None:
-        try:
-            if value not in (None, "slurm"):
-                datetime.fromisoformat(value)
-        except ValueError:
-            raise UserError(f"{value!r} is neither an ISO time, as 2030-01-31T18:00, nor slurm") from None
-        return value
-
-    @model_validator(mode="after")
-    def _what_is_kept_besides_needs_a_limit(self) -> Self:
-        if self.keep_every is not None and self.keep_last is None:
-            raise UserError(f"keep_every={self.keep_every} has no part without keep_last: all checkpoints stay")
-        if self.greater_is_better and self.best_metric is None:
-            raise UserError("greater_is_better=true has no part without best_metric")
-        return self
-
-
 LossType = Literal["dpo", "simpo", "orpo", "ipo", "cpo", "hinge", "robust"]
 ObjectiveName = Literal["solopo", "short_po", "long_po"]
 FP8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+Context = Literal["short", "long"]
+Response = Literal["chosen", "rejected"]
 
-_Path = Annotated[Path, Strict(False)]  # written as a string
+_Path = Annotated[Path, Strict(False)]  # YAML holds it as a string
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 _PAPER_ALPHA = {"dpo": 3.0}
 
 
+class Section(BaseModel):
+    """A part of the configuration: frozen, and strict about keys and types."""
+
+    # Strict: `true` is not a number, and 1.5 is not an integer.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
 class ModelConfig(Section):
-    """What is trained."""
+    """The model that is trained."""
 
     path: _Path
     """Hugging Face directory (config.json, safetensors weights, tokenizer), or a Megatron checkpoint that `convert
-    import` or a run of `train` wrote."""
+    import` or `train` wrote."""
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Layer kernels: Transformer Engine where it and CUDA are (auto), or plain PyTorch (local)."""
+    """Kernels of the layers. auto: Transformer Engine if it is installed and there is a GPU, else local. local: plain
+    PyTorch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute precision. bfloat16 keeps float32 master weights in the optimizer."""
+    """Precision of the computation. With bfloat16, the optimizer keeps float32 master weights."""
     fp8: Literal["e4m3", "hybrid"] | None = None
-    """FP8 matrix products in the transformer layers, through Transformer Engine; null: none. hybrid takes e5m2 for
-    gradients. Attention and the output layer stay in bfloat16."""
+    """Format of FP8 matrix products in the transformer layers. null: no FP8. hybrid: e5m2 for gradients, e4m3 for the
+    rest. FP8 needs Transformer Engine. Attention and the output layer stay in bfloat16."""
     fp8_recipe: FP8Recipe = "blockwise"
-    """How FP8 values are scaled. blockwise: per 128 values of one token, so that a sequence does not depend on what
-    it is packed with; tensorwise and delayed: per tensor, over the whole pack; mxfp8: per 32 values (Blackwell)."""
+    """How FP8 values are scaled. blockwise: per 128 values of one token, so that a sequence does not depend on the
+    other sequences of its pack. tensorwise and delayed: per tensor, over the whole pack. mxfp8: per 32 values
+    (Blackwell GPUs)."""
     fp8_param: bool = False
-    """Keeps the layers' weights themselves in FP8: half the memory, and half the data-parallel gather. Checkpoints and
-    exports then hold those FP8 values; the exact master weights are in the optimizer's state."""
+    """Keep the weights of the layers in FP8. This halves their memory and the data-parallel gather. Checkpoints and
+    exports then hold the FP8 values; the optimizer's state holds the exact master weights."""
     first_last_layers_bf16: bool = False
-    """Runs the first and last layers in bfloat16 where `fp8` is set."""
+    """With `fp8`, run the first and the last layers in bfloat16."""
     num_layers_at_start_in_bf16: NonNegativeInt = 1
+    """How many first layers `first_last_layers_bf16` means."""
     num_layers_at_end_in_bf16: NonNegativeInt = 1
+    """How many last layers `first_last_layers_bf16` means."""
 
     @property
     def has_delayed_scales(self) -> bool:
-        """Whether FP8 values are scaled by what earlier forward passes saw, so that none goes without a trace."""
+        """Whether earlier forward passes decide how FP8 values are scaled, so that every pass leaves a trace."""
         return self.fp8 is not None and self.fp8_recipe == "delayed"
 
 
 class DataConfig(Section):
-    """Which triplets, and how they are packed."""
+    """The triplets, and how they are packed."""
 
     path: _Path
-    """Directory written by `megatron-solopo data prepare`."""
+    """Directory that `megatron-solopo data prepare` wrote."""
     max_tokens_per_pack: PositiveInt
-    """Token budget of one pack (micro-batch), counted after the per-sequence padding and before it is cut for CP."""
+    """Most tokens of one pack (micro-batch). The padding of each sequence counts. Context parallelism divides the pack
+    afterwards."""
     max_triplets_per_pack: PositiveInt | None = None
-    """Upper bound on the triplets of one pack; 1 turns packing off."""
+    """Most triplets of one pack. null: no limit. 1: no packing."""
+
+
+class TrainingConfig(Section):
+    """Length of the run, batch size, and what happens between steps."""
+
+    global_batch_size: PositiveInt
+    """Triplets per optimizer step, over all ranks."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps of the run. null: `num_train_epochs` decides."""
+    num_train_epochs: PositiveFloat = 1.0
+    """How often the run reads the data, if `max_steps` is null."""
+    eval_steps: PositiveInt | None = None
+    """Evaluate the held-out split every this many steps, and at the end. null: never."""
+    try_largest_pack: bool | None = None
+    """Run forward and backward of the largest pack before the first step, so that a lack of memory shows at once. null:
+    only on GPUs. It takes as long as that pack takes in a step, once for each pipeline stage."""
+    max_skipped_steps_in_a_row: PositiveInt = 10
+    """A step whose loss or gradient is NaN or infinite is skipped: it updates nothing. After this many skipped steps in
+    a row, the run saves the state from before the first of them and ends with an error."""
 
 
 class ParallelConfig(Section):
-    """Megatron-Core's parallel sizes; what remains of the world size is data parallel."""
+    """Megatron-Core's parallel sizes. The rest of the world size is data parallel."""
 
     tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share each layer (TP)."""
     pipeline_model_parallel_size: PositiveInt = 1
+    """Stages that the layers are divided into (PP)."""
     virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None = None
-    """Model chunks per pipeline rank (interleaved schedule); null: one, and the plain schedule."""
+    """Model chunks of each pipeline rank, for the interleaved schedule. null: one chunk and the plain schedule."""
     context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence (CP)."""
     sequence_parallel: bool | None = None
-    """Shards activations outside attention over the tensor-parallel ranks; null: on when TP > 1."""
+    """Divide activations outside attention among the tensor-parallel ranks. null: on if TP is above 1."""
     cp_comm_type: Literal["p2p", "a2a"] = "p2p"
-    """How context-parallel ranks exchange keys and values in Transformer Engine's attention: in a ring (p2p), or by
-    heads (a2a), which needs the heads of a tensor-parallel rank to divide by CP."""
+    """How context-parallel ranks exchange keys and values in Transformer Engine's attention. p2p: in a ring. a2a: by
+    heads; the heads of a tensor-parallel rank must then be a multiple of CP."""
     distributed_timeout_minutes: PositiveFloat = 60.0
-    """After this long a collective fails (gloo) or ends the process (NCCL). The net below `watchdog`, whose limits
-    should be shorter: it says who is missing."""
+    """Minutes until a collective fails (gloo) or ends the process (NCCL). The limits of `watchdog` should be shorter,
+    because the watchdog names the ranks that are missing."""
     recompute_granularity: Literal["selective", "full"] | None = None
-    """Computes activations again in the backward pass: whole layers (full), or `recompute_modules` of each."""
+    """What the backward pass computes again to save memory. null: nothing. full: whole layers. selective:
+    `recompute_modules` of each layer."""
     recompute_method: Literal["uniform", "block"] = "uniform"
+    """Which layers `recompute_granularity: full` means. uniform: all, in groups of `recompute_num_layers`. block: the
+    first `recompute_num_layers` of each pipeline stage."""
     recompute_num_layers: PositiveInt = 1
+    """Layers per group (uniform) or per pipeline stage (block)."""
     recompute_modules: list[Literal["core_attn", "mlp"]] = Field(default=["core_attn"])
     """What `recompute_granularity: selective` computes again."""
     cpu_offloading_num_layers: NonNegativeInt = 0
-    """Layers whose activations wait in host memory for the backward pass; needs a GPU and Transformer Engine."""
+    """Layers whose activations stay in host memory until the backward pass. It needs a GPU and Transformer Engine."""
 
     @property
     def uses_sequence_parallel(self) -> bool:
-        """Whether activations are sharded over the tensor-parallel ranks."""
+        """Whether the tensor-parallel ranks divide the activations outside attention."""
         return self.tensor_model_parallel_size > 1 if self.sequence_parallel is None else self.sequence_parallel
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that share one replica: TP x PP x CP."""
+        """Ranks that share one replica of the model: TP x PP x CP."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
 
-Context = Literal["short", "long"]
-Response = Literal["chosen", "rejected"]
-
-
 class Role(StrEnum):
-    """One sequence of a triplet: the context that the model reads, and the response behind it."""
+    """One sequence of a triplet: a prompt with the short or the long context, and one of the two responses."""
 
     SHORT_CHOSEN = "short_chosen"
     SHORT_REJECTED = "short_rejected"
@@ -203,7 +174,7 @@ class Role(StrEnum):
 
     @property
     def on_short_context(self) -> "Role":
-        """The same response behind the short context."""
+        """The sequence with the same response and the short context."""
         return Role(f"short_{self.response}")
 
 
@@ -223,51 +194,56 @@ class Roles:
 
 
 class ObjectiveConfig(Section):
-    """The loss; every formula is in `megatron_solopo.objective`."""
+    """The loss. `megatron_solopo.objective` holds the formulas."""
 
     name: ObjectiveName = "solopo"
-    """solopo: pair loss on the short context plus reward alignment to the long one; short_po and
-    long_po: the plain pair loss on one of the contexts (long_po is the usual method)."""
+    """solopo: the pair loss on the short context, plus the alignment of rewards between the short and the long context.
+    short_po, long_po: the pair loss alone, on that context. long_po is the usual method."""
     loss_type: LossType = "dpo"
+    """The pair loss, and the reward that belongs to it."""
     beta: PositiveFloat = 0.1
-    """Scale of the reward."""
+    """Scale of the reward. orpo has none."""
     gamma: NonNegativeFloat = 0.5
-    """Target margin of SimPO (TRL's `simpo_gamma`)."""
+    """Target margin of simpo (TRL's `simpo_gamma`)."""
     orpo_lambda: NonNegativeFloat = 1.0
-    """Weight of ORPO's odds-ratio term."""
+    """Weight of the odds-ratio term of orpo (TRL's `beta`)."""
     label_smoothing: float = 0.0
-    """Probability that a preference label is wrong: in [0, 0.5] for dpo (cDPO), in [0, 0.5) for robust; else 0."""
+    """Probability that a preference label is wrong. dpo (as cDPO) takes 0 to 0.5, robust less than 0.5; the other
+    losses take only 0."""
     nll_coefficient: NonNegativeFloat = 0.0
-    """Weight of an added negative log-likelihood per token of the chosen answer."""
+    """Weight of an added negative log-likelihood per token of the chosen response."""
     alpha: NonNegativeFloat | None = None
-    """Weight of the reward alignment; null: the paper's, 3 for dpo and 1 for simpo and
-    orpo, and 1 for the others, which the paper does not treat."""
+    """Weight of the alignment. null: the paper's values, 3 for dpo and 1 for simpo and orpo; 1 for the losses that are
+    not in the paper."""
     align: Literal["chosen", "both"] = "chosen"
-    """Which answers are aligned between the short and the long context."""
+    """Which responses are aligned between the short and the long context."""
     distance: Literal["l1", "l2", "huber"] = "l1"
-    """l1: |gap|; l2: gap squared; huber: quadratic up to `huber_delta`, then linear."""
+    """Distance of the two rewards. l1: |gap|. l2: gap squared. huber: quadratic up to `huber_delta`, then linear."""
     huber_delta: PositiveFloat = 1.0
+    """Gap where `distance: huber` becomes linear."""
     detach_short: bool = False
-    """Stops the alignment's gradient on the short side, so that only the long reward moves."""
+    """Stop the gradient of the alignment on the short side, so that it moves only the long reward."""
 
     @model_validator(mode="after")
-    def _label_smoothing_fits_the_loss(self) -> Self:
+    def _check_label_smoothing(self) -> Self:
         smoothing, loss_type = self.label_smoothing, self.loss_type
         if loss_type not in ("dpo", "robust"):
             if smoothing != 0:
                 raise UserError(
-                    f"label_smoothing={smoothing} has no part in loss_type={loss_type}; "
+                    f"label_smoothing={smoothing} has no effect with loss_type={loss_type}; "
                     "set it to 0, or loss_type to dpo or robust"
                 )
         elif not 0 <= smoothing <= 0.5 or (loss_type == "robust" and smoothing == 0.5):
             legal = "[0, 0.5]" if loss_type == "dpo" else "[0, 0.5)"
-            raise UserError(f"label_smoothing={smoothing} is not in {legal}, legal for loss_type={loss_type}")
+            raise UserError(f"label_smoothing={smoothing} is not in {legal}, which loss_type={loss_type} needs")
         return self
 
     @model_validator(mode="after")
-    def _beta_is_not_orpos_lambda(self) -> Self:
+    def _check_beta(self) -> Self:
         if self.loss_type == "orpo" and self.beta != type(self).model_fields["beta"].default:
-            raise UserError(f"beta={self.beta} has no part in loss_type=orpo; TRL's beta for ORPO is orpo_lambda here")
+            raise UserError(
+                f"beta={self.beta} has no effect with loss_type=orpo; set orpo_lambda, which TRL calls beta"
+            )
         return self
 
     @property
@@ -283,54 +259,59 @@ class ObjectiveConfig(Section):
 
     @property
     def alignment_weight(self) -> float:
-        """`alpha`, or the paper's value for this loss type where it is not set."""
+        """`alpha`, or the paper's value for this loss if `alpha` is null."""
         return _PAPER_ALPHA.get(self.loss_type, 1.0) if self.alpha is None else self.alpha
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reward is measured against a reference model."""
+        """Whether the reward compares the policy with a reference model."""
         return self.loss_type in ("dpo", "ipo", "hinge", "robust")
 
 
 class LogprobConfig(Section):
-    """The response-only head."""
+    """The output layer, which computes the log-probabilities of the responses alone."""
 
     chunk_tokens: PositiveInt = 1024
-    """Response rows projected to the vocabulary at a time; logits never exceed this many rows."""
+    """Most response tokens whose logits exist at the same time."""
 
 
 class ReferenceConfig(Section):
-    """The frozen model that rewards are measured against."""
+    """The frozen model that rewards are compared with."""
 
     model_path: _Path | None = None
-    """Hugging Face directory or Megatron checkpoint; null: the policy's initial weights."""
+    """Hugging Face directory or Megatron checkpoint. null: the initial weights of the policy."""
     cache: _Path | None = None
-    """Directory of the cached log-probs; null: `<run_dir>/reference`."""
+    """Directory of the stored log-probabilities. null: `<run_dir>/reference`."""
 
 
 class OptimizerConfig(Section):
-    """Adam and its schedule, in Megatron-Core's names."""
+    """Adam and its schedule, with Megatron-Core's names."""
 
     lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
     min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the decay."""
     lr_warmup_iters: NonNegativeInt = 0
+    """Steps until the learning rate reaches `lr`."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the decay from `lr` to `min_lr`."""
     weight_decay: NonNegativeFloat = 0.0
     adam_beta1: _Decay = 0.9
     adam_beta2: _Decay = 0.95
     adam_eps: PositiveFloat = 1e-8
     clip_grad: NonNegativeFloat = 1.0
-    """Upper bound of the gradient norm; 0 turns clipping off."""
+    """Largest norm of the gradient; a longer gradient is scaled down to it. 0: no clipping."""
     use_distributed_optimizer: bool = True
-    """Shards the optimizer state over the data-parallel (and context-parallel) ranks."""
+    """Divide the optimizer's state among the data-parallel and context-parallel ranks."""
     optimizer_offload_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the parameters whose float32 weights, moments and update live in host memory (Megatron's hybrid
-    optimizer, `optimizer_cpu_offload`): 16 bytes of host memory each, 4 of them pinned, instead of 12 on the GPU."""
+    """Share of the parameters whose float32 weights, moments and update are on the host (Megatron's hybrid optimizer,
+    `optimizer_cpu_offload`). Each such parameter takes 16 bytes of host memory, 4 of them pinned, instead of 12 bytes
+    on the GPU."""
     grad_reduce_in_fp32: bool = True
-    """Accumulates and reduces gradients in float32; false: in the model's precision, with half the memory."""
+    """Accumulate and reduce gradients in float32. false: in the model's precision, which halves their memory."""
 
     @model_validator(mode="after")
-    def _offload_is_of_the_distributed_optimizer(self) -> Self:
+    def _check_offload(self) -> Self:
         if self.optimizer_offload_fraction and not self.use_distributed_optimizer:
             raise UserError(
                 f"optimizer_offload_fraction={self.optimizer_offload_fraction} needs use_distributed_optimizer=true"
@@ -338,48 +319,87 @@ class OptimizerConfig(Section):
         return self
 
 
-class TrainingConfig(Section):
-    """Length, batch and what happens between steps."""
+class CheckpointConfig(Section):
+    """Megatron distributed checkpoints in `<run_dir>/checkpoints`."""
 
-    global_batch_size: PositiveInt
-    """Triplets per optimizer step, over all ranks."""
-    max_steps: PositiveInt | None = None
-    """Optimizer steps; null: `num_train_epochs` decides."""
-    num_train_epochs: PositiveFloat = 1.0
-    eval_steps: PositiveInt | None = None
-    """Evaluate on the held-out split every this many steps, and at the end; null: never."""
-    try_largest_pack: bool | None = None
-    """Try forward and backward of the largest pack before the first step, so that too little memory shows at once;
-    null: where there is a GPU. It takes about as long as that pack does in a step, once per pipeline stage."""
-    max_skipped_steps_in_a_row: PositiveInt = 10
-    """A step whose loss or gradient is NaN or infinite updates nothing and is skipped; after this many, one after the
-    other, the run ends with an error and the checkpoint from before the first of them."""
+    save_steps: PositiveInt | None = None
+    """Save every this many steps, and at the end. null: only at the end."""
+    every_minutes: PositiveFloat | None = None
+    """Save also when this many minutes have passed since the last save."""
+    must_save_by: str | None = None
+    """Save also before this moment, and continue. An ISO time such as 2030-01-31T18:00 (local unless it names a zone),
+    or `slurm` for the end of the job's time limit. The run leaves twice the time of its slowest step and save, and five
+    minutes until it has seen both."""
+    async_save: bool = False
+    """Continue to train while threads write a copy of the state. The copy needs host memory for this rank's share.
+    `latest` changes when all ranks have written. If a write fails, the run ends at the next step."""
+    keep_last: PositiveInt | None = None
+    """How many of the newest checkpoints stay. null: all. A new checkpoint is complete before an old one is removed."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that are multiples of this stay too."""
+    best_metric: str | None = None
+    """A metric of `metrics.jsonl`, such as eval_loss. `checkpoints/best` names the checkpoint whose step has the lowest
+    value, and that checkpoint stays too."""
+    greater_is_better: bool = False
+    """`checkpoints/best` names the checkpoint with the greatest `best_metric` instead."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint in `<run_dir>/checkpoints`, if there is one. false: refuse a
+    directory that holds a run."""
+    verify: Literal["checksums", "sizes"] = "checksums"
+    """How a checkpoint is checked before it is loaded. checksums: the ranks read every file, each its share. sizes:
+    find only missing and shortened files, without reading them."""
+
+    @field_validator("must_save_by")
+    @classmethod
+    def _check_moment(cls, value: str | None) -> str | None:
+        try:
+            if value not in (None, "slurm"):
+                datetime.fromisoformat(value)
+        except ValueError:
+            raise UserError(f"{value!r} is neither an ISO time, such as 2030-01-31T18:00, nor slurm") from None
+        return value
+
+    @model_validator(mode="after")
+    def _check_what_stays(self) -> Self:
+        if self.keep_every is not None and self.keep_last is None:
+            raise UserError(f"keep_every={self.keep_every} has no effect without keep_last: all checkpoints stay")
+        if self.greater_is_better and self.best_metric is None:
+            raise UserError("greater_is_better=true has no effect without best_metric")
+        return self
 
 
 class WatchdogConfig(Section):
-    """How long a rank may stand still before it writes its stacks, names who did not arrive, and ends with code 86."""
+    """How long a rank may make no progress. After that it writes its stacks, names the missing ranks and exits with 86.
+
+    All limits are in minutes.
+    """
 
     timeout_minutes: PositiveFloat = 10.0
-    """Within one micro-batch, optimizer update, or batch of an evaluation or a reference pass."""
+    """Limit of a micro-batch, an optimizer update, or a batch of an evaluation or of a reference pass."""
     start_timeout_minutes: PositiveFloat = 30.0
-    """Where each of these comes for the first time (weights are read, kernels compiled, ranks connected)."""
+    """Limit of the first of each of these, when weights are read, kernels compiled and ranks connected."""
     save_timeout_minutes: PositiveFloat = 30.0
-    """Within a save."""
+    """Limit of a save."""
 
 
 class LoggingConfig(Section):
-    """Where metrics go besides `metrics.jsonl` and the console."""
+    """Where metrics go, in addition to `metrics.jsonl`, which holds every step."""
 
+    console_steps: PositiveInt = 1
+    """Print a line every this many steps. Skipped steps, evaluations and the last step have a line in any case."""
     tensorboard: bool = True
+    """Write TensorBoard's files to `<run_dir>/tensorboard`."""
     wandb_project: str | None = None
+    """Send the metrics to this project of Weights & Biases. null: do not."""
 
 
 class Config(Section):
     """One run."""
 
     run_dir: _Path
-    """Everything the run writes."""
+    """Directory of everything that the run writes."""
     seed: NonNegativeInt = 1234
+    """Seed of the order of the data and of all random numbers."""
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
@@ -394,5 +414,5 @@ class Config(Section):
 
     @property
     def reference_cache(self) -> Path:
-        """Where the reference log-probs are kept."""
+        """Directory of the reference's stored log-probabilities."""
         return self.reference.cache or self.run_dir / "reference"

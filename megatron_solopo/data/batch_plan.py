@@ -80,7 +80,7 @@ def triplet_sizes(
 
 
 RankPacks = list[list[list[int]]]
-"""Triplet positions, indexed [rank][pack][triplet]."""
+"""Triplet positions, indexed `[rank][pack][triplet]`."""
 
 _SETTLED = 1000
 """Step 4 stops when it can lower the cost of the costliest rank by no more than 1/1000 of the mean cost."""
@@ -104,8 +104,8 @@ def plan_global_batch(
         packs_multiple: Every rank gets a multiple of this number of packs.
 
     Returns:
-        Positions indexed [rank][pack][triplet]. Each position occurs once. Every rank has the same number of packs, and
-        no pack is empty. The costliest pack of each rank comes first, so that a lack of memory shows early.
+        Positions indexed `[rank][pack][triplet]`. Each position occurs once. Every rank has the same number of packs,
+        and no pack is empty. The costliest pack of each rank comes first, so that a lack of memory shows early.
 
     Raises UserError if a triplet is larger than `max_tokens`, or if there are too few triplets to give each rank the
     same number of packs.
@@ -162,8 +162,8 @@ def plan_single_pass(
     the cheapest pack of the plan, which then does not count.
 
     Returns:
-        Positions indexed [rank][pack][triplet], and [rank][pack] whether the pack counts. In the packs that count, each
-        position occurs once.
+        Positions indexed `[rank][pack][triplet]`, and `[rank][pack]` whether the pack counts. In the packs that count,
+        each position occurs once.
 
     Raises UserError if a triplet is larger than `max_tokens`.
     """

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_solopo.data.rows import DEPTHS_FIELD, RESPONSE_FIELDS, Kind
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, first_problem
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
@@ -133,12 +133,12 @@ def _read_manifest(path: Path) -> PreparedManifest:
     try:
         return PreparedManifest.model_validate_json(text)
     except ValidationError as error:
-        details = error.errors()
-        detail = next((item for item in details if item["loc"] == ("format_version",)), details[0])
-        key = ".".join(str(part) for part in detail["loc"])
-        if key == "format_version" and detail["type"] != "missing":
-            raise _unusable(path, f"format version {detail['input']}, this program reads {FORMAT_VERSION}") from None
-        raise _unusable(path, f"{MANIFEST_NAME} is damaged ({': '.join(filter(None, (key, detail['msg'])))})") from None
+        wrong = {detail["loc"]: detail for detail in error.errors(include_url=False)}
+        version = wrong.get(("format_version",))
+        if version is not None and version["type"] != "missing":
+            found = f"format version {version['input']}, this program reads {FORMAT_VERSION}"
+            raise _unusable(path, found) from None
+        raise _unusable(path, f"{MANIFEST_NAME} is damaged ({first_problem(error, 'the whole file')})") from None
 
 
 def _load_split(path: Path, name: str, rows: int, manifest: PreparedManifest) -> Dataset:

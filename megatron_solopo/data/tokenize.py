@@ -8,17 +8,19 @@
 All tables are memory-mapped: no step holds the file in memory.
 """
 
+import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
 from megatron_solopo import __version__
-from megatron_solopo.data.encode import check_template, tokenize_rows
 from megatron_solopo.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -28,20 +30,31 @@ from megatron_solopo.data.prepared import (
     is_prepared,
     token_lengths,
 )
-from megatron_solopo.data.rows import RESPONSE_FIELDS, Kind, ValidationReport, validate_file
+from megatron_solopo.data.rows import (
+    DEPTHS_FIELD,
+    PROMPT_FIELDS,
+    RESPONSE_FIELDS,
+    Content,
+    Kind,
+    ValidationReport,
+    read_rows,
+    validate_file,
+)
 from megatron_solopo.data.settings import PrepareSettings, Template
-from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_solopo.data.tokenizer import Tokenizer, check_template, load_tokenizer, tokenize_row
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, remove, sha256_file, sha256_json, write_json
 
 _SHOWN = 5
+# Rows of 128K tokens are 1.5 MB, so the writer holds few of them.
+_WRITER_BATCH_ROWS = 64
 
 
 def prepare(settings: PrepareSettings) -> PreparedManifest:
     """Validate, tokenize and split a file of triplets or pairs. The output is complete or absent.
 
-    Raises UserError for bad rows, for rows that are too long, if the tokenizer lacks what the template needs, if no
-    row remains, and if the output exists.
+    Raises UserError if a row is bad or too long, if no row remains, or if the output exists. Also raises it if the
+    tokenizer lacks what the template needs.
     """
     _check_output(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
@@ -196,3 +209,75 @@ def _statistics(lengths: NDArray[np.int64]) -> LengthStatistics:
     """Percentiles that are lengths of rows, not averages of two."""
     median, p95 = np.percentile(lengths, [50, 95], method="inverted_cdf")
     return LengthStatistics(min=int(lengths.min()), median=int(median), p95=int(p95), max=int(lengths.max()))
+
+
+def tokenize_rows(
+    path: Path,
+    kind: Kind,
+    tokenizer_path: str,
+    tokenizer_fingerprint: str,
+    template: Template,
+    *,
+    num_proc: int,
+    work: Path,
+) -> Dataset:
+    """Tokenize a valid file into Arrow files under `work`, row by row in the file's order.
+
+    Columns: id, line, problem, evidence_depths and the token columns. If a row cannot be tokenized, `problem` says why
+    and the token columns are empty. For all other rows `problem` is "".
+    """
+    carried = {"id": Value("string"), "line": Value("int64"), DEPTHS_FIELD: List(Value("float32"))}
+    rows = Dataset.from_generator(
+        _generate_rows,
+        features=Features({**carried, "contents": Value("large_string")}),
+        gen_kwargs={"path": path},
+        cache_dir=str(work),
+        writer_batch_size=_WRITER_BATCH_ROWS,
+    )
+    tokens = {name: List(Value("int32")) for name in (*PROMPT_COLUMNS[kind], *RESPONSE_FIELDS)}
+    return rows.map(
+        _tokenize_record,
+        fn_kwargs={
+            "kind": kind,
+            "tokenizer_path": tokenizer_path,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "template": template,
+        },
+        features=Features({**carried, "problem": Value("string"), **tokens}),
+        remove_columns=["contents"],
+        num_proc=num_proc if num_proc > 1 else None,
+        cache_file_name=str(work / "tokens.arrow"),
+        load_from_cache_file=False,
+        writer_batch_size=_WRITER_BATCH_ROWS,
+        desc="Tokenizing",
+    )
+
+
+def _generate_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows in one Arrow schema for strings and messages: the contents are JSON."""
+    for row in read_rows(path):
+        assert not row.errors and row.id is not None
+        carried = {"id": row.id, "line": row.line, DEPTHS_FIELD: row.evidence_depths}
+        yield {**carried, "contents": json.dumps(row.contents)}
+
+
+def _tokenize_record(
+    record: dict[str, Any], kind: Kind, tokenizer_path: str, tokenizer_fingerprint: str, template: Template
+) -> dict[str, Any]:
+    contents: dict[str, Content] = json.loads(record["contents"])
+    prompts = {column: contents[name] for column, name in zip(PROMPT_COLUMNS[kind], PROMPT_FIELDS[kind], strict=True)}
+    responses = {name: contents[name] for name in RESPONSE_FIELDS}
+    tokenizer = _process_tokenizer(tokenizer_path, tokenizer_fingerprint)
+    problem = ""
+    try:
+        ids = tokenize_row(prompts, responses, tokenizer, template)
+    except UserError as error:
+        ids = {name: [] for name in (*prompts, *responses)}
+        problem = str(error)
+    return {"problem": problem} | {name: np.asarray(tokens, np.int32) for name, tokens in ids.items()}
+
+
+@lru_cache(maxsize=1)
+def _process_tokenizer(path: str, fingerprint: str) -> Tokenizer:
+    """One tokenizer per worker process. The fingerprint tells a replaced directory from the old one."""
+    return load_tokenizer(path)

@@ -1,4 +1,9 @@
-"""Tokenizers behind one protocol: Hugging Face directories and SentencePiece models."""
+"""Tokenizers, and how prompts and responses become tokens.
+
+Hugging Face directories and SentencePiece models have one protocol. A prompt and its response are encoded separately,
+by the chat template or as plain text. So no token crosses their boundary, and a response has the same tokens behind the
+short and the long prompt.
+"""
 
 import json
 import traceback
@@ -6,12 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jinja2 import TemplateError
 from sentencepiece import SentencePieceProcessor
 
 from megatron_solopo.architecture.model_directory import huggingface_directory
+from megatron_solopo.data.rows import Content, Message
+from megatron_solopo.data.settings import Template
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
 
@@ -21,24 +28,39 @@ _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"
 _NO_LIMIT = 1 << 60
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ABC):
     """What the project needs of a tokenizer. Token ids are ints in [0, vocab_size)."""
 
-    @property
-    def eos_token_id(self) -> int | None:
-        """The token that ends a text, or None if the tokenizer has none."""
+    eos_token_id: int | None
+    """The token that ends a text, or None if the tokenizer has none."""
+    vocab_size: int
+    """One more than the largest token id, added tokens included."""
+    fingerprint: str
+    """Hex SHA-256 of everything that decides token ids. The chat template is not part of it."""
+    chat_template: str | None
+    """The text of the chat template, or None if the tokenizer has none."""
+    _prefix: list[int]
+    """The usual tokens before a text (BOS)."""
 
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest token id, added tokens included."""
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
 
-    @property
-    def fingerprint(self) -> str:
-        """Hex SHA-256 of everything that decides token ids. The chat template is not part of it."""
+    @abstractmethod
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
+        """Messages as the chat template writes them, or None if the tokenizer has no template.
 
-    @property
-    def chat_template(self) -> str | None:
-        """The text of the chat template, or None if the tokenizer has none."""
+        Raises UserError with the template's reason if it refuses the messages.
+        """
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _piece(self, token_id: int) -> str: ...
+
+    def _count(self, text: str) -> int:
+        return len(self._encode(text))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Tokens of a text that starts a sequence.
@@ -46,25 +68,38 @@ class Tokenizer(Protocol):
         Args:
             add_special_tokens: Put the usual tokens (BOS) before the text. No token is ever put after it.
         """
+        ids = self._encode(text)
+        return self._prefix + ids if add_special_tokens else ids
 
     def count(self, text: str, *, add_special_tokens: bool) -> int:
         """Number of tokens that `encode` makes. It takes less time and memory for a long text."""
+        return self._count(text) + (len(self._prefix) if add_special_tokens else 0)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Tokens of a text that follows other text, without special tokens.
 
         `encode` is not enough: a tokenizer that marks the start of words puts a space before a text that has none.
-        That space would come between a prompt and its response.
+        That space would come between a prompt and its response. So the text is encoded behind an anchor, whose tokens
+        are cut off: encode(anchor + text) begins with encode(anchor), unless tokens of the two merge. The rest is the
+        same for every anchor that does not merge, because no merge and no best segmentation crosses that boundary.
         """
+        if not self._puts_space_before_text:
+            return self._encode(text)
+        for anchor, head in self._anchor_heads.items():
+            ids = self._encode(anchor + text)
+            if ids[: len(head)] == head:
+                return ids[len(head) :]
+        raise UserError(f"the tokenizer cannot encode {text[:40]!r} without a space before it")
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens."""
+    @cached_property
+    def _puts_space_before_text(self) -> bool:
+        probe = self._encode("a")
+        return bool(probe) and self._piece(probe[0]).startswith(_WORD_START)
 
-    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
-        """Messages as the chat template writes them, or None if the tokenizer has no template.
-
-        Raises UserError with the template's reason if it refuses the messages.
-        """
+    @cached_property
+    def _anchor_heads(self) -> dict[str, list[int]]:
+        heads = {anchor: self._encode(anchor) for anchor in _ANCHORS}
+        return {anchor: head for anchor, head in heads.items() if head and self.decode(head) == anchor}
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
@@ -88,56 +123,7 @@ def raised_in_template(error: Exception) -> bool:
     return isinstance(error, TemplateError) or any(frame.filename == "<template>" for frame in frames)
 
 
-class _LocalTokenizer(ABC):
-    """The common part of both kinds: the usual prefix, and continuations without a space before them."""
-
-    _prefix: list[int]
-
-    @abstractmethod
-    def _encode(self, text: str) -> list[int]: ...
-
-    @abstractmethod
-    def _piece(self, token_id: int) -> str: ...
-
-    @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids = self._encode(text)
-        return self._prefix + ids if add_special_tokens else ids
-
-    def count(self, text: str, *, add_special_tokens: bool) -> int:
-        return self._count(text) + (len(self._prefix) if add_special_tokens else 0)
-
-    def _count(self, text: str) -> int:
-        return len(self._encode(text))
-
-    def encode_continuation(self, text: str) -> list[int]:
-        """Encode the text behind an anchor and cut the anchor's tokens off.
-
-        encode(anchor + text) begins with encode(anchor), unless tokens of the two merge. The rest is the continuation.
-        It is the same for every anchor that does not merge: no merge and no best segmentation crosses that boundary.
-        """
-        if not self._puts_space_before_text:
-            return self._encode(text)
-        for anchor, head in self._anchor_heads.items():
-            ids = self._encode(anchor + text)
-            if ids[: len(head)] == head:
-                return ids[len(head) :]
-        raise UserError(f"the tokenizer cannot encode {text[:40]!r} without a space before it")
-
-    @cached_property
-    def _puts_space_before_text(self) -> bool:
-        probe = self._encode("a")
-        return bool(probe) and self._piece(probe[0]).startswith(_WORD_START)
-
-    @cached_property
-    def _anchor_heads(self) -> dict[str, list[int]]:
-        heads = {anchor: self._encode(anchor) for anchor in _ANCHORS}
-        return {anchor: head for anchor, head in heads.items() if head and self.decode(head) == anchor}
-
-
-class _HuggingFaceTokenizer(_LocalTokenizer):
+class _HuggingFaceTokenizer(Tokenizer):
     """A tokenizer directory as `save_pretrained` writes it."""
 
     def __init__(self, path: Path) -> None:
@@ -149,13 +135,13 @@ class _HuggingFaceTokenizer(_LocalTokenizer):
                 path, local_files_only=True, trust_remote_code=False, model_max_length=_NO_LIMIT
             )
             has_template = bool(self._tokenizer.chat_template)
-            self.chat_template: str | None = self._tokenizer.get_chat_template() if has_template else None
+            self.chat_template = self._tokenizer.get_chat_template() if has_template else None
         # Each kind of damaged file leads to another error, and the Rust library raises plain Exceptions.
         except Exception as error:
             raise UserError(f"{path}: no loadable tokenizer: {' '.join(str(error).split())}") from error
         self._path = path
-        self.eos_token_id: int | None = self._tokenizer.eos_token_id
-        self.vocab_size: int = max(self._tokenizer.get_vocab().values()) + 1
+        self.eos_token_id = self._tokenizer.eos_token_id
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.fingerprint = sha256_json(self._identity())
         self._prefix = self._usual_prefix()
 
@@ -214,10 +200,10 @@ class _HuggingFaceTokenizer(_LocalTokenizer):
         return {"rules": rules, "eos_token_id": self.eos_token_id, "class": type(self._tokenizer).__name__}
 
 
-class _SentencePieceTokenizer(_LocalTokenizer):
+class _SentencePieceTokenizer(Tokenizer):
     """A `.model` file. It normalises text (many models collapse spaces). The usual prefix is BOS, if it exists."""
 
-    chat_template: str | None = None
+    chat_template = None
 
     def __init__(self, path: Path) -> None:
         try:
@@ -225,7 +211,7 @@ class _SentencePieceTokenizer(_LocalTokenizer):
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path}: not a SentencePiece model: {' '.join(str(error).split())}") from error
         self.eos_token_id = self._known(self._processor.eos_id())
-        self.vocab_size: int = self._processor.get_piece_size()
+        self.vocab_size = self._processor.get_piece_size()
         self.fingerprint = sha256_file(path)
         bos = self._known(self._processor.bos_id())
         self._prefix = [] if bos is None else [bos]
@@ -248,3 +234,92 @@ class _SentencePieceTokenizer(_LocalTokenizer):
     @staticmethod
     def _known(token_id: int) -> int | None:
         return token_id if token_id >= 0 else None
+
+
+def tokenize_row(
+    prompts: dict[str, Content], responses: dict[str, Content], tokenizer: Tokenizer, template: Template
+) -> dict[str, list[int]]:
+    """Token ids of one row's prompts and responses, by name.
+
+    Raises UserError if the template refuses the messages, if a text has no tokens, or if the responses are equal.
+    """
+    if template == "chat":
+        texts = _render(prompts, responses, tokenizer)
+        ids = {name: tokenizer.encode(texts[name], add_special_tokens=False) for name in prompts}
+        ids |= {name: tokenizer.encode_continuation(texts[name]) for name in responses}
+        ends: list[int] = []
+    else:
+        assert tokenizer.eos_token_id is not None
+        ids = {name: tokenizer.encode(str(text), add_special_tokens=True) for name, text in prompts.items()}
+        ids |= {name: tokenizer.encode_continuation(str(text)) for name, text in responses.items()}
+        ends = [tokenizer.eos_token_id]
+    for name, tokens in ids.items():
+        if not tokens:
+            raise UserError(f"{name}: tokenizes to nothing")
+    if ids["chosen"] == ids["rejected"]:
+        raise UserError("rejected: has the same tokens as chosen")
+    return {name: tokens + ends if name in responses else tokens for name, tokens in ids.items()}
+
+
+def _render(prompts: dict[str, Content], responses: dict[str, Content], tokenizer: Tokenizer) -> dict[str, str]:
+    """Texts by the chat template: prompts up to the start of the answer, responses from there on."""
+    texts: dict[str, str] = {}
+    for prompt_name, prompt in prompts.items():
+        texts[prompt_name] = render_prompt(prompt, tokenizer)
+        for name, response in responses.items():
+            text = render_response(prompt, response, tokenizer, names=(prompt_name, name))
+            if texts.setdefault(name, text) != text:
+                raise UserError(f"{name}: the chat template writes it differently behind {prompt_name}")
+    return texts
+
+
+def render_prompt(prompt: Content, tokenizer: Tokenizer) -> str:
+    """A prompt by the chat template, up to the start of the answer. The tokenizer must have a template."""
+    text = tokenizer.render_chat(_as_messages(prompt, "user"), add_generation_prompt=True)
+    assert text is not None
+    return text
+
+
+def template_of(prompt: Content) -> Template:
+    """The template that `--template auto` chooses for a prompt."""
+    return "plain" if isinstance(prompt, str) else "chat"
+
+
+def encode_prompt(prompt: Content, tokenizer: Tokenizer, template: Template) -> list[int]:
+    """Token ids of a prompt up to the start of the answer."""
+    if template == "plain":
+        return tokenizer.encode(str(prompt), add_special_tokens=True)
+    return tokenizer.encode(render_prompt(prompt, tokenizer), add_special_tokens=False)
+
+
+def render_response(
+    prompt: Content, response: Content, tokenizer: Tokenizer, *, names: tuple[str, str] = ("the prompt", "response")
+) -> str:
+    """A response by the chat template, from the end of `render_prompt(prompt)` on.
+
+    Args:
+        names: Names of the prompt and the response in an error.
+
+    Raises UserError if the template writes the prompt differently once an answer follows.
+    """
+    prompt_text = render_prompt(prompt, tokenizer)
+    messages = _as_messages(prompt, "user") + _as_messages(response, "assistant")
+    whole = tokenizer.render_chat(messages, add_generation_prompt=False)
+    assert whole is not None
+    if not whole.startswith(prompt_text):
+        raise UserError(f"{names[1]}: the chat template does not write {names[0]} with an answer as it does without")
+    return whole[len(prompt_text) :]
+
+
+def check_template(template: Template, tokenizer: Tokenizer, tokenizer_path: str) -> None:
+    """Raise UserError if the tokenizer lacks what the template needs."""
+    if template == "chat" and tokenizer.chat_template is None:
+        raise UserError(
+            f"{tokenizer_path}: has no chat template; use another tokenizer, or strings and --template plain"
+        )
+    if template == "plain" and tokenizer.eos_token_id is None:
+        raise UserError(f"{tokenizer_path}: has no end-of-sequence token, which --template plain puts after a response")
+
+
+def _as_messages(content: Content, role: str) -> list[Message]:
+    return [{"role": role, "content": content}] if isinstance(content, str) else content

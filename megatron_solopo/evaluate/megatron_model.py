@@ -21,7 +21,7 @@ from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.data.tokenizer import Tokenizer
-from megatron_solopo.generate.model import Answer, Build, Item, Keep, Request
+from megatron_solopo.generate.model import Answered, Build, Item, Keep
 from megatron_solopo.generate.transformers import LocalModel, build_all, end_tokens
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
@@ -111,9 +111,6 @@ class MegatronModel(LocalModel):
         nothing = torch.zeros((), device=logits_B1V.device)
         count = torch.ones((), dtype=torch.int, device=logits_B1V.device)
         return nothing, count, logits_B1V[:, -1, : self._vocab_size].argmax(dim=-1)
-
-
-Answered = tuple[Request, list[Answer], float]
 
 
 def share_time(gathered: Sequence[Sequence[Answered]]) -> list[Answered]:

@@ -1,8 +1,9 @@
 """Preferences on held-out triplets: does a model rank the right answer first, in the short and in the long context?
 
-model -> log-probability of both answers behind both contexts, one forward pass per role, under any layout
-      -> rewards by the run's loss type, against its reference model where that has a part
-      -> accuracies, margins and gaps by length and by depth of the evidence: .json, one .jsonl line per triplet, .png
+1. Compute the log-probability of both answers behind both contexts, with one forward pass per role, under any layout.
+2. Turn them into rewards by the run's loss type, against its reference model if the loss type needs one.
+3. Write accuracies, margins and gaps by length and depth of the evidence (.json), a line per triplet (.jsonl) and a
+   picture (.png).
 """
 
 import json
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from megatron_solopo.config import Config, OptimizerConfig, Role
 from megatron_solopo.data.batch_plan import IntArray
-from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.rewards import TripletColumn, summarise_groups, triplet_columns
 from megatron_solopo.files import atomic_path, check_writable, sha256_json
 from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel import topology as process_groups
+from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.report.evaluation_pictures import draw_preference
 from megatron_solopo.results.preference import PreferenceResults, read_preference
@@ -30,7 +32,7 @@ from megatron_solopo.results.results_file import EVALUATION_FOLDER, origin
 from megatron_solopo.run_directory import Subject
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.reference import reference_dependencies, reference_logprobs, score_sequences
-from megatron_solopo.train.run_data import Splits
+from megatron_solopo.train.run_data import RunDatasets
 from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.step import ReferenceLogprobs
 
@@ -42,21 +44,20 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
     """Evaluate on all ranks together; rank 0 writes `output` and, beside it, `.jsonl` and `.png`.
 
     Args:
-        subject: the model that is evaluated.
-        config: names data, objective, reference model, precision and layout.
-        split: of the prepared data.
-        output: ends in .json; it is replaced if it holds an earlier evaluation of the same model and data.
+        subject: The model that is evaluated.
+        config: Names data, objective, reference model, precision and layout.
+        output: Ends in .json. It is replaced if it holds an earlier evaluation of the same model and data.
 
-    Returns what the file holds, on every rank.
+    Returns the content of the file, on every rank.
 
-    Raises UserError for what does not fit, FloatingPointError where the model's numbers are not finite.
+    Raises UserError for a config, data or output that do not fit, or rewards that are not finite.
     """
     settings = _evaluation_config(subject, config, split)
-    model, topology, splits = check_and_join(settings)
-    dataset = splits.datasets[split]
+    model, topology, datasets = check_and_join(settings)
+    dataset = datasets.by_split[split]
     try:
-        _refuse_together(output, settings, splits.manifest.fingerprint, split)
-        logps, references = _score(settings, model, Splits(splits.manifest, {split: dataset}), split, topology)
+        on_rank_0(lambda: _check_output(output, settings, datasets.manifest.fingerprint, split))
+        logps, references = _score(settings, model, RunDatasets(datasets.manifest, {split: dataset}), split, topology)
         is_writer, data_parallel_size = dist.get_rank() == 0, topology.data_group.size()
     finally:
         process_groups.destroy(topology)
@@ -72,7 +73,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
         run_dir=None if subject.run_dir is None else str(subject.run_dir),
         step=subject.step,
         data=str(config.data.path),
-        data_fingerprint=splits.manifest.fingerprint,
+        data_fingerprint=datasets.manifest.fingerprint,
         split=split,
         loss_type=settings.objective.loss_type,
         beta=settings.objective.beta,
@@ -88,7 +89,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
 
 
 def _evaluation_config(subject: Subject, config: Config, split: Split) -> Config:
-    """The config under which `subject` is scored: both answers behind both contexts, the reference as `config` has it.
+    """The config to score `subject` with: both answers behind both contexts, and the reference model of `config`.
 
     Raises UserError if the data have no such split.
     """
@@ -113,25 +114,12 @@ def _evaluation_config(subject: Subject, config: Config, split: Split) -> Config
 
 
 def default_output(subject: Subject, config: Config) -> Path:
-    """`<run>/evaluation/preference-<checkpoint>.json`, in the run of the model or else of the config."""
+    """`RUN/evaluation/preference-CHECKPOINT.json`, in the run of the model, or of the config for a model of no run."""
     return (subject.run_dir or config.run_dir) / EVALUATION_FOLDER / f"preference-{subject.name}.json"
 
 
-def _refuse_together(path: Path, config: Config, fingerprint: str, split: Split) -> None:
-    """`_check_output` on rank 0 for all: on a shared file system the ranks need not see the same."""
-    found: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            _check_output(path, config, fingerprint, split)
-        except ValueError as error:
-            found = [str(error)]
-    dist.broadcast_object_list(found, src=0)
-    if found[0] is not None:
-        raise UserError(found[0])
-
-
 def _check_output(path: Path, config: Config, fingerprint: str, split: Split) -> None:
-    """Raise ValueError if it cannot be written, or if another evaluation there would be lost."""
+    """Raise UserError if the file cannot be written, or if it holds another evaluation, which would be lost."""
     if path.suffix != ".json":
         raise UserError(f"--output {path}: must end in .json")
     check_writable(path.parent, "--output")
@@ -157,18 +145,21 @@ def _layout(config: Config, data_parallel_size: int) -> dict[str, int]:
 
 
 def _score(
-    config: Config, model: ResolvedModel, splits: Splits, split: str, topology: Topology
+    config: Config, model: ResolvedModel, datasets: RunDatasets, split: str, topology: Topology
 ) -> tuple[ReferenceLogprobs, ReferenceLogprobs | None]:
     """Log-probabilities of the model, and of the reference model where rewards need it."""
     references = None
     if config.objective.needs_reference:
-        # A cache for each of what it depends on: evaluations of a run's checkpoints share one, and none is ever stale.
-        digest = sha256_json(reference_dependencies(config, model, splits))[:12]
+        # The name depends on everything that decides the numbers. So the checkpoints of a run share a cache, and no
+        # cache is ever out of date.
+        digest = sha256_json(reference_dependencies(config, model, datasets))[:12]
         cache = config.run_dir / EVALUATION_FOLDER / f"reference-{split}-{digest}"
         cached = config.model_copy(update={"reference": config.reference.model_copy(update={"cache": cache})})
-        references = reference_logprobs(cached, model, splits, topology, apart=True)[split]
+        references = reference_logprobs(cached, model, datasets, topology, separate_roles=True)[split]
     chunks = load_frozen(model, topology, chunk_tokens=config.logprob.chunk_tokens)
-    return score_sequences(config, chunks, splits.datasets[split], topology, "evaluation", apart=True), references
+    return score_sequences(
+        config, chunks, datasets.by_split[split], topology, "evaluation", separate_roles=True
+    ), references
 
 
 def _by_role(logprobs: ReferenceLogprobs) -> dict[Role, Tensor]:
@@ -198,7 +189,7 @@ def _write(
     columns: Mapping[str, TripletColumn],
     depths: Sequence[Sequence[float]],
 ) -> None:
-    """The JSON file last: where it is, the others are."""
+    """Write all files; the JSON file last, since it tells that the others are there."""
     table = {name: values.tolist() for name, values in {**tokens, **columns}.items()}
     with atomic_path(path.with_suffix(".jsonl")) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for row, name in enumerate(dataset.ids(range(len(dataset)))):

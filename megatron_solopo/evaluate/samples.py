@@ -11,9 +11,8 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from megatron_solopo.data.encode import check_template, template_of
 from megatron_solopo.data.rows import Content
-from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.data.tokenizer import Tokenizer, check_template, template_of
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.statistics import bucket_bound
 from megatron_solopo.generate.scoring import Score
@@ -87,8 +86,7 @@ DEFAULT_ROOM = 256
 
 def _not_blank(answer: str) -> str:
     if not answer.strip():
-        # pydantic adds the field and turns it into a ValidationError.
-        raise ValueError("is blank, and would be found in every response")
+        raise UserError("is blank, and would be found in every response")
     return answer
 
 

@@ -58,6 +58,8 @@ class RequestFailed(Exception):
     """No answer came after all retries; the message says why."""
 
 
+Answered = tuple[Request, list[Answer], float]
+"""A request, its answers, and their share of the wall time in seconds."""
 Item = TypeVar("Item")
 Build = Callable[[Item], Request | None]
 """Makes the request of an item; None where it cannot be made, and then the item is skipped."""

@@ -12,12 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from megatron_solopo.data.encode import encode_prompt, template_of
-from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.data.tokenizer import Tokenizer, encode_prompt, template_of
 from megatron_solopo.errors import UserError
-from megatron_solopo.generate.model import Answer, Build, Item, Keep, Request
+from megatron_solopo.generate.model import Answer, Answered, Build, Item, Keep, Request
 
 # transformers' own are not typed.
 _AUTO_MODEL: Any = AutoModelForCausalLM
@@ -47,7 +46,7 @@ class LocalModel(ABC):
             for request, answers, seconds in self.answer_batch(build_all(batch, build)):
                 keep(request, answers, seconds)
 
-    def answer_batch(self, requests: Sequence[Request]) -> list[tuple[Request, list[Answer], float]]:
+    def answer_batch(self, requests: Sequence[Request]) -> list[Answered]:
         """Each request with its answers and seconds; the prompts must be equally long."""
         if not requests:
             return []
@@ -92,7 +91,7 @@ class TransformersModel(LocalModel):
         # Penalties or a top_k of the model's own file would change the distribution.
         self._model.generation_config = _GENERATION_CONFIG()
 
-    def answer_batch(self, requests: Sequence[Request]) -> list[tuple[Request, list[Answer], float]]:
+    def answer_batch(self, requests: Sequence[Request]) -> list[Answered]:
         """See `LocalModel`."""
         if self._sampling["do_sample"]:
             (request,) = requests
@@ -162,13 +161,16 @@ def _no_model(path: Path | str, reason: object) -> UserError:
 def end_tokens(path: Path | str, tokenizer: Tokenizer) -> set[int]:
     """The tokens that end an answer: the tokenizer's, and those of the model's generation settings.
 
-    Llama 3 has several.
+    Llama 3 has several. Raises UserError for settings that transformers cannot read.
     """
     try:
-        settings = _GENERATION_CONFIG.from_pretrained(path, local_files_only=True)
-    except OSError:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        settings = _GENERATION_CONFIG.from_model_config(config)
+        if (Path(path) / GENERATION_CONFIG_NAME).is_file():
+            settings = _GENERATION_CONFIG.from_pretrained(path, local_files_only=True)
+        else:
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            settings = _GENERATION_CONFIG.from_model_config(config)
+    except (OSError, ValueError) as error:
+        raise _no_model(path, error) from None
     named = settings.eos_token_id
     ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
     return {int(end) for end in ends if end is not None}

@@ -251,7 +251,7 @@ class Solopo:
         )
         if not args.eval_iters:
             return train, None, None
-        if "eval" not in self.task.splits.datasets:
+        if "eval" not in self.task.datasets.by_split:
             raise UserError(
                 f"--eval-iters={args.eval_iters}, but {self.config.data.path} has no held-out split; "
                 "set it to 0, or prepare the data with --eval-count"

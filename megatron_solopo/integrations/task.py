@@ -26,7 +26,7 @@ from megatron_solopo.parallel.megatron_internals import pipeline_settings, set_r
 from megatron_solopo.parallel.topology import Topology, current
 from megatron_solopo.train.metrics import reduce_sums
 from megatron_solopo.train.reference import cached_reference
-from megatron_solopo.train.run_data import load_splits, training_batches
+from megatron_solopo.train.run_data import load_run_datasets, training_batches
 from megatron_solopo.train.step import LossFunction, forward_microbatch, objective_loss
 
 
@@ -119,12 +119,13 @@ class PreferenceTask:
         self.model = ResolvedModel(
             config.model, config.parallel, self.architecture, uses_transformer_engine(config.model)
         )
-        self.splits = load_splits(config, self.architecture)
+        self.datasets = load_run_datasets(config, self.architecture)
         self.metric_names = metric_names(config.objective)
         """Names of the metrics in a report, in its order. `megatron_solopo.objective` explains them."""
-        references = cached_reference(config, self.model, self.splits) if config.objective.needs_reference else {}
+        references = cached_reference(config, self.model, self.datasets) if config.objective.needs_reference else {}
         self._losses: dict[str, Callable[[Microbatch], LossFunction]] = {
-            name: objective_loss(config.objective, references.get(name), self.topology) for name in self.splits.datasets
+            name: objective_loss(config.objective, references.get(name), self.topology)
+            for name in self.datasets.by_split
         }
 
     def prepare_model(self, model: Any) -> Any:
@@ -153,7 +154,7 @@ class PreferenceTask:
         """
         return training_batches(
             self.config,
-            self.splits.datasets[split],
+            self.datasets.by_split[split],
             self.topology,
             global_batch_size=global_batch_size,
             packs_multiple=packs_multiple,

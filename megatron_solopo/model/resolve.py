@@ -4,9 +4,8 @@ import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_solopo.architecture.fp8 import check_fp8
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
-from megatron_solopo.architecture.layout import check_layout
+from megatron_solopo.architecture.layout import check_fp8, check_layout
 from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.cpu import is_cpu

@@ -8,15 +8,21 @@ import warnings
 
 from megatron_solopo.parallel import cpu
 
+# Warnings of Megatron-Core's that no user of this package can act on. All others are shown.
+_IGNORED_WARNINGS = (
+    # Up to six modules of every process say so. `megatron-solopo doctor` reports both libraries.
+    r"(Transformer Engine and Apex are|Apex is) not installed\. Falling back to",
+    # Megatron's default value of a setting that this package does not use.
+    r"full scope is deprecated\. Use empty cuda_graph_scope",
+    # The optimizer asks every tensor for its gradient, also those that have none.
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+)
 
-def _ignore_missing_libraries() -> None:
-    """Silence Megatron's warnings that Apex and Transformer Engine are not installed, and no others.
 
-    Megatron raises them in up to six modules of every process. `megatron-solopo doctor` reports both libraries.
-    """
-    message = r"(Transformer Engine and Apex are|Apex is) not installed\. Falling back to"
-    warnings.filterwarnings("ignore", message, UserWarning, module=r"megatron\.core\.")
+def _ignore_warnings() -> None:
+    for message in _IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message, UserWarning, module=r"megatron\.core\.")
 
 
-_ignore_missing_libraries()
+_ignore_warnings()
 cpu.adapt_if_needed()

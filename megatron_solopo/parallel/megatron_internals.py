@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import megatron.core
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -30,6 +32,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from packaging.version import Version
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_solopo.parallel.cpu import is_cpu
 
@@ -360,6 +363,59 @@ class _PlanKeeper(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *strategy: Any) -> Any:
         self.writer, self.metadata = writer, planned[1]
         return super()._get_save_and_finalize_callbacks(writer, planned, *strategy)
+
+
+# --- one rank without memory and without the other ranks ---
+
+
+@contextmanager
+def simulated_rank(rank: int, world_size: int) -> Iterator[None]:
+    """Within the block, this process is one of `world_size` ranks of which no other exists.
+
+    Collectives return at once and move nothing.
+    Versions: 0.16 and 0.19. Megatron makes some of its groups on gloo by name, which waits for the other ranks. The
+    fake backend is torch's own, made for its tests (`torch/testing/_internal/distributed/fake_pg.py`).
+    Upstream: `megatron/core/parallel_state.py`.
+    """
+    assert not dist.is_initialized()
+    new_group = dist.new_group
+
+    def without_gloo(*args: Any, **kwargs: Any) -> Any:
+        return new_group(*args, **kwargs | {"backend": None})
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        with mock.patch.object(dist, "new_group", without_gloo):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def megatron_on_meta() -> Iterator[None]:
+    """Within the block, tensors are made without memory, also where Megatron asks for the current CUDA device.
+
+    Versions: 0.16 and 0.19. The distributed optimizer asserts the name of a gradient's type. The response rows stay
+    real tensors, because the number of rows is read from them.
+    Upstream: `megatron/core/optimizer/clip_grads.py`.
+    """
+    meta = torch.device("meta")
+    select, tensor_type = Tensor.index_select, Tensor.type
+
+    def select_on_meta(self: Tensor, dim: int, index: Tensor) -> Tensor:
+        return select(self, dim, index.to(self.device))
+
+    def type_as_on_cuda(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = tensor_type(self, *args, **kwargs)
+        return f"torch.cuda.{result.rpartition('.')[2]}" if isinstance(result, str) else result
+
+    with (
+        mock.patch.object(torch.cuda, "current_device", lambda: meta),
+        mock.patch.object(Tensor, "index_select", select_on_meta),
+        mock.patch.object(Tensor, "type", type_as_on_cuda),
+        meta,
+    ):
+        yield
 
 
 # --- megatron.training (its wheel is part of megatron-core since 0.19) ---

@@ -1,10 +1,12 @@
 """Bytes that forward keeps for backward, by what keeps them.
 
-Two tables, one per implementation of the layers. `local` (plain PyTorch, what a CPU runs) was read off the tensors that
-autograd saves, and tests hold it against them. `transformer_engine` follows Transformer Engine's modules: the input of
-each matrix product, queries, keys and values before and after rotation, the attention output. It is not measured.
+There are two tables, one for each implementation of the layers:
 
-Shapes: t tokens of a pack on this rank (T / CP); H hidden, F feed-forward, q and k query and key widths.
+- `local`: plain PyTorch, which a CPU runs. Tests hold this table against the tensors that autograd saves.
+- `transformer_engine`: the input of each matrix product, queries, keys and values before and after rotation, and the
+  attention output, as Transformer Engine's modules save them. This table is not measured.
+
+In comments, "token" means a token of a pack on one rank: a context-parallel rank holds 1 / CP of a pack.
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.config import Config
-from megatron_solopo.plan.parameters import Chunk
+from megatron_solopo.plan.parameters import ModelChunk
 from megatron_solopo.plan.workload import PackShape
 
 _FP32 = 4
@@ -22,16 +24,21 @@ _INT64 = 8
 
 @dataclass(frozen=True)
 class LayerBytes:
-    """Bytes per token of one layer, by what saves them."""
+    """Bytes per token that one layer keeps."""
 
     boundary: float
-    """The layer's input, all that full recomputation keeps."""
+    """The layer's input. Full recomputation keeps only this."""
     norms: float
     attention: float
     core_attention: float
     """What `recompute_modules: [core_attn]` computes again."""
     mlp: float
     """What `recompute_modules: [mlp]` computes again."""
+
+    @property
+    def total(self) -> float:
+        """Bytes per token without recomputation; `boundary` is part of `norms`."""
+        return self.norms + self.attention + self.core_attention + self.mlp
 
 
 def uses_local_layers(config: Config) -> bool:
@@ -40,26 +47,26 @@ def uses_local_layers(config: Config) -> bool:
 
 
 def element_bytes(config: Config) -> int:
-    """Of an activation."""
+    """Bytes of one element of an activation or a weight outside FP8."""
     return _FP32 if config.model.dtype == "float32" else 2
 
 
 def layer_bytes(architecture: ModelShape, config: Config, *, local: bool) -> LayerBytes:
-    """Per token of this rank."""
+    """Bytes per token that one layer of this rank keeps."""
     a, e, tp = architecture, element_bytes(config), config.parallel.tensor_model_parallel_size
     queries, keys = a.num_attention_heads * a.head_dim / tp, max(a.num_query_groups / tp, 1) * a.head_dim
     heads, ffn = a.num_attention_heads / tp, a.ffn_hidden_size / tp
-    share = 1 / _sequence_shards(config)
+    share = 1 / sequence_shards(config)
     hidden = a.hidden_size * share
-    lse = _FP32 * heads
+    lse = _FP32 * heads  # attention's log-sum-exp, one number per token and head
     # With more ranks than key-value heads, Megatron gathers queries, keys and values of all ranks and takes its part.
     whole_heads = a.num_attention_heads + 2 * a.num_query_groups
     mixed = queries + 2 * keys if tp <= a.num_query_groups else whole_heads * a.head_dim
     if local:
         cp = config.parallel.context_parallel_size
-        # Mixed queries, keys and values live as long as their last view, the values: core attention's input.
+        # The tensor of mixed queries, keys and values lives as long as its last view, the values of core attention.
         before = mixed + keys
-        # Under context parallelism it gathers keys and values, and keeps those instead.
+        # Under context parallelism, core attention gathers keys and values, and keeps those instead.
         gathered = 2 * keys * cp - before if cp > 1 else 0.0
         norm = (2 * _FP32 + e) * hidden + _FP32 * share  # the input and its normalised form in fp32, the output
         head_norms = (2 * _FP32 * (queries + keys) + 2 * _FP32 * heads) if a.qk_layernorm else 0
@@ -83,8 +90,8 @@ def layer_bytes(architecture: ModelShape, config: Config, *, local: bool) -> Lay
 
 
 @dataclass(frozen=True)
-class SavedRate:
-    """What one chunk keeps of a pack between forward and backward: bytes per token and per response row."""
+class ActivationRate:
+    """What one model chunk keeps of a pack between forward and backward: bytes per token and per response row."""
 
     layers: float
     norm: float
@@ -94,39 +101,43 @@ class SavedRate:
     row: float
     """A response row's hidden state."""
     logits: float
-    """A response row's logits, kept where all rows make one chunk of `logprob.chunk_tokens`."""
+    """A response row's logits. They are kept only if one chunk of `logprob.chunk_tokens` holds all rows."""
     chunk_rows: int
     context_parallel_size: int
 
     def head(self, pack: PackShape) -> float:
-        """Bytes of the head for a pack."""
+        """Bytes that the head keeps of a pack."""
         row = self.row + (self.logits if pack.response_rows <= self.chunk_rows else 0)
         return self.norm * pack.padded_tokens / self.context_parallel_size + row * pack.response_rows
 
     def total(self, pack: PackShape) -> float:
-        """Bytes for a pack."""
+        """Bytes that the chunk keeps of a pack."""
         return (self.layers + self.other) * pack.padded_tokens / self.context_parallel_size + self.head(pack)
 
 
-def saved_rate(architecture: ModelShape, config: Config, chunk: Chunk, *, local: bool) -> SavedRate:
-    """The rates of one chunk; `local`: of plain PyTorch layers."""
-    each = layer_bytes(architecture, config, local=local)
-    whole = each.norms + each.attention + each.core_attention + each.mlp
+def activation_rate(architecture: ModelShape, config: Config, chunk: ModelChunk, *, local: bool) -> ActivationRate:
+    """The rates of one model chunk.
+
+    Args:
+        local: whether its layers are plain PyTorch.
+    """
+    layer = layer_bytes(architecture, config, local=local)
     parallel = config.parallel
-    layers = chunk.num_layers * whole
-    received = 0.0 if chunk.has_embedding or not local else each.boundary
+    layers = chunk.num_layers * layer.total
+    received = 0.0 if chunk.has_embedding or not local else layer.boundary
     if parallel.recompute_granularity == "selective":
-        again = {"core_attn": _freed_by_core_attention(each, local), "mlp": each.mlp}
+        # The output projection keeps the attention output itself; only plain layers keep a second one.
+        again = {"core_attn": layer.core_attention if local else 0.0, "mlp": layer.mlp}
         layers -= chunk.num_layers * sum(again[name] for name in parallel.recompute_modules)
     elif parallel.recompute_granularity == "full":
-        layers, received = _fully_recomputed(config, chunk, each.boundary, whole), 0.0
+        layers, received = _kept_by_full_recomputation(config, chunk, layer), 0.0
     elif parallel.cpu_offloading_num_layers:
-        layers -= parallel.cpu_offloading_num_layers * whole
+        layers -= parallel.cpu_offloading_num_layers * layer.total
     tp, e = parallel.tensor_model_parallel_size, element_bytes(config)
     hidden = architecture.hidden_size
-    return SavedRate(
+    return ActivationRate(
         layers=layers,
-        norm=(2 * _FP32 if local else e) * hidden / _sequence_shards(config) if chunk.has_head else 0.0,
+        norm=(2 * _FP32 if local else e) * hidden / sequence_shards(config) if chunk.has_head else 0.0,
         other=received + (_INT64 if chunk.has_embedding else 0),
         row=e * hidden if chunk.has_head else 0.0,
         logits=_FP32 * padded_vocab_size(architecture.vocab_size, tp) / tp if chunk.has_head else 0.0,
@@ -135,65 +146,60 @@ def saved_rate(architecture: ModelShape, config: Config, chunk: Chunk, *, local:
     )
 
 
-def _sequence_shards(config: Config) -> int:
-    """Ranks that share the positions outside attention."""
+def sequence_shards(config: Config) -> int:
+    """Number of ranks that share the positions outside attention."""
     return config.parallel.tensor_model_parallel_size if config.parallel.uses_sequence_parallel else 1
 
 
-def _freed_by_core_attention(each: LayerBytes, local: bool) -> float:
-    """The output projection keeps the attention output itself; only plain layers keep a second one."""
-    return each.core_attention if local else 0.0
-
-
-def _fully_recomputed(config: Config, chunk: Chunk, boundary: float, whole: float) -> float:
+def _kept_by_full_recomputation(config: Config, chunk: ModelChunk, layer: LayerBytes) -> float:
     count = config.parallel.recompute_num_layers
     if config.parallel.recompute_method == "uniform":
-        return -(-chunk.num_layers // count) * boundary
+        return -(-chunk.num_layers // count) * layer.boundary
     again = min(count, chunk.num_layers)
-    return again * boundary + (chunk.num_layers - again) * whole
+    return again * layer.boundary + (chunk.num_layers - again) * layer.total
 
 
 def rotary_bytes(architecture: ModelShape, longest: int) -> int:
-    """The table of angles, fp32, one row per position up to the power of two that holds the longest sequence."""
+    """Bytes of the rotary angles: fp32, one row for each position up to the next power of two."""
     return _FP32 * architecture.head_dim * (1 << (longest - 1).bit_length())
 
 
 def recomputed_bytes(
-    architecture: ModelShape, config: Config, chunks: Sequence[Chunk], pack: PackShape, *, local: bool
+    architecture: ModelShape, config: Config, chunks: Sequence[ModelChunk], pack: PackShape, *, local: bool
 ) -> float:
-    """What backward makes again and keeps for a moment, beyond what it has freed by then: a layer, or parts of it.
+    """Bytes that backward computes again and keeps for a moment, beyond what it has freed by then.
 
-    `recompute_method: block` computes the first layers again, when those behind them have been freed.
+    `recompute_method: block` computes the first layers again. The layers behind them have been freed by then.
     """
     parallel = config.parallel
-    each = layer_bytes(architecture, config, local=local)
+    layer = layer_bytes(architecture, config, local=local)
     again = 0.0
     if parallel.recompute_granularity == "full":
         count = parallel.recompute_num_layers
-        whole = each.norms + each.attention + each.core_attention + each.mlp
         if parallel.recompute_method == "uniform":
-            again = count * whole
+            again = count * layer.total
         elif count >= chunks[0].num_layers:
-            again = whole
+            again = layer.total
     elif parallel.recompute_granularity == "selective":
-        again = max({"core_attn": each.core_attention, "mlp": each.mlp}[name] for name in parallel.recompute_modules)
+        again = max({"core_attn": layer.core_attention, "mlp": layer.mlp}[name] for name in parallel.recompute_modules)
     return again * pack.padded_tokens / parallel.context_parallel_size
 
 
 def logits_bytes(architecture: ModelShape, config: Config, pack: PackShape) -> float:
-    """fp32 logits of one chunk of response rows, which is the most that exists at a time."""
+    """Bytes of the fp32 logits of one chunk of response rows. No more of them exist at a time."""
     tp = config.parallel.tensor_model_parallel_size
     rows = min(pack.response_rows, config.logprob.chunk_tokens)
     return rows * _FP32 * padded_vocab_size(architecture.vocab_size, tp) / tp
 
 
 def working_bytes(
-    architecture: ModelShape, config: Config, chunks: Sequence[Chunk], pack: PackShape, *, local: bool
+    architecture: ModelShape, config: Config, chunks: Sequence[ModelChunk], pack: PackShape, *, local: bool
 ) -> float:
-    """What backward needs for a moment beside what was saved: what is recomputed, gradients, a chunk of logits.
+    """Bytes that backward needs for a moment besides what forward kept.
 
-    The greater of a layer's backward (with the gradients around its widest product and, under sequence parallelism,
-    gathered inputs) and the head's (logits of one chunk of rows and their gradient in the model's precision).
+    This is the greater of two: the backward of a layer and that of the head. A layer needs what it computes again,
+    the gradients around its widest product and, under sequence parallelism, gathered inputs. The head needs the logits
+    of one chunk of rows and their gradient in the model's precision.
     """
     a, e, parallel = architecture, element_bytes(config), config.parallel
     tokens = pack.padded_tokens / parallel.context_parallel_size

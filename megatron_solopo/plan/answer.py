@@ -1,123 +1,27 @@
-"""What a plan says of a layout: the length and price of the run, utilization, the keys that make it.
-
-A plan as text: tables for a terminal.
-
-What the command `plan` does, step by step: read, choose, compare, tell.
-"""
+"""What a plan says: the length, cost and utilization of a run, as tables for a terminal and as JSON for programs."""
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 from megatron_solopo.architecture.flops import forward_flops
-from megatron_solopo.architecture.gpus import Efficiency, Gpu, check_fp8_of
+from megatron_solopo.architecture.gpus import Efficiency, check_fp8_of, find_gpu, read_gpus
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
-from megatron_solopo.plan import answer as report
-from megatron_solopo.plan.calibration import calibrated
-from megatron_solopo.plan.layouts import Proof, make_layout
-from megatron_solopo.plan.memory import GIB
-from megatron_solopo.plan.search import LayoutEstimate, Planner, Refusal, Search
-from megatron_solopo.plan.workload import Workload, prepared_workload, stated_workload
+from megatron_solopo.plan import PlanSettings
+from megatron_solopo.plan.calibration import calibrate_efficiency
+from megatron_solopo.plan.layouts import Layout, make_layout, parse_sizes
+from megatron_solopo.plan.memory import GIB, RankCheck
+from megatron_solopo.plan.search import LayoutEstimate, Planner, SearchResult
+from megatron_solopo.plan.workload import read_workload
 
 _HOUR = 3600.0
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A whole run under one layout."""
-
-    steps: int
-    step_seconds: float
-    reference_seconds: float
-    """Scoring every sequence once with the reference model; 0 where the loss needs none."""
-    gpus: int
-    price_per_gpu_hour: float | None
-
-    @property
-    def hours(self) -> float:
-        """Wall clock, checkpoints and evaluation not counted."""
-        return (self.steps * self.step_seconds + self.reference_seconds) / _HOUR
-
-    @property
-    def gpu_hours(self) -> float:
-        """Of all GPUs."""
-        return self.hours * self.gpus
-
-    @property
-    def cost(self) -> float | None:
-        """In the currency of the price."""
-        return None if self.price_per_gpu_hour is None else self.gpu_hours * self.price_per_gpu_hour
-
-
-def run_of(estimate: LayoutEstimate, workload: Workload, price: float | None) -> PlannedRun:
-    """Steps, hours and cost of training on the whole workload, reference pass included."""
-    config = estimate.layout.config
-    training = config.training
-    triplets = training.num_train_epochs * workload.num_triplets
-    steps = training.max_steps or -int(-triplets // training.global_batch_size)
-    reference = 0.0
-    if config.objective.needs_reference:
-        reference = estimate.time.forward_seconds / estimate.batch.num_triplets * workload.num_triplets
-    return PlannedRun(steps, estimate.time.seconds, reference, estimate.gpus, price)
-
-
-def model_flops_utilization(estimate: LayoutEstimate, planner: Planner) -> float:
-    """Model FLOPs by true lengths over what the GPUs' bfloat16 peak could do in a step."""
-    rows, roles = planner.packer.rows, planner.packer.roles
-    prompts, responses = planner.workload.prompts, planner.workload.responses
-    tokens = squares = answers = 0.0
-    for role in roles:
-        answer = responses[role.response][rows]
-        lengths = prompts[role.context][rows] + answer
-        tokens += float(lengths.sum())
-        squares += float((lengths.astype(float) ** 2).sum())
-        answers += float(answer.sum())
-    flops = 3 * forward_flops(planner.architecture, tokens, squares, answers).total
-    return flops / (estimate.time.seconds * estimate.gpus * estimate.gpu.bf16_tflops * 1e12)
-
-
-def as_json(estimate: LayoutEstimate, planner: Planner, price: float | None) -> dict[str, Any]:
-    """Everything about one layout, bytes and seconds."""
-    run = run_of(estimate, planner.workload, price)
-    time = estimate.time
-    return {
-        "objective": planner.config.objective.name,
-        "layout": estimate.layout.sizes,
-        "savers": estimate.layout.savers,
-        "gpus": estimate.gpus,
-        "fits": estimate.excess_gib <= 0,
-        "memory_bytes": [
-            {"pipeline_rank": stage.pipeline_rank, "total": stage.total, "host": stage.host}
-            | {"packs_in_flight": stage.packs_in_flight}
-            | stage.parts
-            for stage in estimate.stages
-        ],
-        "step_seconds": time.seconds,
-        "busiest_stage_seconds": time.compute.parts,
-        "pipeline_seconds": time.timeline.seconds,
-        "pipeline_bubble": time.timeline.bubble,
-        "data_traffic_seconds": time.data_traffic,
-        "optimizer_seconds": time.optimizer,
-        "triplets_per_second": estimate.triplets_per_second,
-        "mfu": model_flops_utilization(estimate, planner),
-        "pad_waste": estimate.batch.pad_waste,
-        "balance": estimate.batch.balance,
-        "packs": estimate.batch.num_packs,
-        "steps": run.steps,
-        "reference_seconds": run.reference_seconds,
-        "hours": run.hours,
-        "gpu_hours": run.gpu_hours,
-        "cost": run.cost,
-        "overrides": overrides(estimate, planner.config),
-    }
-
-
-_ALWAYS_SHOWN = {
+_OTHER_OBJECTIVE = {"solopo": "long_po", "long_po": "solopo"}
+# Overrides always state these keys. They state others only if the plan has changed them.
+_ALWAYS_STATED = {
     "parallel": (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
@@ -131,15 +35,260 @@ _ALWAYS_SHOWN = {
 }
 
 
-def overrides(estimate: LayoutEstimate, base: Config) -> list[str]:
-    """Dotted keys that make this layout of the configuration that the plan began with."""
-    found = {}
-    for section, shown in _ALWAYS_SHOWN.items():
-        given = getattr(base, section).model_dump()
-        for name, value in getattr(estimate.layout.config, section).model_dump().items():
-            if name in shown or value != given[name]:
-                found[f"{section}.{name}"] = value
-    return [f"{key}={_as_yaml(value)}" for key, value in found.items()]
+@dataclass(frozen=True, eq=False)
+class PlannedRun:
+    """Training on the whole workload under one layout. Checkpoints and evaluation are not counted."""
+
+    planner: Planner
+    estimate: LayoutEstimate
+    price: float | None
+    """Of one GPU-hour, in any currency."""
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the run."""
+        return self.estimate.layout
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        training = self.layout.config.training
+        triplets = training.num_train_epochs * self.planner.workload.num_triplets
+        return training.max_steps or -int(-triplets // training.global_batch_size)
+
+    @property
+    def reference_seconds(self) -> float:
+        """Seconds for scoring every sequence once with the reference model; 0 if the loss needs none."""
+        if not self.layout.config.objective.needs_reference:
+            return 0.0
+        seconds_per_triplet = self.estimate.time.forward_seconds / self.estimate.batch.num_triplets
+        return seconds_per_triplet * self.planner.workload.num_triplets
+
+    @property
+    def hours(self) -> float:
+        """Wall clock, with the reference pass."""
+        return (self.steps * self.estimate.time.seconds + self.reference_seconds) / _HOUR
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of all GPUs."""
+        return self.hours * self.layout.gpus
+
+    @property
+    def cost(self) -> float | None:
+        """Cost in the currency of the price; None without a price."""
+        return None if self.price is None else self.gpu_hours * self.price
+
+    @cached_property
+    def model_flops_utilization(self) -> float:
+        """Model FLOPs by true lengths, divided by what the GPUs' bfloat16 peak could do in a step."""
+        planner, gpu = self.planner, self.estimate.gpu
+        rows, workload = planner.packer.rows, planner.workload
+        tokens = squares = responses = 0.0
+        for role in planner.packer.roles:
+            response = workload.responses[role.response][rows]
+            lengths = workload.prompts[role.context][rows] + response
+            tokens += float(lengths.sum())
+            squares += float((lengths.astype(float) ** 2).sum())
+            responses += float(response.sum())
+        flops = 3 * forward_flops(planner.architecture, tokens, squares, responses).total
+        return flops / (self.estimate.time.seconds * self.layout.gpus * gpu.bf16_tflops * 1e12)
+
+    @property
+    def overrides(self) -> list[str]:
+        """Dotted keys that turn the planner's configuration into this layout's."""
+        found = {}
+        for section, stated in _ALWAYS_STATED.items():
+            given = getattr(self.planner.config, section).model_dump()
+            for name, value in getattr(self.layout.config, section).model_dump().items():
+                if name in stated or value != given[name]:
+                    found[f"{section}.{name}"] = value
+        return [f"{key}={_as_yaml(value)}" for key, value in found.items()]
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures, in bytes and seconds."""
+        estimate, time = self.estimate, self.estimate.time
+        return {
+            "objective": self.planner.config.objective.name,
+            "layout": self.layout.sizes,
+            "savers": self.layout.savers,
+            "gpus": self.layout.gpus,
+            "fits": estimate.excess_gib <= 0,
+            "memory_bytes": [
+                {"pipeline_rank": stage.pipeline_rank, "total": stage.total, "host": stage.host}
+                | {"packs_in_flight": stage.packs_in_flight}
+                | stage.parts
+                for stage in estimate.stages
+            ],
+            "step_seconds": time.seconds,
+            "busiest_stage_seconds": time.compute.parts,
+            "pipeline_seconds": time.timeline.seconds,
+            "pipeline_bubble": time.timeline.bubble,
+            "data_traffic_seconds": time.data_traffic,
+            "optimizer_seconds": time.optimizer,
+            "triplets_per_second": estimate.triplets_per_second,
+            "mfu": self.model_flops_utilization,
+            "pad_waste": estimate.batch.pad_waste,
+            "balance": estimate.batch.balance,
+            "packs": estimate.batch.num_packs,
+            "steps": self.steps,
+            "reference_seconds": self.reference_seconds,
+            "hours": self.hours,
+            "gpu_hours": self.gpu_hours,
+            "cost": self.cost,
+            "overrides": self.overrides,
+        }
+
+    def explanation(self) -> str:
+        """The layout in full: memory by stage and part, time by what takes it, packing, the run."""
+        estimate, layout, gpu, batch = self.estimate, self.layout, self.estimate.gpu, self.estimate.batch
+        over = estimate.excess_gib
+        fits = f"fits into {gpu.memory_gib} GiB" if over <= 0 else f"does NOT fit: {over:.1f} GiB over {gpu.memory_gib}"
+        memory = [
+            {"rank": str(stage.pipeline_rank)}
+            | {name: f"{size / GIB:.2f}" for name, size in stage.parts.items()}
+            | {"total": f"{stage.total / GIB:.2f}", "host": f"{stage.host / GIB:.2f}"}
+            for stage in estimate.stages
+        ]
+        cost = "" if self.cost is None else f", cost {self.cost:,.0f}"
+        lines = [
+            f"{layout.name} on {layout.gpus} x {gpu.device_name}; settings: {layout.savers}",
+            f"{fits}; pipeline rank {estimate.fullest.pipeline_rank} is the fullest; "
+            f"packs in flight there: {estimate.fullest.packs_in_flight}",
+            "",
+            "Memory, GiB per GPU of each pipeline rank",
+            _table(memory),
+            "",
+            "Step, seconds",
+            *self._time_lines(),
+            "",
+            f"Packing: {batch.num_packs} packs of {batch.num_triplets} triplets, {batch.pad_waste:.2%} padding, "
+            f"balance {batch.balance:.3f} (1: all ranks have equal work)",
+            f"Run: {self.steps:,} steps, {self.hours:,.2f} h with a reference pass of "
+            f"{self.reference_seconds / _HOUR:.2f} h, {self.gpu_hours:,.0f} GPU-hours{cost} "
+            "(without checkpoints and evaluation)",
+            f"Overrides: {' '.join(self.overrides)}",
+        ]
+        return "\n".join(lines)
+
+    def _time_lines(self) -> list[str]:
+        time = self.estimate.time
+        busiest = ", ".join(f"{name} {seconds:.3f}" for name, seconds in time.compute.parts.items())
+        return [
+            f"  last pipeline rank, all packs: {busiest}",
+            f"  pipeline {time.timeline.seconds:.3f} (bubble {time.timeline.bubble:.1%} of all ranks' time)",
+            f"  gradient reduction and parameter gather {time.data_traffic:.3f}, optimizer {time.optimizer:.3f}",
+            f"  whole step {time.seconds:.3f}: {self.estimate.triplets_per_second:.3f} triplets/s",
+        ]
+
+    def figures(self) -> dict[str, str]:
+        """The most important figures for a table, by the column's title."""
+        estimate = self.estimate
+        found = {
+            "step s": f"{estimate.time.seconds:,.2f}",
+            "triplets/s": f"{estimate.triplets_per_second:,.3f}",
+            "MFU": f"{self.model_flops_utilization:.0%}",
+            "bubble": f"{estimate.time.timeline.bubble:.0%}",
+            "GiB": f"{estimate.fullest.total / GIB:.1f}",
+            "reference h": f"{self.reference_seconds / _HOUR:,.2f}",
+            "hours": f"{self.hours:,.2f}",
+            "GPU-hours": f"{self.gpu_hours:,.0f}",
+        }
+        return found if self.cost is None else found | {"cost": f"{self.cost:,.0f}"}
+
+
+@dataclass(frozen=True, eq=False)
+class PlanAnswer:
+    """Everything that a plan says."""
+
+    search: SearchResult
+    best: Sequence[PlannedRun]
+    """The layouts to list, the fastest first."""
+    chosen: PlannedRun
+    """The layout to show in full."""
+    other: PlannedRun | None
+    """The other objective's best layout, if that is to be compared."""
+    rank_checks: Sequence[RankCheck] = ()
+    """The result of the dry run."""
+
+    def as_text(self) -> str:
+        """Tables for a terminal."""
+        planner, model = self.chosen.planner, self.chosen.planner.architecture
+        parts = [
+            f"{model.model_type}, {model.num_parameters:,} parameters, {planner.config.model.dtype}\n"
+            f"lengths: {planner.workload.source}; objective {planner.config.objective.name}\n"
+            f"efficiencies: {planner.efficiency.source}"
+        ]
+        if self.best:
+            ranking = _table(
+                {"layout": f"{place}. {run.layout.name}"} | run.figures() | {"settings": run.layout.savers}
+                for place, run in enumerate(self.best, 1)
+            )
+            fitting, refused = self.search.num_fitting, len(self.search.refused)
+            parts.append(f"{fitting} layouts fit, {refused} do not (--why-not); the best:\n{ranking}")
+        parts.append(self.chosen.explanation())
+        if self.other is not None:
+            objectives = (
+                {"objective": run.planner.config.objective.name}
+                | run.figures()
+                | {"layout": f"{run.layout.name}; {run.layout.savers}"}
+                for run in (self.chosen, self.other)
+            )
+            parts.append(_table(objectives))
+        if self.rank_checks:
+            parts.append(_dry_run_text(self.rank_checks))
+        return "\n\n".join(parts)
+
+    def as_json(self) -> str:
+        """The same for programs, with every refused layout: one JSON object."""
+        planner = self.chosen.planner
+        found = {
+            "model_parameters": planner.architecture.num_parameters,
+            "gpu": planner.gpu.model_dump(),
+            "efficiency": planner.efficiency.model_dump(),
+            "reserve": planner.reserve.model_dump(),
+            "chosen": self.chosen.as_json(),
+            "other_objective": None if self.other is None else self.other.as_json(),
+            "ranking": [run.as_json() for run in self.best],
+            "num_fitting": self.search.num_fitting,
+            "refused": [vars(each) for each in self.search.refused],
+            "dry_run": [check.as_json() for check in self.rank_checks],
+        }
+        return json.dumps(found, indent=2)
+
+
+def _dry_run_text(checks: Sequence[RankCheck]) -> str:
+    title = (
+        "Dry run: bytes that Megatron-Core allocates on each kind of rank, compared with the estimate.\n"
+        "Saved: what autograd keeps during the schedule, with plain PyTorch layers, and the estimate for those."
+    )
+    rows = [
+        {
+            "rank": str(check.rank),
+            "place": check.place,
+            "elements": f"{check.num_parameters:,}",
+            **{name: f"{size:,}" for name, size in check.built.items()},
+            "estimate": check.difference or "equal",
+            "saved GiB": "" if check.saved_bytes is None else f"{check.saved_bytes / GIB:.2f}",
+            "estimated": "" if check.estimated_saved_bytes is None else f"{check.estimated_saved_bytes / GIB:.2f}",
+            "s": f"{check.seconds:.1f}",
+        }
+        for check in checks
+    ]
+    return f"{title}\n{_table(rows)}"
+
+
+def _table(rows: Iterable[Mapping[str, str]]) -> str:
+    """Align the columns. The first and the last hold text and are aligned left, the others are aligned right."""
+    rows = list(rows)
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = []
+    for line in lines:
+        first, *middle, last = line
+        numbers = (cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True))
+        aligned.append("  ".join((first.ljust(widths[0]), *numbers, last)).rstrip())
+    return "\n".join(aligned)
 
 
 def _as_yaml(value: Any) -> str:
@@ -148,183 +297,17 @@ def _as_yaml(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned to their widest cell: the first and the last, which are text, to the left."""
-    last = len(columns) - 1
-    widths = [max(len(row[place]) for row in (columns, *rows)) for place in range(len(columns))]
-    lines = []
-    for row in (columns, *rows):
-        padded = zip(row, widths, strict=True)
-        cells = [cell.ljust(wide) if n in (0, last) else cell.rjust(wide) for n, (cell, wide) in enumerate(padded)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def ranking(estimates: Sequence[LayoutEstimate], planner: Planner, price: float | None) -> str:
-    """The best layouts, one a line."""
-    rows = []
-    for place, estimate in enumerate(estimates, 1):
-        run = run_of(estimate, planner.workload, price)
-        rows.append(
-            [
-                f"{place}. {estimate.layout.name}",
-                f"{estimate.time.seconds:,.2f}",
-                f"{estimate.triplets_per_second:,.2f}",
-                f"{model_flops_utilization(estimate, planner):.0%}",
-                f"{estimate.time.timeline.bubble:.0%}",
-                f"{estimate.fullest.total / GIB:.1f}",
-                f"{run.hours:,.1f}",
-                f"{run.gpu_hours:,.0f}",
-                *([f"{run.cost:,.0f}"] if run.cost is not None else []),
-                estimate.layout.savers,
-            ]
-        )
-    columns = ["layout", "step s", "triplets/s", "MFU", "bubble", "GiB", "hours", "GPU-hours"]
-    return table([*columns, *(["cost"] if price is not None else []), "besides"], rows)
-
-
-def explanation(estimate: LayoutEstimate, planner: Planner, price: float | None) -> str:
-    """One layout in full: memory by stage and part, time by what it is spent on, packing, the run."""
-    run, gpu = run_of(estimate, planner.workload, price), estimate.gpu
-    fits = "fits" if estimate.excess_gib <= 0 else f"does NOT fit: {estimate.excess_gib:.1f} GiB over"
-    lines = [
-        f"{estimate.layout.name} on {estimate.gpus} x {gpu.device_name}; besides: {estimate.layout.savers}",
-        f"{fits} {gpu.memory_gib} GiB, fullest on pipeline rank {estimate.fullest.pipeline_rank}, "
-        f"packs in flight there: {estimate.fullest.packs_in_flight}",
-        "",
-        "Memory, GiB per GPU of each pipeline rank",
-        _memory_table(estimate),
-        "",
-        "Step, seconds",
-        *_time_lines(estimate),
-        "",
-        f"Packing: {estimate.batch.num_packs} packs of {estimate.batch.num_triplets} triplets, "
-        f"{estimate.batch.pad_waste:.2%} padding, balance {estimate.batch.balance:.3f} (1: all ranks work alike)",
-        *_run_lines(run),
-        "Overrides: " + " ".join(overrides(estimate, planner.config)),
-    ]
-    return "\n".join(lines)
-
-
-def _memory_table(estimate: LayoutEstimate) -> str:
-    names = list(estimate.stages[0].parts)
-    rows = [
-        [str(stage.pipeline_rank), *(f"{size / GIB:.2f}" for size in (*stage.parts.values(), stage.total, stage.host))]
-        for stage in estimate.stages
-    ]
-    return table(["rank", *names, "total", "host"], rows)
-
-
-def _time_lines(estimate: LayoutEstimate) -> list[str]:
-    time = estimate.time
-    busiest = ", ".join(f"{name} {seconds:.3f}" for name, seconds in time.compute.parts.items())
-    return [
-        f"  last pipeline rank, all packs: {busiest}",
-        f"  pipeline {time.timeline.seconds:.3f} (bubble {time.timeline.bubble:.1%} of all ranks' time)",
-        f"  gradient reduction and parameter gather {time.data_traffic:.3f}, optimizer {time.optimizer:.3f}",
-        f"  together {time.seconds:.3f}: {estimate.triplets_per_second:.3f} triplets/s",
-    ]
-
-
-def _run_lines(run: PlannedRun) -> list[str]:
-    cost = "" if run.cost is None else f", cost {run.cost:,.0f}"
-    return [
-        f"Run: {run.steps:,} steps, reference pass {run.reference_seconds / 3600:.2f} h, "
-        f"{run.hours:,.2f} h in all, {run.gpu_hours:,.0f} GPU-hours{cost} (checkpoints and evaluation not counted)"
-    ]
-
-
-def comparison(ours: tuple[Planner, LayoutEstimate], other: tuple[Planner, LayoutEstimate], price: float | None) -> str:
-    """The objective of the config beside another, each under its own best layout."""
-    rows = []
-    for its, estimate in (ours, other):
-        run = run_of(estimate, its.workload, price)
-        rows.append(
-            [
-                its.config.objective.name,
-                f"{estimate.time.seconds:,.2f}",
-                f"{estimate.triplets_per_second:,.3f}",
-                f"{run.reference_seconds / 3600:,.2f}",
-                f"{run.hours:,.2f}",
-                f"{run.gpu_hours:,.0f}",
-                f"{estimate.fullest.total / GIB:.1f}",
-                f"{estimate.layout.name}; {estimate.layout.savers}",
-            ]
-        )
-    columns = ["objective", "step s", "triplets/s", "reference h", "hours", "GPU-hours", "GiB", "layout"]
-    return table(columns, rows)
-
-
-def proofs(found: Sequence[Proof]) -> str:
-    """Every rank that was built."""
-    title = (
-        "Dry run: bytes that Megatron-Core allocates on the ranks that differ; "
-        "what autograd keeps in its schedule\n(saved) is with plain PyTorch layers, beside the estimate for those"
-    )
-    columns = [
-        "rank",
-        "place",
-        "parameters",
-        "bytes",
-        "gradients",
-        "optimizer",
-        "estimate",
-        "saved GiB",
-        "estimate",
-        "s",
-    ]
-    rows = [
-        [
-            str(each.rank),
-            each.place,
-            *(f"{number:,}" for number in (each.num_parameters, *each.built)),
-            "equal" if not each.difference else each.difference,
-            *("" if size is None else f"{size / GIB:.2f}" for size in (each.saved_bytes, each.estimated_saved_bytes)),
-            f"{each.seconds:.1f}",
-        ]
-        for each in found
-    ]
-    return f"{title}\n{table(columns, rows)}"
-
-
-def refusals(refused: Sequence[Refusal]) -> str:
-    """Every refused layout with its first reason."""
-    return "\n".join(f"{each.name}: {each.reason}" for each in refused)
-
-
-def parse_sizes(text: str) -> dict[str, int | None]:
-    """`tp=8,pp=4,cp=4,vpp=2` -> sizes; raises UserError naming the part that is none."""
-    sizes: dict[str, int | None] = {"tp": 1, "pp": 1, "vpp": None, "cp": 1}
-    stated = [re.fullmatch(r"(tp|pp|vpp|cp)=([1-9][0-9]{0,5})", part) for part in text.split(",")]
-    for match, part in zip(stated, text.split(","), strict=True):
-        if match is None:
-            raise UserError(f"--explain {text!r}: {part!r} is none of tp=N, pp=N, vpp=N, cp=N (dp is what they leave)")
-        sizes[match[1]] = int(match[2])
-    if len({match[1] for match in stated if match}) < len(stated):
-        raise UserError(f"--explain {text!r}: a size is stated twice")
-    return sizes
-
-
-def read_workload(config: Config, tokens: str | None, triplets: int) -> Workload:
-    """Lengths as stated, or those of the prepared data."""
-    if tokens is not None:
-        return stated_workload(tokens, triplets, sample=4 * config.training.global_batch_size)
-    try:
-        return prepared_workload(config.data.path)
-    except ValueError as error:
-        raise UserError(f"{error}; or state the lengths with --tokens") from None
-
-
-def make_planner(
-    config: Config, workload: Workload, gpu: Gpu, gpus: int, vary: Sequence[str], calibration: Path | None
-) -> Planner:
-    """Read the model's config.json and, if given, the calibration."""
+def make_planner(config: Config, settings: PlanSettings) -> Planner:
+    """Read the GPU's figures, the lengths, the model's config.json and, if given, the calibration."""
+    gpu = find_gpu(settings.gpu, read_gpus(settings.gpu_file))
+    workload = read_workload(config, settings.tokens, settings.triplets)
+    gpus = settings.gpus
     if gpus > gpu.gpus_per_node and gpus % gpu.gpus_per_node:
-        raise UserError(f"--gpus {gpus}: more than a node of {gpu.gpus_per_node}, so it must be a multiple of that")
+        raise UserError(f"--gpus {gpus}: must be a multiple of {gpu.gpus_per_node}, the GPUs of one node")
     check_fp8_of(gpu, config.model)
-    efficiency = Efficiency() if calibration is None else calibrated(calibration, gpu)
+    efficiency = Efficiency() if settings.calibration is None else calibrate_efficiency(settings.calibration, gpu)
     architecture = read_architecture(config.model.path)
-    planner = Planner(architecture, config, workload, gpu, gpus, efficiency, vary=vary)
+    planner = Planner(architecture, config, workload, gpu, gpus, efficiency, vary=settings.vary)
     if (longest := workload.longest(planner.packer.roles)) > architecture.max_sequence_length:
         raise UserError(
             f"{workload.source}: sequences of up to {longest:,} tokens, but the model {config.model.path} has "
@@ -334,80 +317,26 @@ def make_planner(
     return planner
 
 
-def choose(planner: Planner, search: Search, explain: str | None) -> LayoutEstimate:
-    """The layout asked for, or the best; raises UserError if there is none."""
-    if explain is not None:
-        return planner.best_of(make_layout(planner.config, parse_sizes(explain), planner.gpus))
-    if not search.ranked:
+def make_answer(planner: Planner, search: SearchResult, settings: PlanSettings) -> PlanAnswer:
+    """Choose a layout and compare it with the other objective; raises UserError if no layout fits."""
+
+    def planned(planner: Planner, estimate: LayoutEstimate) -> PlannedRun:
+        return PlannedRun(planner, estimate, settings.price)
+
+    best = [planned(planner, estimate) for estimate in search.ranked[: settings.top]]
+    if settings.explain is not None:
+        layout = make_layout(planner.config, parse_sizes(settings.explain), planner.gpus)
+        return PlanAnswer(search, best, planned(planner, planner.best_variant(layout)), None)
+    if not best:
         nearest = search.nearest
         advice = "" if nearest.excess_gib is None else "; take more GPUs, shorter contexts or GPUs with more memory"
         raise UserError(
             f"no layout fits on {planner.gpus} x {planner.gpu.device_name}; {nearest.name}: {nearest.reason}{advice} "
             "(--why-not lists all reasons)"
         )
-    return search.ranked[0]
-
-
-def beside(planner: Planner) -> tuple[Planner, LayoutEstimate] | None:
-    """The best layout of the usual method where the config says solopo (and the other way round), or None."""
-    name = {"solopo": "long_po", "long_po": "solopo"}.get(planner.config.objective.name)
-    if name is None:
-        return None
-    other = planner.for_objective(name)
-    ranked = other.search().ranked
-    return (other, ranked[0]) if ranked else None
-
-
-@dataclass(frozen=True, eq=False)
-class PlanAnswer:
-    """Everything that a plan tells."""
-
-    planner: Planner
-    search: Search
-    chosen: LayoutEstimate
-    other: tuple[Planner, LayoutEstimate] | None
-    """The other objective's best layout."""
-    proofs: Sequence[Proof]
-    """Of the dry run, if any."""
-    price: float | None
-    """Of one GPU-hour."""
-    top: int
-    """Layouts to list."""
-
-    @property
-    def text(self) -> str:
-        """Tables for a terminal."""
-        planner, search, price = self.planner, self.search, self.price
-        model = planner.architecture
-        parts = [
-            f"{model.model_type}, {model.num_parameters:,} parameters, {planner.config.model.dtype}\n"
-            f"lengths: {planner.workload.source}; objective {planner.config.objective.name}\n"
-            f"efficiencies: {planner.efficiency.source}"
-        ]
-        if search.ranked:
-            counts = f"{search.num_fitting} layouts fit, {len(search.refused)} do not (--why-not); the best:"
-            parts.append(f"{counts}\n{report.ranking(search.ranked[: self.top], planner, price)}")
-        parts.append(report.explanation(self.chosen, planner, price))
-        if self.other is not None:
-            parts.append(report.comparison((planner, self.chosen), self.other, price))
-        if self.proofs:
-            parts.append(report.proofs(self.proofs))
-        return "\n\n".join(parts)
-
-    @property
-    def json(self) -> str:
-        """The same for machines: one object."""
-        planner, price = self.planner, self.price
-        found = {
-            "model_parameters": planner.architecture.num_parameters,
-            "gpu": planner.gpu.model_dump(),
-            "efficiency": planner.efficiency.model_dump(),
-            "reserve": planner.reserve.model_dump(),
-            "chosen": as_json(self.chosen, planner, price),
-            "other_objective": None if self.other is None else as_json(self.other[1], self.other[0], price),
-            "ranking": [as_json(each, planner, price) for each in self.search.ranked[: self.top]],
-            "num_fitting": self.search.num_fitting,
-            "refused": [vars(each) for each in self.search.refused],
-            "dry_run": [proof.as_json() for proof in self.proofs],
-        }
-        return json.dumps(found, indent=2)
+    other = None
+    if (name := _OTHER_OBJECTIVE.get(planner.config.objective.name)) is not None:
+        other_planner = planner.for_objective(name)
+        ranked = other_planner.search().ranked
+        other = planned(other_planner, ranked[0]) if ranked else None
+    return PlanAnswer(search, best, best[0], other)

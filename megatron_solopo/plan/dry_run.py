@@ -1,13 +1,11 @@
-"""What autograd keeps alive, counted as it happens.
+"""The dry run: it builds ranks of a layout without memory, and compares their bytes with the plan.
 
-Bytes that the trained model holds from its first step on: the figures that a plan must meet.
+A fake process group of the full size gives each rank its place. Model, gradient buffers and optimizer are those of
+Megatron-Core on the meta device, so their sizes are exact. Megatron's schedule then runs the heaviest pack forward and
+backward, and a meter counts what autograd keeps alive. The layers are plain PyTorch. A replacement for attention's
+kernel has the inputs, outputs and saved tensors of flash attention. Gradients are not reduced.
 
-Builds ranks of a layout as they would be on the cluster, in no memory: the proof of a plan.
-
-A fake process group of the full world size gives each rank its place; model, gradient buffers and optimizer are
-Megatron-Core's own on the meta device, so their sizes are exact. Megatron's schedule then runs the heaviest packs,
-forward and backward, while what autograd keeps alive is counted. Layers are the plain PyTorch ones; attention's kernel
-is replaced by one that has the inputs, outputs and saved tensors of flash attention. Gradients are not reduced.
+The functions that count bytes also count those of a model that really trains; tests use them so.
 """
 
 import time
@@ -15,13 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.config import Config
@@ -32,10 +27,16 @@ from megatron_solopo.model.layers import PackedAttention
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
-from megatron_solopo.parallel.megatron_internals import gradient_buffers, optimizer_parts, set_rotary_frequencies
+from megatron_solopo.parallel.megatron_internals import (
+    gradient_buffers,
+    megatron_on_meta,
+    optimizer_parts,
+    set_rotary_frequencies,
+    simulated_rank,
+)
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.plan.layouts import DistinctRank, Layout, Proof, distinct_ranks, with_keys
-from megatron_solopo.plan.memory import alive_bytes, rank_state
+from megatron_solopo.plan.layouts import DistinctRank, Layout, distinct_ranks, replace_settings
+from megatron_solopo.plan.memory import RankCheck, peak_activations, rank_state
 from megatron_solopo.plan.workload import PackShape
 from megatron_solopo.train.policy import build_optimizer, wrap_data_parallel
 from megatron_solopo.train.step import run_microbatches
@@ -44,11 +45,71 @@ if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
 
+_META = torch.device("meta")
+_SEED = 1
 
-class SavedMeter:
-    """Bytes of the storages that tensors saved for backward keep alive: now, and at most so far.
 
-    A storage that several tensors share counts once, parameters' do not count.
+def dry_run(architecture: Architecture, layout: Layout, pack: PackShape, num_packs: int) -> list[RankCheck]:
+    """Build one rank of each kind in a layout, and run a step's packs through it.
+
+    Args:
+        pack: the shape of all packs.
+        num_packs: number of packs in the step of a data-parallel rank.
+
+    Raises RuntimeError or AssertionError of Megatron-Core if it cannot run the layout.
+    """
+    # FP8, Transformer Engine and state in host memory need a GPU. They do not change any parameter.
+    config = replace_settings(
+        layout.config,
+        model={"fp8": None, "fp8_param": False, "first_last_layers_bf16": False, "implementation": "local"},
+        optimizer={"optimizer_offload_fraction": 0.0},
+        parallel={"cpu_offloading_num_layers": 0},
+    )
+    on_cpu = replace(layout, config=config)
+    # The schedule fills the pipeline in its first round (the interleaved one in its second), then repeats itself.
+    rounds = 1 if config.parallel.virtual_pipeline_model_parallel_size is None else 2
+    num_packs = min(num_packs, rounds * config.parallel.pipeline_model_parallel_size)
+    return [_check_rank(architecture, on_cpu, rank, pack, num_packs) for rank in distinct_ranks(layout)]
+
+
+def _check_rank(
+    architecture: Architecture, layout: Layout, rank: DistinctRank, pack: PackShape, num_packs: int
+) -> RankCheck:
+    started = time.monotonic()
+    config = layout.config
+    with _fake_process_groups(config, rank.rank, layout.gpus) as groups:
+        microbatch = _build_microbatch(config, pack, groups)
+        with megatron_on_meta():
+            chunks = _build_chunks(architecture, config)
+            wrapped = wrap_data_parallel(chunks, config.optimizer)
+            optimizer = build_optimizer(wrapped, config.optimizer)
+            _initialize_moments(optimizer)
+            built = {
+                "parameters": parameter_bytes(wrapped),
+                "gradients": gradient_bytes(wrapped),
+                "optimizer": optimizer_state_bytes(optimizer, wrapped),
+            }
+            saved = _run_schedule(wrapped, chunks, microbatch, num_packs) if rank.runs_schedule else None
+        pipeline_rank = groups.pipeline_group.rank()
+        data_rank = groups.data_group.rank() * groups.context_group.size() + groups.context_group.rank()
+    state = rank_state(architecture, config, pipeline_rank, layout.data_parallel_size, data_rank)
+    peak = peak_activations(architecture, config, pipeline_rank, [pack] * num_packs, local=True)
+    return RankCheck(
+        rank=rank.rank,
+        place=rank.place,
+        num_parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
+        built=built,
+        estimated={name: getattr(state, name) for name in built},
+        saved_bytes=saved,
+        estimated_saved_bytes=None if saved is None else peak.total,
+        seconds=time.monotonic() - started,
+    )
+
+
+class SavedTensorMeter:
+    """Counts the bytes that tensors saved for backward keep alive: now, and at most so far.
+
+    A storage that several tensors share counts once. Parameters do not count.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -57,16 +118,13 @@ class SavedMeter:
         self.now = self.most = 0
 
     @contextmanager
-    def counting(self) -> Iterator["SavedMeter"]:
-        """Count what is saved in the body, until its last use."""
-        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda kept: kept.tensor):
+    def counting(self) -> Iterator["SavedTensorMeter"]:
+        """Count what the body saves, until its last use."""
+        with torch.autograd.graph.saved_tensors_hooks(lambda new: _SavedTensor(new, self), lambda kept: kept.tensor):
             yield self
 
-    def _keep(self, tensor: Tensor) -> "_Kept":
-        return _Kept(tensor, self)
-
     def add(self, tensor: Tensor) -> None:
-        """One more holder of a tensor's storage."""
+        """Count one more holder of a tensor's storage."""
         key = tensor.untyped_storage()._cdata
         if key in self._parameters:
             return
@@ -76,7 +134,7 @@ class SavedMeter:
             self.most = max(self.most, self.now)
 
     def remove(self, tensor: Tensor) -> None:
-        """One holder less."""
+        """Count one holder less."""
         key = tensor.untyped_storage()._cdata
         if key in self._parameters:
             return
@@ -86,10 +144,10 @@ class SavedMeter:
             self.now -= tensor.untyped_storage().nbytes()
 
 
-class _Kept:
-    """A saved tensor; autograd drops it when its graph is done."""
+class _SavedTensor:
+    """A saved tensor. Autograd drops it when its graph is done."""
 
-    def __init__(self, tensor: Tensor, meter: SavedMeter) -> None:
+    def __init__(self, tensor: Tensor, meter: SavedTensorMeter) -> None:
         self.tensor, self.meter = tensor, meter
         meter.add(tensor)
 
@@ -98,137 +156,52 @@ class _Kept:
 
 
 def parameter_bytes(chunks: Sequence["DistributedDataParallel"]) -> int:
-    """Parameters; under the distributed optimizer in Megatron's padded buffers."""
+    """Bytes of the parameters. Under the distributed optimizer, they lie in Megatron's padded buffers."""
     total = 0
     for buffer in (buffer for chunk in chunks for buffer in gradient_buffers(chunk)):
-        tensors = buffer.params if buffer.param_data is None else [buffer.param_data]
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        total += _total_bytes(buffer.params if buffer.param_data is None else [buffer.param_data])
     return total
 
 
 def gradient_bytes(chunks: Sequence["DistributedDataParallel"]) -> int:
-    """Gradient buffers, padding included."""
-    buffers = [buffer.grad_data for chunk in chunks for buffer in gradient_buffers(chunk)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in buffers)
-
-
-def initialize_moments(optimizer: "MegatronOptimizer") -> None:
-    """Make Adam's moments, which a first step would make."""
-    for part in optimizer_parts(optimizer):
-        if part.init_state_fn is not None:
-            part.init_state_fn(part.optimizer, part.config)
+    """Bytes of the gradient buffers with padding."""
+    return _total_bytes(buffer.grad_data for chunk in chunks for buffer in gradient_buffers(chunk))
 
 
 def optimizer_state_bytes(optimizer: "MegatronOptimizer", chunks: Sequence["DistributedDataParallel"]) -> int:
-    """Moments and, where they are not the model's own, fp32 weights; counters of steps do not count."""
+    """Bytes of the moments, and of fp32 weights that are not the model's own. Counters of steps do not count."""
     models = {tensor.untyped_storage()._cdata for chunk in chunks for tensor in chunk.parameters()}
     total = 0
     for part in optimizer_parts(optimizer):
         for weight in (weight for group in part.optimizer.param_groups for weight in group["params"]):
             moments = [value for value in part.optimizer.state[weight].values() if torch.is_tensor(value)]
             tensors = [tensor for tensor in (weight, *moments) if tensor.dim() > 0]
-            total += sum(t.numel() * t.element_size() for t in tensors if t.untyped_storage()._cdata not in models)
+            total += _total_bytes(tensor for tensor in tensors if tensor.untyped_storage()._cdata not in models)
     return total
 
 
-_META = torch.device("meta")
-_SEED = 1
-_CONTEXTS = ("short", "long")
+def _total_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def dry_run(architecture: Architecture, layout: Layout, pack: PackShape, num_packs: int) -> list[Proof]:
-    """Build every rank of a layout that differs from the others, and run a step's packs through it.
-
-    Args:
-        pack: the shape that all packs are given; `num_packs` of them make the step.
-
-    Raises RuntimeError or AssertionError of Megatron-Core's where it cannot run the layout.
-    """
-    # FP8, Transformer Engine and state in host memory need a GPU; they change no parameter.
-    config = with_keys(
-        layout.config,
-        model={"fp8": None, "fp8_param": False, "first_last_layers_bf16": False, "implementation": "local"},
-        optimizer={"optimizer_offload_fraction": 0.0},
-        parallel={"cpu_offloading_num_layers": 0},
-    )
-    legal = replace(layout, config=config)
-    # The schedule fills the pipeline in its first round (the interleaved one in its second), then repeats itself.
-    rounds = 1 if config.parallel.virtual_pipeline_model_parallel_size is None else 2
-    rounds = min(num_packs, rounds * config.parallel.pipeline_model_parallel_size)
-    return [_prove(architecture, legal, rank, pack, rounds) for rank in distinct_ranks(layout)]
-
-
-def _prove(architecture: Architecture, layout: Layout, rank: DistinctRank, pack: PackShape, num_packs: int) -> Proof:
-    started = time.monotonic()
-    config = layout.config
-    size = layout.data_parallel_size * config.parallel.model_parallel_size
-    with _place(config, rank.rank, size) as groups:
-        microbatch = _microbatch(config, pack, groups)
-        with _on_meta():
-            chunks = _chunks(architecture, config)
-            wrapped = wrap_data_parallel(chunks, config.optimizer)
-            optimizer = build_optimizer(wrapped, config.optimizer)
-            initialize_moments(optimizer)
-            built = (parameter_bytes(wrapped), gradient_bytes(wrapped), optimizer_state_bytes(optimizer, wrapped))
-            saved = _run(wrapped, chunks, microbatch, num_packs) if rank.runs_schedule else None
-        pipeline_rank = groups.pipeline_group.rank()
-        data_rank = groups.data_group.rank() * groups.context_group.size() + groups.context_group.rank()
-    state = rank_state(architecture, config, pipeline_rank, layout.data_parallel_size, data_rank)
-    alive = alive_bytes(architecture, config, pipeline_rank, [pack] * num_packs, local=True)
-    return Proof(
-        rank=rank.rank,
-        place=rank.place,
-        num_parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
-        built=built,
-        estimated=(state.parameters, state.gradients, state.optimizer),
-        saved_bytes=saved,
-        estimated_saved_bytes=None if saved is None else alive.most,
-        seconds=time.monotonic() - started,
-    )
+def _initialize_moments(optimizer: "MegatronOptimizer") -> None:
+    """Make Adam's moments, as a first step would."""
+    for part in optimizer_parts(optimizer):
+        if part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer, part.config)
 
 
 @contextmanager
-def _place(config: Config, rank: int, size: int) -> Iterator[Topology]:
-    """Process groups of one rank among many that are not there: collectives return at once and move nothing."""
-    assert not dist.is_initialized()
-    new_group = dist.new_group
-
-    def without_gloo(*args: Any, **kwargs: Any) -> Any:
-        return new_group(*args, **kwargs | {"backend": None})
-
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-    try:
-        with mock.patch.object(dist, "new_group", without_gloo):
-            groups = topology.initialize(config.parallel, _SEED)
+def _fake_process_groups(config: Config, rank: int, size: int) -> Iterator[Topology]:
+    """Process groups of one rank while the others do not exist. Collectives return at once and move nothing."""
+    with simulated_rank(rank, size):
+        groups = topology.initialize(config.parallel, _SEED)
         yield groups
         topology.destroy(groups)
-    finally:
-        dist.destroy_process_group()
 
 
-@contextmanager
-def _on_meta() -> Iterator[None]:
-    """Tensors are made without memory, where Megatron asks for the current CUDA device too."""
-    select, tensor_type = Tensor.index_select, Tensor.type
-
-    def select_on_meta(self: Tensor, dim: int, index: Tensor) -> Tensor:
-        return select(self, dim, index.to(self.device))  # response rows stay real: their number is read
-
-    def type_as_on_cuda(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = tensor_type(self, *args, **kwargs)
-        return f"torch.cuda.{result.rpartition('.')[2]}" if isinstance(result, str) else result
-
-    with (
-        mock.patch.object(torch.cuda, "current_device", lambda: _META),
-        mock.patch.object(Tensor, "index_select", select_on_meta),
-        mock.patch.object(Tensor, "type", type_as_on_cuda),
-        _META,
-    ):
-        yield
-
-
-def _chunks(architecture: Architecture, config: Config) -> list[ResponseModel]:
-    """This rank's model; attention computes nothing, and messages of the pipeline have one shape, known beforehand."""
+def _build_chunks(architecture: Architecture, config: Config) -> list[ResponseModel]:
+    """This rank's model chunks. Their attention computes nothing, and the pipeline's messages have one known shape."""
     model = resolve_model(config.model, config.parallel, architecture=architecture)
     chunks = build_model(model, chunk_tokens=config.logprob.chunk_tokens, device=_META)
     for chunk in chunks:
@@ -237,24 +210,27 @@ def _chunks(architecture: Architecture, config: Config) -> list[ResponseModel]:
         set_rotary_frequencies(chunk, chunk.rotary_pos_emb.inv_freq.to(_META))
         for module in chunk.modules():
             if isinstance(module, PackedAttention):
-                module.__class__ = _AttentionShapes
+                module.__class__ = _AttentionWithoutKernel
     return chunks
 
 
-class _AttentionShapes(PackedAttention):
-    """The real module around a kernel that computes nothing."""
+class _AttentionWithoutKernel(PackedAttention):
+    """The attention module with a kernel that computes nothing."""
 
     def _gather_over_context(self, key: Tensor, value: Tensor, boundaries_S1: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.device("cpu"):  # the order of the chunks is read
+        with torch.device("cpu"):  # the module reads the order of the chunks
             return super()._gather_over_context(key, value, boundaries_S1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, size: int, rank: int) -> Tensor:
-        output: Tensor = _FlashShapes.apply(query, key, value)
+        output: Tensor = _FlashAttentionShapes.apply(query, key, value)  # type: ignore[no-untyped-call]
         return output
 
 
-class _FlashShapes(torch.autograd.Function):
-    """What flash attention takes, returns and saves: queries, keys, values, output, one number per row and head."""
+class _FlashAttentionShapes(torch.autograd.Function):
+    """Takes, returns and saves the tensors of flash attention, and computes nothing.
+
+    It saves queries, keys, values, the output, and one number per row and head.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -268,14 +244,14 @@ class _FlashShapes(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _microbatch(config: Config, pack: PackShape, groups: Topology) -> Microbatch:
-    """A pack of the shape, cut for this rank; its tokens have no content."""
+def _build_microbatch(config: Config, pack: PackShape, groups: Topology) -> Microbatch:
+    """This rank's shard of a pack of the given shape. Its tokens have no content."""
     rows = [
         TokenizedTriplet(
             id=str(number),
             index=number,
-            prompts={context: np.ones(length, np.int64) for context, length in lengths.items() if context in _CONTEXTS},
-            responses={name: np.ones(length, np.int64) for name, length in lengths.items() if name not in _CONTEXTS},
+            prompts={context: np.ones(lengths[context], np.int64) for context in ("short", "long")},
+            responses={answer: np.ones(lengths[answer], np.int64) for answer in ("chosen", "rejected")},
         )
         for number, lengths in enumerate(pack.triplets)
     ]
@@ -284,21 +260,18 @@ def _microbatch(config: Config, pack: PackShape, groups: Topology) -> Microbatch
     return replace(whole, tokens_1t=whole.tokens_1t.to(_META))
 
 
-def _run(
-    wrapped: Sequence[torch.nn.Module],
-    chunks: Sequence[ResponseModel],
-    microbatch: Microbatch,
-    num_packs: int,
+def _run_schedule(
+    wrapped: Sequence[torch.nn.Module], chunks: Sequence[ResponseModel], microbatch: Microbatch, num_packs: int
 ) -> int:
-    """Megatron's schedule over the packs; the most bytes that autograd kept alive."""
+    """Run Megatron's schedule over the packs. Returns the most bytes that autograd kept alive."""
     for chunk in chunks:
-        chunk.config.finalize_model_grads_func = None  # reductions do not run without memory
+        chunk.config.finalize_model_grads_func = None  # there is nothing to reduce without memory
 
     def loss(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         count = torch.ones((), dtype=torch.int, device="cpu")
         return output.sum(), count, output.detach().sum()
 
-    meter = SavedMeter(parameter for chunk in chunks for parameter in chunk.parameters())
+    meter = SavedTensorMeter(parameter for chunk in chunks for parameter in chunk.parameters())
     with meter.counting():
         run_microbatches(
             wrapped,

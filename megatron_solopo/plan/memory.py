@@ -1,27 +1,27 @@
-"""Bytes of parameters, gradients and optimizer state: what a rank holds from the first step to the last.
-
-Peak memory of every pipeline stage, by part.
-"""
+"""Peak memory of every pipeline stage by part, and the state of the model and the optimizer that each rank holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_solopo.architecture.gpus import Reserve
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import (
+    activation_rate,
     element_bytes,
     logits_bytes,
     recomputed_bytes,
     rotary_bytes,
-    saved_rate,
+    sequence_shards,
     uses_local_layers,
     working_bytes,
 )
-from megatron_solopo.plan.parameters import Buffer, Chunk, buffers, chunk_parameters, model_chunks
-from megatron_solopo.plan.pipeline import most_alive, stage_order
+from megatron_solopo.plan.parameters import ModelChunk, chunk_parameters, model_chunks, parameter_buffers
+from megatron_solopo.plan.pipeline import peak_in_flight, stage_order
 from megatron_solopo.plan.workload import PackShape
 
+GIB = 2**30
 _FP32 = 4
 _MOMENTS = 2 * _FP32
 _HOST_BYTES_PER_PARAMETER = 16
@@ -29,17 +29,17 @@ _HOST_BYTES_PER_PARAMETER = 16
 
 
 @dataclass(frozen=True)
-class State:
-    """Bytes on one GPU, but for `host`."""
+class RankState:
+    """Bytes of parameters, gradients and optimizer state of one rank. All are on the GPU except `host`."""
 
     parameters: int
     fp8_weights: int
-    """FP8 copies of the weights and of their transposes, that Transformer Engine keeps for a step."""
+    """FP8 copies of the weights and of their transposes, which Transformer Engine keeps for a step."""
     gradients: int
     optimizer: int
     host: int
     num_parameters: int
-    """Elements of this rank's parameters, padding excluded."""
+    """Elements of this rank's parameters without padding."""
 
     @property
     def total(self) -> int:
@@ -53,36 +53,25 @@ def rank_state(
     pipeline_rank: int,
     data_parallel_size: int,
     data_rank: int | None = None,
-) -> State:
-    """State of one rank.
+) -> RankState:
+    """The state of one rank.
 
     Args:
-        data_rank: its place among the DP x CP ranks that share the optimizer state; None: the fullest one.
+        data_rank: its place among the DP x CP ranks that share the optimizer state. None means the fullest one.
     """
-    return chunks_state(
-        architecture, config, model_chunks(architecture, config.parallel, pipeline_rank), data_parallel_size, data_rank
-    )
-
-
-def chunks_state(
-    architecture: ModelShape,
-    config: Config,
-    chunks: Sequence[Chunk],
-    data_parallel_size: int,
-    data_rank: int | None = None,
-) -> State:
-    """State of a rank that holds these chunks; see `rank_state`."""
     distributed = config.optimizer.use_distributed_optimizer
     shards = data_parallel_size * config.parallel.context_parallel_size
+    chunks = model_chunks(architecture, config.parallel, pipeline_rank)
     parameters = [chunk_parameters(architecture, config.model, config.parallel, chunk) for chunk in chunks]
-    laid_out: list[Buffer] = [buffer for each in parameters for buffer in buffers(each, shards, distributed)]
-    width = _FP32 if config.model.dtype == "float32" else 2
-    elements = sum(buffer.numel for buffer in laid_out)
-    owned = _owned(laid_out, shards, data_rank) if distributed else elements
+    buffers = [buffer for each in parameters for buffer in parameter_buffers(each, shards, distributed)]
+    width = element_bytes(config)
+    elements = sum(buffer.numel for buffer in buffers)
+    # Padding lies at the ends of buckets. So the first rank's shard is full wherever any rank's shard is.
+    owned = sum(buffer.owned(data_rank or 0, shards) for buffer in buffers) if distributed else elements
     per_element = _MOMENTS + (0 if config.model.dtype == "float32" else _FP32)
     offloaded = config.optimizer.optimizer_offload_fraction
-    return State(
-        parameters=sum(buffer.numel * (1 if buffer.is_fp8 else width) for buffer in laid_out),
+    return RankState(
+        parameters=sum(buffer.numel * (1 if buffer.is_fp8 else width) for buffer in buffers),
         fp8_weights=_fp8_copies(architecture, config, chunks),
         gradients=elements * (_FP32 if config.optimizer.grad_reduce_in_fp32 else width),
         optimizer=round(owned * per_element * (1 - offloaded)),
@@ -91,15 +80,8 @@ def chunks_state(
     )
 
 
-def _owned(laid_out: Sequence[Buffer], shards: int, data_rank: int | None) -> int:
-    if data_rank is not None:
-        return sum(buffer.owned(data_rank, shards) for buffer in laid_out)
-    # The padding lies at the ends of buckets, so the first rank's shard is full wherever any is.
-    return sum(buffer.owned(0, shards) for buffer in laid_out)
-
-
-def _fp8_copies(architecture: ModelShape, config: Config, chunks: Sequence[Chunk]) -> int:
-    """One byte per weight for each direction; the parameters themselves serve as the first where they are FP8."""
+def _fp8_copies(architecture: ModelShape, config: Config, chunks: Sequence[ModelChunk]) -> int:
+    """One byte per weight for each direction. FP8 parameters serve as the first copy themselves."""
     if config.model.fp8 is None:
         return 0
     as_fp8 = config.model.model_copy(update={"fp8_param": True})
@@ -112,7 +94,78 @@ def _fp8_copies(architecture: ModelShape, config: Config, chunks: Sequence[Chunk
     return weights * (1 if config.model.fp8_param else 2)
 
 
-GIB = 2**30
+@dataclass(frozen=True)
+class RankCheck:
+    """A dry run's bytes of one rank, which was built without memory, and the estimates for it."""
+
+    rank: int
+    place: str
+    """Which pipeline stage, and which shard of the optimizer's state."""
+    num_parameters: int
+    built: dict[str, int]
+    """Bytes of parameters, gradients and optimizer state, by these names, as Megatron-Core allocates them."""
+    estimated: dict[str, int]
+    """The same by arithmetic."""
+    saved_bytes: int | None
+    """Most bytes that autograd kept at any moment of Megatron's schedule, with plain PyTorch layers; None: not run."""
+    estimated_saved_bytes: float | None
+    seconds: float
+
+    @property
+    def difference(self) -> str:
+        """Which of the exact figures disagree, and by how many bytes; empty if none does."""
+        differences = {name: self.estimated[name] - size for name, size in self.built.items()}
+        return ", ".join(f"{name} {difference:+,}" for name, difference in differences.items() if difference)
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures, and whether the exact ones are equal."""
+        return vars(self) | {"equal": not self.difference}
+
+
+@dataclass(frozen=True)
+class PeakActivations:
+    """Most bytes that the packs in flight on one pipeline rank keep at any moment."""
+
+    saved: float
+    head: float
+    """The response head's share of `saved`."""
+    recomputed: float
+    """What backward computes again besides that."""
+    packs_in_flight: int
+
+    @property
+    def total(self) -> float:
+        """All bytes that autograd keeps."""
+        return self.saved + self.recomputed
+
+
+def peak_activations(
+    architecture: ModelShape, config: Config, pipeline_rank: int, packs: Sequence[PackShape], *, local: bool
+) -> PeakActivations:
+    """What Megatron's schedule of these packs keeps.
+
+    The estimate assumes that the largest packs meet. Then the first rounds of the schedule are the fullest.
+
+    Args:
+        local: whether the layers are plain PyTorch.
+    """
+    size = config.parallel.pipeline_model_parallel_size
+    chunks = model_chunks(architecture, config.parallel, pipeline_rank)
+    rates = [activation_rate(architecture, config, chunk, local=local) for chunk in chunks]
+    largest = sorted(packs, key=lambda pack: -pack.padded_tokens)
+    order = stage_order(pipeline_rank, size, len(chunks), len(packs))[: 4 * size * len(chunks)]
+    recomputed = recomputed_bytes(architecture, config, chunks, largest[0], local=local)
+    if chunks[-1].has_head:
+        # When the layers' backward begins, the head's is over.
+        recomputed = max(0.0, recomputed - rates[-1].head(largest[0]))
+        if largest[0].response_rows > config.logprob.chunk_tokens:
+            recomputed = max(recomputed, logits_bytes(architecture, config, largest[0]))
+    return PeakActivations(
+        saved=peak_in_flight(order, lambda chunk, number: rates[chunk].total(largest[number])),
+        head=peak_in_flight(order, lambda chunk, number: rates[chunk].head(largest[number])),
+        recomputed=recomputed,
+        packs_in_flight=round(peak_in_flight(order, lambda chunk, number: 1.0)),
+    )
 
 
 @dataclass(frozen=True)
@@ -125,22 +178,22 @@ class StageMemory:
     gradients: float
     optimizer: float
     activations: float
-    """Of the layers, over all packs in flight."""
+    """What the layers keep of all packs in flight, and the rotary angles."""
     head: float
-    """The response head's share of what the packs in flight keep."""
+    """What the response head keeps of all packs in flight."""
     working: float
-    """Backward's own, for a moment: what is recomputed, gradients of activations, a chunk of logits."""
+    """What backward needs for a moment: recomputed activations, their gradients, a chunk of logits."""
     communication: float
     reserve: float
     """CUDA's context and fragmentation."""
     host: float
-    """Pinned memory on the host; not part of the total."""
+    """Pinned memory on the host. It is not part of the total."""
     packs_in_flight: int
-    """Passes through one model chunk, of which a rank has several in the interleaved schedule."""
+    """Passes through one model chunk. A rank of the interleaved schedule has several chunks."""
 
     @property
     def parts(self) -> dict[str, float]:
-        """By name, in the order of the picture."""
+        """The parts of the total by name, in the order of the picture."""
         names = ("parameters", "fp8_weights", "gradients", "optimizer", "activations", "head", "working")
         return {name: getattr(self, name) for name in (*names, "communication", "reserve")}
 
@@ -150,49 +203,6 @@ class StageMemory:
         return sum(self.parts.values())
 
 
-@dataclass(frozen=True)
-class Alive:
-    """Activations of all packs in flight on one pipeline rank, at most."""
-
-    saved: float
-    head: float
-    """The response head's share."""
-    recomputed: float
-    """What backward makes again beside that."""
-    packs: int
-
-    @property
-    def most(self) -> float:
-        """All that autograd keeps at any moment."""
-        return self.saved + self.recomputed
-
-
-def alive_bytes(
-    architecture: ModelShape, config: Config, pipeline_rank: int, packs: Sequence[PackShape], *, local: bool
-) -> Alive:
-    """What Megatron's schedule of these packs keeps alive.
-
-    As if the largest packs met: then the first rounds of the schedule are the fullest, and stand for all.
-    """
-    size = config.parallel.pipeline_model_parallel_size
-    chunks = model_chunks(architecture, config.parallel, pipeline_rank)
-    rates = [saved_rate(architecture, config, chunk, local=local) for chunk in chunks]
-    largest = sorted(packs, key=lambda pack: -pack.padded_tokens)
-    order = stage_order(pipeline_rank, size, len(chunks), len(packs))[: 4 * size * len(chunks)]
-    recomputed = recomputed_bytes(architecture, config, chunks, largest[0], local=local)
-    if chunks[-1].has_head:
-        # When the layers' backward begins, the head's is over.
-        recomputed = max(0.0, recomputed - rates[-1].head(largest[0]))
-        if largest[0].response_rows > config.logprob.chunk_tokens:
-            recomputed = max(recomputed, logits_bytes(architecture, config, largest[0]))
-    return Alive(
-        saved=most_alive(order, lambda chunk, number: rates[chunk].total(largest[number])),
-        head=most_alive(order, lambda chunk, number: rates[chunk].head(largest[number])),
-        recomputed=recomputed,
-        packs=round(most_alive(order, lambda chunk, number: 1.0)),
-    )
-
-
 def stage_memory(
     architecture: ModelShape,
     config: Config,
@@ -200,30 +210,30 @@ def stage_memory(
     pipeline_rank: int,
     packs: Sequence[PackShape],
     reserve: Reserve,
-    state: State,
+    state: RankState,
 ) -> StageMemory:
-    """Memory of one pipeline rank, which holds `state` and runs these packs in a step."""
+    """Memory of a pipeline rank that holds `state` and runs these packs in a step."""
     local = uses_local_layers(config)
-    alive = alive_bytes(architecture, config, pipeline_rank, packs, local=local)
+    peak = peak_activations(architecture, config, pipeline_rank, packs, local=local)
     chunks = model_chunks(architecture, config.parallel, pipeline_rank)
     extremes = (max(packs, key=lambda pack: pack.padded_tokens), max(packs, key=lambda pack: pack.response_rows))
     working = max(working_bytes(architecture, config, chunks, pack, local=local) for pack in extremes)
     communication = _communication(architecture, config, data_parallel_size, packs, reserve)
     rotary = rotary_bytes(architecture, max(pack.longest for pack in packs))
-    tensors = state.total + alive.saved + working + rotary + communication
+    tensors = state.total + peak.saved + working + rotary + communication
     return StageMemory(
         pipeline_rank=pipeline_rank,
         parameters=state.parameters,
         fp8_weights=state.fp8_weights,
         gradients=state.gradients,
         optimizer=state.optimizer,
-        activations=alive.saved - alive.head + rotary,
-        head=alive.head,
+        activations=peak.saved - peak.head + rotary,
+        head=peak.head,
         working=working,
         communication=communication,
         reserve=reserve.context_gib * GIB + reserve.fragmentation * tensors,
         host=state.host,
-        packs_in_flight=alive.packs,
+        packs_in_flight=peak.packs_in_flight,
     )
 
 
@@ -236,13 +246,8 @@ def _communication(
     pp = parallel.pipeline_model_parallel_size
     groups = sum(size > 1 for size in (tp, pp, cp, data_parallel_size * cp))
     tokens = max(pack.padded_tokens for pack in packs) / cp
-    hidden = architecture.hidden_size / (tp if parallel.uses_sequence_parallel else 1)
+    hidden = architecture.hidden_size / sequence_shards(config)
     messages = 4 * e * tokens * hidden if pp > 1 else 0  # one to send and one to receive, each way
     keys = max(architecture.num_query_groups / tp, 1) * architecture.head_dim
     ring = 2 * 2 * 2 * e * tokens * keys if cp > 1 else 0  # keys and values, two buffers, and their gradients
     return groups * reserve.communicator_gib * GIB + messages + ring
-
-
-def fullest_stage(stages: Sequence[StageMemory]) -> StageMemory:
-    """The stage that decides whether a layout fits."""
-    return max(stages, key=lambda stage: stage.total)

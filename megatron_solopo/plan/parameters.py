@@ -1,8 +1,9 @@
-"""Parameters of every pipeline stage and the buffers that Megatron lays them out in, exactly.
+"""Parameters of every pipeline stage, and the buffers that Megatron lays them out in. The sizes are exact.
 
-Follows megatron/core/distributed/param_and_grad_buffer.py: parameters in reverse order, each aligned to 64 elements
-and each bucket padded to a multiple of lcm(ranks, 128) under the distributed optimizer. Without overlapped reduction
-(this trainer's setting) a buffer is one bucket, but that embeddings shared with the last stage have their own.
+The layout follows megatron/core/distributed/param_and_grad_buffer.py. Parameters come in reverse order. Under the
+distributed optimizer, each is aligned to 64 elements, and each bucket is padded to a multiple of lcm(ranks, 128). This
+trainer does not overlap the reduction, so a buffer is one bucket. Only embeddings that are shared with the last stage
+have a bucket of their own.
 """
 
 import math
@@ -19,8 +20,8 @@ _BUCKET_ALIGNMENT = 128
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """One model chunk of a pipeline rank: consecutive layers, and what it holds at the model's ends."""
+class ModelChunk:
+    """One model chunk of a pipeline rank: consecutive layers, and perhaps the embedding or the head."""
 
     first_layer: int
     num_layers: int
@@ -28,7 +29,7 @@ class Chunk:
     has_head: bool
 
 
-class Parameter(NamedTuple):
+class ParameterShard(NamedTuple):
     """One rank's shard of a parameter, by its Megatron name."""
 
     name: str
@@ -38,20 +39,22 @@ class Parameter(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Buffer:
-    """Where Megatron puts parameters of one precision: [start, end) of each, and of each bucket."""
+class ParameterBuffer:
+    """Where Megatron puts the parameters of one precision."""
 
     spans: tuple[tuple[int, int], ...]
+    """[start, end) of each parameter, in elements."""
     buckets: tuple[tuple[int, int], ...]
+    """[start, end) of each bucket, in elements."""
     is_fp8: bool
 
     @property
     def numel(self) -> int:
-        """Elements, padding included."""
+        """Elements with padding."""
         return self.buckets[-1][1] if self.buckets else 0
 
     def owned(self, rank: int, size: int) -> int:
-        """Elements, padding excluded, that one of `size` data-parallel ranks keeps optimizer state for."""
+        """Elements without padding whose optimizer state belongs to one of `size` data-parallel ranks."""
         total = 0
         for start, end in self.buckets:
             shard = (end - start) // size
@@ -60,69 +63,70 @@ class Buffer:
         return total
 
 
-def model_chunks(architecture: ModelShape, parallel: ParallelConfig, pipeline_rank: int) -> list[Chunk]:
+def model_chunks(architecture: ModelShape, parallel: ParallelConfig, pipeline_rank: int) -> list[ModelChunk]:
     """The chunks of a pipeline rank: chunk v of rank p is virtual stage v x PP + p."""
     size, count = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     layers = architecture.num_layers // (size * count)
     stages = [chunk * size + pipeline_rank for chunk in range(count)]
-    return [Chunk(stage * layers, layers, stage == 0, stage == size * count - 1) for stage in stages]
+    return [ModelChunk(stage * layers, layers, stage == 0, stage == size * count - 1) for stage in stages]
 
 
 def chunk_parameters(
-    architecture: ModelShape, model: ModelConfig, parallel: ParallelConfig, chunk: Chunk
-) -> list[Parameter]:
+    architecture: ModelShape, model: ModelConfig, parallel: ParallelConfig, chunk: ModelChunk
+) -> list[ParameterShard]:
     """This tensor-parallel rank's parameters of a chunk, in the order of `named_parameters`."""
     a, tp = architecture, parallel.tensor_model_parallel_size
     embedding = padded_vocab_size(a.vocab_size, tp) // tp * a.hidden_size
     is_pipelined = parallel.pipeline_model_parallel_size > 1
     shared = a.tied_embeddings and is_pipelined
-    found = [Parameter("embedding.word_embeddings.weight", embedding, shared)] if chunk.has_embedding else []
+    found = [ParameterShard("embedding.word_embeddings.weight", embedding, shared)] if chunk.has_embedding else []
     each = list(_layer(a, tp))
     for layer in range(chunk.num_layers):
         fp8 = model.fp8_param and not _in_bfloat16(architecture, model, chunk.first_layer + layer)
         prefix = f"decoder.layers.{layer}."
-        found += [Parameter(prefix + name, numel, False, is_fp8 and fp8) for name, numel, _, is_fp8 in each]
+        found += [ParameterShard(prefix + name, numel, False, is_fp8 and fp8) for name, numel, _, is_fp8 in each]
     if chunk.has_head:
-        found.append(Parameter("decoder.final_layernorm.weight", a.hidden_size))
+        found.append(ParameterShard("decoder.final_layernorm.weight", a.hidden_size))
         if shared or not a.tied_embeddings:
-            found.append(Parameter("output_layer.weight", embedding, shared))
+            found.append(ParameterShard("output_layer.weight", embedding, shared))
     return found
 
 
-def _layer(a: ModelShape, tp: int) -> Iterator[Parameter]:
+def _layer(a: ModelShape, tp: int) -> Iterator[ParameterShard]:
     hidden, ffn = a.hidden_size, a.ffn_hidden_size // tp
     queries = a.num_attention_heads * a.head_dim
     mixed = (queries + 2 * a.num_query_groups * a.head_dim) // tp
-    yield Parameter("input_layernorm.weight", hidden)
-    yield Parameter("self_attention.linear_proj.weight", hidden * queries // tp, is_fp8=True)
-    yield Parameter("self_attention.linear_qkv.weight", mixed * hidden, is_fp8=True)
+    yield ParameterShard("input_layernorm.weight", hidden)
+    yield ParameterShard("self_attention.linear_proj.weight", hidden * queries // tp, is_fp8=True)
+    yield ParameterShard("self_attention.linear_qkv.weight", mixed * hidden, is_fp8=True)
     if a.add_qkv_bias:
-        yield Parameter("self_attention.linear_qkv.bias", mixed)
+        yield ParameterShard("self_attention.linear_qkv.bias", mixed)
     if a.qk_layernorm:
-        yield Parameter("self_attention.q_layernorm.weight", a.head_dim)
-        yield Parameter("self_attention.k_layernorm.weight", a.head_dim)
-    yield Parameter("pre_mlp_layernorm.weight", hidden)
-    yield Parameter("mlp.linear_fc1.weight", 2 * ffn * hidden, is_fp8=True)
-    yield Parameter("mlp.linear_fc2.weight", ffn * hidden, is_fp8=True)
+        yield ParameterShard("self_attention.q_layernorm.weight", a.head_dim)
+        yield ParameterShard("self_attention.k_layernorm.weight", a.head_dim)
+    yield ParameterShard("pre_mlp_layernorm.weight", hidden)
+    yield ParameterShard("mlp.linear_fc1.weight", 2 * ffn * hidden, is_fp8=True)
+    yield ParameterShard("mlp.linear_fc2.weight", ffn * hidden, is_fp8=True)
 
 
 def _in_bfloat16(architecture: ModelShape, model: ModelConfig, layer: int) -> bool:
-    """Whether a layer stays in bfloat16 where the others are in FP8."""
+    """Whether a layer stays in bfloat16 while others are in FP8."""
     first, last = model.num_layers_at_start_in_bf16, architecture.num_layers - model.num_layers_at_end_in_bf16
     return model.first_last_layers_bf16 and not first <= layer < last
 
 
-def buffers(parameters: Sequence[Parameter], ranks: int, distributed: bool) -> list[Buffer]:
-    """The buffers of a chunk, one for each precision.
+def parameter_buffers(parameters: Sequence[ParameterShard], ranks: int, distributed: bool) -> list[ParameterBuffer]:
+    """The buffers of a model chunk, one for each precision.
 
     Args:
-        ranks: data-parallel x context-parallel size, over which the distributed optimizer shards.
+        ranks: data-parallel size x context-parallel size. The distributed optimizer shards over these ranks.
+        distributed: whether the distributed optimizer is in use.
     """
     groups = [[p for p in parameters if p.is_fp8 is fp8] for fp8 in (False, True)]
     return [_buffer(group, ranks, distributed) for group in groups if group]
 
 
-def _buffer(parameters: Sequence[Parameter], ranks: int, distributed: bool) -> Buffer:
+def _buffer(parameters: Sequence[ParameterShard], ranks: int, distributed: bool) -> ParameterBuffer:
     alignment = _PARAMETER_ALIGNMENT if distributed else 1
     bucket_alignment = math.lcm(ranks, _BUCKET_ALIGNMENT) if distributed else 1
     spans: list[tuple[int, int]] = []
@@ -143,7 +147,7 @@ def _buffer(parameters: Sequence[Parameter], ranks: int, distributed: bool) -> B
             bucket_start = end
     if end > bucket_start:
         buckets.append((bucket_start, _round_up(end, bucket_alignment)))
-    return Buffer(tuple(spans), tuple(buckets), parameters[0].is_fp8)
+    return ParameterBuffer(tuple(spans), tuple(buckets), parameters[0].is_fp8)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -11,16 +11,16 @@ from megatron_solopo.plan.search import LayoutEstimate
 
 matplotlib.use("Agg")
 
-_ROUNDS = 6
-"""Rounds of the schedule that are drawn; the rest repeats them."""
+_DRAWN_ROUNDS = 6
+"""Rounds of the schedule that are drawn. The other rounds repeat them."""
 
 
 def draw_plan(estimate: LayoutEstimate, path: Path) -> None:
-    """Draw a PNG."""
+    """Draw the picture of a layout into a PNG file."""
     from matplotlib import pyplot
 
     figure, (memory, time) = pyplot.subplots(1, 2, figsize=(18, 7), layout="constrained", width_ratios=(2, 3))
-    figure.suptitle(f"{estimate.layout.name} on {estimate.gpus} x {estimate.gpu.device_name}")
+    figure.suptitle(f"{estimate.layout.name} on {estimate.layout.gpus} x {estimate.gpu.device_name}")
     _draw_memory(estimate, memory)
     _draw_timeline(estimate, time)
     with atomic_path(path) as temporary:
@@ -44,7 +44,7 @@ def _draw_memory(estimate: LayoutEstimate, axis: Any) -> None:
 def _draw_timeline(estimate: LayoutEstimate, axis: Any) -> None:
     stages = estimate.time.timeline.stages
     chunks = 1 + max(span.work.chunk for span in stages[0])
-    shown = _ROUNDS * max(2, len(stages)) * chunks
+    shown = _DRAWN_ROUNDS * max(2, len(stages)) * chunks
     for rank, spans in enumerate(stages):
         for is_forward, color in ((True, "tab:blue"), (False, "tab:green")):
             bars = [(span.start, span.end - span.start) for span in spans[:shown] if span.work.is_forward is is_forward]

@@ -1,6 +1,6 @@
-"""Megatron-Core's pipeline schedules: the order of work on every stage, its timeline, what is alive when.
+"""Megatron-Core's pipeline schedules: the order of passes on every stage, their timeline, what they keep in memory.
 
-Plain 1F1B and the interleaved schedule of megatron/core/pipeline_parallel/schedules.py.
+The schedules are plain 1F1B and the interleaved one of megatron/core/pipeline_parallel/schedules.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from functools import cache
 from typing import NamedTuple
 
 
-class Work(NamedTuple):
+class ChunkPass(NamedTuple):
     """A forward or backward pass of one micro-batch through one model chunk."""
 
     is_forward: bool
@@ -17,35 +17,35 @@ class Work(NamedTuple):
     microbatch: int
 
 
-class Span(NamedTuple):
-    """When a stage does it, in seconds from the start of the step."""
+class TimedPass(NamedTuple):
+    """A pass with its start and end, in seconds from the start of the step."""
 
-    work: Work
+    work: ChunkPass
     start: float
     end: float
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """All stages of one pipeline."""
+    """The passes of all stages of one pipeline."""
 
-    stages: tuple[tuple[Span, ...], ...]
+    stages: tuple[tuple[TimedPass, ...], ...]
 
     @property
     def seconds(self) -> float:
-        """Until the last stage is done."""
+        """Seconds until the last stage is done."""
         return max(spans[-1].end for spans in self.stages)
 
     @property
     def bubble(self) -> float:
-        """Share of all stages' time that is spent waiting."""
+        """Share of all stages' time that is spent waiting, in [0, 1)."""
         busy = sum(span.end - span.start for spans in self.stages for span in spans)
         return 1 - busy / (self.seconds * len(self.stages))
 
 
 @cache
-def stage_order(rank: int, size: int, chunks: int, microbatches: int) -> tuple[Work, ...]:
-    """What a pipeline rank does, in order.
+def stage_order(rank: int, size: int, chunks: int, microbatches: int) -> tuple[ChunkPass, ...]:
+    """The passes of a pipeline rank in order.
 
     Args:
         chunks: model chunks per rank; with more than one, `microbatches` is a multiple of `size`.
@@ -54,12 +54,12 @@ def stage_order(rank: int, size: int, chunks: int, microbatches: int) -> tuple[W
     to_come = size - rank - 1
     warm_up = min(to_come if chunks == 1 else 2 * to_come + (chunks - 1) * size, total)
 
-    def work(number: int, is_forward: bool) -> Work:
+    def work(number: int, is_forward: bool) -> ChunkPass:
         group, within = divmod(number, size * chunks)
         chunk, place = divmod(within, size)
         if chunks == 1:
-            return Work(is_forward, 0, number)
-        return Work(is_forward, chunk if is_forward else chunks - 1 - chunk, group * size + place)
+            return ChunkPass(is_forward, 0, number)
+        return ChunkPass(is_forward, chunk if is_forward else chunks - 1 - chunk, group * size + place)
 
     order = [work(number, True) for number in range(warm_up)]
     for number in range(total - warm_up):
@@ -67,32 +67,32 @@ def stage_order(rank: int, size: int, chunks: int, microbatches: int) -> tuple[W
     return tuple(order + [work(number, False) for number in range(total - warm_up, total)])
 
 
-def most_alive(order: Sequence[Work], bytes_of: Callable[[int, int], float]) -> float:
-    """Greatest sum, at any moment, over forwards whose backward is still to come.
+def peak_in_flight(order: Sequence[ChunkPass], bytes_of: Callable[[int, int], float]) -> float:
+    """Most bytes that forward passes keep at any moment; each keeps its bytes until its backward pass.
 
     Args:
-        bytes_of: (chunk, microbatch) -> what its forward keeps.
+        bytes_of: (chunk, microbatch) -> bytes that its forward pass keeps.
     """
-    alive = most = 0.0
+    kept = most = 0.0
     for work in order:
         amount = bytes_of(work.chunk, work.microbatch)
-        alive += amount if work.is_forward else -amount
-        most = max(most, alive)
+        kept += amount if work.is_forward else -amount
+        most = max(most, kept)
     return most
 
 
-def simulate(
-    size: int, chunks: int, microbatches: int, seconds_of: Callable[[int, Work], float], message_seconds: float
+def simulate_schedule(
+    size: int, chunks: int, microbatches: int, seconds_of: Callable[[int, ChunkPass], float], message_seconds: float
 ) -> Timeline:
-    """Run the schedule: each stage in its order, each piece as soon as what it needs has arrived.
+    """Time the schedule. Each stage keeps its order and starts a pass as soon as its input has arrived.
 
     Args:
-        seconds_of: (rank, work) -> how long it takes.
-        message_seconds: from one stage to the next.
+        seconds_of: (pipeline rank, pass) -> its seconds.
+        message_seconds: seconds of a message from one stage to the next.
     """
     orders = [stage_order(rank, size, chunks, microbatches) for rank in range(size)]
-    done: dict[tuple[int, Work], float] = {}
-    spans: list[list[Span]] = [[] for _ in range(size)]
+    done: dict[tuple[int, ChunkPass], float] = {}
+    spans: list[list[TimedPass]] = [[] for _ in range(size)]
     clocks = [0.0] * size
     waiting = set(range(size))
     while waiting:
@@ -104,16 +104,16 @@ def simulate(
                 start = max(clocks[rank], ready)
                 clocks[rank] = start + seconds_of(rank, work)
                 done[rank, work] = clocks[rank]
-                spans[rank].append(Span(work, start, clocks[rank]))
+                spans[rank].append(TimedPass(work, start, clocks[rank]))
             if len(spans[rank]) == len(orders[rank]):
                 waiting.remove(rank)
     return Timeline(tuple(tuple(each) for each in spans))
 
 
 def _ready(
-    rank: int, work: Work, size: int, chunks: int, done: dict[tuple[int, Work], float], message: float
+    rank: int, work: ChunkPass, size: int, chunks: int, done: dict[tuple[int, ChunkPass], float], message: float
 ) -> float | None:
-    """When its input is there; None: what makes it has not been simulated yet."""
+    """When the input of a pass is there; None: the pass that makes it is not simulated yet."""
     stage = work.chunk * size + rank
     if work.is_forward:
         if stage == 0:

@@ -1,7 +1,7 @@
 """Seconds of a step: matrix products, attention by true lengths, memory-bound work, traffic, pipeline, optimizer.
 
-Every pack is timed by itself; the pipeline's schedule is then simulated with the packs of the heaviest
-data-parallel rank. Costs that this trainer does not overlap (gradient reduction, parameter gather) are added whole.
+Every pack is timed by itself. Then the pipeline's schedule is simulated with the packs of the heaviest data-parallel
+rank. This trainer does not overlap the gradient reduction and the parameter gather, so they are added whole.
 """
 
 from collections import Counter
@@ -14,19 +14,19 @@ from megatron_solopo.architecture.gpus import Efficiency, Gpu
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.config import Config
-from megatron_solopo.plan.activations import element_bytes
-from megatron_solopo.plan.memory import State
+from megatron_solopo.plan.activations import element_bytes, sequence_shards
+from megatron_solopo.plan.memory import RankState
 from megatron_solopo.plan.parameters import model_chunks
-from megatron_solopo.plan.pipeline import Timeline, Work, simulate
+from megatron_solopo.plan.pipeline import ChunkPass, Timeline, simulate_schedule
 from megatron_solopo.plan.workload import PackShape
 
 _ATTENTION_BACKWARD = 2.5
-"""Of forward: five products instead of two, as flash attention computes the scores again."""
+"""Times forward: five products instead of two, because flash attention computes the scores again."""
 
 
 @dataclass(frozen=True)
 class PackSeconds:
-    """One pack in one layer (`head`: in the output layer), forward, backward and what is recomputed between."""
+    """Seconds of one pack in one layer, by what takes them; `head` is the time in the output layer."""
 
     gemm: float = 0.0
     attention: float = 0.0
@@ -39,17 +39,17 @@ class PackSeconds:
         return PackSeconds(*(one + two for one, two in zip(self.parts.values(), other.parts.values(), strict=True)))
 
     def times(self, factor: float) -> "PackSeconds":
-        """Each part multiplied."""
+        """Multiply each part."""
         return PackSeconds(*(factor * part for part in self.parts.values()))
 
     @property
     def parts(self) -> dict[str, float]:
-        """By name."""
+        """The parts by name."""
         return vars(self)
 
     @property
     def total(self) -> float:
-        """The sum."""
+        """The sum of the parts."""
         return sum(self.parts.values())
 
 
@@ -58,7 +58,7 @@ class StepTime:
     """One optimizer step, and the forward pass of the reference model over as many triplets."""
 
     compute: PackSeconds
-    """Busiest stage, summed over the packs."""
+    """The busiest pipeline stage, summed over the packs."""
     timeline: Timeline
     data_traffic: float
     optimizer: float
@@ -67,13 +67,13 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """Of the step."""
+        """Seconds of the step."""
         return self.timeline.seconds + self.data_traffic + self.optimizer
 
 
 @dataclass(frozen=True)
-class Clock:
-    """Times one configuration on one type of GPU."""
+class StepTimer:
+    """Estimates the time of one configuration on one type of GPU."""
 
     architecture: ModelShape
     config: Config
@@ -81,38 +81,43 @@ class Clock:
     gpu: Gpu
     efficiency: Efficiency
 
-    def step(self, packs: Sequence[PackShape], states: Sequence[State]) -> StepTime:
-        """A step of the rank that runs these packs; `states` by pipeline rank."""
+    def time_step(self, packs: Sequence[PackShape], states: Sequence[RankState]) -> StepTime:
+        """One step of a data-parallel rank.
+
+        Args:
+            packs: what it runs.
+            states: the state of each pipeline rank, in order.
+        """
         size = self.config.parallel.pipeline_model_parallel_size
         chunks = [model_chunks(self.architecture, self.config.parallel, rank) for rank in range(size)]
         passes = [self._passes(pack) for pack in packs]
 
-        def seconds(rank: int, work: Work) -> float:
+        def seconds(rank: int, work: ChunkPass) -> float:
             chunk, (layer, head) = chunks[rank][work.chunk], passes[work.microbatch][not work.is_forward]
             return chunk.num_layers * layer + (head if chunk.has_head else 0.0)
 
         return StepTime(
             compute=self._busiest(packs),
-            timeline=simulate(size, len(chunks[0]), len(packs), seconds, self._message(packs)),
+            timeline=simulate_schedule(size, len(chunks[0]), len(packs), seconds, self._message(packs)),
             data_traffic=max(self._reduction(state) for state in states),
             optimizer=max(self._update(state) for state in states),
             forward_seconds=self._with_bubble(self._busiest(packs, forward_only=True).total, len(packs)),
         )
 
-    def quick(self, packs: Sequence[PackShape], states: Sequence[State]) -> float:
-        """Seconds of a step without simulating the pipeline: the busiest stage's work, and the share of a bubble."""
+    def quick_seconds(self, packs: Sequence[PackShape], states: Sequence[RankState]) -> float:
+        """Seconds of a step without simulating the pipeline: the busiest stage's work plus a bubble by formula."""
         pipeline = self._with_bubble(self._busiest(packs).total, len(packs))
         return pipeline + max(self._reduction(state) + self._update(state) for state in states)
 
     def _passes(self, pack: PackShape) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Seconds of (one layer, the head), forward and backward."""
+        """Seconds of (one layer, the head) for forward, and the same for backward."""
         forward, backward = (
             (self.layer(pack, is_forward=way).total, self.head(pack, is_forward=way).total) for way in (True, False)
         )
         return forward, backward
 
     def _busiest(self, packs: Sequence[PackShape], *, forward_only: bool = False) -> PackSeconds:
-        """All packs through the last pipeline rank, which has the head beside as many layers as the others."""
+        """All packs through the last pipeline rank, which has the head and as many layers as the others."""
         size, chunks = self.config.parallel.pipeline_model_parallel_size, self._chunks
         layers = self.architecture.num_layers // (size * chunks) * chunks
         total = PackSeconds()
@@ -132,7 +137,7 @@ class Clock:
         return busy * (1 + (self.config.parallel.pipeline_model_parallel_size - 1) / (packs * self._chunks))
 
     def layer(self, pack: PackShape, *, is_forward: bool) -> PackSeconds:
-        """One layer's pass over one pack; backward includes what is recomputed."""
+        """One layer's pass over one pack. Backward includes what is computed again."""
         forward = self._forward(pack)
         if is_forward:
             return forward
@@ -187,7 +192,7 @@ class Clock:
         return self.gpu.bf16_tflops * 1e12 * self.efficiency.gemm
 
     def head(self, pack: PackShape, *, is_forward: bool) -> PackSeconds:
-        """The output layer over the response rows of the context-parallel rank that has most of them."""
+        """The output layer's pass over the response rows of the context-parallel rank that has most of them."""
         a, tp = self.architecture, self.config.parallel.tensor_model_parallel_size
         flops = 2.0 * a.hidden_size * padded_vocab_size(a.vocab_size, tp) / tp * pack.response_rows
         seconds = flops / (self.gpu.bf16_tflops * 1e12 * self.efficiency.head)
@@ -197,14 +202,13 @@ class Clock:
 
     def _memory_bytes(self, tokens: float) -> float:
         """Bytes that the memory-bound kernels of a layer read and write: norms, residuals, rotation, SwiGLU."""
-        a, parallel, e = self.architecture, self.config.parallel, element_bytes(self.config)
-        tp = parallel.tensor_model_parallel_size
-        hidden = a.hidden_size / (tp if parallel.uses_sequence_parallel else 1)
+        a, e, tp = self.architecture, element_bytes(self.config), self.config.parallel.tensor_model_parallel_size
+        hidden = a.hidden_size / sequence_shards(self.config)
         rotated = (a.num_attention_heads + a.num_query_groups) * a.head_dim / tp
         return e * tokens * (2 * 2 * hidden + 2 * 3 * hidden + 2 * rotated + 3 * a.ffn_hidden_size / tp)
 
     def _tensor_traffic(self, tokens: float) -> float:
-        """Two gathers and two reduce-scatters of hidden states (or two all-reduces, which are as much)."""
+        """Seconds of two gathers and two reduce-scatters of hidden states. Two all-reduces would take as long."""
         tp = self.config.parallel.tensor_model_parallel_size
         if tp == 1:
             return 0.0
@@ -212,7 +216,7 @@ class Clock:
         return 4 * self._collective(size, tp, tp)
 
     def _context_traffic(self, pack: PackShape, attention: float, *, backward: bool) -> float:
-        """What of the exchange of keys and values does not hide behind attention (all of it, by heads)."""
+        """Seconds of exchanging keys and values that attention does not hide. By heads, it hides nothing."""
         a, parallel, e = self.architecture, self.config.parallel, element_bytes(self.config)
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
         if cp == 1:
@@ -227,24 +231,18 @@ class Clock:
         return max(0.0, exchange - self.efficiency.overlap_of_context * attention)
 
     def _message(self, packs: Sequence[PackShape]) -> float:
-        """Hidden states of the largest pack from one pipeline stage to the next."""
+        """Seconds that the hidden states of the largest pack take from one pipeline stage to the next."""
         parallel = self.config.parallel
         if parallel.pipeline_model_parallel_size == 1:
             return 0.0
-        tp = parallel.tensor_model_parallel_size
         padded_tokens = max(pack.padded_tokens for pack in packs)
-        hidden = self.architecture.hidden_size / (tp if parallel.uses_sequence_parallel else 1)
+        hidden = self.architecture.hidden_size / sequence_shards(self.config)
         size = element_bytes(self.config) * padded_tokens / parallel.context_parallel_size * hidden
-        inside = self.num_gpus <= self.gpu.gpus_per_node
-        return self.efficiency.message_seconds + size / self._bandwidth(inside)
+        gpus = self.data_parallel_size * parallel.model_parallel_size
+        return self.efficiency.message_seconds + size / self._bandwidth(gpus <= self.gpu.gpus_per_node)
 
-    @property
-    def num_gpus(self) -> int:
-        """Of the whole run."""
-        return self.data_parallel_size * self.config.parallel.model_parallel_size
-
-    def _reduction(self, state: State) -> float:
-        """Reduce-scatter of gradients and gather of parameters over DP x CP, not overlapped."""
+    def _reduction(self, state: RankState) -> float:
+        """Seconds of the reduce-scatter of gradients and the gather of parameters over DP x CP."""
         parallel = self.config.parallel
         size = self.data_parallel_size * parallel.context_parallel_size
         if size == 1:
@@ -254,8 +252,8 @@ class Clock:
             return 2 * self._collective(state.gradients, size, span)
         return self._collective(state.gradients, size, span) + self._collective(state.parameters, size, span)
 
-    def _update(self, state: State) -> float:
-        """Adam reads and writes its state once; the offloaded share in the host's memory, across PCIe."""
+    def _update(self, state: RankState) -> float:
+        """Seconds in which Adam reads and writes its state once. The offloaded share crosses PCIe to the host."""
         on_gpu = 2 * state.optimizer / (self.gpu.hbm_gb_per_s * 1e9 * self.efficiency.memory)
         # fp32 gradients down and bfloat16 weights up, 6 of the 16 bytes that the host keeps.
         crossing = state.host * 6 / 16
@@ -263,11 +261,12 @@ class Clock:
         return on_gpu + seconds / (1e9 * self.efficiency.host)
 
     def _collective(self, size: float, ranks: int, span: int, messages: int | None = None) -> float:
-        """Seconds of a gather or reduce-scatter that makes (or starts from) `size` bytes per rank.
+        """Seconds of a gather to `size` bytes per rank, or of a reduce-scatter from them.
 
         Args:
-            span: ranks from the first to the last of the group, in Megatron's order (TP, CP, DP, PP): a group
+            span: ranks from the first to the last of the group, in Megatron's order (TP, CP, DP, PP). A group
                 wider than a node moves at the network's pace.
+            messages: number of messages in a row; None: one to each other rank.
         """
         steps = ranks - 1 if messages is None else messages
         moved = size * (ranks - 1) / ranks

@@ -1,4 +1,4 @@
-"""The triplets of a run and how the real packer shares them out under a layout."""
+"""The lengths of a run's triplets, and how the packer of training shares them out under a layout."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_solopo.architecture.fp8 import pack_multiple
-from megatron_solopo.architecture.layout import packs_multiple, sequence_multiple
+from megatron_solopo.architecture import layout
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.batch_plan import (
     IntArray,
@@ -23,7 +22,7 @@ from megatron_solopo.errors import UserError
 
 _SEED = 0
 _TOO_LONG = 2**31
-"""Tokens of a sequence: lengths are int32 where attention reads them."""
+"""Tokens of a sequence. Attention reads lengths as int32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,29 +30,29 @@ class Workload:
     """Token counts of a data set's triplets [D]."""
 
     prompts: Mapping[str, IntArray]
-    """By context: `short`, `long`."""
+    """Tokens of the prompts by context: `short`, `long`."""
     responses: Mapping[str, IntArray]
-    """By answer: `chosen`, `rejected`."""
+    """Tokens of the responses by answer: `chosen`, `rejected`."""
     num_triplets: int
-    """Of the whole data set; the arrays may be a sample of it."""
+    """Size of the whole data set. The arrays may be a sample of it."""
     source: str
-    """Where the lengths come from, for a reader."""
+    """Where the lengths come from, in words."""
 
     def longest(self, roles: Sequence[Role]) -> int:
-        """Tokens of the longest sequence among these roles."""
+        """Tokens of the longest sequence that has one of these roles."""
         return max(int((self.prompts[role.context] + self.responses[role.response]).max()) for role in roles)
 
 
 @dataclass(frozen=True, eq=False)
 class PackShape:
-    """What one pack costs; per context-parallel rank where it says so."""
+    """The figures of one pack that decide its cost."""
 
     padded_tokens: int
     squares: int
     """Sum over its sequences of the padded length squared."""
     tokens: int
     response_rows: int
-    """Most response positions on any context-parallel rank: sequences end on the first of them."""
+    """Most response positions on any one context-parallel rank."""
     longest: int
     """Padded length of the longest sequence."""
     triplets: tuple[dict[str, int], ...]
@@ -70,19 +69,19 @@ class BatchShape:
     """One global batch under a layout."""
 
     heaviest_rank: tuple[PackShape, ...]
-    """The packs of the data-parallel rank with most attention work, which the others wait for."""
+    """The packs of the data-parallel rank with most attention work. The other ranks wait for it."""
     num_triplets: int
     num_packs: int
-    """Of all data-parallel ranks."""
+    """Packs of all data-parallel ranks."""
     pad_waste: float
-    """Share of all positions that is padding, in [0, 1)."""
+    """Share of padding in all positions, in [0, 1)."""
     balance: float
-    """Mean attention work of a data-parallel rank over the greatest, in (0, 1]."""
+    """Mean attention work of the data-parallel ranks divided by the greatest, in (0, 1]."""
 
 
 def prepared_workload(path: Path) -> Workload:
-    """Lengths of every row of the training split of a prepared data set; raises UserError if it is none."""
-    # Slow to import, and needless where lengths are given.
+    """Lengths of every row in the training split of prepared data; raises UserError if `path` holds none."""
+    # This import is slow, and a plan of stated lengths does not need it.
     from megatron_solopo.data.prepared import load_prepared, token_lengths
 
     data = load_prepared(path)
@@ -96,13 +95,25 @@ def prepared_workload(path: Path) -> Workload:
     )
 
 
+def read_workload(config: Config, tokens: str | None, num_triplets: int) -> Workload:
+    """Lengths as stated in `tokens`, or those of the prepared data in `data.path` if `tokens` is None."""
+    if tokens is not None:
+        return stated_workload(tokens, num_triplets, sample=4 * config.training.global_batch_size)
+    try:
+        return prepared_workload(config.data.path)
+    except UserError as error:
+        raise UserError(f"{error}; or state the lengths with --tokens") from None
+
+
 def stated_workload(text: str, num_triplets: int, sample: int) -> Workload:
-    """Lengths as stated: `short=1024,long=8192:131072,response=512`; LOW:HIGH is spread evenly between the two.
+    """Lengths as stated, such as `short=1024,long=8192:131072,response=512`. Prompts are counted without the answer.
+
+    LOW:HIGH draws lengths evenly from LOW to HIGH.
 
     Args:
         sample: triplets to draw, at most `num_triplets`.
 
-    Raises UserError naming the part that cannot be read. Prompts are counted without the answer.
+    Raises UserError that names the part that cannot be read.
     """
     ranges = {}
     for part in text.split(","):
@@ -132,7 +143,7 @@ def stated_workload(text: str, num_triplets: int, sample: int) -> Workload:
 
 
 class Packer:
-    """Packs one sample batch of a workload under many layouts; layouts that pack alike share the work."""
+    """Packs one sample batch of a workload under many layouts. Layouts that pack alike share the work."""
 
     def __init__(self, workload: Workload, config: Config) -> None:
         self.workload, self.config = workload, config
@@ -149,34 +160,34 @@ class Packer:
         self._plans: dict[tuple[int, ...], RankPacks] = {}
         self._shapes: dict[tuple[tuple[int, ...], int, int], BatchShape] = {}
 
-    def largest(self, multiple: int, whole: int) -> int:
-        """Padded tokens of the largest triplet, in a pack of its own."""
-        return int(padded_lengths(self._sizes(multiple).padded_tokens.max(), whole))
+    def largest_triplet(self, multiple: int, pack_multiple: int) -> int:
+        """Padded tokens of the largest triplet in a pack of its own; see `pack_shape` for the arguments."""
+        return int(padded_lengths(self._sizes(multiple).padded_tokens.max(), pack_multiple))
 
     def pack(self, config: Config, data_parallel_size: int) -> BatchShape:
         """The batch under a layout.
 
-        Raises UserError where the trainer would: a triplet over the budget, or a batch that does not divide.
+        Raises UserError in the same cases as the trainer: a triplet over the budget, a batch that does not divide.
         """
         parallel = config.parallel
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-        multiple, whole = sequence_multiple(tp, cp), pack_multiple(parallel, config.model)
-        packs = packs_multiple(
+        multiple, pack_multiple = layout.sequence_multiple(tp, cp), layout.pack_multiple(parallel, config.model)
+        packs = layout.packs_multiple(
             parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
         )
         check_batch_size(config.training.global_batch_size, data_parallel_size, packs)
         budget = config.data.max_tokens_per_pack
-        if (largest := self.largest(multiple, whole)) > budget:
+        if (largest := self.largest_triplet(multiple, pack_multiple)) > budget:
             raise UserError(
                 f"the largest triplet needs {largest:,} padded tokens (multiples of {multiple}), more than "
                 f"data.max_tokens_per_pack={budget}; raise it to that"
             )
-        key = (multiple, budget // whole * whole, packs, data_parallel_size)
-        if (key, whole, cp) not in self._shapes:
+        key = (multiple, budget // pack_multiple * pack_multiple, packs, data_parallel_size)
+        if (key, pack_multiple, cp) not in self._shapes:
             if key not in self._plans:
                 self._plans[key] = self._plan(*key)
-            self._shapes[key, whole, cp] = self._batch(self._plans[key], multiple, whole, cp)
-        return self._shapes[key, whole, cp]
+            self._shapes[key, pack_multiple, cp] = self._batch(self._plans[key], multiple, pack_multiple, cp)
+        return self._shapes[key, pack_multiple, cp]
 
     def _sizes(self, multiple: int) -> TripletSizes:
         if multiple not in self._sizes_by_multiple:
@@ -194,41 +205,41 @@ class Packer:
             packs_multiple=packs,
         )
 
-    def _batch(self, planned: RankPacks, multiple: int, whole: int, cp: int) -> BatchShape:
+    def _batch(self, planned: RankPacks, multiple: int, pack_multiple: int, cp: int) -> BatchShape:
         sizes = self._sizes(multiple)
         loads = [sum(int(sizes.cost[self.rows[pack]].sum()) for pack in rank) for rank in planned]
         heaviest = planned[loads.index(max(loads))]
-        positions = sum(
-            int(padded_lengths(sizes.padded_tokens[self.rows[pack]].sum(), whole)) for rank in planned for pack in rank
-        )
+        packs = [self.rows[pack] for rank in planned for pack in rank]
+        positions = sum(int(padded_lengths(sizes.padded_tokens[rows].sum(), pack_multiple)) for rows in packs)
         return BatchShape(
-            heaviest_rank=tuple(self._shape(self.rows[pack], multiple, whole, cp) for pack in heaviest),
+            heaviest_rank=tuple(self._shape(self.rows[pack], multiple, pack_multiple, cp) for pack in heaviest),
             num_triplets=len(self.rows),
-            num_packs=sum(len(rank) for rank in planned),
+            num_packs=len(packs),
             pad_waste=1 - int(sizes.tokens[self.rows].sum()) / positions,
             balance=sum(loads) / len(loads) / max(loads),
         )
 
-    def _shape(self, rows: IntArray, multiple: int, whole: int, cp: int) -> PackShape:
+    def _shape(self, rows: IntArray, multiple: int, pack_multiple: int, cp: int) -> PackShape:
         columns = {**self.workload.prompts, **self.workload.responses}
         triplets = [{name: int(column[row]) for name, column in columns.items()} for row in rows]
-        return pack_shape(triplets, self.roles, multiple, whole, cp)
+        return pack_shape(triplets, self.roles, multiple, pack_multiple, cp)
 
 
 def pack_shape(
-    triplets: Sequence[Mapping[str, int]], roles: Sequence[Role], multiple: int, whole: int, cp: int
+    triplets: Sequence[Mapping[str, int]], roles: Sequence[Role], multiple: int, pack_multiple: int, cp: int
 ) -> PackShape:
-    """Shape of a pack.
+    """The shape of one pack.
 
     Args:
         triplets: tokens by prompt (`short`, `long`) and answer (`chosen`, `rejected`).
-        multiple, whole: what each sequence, and the pack, is padded to a multiple of.
+        multiple: the length of each sequence is padded to a multiple of this.
+        pack_multiple: the length of the pack is padded to a multiple of this.
         cp: context-parallel size.
     """
     prompts_S = np.array([triplet[role.context] for triplet in triplets for role in roles])
     responses_S = np.array([triplet[role.response] for triplet in triplets for role in roles])
     padded_S = padded_lengths(prompts_S + responses_S, multiple)
-    padded_S[-1] += int(padded_lengths(padded_S.sum(), whole)) - int(padded_S.sum())
+    padded_S[-1] += int(padded_lengths(padded_S.sum(), pack_multiple)) - int(padded_S.sum())
     chunk_S1 = (padded_S // (2 * cp))[:, None]
     start_C = np.arange(2 * cp)[None, :]
     first_S1 = (prompts_S - 1)[:, None]

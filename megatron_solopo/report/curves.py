@@ -1,4 +1,4 @@
-"""The pictures of training: what happened from step to step."""
+"""The pictures of training: losses, rewards, the SoLo gap, gradient norm and throughput by step."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_solopo.report.figure import Picture, Theme, dress, figure, legend
+from megatron_solopo.report.figure import Picture, Theme, add_legend, empty_figure, style_axes
 from megatron_solopo.report.runs import RunRecord
 
-_MOST_POINTS = 400
-_SMOOTHED_FROM = 50
+_MAX_POINTS = 400
+_MIN_STEPS_TO_SMOOTH = 50
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: a line for every run and metric."""
+    """One plot with a line for every run and metric."""
 
     title: str
     metrics: tuple[tuple[str, str, str], ...]
-    """(name in metrics.jsonl, line, words); a run's colour is the same everywhere."""
+    """(name in metrics.jsonl, line style, label). A run has the same colour in all panels."""
 
 
 _LOSSES = (
@@ -44,32 +44,37 @@ _MACHINE = (
     Panel("Tokens per second", (("tokens_per_second", "-", ""),)),
 )
 _FIGURES = (
-    ("losses", "Losses", "What is minimised, and its two parts.", _LOSSES),
+    ("losses", "Losses", "The loss that training minimises, and its two parts.", _LOSSES),
     (
         "rewards",
         "Rewards",
-        "Of the pair that the loss compares. Dotted: the chosen answer behind the long context.",
+        "Rewards of the pair that the loss compares. Dotted: the chosen answer behind the long context.",
         _REWARDS,
     ),
     (
         "gap",
         "SoLo gap",
-        "Reward of the chosen answer, short minus long context. Where it closes while the chosen reward falls, it "
-        "closes from the wrong side.",
+        "Reward of the chosen answer, short minus long context. If the gap closes while the chosen reward falls, "
+        "the short context has become worse.",
         _GAPS,
     ),
-    ("gradient-and-throughput", "Gradient norm and throughput", "Before clipping; tokens without padding.", _MACHINE),
+    (
+        "gradient-and-throughput",
+        "Gradient norm and throughput",
+        "The gradient norm is before clipping. Tokens are counted without padding.",
+        _MACHINE,
+    ),
 )
 
 
 def curve_pictures(runs: Sequence[RunRecord]) -> Iterator[Picture]:
-    """Those for which any run has a metric."""
+    """The pictures for which some run has a metric."""
     for name, title, caption, panels in _FIGURES:
         shown = [
             panel for panel in panels if any(run.series(metric)[0] for run in runs for metric, _, _ in panel.metrics)
         ]
         if shown:
-            smoothed = any(len(run.steps) >= _SMOOTHED_FROM for run in runs)
+            smoothed = any(len(run.steps) >= _MIN_STEPS_TO_SMOOTH for run in runs)
             pale = " Pale: as recorded; strong: a running mean over a twentieth of the steps." if smoothed else ""
             dots = (
                 " Dots: on held-out triplets." if name != "gradient-and-throughput" and _has_dots(runs, shown) else ""
@@ -90,14 +95,14 @@ def _has_dots(runs: Sequence[RunRecord], panels: Sequence[Panel]) -> bool:
 
 
 def _draw(theme: Theme, runs: Sequence[RunRecord], panels: Sequence[Panel]) -> Figure:
-    drawn = figure(theme, 12, 3.3)
+    drawn = empty_figure(theme, 12, 3.3)
     for axis, panel in zip(drawn.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
-        dress(axis, theme, panel.title, "step")
+        style_axes(axis, theme, panel.title, "step")
         for place, run in enumerate(runs):
             for name, line, words in panel.metrics:
                 _plot(axis, theme, run, place, name, line, words)
         if panel is panels[0]:
-            legend(axis, theme)
+            add_legend(axis, theme)
     return drawn
 
 
@@ -111,7 +116,7 @@ def _plot(axis: Axes, theme: Theme, run: RunRecord, place: int, name: str, line:
         axis.plot(steps, values, "o", color=colour, markersize=5, label=label if len(steps) == 1 else None)
         return
     style = theme.line(place) if line == "-" else line
-    if len(steps) < _SMOOTHED_FROM:
+    if len(steps) < _MIN_STEPS_TO_SMOOTH:
         axis.plot(steps, values, style, color=colour, linewidth=1.8, label=label)
         return
     axis.plot(*thinned(steps, values), color=colour, linewidth=0.8, alpha=0.3)
@@ -119,7 +124,7 @@ def _plot(axis: Axes, theme: Theme, run: RunRecord, place: int, name: str, line:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Mean over a window of a twentieth of the values around each, narrower at the ends."""
+    """Mean over a window of a twentieth of the values around each one. The window is narrower at the ends."""
     half = max(1, len(values) // 40)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
@@ -129,7 +134,8 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 
 def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Means of neighbours, so that at most 400 points are drawn."""
-    group = -(-len(steps) // _MOST_POINTS)
+    """Means of neighbours, at most 400 points."""
+    group = -(-len(steps) // _MAX_POINTS)
     starts = range(0, len(steps), group)
-    return tuple([float(np.mean(each[start : start + group])) for start in starts] for each in (steps, values))  # type: ignore[return-value]
+    means = ([float(np.mean(each[start : start + group])) for start in starts] for each in (steps, values))
+    return next(means), next(means)

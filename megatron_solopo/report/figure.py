@@ -1,6 +1,6 @@
-"""How pictures look: two themes, colours that the colour-blind can tell apart, SVG and PNG.
+"""What all pictures share: two themes, styled axes, lines with bands, heat maps, and writing SVG and PNG.
 
-Parts that the pictures share: axes without clutter, lines with bands, heat maps.
+Colour-blind readers can tell the colours apart.
 """
 
 import base64
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-# A browser's own typeface; matplotlib lays out by DejaVu Sans, which is wider than all of these.
+# The browser's own typeface. matplotlib lays out by DejaVu Sans, which is wider than all of these.
 _TYPEFACES = "system-ui, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans'"
 _PNG_DPI = 160
 
@@ -28,16 +28,16 @@ class Theme:
     grid: str
     background: str
     series: tuple[str, ...]
-    """After Okabe and Ito (2008); one for each run, then again from the first with another line."""
+    """One for each run, after Okabe and Ito (2008). Further runs take the same colours with another line."""
     ramp: str
-    """Matplotlib's name of the colours of a heat map."""
+    """matplotlib's name for the colours of a heat map."""
 
     def colour(self, place: int) -> str:
-        """Of a run, by its place on the command line."""
+        """The colour of a run, by its place on the command line."""
         return self.series[place % len(self.series)]
 
     def line(self, place: int) -> str:
-        """Its line: solid, until the colours are used up."""
+        """The line style of a run: solid until all colours are in use."""
         return ("-", "--", ":", "-.")[place // len(self.series) % 4]
 
 
@@ -57,45 +57,47 @@ DARK = Theme(
     series=("#58a6ff", "#ff9e5e", "#3fd0a4", "#f0a6cf", "#e3b341", "#c9d1d9"),
     ramp="viridis",
 )
-MARKERS = "osD^vP"
+_MARKERS = "osD^vP"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot of the page, to be drawn in each theme."""
+    """A picture of the page, which `draw` makes in either theme."""
 
     name: str
-    """Of its PNG file, without the ending."""
+    """Name of its PNG file without the suffix."""
     title: str
     caption: str
     alt: str
-    """What it shows, in words."""
+    """What it shows in words, for readers who do not see it."""
     draw: Callable[[Theme], Figure]
 
 
-def figure(theme: Theme, width: float, height: float) -> Figure:
-    """An empty figure, in inches, without a display and without state that others share."""
+def empty_figure(theme: Theme, width: float, height: float) -> Figure:
+    """An empty figure of a size in inches. It needs no display and shares no state."""
     return Figure(figsize=(width, height), facecolor=theme.background, layout="constrained")
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A picture as files: SVGs in data URIs, and a light PNG."""
+class RenderedPicture:
+    """A picture as SVG in both themes, and as PNG in the light one."""
 
     picture: Picture
     light: str
+    """Data URI of the SVG in the light theme."""
     dark: str
+    """Data URI of the SVG in the dark theme."""
     png: bytes
 
 
-def render(picture: Picture) -> Rendered:
+def render(picture: Picture) -> RenderedPicture:
     """Draw a picture in both themes."""
     stream = io.BytesIO()
     light = picture.draw(LIGHT)
     light_uri = _svg_uri(light, picture.name)
-    light.set_layout_engine("none")  # laid out already, and that is the slow part
+    light.set_layout_engine("none")  # the layout is done; doing it again is slow
     light.savefig(stream, format="png", dpi=_PNG_DPI)
-    return Rendered(picture, light_uri, _svg_uri(picture.draw(DARK), picture.name), stream.getvalue())
+    return RenderedPicture(picture, light_uri, _svg_uri(picture.draw(DARK), picture.name), stream.getvalue())
 
 
 def _svg_uri(drawn: Figure, name: str) -> str:
@@ -106,25 +108,25 @@ def _svg_uri(drawn: Figure, name: str) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(text.encode()).decode()}"
 
 
-Cells = Mapping[tuple[str, str], tuple[float, int]]
-"""(column, row) -> (share in [0, 1], count); columns in order of appearance."""
-_ACROSS = 3
+HeatMapCells = Mapping[tuple[str, str], tuple[float, int]]
+"""(column, row) -> (share in [0, 1], count). Columns are in order of appearance."""
+_MAPS_PER_ROW = 3
 
 
 @dataclass(frozen=True)
-class Point:
-    """An estimate with its 95 % interval at a context length in tokens."""
+class LengthPoint:
+    """An estimate with its 95 % interval at one context length in tokens."""
 
     length: int
     mean: float
     low: float
     high: float
     count: int
-    """Answers or triplets behind it."""
+    """Number of answers or triplets behind the estimate."""
 
 
-def dress(axis: Axes, theme: Theme, title: str = "", x: str = "", y: str = "") -> None:
-    """Colours, a light grid, no box."""
+def style_axes(axis: Axes, theme: Theme, title: str = "", x: str = "", y: str = "") -> None:
+    """Give axes the theme's colours, a light grid and no box."""
     axis.set_facecolor(theme.background)
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=theme.text)
     axis.set_xlabel(x, color=theme.muted, fontsize=9)
@@ -136,18 +138,20 @@ def dress(axis: Axes, theme: Theme, title: str = "", x: str = "", y: str = "") -
         side.set_visible(False)
 
 
-def legend(axis: Axes, theme: Theme) -> None:
-    """A legend where there is something to tell apart."""
+def add_legend(axis: Axes, theme: Theme) -> None:
+    """Add a legend if any line has a label."""
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize=9, labelcolor=theme.text, loc="best")
 
 
-def banded_line(axis: Axes, points: Sequence[Point], colour: str, label: str, place: int = 0, line: str = "-") -> None:
-    """Means over the length, with the interval as a band; a single point gets a bar."""
+def draw_banded_line(
+    axis: Axes, points: Sequence[LengthPoint], colour: str, label: str, place: int = 0, line: str = "-"
+) -> None:
+    """Draw means over the length with their intervals as a band. A single point gets a bar."""
     lengths = [point.length for point in points]
     means = [point.mean for point in points]
     low, high = [point.low for point in points], [point.high for point in points]
-    marker = MARKERS[place % len(MARKERS)]
+    marker = _MARKERS[place % len(_MARKERS)]
     axis.plot(lengths, means, line, color=colour, marker=marker, markersize=5, linewidth=2, label=label)
     if len(points) > 1:
         axis.fill_between(lengths, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -155,8 +159,8 @@ def banded_line(axis: Axes, points: Sequence[Point], colour: str, label: str, pl
         axis.vlines(lengths, low, high, color=colour, alpha=0.5, linewidth=2)
 
 
-def length_axis(axis: Axes, lengths: Sequence[int]) -> None:
-    """Powers of two at equal distances, ticks where there are measurements."""
+def scale_by_length(axis: Axes, lengths: Sequence[int]) -> None:
+    """Scale the x axis by powers of two, and put ticks at the lengths that were measured."""
     ticks = sorted(set(lengths))
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(FixedLocator(ticks))
@@ -171,9 +175,9 @@ def short_length(tokens: int) -> str:
     return f"{tokens / 1024:g}K" if tokens >= 1024 and tokens % 128 == 0 else f"{tokens:,}"
 
 
-def heat_map(axis: Axes, theme: Theme, cells: Cells) -> None:
-    """Shares with their numbers written in; cells without a measurement stay empty. Rows are sorted from the top."""
-    # Not every column has every row: their order of appearance says nothing.
+def draw_heat_map(axis: Axes, theme: Theme, cells: HeatMapCells) -> None:
+    """Draw shares with their numbers. Cells without a measurement stay empty. Rows are sorted from the top."""
+    # A column may lack some rows, so the rows' order of appearance says nothing.
     columns, rows = list(dict.fromkeys(column for column, _ in cells)), sorted({row for _, row in cells})
     shares = np.full((len(rows), len(columns)), np.nan)
     for (column, row), (share, _) in cells.items():
@@ -189,17 +193,19 @@ def heat_map(axis: Axes, theme: Theme, cells: Cells) -> None:
         axis.annotate(text, place, ha="center", va="center", fontsize=8, color="#ffffff" if dark else "#1f2328")
 
 
-def heat_maps(
-    theme: Theme, maps: Sequence[tuple[str, Cells]], x: str = "", y: str = "", across: int = _ACROSS
+def draw_heat_maps(
+    theme: Theme, maps: Sequence[tuple[str, HeatMapCells]], x: str = "", y: str = "", across: int = _MAPS_PER_ROW
 ) -> Figure:
-    """Several, each with its title; a row has room for `across`."""
+    """A figure of heat maps, each with its title, `across` of them in a row."""
     rows = -(-len(maps) // across)
     deep = max(len({depth for _, depth in cells}) for _, cells in maps)
-    drawn = figure(theme, 4.2 * across, (0.55 * deep + 1.0) * rows)
-    axes = drawn.subplots(rows, across, squeeze=False)  # unused places stay empty: one map is no poster
+    drawn = empty_figure(theme, 4.2 * across, (0.55 * deep + 1.0) * rows)
+    axes = drawn.subplots(
+        rows, across, squeeze=False
+    )  # unused places stay empty, so that a single map is not too large
     for axis, (label, cells) in zip(axes.flat, maps, strict=False):
-        dress(axis, theme, label, x, y)
-        heat_map(axis, theme, cells)
+        style_axes(axis, theme, label, x, y)
+        draw_heat_map(axis, theme, cells)
     for axis in list(axes.flat)[len(maps) :]:
         axis.set_visible(False)
     return drawn

@@ -1,8 +1,8 @@
-"""`report`: runs side by side on one page that needs no network, and its pictures as PNG files.
+"""The page of `report`: it shows runs side by side, needs no network, and keeps its pictures as PNG files too.
 
-index.html     everything inside, pictures as SVG in light and dark
+index.html     the page with its pictures as SVG, in the light and the dark theme
 report.json    the same numbers for programs
-*.png          the pictures, in light
+*.png          the pictures in the light theme
 """
 
 import shlex
@@ -21,7 +21,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_writable, write_json
 from megatron_solopo.report.curves import curve_pictures
 from megatron_solopo.report.evaluation_pictures import accuracy_pictures
-from megatron_solopo.report.figure import DARK, LIGHT, Rendered, render
+from megatron_solopo.report.figure import DARK, LIGHT, RenderedPicture, render
 from megatron_solopo.report.runs import RunRecord, config_differences, read_runs, status_of
 from megatron_solopo.report.table import cost_table, verdict_sentences, verdict_table
 
@@ -30,7 +30,7 @@ _PAGE, _NUMBERS = "index.html", "report.json"
 
 
 def write_comparison(paths: Sequence[Path], output: Path) -> Path:
-    """Compare runs on one page; an earlier report in `output` is replaced. Returns the page.
+    """Compare runs on one page, and return the page's path. An earlier report in `output` is replaced.
 
     Raises UserError for a path that is no run, and for an output that holds other files.
     """
@@ -59,7 +59,7 @@ def _is_ours(path: Path) -> bool:
     return path.name in (_PAGE, _NUMBERS) or path.suffix == ".png"
 
 
-def _page(runs: Sequence[RunRecord], accuracy: Sequence[Rendered], curves: Sequence[Rendered]) -> str:
+def _page(runs: Sequence[RunRecord], accuracy: Sequence[RenderedPicture], curves: Sequence[RenderedPicture]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

@@ -1,10 +1,6 @@
-"""The evaluations that lie in a run's directory, and which of them a page shows.
+"""Reads run directories as they are: finished or not, whole or damaged. Says how each run ended and what differs.
 
-What is left of a run, read as it is: finished or not, whole or damaged.
-
-How a run ended, in a word and a sentence.
-
-Which settings of the runs differ.
+What cannot be read becomes a note of the run, which the page shows.
 """
 
 import json
@@ -18,18 +14,26 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.report.figure import Point
+from megatron_solopo.report.figure import LengthPoint
 from megatron_solopo.results.long_context import LongContextResults, read_long_context
 from megatron_solopo.results.preference import PreferenceResults, read_preference
 from megatron_solopo.results.results_file import EVALUATION_FOLDER
 from megatron_solopo.run_directory import METRICS, RUN_CONFIG
 
+_MANIFEST = "manifest.json"
+_WATCHED_METRICS = ("loss", "po_loss", "grad_norm")
+_MIN_STEPS_TO_JUDGE = 20
+_DIVERGENCE_FACTOR = 2.0
+_ABSENT = object()
+
 Result = TypeVar("Result", LongContextResults, PreferenceResults)
+RecordedStep = dict[str, Any]
+StatusWord = Literal["finished", "unfinished", "diverged", "not started", "steps unknown"]
 
 
 @dataclass(frozen=True)
 class Evaluations:
-    """Of one run: each the newest checkpoint's, and of the model before training where that was evaluated too."""
+    """The evaluations of one run that a page shows: of its newest checkpoint, and of the model before training."""
 
     answers: LongContextResults | None = None
     preferences: PreferenceResults | None = None
@@ -37,162 +41,55 @@ class Evaluations:
     preferences_before: PreferenceResults | None = None
 
 
-def read_evaluations(run_dir: Path, base: str | None, notes: list[str]) -> Evaluations:
-    """Read `<run_dir>/evaluation/*.json`; what cannot be read, or is not shown, goes into the notes.
-
-    Args:
-        base: the model that the run started from, as its config names it.
-    """
-    found = read_files(sorted((run_dir / EVALUATION_FOLDER).glob("*.json")), notes)
-    shown = chosen(found, base)
-    kept = [shown.answers, shown.preferences, shown.answers_before, shown.preferences_before]
-    if left := [each.name for each in found if not any(each is one for one in kept)]:
-        notes.append(
-            f"Not shown: {', '.join(left)} in {EVALUATION_FOLDER}; of the run, and of the model before it, the newest "
-            "of each kind is."
-        )
-    return shown
-
-
-def read_files(paths: Sequence[Path], notes: list[str]) -> list[LongContextResults | PreferenceResults]:
-    """Results of either kind; files of another kind are left alone."""
-    found: list[LongContextResults | PreferenceResults] = []
-    for path in paths:
-        try:
-            content = json.loads(path.read_bytes())
-            kind = content.get("kind") if isinstance(content, dict) else None
-            if kind == "long_context":
-                found.append(read_long_context(path))
-            elif kind == "preference":
-                found.append(read_preference(path))
-        except (OSError, ValueError) as error:
-            reason = "not valid JSON" if isinstance(error, json.JSONDecodeError) else str(error)
-            notes.append(f"{EVALUATION_FOLDER}/{path.name} was left out: {reason}")
-    return found
-
-
-def chosen(results: Sequence[LongContextResults | PreferenceResults], base: str | None) -> Evaluations:
-    """The newest of each kind; of the model before training those of `base`, which an export of the run is not."""
-    answers = [each for each in results if isinstance(each, LongContextResults)]
-    preferences = [each for each in results if isinstance(each, PreferenceResults)]
-    return Evaluations(
-        _newest([each for each in answers if each.step is not None]),
-        _newest([each for each in preferences if each.step is not None]),
-        _newest([each for each in answers if _is_of(each, base)]),
-        _newest([each for each in preferences if _is_of(each, base)]),
-    )
-
-
-def _is_of(results: Result, base: str | None) -> bool:
-    return results.step is None and base is not None and Path(results.model).resolve() == Path(base).resolve()
-
-
-def _newest(results: Sequence[Result]) -> Result | None:
-    return max(results, key=lambda each: (each.step or 0, each.created), default=None)
-
-
-def answer_points(results: LongContextResults, task: str) -> list[Point]:
-    """A task's main score by length."""
-    cells = (results.cell(task, results.main_metrics[task], length=length) for length in results.lengths)
-    return [Point(each.length or 0, each.score, each.low, each.high, each.n) for each in cells if each is not None]
-
-
-def common_tasks(found: Iterable[LongContextResults]) -> list[str]:
-    """Tasks that all results have, with the same main metric."""
-    first, *others = [each.main_metrics for each in found] or [{}]
-    return [task for task, metric in first.items() if all(other.get(task) == metric for other in others)]
-
-
-def mean_answer_points(results: LongContextResults, tasks: Sequence[str] | None = None) -> list[Point]:
-    """Mean over the tasks (None: all), each weighing the same, at the lengths that all of them have.
-
-    The tasks' samples are independent, so that the half-widths of their intervals add in squares.
-    """
-    by_task = [
-        {point.length: point for point in answer_points(results, task)} for task in tasks or results.main_metrics
-    ]
-    points = []
-    for length in results.lengths:
-        here = [points_of[length] for points_of in by_task if length in points_of]
-        if here and len(here) == len(by_task):
-            mean = sum(point.mean for point in here) / len(here)
-            below = sum((point.mean - point.low) ** 2 for point in here) ** 0.5 / len(here)
-            above = sum((point.high - point.mean) ** 2 for point in here) ** 0.5 / len(here)
-            points.append(Point(length, mean, mean - below, mean + above, sum(point.count for point in here)))
-    return points
-
-
-def answer_cells(
-    results: LongContextResults, tasks: Sequence[str] | None = None
-) -> dict[tuple[int, float], tuple[float, int]]:
-    """(length, depth) -> score, samples: mean over the tasks (None: all) that have it, weighing the same."""
-    found: dict[tuple[int, float], tuple[float, int]] = {}
-    for length in results.lengths:
-        for depth in results.depths:
-            places = (
-                results.cell(task, results.main_metrics[task], length=length, depth=depth)
-                for task in tasks or results.main_metrics
-            )
-            cells = [each for each in places if each is not None]
-            if count := sum(each.n for each in cells):
-                found[length, depth] = (sum(each.score for each in cells) / len(cells), count)
-    return found
-
-
-_MANIFEST = "manifest.json"
-
-RecordedStep = dict[str, Any]
-
-
 @dataclass(frozen=True)
 class RunRecord:
-    """One run directory."""
+    """What one run directory holds."""
 
     path: Path
     name: str
     """The shortest end of its path that no other run of the page has."""
     config: dict[str, Any]
-    """By dotted key; empty where there is no config.yaml."""
+    """Settings by dotted key; empty without a config.yaml."""
     steps: list[RecordedStep]
-    """Readable lines of metrics.jsonl, by step; values that are not finite are kept."""
+    """Readable lines of metrics.jsonl, by step. Values that are not finite are kept."""
     total_steps: int | None
-    """Steps asked for; None where neither config nor data tell."""
+    """Steps that the run was asked for; None if neither its config nor its data say."""
     evaluations: Evaluations
     notes: list[str] = field(default_factory=list)
     """What was wrong with its files, one sentence each."""
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and finite values of a metric."""
-        points = [(int(step["step"]), float(step[name])) for step in self.steps if is_finite(step.get(name))]
+        points = [(int(step["step"]), float(step[name])) for step in self.steps if _is_finite(step.get(name))]
         return [place for place, _ in points], [value for _, value in points]
 
     def total(self, name: str) -> float | None:
-        """Sum over the steps; None where it was not recorded."""
+        """Sum of a metric over the steps; None if no step has it."""
         values = self.series(name)[1]
         return sum(values) if values else None
 
     @property
     def last_step(self) -> int:
-        """0 before the first."""
+        """The last recorded step; 0 before the first."""
         return int(self.steps[-1]["step"]) if self.steps else 0
 
 
-def is_finite(value: Any) -> bool:
-    """Whether it is a number, and neither NaN nor infinite."""
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number other than NaN and infinity."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Read run directories. Raises UserError naming the first that is none, or that is given twice."""
+    """Read run directories. Raises UserError that names the first path that is no run, or that is given twice."""
     resolved = [path.resolve() for path in paths]
     for path, place in zip(paths, resolved, strict=True):
         if resolved.count(place) > 1:
             raise UserError(f"{path}: is named twice; name each run once")
-        _check(path)
-    return [_read(path, name) for path, name in zip(paths, _names(resolved), strict=True)]
+        _check_is_run(path)
+    return [_read_run(path, name) for path, name in zip(paths, _shortest_names(resolved), strict=True)]
 
 
-def _check(path: Path) -> None:
+def _check_is_run(path: Path) -> None:
     if not path.is_dir():
         raise UserError(f"{path}: {'is a file' if path.exists() else 'no such directory'}; name the run_dir of a train")
     if not (path / RUN_CONFIG).is_file() and not (path / METRICS).is_file():
@@ -201,8 +98,8 @@ def _check(path: Path) -> None:
         raise UserError(f"{path}: is no run directory, it holds neither {RUN_CONFIG} nor {METRICS}{meant}")
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as tell all apart."""
+def _shortest_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as make the names different."""
     for count in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-count:]) for path in paths]
         if len(set(names)) == len(names):
@@ -210,11 +107,11 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read(path: Path, name: str) -> RunRecord:
+def _read_run(path: Path, name: str) -> RunRecord:
     notes: list[str] = []
     config = _read_config(path / RUN_CONFIG, notes)
     steps = _read_steps(path / METRICS, notes)
-    evaluations = read_evaluations(path, config.get("model.path"), notes)
+    evaluations = _read_evaluations(path, config.get("model.path"), notes)
     return RunRecord(path, name, config, steps, _total_steps(config), evaluations, notes)
 
 
@@ -227,18 +124,18 @@ def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError):
         notes.append(f"{path.name} cannot be read: its settings are not known.")
         return {}
-    return dict(_flat(loaded)) if isinstance(loaded, dict) else {}
+    return dict(_by_dotted_key(loaded)) if isinstance(loaded, dict) else {}
 
 
-def _flat(section: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _by_dotted_key(section: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     items: list[tuple[str, Any]] = []
     for key, value in section.items():
-        items += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        items += _by_dotted_key(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return items
 
 
 def _read_steps(path: Path, notes: list[str]) -> list[RecordedStep]:
-    """Every readable line; the last of two with one step counts, as after a restart."""
+    """Every readable line. If two lines have the same step, as after a restart, the last one counts."""
     if not path.is_file():
         notes.append(f"{path.name} is missing: no step was recorded.")
         return []
@@ -258,6 +155,7 @@ def _read_steps(path: Path, notes: list[str]) -> list[RecordedStep]:
 
 
 def _total_steps(config: dict[str, Any]) -> int | None:
+    """`training.max_steps`, or the epochs over the prepared data; None if the data are not there any more."""
     if isinstance(steps := config.get("training.max_steps"), int):
         return steps
     try:
@@ -268,31 +166,70 @@ def _total_steps(config: dict[str, Any]) -> int | None:
         return None
 
 
-Word = Literal["finished", "unfinished", "diverged", "not started", "steps unknown"]
+def _read_evaluations(run_dir: Path, base: str | None, notes: list[str]) -> Evaluations:
+    """Read `<run_dir>/evaluation/*.json`. Files that are damaged or not shown get a note.
 
-_WATCHED = ("loss", "po_loss", "grad_norm")
-_LEAST_STEPS = 20
-_ROSE = 2.0
+    Args:
+        base: the model that the run started from, as its config names it.
+    """
+    found: list[LongContextResults | PreferenceResults] = []
+    for path in sorted((run_dir / EVALUATION_FOLDER).glob("*.json")):
+        try:
+            content = json.loads(path.read_bytes())
+            kind = content.get("kind") if isinstance(content, dict) else None
+            if kind == "long_context":
+                found.append(read_long_context(path))
+            elif kind == "preference":
+                found.append(read_preference(path))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            notes.append(f"{EVALUATION_FOLDER}/{path.name} was left out: not valid JSON")
+        except (OSError, UserError) as error:
+            notes.append(f"{EVALUATION_FOLDER}/{path.name} was left out: {error}")
+    answers = [each for each in found if isinstance(each, LongContextResults)]
+    preferences = [each for each in found if isinstance(each, PreferenceResults)]
+    shown = Evaluations(
+        _newest([each for each in answers if each.step is not None]),
+        _newest([each for each in preferences if each.step is not None]),
+        _newest([each for each in answers if _is_of_base(each, base)]),
+        _newest([each for each in preferences if _is_of_base(each, base)]),
+    )
+    kept = (shown.answers, shown.preferences, shown.answers_before, shown.preferences_before)
+    if left := [each.name for each in found if not any(each is one for one in kept)]:
+        notes.append(
+            f"Not shown: {', '.join(left)} in {EVALUATION_FOLDER}. The page shows the newest of each kind, of the run "
+            "and of the model before it."
+        )
+    return shown
+
+
+def _is_of_base(results: Result, base: str | None) -> bool:
+    """Whether results are of the model before training. An export of the run is not that model."""
+    return results.step is None and base is not None and Path(results.model).resolve() == Path(base).resolve()
+
+
+def _newest(results: Sequence[Result]) -> Result | None:
+    return max(results, key=lambda each: (each.step or 0, each.created), default=None)
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the page says of a run."""
+    """How a run ended, in a word and in a sentence."""
 
-    word: Word
+    word: StatusWord
     sentence: str
 
 
 def status_of(run: RunRecord) -> RunStatus:
-    """From what was recorded; a run that is still going and one that was stopped look alike."""
+    """The status by what was recorded. A run that still goes on and one that was stopped look alike."""
     if not run.steps:
         return RunStatus("not started", "No step was recorded.")
     for step in run.steps:
-        broken = [f"{name} is {step[name]}" for name in _WATCHED if _is_broken(step.get(name))]
+        watched = ((name, step.get(name)) for name in _WATCHED_METRICS)
+        broken = [f"{name} is {value}" for name, value in watched if isinstance(value, float) and not _is_finite(value)]
         if broken:
             return RunStatus("diverged", f"At step {step['step']} {', '.join(broken)}.")
-    if rose := _rose(run):
-        return RunStatus("diverged", rose)
+    if risen := _describe_divergence(run):
+        return RunStatus("diverged", risen)
     if run.total_steps is None:
         return RunStatus("steps unknown", f"{run.last_step:,} steps recorded; how many were asked for is not known.")
     if run.last_step < run.total_steps:
@@ -300,39 +237,82 @@ def status_of(run: RunRecord) -> RunStatus:
     return RunStatus("finished", f"All {run.total_steps:,} steps.")
 
 
-def _is_broken(value: object) -> bool:
-    return isinstance(value, float) and not is_finite(value)
-
-
-def _rose(run: RunRecord) -> str:
-    """Compares medians of the first and the last tenth: a single spike is no divergence."""
+def _describe_divergence(run: RunRecord) -> str:
+    """A sentence if the loss rose. It compares medians, because a single spike is no divergence."""
     losses = run.series("loss")[1]
-    if len(losses) < _LEAST_STEPS:
+    if len(losses) < _MIN_STEPS_TO_JUDGE:
         return ""
     tenth = len(losses) // 10
     first, last = statistics.median(losses[:tenth]), statistics.median(losses[-tenth:])
-    if last <= _ROSE * max(first, 0.1):
+    if last <= _DIVERGENCE_FACTOR * max(first, 0.1):
         return ""
     return f"The loss rose from {first:.3g} to {last:.3g} (medians of the first and the last tenth of the steps)."
 
 
-_ABSENT = object()
-
-
 def config_differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Dotted key and each run's value, for the keys that are not the same in all; `run_dir` always differs."""
+    """Dotted keys that are not the same in all runs, each with every run's value. `run_dir` is left out."""
     known = [run for run in runs if run.config]
     keys = dict.fromkeys(key for run in known for key in run.config)
     differing = [
         key for key in keys if key != "run_dir" and len({repr(run.config.get(key, _ABSENT)) for run in known}) > 1
     ]
-    return [(key, [_shown(run, key) for run in runs]) for key in differing]
+    return [(key, [_setting_text(run, key) for run in runs]) for key in differing]
 
 
-def _shown(run: RunRecord, key: str) -> str:
+def _setting_text(run: RunRecord, key: str) -> str:
     if not run.config:
         return "unknown"
     value: Any = run.config.get(key, _ABSENT)
     if value is _ABSENT:
         return "no such key"  # a run of another version
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def answer_points(results: LongContextResults, task: str) -> list[LengthPoint]:
+    """A task's main score by length."""
+    cells = (results.cell(task, results.main_metrics[task], length=length) for length in results.lengths)
+    return [
+        LengthPoint(each.length or 0, each.score, each.low, each.high, each.n) for each in cells if each is not None
+    ]
+
+
+def common_tasks(found: Iterable[LongContextResults]) -> list[str]:
+    """Tasks that all results have, with the same main metric."""
+    first, *others = [each.main_metrics for each in found] or [{}]
+    return [task for task, metric in first.items() if all(other.get(task) == metric for other in others)]
+
+
+def mean_answer_points(results: LongContextResults, tasks: Sequence[str] | None = None) -> list[LengthPoint]:
+    """Mean over the tasks (None: all) with equal weights, at the lengths that all of them have.
+
+    The tasks' samples are independent. So the squares of the half-widths of their intervals add up.
+    """
+    by_task = [
+        {point.length: point for point in answer_points(results, task)} for task in tasks or results.main_metrics
+    ]
+    points = []
+    for length in results.lengths:
+        here = [points_of[length] for points_of in by_task if length in points_of]
+        if here and len(here) == len(by_task):
+            mean = sum(point.mean for point in here) / len(here)
+            below = sum((point.mean - point.low) ** 2 for point in here) ** 0.5 / len(here)
+            above = sum((point.high - point.mean) ** 2 for point in here) ** 0.5 / len(here)
+            points.append(LengthPoint(length, mean, mean - below, mean + above, sum(point.count for point in here)))
+    return points
+
+
+def answer_cells(
+    results: LongContextResults, tasks: Sequence[str] | None = None
+) -> dict[tuple[int, float], tuple[float, int]]:
+    """(length, depth) -> mean score and number of samples, over the tasks (None: all) that have the cell."""
+    found: dict[tuple[int, float], tuple[float, int]] = {}
+    for length in results.lengths:
+        for depth in results.depths:
+            places = (
+                results.cell(task, results.main_metrics[task], length=length, depth=depth)
+                for task in tasks or results.main_metrics
+            )
+            cells = [each for each in places if each is not None]
+            if count := sum(each.n for each in cells):
+                found[length, depth] = (sum(each.score for each in cells) / len(cells), count)
+    return found

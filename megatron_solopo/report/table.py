@@ -1,4 +1,4 @@
-"""The tables of the page, verdict and cost: the best of a column is marked, and what cannot be told from it."""
+"""The tables of the page: verdict and cost. They mark the best value of a column, and those that may be as good."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from megatron_solopo.report.figure import Point, short_length
+from megatron_solopo.report.figure import LengthPoint, short_length
 from megatron_solopo.report.runs import RunRecord, mean_answer_points, status_of
 from megatron_solopo.results.preference import PreferenceResults
 
 Mark = Literal["", "best", "even"]
-NONE = "–"  # noqa: RUF001  (an en dash: nothing there)
+_EMPTY = "–"  # noqa: RUF001  (an en dash)
 
 
 @dataclass(frozen=True)
-class Value:
-    """What stands in a cell; what was not estimated has only its text."""
+class TableValue:
+    """A value of a table. A value that is no estimate has only its text."""
 
     text: str
     interval: str = ""
@@ -30,23 +30,23 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A row for each run."""
+class RunTable:
+    """A table with one row for each run."""
 
     columns: list[str]
-    rows: list[tuple[str, list[Value]]]
+    rows: list[tuple[str, list[TableValue]]]
 
 
-TableColumn = tuple[str, bool, Callable[[RunRecord], Value]]
-"""Title, whether its highest value is the best, and how a run's cell is found."""
-_MISSING = Value(NONE)
+TableColumn = tuple[str, bool, Callable[[RunRecord], TableValue]]
+"""Title, whether its highest value is the best, and a function from a run to its value."""
+_MISSING = TableValue(_EMPTY)
 
 
-def verdict_table(runs: Sequence[RunRecord]) -> Table:
-    """How each run ended and how well its model does."""
+def verdict_table(runs: Sequence[RunRecord]) -> RunTable:
+    """How each run ended, and how well its model does."""
     columns: list[TableColumn] = [
-        ("status", False, lambda run: Value(status_of(run).word)),
-        ("steps", False, lambda run: Value(f"{run.last_step:,}")),
+        ("status", False, lambda run: TableValue(status_of(run).word)),
+        ("steps", False, lambda run: TableValue(f"{run.last_step:,}")),
     ]
     lengths = _common_lengths(runs)
     for length in dict.fromkeys((lengths[0], lengths[-1]) if lengths else ()):
@@ -61,77 +61,78 @@ def verdict_table(runs: Sequence[RunRecord]) -> Table:
     return _table(runs, columns)
 
 
-def cost_table(runs: Sequence[RunRecord]) -> Table:
-    """What the recorded steps took; evaluation, checkpoints and the reference pass are not in it."""
+def cost_table(runs: Sequence[RunRecord]) -> RunTable:
+    """Cost of the recorded steps, without evaluation, checkpoints and the reference pass."""
     columns: list[TableColumn] = [
-        ("tokens", False, lambda run: _sum(run.total("num_tokens"), lambda value: f"{value:,.0f}")),
-        ("model FLOPs", False, lambda run: _sum(run.total("flops"), _flops)),
-        ("time of steps", False, lambda run: _sum(run.total("step_time"), _duration)),
-        ("process-hours", False, lambda run: _sum(_process_hours(run), lambda value: f"{value:,.3g}")),
-        ("tokens per second", False, lambda run: _sum(_speed(run), lambda value: f"{value:,.0f}")),
-        ("MFU", False, lambda run: _sum(_mean(run, "mfu"), lambda value: f"{value:.1%}")),
+        ("tokens", False, lambda run: _text_of(run.total("num_tokens"), lambda value: f"{value:,.0f}")),
+        ("model FLOPs", False, lambda run: _text_of(run.total("flops"), _flops)),
+        ("time of steps", False, lambda run: _text_of(run.total("step_time"), _duration)),
+        ("process-hours", False, lambda run: _text_of(_process_hours(run), lambda value: f"{value:,.3g}")),
+        ("tokens per second", False, lambda run: _text_of(_tokens_per_second(run), lambda value: f"{value:,.0f}")),
+        ("MFU", False, lambda run: _text_of(_mean(run, "mfu"), lambda value: f"{value:.1%}")),
         (
             "peak memory",
             False,
-            lambda run: _sum(_most(run, "peak_memory_bytes"), lambda value: f"{value / 2**30:.2f} GiB"),
+            lambda run: _text_of(_maximum(run, "peak_memory_bytes"), lambda value: f"{value / 2**30:.2f} GiB"),
         ),
     ]
     return _table(runs, columns)
 
 
 def verdict_sentences(runs: Sequence[RunRecord]) -> list[str]:
-    """Who is ahead at the longest context that all were asked about, and whether that is more than chance."""
+    """Say which run is best at the longest context that all have in common, and whether that may be chance."""
     sentences = []
     lengths = _common_lengths(runs)
     if lengths:
         scores = [(run.name, value) for run in runs if (value := _answers(run, lengths[-1])).mean is not None]
-        sentences.append(_compared(f"At {lengths[-1]:,} tokens", "accuracy", scores))
+        sentences.append(_compare(f"At {lengths[-1]:,} tokens", "accuracy", scores))
     rewards = [
         (run.name, value) for run in runs if (value := _preference(run, "rewards/accuracies_long")).mean is not None
     ]
     if rewards:
-        sentences.append(_compared("On held-out triplets", "reward accuracy behind the long context", rewards))
+        sentences.append(_compare("On held-out triplets", "reward accuracy behind the long context", rewards))
     return sentences
 
 
-def _compared(where: str, what: str, scores: Sequence[tuple[str, Value]]) -> str:
+def _compare(where: str, what: str, scores: Sequence[tuple[str, TableValue]]) -> str:
     (name, best), *others = sorted(scores, key=lambda each: -(each[1].mean or 0.0))
     said = f"{where}, {name} has {'the highest ' if others else ''}{what}, {best}."
     if not others:
         return said
-    even = [other for other, value in others if _even(best, value)]
+    even = [other for other, value in others if _may_be_equal(best, value)]
     if even:
         return f"{said} The interval of its difference to {' and '.join(even)} holds 0: chance may have decided."
     return f"{said} No interval of its difference to another run holds 0; {others[0][0]} follows with {others[0][1]}."
 
 
-def _table(runs: Sequence[RunRecord], columns: Sequence[TableColumn]) -> Table:
-    """Columns that no run has anything for are left out."""
-    found = [(title, _marked([value(run) for run in runs], is_ranked)) for title, is_ranked, value in columns]
-    kept = [(title, values) for title, values in found if any(value.text != NONE for value in values)]
+def _table(runs: Sequence[RunRecord], columns: Sequence[TableColumn]) -> RunTable:
+    """Build a table without the columns that are empty for all runs."""
+    found = [(title, _mark_best([value(run) for run in runs], is_ranked)) for title, is_ranked, value in columns]
+    kept = [(title, values) for title, values in found if any(value.text != _EMPTY for value in values)]
     rows = [(run.name, [values[place] for _, values in kept]) for place, run in enumerate(runs)]
-    return Table([title for title, _ in kept], rows)
+    return RunTable([title for title, _ in kept], rows)
 
 
-def _marked(values: list[Value], is_ranked: bool) -> list[Value]:
+def _mark_best(values: list[TableValue], is_ranked: bool) -> list[TableValue]:
     known = [value for value in values if value.mean is not None]
     if not is_ranked or len({value.mean for value in known}) < 2:
         return values
     best = max(known, key=lambda value: value.mean or 0.0)
 
-    def mark(value: Value) -> Mark:
+    def mark(value: TableValue) -> Mark:
         if value.mean is None:
             return ""
-        return "best" if value.mean == best.mean else "even" if _even(best, value) else ""
+        return "best" if value.mean == best.mean else "even" if _may_be_equal(best, value) else ""
 
     return [replace(value, mark=mark(value)) for value in values]
 
 
-def _even(best: Value, other: Value) -> bool:
-    """Whether the 95 % interval of the difference holds 0: Newcombe's (1998, method 10), from both means' intervals.
+def _may_be_equal(best: TableValue, other: TableValue) -> bool:
+    """Whether the 95 % interval of the difference holds 0, by Newcombe (1998, method 10) from both means' intervals.
 
-    It takes the runs for independent; on the same questions they mostly err alike, and it is too wide rather than too
-    narrow. Intervals that overlap would not do: two may overlap where the difference is clear.
+    The method takes the runs as independent. On the same questions they mostly make the same mistakes, so the interval
+    is too wide rather than too narrow. Comparing the two intervals for overlap would be wrong: they may overlap
+    although the difference is clear.
     """
     if best.mean is None or best.low is None or other.mean is None or other.high is None:
         return False
@@ -139,7 +140,7 @@ def _even(best: Value, other: Value) -> bool:
 
 
 def _common_lengths(runs: Sequence[RunRecord]) -> list[int]:
-    """Lengths at which all runs that answered questions have a mean over the same tasks."""
+    """Lengths at which all runs with answers have a mean over the same tasks."""
     found = [run.evaluations.answers for run in runs if run.evaluations.answers is not None]
     if not found or len({tuple(sorted(each.main_metrics.items())) for each in found}) > 1:
         return []
@@ -147,13 +148,13 @@ def _common_lengths(runs: Sequence[RunRecord]) -> list[int]:
     return sorted(set.intersection(*lengths))
 
 
-def _answers(run: RunRecord, length: int) -> Value:
+def _answers(run: RunRecord, length: int) -> TableValue:
     results = run.evaluations.answers
-    points: list[Point] = [] if results is None else mean_answer_points(results)
+    points: list[LengthPoint] = [] if results is None else mean_answer_points(results)
     return next((_share(point.mean, point.low, point.high) for point in points if point.length == length), _MISSING)
 
 
-def _preference(run: RunRecord, name: str) -> Value:
+def _preference(run: RunRecord, name: str) -> TableValue:
     results: PreferenceResults | None = run.evaluations.preferences
     if results is None or name not in results.overall.metrics:
         return _MISSING
@@ -161,21 +162,21 @@ def _preference(run: RunRecord, name: str) -> Value:
     if name.startswith("rewards/accuracies"):
         return _share(found.mean, found.low, found.high)
     interval = "" if found.low is None or found.high is None else f"{found.low:.3g}, {found.high:.3g}"
-    return Value(f"{found.mean:.3g}", interval, found.mean, found.low, found.high)
+    return TableValue(f"{found.mean:.3g}", interval, found.mean, found.low, found.high)
 
 
-def _share(mean: float, low: float | None, high: float | None) -> Value:
+def _share(mean: float, low: float | None, high: float | None) -> TableValue:
     interval = "" if low is None or high is None else f"{100 * low:.0f}, {100 * high:.0f}"
-    return Value(f"{mean:.1%}", interval, mean, low, high)
+    return TableValue(f"{mean:.1%}", interval, mean, low, high)
 
 
-def _last(run: RunRecord, name: str) -> Value:
+def _last(run: RunRecord, name: str) -> TableValue:
     values = run.series(name)[1]
-    return Value(f"{values[-1]:.4g}") if values else _MISSING
+    return TableValue(f"{values[-1]:.4g}") if values else _MISSING
 
 
-def _sum(value: float | None, text: Callable[[float], str]) -> Value:
-    return _MISSING if value is None else Value(text(value), mean=value)
+def _text_of(value: float | None, text: Callable[[float], str]) -> TableValue:
+    return _MISSING if value is None else TableValue(text(value), mean=value)
 
 
 def _process_hours(run: RunRecord) -> float | None:
@@ -187,7 +188,7 @@ def _process_hours(run: RunRecord) -> float | None:
     return sum(hours) if hours else None
 
 
-def _speed(run: RunRecord) -> float | None:
+def _tokens_per_second(run: RunRecord) -> float | None:
     tokens, seconds = run.total("num_tokens"), run.total("step_time")
     return tokens / seconds if tokens and seconds else None
 
@@ -197,7 +198,7 @@ def _mean(run: RunRecord, name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _most(run: RunRecord, name: str) -> float | None:
+def _maximum(run: RunRecord, name: str) -> float | None:
     return max(run.series(name)[1], default=None)
 
 

@@ -1,46 +1,18 @@
-"""The alignment's failure, seen in a run's metrics: the gap closes because the short reward comes down.
+"""Warnings about a run's course: detectors that look at the metrics of its last steps.
 
-|r(x_short, y_w) - r(x_long, y_w)| does not say which side moves. A model that cannot raise the long reward can lower
-the short one instead, and forgets what it knew. Calibrated on the runs of `examples/reproduction`, see its RESULTS.md.
-
-What a person should look at in a run's course: detectors over the stream of its metrics.
-
-A detector is a pure function of the recorded steps, oldest first, the newest last; it returns one line of warning,
-what is seen and what to look at or change, or None. To add one: a function here or in a file beside, and its place in
-`DETECTORS`. It sees at most `WINDOW` steps, those before a restart among them; the values of a skipped step are None.
+A detector is a pure function of the recorded steps, oldest first. It returns one line, which says what it sees and what
+to look at or to change, or None. It sees at most `WINDOW` steps, those before a restart included. The values of a
+skipped step are None. To add a detector, write a function and put it into `DETECTORS`.
 """
 
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
-_NAMES = ("solo_ra/gap_abs", "rewards/chosen", "nll_loss")
-_STRETCH = 10
-_LEAST_FALL_OF_GAP = 0.2
-_LEAST_RISE_OF_NLL = 0.2
-_SCORE = 3.0
-
-
-def gap_closes_from_below(steps: Sequence[Mapping[str, float | int | None]]) -> str | None:
-    """`rewards/chosen` falls while `solo_ra/gap_abs` shrinks, from the first ten of these steps to the last ten.
-
-    How far it falls is judged by `nll_loss`, nats per token of the chosen answer in the short context, whose scale is
-    the same for every loss type: it rose by 0.2 and by three standard errors, while the gap lost a fifth or more.
-    """
-    found = [values for step in steps if None not in (values := tuple(step.get(name) for name in _NAMES))]
-    if len(found) < 2 * _STRETCH:
-        return None
-    before, after = (list(zip(*stretch, strict=True)) for stretch in (found[:_STRETCH], found[-_STRETCH:]))
-    (gap, reward, nll), (gap_now, reward_now, nll_now) = (map(statistics.fmean, each) for each in (before, after))
-    error = ((statistics.variance(before[2]) + statistics.variance(after[2])) / _STRETCH) ** 0.5
-    if gap_now > (1 - _LEAST_FALL_OF_GAP) * gap or nll_now - nll < max(_LEAST_RISE_OF_NLL, _SCORE * error):
-        return None
-    return (
-        f"the gap closes from the wrong side: solo_ra/gap_abs {gap:.4f} -> {gap_now:.4f} while rewards/chosen "
-        f"{reward:+.4f} -> {reward_now:+.4f} over {len(found)} steps, nll_loss {nll:.4f} -> {nll_now:.4f}; "
-        "objective.detach_short=true lets only the long side move, or lower objective.alpha or optimizer.lr"
-    )
-
+from megatron_solopo.files import read_jsonl
+from megatron_solopo.train.callbacks import Callback, say
+from megatron_solopo.train.state import Metrics, TrainState
 
 StepMetrics = Mapping[str, float | int | None]
 Detector = Callable[[Sequence[StepMetrics]], str | None]
@@ -51,21 +23,26 @@ _SPIKE_LEAST_HISTORY = 20
 _SPIKE_SCORE = 8.0
 _TREND_STEPS = 25
 _TREND_SCORE = 3.0
+_COLLAPSE_NAMES = ("solo_ra/gap_abs", "rewards/chosen", "nll_loss")
+_COLLAPSE_STEPS = 10
+_LEAST_FALL_OF_GAP = 0.2
+_LEAST_RISE_OF_NLL = 0.2
+_COLLAPSE_SCORE = 3.0
 
 
-def values(steps: Iterable[StepMetrics], name: str) -> list[float]:
-    """A metric over the steps that have it."""
+def metric_values(steps: Iterable[StepMetrics], name: str) -> list[float]:
+    """A metric's values, of the steps that have it."""
     return [value for step in steps if (value := step.get(name)) is not None]
 
 
 def loss_spike(steps: Sequence[StepMetrics]) -> str | None:
-    """The newest loss stands out of the 50 before it.
+    """Warn if the newest loss is far above the 50 before it.
 
-    Robust z-score: the distance from their median in units of their median absolute deviation, times 0.6745, which
-    makes it a normal distribution's z-score (Iglewicz and Hoaglin, 1993). Earlier spikes do not hide later ones.
+    The robust z-score is the distance from their median, divided by their median absolute deviation, times 0.6745. The
+    factor makes it the z-score of a normal distribution (Iglewicz and Hoaglin, 1993). Earlier spikes hide no later one.
     """
     newest = steps[-1].get("loss")
-    before = values(list(steps[:-1])[-_SPIKE_HISTORY:], "loss")
+    before = metric_values(list(steps[:-1])[-_SPIKE_HISTORY:], "loss")
     if newest is None or len(before) < _SPIKE_LEAST_HISTORY:
         return None
     median = statistics.median(before)
@@ -80,13 +57,13 @@ def loss_spike(steps: Sequence[StepMetrics]) -> str | None:
 
 
 def both_rewards_falling(steps: Sequence[StepMetrics]) -> str | None:
-    """Chosen and rejected rewards both went down over the last 50 steps, beyond what their scatter explains.
+    """Warn if chosen and rejected rewards both fell over the last 50 steps, by more than their scatter explains.
 
-    Compares the means of two neighbouring stretches of 25 steps with the standard error of their difference.
+    The means of the first and the last 25 of these steps must differ by three standard errors of the difference.
     """
     falls = []
     for name in ("rewards/chosen", "rewards/rejected"):
-        recent = values(steps, name)[-2 * _TREND_STEPS :]
+        recent = metric_values(steps, name)[-2 * _TREND_STEPS :]
         if len(recent) < 2 * _TREND_STEPS:
             return None
         earlier, later = recent[:_TREND_STEPS], recent[_TREND_STEPS:]
@@ -102,28 +79,63 @@ def both_rewards_falling(steps: Sequence[StepMetrics]) -> str | None:
 
 
 def evaluation_not_finite(steps: Sequence[StepMetrics]) -> str | None:
-    """The newest evaluation had a loss that is NaN or infinite; it is null in `metrics.jsonl`."""
+    """Warn if the newest evaluation's loss is NaN or infinite; it is null in `metrics.jsonl`."""
     if steps[-1].get("eval_loss", 0.0) is not None:
         return None
     return "the loss of the held-out triplets is not finite, though the training steps are; look at their rows"
 
 
+def gap_closes_from_below(steps: Sequence[StepMetrics]) -> str | None:
+    """Warn if the gap shrinks because the short reward falls, from the first ten of these steps to the last ten.
+
+    The gap |r(x_short, y_w) - r(x_long, y_w)| does not say which side moves. A model that cannot raise the long reward
+    can lower the short one instead, and forgets what it knew.
+
+    The fall is measured by `nll_loss` (nats per token of the chosen answer in the short context), because its scale is
+    the same for every loss type. It must have risen by 0.2 and by three standard errors, and the gap must have lost a
+    fifth. These numbers come from the runs of `examples/reproduction`, see its RESULTS.md.
+    """
+    found = [values for step in steps if None not in (values := tuple(step.get(name) for name in _COLLAPSE_NAMES))]
+    if len(found) < 2 * _COLLAPSE_STEPS:
+        return None
+    before, after = (
+        list(zip(*stretch, strict=True)) for stretch in (found[:_COLLAPSE_STEPS], found[-_COLLAPSE_STEPS:])
+    )
+    (gap, reward, nll), (gap_now, reward_now, nll_now) = (map(statistics.fmean, each) for each in (before, after))
+    error = ((statistics.variance(before[2]) + statistics.variance(after[2])) / _COLLAPSE_STEPS) ** 0.5
+    if gap_now > (1 - _LEAST_FALL_OF_GAP) * gap or nll_now - nll < max(_LEAST_RISE_OF_NLL, _COLLAPSE_SCORE * error):
+        return None
+    return (
+        f"the gap closes from the wrong side: solo_ra/gap_abs {gap:.4f} -> {gap_now:.4f} while rewards/chosen "
+        f"{reward:+.4f} -> {reward_now:+.4f} over {len(found)} steps, nll_loss {nll:.4f} -> {nll_now:.4f}; "
+        "objective.detach_short=true lets only the long side move, or lower objective.alpha or optimizer.lr"
+    )
+
+
 DETECTORS: tuple[Detector, ...] = (loss_spike, both_rewards_falling, gap_closes_from_below, evaluation_not_finite)
 
 
-class Alarms:
-    """The detectors over one run: each warns when it begins to see something, and again only after it had ceased."""
+class AlarmWarnings(Callback):
+    """On rank 0: prints a warning when a detector begins to see something, and again only after it had stopped."""
 
-    def __init__(self, recorded: Iterable[StepMetrics], detectors: Sequence[Detector] = DETECTORS) -> None:
-        """Continue behind the steps `recorded` so far."""
+    def __init__(self, metrics_file: Path, detectors: Sequence[Detector] = DETECTORS) -> None:
+        self._metrics_file, self._detectors = metrics_file, detectors
         self._steps: deque[StepMetrics] = deque(maxlen=WINDOW)
-        self._detectors = detectors
         self._warned = [False] * len(detectors)
-        for step in list(recorded)[-WINDOW:]:
-            self.after(step)
 
-    def after(self, step: StepMetrics) -> list[str]:
-        """New warnings, now that `step` was recorded."""
+    def on_start(self, state: TrainState) -> None:
+        """Continue after the steps in `metrics.jsonl`, without repeating their warnings."""
+        recorded = read_jsonl(self._metrics_file) if self._metrics_file.is_file() else []
+        for step in recorded[-WINDOW:]:
+            self.new_warnings(step)
+
+    def on_step_end(self, metrics: Metrics) -> None:
+        """Print what is new."""
+        for warning in self.new_warnings(metrics):
+            say(f"warning: step {metrics['step']}: {warning}")
+
+    def new_warnings(self, step: StepMetrics) -> list[str]:
+        """The warnings that begin with this step."""
         self._steps.append(step)
         steps = list(self._steps)
         found = [detector(steps) for detector in self._detectors]

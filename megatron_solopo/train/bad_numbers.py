@@ -1,11 +1,11 @@
-"""Steps whose loss or gradient is NaN or infinite: skipped by all ranks together, counted and named.
+"""Steps whose loss or gradient is NaN or infinite: all ranks skip them, and their triplets are named.
 
-A skipped step changes no parameter, no optimizer state and no learning rate, but its triplets are consumed: the run is
-the one that never saw them. Megatron itself has no such skip for fp32 and bf16: `optimizer.step` reports `found_inf`
-only with a loss scaler, which these precisions have not, and `check_for_nan_in_grad` of its DDP ends the process.
+A skipped step changes no parameter, no optimizer state and no learning rate, but it consumes its triplets. The run goes
+on as if these triplets did not exist. Megatron has no such skip for fp32 and bf16: `optimizer.step` reports `found_inf`
+only with a loss scaler, which these precisions do not use, and `check_for_nan_in_grad` of its DDP ends the process.
 
-Cost: the gradient's sum on every rank before it is reduced (one read of the buffers), its norm once more than Megatron
-takes it, and one all-reduce of a flag per step.
+The cost per step: each rank sums its gradient before it is reduced (one read of the buffers), the gradient's norm is
+computed once more than in Megatron, and one flag is all-reduced.
 """
 
 import json
@@ -25,21 +25,8 @@ from megatron_solopo.data.packing import Pack
 SKIPPED_FILE = "skipped_steps.jsonl"
 
 
-@dataclass(frozen=True)
-class SkippedSteps:
-    """How many steps a run has skipped; the same on every rank, and kept in checkpoints."""
-
-    total: int = 0
-    in_a_row: int = 0
-    """Up to and with the last step."""
-
-    def after(self, *, skipped: bool) -> "SkippedSteps":
-        """The count behind one more step."""
-        return SkippedSteps(self.total + skipped, self.in_a_row + 1 if skipped else 0)
-
-
 class TripletLosses:
-    """The losses of one step on this rank, triplet by triplet; there are none but on the last pipeline stage."""
+    """The losses of one step on this rank, for each triplet. Only ranks of the last pipeline stage have any."""
 
     def __init__(self) -> None:
         self._packs: list[tuple[Pack, Tensor]] = []
@@ -49,7 +36,7 @@ class TripletLosses:
         self._packs.clear()
 
     def observe(self, pack: Pack, loss_T: Tensor) -> None:
-        """Keep the losses of a pack, where they are: nothing waits for the device."""
+        """Keep the losses of a pack on their device, so that nothing waits for it."""
         self._packs.append((pack, loss_T.detach()))
 
     def not_finite(self) -> list[str]:
@@ -67,11 +54,11 @@ class SkippedStep:
 
     step: int
     cause: str
-    """loss, gradient (of a rank, before it was reduced) or gradient norm (of the whole alone)."""
+    """`loss`, `gradient` (a rank's own, before it was reduced) or `gradient norm` (only the norm of the whole)."""
     triplets: list[str]
-    """Those whose loss is not finite; else those of the ranks whose gradient was not."""
+    """The triplets whose loss is not finite; for `gradient`, all triplets of the ranks concerned."""
     ranks: list[str]
-    """Where it was seen first: rank and host."""
+    """The ranks where it was seen, with their hosts."""
 
     def __str__(self) -> str:
         where = f" on {', '.join(self.ranks)}" if self.ranks else ""
@@ -79,12 +66,12 @@ class SkippedStep:
         return f"step {self.step} skipped: the {self.cause}{of} is not finite{where}"
 
 
-def describe(step: int, losses: TripletLosses, packs: Iterable[Pack], *, gradient_is_finite: bool) -> SkippedStep:
-    """Bring together what the ranks know of a step that all of them skipped; called by all ranks.
+def describe_skip(step: int, losses: TripletLosses, packs: Iterable[Pack], *, gradient_is_finite: bool) -> SkippedStep:
+    """Collect from all ranks why a step was skipped. All ranks call it together.
 
     Args:
-        packs: of this rank in this step.
-        gradient_is_finite: of this rank alone, before it was reduced.
+        packs: this rank's packs of the step.
+        gradient_is_finite: whether this rank's own gradient was finite, before it was reduced.
     """
     mine = {
         "rank": f"rank {dist.get_rank()} ({socket.gethostname()})",
@@ -101,12 +88,12 @@ def describe(step: int, losses: TripletLosses, packs: Iterable[Pack], *, gradien
 
 
 def record_skip(run_dir: Path, skip: SkippedStep) -> None:
-    """Write a skipped step where programs look, and on the console."""
+    """On rank 0: append a skipped step to `skipped_steps.jsonl`, and warn on the console."""
     with (run_dir / SKIPPED_FILE).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(asdict(skip)) + "\n")
     tqdm.write(f"warning: {skip}")
 
 
 def _unique(lists: Iterable[Sequence[str]]) -> list[str]:
-    """In order; the ranks of one replica report the same triplets."""
+    """Each triplet once, in order: the ranks of one replica report the same ones."""
     return list(dict.fromkeys(each for one in lists for each in one))

@@ -1,4 +1,4 @@
-"""One run per run directory."""
+"""Lets only one run at a time use a run directory."""
 
 import errno
 import fcntl
@@ -23,16 +23,18 @@ _POLL_SECONDS = 0.2
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the directory while the body runs; all ranks together, rank 0 holds it.
+    """Lock the directory while the body runs. All ranks enter it together; rank 0 holds the lock.
 
-    A record lock (POSIX): the kernel lets go of it when the process ends, in whatever way, and a process that it has
-    forked does not inherit it. NFS hands it between nodes, if mounted with locks (not `nolock` or `local_lock`), and
-    frees that of a dead node when its lease ends, which may take minutes. A predecessor that is just ending is waited
-    for; the start of a SLURM job before this one, which is dead since SLURM started the job again, only that long.
+    It is a POSIX record lock. The kernel frees it when the process ends in whatever way, and forked processes do not
+    inherit it. On NFS it works between nodes, unless mounted with `nolock` or `local_lock`. NFS frees the lock of a
+    dead node when its lease ends, which may take minutes.
+
+    A process that is just ending is waited for up to 10 seconds. If the holder is an earlier start of the same SLURM
+    job, it must be dead, because SLURM has started the job again. Its lock is taken over after that time.
 
     A run that is refused before it has written anything leaves no directory behind.
 
-    Raises UserError on every rank, naming the process that holds it.
+    Raises UserError on every rank, naming the process that holds the lock.
     """
     is_new = not run_dir.exists()
     held: list[TextIO] = []
@@ -59,7 +61,7 @@ def _acquire(run_dir: Path, wait_seconds: float) -> TextIO:
             stream.close()
         elif file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno())):
             break
-        else:  # its last holder has removed it since it was opened
+        else:  # its last holder has removed the file since it was opened here
             stream.close()
             continue
         if time.monotonic() > until:
@@ -68,7 +70,7 @@ def _acquire(run_dir: Path, wait_seconds: float) -> TextIO:
                     f"{run_dir}: {holder} trains in it; end that first, or set run_dir to another directory. If it is "
                     f"known to be dead, its node's lock has not been freed yet: remove {file}"
                 )
-            file.unlink(missing_ok=True)  # its lock goes with its file
+            file.unlink(missing_ok=True)  # the lock belongs to this file, not to its name
         time.sleep(_POLL_SECONDS)
     stream.truncate(0)
     job = _JOB.format(*_job()) if "SLURM_JOB_ID" in os.environ else ""
@@ -78,7 +80,7 @@ def _acquire(run_dir: Path, wait_seconds: float) -> TextIO:
 
 
 def _try_lock(stream: TextIO) -> bool:
-    """Whether the lock is ours now; on a file system without locks it always is: nothing to be told apart by."""
+    """Whether the lock is ours now; on a file system without locks it always is."""
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -96,7 +98,7 @@ def _job() -> tuple[str, int]:
 
 
 def _is_our_former_self(holder: str) -> bool:
-    """Whether an earlier start of this very job holds the lock: its node is dead, or SLURM had not started it again."""
+    """Whether an earlier start of this SLURM job holds the lock; it is dead, or SLURM had not started the job again."""
     if "SLURM_JOB_ID" not in os.environ:
         return False
     job, restarts = _job()

@@ -1,7 +1,4 @@
-"""What a step costs: floating-point operations by true lengths, peak rates, memory.
-
-Metrics of a run: reduced over the ranks, and written where people and programs look.
-"""
+"""Metrics of a run: measured, reduced over the ranks, and written where people and programs look."""
 
 import json
 import math
@@ -18,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import bf16_peak
@@ -29,14 +25,15 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, read_jsonl
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.train.alarms import Alarms
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE
+from megatron_solopo.train.callbacks import Callback, say
+from megatron_solopo.train.state import Metrics, TrainState
 
 
 def training_flops(architecture: Architecture, packs: Sequence[Pack]) -> float:
-    """Model FLOPs of forward and backward over these packs: recomputation and padding do not count.
+    """The model's FLOPs of forward and backward over these packs; recomputation and padding do not count.
 
-    Backward is twice forward; see `megatron_solopo.architecture.flops`.
+    Backward counts as twice forward; see `megatron_solopo.architecture.flops`.
     """
     lengths = [pack.sequence_lengths_S.double() for pack in packs]
     tokens = sum(float(each.sum()) for each in lengths)
@@ -46,14 +43,14 @@ def training_flops(architecture: Architecture, packs: Sequence[Pack]) -> float:
 
 
 def peak_flops() -> float | None:
-    """Dense bfloat16 peak of this device, or None where it is not known (a CPU, another GPU)."""
+    """Dense bfloat16 peak of this device in FLOP/s, or None if it is not known (a CPU, another GPU)."""
     if is_cpu():
         return None
     return bf16_peak(torch.cuda.get_device_name())
 
 
 def reset_peak_memory() -> None:
-    """Start a new interval for `peak_memory_bytes` (on a CPU the peak is the process's, since its start)."""
+    """Start a new interval for `peak_memory_bytes`. On a CPU the peak always counts from the process's start."""
     if not is_cpu():
         torch.cuda.reset_peak_memory_stats()
 
@@ -65,11 +62,8 @@ def peak_memory_bytes() -> int:
     return torch.cuda.max_memory_allocated()
 
 
-Metrics = dict[str, float | int | None]
-
-
 def reduce_sums(reports: Sequence[Tensor], size: int, topology: Topology) -> list[float]:
-    """Sum the packs' reports [size] over packs and data-parallel ranks; the same list on every rank."""
+    """Sum the packs' reports [size] over packs and data-parallel ranks; returns the same list on every rank."""
     zero = torch.zeros(size, dtype=torch.float64, device=topology.device)
     total = torch.stack([zero, *(report.double() for report in reports)]).sum(dim=0)
     dist.all_reduce(total, group=topology.data_group)
@@ -88,47 +82,41 @@ def reduce_over_ranks(values: Sequence[float], operation: Any, topology: Topolog
 
 
 def finite_or_none(values: Mapping[str, float | int | None]) -> Metrics:
-    """JSON has neither NaN nor infinity: None stands for them."""
+    """Replace NaN and infinity by None, because JSON has neither."""
     return {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
 
 
-class MetricsWriter:
-    """Writes on rank 0: `metrics.jsonl`, TensorBoard, W&B if asked for, one console line per step, and alarms."""
+class MetricsWriter(Callback):
+    """On rank 0: `metrics.jsonl`, TensorBoard, W&B if asked for, a console line per step, `metrics.png` at the end."""
 
-    def __init__(
-        self, run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any], *, first_step: int, total_steps: int
-    ) -> None:
-        """Continue after `first_step` - 1: later lines of an interrupted run are dropped, as they will be run again."""
+    def __init__(self, run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any], *, total_steps: int) -> None:
+        """Open nothing yet; `config` is what W&B shows as the run's configuration."""
         self.path = run_dir / "metrics.jsonl"
-        for file in (self.path, run_dir / SKIPPED_FILE):
-            keep_before(file, first_step)
+        self._run_dir, self._logging, self._config, self._total_steps = run_dir, logging, config, total_steps
         self._sinks: list[Callable[[int, Mapping[str, float]], None]] = []
-        self._tensorboard = _tensorboard(run_dir, first_step) if logging.tensorboard else None
-        if self._tensorboard is not None:
+        self._tensorboard: Any = None
+        self._first_step = 1
+        self._started = 0.0
+
+    def on_start(self, state: TrainState) -> None:
+        """Open the files, and drop the lines of steps that an interrupted run will do again."""
+        self._first_step = first_step = state.first_unrecorded_step
+        for file in (self.path, self._run_dir / SKIPPED_FILE):
+            keep_before(file, first_step)
+        if self._logging.tensorboard:
+            self._tensorboard = _tensorboard(self._run_dir, first_step)
             self._sinks.append(partial(_add_scalars, self._tensorboard))
-        if logging.wandb_project:
-            self._sinks.append(_wandb(run_dir, logging.wandb_project, config))
-        self._total_steps = total_steps
+        if self._logging.wandb_project:
+            self._sinks.append(_wandb(self._run_dir, self._logging.wandb_project, self._config))
         begins = "continuing" if first_step > 1 else "starting"
-        finished = first_step > total_steps
-        tqdm.write(
-            f"{run_dir}: all {total_steps} steps are done" if finished else f"{begins} {run_dir} at step {first_step}"
-        )
-        self._alarms = Alarms(read_jsonl(self.path) if self.path.is_file() else [])
+        if first_step > self._total_steps:
+            say(f"{self._run_dir}: all {self._total_steps} steps are done")
+        else:
+            say(f"{begins} {self._run_dir} at step {first_step}")
         self._started = time.monotonic()
-        self._first_step = first_step
 
-    def say(self, line: str) -> None:
-        """A line on the console, above a progress bar if there is one."""
-        tqdm.write(line)
-
-    def close(self) -> None:
-        """End the thread of TensorBoard's writer. W&B ends its run itself, when the process does."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-
-    def write(self, metrics: Metrics) -> None:
-        """Record one step; `metrics` holds `step`."""
+    def on_step_end(self, metrics: Metrics) -> None:
+        """Record one step."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics, allow_nan=False) + "\n")
             stream.flush()
@@ -137,15 +125,31 @@ class MetricsWriter:
         step = int(metrics["step"] or 0)
         for sink in self._sinks:
             sink(step, {name: value for name, value in metrics.items() if value is not None and name != "step"})
-        done = max(1, step - self._first_step + 1)  # a step that was done before, but for its evaluation, comes first
+        # A continued run may first complete the evaluation of a step that was done before.
+        done = max(1, step - self._first_step + 1)
         remaining = (time.monotonic() - self._started) / done * (self._total_steps - step)
-        self.say(console_line(metrics, self._total_steps, remaining))
-        for warning in self._alarms.after(metrics):
-            self.say(f"warning: step {step}: {warning}")
+        if has_console_line(metrics, self._logging.console_steps, self._total_steps):
+            say(console_line(metrics, self._total_steps, remaining))
+
+    def on_success(self) -> None:
+        """Draw the run's course."""
+        plot_metrics(read_jsonl(self.path), self._run_dir / "metrics.png")
+
+    def close(self) -> None:
+        """End the thread of TensorBoard's writer. W&B ends its run itself, when the process does."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def has_console_line(metrics: Metrics, console_steps: int, total_steps: int) -> bool:
+    """Whether a step is printed: every `console_steps`-th, the last, a skipped one, and one with an evaluation."""
+    step = int(metrics["step"] or 0)
+    is_special = bool(metrics.get("skipped")) or metrics.get("eval_loss") is not None
+    return step % console_steps == 0 or step == total_steps or is_special
 
 
 def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -> str:
-    """One step for a person: progress, losses, rewards, speed, time to go. Negative values are shown as such."""
+    """One step in a line for a person: progress, losses, rewards, speed and the time that remains."""
     if metrics.get("skipped"):
         return f"step {metrics['step']}/{total_steps} | skipped, {metrics['skipped_steps']} so far"
     parts = [f"step {metrics['step']}/{total_steps}", f"loss {metrics['loss']:.4f}"]
@@ -164,7 +168,7 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
 
 
 def keep_before(path: Path, first_step: int) -> None:
-    """Drop the lines of a file of steps from `first_step` on, if there is one."""
+    """Drop the lines from `first_step` on from a file with a line per step, if the file exists."""
     if path.is_file():
         kept = [metrics for metrics in read_jsonl(path) if metrics["step"] < first_step]
         with atomic_path(path) as temporary:
@@ -174,7 +178,7 @@ def keep_before(path: Path, first_step: int) -> None:
 
 
 def wandb_run_id(run_dir: Path) -> str:
-    """The id of this run on W&B, made at its first start: continued, it is the same run there."""
+    """The run's id on W&B, made at its first start; a continued run is the same run there."""
     file = run_dir / "wandb_run_id"
     if not file.is_file():
         with atomic_path(file) as temporary:
@@ -201,6 +205,37 @@ def _wandb(run_dir: Path, project: str, config: Mapping[str, Any]) -> Any:
         raise UserError(
             f"logging.wandb_project={project}: the package wandb is missing; pip install 'megatron-solopo[wandb]'"
         ) from None
-    # W&B leaves out steps that it has already: what a run did twice, after a checkpoint and a crash, is there once.
+    # W&B ignores steps that it has already, so a step that was done again after a crash is there once.
     run = wandb.init(project=project, dir=str(run_dir), config=dict(config), id=wandb_run_id(run_dir), resume="allow")
     return lambda step, values: run.log(dict(values), step=step)
+
+
+_PANELS = {
+    "loss": ("loss", "po_loss", "eval_loss"),
+    "reward": ("rewards/chosen", "rewards/rejected", "rewards/chosen_long"),
+    "reward gap, short minus long": ("solo_ra/gap_abs", "solo_ra/gap_signed", "eval_solo_ra/gap_abs"),
+    "reward accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
+    "gradient norm": ("grad_norm",),
+    "tokens per second": ("tokens_per_second",),
+}
+
+
+def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw losses, rewards, accuracy, gradient norm and speed over the steps into a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 7), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(2, 3).flat, _PANELS.items(), strict=True):
+        for name in names:
+            points = [(each["step"], each[name]) for each in metrics if each.get(name) is not None]
+            if points:
+                # Evaluations are far apart, and a line of one point would be invisible: draw dots.
+                marker = "o" if name.startswith("eval_") or len(points) == 1 else ""
+                axis.plot(*zip(*points, strict=True), label=name, marker=marker)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if axis.lines:  # objectives without a long context have no gap
+            axis.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -1,7 +1,4 @@
-"""Megatron-Core's gradient buffers, optimizer and learning-rate schedule, from our configuration.
-
-The model that is trained: its chunks, optimizer and learning-rate schedule, and one step of them.
-"""
+"""The model that is trained: its chunks with Megatron's gradient buffers, its optimizer and schedule, one step."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -36,8 +33,8 @@ from megatron_solopo.train.step import LossFunction, run_schedule
 def wrap_data_parallel(chunks: Sequence[ResponseModel], optimizer: OptimizerConfig) -> list[DistributedDataParallel]:
     """Give each model chunk its gradient buffers and data-parallel gradient reduction (in fp32)."""
     config = chunks[0].config
-    # Without this, Megatron's schedules skip the data-parallel, norm and tied-embedding gradient sync.
-    config.finalize_model_grads_func = _note_and_finalize
+    # Without this function Megatron's schedules do not synchronize gradients over DP, of norms and of tied embeddings.
+    config.finalize_model_grads_func = _check_finite_and_finalize
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=optimizer.grad_reduce_in_fp32,
         overlap_grad_reduce=False,
@@ -50,10 +47,11 @@ def wrap_data_parallel(chunks: Sequence[ResponseModel], optimizer: OptimizerConf
     return wrapped
 
 
-def _note_and_finalize(model: Sequence[DistributedDataParallel], *arguments: Any, **keywords: Any) -> None:
-    """Keep whether this rank's own gradient is finite, not waiting for the answer, and let Megatron reduce it.
+def _check_finite_and_finalize(model: Sequence[DistributedDataParallel], *arguments: Any, **keywords: Any) -> None:
+    """Remember whether this rank's own gradient is finite, then let Megatron reduce it.
 
-    Afterwards a NaN is everywhere, and nobody can tell whose it was.
+    After the reduction a NaN is on every rank, and its origin is lost. The result stays on the device, so that nothing
+    waits for it here.
     """
     sums = [buffer.grad_data.sum() for chunk in model for buffer in gradient_buffers(chunk)]
     model[0].gradient_was_finite = torch.stack(sums).isfinite().all()
@@ -84,7 +82,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
             adam_beta1=optimizer.adam_beta1,
             adam_beta2=optimizer.adam_beta2,
             adam_eps=optimizer.adam_eps,
-            # Megatron measures the gradient norm only where it clips: an infinite bound does just that.
+            # Megatron measures the gradient norm only if it clips; an infinite bound clips nothing.
             clip_grad=optimizer.clip_grad or math.inf,
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
@@ -92,10 +90,10 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
             fp8_recipe=model.fp8_recipe if model.fp8 else None,
             optimizer_cpu_offload=offload,
             optimizer_offload_fraction=optimizer.optimizer_offload_fraction,
-            # With the overlap, gradients that must be cast first are cast on another stream than the GPU's share of
-            # the update runs on, and nothing makes the update wait for them.
+            # With the overlap, gradients that must be cast are cast on a stream of their own, and the update on the GPU
+            # does not wait for it. So overlap only fp32 gradients.
             overlap_cpu_optimizer_d2h_h2d=offload and optimizer.grad_reduce_in_fp32,
-            # The hybrid optimizer then holds the only fp32 weights, and no copy of them stays on the GPU.
+            # The hybrid optimizer then holds the only fp32 weights, without a copy on the GPU.
             use_precision_aware_optimizer=offload,
             main_grads_dtype=grads_dtype if offload else torch.float32,
         ),
@@ -104,7 +102,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
 
 
 def check_schedule(config: OptimizerConfig, max_steps: int) -> None:
-    """Raise ValueError if the warm-up or the minimum learning rate does not fit the run."""
+    """Raise UserError if the warm-up or the minimum learning rate does not fit the run."""
     if config.lr_warmup_iters >= max_steps:
         raise UserError(
             f"optimizer.lr_warmup_iters={config.lr_warmup_iters} must be below the run's {max_steps} steps "
@@ -115,7 +113,7 @@ def check_schedule(config: OptimizerConfig, max_steps: int) -> None:
 
 
 def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, max_steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up, then the chosen decay down to `min_lr` at `max_steps`; see `check_schedule` for what is legal."""
+    """Linear warm-up, then the chosen decay down to `min_lr` at `max_steps`; `check_schedule` says what is legal."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -138,14 +136,14 @@ class StepResult:
     """One optimizer step."""
 
     reports: list[torch.Tensor]
-    """What the loss function reported for each of this rank's packs (last pipeline stage only)."""
+    """What the loss function reported for each of this rank's packs; empty before the last pipeline stage."""
     grad_norm: float
     """Norm of the whole gradient before clipping, equal on every rank."""
     learning_rate: float
     skipped: bool
-    """Whether the loss or the gradient was not finite on any rank, so that nothing was updated on all of them."""
+    """Whether a loss or the gradient was not finite on some rank, so that no rank updated anything."""
     gradient_was_finite: bool
-    """Of this rank alone, before it was reduced."""
+    """This rank's own gradient, before it was reduced."""
 
 
 @dataclass(frozen=True)
@@ -166,15 +164,17 @@ class Policy:
     ) -> StepResult:
         """Forward and backward over this rank's packs, then one optimizer step on all ranks together.
 
-        Where a loss or the gradient is not finite on any rank, no rank updates anything, the schedule neither.
-        `before_pack` is that of `run_schedule`; where it raises, the policy is as it was.
+        If a loss or the gradient is not finite on any rank, no rank updates the model, the optimizer or the schedule.
+
+        Args:
+            before_pack: see `run_schedule`; if it raises, the policy is unchanged.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         reports = run_schedule(self.chunks, packs, loss_function, topology, forward_only=False, before_pack=before_pack)
-        # Both are idempotent: Megatron's step does them again.
+        # Megatron's step does both again, which changes nothing.
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         finite = math.isfinite(grad_norm) and all(bool(report.isfinite().all()) for report in reports)
@@ -205,7 +205,7 @@ def load_model(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) -
 
 
 def load_frozen(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) -> list[ResponseModel]:
-    """`load_model` for a model that is only read."""
+    """`load_model` for a model that is not trained."""
     chunks = load_model(model, topology, chunk_tokens=chunk_tokens)
     for chunk in chunks:
         release_exact_values(chunk)

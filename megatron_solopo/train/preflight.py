@@ -1,4 +1,4 @@
-"""What is checked before step 0, by all ranks together, so that a mistake costs a minute and not a night.
+"""What all ranks check together before the first step, so that a mistake costs a minute and not a night.
 
     check          what it finds                                              cost
     same start     another config, data, model or library on one rank         one exchange of a few KiB per rank
@@ -7,9 +7,7 @@
     largest pack   too little memory                                          forward and backward of that pack, as many
                                                                               times as there are pipeline stages
 
-The first three always run; the last where there is a GPU, or as `training.try_largest_pack` says.
-
-Whether the largest pack fits into memory, tried before the first step.
+The first three always run. The last runs on a GPU, or as `training.try_largest_pack` says.
 """
 
 import platform
@@ -26,7 +24,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_solopo import __version__
 from megatron_solopo.architecture.huggingface_config import Architecture
@@ -41,7 +38,7 @@ from megatron_solopo.parallel.megatron_internals import optimizer_parts
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import peak_memory_bytes, reduce_over_ranks, reset_peak_memory
 from megatron_solopo.train.policy import Policy
-from megatron_solopo.train.run_data import Splits
+from megatron_solopo.train.run_data import RunDatasets
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss, run_schedule
 
 Finding = tuple[str, str]
@@ -50,12 +47,14 @@ Finding = tuple[str, str]
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "numpy")
 _SHARED_WITHIN_SECONDS = 10.0
 _FP32_WEIGHT_AND_MOMENTS_BYTES = 12
+_MOMENT_BYTES = 8
+_PLANNED_BATCHES = 20
 
 
-def start_facts(config: Config, splits: Splits) -> dict[str, str]:
+def start_facts(config: Config, datasets: RunDatasets) -> dict[str, str]:
     """What must be the same on every rank, by the key or the package that decides it."""
     facts = {key: repr(value) for key, value in _dotted(config.model_dump(mode="json"))}
-    facts["data.path (its content)"] = splits.manifest.fingerprint
+    facts["data.path (its content)"] = datasets.manifest.fingerprint
     facts["model.path (its weights)"] = weights_fingerprint(config.model.path)
     facts["python"] = platform.python_version()
     facts["megatron-solopo"] = __version__
@@ -63,9 +62,9 @@ def start_facts(config: Config, splits: Splits) -> dict[str, str]:
 
 
 def check_same_start(facts: Mapping[str, str]) -> None:
-    """Raise ValueError, on every rank, naming what one rank has otherwise than rank 0, and both values.
+    """Raise UserError, on every rank, naming what differs between rank 0 and another rank, with both values.
 
-    It needs nothing but the world: the other groups are made of sizes that are compared here.
+    It uses no other group than the world, because the sizes of the other groups are among what it compares.
     """
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), dict(facts)))
@@ -80,33 +79,34 @@ def check_same_start(facts: Mapping[str, str]) -> None:
 
 
 def check_surroundings(
-    config: Config, architecture: Architecture, topology: Topology, begin: Callable[[str], None]
+    config: Config, architecture: Architecture, topology: Topology, enter_check: Callable[[str], None]
 ) -> list[Finding]:
-    """The run directory and the groups.
+    """Check the run directory and the process groups.
 
     Args:
-        begin: told the name of every check, so that one that hangs is known.
+        enter_check: gets the name of every check that begins, so that the watchdog can name one that hangs.
 
-    Raises UserError, on every rank, for a directory that is not shared or too full.
+    Raises UserError, on every rank, for a directory that is not shared or too full. An all-reduce with a wrong sum
+    raises RuntimeError.
     """
-    begin("preflight: run directory")
+    enter_check("preflight: run directory")
     rows = [
         ("same start", f"config, data, model and packages are the same on {dist.get_world_size()} ranks"),
         ("run directory", _check_run_dir(config.run_dir, architecture.num_parameters)),
     ]
     sizes = []
     for name, group in _groups(topology):
-        begin(f"preflight: a collective over the {name} ranks")
+        enter_check(f"preflight: a collective over the {name} ranks")
         total = torch.ones(1, device=topology.device)
         dist.all_reduce(total, group=group)
         if int(total) != group.size():
-            raise UserError(f"an all-reduce over {group.size()} {name} ranks counted {int(total)}: a faulty network")
+            raise RuntimeError(f"an all-reduce over {group.size()} {name} ranks counted {int(total)}: a faulty network")
         sizes.append(f"{name} {group.size()}")
     return [*rows, ("groups", ", ".join(sizes))]
 
 
 def _check_run_dir(run_dir: Path, num_parameters: int) -> str:
-    """Whether all ranks see the same directory, and one checkpoint's room in it."""
+    """Check that all ranks see the same directory, and that one checkpoint fits into it."""
     probe = on_rank_0(lambda: _write_probe(run_dir))
     seen = _appears(Path(probe))
     free = psutil.disk_usage(str(run_dir)).free if seen else 0
@@ -136,7 +136,7 @@ def _write_probe(run_dir: Path) -> str:
 
 
 def _appears(path: Path) -> bool:
-    """Network file systems show a new file late."""
+    """Wait for a file: network file systems show a new one late."""
     until = time.monotonic() + _SHARED_WITHIN_SECONDS
     while not path.exists():
         if time.monotonic() > until:
@@ -146,7 +146,7 @@ def _appears(path: Path) -> bool:
 
 
 def _groups(topology: Topology) -> Iterator[tuple[str, Any]]:
-    """The groups of a step that this rank is in, in the same order on all their ranks."""
+    """Yield the groups that this rank uses in a step, in the same order on all their ranks."""
     yield "all", dist.group.WORLD
     yield "tensor-parallel", topology.tensor_group
     yield "pipeline-parallel", topology.pipeline_group
@@ -174,27 +174,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-_PLANNED_BATCHES = 20
-_MOMENT_BYTES = 8
-
-
 @dataclass(frozen=True)
 class Trial:
     """What the largest pack took."""
 
     tokens: int
-    """Padded, before the cut for context parallelism."""
+    """With padding, over all context-parallel ranks."""
     seconds: float
-    """Of the slowest rank."""
+    """On the slowest rank."""
     peak_memory: int
-    """Bytes of the fullest rank."""
+    """Bytes on the fullest rank."""
 
     def __str__(self) -> str:
         return f"{self.tokens:,} tokens: {self.seconds:.1f} s, peak memory {described_bytes(self.peak_memory)}"
 
 
-def is_wanted(config: Config, topology: Topology) -> bool:
-    """`training.try_largest_pack`; if not set: on a GPU, unless FP8's delayed scales would remember the trial."""
+def tries_largest_pack(config: Config, topology: Topology) -> bool:
+    """`training.try_largest_pack`. If not set: on a GPU, unless FP8's delayed scales would remember the trial."""
     if config.training.try_largest_pack is not None:
         return config.training.try_largest_pack
     return topology.device.type == "cuda" and not config.model.has_delayed_scales
@@ -208,16 +204,16 @@ def try_largest_pack(
     topology: Topology,
     before_pack: Callable[[], None],
 ) -> Trial:
-    """Forward and backward of the largest pack, on every replica, beside what Adam's moments will take.
+    """Run forward and backward of the largest pack on every replica, with memory reserved for Adam's moments.
 
-    Nothing is changed by it. The largest is that of the next 20 global batches, or the largest single triplet of the
-    data set if that is larger. A pipeline holds several packs at a time: it gets as many as it has stages. Their
-    gradients are dropped, random states are put back. Of the optimizer's state only the moments are not there yet.
+    It changes nothing: gradients are dropped, and no step draws random numbers. The largest pack is that of the next 20
+    global batches, or the largest single triplet of the data set if that is larger. A pipeline holds several packs at a
+    time, so it gets as many as it has stages.
 
     Args:
-        num_rows: of the training split.
+        num_rows: rows of the training split.
 
-    Raises UserError, on the rank that has it, for too little memory.
+    Raises UserError on a rank with too little memory.
     """
     pack = loader.largest_pack(_PLANNED_BATCHES)
     packs = [pack] * max(topology.packs_multiple, topology.pipeline_group.size())
@@ -225,16 +221,13 @@ def try_largest_pack(
     loss = objective_loss(config.objective, ReferenceLogprobs(roles, torch.zeros(num_rows, len(roles))), topology)
     reset_peak_memory()
     started = time.monotonic()
-    states = get_cuda_rng_tracker().get_states()
     try:
-        with torch.random.fork_rng(devices=[topology.device.index] if topology.device.type == "cuda" else []):
-            moments = torch.empty(_missing_moments(config, policy), dtype=torch.uint8, device=topology.device)
-            run_schedule(policy.chunks, packs, loss, topology, forward_only=False, before_pack=before_pack)
-            del moments
+        moments = torch.empty(_missing_moment_bytes(config, policy), dtype=torch.uint8, device=topology.device)
+        run_schedule(policy.chunks, packs, loss, topology, forward_only=False, before_pack=before_pack)
+        del moments
     except torch.OutOfMemoryError as error:
         raise UserError(_too_large(config, pack, str(error))) from None
     finally:
-        get_cuda_rng_tracker().set_states(states)
         for chunk in policy.chunks:
             chunk.zero_grad_buffer()
     measured = [time.monotonic() - started, float(peak_memory_bytes())]
@@ -242,13 +235,13 @@ def try_largest_pack(
     return Trial(len(pack.tokens_T), seconds, int(peak))
 
 
-def _missing_moments(config: Config, policy: Policy) -> int:
-    """Bytes that Adam's moments will take on this rank's device from the first update on; 0 where they are there."""
+def _missing_moment_bytes(config: Config, policy: Policy) -> int:
+    """Bytes that the first update will add on this rank's device for Adam's moments; 0 if they exist already."""
     parts = optimizer_parts(policy.optimizer)
     if any(part.optimizer.state for part in parts):
         return 0
-    held = sum(weight.numel() for group in policy.optimizer.param_groups for weight in group["params"])
-    return int(held * _MOMENT_BYTES * (1 - config.optimizer.optimizer_offload_fraction))
+    num_parameters = sum(weight.numel() for group in policy.optimizer.param_groups for weight in group["params"])
+    return int(num_parameters * _MOMENT_BYTES * (1 - config.optimizer.optimizer_offload_fraction))
 
 
 def _too_large(config: Config, pack: Pack, error: str) -> str:

@@ -1,7 +1,8 @@
 """Reference log-probabilities: computed once, one number per sequence, kept on disk.
 
     <cache>/reference.json  what the numbers depend on: data, weights, precision, roles
-    <cache>/train.parquet   id and one float32 column per role; eval.parquet where there is a held-out split
+    <cache>/train.parquet   id and one float32 column per role
+    <cache>/eval.parquet    the same, if there is a held-out split
 
 The numbers do not depend on TP, PP, CP or packing, so a cache made under one layout serves all.
 """
@@ -20,71 +21,74 @@ from torch import Tensor
 
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import Config, Role
-from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
 from megatron_solopo.model.build import precision_settings
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.resolve import ResolvedModel
+from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import load_frozen
-from megatron_solopo.train.run_data import Splits, single_pass
+from megatron_solopo.train.run_data import RunDatasets, single_pass
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, run_schedule
 
 _MANIFEST = "reference.json"
 _OWN_FILES = (_MANIFEST, "train.parquet", "eval.parquet")
-_SCORING_VERSION = 1  # raise it when the same weights and data come to score differently
+_SCORING_VERSION = 1  # raise it when a change of the code gives other numbers for the same weights and data
 
 
 def reference_logprobs(
     config: Config,
     model: ResolvedModel,
-    splits: Splits,
+    datasets: RunDatasets,
     topology: Topology,
     *,
     overwrite: bool = False,
-    apart: bool = False,
-    boundary: Callable[[], None] | None = None,
+    separate_roles: bool = False,
+    before_batch: Callable[[], None] | None = None,
 ) -> dict[str, ReferenceLogprobs]:
-    """By split: read from the cache, or computed and written to it. All ranks together.
+    """Reference log-probabilities by split: read from the cache, or computed and written to it. All ranks together.
 
     Args:
         overwrite: compute again, over an existing cache.
-        apart: see `score_sequences`.
-        boundary: called before every batch; where it raises, nothing is written.
+        separate_roles: see `score_sequences`.
+        before_batch: called before every batch; if it raises, nothing is written.
 
     Raises UserError naming what differs if the cache was made for other data, weights or precision.
     """
     cache = config.reference_cache
-    expected = reference_dependencies(config, model, splits)
-    if overwrite or not _on_rank_0((cache / _MANIFEST).is_file(), topology):
-        check_replaceable(cache, _OWN_FILES, "reference.cache")
-        check_writable(cache, "reference.cache")
-        computed = _compute(config, model, splits, topology, apart, boundary)
-        if dist.get_rank() == 0:
-            _write(cache, expected, splits, computed)
-        dist.barrier()
+    expected = reference_dependencies(config, model, datasets)
+    if overwrite or not on_rank_0((cache / _MANIFEST).is_file):
+        on_rank_0(lambda: _check_cache_directory(cache))
+        computed = _compute(config, model, datasets, topology, separate_roles, before_batch)
+        on_rank_0(lambda: _write(cache, expected, datasets, computed))
         return computed
-    return cached_reference(config, model, splits)
+    return cached_reference(config, model, datasets)
 
 
-def cached_reference(config: Config, model: ResolvedModel, splits: Splits) -> dict[str, ReferenceLogprobs]:
-    """By split, from the cache alone.
+def cached_reference(config: Config, model: ResolvedModel, datasets: RunDatasets) -> dict[str, ReferenceLogprobs]:
+    """Reference log-probabilities by split, only from the cache.
 
-    Raises UserError if there is no cache, or naming what differs if it was made for other data, weights or precision.
+    Raises UserError if there is no cache. If it was made for other data, weights or precision, the error names them.
     """
-    cache, expected = config.reference_cache, reference_dependencies(config, model, splits)
+    cache, expected = config.reference_cache, reference_dependencies(config, model, datasets)
     if not (cache / _MANIFEST).is_file():
         raise UserError(
             f"{cache}: no cached reference log-probs; write them with `megatron-solopo reference`, "
             "or set reference.cache to the directory that holds them"
         )
     _check(cache, expected)
-    return {name: _read(cache, name, dataset, expected["roles"]) for name, dataset in splits.datasets.items()}
+    return {name: _read(cache, name, dataset, expected["roles"]) for name, dataset in datasets.by_split.items()}
+
+
+def _check_cache_directory(cache: Path) -> None:
+    check_replaceable(cache, _OWN_FILES, "reference.cache")
+    check_writable(cache, "reference.cache")
 
 
 def fingerprint(references: Mapping[str, ReferenceLogprobs]) -> str:
-    """Hex SHA-256 of the numbers themselves: of a cache that is computed again they may differ in the last bits."""
+    """Hex SHA-256 of the numbers themselves, which may differ in the last bits if a cache is computed again."""
     digest = hashlib.sha256()
     for name, logprobs in sorted(references.items()):
         roles = tuple(str(role) for role in logprobs.roles)
@@ -92,17 +96,10 @@ def fingerprint(references: Mapping[str, ReferenceLogprobs]) -> str:
     return digest.hexdigest()
 
 
-def _on_rank_0(found: bool, topology: Topology) -> bool:
-    """What rank 0 sees: on a shared file system the ranks need not agree, and one that computes alone would wait."""
-    seen = torch.tensor(found, dtype=torch.int, device=topology.device)
-    dist.broadcast(seen, 0)
-    return bool(seen)
-
-
-def reference_dependencies(config: Config, model: ResolvedModel, splits: Splits) -> dict[str, Any]:
-    """Everything the numbers depend on, by a name that a reader of the error understands."""
+def reference_dependencies(config: Config, model: ResolvedModel, datasets: RunDatasets) -> dict[str, Any]:
+    """Everything that the numbers depend on, by the name that error messages use."""
     return {
-        "data": splits.manifest.fingerprint_parts,
+        "data": datasets.manifest.fingerprint_parts,
         "weights": weights_fingerprint(config.reference.model_path or config.model.path),
         "dtype": config.model.dtype,
         "fp8": precision_settings(config.model),
@@ -130,16 +127,24 @@ def _check(cache: Path, expected: dict[str, Any]) -> None:
 def _compute(
     config: Config,
     model: ResolvedModel,
-    splits: Splits,
+    datasets: RunDatasets,
     topology: Topology,
-    apart: bool,
-    boundary: Callable[[], None] | None,
+    separate_roles: bool,
+    before_batch: Callable[[], None] | None,
 ) -> dict[str, ReferenceLogprobs]:
     reference = model.at(config.reference.model_path or model.path)
     chunks = load_frozen(reference, topology, chunk_tokens=config.logprob.chunk_tokens)
     return {
-        name: score_sequences(config, chunks, dataset, topology, f"reference {name}", apart=apart, boundary=boundary)
-        for name, dataset in splits.datasets.items()
+        split: score_sequences(
+            config,
+            chunks,
+            dataset,
+            topology,
+            f"reference {split}",
+            separate_roles=separate_roles,
+            before_batch=before_batch,
+        )
+        for split, dataset in datasets.by_split.items()
     }
 
 
@@ -150,22 +155,22 @@ def score_sequences(
     topology: Topology,
     label: str,
     *,
-    apart: bool = False,
-    boundary: Callable[[], None] | None = None,
+    separate_roles: bool = False,
+    before_batch: Callable[[], None] | None = None,
 ) -> ReferenceLogprobs:
-    """Forward every sequence that the objective reads once; every rank ends with all the numbers.
+    """Run every sequence that the objective reads through the model once; every rank returns all the numbers.
 
     Args:
         label: of the progress bar.
-        apart: one pass for each role, so that a pack must hold the longest sequence and not the largest triplet.
-        boundary: called before every batch.
+        separate_roles: one pass for each role, so that a pack must hold the longest sequence and not the largest
+            triplet.
+        before_batch: called before every batch.
     """
     roles = config.objective.roles.all
-    passes = [(role,) for role in roles] if apart else [roles]
-    labels = [f"{label}, {role}" for role in roles] if apart else [label]
+    passes = {f"{label}, {role}": (role,) for role in roles} if separate_roles else {label: roles}
     logps = [
-        _score_pass(config, chunks, dataset, topology, shown, together, boundary)
-        for shown, together in zip(labels, passes, strict=True)
+        _score_pass(config, chunks, dataset, topology, pass_label, pass_roles, before_batch)
+        for pass_label, pass_roles in passes.items()
     ]
     return ReferenceLogprobs(roles, torch.cat(logps, dim=1))
 
@@ -177,12 +182,12 @@ def _score_pass(
     topology: Topology,
     label: str,
     roles: tuple[Role, ...],
-    boundary: Callable[[], None] | None,
+    before_batch: Callable[[], None] | None,
 ) -> Tensor:
     """Summed log-probabilities, fp32 [rows, len(roles)]."""
     logps = torch.zeros(len(dataset), len(roles), device=topology.device)
     visits = torch.zeros(len(dataset), device=topology.device)
-    for batch in single_pass(config, dataset, topology, label, roles, boundary):
+    for batch in single_pass(config, dataset, topology, label, roles, before_batch):
         with torch.no_grad():
             reports = run_schedule(chunks, batch.packs, logprob_report(topology), topology, forward_only=True)
         for pack, counted, report in zip(batch.packs, batch.counted, reports, strict=bool(reports)):
@@ -196,18 +201,20 @@ def _score_pass(
     return logps.cpu()
 
 
-def _write(cache: Path, dependencies: dict[str, Any], splits: Splits, computed: dict[str, ReferenceLogprobs]) -> None:
+def _write(
+    cache: Path, dependencies: dict[str, Any], datasets: RunDatasets, computed: dict[str, ReferenceLogprobs]
+) -> None:
     with atomic_path(cache) as temporary:
         temporary.mkdir()
         for name, logprobs in computed.items():
-            columns: dict[str, Any] = {"id": splits.datasets[name].ids(range(len(logprobs.logps)))}
+            columns: dict[str, Any] = {"id": datasets.by_split[name].ids(range(len(logprobs.logps)))}
             columns |= {role: logprobs.logps[:, place].numpy() for place, role in enumerate(logprobs.roles)}
             pq.write_table(pa.table(columns), temporary / f"{name}.parquet")
         write_json(temporary / _MANIFEST, dependencies)
 
 
-def _damaged(cache: Path, file: str) -> ValueError:
-    return ValueError(f"{cache / file}: missing or damaged; delete {cache}, and it is computed again")
+def _damaged(cache: Path, file: str) -> UserError:
+    return UserError(f"{cache / file}: missing or damaged; delete {cache}, and it is computed again")
 
 
 def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[Role]) -> ReferenceLogprobs:

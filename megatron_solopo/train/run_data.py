@@ -1,7 +1,4 @@
-"""The prepared data of a run, checked against its objective and its model.
-
-Global batches of a run: the data room's loaders, for this rank's place and this run's budget.
-"""
+"""The prepared data of a run, checked against its objective and its model, and the batches that this rank reads."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,34 +6,35 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_solopo.architecture.fp8 import pack_multiple
 from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.layout import pack_multiple
 from megatron_solopo.architecture.model_directory import has_tokenizer
 from megatron_solopo.config import Config, Role
-from megatron_solopo.data.dataset import TripletDataset
-from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, sequential_batches
+from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, TripletDataset, sequential_batches
 from megatron_solopo.data.prepared import PreparedManifest, load_prepared
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.progress import bar_style
 
+_SINGLE_PASS_TRIPLETS_PER_RANK = 16
+
 
 @dataclass(frozen=True)
-class Splits:
-    """The training split and, where one was held out, the evaluation split."""
+class RunDatasets:
+    """The training split and, if one was held out, the evaluation split."""
 
     manifest: PreparedManifest
-    datasets: dict[str, TripletDataset]
-    """By name: train, eval."""
+    by_split: dict[str, TripletDataset]
+    """`train`, and `eval` if there is one."""
 
 
-def load_splits(config: Config, architecture: Architecture) -> Splits:
+def load_run_datasets(config: Config, architecture: Architecture) -> RunDatasets:
     """Open `data.path`.
 
-    Raises UserError if it is not complete, holds pairs where triplets are needed, was tokenized with
-    another tokenizer than the model's, has sequences longer than the model's positions, or has no
-    held-out split where evaluation is asked for.
+    Raises UserError if the data is incomplete, or holds pairs but the objective needs triplets, or was tokenized with
+    another tokenizer than the model's, or has longer sequences than the model has positions, or has no held-out split
+    but `training.eval_steps` is set.
     """
     prepared = load_prepared(config.data.path)
     manifest = prepared.manifest
@@ -56,7 +54,7 @@ def load_splits(config: Config, architecture: Architecture) -> Splits:
             f"training.eval_steps={config.training.eval_steps}, but {config.data.path} has no held-out split; "
             "prepare it with --eval-count, or remove the key"
         )
-    return Splits(manifest, datasets)
+    return RunDatasets(manifest, datasets)
 
 
 def _check_tokenizer(config: Config, manifest: PreparedManifest, architecture: Architecture) -> None:
@@ -70,7 +68,7 @@ def _check_tokenizer(config: Config, manifest: PreparedManifest, architecture: A
 
 
 def _model_tokenizer(config: Config) -> str | None:
-    """Fingerprint of the tokenizer beside the weights, or None where there is none."""
+    """The fingerprint of the tokenizer beside the weights, or None if there is no tokenizer."""
     if not has_tokenizer(config.model.path):
         return None
     return load_tokenizer(config.model.path).fingerprint
@@ -79,7 +77,7 @@ def _model_tokenizer(config: Config) -> str | None:
 def _check_lengths(
     config: Config, manifest: PreparedManifest, architecture: Architecture, columns: Mapping[str, str]
 ) -> None:
-    """Compares upper bounds: the longest prompt and the longest response of the contexts in use."""
+    """Check an upper bound: the longest prompt of the contexts in use plus the longest response."""
     contexts = {role.context for role in config.objective.roles.all}
     longest = max(manifest.lengths[columns[context]].max for context in contexts)
     longest += max(manifest.lengths[answer].max for answer in ("chosen", "rejected"))
@@ -91,9 +89,6 @@ def _check_lengths(
         )
 
 
-_SINGLE_PASS_TRIPLETS_PER_RANK = 16
-
-
 def training_batches(
     config: Config,
     dataset: TripletDataset,
@@ -102,11 +97,11 @@ def training_batches(
     global_batch_size: int | None = None,
     packs_multiple: int | None = None,
 ) -> GlobalBatchLoader:
-    """Endless shuffled global batches; raises UserError where data, batch and budget do not fit.
+    """Endless shuffled global batches; raises UserError if data, batch size and tokens per pack do not fit.
 
     Args:
-        global_batch_size: triplets per batch; None: the config's.
-        packs_multiple: every rank's number of packs is a multiple of this; None: of what the schedule needs.
+        global_batch_size: triplets per batch; None: as the config says.
+        packs_multiple: every rank gets a multiple of this number of packs; None: what the schedule needs.
     """
     packing = _packing(config, topology)
     if packs_multiple is not None:
@@ -126,21 +121,23 @@ def single_pass(
     topology: Topology,
     label: str,
     roles: Sequence[Role] | None = None,
-    boundary: Callable[[], None] | None = None,
+    before_batch: Callable[[], None] | None = None,
 ) -> Iterator[GlobalBatch]:
-    """Every triplet once, with a progress bar named `label` on rank 0; some packs may not be `counted`.
+    """Every triplet once, with a progress bar named `label` on rank 0.
+
+    A batch may repeat packs, so that all ranks have equally many; those are not `counted`.
 
     Args:
         roles: the sequences of a triplet that share a pack; None: those that the objective reads.
-        boundary: called before every batch, by all ranks together.
+        before_batch: called before every batch, by all ranks together.
     """
     chunk_size = _SINGLE_PASS_TRIPLETS_PER_RANK * topology.data_group.size()
     roles = config.objective.roles.all if roles is None else roles
     batches = sequential_batches(dataset, roles, _packing(config, topology), chunk_size=chunk_size)
     total = -(-len(dataset) // chunk_size)
     for batch in tqdm(batches, label, total, unit="batch", disable=dist.get_rank() != 0, **bar_style("batches")):
-        if boundary is not None:
-            boundary()
+        if before_batch is not None:
+            before_batch()
         yield batch
 
 

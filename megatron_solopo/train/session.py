@@ -1,9 +1,10 @@
-"""What a run works in: checked inputs, process groups, and who watches over it.
+"""What a run works in: checked inputs, process groups, stop signals and a watchdog.
 
-A session's places are where a run can be asked to stop, and what a watchdog calls progress. All ranks come to the same
-places in the same order.
+A run tells its session which phase it enters. The watchdog takes that as progress, and in some phases the run can stop.
+All ranks enter the same phases in the same order.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import check_offload
 from megatron_solopo.train.preflight import check_same_start, start_facts
-from megatron_solopo.train.run_data import Splits, load_splits
+from megatron_solopo.train.run_data import RunDatasets, load_run_datasets
 from megatron_solopo.train.signals import Stopped, StopSignals
 from megatron_solopo.train.watchdog import Watchdog, watching
 
@@ -28,23 +29,32 @@ class Session:
     config: Config
     model: ResolvedModel
     topology: Topology
-    splits: Splits
+    datasets: RunDatasets
     signals: StopSignals
     watchdog: Watchdog
 
-    def begin(self, phase: str, step: int) -> None:
-        """A place where nothing can be left half done: the watchdog is told, and that is all."""
+    @property
+    def max_steps(self) -> int:
+        """The run's last step, from `training.max_steps` or `training.num_train_epochs`."""
+        training = self.config.training
+        if training.max_steps is not None:
+            return training.max_steps
+        return math.ceil(training.num_train_epochs * len(self.datasets.by_split["train"]) / training.global_batch_size)
+
+    def enter(self, phase: str, step: int) -> None:
+        """Enter a phase that must be completed; it cannot stop here."""
         self.watchdog.arrive(phase, step)
 
-    def boundary(self, phase: str, step: int) -> None:
-        """A place where a run can stop: raises Stopped, on every rank, if any was asked to."""
+    def enter_or_stop(self, phase: str, step: int) -> None:
+        """Enter a phase; raises Stopped instead, on every rank, if a signal asked any rank to stop."""
         self.watchdog.arrive(phase, step)
         self.signals.check()
 
     def before_pack(self) -> None:
-        """Within a step, before this stage's forward of a pack; a boundary where the step can be left without a trace.
+        """Called within a step, before this stage's forward of a pack; raises Stopped if the run is to stop here.
 
-        Pipeline stages have several packs in flight, and the scales of FP8's delayed recipe remember every forward.
+        It never stops where a step cannot be undone: pipeline stages have several packs in flight, and the scales of
+        FP8's delayed recipe remember every forward.
         """
         self.watchdog.progress()
         if self.topology.pipeline_group.size() == 1 and not self.config.model.has_delayed_scales:
@@ -53,17 +63,17 @@ class Session:
 
 @contextmanager
 def open_session(config: Config) -> Iterator[Session]:
-    """A session, until the process groups are left; `Stopped` leaves it as SystemExit with code 85.
+    """Open a session; at its end the process groups are destroyed, and `Stopped` becomes SystemExit with code 85.
 
-    However it ends, the threads that may hold a group or a collective end before the groups do, and the thread that
-    listens for signals right after. The interpreter aborts where such a thread is left when it ends.
+    However the session ends, threads that may hold a group or a collective end before the groups do, and the thread
+    that listens for signals ends right after. The interpreter would abort if such a thread were left at its end.
     """
     with StopSignals() as signals:
-        model, topology, splits = check_and_join(config)
+        model, topology, datasets = check_and_join(config)
         try:
             signals.join()
             with watching(config.watchdog, config.run_dir) as watchdog:
-                yield Session(config, model, topology, splits, signals, watchdog)
+                yield Session(config, model, topology, datasets, signals, watchdog)
                 signals.conclude()
         except Stopped as stopped:
             signals.finish(stopped)
@@ -73,17 +83,17 @@ def open_session(config: Config) -> Iterator[Session]:
             process_groups.destroy(topology)
 
 
-def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, Splits]:
-    """Check model, layout, data and directories, cheapest first, then join the process groups.
+def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, RunDatasets]:
+    """Check model, layout, data and directories, the cheapest first, then join the process groups.
 
-    Raises UserError for what does not fit, or is not the same on all ranks.
+    Raises UserError if something does not fit, or is not the same on all ranks.
     """
     model = resolve_model(config.model, config.parallel)
     check_precision(model, config.optimizer)
     check_offload(config.optimizer, model)
-    splits = load_splits(config, model.architecture)
+    datasets = load_run_datasets(config, model.architecture)
     check_writable(config.run_dir, "run_dir")
     check_not_by_hand(config.run_dir / "config.yaml")
-    facts = start_facts(config, splits)
+    facts = start_facts(config, datasets)
     topology = process_groups.initialize(config.parallel, config.seed, lambda: check_same_start(facts))
-    return model, topology, splits
+    return model, topology, datasets

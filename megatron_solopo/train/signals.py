@@ -1,28 +1,25 @@
-"""Signals that ask a run to stop, and the one decision that all ranks take about them.
+"""Signals that ask a run to stop, and how all ranks stop at the same place.
 
-SIGTERM, SIGUSR1 or SIGINT on any rank is a request. At boundaries all ranks learn of it in one all-reduce of a
-single number, so that all of them stop at the same place: `StopSignals.check` raises `Stopped` on every rank.
+SIGTERM, SIGUSR1 or SIGINT on any rank is a request to stop. At certain points all ranks learn of it in one all-reduce
+of a single number, and `StopSignals.check` raises `Stopped` on every rank.
 
-    boundary                   where                                     lost by stopping there
-    micro-batch                training, without pipeline stages         the gradients of the step that had begun
-    step                       training with pipeline stages, where      nothing
-                               micro-batches are in flight on all stages
-    batch                      evaluation, reference pass                what the pass has computed
+    point                what stopping there loses
+    each micro-batch     training without pipeline stages: the gradients of the current step
+    each step            training with pipeline stages, which have micro-batches in flight: nothing
+    each batch           evaluation and reference pass: what the pass has computed
 
-What the ranks begin to agree on at one micro-batch, they act on at the next (`check_meanwhile`): none waits there, but
-for those that have not come to the one before.
-The wait is thus at most two micro-batches (one step with PP > 1) and the save. A second signal, 2 seconds or more after
-the first, exits at once with 128 + its number; a save that was being written stays under its temporary name.
+Within a step no rank waits for the all-reduce: the ranks begin it at one micro-batch, and act on it at the next
+(`check_meanwhile`). So a run stops within two micro-batches (one step with PP > 1), and then it is saved. A second
+signal, 2 seconds or more after the first, ends the process at once with code 128 + its number. A save that is being
+written then stays under its temporary name. Within 2 seconds a second signal counts as the same request, because
+launchers deliver one request twice: to the process group, then to each rank.
 
-Launchers deliver one request twice (to the group, then to each rank), hence the 2 seconds. Handlers of Python run
-between two bytecodes of the main thread, which may sit in a collective for long: a thread therefore reads the
-signal's number too, from the pipe that the interpreter writes it to in the very moment.
+Python runs signal handlers only between two bytecodes of the main thread, and this thread may wait in a collective for
+long. So a second thread reads the numbers of signals from a pipe, into which the interpreter writes them at once. This
+thread knows nothing but the numbers, and ends with the block. Only the main thread holds the group and the all-reduce,
+because another thread that frees them while the interpreter ends would abort the process.
 
-The thread holds the numbers alone, and the block's end joins it. The main thread alone holds the group and the
-all-reduce: another thread that frees them while the interpreter ends would abort the process.
-
-Cost: one all-reduce of 8 bytes between hosts (gloo) per boundary, no synchronization with the GPU, and within a step
-none of the hosts but to within a micro-batch of each other.
+Each point costs one all-reduce of 8 bytes between hosts (gloo), without a synchronization with the GPU.
 """
 
 import ctypes
@@ -46,13 +43,13 @@ _SAME_REQUEST_SECONDS = 2.0
 
 
 class Stopped(Exception):
-    """Raised on all ranks together, at a boundary, with one line of why."""
+    """Raised on all ranks together; the message names the signal and the rank that got it."""
 
 
 class StopSignals:
-    """Listens for requests to stop, from `with StopSignals() as signals:` to the block's end; in the main thread only.
+    """Listens for requests to stop, within `with StopSignals() as signals:` in the main thread.
 
-    Until `join`, that is before there are other ranks to agree with, a signal ends the process at once with code 85.
+    Before `join` there are no other ranks to agree with, and a signal ends the process at once with code 85.
     """
 
     def __init__(self) -> None:
@@ -78,28 +75,28 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN if self._requests.finished else handler)
 
     def join(self) -> None:
-        """Let the ranks of the world agree from here on; called by all of them together."""
+        """Let the ranks of the world agree from now on. All ranks call it together."""
         backend = dist.get_backend()
-        # Between hosts: the decision must not make one wait for its GPU.
+        # On gloo, so that no host waits for its GPU.
         self._group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
         self._requests.ranks_have_met = True
 
     def check(self) -> None:
-        """A boundary: raises Stopped on every rank if any rank was asked to stop. Called by all ranks together."""
+        """Raise Stopped on every rank if any rank was asked to stop. All ranks call it together."""
         self.check_meanwhile()
-        self._conclude()
+        self._finish_agreement()
 
     def check_meanwhile(self) -> None:
-        """`check` for requests up to the last boundary alone; the ranks agree on later ones while they work."""
+        """As `check`, but without waiting: it knows only the requests that came before the last check."""
         assert self._group is not None, "join comes first"
-        self._conclude()
+        self._finish_agreement()
         # The greatest request wins: who, and which signal.
         received = self._requests.received
         mine = 0 if received is None else (dist.get_rank() + 1) * 256 + received
         request = torch.tensor(mine, dtype=torch.int64, device="cpu")
         self._agreeing = request, dist.all_reduce(request, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
-    def _conclude(self) -> None:
+    def _finish_agreement(self) -> None:
         if self._agreeing is None:
             return
         (request, work), self._agreeing = self._agreeing, None
@@ -109,22 +106,22 @@ class StopSignals:
             raise Stopped(f"{signal.Signals(number).name} on rank {rank - 1}")
 
     def conclude(self) -> None:
-        """The work is done: wait for the last agreement, and ignore what it asks. Called by all ranks together."""
+        """At the end of the work, wait for the last agreement and ignore it. All ranks call it together."""
         with suppress(Stopped):
-            self._conclude()
+            self._finish_agreement()
 
     def leave(self) -> None:
-        """Let go of the group, before it is destroyed; called by each rank alone.
+        """Release the group before it is destroyed. Each rank calls it by itself.
 
-        After a failure another rank may never join the last agreement. torch waits for it before it frees the group,
-        in the worst case until the group's timeout. The group then stays until the process has ended.
+        After a failure another rank may never join the last agreement. To free the group, torch would wait for it, at
+        worst until the group's timeout. So the group then stays until the process ends.
         """
         if self._agreeing is not None and not self._agreeing[1].is_completed():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
         self._agreeing = self._group = None
 
     def finish(self, stopped: Stopped) -> None:
-        """All is saved: say so, and let signals change nothing from here on. Called by all ranks together.
+        """Say that all is saved, and ignore signals from now on. All ranks call it together.
 
         A launcher signals the other ranks as soon as one has exited.
         """
@@ -135,7 +132,7 @@ class StopSignals:
 
 
 class _Requests:
-    """What this process was asked; all that the thread holds."""
+    """The requests to this process."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -144,12 +141,12 @@ class _Requests:
         self._received_at = 0.0
 
     def handle(self, number: int, frame: object) -> None:
-        """May run long after the thread has seen the same signal: it can be the first request, never the second."""
+        """The signal handler; it may run long after the thread has seen the same signal."""
         if self.received is None:
             self._note(number)
 
     def listen(self, pipe: socket.socket) -> None:
-        """The thread: read numbers until the pipe's other end closes."""
+        """The thread: read signal numbers until the other end of the pipe closes."""
         while data := pipe.recv(1):
             if data[0] in SIGNALS:
                 self._note(data[0])

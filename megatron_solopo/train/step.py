@@ -1,10 +1,10 @@
 """What Megatron's schedules run for every pack: forward, objective, and the scale of the loss.
 
-Gradient scale. With `calculate_per_token_loss`, Megatron sums gradients over micro-batches and
-over data- and context-parallel ranks, then divides by the sum, over the same ranks, of the count
-that the loss function reports. We report the pack's triplets, on every one of its CP ranks, and
-return CP times the summed loss, so both sums carry the factor CP and the gradient is exactly that
-of the mean over the triplets of the global batch, however they are packed or distributed.
+The gradient's scale: with `calculate_per_token_loss`, Megatron sums gradients over micro-batches and over data- and
+context-parallel ranks. It then divides by the sum, over the same ranks, of the counts that the loss function reports.
+We report the pack's triplets on each of its CP ranks, and return CP times the summed loss. So both sums have the factor
+CP, and the gradient is exactly that of the mean over the triplets of the global batch, however they are packed or
+distributed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -48,11 +48,11 @@ def run_schedule(
     """Run Megatron's schedule (plain, 1F1B or interleaved) over this rank's packs.
 
     Args:
-        before_pack: called before this stage's forward of every pack. Without pipeline stages it may raise: no pack is
-            half done then, and nothing but gradients has changed.
+        before_pack: called before this stage's forward of every pack. Without pipeline stages it may raise, because
+            then only gradients have changed.
 
-    Returns the third value of `loss_function(microbatch)(output)` for each pack, in order, on the
-    last pipeline stage; an empty list on the others.
+    Returns the third value of `loss_function(microbatch)(output)` for each pack, in order, on the last pipeline stage,
+    and an empty list on the other stages.
     """
     microbatches = [shard_pack(pack, topology) for pack in packs]
     return run_microbatches(chunks, microbatches, loss_function, forward_only=forward_only, before_each=before_pack)
@@ -67,11 +67,11 @@ def run_microbatches(
     seq_length: int = 1,
     before_each: Callable[[], None] | None = None,
 ) -> list[Tensor]:
-    """`run_schedule` for packs that are cut and on their device already; `before_each` is its `before_pack`.
+    """`run_schedule` for packs that are already cut and on their device; `before_each` is its `before_pack`.
 
     Args:
-        seq_length: positions of every pack, read only where `variable_seq_lengths` is off; with it, shapes
-            travel with the messages.
+        seq_length: positions of every pack; read only if `variable_seq_lengths` is off, because otherwise shapes travel
+            with the messages.
     """
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
@@ -97,7 +97,7 @@ def run_microbatches(
 def forward_microbatch(
     model: torch.nn.Module, microbatch: Microbatch, loss_function: Callable[[Microbatch], LossFunction]
 ) -> tuple[Tensor, LossFunction]:
-    """What Megatron's schedules ask of a forward step: this stage's output, and the function that makes it a loss."""
+    """The forward step that Megatron's schedules call: this stage's output, and the function that makes it a loss."""
     output = model(microbatch.tokens_1t, None, None, packed_seq_params=microbatch.packing)
     return output, loss_function(microbatch)
 
@@ -111,7 +111,7 @@ def objective_loss(
     """The loss function of training and evaluation; reports fp32 [M], the sums of `metric_names(objective)`.
 
     Args:
-        observe: told every pack with its triplets' losses [T].
+        observe: called with every pack and its triplets' losses [T].
     """
 
     def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

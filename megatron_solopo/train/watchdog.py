@@ -1,27 +1,18 @@
-"""Where every rank stands, told through the store that the ranks met in: who is missing when a run hangs.
+"""Ends a run that hangs: writes the stacks of every rank, names the ranks that did not arrive, exits with code 86.
 
-Each rank posts its place and a pulse from a thread of its own, also while its main thread sits in a collective. No
-collective is used, so it works when none does. The first rank that gives up reads all places twice, more than two
-pulses apart, and publishes what it found; the others read that.
-
-    silent    its pulse has stopped: the process is dead or stopped, or its host is down or cut off
-    behind    its pulse goes on, but it has passed fewer places than others: its phase says what keeps it
-    all alike a collective does not end although all have come: the network, or a GPU
-
-Ends a run that hangs: stacks of every rank, the name of who did not arrive, a code that makes a launcher restart.
-
-The main thread says where it is; a thread beside it counts the time since. Beyond the limit of `watchdog.*` it writes
-the Python stacks of all threads to `<run_dir>/hangs/rank-NNNN.txt` and to standard error, asks `RollCall` who is
-missing, and ends the process with code 86. It needs neither the main thread nor a collective. Should a library hold the
-interpreter's lock, so that no thread runs, faulthandler's own timer writes the stacks a minute later and exits with 1.
+The main thread reports each phase that it enters, and a second thread measures the time since then. Beyond the limit,
+this thread writes the Python stacks of all threads to `<run_dir>/hangs/rank-NNNN.txt` and to standard error. It then
+asks `RollCall` which ranks are missing, and ends the process. It needs neither the main thread nor a collective. If a
+library holds the interpreter's lock, no thread runs. Then faulthandler's own timer writes the stacks a minute later and
+exits with code 1.
 
     limit                            for
-    watchdog.start_timeout_minutes   the first of each kind: loading, first step, first evaluation (compiles, connects)
-    watchdog.timeout_minutes         afterwards: one micro-batch, one batch of an evaluation or a reference pass
+    watchdog.start_timeout_minutes   the first phase of each kind: loading, first step, first evaluation
+    watchdog.timeout_minutes         later phases: one micro-batch, one batch of an evaluation or a reference pass
     watchdog.save_timeout_minutes    a save
 
-The process groups' own timeout (`parallel.distributed_timeout_minutes`) is the net below: it ends a collective with a
-traceback (gloo) or an abort (NCCL), and names nobody.
+`parallel.distributed_timeout_minutes` is a longer timeout, that of the process groups. It ends a collective with a
+traceback (gloo) or an abort (NCCL), and names no rank.
 """
 
 import faulthandler
@@ -40,35 +31,49 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 
 from megatron_solopo import exits
 from megatron_solopo.config import WatchdogConfig
 
+SAVE = "save"
+"""The phase in which a run is saved."""
 _PULSES_BETWEEN_READINGS = 2.5
 _PATIENCE_PULSES = 6
+_LARGEST_PULSE_SECONDS = 5.0
+_LOCK_HELD_SECONDS = 60.0
+_FILE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Place:
-    """The last place of the program that a rank has come to."""
+    """Where a rank is: the last phase that it entered."""
 
     count: int
-    """Places so far; all ranks come to the same places in the same order."""
+    """Phases entered so far; all ranks enter the same phases in the same order."""
     step: int
     phase: str
     host: str = ""
     pulse: int = 0
     left: bool = False
-    """Gave up and ended by itself; its silence is no news."""
+    """The rank ended by itself, so its silence means nothing."""
 
 
 class RollCall:
-    """This rank's part of it.
+    """Finds out which ranks are missing when a run hangs, through the store that the ranks met in.
+
+    Each rank posts its place and a pulse from a thread of its own, also while its main thread waits in a collective. It
+    uses no collective, so it works when none does. The first rank that gives up reads all places twice, more than two
+    pulses apart, and publishes what it found. The other ranks read that.
+
+        silent     its pulse has stopped: the process is dead or stopped, or its host is down or cut off
+        behind     its pulse goes on, but it has entered fewer phases than others
+        all alike  a collective does not end although all ranks have entered it: the network, or a GPU
 
     Args:
-        store: the store of the process group, not used by another thread (`Store.clone`).
-        hosts: of every rank.
-        pulse_seconds: between two posts.
+        store: the store of the process group, as a clone that no other thread uses.
+        hosts: the host of every rank.
+        pulse_seconds: the time between two posts.
     """
 
     def __init__(self, store: Any, rank: int, hosts: Sequence[str], pulse_seconds: float) -> None:
@@ -85,25 +90,25 @@ class RollCall:
         self._poster.start()
 
     def at(self, count: int, step: int, phase: str) -> None:
-        """This rank has come to a place."""
+        """This rank has entered a phase."""
         self.place = replace(self.place, count=count, step=step, phase=phase)
         self._moved.set()
 
     def leave(self) -> None:
-        """The last post; from here on this rank's silence means nothing. Waits until the posting thread has ended.
+        """Post for the last time, and wait until the posting thread has ended.
 
-        A store that does not answer keeps its threads: they are waited for within a few pulses, no longer.
+        If the store does not answer, the thread does not end either. It is waited for a few pulses and no longer.
         """
         until = time.monotonic() + self._patience_seconds
         self._left = True
         self._moved.set()
-        self._within(self._post)
+        self._try_for_a_while(self._post)
         if self._poster is not None:
             self._poster.join(max(0.0, until - time.monotonic()))
 
     def missing(self) -> str:
-        """One line of who did not arrive, within a few pulses whatever the network does."""
-        found: str | None = self._within(self._common_verdict)
+        """One line that names the missing ranks. It takes a few pulses, whatever the network does."""
+        found: str | None = self._try_for_a_while(self._common_verdict)
         if found is not None:
             return found
         mine = self._hosts[self._rank]
@@ -111,8 +116,8 @@ class RollCall:
         others = f"; ranks on other hosts: {self._named(elsewhere)}" if elsewhere else ""
         return f"the store that the ranks met in does not answer: {mine} is cut off from it, or it is gone{others}"
 
-    def _within(self, action: Any) -> Any:
-        """The result of `action()`, or None if it fails or takes too long: a store behind a cut link never answers."""
+    def _try_for_a_while(self, action: Any) -> Any:
+        """The result of `action()`, or None if it fails or takes too long, as a store behind a cut link does."""
         result: list[Any] = []
 
         def attempt() -> None:
@@ -155,14 +160,14 @@ class RollCall:
             self._post()
             self._store.set("verdict", self._verdict(before, self._places()))
         else:
-            # It holds the lock meanwhile, so that it must post itself: who waits here is not silent.
+            # This thread holds the lock, so it must post for the posting thread, or this rank would look silent.
             while not self._store.check(["verdict"]):
                 self._post()
                 time.sleep(self._pulse_seconds / 2)
         return str(self._store.get("verdict").decode())
 
     def _places(self) -> list[Place | None]:
-        """Of every rank, None where it has not posted yet."""
+        """The place of every rank, None if it has not posted yet."""
         keys = [f"place/{rank}" for rank in range(len(self._hosts))]
         return [Place(**json.loads(self._store.get(key))) if self._store.check([key]) else None for key in keys]
 
@@ -185,7 +190,7 @@ class RollCall:
         return ", ".join(f"{self._named([rank])} {_described(places[rank])}" for rank in ranks)
 
     def _named(self, ranks: Sequence[int]) -> str:
-        """ "ranks 4-7 (node2), rank 9 (node3)"."""
+        """As in "ranks 4-7 (node2), rank 9 (node3)"."""
         named = []
         for host, of_host in groupby(ranks, key=lambda rank: self._hosts[rank]):
             for span in _spans(list(of_host)):
@@ -198,19 +203,13 @@ def _described(place: Place | None) -> str:
 
 
 def _spans(ranks: Sequence[int]) -> list[str]:
-    """ "4-7", "9"."""
+    """As in ["4-7", "9"]."""
     runs = [list(run) for _, run in groupby(enumerate(ranks), key=lambda each: each[1] - each[0])]
     return [str(run[0][1]) if len(run) == 1 else f"{run[0][1]}-{run[-1][1]}" for run in runs]
 
 
-SAVE = "save"
-_LARGEST_PULSE_SECONDS = 5.0
-_LOCK_HELD_SECONDS = 60.0
-_FILE_SECONDS = 10.0
-
-
 class Watchdog:
-    """Watches this rank from `with watching(...) as watchdog:` to the block's end."""
+    """Watches this rank until the end of the block `with watching(...) as watchdog:`."""
 
     def __init__(self, config: WatchdogConfig, run_dir: Path, rank: int, roll_call: RollCall | None) -> None:
         self._config, self._rank, self._roll_call = config, rank, roll_call
@@ -221,13 +220,10 @@ class Watchdog:
         self._since = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-
-    def start(self) -> None:
-        """Watch until `end`."""
         self._thread.start()
 
     def arrive(self, phase: str, step: int) -> None:
-        """The main thread has come to a place that every rank comes to, in the same order."""
+        """The main thread has entered a phase. All ranks enter the same phases in the same order."""
         minutes = self._config.timeout_minutes if phase in self._seen else self._config.start_timeout_minutes
         self._seen.add(self._phase)
         self._limit = 60 * (self._config.save_timeout_minutes if phase == SAVE else minutes)
@@ -237,16 +233,16 @@ class Watchdog:
         self.progress()
 
     def progress(self) -> None:
-        """The main thread is getting on, in its own way: the time counts anew."""
+        """The main thread makes progress within its phase: measure the time from now on."""
         self._since = time.monotonic()
 
     def wait_for_own_save(self) -> None:
-        """The main thread waits for this rank's files alone, which other ranks do not: it has as long as for a save."""
+        """The main thread waits for this rank's own files; it has as long as for a save."""
         self._limit = 60 * self._config.save_timeout_minutes
         self.progress()
 
     def _watch(self) -> None:
-        """The thread: look now and then."""
+        """The thread."""
         armed = 0.0
         while not self._ended.wait(min(1.0, self._limit / 10)):
             waited = time.monotonic() - self._since
@@ -259,7 +255,7 @@ class Watchdog:
                 )
 
     def end(self) -> None:
-        """Stop watching, and wait until the thread has ended. If it is giving up already, it ends the process."""
+        """Stop watching, and wait until the thread has ended. If it is already giving up, it ends the process."""
         self._ended.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -277,12 +273,12 @@ class Watchdog:
             self._keep(f"{missing}\n\n", stacks=False)
             self._roll_call.leave()
             if self._rank == 0:
-                # Without torchrun the store lives in this process: the others may still want to read.
+                # Without torchrun the store lives in this process, and other ranks may still read from it.
                 time.sleep(min(10.0, self._limit))
         os._exit(exits.HUNG)
 
     def _keep(self, text: str, *, stacks: bool) -> None:
-        """Write into the file, if that is done soon: a file system that does not answer may be why the run hangs."""
+        """Append to the file, but wait only a few seconds: a dead file system may be why the run hangs."""
 
         def write() -> None:
             with suppress(OSError):
@@ -304,10 +300,9 @@ class Watchdog:
 
 @contextmanager
 def watching(config: WatchdogConfig, run_dir: Path) -> Iterator[Watchdog]:
-    """A watchdog over this rank; begun by all ranks together, once they have met."""
+    """A watchdog for this rank. All ranks start it together, once the process groups exist."""
     roll_call = _roll_call(config) if dist.get_world_size() > 1 else None
     watchdog = Watchdog(config, run_dir, dist.get_rank(), roll_call)
-    watchdog.start()
     try:
         yield watchdog
     finally:
@@ -317,7 +312,8 @@ def watching(config: WatchdogConfig, run_dir: Path) -> Iterator[Watchdog]:
 def _roll_call(config: WatchdogConfig) -> RollCall:
     hosts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
-    store = dist.PrefixStore("roll_call", dist.distributed_c10d._get_default_store()).clone()
+    torch_store: Any = dist.distributed_c10d._get_default_store()  # its types lack `clone`
+    store = PrefixStore("roll_call", torch_store).clone()  # type: ignore[attr-defined]
     pulse = min(_LARGEST_PULSE_SECONDS, 60 * config.timeout_minutes / 10)
     call = RollCall(store, dist.get_rank(), hosts, pulse)
     call.start()

@@ -1,6 +1,6 @@
 """Constructed answers to MuSiQue questions: a right chain of hops, and a wrong one.
 
-They are written by rule from the data set's own annotations, not sampled from a model.
+A rule writes them from the annotations of the data set. No model is involved.
 """
 
 import re
@@ -31,17 +31,17 @@ _PHRASES = {
 
 
 def chosen_response(question: Question) -> str:
-    """One sentence per hop, each naming the passage it rests on, then the gold answer."""
+    """One sentence for each hop with the title of its passage, then the gold answer."""
     sentences = [_hop_sentence(question, index) for index in range(len(question.hops))]
     return " ".join([*sentences, _conclusion(question.answers[0])])
 
 
 def rejected_response(question: Question, context: Sequence[Document], rng: np.random.Generator) -> str:
-    """The right hops with a wrong last one, or `GIVE_UP`; the gold answer occurs nowhere in it.
+    """The right hops with a wrong last one, or `GIVE_UP`. The gold answer does not occur in it.
 
-    The wrong entity occurs in `context`: a number with as many digits where the answer is one,
-    else the title of a passage or the answer of another hop. It gives up with probability
-    `GIVE_UP_SHARE`, and where no wrong chain is free of every form of the gold answer.
+    The wrong entity occurs in `context`. If the answer is a number, it is a number with as many digits. Otherwise it is
+    the title of a passage or the answer of another hop. The response gives up with probability `GIVE_UP_SHARE`, and
+    also if every wrong chain contains some form of the gold answer.
     """
     gives_up = rng.random() < GIVE_UP_SHARE
     wrong = [] if gives_up else [text for text in _wrong_chains(question, context) if not _is_right(text, question)]
@@ -64,7 +64,7 @@ def _wrong_chains(question: Question, context: Sequence[Document]) -> list[str]:
 
 
 def _entities(question: Question, context: Sequence[Document]) -> list[tuple[str, str]]:
-    """(entity, title of the passage that mentions it), each entity once."""
+    """Each entity once, with the title of a passage that mentions it."""
     found = _numbers(question.answers[0], context)
     if not found:
         titles = {re.sub(r"\s*\(.*\)$", "", document.title): document.title for document in context}
@@ -74,7 +74,7 @@ def _entities(question: Question, context: Sequence[Document]) -> list[tuple[str
 
 
 def _numbers(answer: str, context: Sequence[Document]) -> dict[str, str]:
-    """Numbers of the context with as many digits as the answer's longest; none if it is mostly letters."""
+    """Numbers of the context with as many digits as the longest of the answer. None if the answer is mostly letters."""
     runs = re.findall(r"\d+", answer)
     if 2 * sum(map(len, runs)) < max(1, sum(map(str.isalnum, answer))):
         return {}
@@ -120,7 +120,7 @@ def _phrase(relation: str) -> str:
 
 
 def _resolve(question: Question, index: int) -> str:
-    """The hop's question with earlier answers in place of `#1`; other numbers stay as they are."""
+    """The hop's question with earlier answers in place of `#1`. Other numbers stay."""
     hops = question.hops
 
     def answer_of(reference: re.Match[str]) -> str:

@@ -2,10 +2,10 @@
 
 Depth of a document: the position of its middle among the tokens of all documents, from 0 to 1.
 
-Depths are spread by Latin hypercube sampling (McKay et al. 1979). Over the whole data set, the first piece of evidence
-of every question has a stratum of its own, so has the second, and so on. The orders of the strata are independent.
-Within its stratum, the question's own generator draws the depth. RULER's `qa.py` instead starts from one seed for
-every sample, so all samples of one size have their evidence at the same places.
+Depths are spread by Latin hypercube sampling (McKay et al. 1979). Over the whole data set, the first pieces of
+evidence have one stratum each, the second pieces have one stratum each, and so on. The orders of the strata are
+independent. Within its stratum, the question's own generator draws the depth. RULER's `qa.py` instead starts from one
+seed for every sample, so all samples of one size have their evidence at the same places.
 
 A context is filled up to a length in tokens: never over it, and within 1 % under it. The lengths of the documents are
 known. Their sum is the length of the whole but for a few tokens, where a tokenizer merges across documents. So

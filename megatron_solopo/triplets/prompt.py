@@ -1,18 +1,17 @@
-"""The text that a model is asked to continue: instruction, documents, question.
+"""Prompts of documents and a question, and the lengths in tokens of prompts and responses.
 
-Lengths in tokens of prompts and responses, exactly as `data prepare` will make them.
+Lengths are exactly those that `data prepare` will make.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_solopo.data.encode import render_prompt, render_response
 from megatron_solopo.data.rows import Content
 from megatron_solopo.data.settings import Template
-from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.data.tokenizer import Tokenizer, raised_in_template, render_prompt, render_response
 from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.corpus.formats import Document
 
@@ -27,7 +26,7 @@ Question: {{ question }}
 
 Answer:
 """
-# A document that occurs in no corpus, to find where another begins and ends.
+# Text of no corpus. It shows where the template begins and ends a document.
 _PROBE = Document("Qxqz", "Qxqz vrrk.")
 
 
@@ -35,16 +34,15 @@ class PromptTemplate:
     """A Jinja template over `documents` (each with `title` and `text`) and `question`.
 
     Args:
-        text: The template; every document and the question must come out of it.
+        text: The template. It must write every document and the question once.
         titles: Whether documents show their titles.
-        chat: Whether a prompt is one user message instead of a string.
+        template: plain: prompts are strings. chat: a prompt is one user message.
 
-    Raises:
-        ValueError: The text is no template, or leaves a document or the question out.
+    Raises UserError if the text is no template, or if it leaves a document or the question out.
     """
 
     def __init__(self, text: str, *, titles: bool, template: Template) -> None:
-        # The template is data of the user's, perhaps from somebody else: it can compute text and nothing else.
+        # The template may come from somebody else. In the sandbox it can compute text and nothing else.
         environment = ImmutableSandboxedEnvironment(
             undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
         )
@@ -53,8 +51,11 @@ class PromptTemplate:
         try:
             self._jinja = environment.from_string(text)
             probed = self.text([_PROBE, Document("Other", "Another.")], "Who was it?")
-        except TemplateError as error:
-            raise UserError(f"--prompt-template: not a usable Jinja template: {' '.join(str(error).split())}") from None
+        except Exception as error:
+            if not raised_in_template(error):
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(f"--prompt-template: not a usable Jinja template: {reason}") from error
         for name, value in (("documents", _PROBE.text), ("documents", "Another."), ("question", "Who was it?")):
             if probed.count(value) != 1:
                 raise UserError(
@@ -72,17 +73,17 @@ class PromptTemplate:
         return text if self._template == "plain" else [{"role": "user", "content": text}]
 
     def framed(self, documents: Sequence[Document]) -> str:
-        """Documents as they stand between two others: from behind the text of the first to the text of the second.
+        """The text of documents between two others, from the text of the first to the text of the second.
 
-        What a document adds to `framed([])` in tokens is what it adds to a prompt, wherever the tokenizer's
-        merges do not reach from one document into the next.
+        A document adds the same number of tokens to `framed([])` as to a prompt, unless the tokenizer merges across
+        documents.
         """
         text = self.text([_PROBE, *documents, _PROBE], "?")
         return text[text.index(_PROBE.text) : text.rindex(_PROBE.text) + len(_PROBE.text)]
 
 
 def read_template(path: Path | None) -> str:
-    """The user's template, or the default one. Raises UserError for a file that cannot be read."""
+    """The user's template, or the default one. Raises UserError if the file cannot be read."""
     if path is None:
         return DEFAULT_TEMPLATE
     try:
@@ -94,32 +95,27 @@ def read_template(path: Path | None) -> str:
 
 
 class Measure:
-    """Counts tokens, special ones and the chat template's included.
-
-    Args:
-        tokenizer: The model's own.
-        template: plain or chat, see `data.tokenize.prepare`.
-    """
+    """Counts tokens. Special tokens and those of the chat template are included."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template) -> None:
         self._tokenizer = tokenizer
         self._template = template
 
     def prompt(self, prompt: Content) -> int:
-        """Tokens of a prompt, up to where the response starts."""
+        """Tokens of a prompt, up to the start of the response."""
         if self._template == "plain":
             return self._tokenizer.count(str(prompt), add_special_tokens=True)
         return self._tokenizer.count(render_prompt(prompt, self._tokenizer), add_special_tokens=False)
 
     def response(self, prompt: Content, response: str) -> int:
-        """Tokens of a response to a prompt, its end token or the template's end of a message included."""
+        """Tokens of a response to a prompt, with its end token or the template's end of a message."""
         if self._template == "plain":
             return len(self._tokenizer.encode_continuation(response)) + 1
         rendered = render_response(prompt, response, self._tokenizer)
         return len(self._tokenizer.encode_continuation(rendered))
 
     def document_counter(self, prompt: PromptTemplate) -> Callable[[Sequence[Document]], list[int]]:
-        """A function that tells what each of some documents adds to a prompt, each tokenized once."""
+        """A function that gives the tokens that each document adds to a prompt. It tokenizes each document once."""
         frame = self._tokenizer.count(prompt.framed([]), add_special_tokens=False)
 
         def count(documents: Sequence[Document]) -> list[int]:

@@ -26,14 +26,14 @@ from megatron_solopo.triplets.settings import END_TOKENS, SampleSettings
 
 @dataclass(frozen=True)
 class SampleReport:
-    """What a run of `data sample` did; `report.json` holds the same."""
+    """What a run of `data sample` did, as `report.json` holds it."""
 
     provenance: dict[str, Any]
     questions: int
     responses: int
-    """In the journal, at the end."""
+    """Responses in the journal at the end."""
     received_now: int
-    """By this run."""
+    """Responses that this run received."""
     retried: dict[str, int]
     finish_reasons: dict[str, int]
 
@@ -61,15 +61,15 @@ class _Missing:
 
     question_id: str
     offset: int
-    """Of the question's first row in the file of contexts; the short context is that of all its rows."""
+    """Place of the question's first row in the file. All its rows have the same short context."""
     indices: tuple[int, ...]
 
 
 def sample(settings: SampleSettings) -> SampleReport:
     """Complete the journal `settings.output`.
 
-    Raises UserError where a setting is illegal, the journal belongs to other settings, the model refuses the requests,
-    or some requests got no answer. What was received stays, and the same command asks for the rest.
+    Raises UserError if the journal belongs to other settings, if the model refuses the requests, or if some requests
+    got no answer. What was received stays, and the same command asks for the rest.
     """
     check_output(settings.output, True, [settings.contexts])
     questions, room = _index(settings.contexts)

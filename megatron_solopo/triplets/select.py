@@ -1,8 +1,7 @@
-"""From the responses to one question to pairs of a chosen and a rejected one.
+"""`data select`: from contexts and responses to triplets.
 
-From contexts and responses to triplets: score, choose, reject, write.
-
-Streaming: contexts are read once, question by question; of the responses only places in their file are held.
+For each question: score the responses, choose a right one, reject a wrong one, and write a triplet for each of its
+contexts. Contexts are read once, question by question. Of the responses only their places in the file are in memory.
 """
 
 from collections import Counter, defaultdict
@@ -13,9 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_solopo.data.encode import check_template, template_of
 from megatron_solopo.data.rows import Content
-from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_solopo.data.tokenizer import Tokenizer, check_template, load_tokenizer, template_of
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, sha256_file
 from megatron_solopo.generate.journal import StoredResponse, parse_response, read_header, read_offsets
@@ -40,21 +38,21 @@ class Candidate:
     """With the end token, as in training."""
     score: float
     f1: float
-    """`token_f1` of the same text, which policies compare by."""
+    """`token_f1` of the same text, which policies compare."""
     marked: bool
-    """Whether the answer marker was found, where it was looked for."""
+    """Whether the response has the answer marker, or needs none."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What becomes the answers of a triplet."""
+    """The answers of a triplet."""
 
     chosen: Candidate
     rejected: Candidate
 
 
 class Judge:
-    """Scores and pairs responses as the settings say."""
+    """Scores and pairs responses by the settings."""
 
     def __init__(self, settings: SelectSettings) -> None:
         self._settings = settings
@@ -62,13 +60,13 @@ class Judge:
     def candidates(
         self, responses: Sequence[StoredResponse], row: ContextRow, measure: Measure
     ) -> tuple[list[Candidate], Counter[str]]:
-        """The responses that may be trained on, and the others by the reason why not."""
+        """The responses that may be trained on, and the number of others by reason."""
         excluded: Counter[str] = Counter()
         seen: set[str] = set()
         found = []
         for response in sorted(responses, key=lambda each: each.index):
             text = response.text.strip()
-            if reason := self._unfit(response, text, seen):
+            if reason := self._reason_to_exclude(response, text, seen):
                 excluded[reason] += 1
                 continue
             seen.add(text)
@@ -81,31 +79,31 @@ class Judge:
             found.append(Candidate(response.index, text, tokens, score, token_f1(scored, row.answers), marked))
         return found, excluded
 
-    def split(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
-        """(right, wrong)."""
+    def divide(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+        """Right and wrong responses."""
         right = [each for each in candidates if each.score >= self._settings.threshold]
         return right, [each for each in candidates if each.score < self._settings.threshold]
 
     def pairs(self, right: Sequence[Candidate], wrong: Sequence[Candidate], rng: np.random.Generator) -> Iterator[Pair]:
-        """Pairs, best first; no response is in two of them."""
-        waiting = _shuffled(wrong, rng)
+        """Pairs, best first. No response is in two of them."""
+        unused = _shuffled(wrong, rng)
         made = 0
         for chosen in sorted(_shuffled(right, rng), key=self._chosen_key()):
-            allowed = [each for each in waiting if self._allowed(chosen, each)]
+            allowed = [each for each in unused if self._allowed(chosen, each)]
             if allowed and made < self._settings.max_pairs_per_question:
                 rejected = min(allowed, key=self._rejected_key(chosen))
-                waiting.remove(rejected)
+                unused.remove(rejected)
                 made += 1
                 yield Pair(chosen, rejected)
 
     def is_tied(self, right: Sequence[Candidate]) -> bool:
-        """Whether chance decides which right response comes first, though the policy was to."""
+        """Whether the policy calls two right responses equal, so that chance decides between them."""
         if self._settings.chosen == "random" or len(right) < 2:
             return False
         first, second = sorted(map(self._chosen_key(), right))[:2]
         return first == second
 
-    def _unfit(self, response: StoredResponse, text: str, seen: set[str]) -> str:
+    def _reason_to_exclude(self, response: StoredResponse, text: str, seen: set[str]) -> str:
         if not text:
             return "empty"
         if response.finish_reason == _CUT:
@@ -113,7 +111,7 @@ class Judge:
         return "the same as another" if text in seen else ""
 
     def _scored_text(self, text: str) -> tuple[str, bool]:
-        """What is scored, and whether the marker was found or not asked for."""
+        """The text to score, and whether the response has the marker or needs none."""
         if self._settings.scored_text == "whole":
             return text, True
         return final_answer(text, self._settings.answer_marker)
@@ -146,25 +144,25 @@ def _shuffled(candidates: Sequence[Candidate], rng: np.random.Generator) -> list
 
 @dataclass
 class SelectReport:
-    """What a selection read, wrote and left out; `report.json` holds the same."""
+    """What a selection read, wrote and left out, as `report.json` holds it."""
 
     provenance: dict[str, Any]
     questions: int = 0
     questions_with_pairs: int = 0
     triplets_written: int = 0
     questions_without_pair: Counter[str] = field(default_factory=Counter)
-    """By reason: every response right, every one wrong, none usable, no pair within the length ratio."""
+    """Number of questions by reason."""
     questions_tied: int = 0
-    """Where chance decided between right responses that the policy calls equal."""
+    """Questions where chance decided between right responses that the policy calls equal."""
     responses: int = 0
     excluded: Counter[str] = field(default_factory=Counter)
-    """Responses by the reason why they cannot be trained on."""
+    """Responses that cannot be trained on, by reason."""
     responses_right: int = 0
     responses_without_marker: int = 0
-    """Scored whole, since the text before a final answer is not in them."""
+    """Responses without the answer marker, which are scored whole."""
     responses_to_other_questions: int = 0
     mean_length_ratio: float = 0.0
-    """Tokens of chosen over rejected, mean over the pairs: far from 1, length is a shortcut."""
+    """Tokens of chosen over tokens of rejected, mean over the pairs. Far from 1, length gives the answer away."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dictionaries, lists and numbers."""
@@ -191,15 +189,14 @@ class SelectReport:
 
 
 def select(settings: SelectSettings) -> SelectReport:
-    """Write triplets of id, prompt_short, prompt_long, chosen, rejected, and for analysis what led to them.
+    """Write triplets. A row has id, prompt_short, prompt_long, chosen, rejected, and for analysis what led to them.
 
-    Raises:
-        ValueError: A setting is illegal, a file is not what it should be, the responses are of other contexts, or no
-            pair could be made.
+    Raises UserError if a file is not what it should be, if the responses belong to other contexts, or if no pair could
+    be made.
     """
     check_output(settings.output, settings.overwrite, [settings.contexts, settings.responses])
     tokenizer = load_tokenizer(settings.tokenizer)
-    _check_belonging(settings)
+    _check_responses_belong(settings)
     inputs = [settings.contexts, settings.responses]
     made = provenance(inputs, settings.seed, settings, (settings.tokenizer, tokenizer))
     selection = _Selection(settings, tokenizer, SelectReport(made))
@@ -213,7 +210,7 @@ def select(settings: SelectSettings) -> SelectReport:
     return selection.report
 
 
-def _check_belonging(settings: SelectSettings) -> None:
+def _check_responses_belong(settings: SelectSettings) -> None:
     header = read_header(settings.responses)
     if header and header.get("contexts") != sha256_file(settings.contexts):
         raise UserError(
@@ -223,7 +220,7 @@ def _check_belonging(settings: SelectSettings) -> None:
 
 
 class _Selection:
-    """One run over the contexts."""
+    """One pass over the contexts."""
 
     def __init__(self, settings: SelectSettings, tokenizer: Tokenizer, report: SelectReport) -> None:
         self.report = report
@@ -237,7 +234,7 @@ class _Selection:
         self._depths: list[float] = []
 
     def lines(self) -> Iterator[str]:
-        """Every triplet as a line, in the order of the contexts."""
+        """The triplets as lines, in the order of the contexts."""
         for offset, response in read_offsets(self._settings.responses):
             self._places[response.question_id].append(offset)
         known: set[str] = set()
@@ -258,11 +255,11 @@ class _Selection:
         self.report.mean_length_ratio = sum(self._ratios) / max(1, len(self._ratios))
 
     def _pairs(self, row: ContextRow) -> list[Pair]:
-        """The pairs of one question, counted."""
+        """The pairs of one question. Counts them in the report."""
         report = self.report
         responses = self._responses(row.question_id)
         candidates, excluded = self._judge.candidates(responses, row, self._measure(row.prompt_short))
-        right, wrong = self._judge.split(candidates)
+        right, wrong = self._judge.divide(candidates)
         pairs = list(self._judge.pairs(right, wrong, generator(self._settings.seed, row.question_id)))
         report.questions += 1
         report.responses += len(responses)
@@ -285,7 +282,7 @@ class _Selection:
         return Measure(self._tokenizer, template)
 
     def _responses(self, question: str) -> list[StoredResponse]:
-        """Read from their places; of two with one number, which only a file made by hand has, the first."""
+        """The responses to a question. If two have one number, as in a file made by hand, the first counts."""
         path = self._settings.responses
         found: dict[int, StoredResponse] = {}
         with path.open("rb") as stream:

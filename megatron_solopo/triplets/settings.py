@@ -145,6 +145,13 @@ class BuildSettings(CommandSettings):
     overwrite: bool = False
     """Replace an existing output file and its report."""
 
+    @field_validator("input", "pool", "prompt_template")
+    @classmethod
+    def _check_exists(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_file():
+            raise UserError(f"{path}: no such file")
+        return path
+
     @field_validator("long_tokens")
     @classmethod
     def _check_lengths(cls, text: str) -> str:
@@ -186,7 +193,6 @@ class BuildSettings(CommandSettings):
                     "--short-tokens: not with --responses constructed, whose wrong answers are drawn from the short "
                     "context; use --short-distractors"
                 )
-        yield from (f"{path}: no such file" for path in self.inputs if not path.is_file())
 
 
 class SampleSettings(CommandSettings):

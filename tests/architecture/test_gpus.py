@@ -24,7 +24,7 @@ def test_users_add_and_replace_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("mine: {memory_gib: 10}", "mine.device_name: Field required"),
+        ("mine: {memory_gib: 10}", "mine.device_name is required"),
         (MINE.replace("500", "-1"), "Mine.bf16_tflops"),
         (MINE.replace("500", ".inf"), "Mine.bf16_tflops"),
         ("mine: {speed: 1}", "the fields are device_name"),

@@ -1,4 +1,4 @@
-"""Loading a Hugging Face directory: whole or in shards the same; whatever is wrong with it is refused by name."""
+"""Hugging Face weights: read whole or in shards, refused by name if damaged, written so that other libraries read."""
 
 import json
 import shutil
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
-from megatron_solopo.checkpoint.huggingface_weights import bitwise_equal
+from megatron_solopo.checkpoint.huggingface_weights import INDEX, SafetensorsDirectory, SafetensorsWriter, bitwise_equal
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import ModelConfig, ParallelConfig
@@ -20,12 +21,12 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.resolve import resolve_model
+from tests.conversions import QUERY, WEIGHTS, change
 from tests.ranks import layout
 from tests.tiny_models import make_model
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE, UP = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up"))
-QUERY, KEY = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")
+KEY = "model.layers.1.self_attn.k_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -59,13 +60,6 @@ def load(model: ResponseModel, path: Path) -> dict[str, Tensor]:
             parameter.fill_(torch.nan)
     load_weights([model], read_architecture(path), path)
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def change(path: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    """Rewrite a safetensors file after an edit of its tensors."""
-    tensors = load_file(path)
-    edit(tensors)
-    save_file(tensors, path)
 
 
 def shard(path: Path) -> dict[str, str]:
@@ -188,7 +182,7 @@ def test_a_broken_index_is_refused(model: ResponseModel, folder: Path, text: str
 
 def test_an_index_that_names_no_file_is_refused(model: ResponseModel, folder: Path) -> None:
     (folder / INDEX).write_text('{"weight_map": {"a": 1}}')
-    assert f"{folder / INDEX}: weight_map.a: " in refusal(model, folder)
+    assert f"{folder / INDEX}: weight_map.a=1: " in refusal(model, folder)
 
 
 def test_the_fingerprint_is_the_models_wherever_it_lies(source: Path, folder: Path) -> None:
@@ -250,3 +244,61 @@ def test_bits_are_compared_not_numbers() -> None:
     nan = torch.tensor([float("nan")])
     assert bitwise_equal(nan, nan.clone()) and not bitwise_equal(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert not bitwise_equal(torch.zeros(2), torch.zeros(1, 2)) and not bitwise_equal(nan, nan.bfloat16())
+
+
+TENSORS = {
+    "odd": torch.randn(3).bfloat16(),
+    "wide": torch.randn(7, 5),
+    "half": torch.randn(2, 2, 3).half(),
+    "large": torch.randn(40, 10),
+    "last": torch.randn(1).bfloat16(),
+}
+
+
+def write(path: Path, max_shard_bytes: int, names: list[str]) -> None:
+    writer = SafetensorsWriter(path, {name: each.to("meta") for name, each in TENSORS.items()}, max_shard_bytes)
+    for name in names:
+        writer.write(name, TENSORS[name])
+    writer.finish()
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 300, 1])
+@pytest.mark.parametrize("names", [list(TENSORS), list(reversed(TENSORS))], ids=["in order", "reversed"])
+def test_the_library_reads_what_was_written(max_shard_bytes: int, names: list[str], tmp_path: Path) -> None:
+    write(tmp_path, max_shard_bytes, names)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == {10**9: 1, 300: 2, 1: 5}[max_shard_bytes]
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert found.keys() == TENSORS.keys() and all(bitwise_equal(found[name], each) for name, each in TENSORS.items())
+    with safe_open(files[0], framework="pt") as shard:
+        assert shard.metadata() == {"format": "pt"}
+    assert (tmp_path / INDEX).is_file() is (len(files) > 1)
+    assert SafetensorsDirectory(tmp_path).entries.keys() == TENSORS.keys()
+
+
+def test_the_index_says_where_every_tensor_is(tmp_path: Path) -> None:
+    write(tmp_path, 300, list(TENSORS))
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(each.nbytes for each in TENSORS.values())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / file)
+    assert index["weight_map"].keys() == TENSORS.keys()
+
+
+def test_transformers_loads_the_shards(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "source", "llama3")
+    tensors = load_file(source / "model.safetensors")
+    (tmp_path / "shards").mkdir()
+    writer = SafetensorsWriter(tmp_path / "shards", {name: each.to("meta") for name, each in tensors.items()}, 20_000)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.finish()
+    shutil.copy(source / "config.json", tmp_path / "shards")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    assert all(torch.equal(parameter, tensors[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_tensor_that_was_forgotten_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="wide"):
+        write(tmp_path, 300, [name for name in TENSORS if name != "wide"])

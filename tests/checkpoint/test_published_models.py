@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.checkpoint import megatron_writer
 from megatron_solopo.checkpoint.huggingface_weights import StoredTensor
-from megatron_solopo.checkpoint.mapping import huggingface_shapes, megatron_shape, rules
+from megatron_solopo.checkpoint.mapping import all_huggingface_shapes, megatron_shape, rules
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
@@ -98,12 +98,7 @@ def test_the_table_has_the_shapes_of_transformers(model) -> None:
     path, architecture, parameters = model
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    found = {
-        name: shape
-        for rule in rules(architecture).values()
-        for name, shape in huggingface_shapes(rule, architecture).items()
-    }
-    assert found == {name: tuple(each.shape) for name, each in theirs.named_parameters()}
+    assert all_huggingface_shapes(architecture) == {name: tuple(each.shape) for name, each in theirs.named_parameters()}
     assert architecture.num_parameters == theirs.num_parameters() == parameters
 
 
@@ -136,7 +131,7 @@ def test_the_checkpoint_has_the_keys_and_shapes_that_megatron_asks_for(model, mo
 
 def test_pieces_of_a_checkpoint_are_small_and_cover_it(model) -> None:
     _, architecture, parameters = model
-    names = [name for rule in rules(architecture).values() for name in rule.huggingface]
+    names = all_huggingface_shapes(architecture)
 
     class Source:
         path = "source"

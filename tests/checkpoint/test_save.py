@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from megatron_solopo.checkpoint import save as save_module
 from megatron_solopo.checkpoint.directory import newest_checkpoint
 from megatron_solopo.checkpoint.load import load_checkpoint
+from megatron_solopo.checkpoint.manifest import read_manifest, sealed_files, write_manifest
 from megatron_solopo.checkpoint.save import ShardedSave
 from megatron_solopo.errors import UserError
 from megatron_solopo.train.policy import Policy
@@ -58,6 +59,20 @@ def test_a_checkpoint_brings_back_weights_and_state(policy: Policy, tmp_path: Pa
     fill(policy, 0.5)
     assert path == tmp_path / "iter_0000003"
     assert newest(tmp_path) == (path, {"seen": 12, "step": 3})
+    load_checkpoint(path, policy.chunks, policy.optimizer)
+    assert values(policy) == {0.25}
+
+
+def test_a_checkpoint_with_states_of_random_generators_still_loads(policy: Policy, tmp_path: Path) -> None:
+    """Earlier versions wrote such files and listed them in the manifest."""
+    fill(policy, 0.25)
+    path = save(policy, tmp_path, 1)
+    name = "rng/rank_00000.safetensors"
+    (path / name).parent.mkdir()
+    (path / name).write_bytes(b"state")
+    write_manifest(path, read_manifest(path) | sealed_files(path, [name]))
+    fill(policy, 0.5)
+    assert newest(tmp_path) == (path, {"seen": 4, "step": 1})
     load_checkpoint(path, policy.chunks, policy.optimizer)
     assert values(policy) == {0.25}
 

@@ -4,13 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 
-from megatron_solopo.cli.main import main
+from megatron_solopo.cli.main import cli, main
+from megatron_solopo.errors import UserError
 from tests.prepared import make_prepared, make_tokenizer, write_triplets
 from tests.tiny_models import make_model
 
@@ -43,7 +46,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a command that must fail; returns its one line of error."""
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
-    assert exit_.value.code not in (0, None)
+    assert exit_.value.code == 2
     progress = ("Generating", "Tokenizing")
     lines = capsys.readouterr().err.splitlines()
     error = [line for line in lines if line.strip() and not line.startswith(progress)]
@@ -193,6 +196,63 @@ def test_a_command_line_that_is_wrong_is_one_line_too(
     arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fails(capsys, *arguments).startswith(expected)
+
+
+def add_command(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Add the command `fail`, which runs `action`."""
+    monkeypatch.setitem(cli.commands, "fail", click.Command("fail", callback=action))
+
+
+def raise_error(error: Exception) -> Callable[[], object]:
+    def action() -> None:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("action", "line"),
+    [
+        (raise_error(UserError("alpha=-1: must be positive")), "error: alpha=-1: must be positive"),
+        (lambda: Path("/nowhere/file").read_text(), "error: /nowhere/file: No such file or directory"),
+    ],
+    ids=["user error", "operating system"],
+)
+def test_what_a_user_can_mend_is_one_line_and_debug_adds_the_traceback(
+    action: Callable[[], object], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_command(monkeypatch, action)
+    assert fails(capsys, "fail") == line
+    with pytest.raises(SystemExit) as exit_:
+        main(["--debug", "fail"])
+    shown = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and shown[0].startswith("Traceback") and shown[-1] == line
+
+
+@pytest.mark.parametrize(
+    ("action", "kind"),
+    [
+        (lambda: list(zip("ab", "a", strict=True)), ValueError),
+        (lambda: int("many"), ValueError),
+        (lambda: {}["key"], KeyError),
+        (raise_error(OSError("no file is named")), OSError),
+    ],
+    ids=["zip", "int", "key", "operating system"],
+)
+def test_any_other_error_keeps_its_traceback(
+    action: Callable[[], object], kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_command(monkeypatch, action)
+    with pytest.raises(kind):
+        main(["fail"])
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_is_an_option_of_the_module_too(debug: bool, tmp_path: Path) -> None:
+    arguments = ["--debug"] * debug + ["train", "--config", str(tmp_path / "absent.yaml")]
+    done = subprocess.run([sys.executable, "-m", "megatron_solopo", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and ("Traceback" in done.stderr) is debug
+    assert done.stderr.splitlines()[-1].endswith("absent.yaml: cannot read the config: No such file or directory")
 
 
 BAD_LINES = {

@@ -76,15 +76,15 @@ def test_the_dry_run_of_the_command_agrees(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("MEGATRON_SOLOPO_DEVICE", "cpu")  # what the command sets, undone afterwards
     result = plan(*SEVENTY, "--gpus", "64", "--gpu", "h200", "--explain", "tp=8,pp=2,cp=4", "--dry-run", "--json")
     assert result.exit_code == 0, result.output
-    proofs = json.loads(result.stdout)["dry_run"]
-    assert [proof["rank"] for proof in proofs] == [0, 31, 32, 63] and all(proof["equal"] for proof in proofs)
+    checks = json.loads(result.stdout)["dry_run"]
+    assert [check["rank"] for check in checks] == [0, 31, 32, 63] and all(check["equal"] for check in checks)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--gpus", "64", "--gpu", "rtx"], "--gpu rtx: unknown"),
-        (["--gpus", "12", "--gpu", "h100"], "--gpus 12: more than a node of 8"),
+        (["--gpus", "12", "--gpu", "h100"], "--gpus 12: must be a multiple of 8"),
         (["--gpus", "64", "--gpu", "h100", "--explain", "tp=3"], "= 3 must divide them"),
         (["--gpus", "64", "--gpu", "h100", "--explain", "tp=x"], "'tp=x' is none of tp=N"),
         (["--gpus", "8", "--gpu", "h100", "training.global_batch_size=7"], "no layout fits on 8 x H100"),
@@ -93,7 +93,7 @@ def test_the_dry_run_of_the_command_agrees(monkeypatch: pytest.MonkeyPatch) -> N
         (["--gpus", "64", "--gpu", "h100", "--gpu-file", "none.yaml"], "none.yaml: no such file"),
         (["--gpus", "64", "--gpu", "h100", "model.path=nowhere"], "nowhere/config.json: no such file"),
         (["--gpus", "64", "--gpu", "h100", "--vary", "luck"], "unknown luck"),
-        (["--gpus", "64", "--gpu", "h100", "--explain", "tp=2,tp=4"], "'tp=2,tp=4': a size is stated twice"),
+        (["--gpus", "64", "--gpu", "h100", "--explain", "tp=2,tp=4"], "'tp=2,tp=4': tp is stated twice"),
         (["--gpus", "64", "--gpu", "h100", "--triplets", "100"], "training.global_batch_size=128: more than the 100"),
         (["--gpus", "64", "--gpu", "a100", "model.fp8=hybrid"], "A100 has no such FP8; set model.fp8 to null"),
         (

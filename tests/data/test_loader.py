@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_solopo.config import ObjectiveConfig
-from megatron_solopo.data.dataset import TripletDataset
-from megatron_solopo.data.loader import GlobalBatchLoader, Packing, sequential_batches
+from megatron_solopo.data.loader import GlobalBatchLoader, Packing, TripletDataset, sequential_batches
 from megatron_solopo.errors import UserError
 
 SOLOPO, SHORT_PO, LONG_PO = (ObjectiveConfig(name=name).roles.all for name in ("solopo", "short_po", "long_po"))

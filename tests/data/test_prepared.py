@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared, token_lengths
 from megatron_solopo.errors import UserError
 from tests.data.sample_rows import prepare
@@ -43,7 +43,7 @@ def spoil_manifest(out, **changes):
         (lambda out: (out / "manifest.json").unlink(), "no manifest.json there"),
         (lambda out: (out / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda out: spoil_manifest(out, format_version=99, new_key=1), "format version 99, this program reads 1"),
-        (lambda out: spoil_manifest(out, kept="many"), "manifest.json is damaged (kept: "),
+        (lambda out: spoil_manifest(out, kept="many"), "manifest.json is damaged (kept='many': "),
         (lambda out: spoil_manifest(out, train=3), "train/ has 18 rows, the manifest says 3"),
         (lambda out: shutil.rmtree(out / "eval"), "eval/ is missing or damaged"),
         (lambda out: next((out / "train").glob("*.arrow")).unlink(), "train/ is missing or damaged"),

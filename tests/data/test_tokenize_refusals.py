@@ -3,6 +3,7 @@ import shutil
 import pytest
 
 from megatron_solopo.data.prepared import load_prepared
+from megatron_solopo.data.tokenize import tokenize_rows
 from megatron_solopo.errors import UserError
 from tests.data.sample_rows import as_messages, prepare, triplet, write_rows
 from tests.data.tiny_tokenizers import REWRITING, STRICT, write_hugging_face
@@ -104,3 +105,10 @@ def test_an_interruption_leaves_nothing(tmp_path, triplets, hugging_face, monkey
     with pytest.raises(KeyboardInterrupt):
         prepare(triplets, tmp_path / "out", hugging_face)
     assert [entry.name for entry in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_fault_of_the_calling_code_is_no_problem_of_a_row(num_proc, hugging_face, tmp_path):
+    path = write_rows(tmp_path / "data.jsonl", [triplet(0), triplet(1)])
+    with pytest.raises(KeyError, match="prompt"):  # the rows are triplets, not pairs
+        tokenize_rows(path, "pair", hugging_face, "", "plain", num_proc=num_proc, work=tmp_path / "work")

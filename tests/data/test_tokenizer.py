@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_solopo.data.tokenizer import load_tokenizer
+from megatron_solopo.data.tokenizer import load_tokenizer, tokenize_row
 from megatron_solopo.errors import UserError
 from tests.data.tiny_tokenizers import ALPHABET, CHATML, STRICT, write_hugging_face, write_sentencepiece
 
@@ -141,3 +141,25 @@ def test_code_in_the_directory_is_not_run(tmp_path):
     with pytest.raises(UserError):
         load_tokenizer(path)
     assert not marker.exists()
+
+
+class UnknownOnly:
+    """A tokenizer that knows no word of the alphabet's second half and drops them."""
+
+    eos_token_id = 0
+
+    def encode(self, text, *, add_special_tokens):
+        return [ord(character) for character in text if character < "m"]
+
+    def encode_continuation(self, text):
+        return self.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [("xyz", "ab", "chosen: tokenizes to nothing"), ("abz", "ab", "rejected: has the same tokens as chosen")],
+)
+def test_responses_that_tokenize_to_nothing_or_alike(chosen, rejected, reason):
+    responses = {"chosen": chosen, "rejected": rejected}
+    with pytest.raises(UserError, match=reason):
+        tokenize_row({"prompt_short": "a"}, responses, UnknownOnly(), "plain")

@@ -30,7 +30,7 @@ PARALLEL = {
 
 
 def evaluate_here(folder: Path, model: Path, **options):
-    """By our model, on the ranks at hand: its layout, and predictions by sample."""
+    """Evaluate with our model on the present ranks. Returns its layout, and the predictions by sample."""
     settings = LongContextSettings(
         model=str(model), output=folder / "r.json", **ASKED | {"backend": "megatron"} | options
     )
@@ -41,7 +41,7 @@ def evaluate_here(folder: Path, model: Path, **options):
 
 
 def on_two_ranks() -> dict:
-    """By layout; transformers saves on rank 0 alone, in its folder."""
+    """The evaluations of every layout. The model lies in the folder of rank 0, where transformers saves it."""
     found = {}
     with tempfile.TemporaryDirectory() as own:
         shared = [str(make_model(Path(own) / "model").parent)]
@@ -56,7 +56,7 @@ def on_two_ranks() -> dict:
 
 
 def questions(folder: Path) -> Path:
-    """Two questions; the answer to the second lies in most documents, which it cannot be asked over."""
+    """Two questions. Most documents give the answer to the second away, so too few are left for its prompt."""
     texts = ["The mill stands in Turin.", "The school stands in Rome.", *["Many a road leads to Rome."] * 20]
     rows = [
         {
@@ -76,7 +76,7 @@ def questions(folder: Path) -> Path:
 
 
 def evaluate_unfit(folder: Path, model: Path, **options):
-    """One question that can be asked and one that cannot; twice, as if it were resumed."""
+    """Evaluate one question that can be asked and one that cannot. The second evaluation resumes the first."""
     folder.mkdir(exist_ok=True)
     asked = {"tasks": ("qa",), "lengths": (500,), "corpus": questions(folder), "batch_size": 1, **options}
     found = [evaluate_here(folder, model, **asked) for _ in range(2)]
@@ -152,7 +152,7 @@ def test_parallel_ranks_evaluate_as_one_process_does(key) -> None:
 
 
 def test_a_sample_that_cannot_be_made_is_counted_and_the_rest_answered(models, tmp_path) -> None:
-    """On two ranks, of which the second has nothing else, as in one process; rank 0 alone tells."""
+    """Two ranks give what one process gives, though the second rank has nothing to do. Only rank 0 has results."""
     ours, other = (rank["unfit"] for rank in two_ranks(__name__))
     texts, samples, skipped, table = ours
     assert other is None and samples == len(texts) == 1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_solopo.config import ParallelConfig
 from megatron_solopo.evaluate.megatron_model import MegatronModel, share_time
-from megatron_solopo.generate.model import Answer, Request
+from megatron_solopo.generate.model import Answer, Answered, Request
 from megatron_solopo.generate.transformers import TransformersModel, answer_of
 from tests.ranks import layout, two_ranks
 from tests.tiny_models import VOCAB_SIZE, make_model
@@ -132,7 +132,7 @@ def test_rows_end_where_transformers_ends_them(tmp_path) -> None:
 
 
 def test_data_parallel_ranks_share_the_time_of_the_slowest() -> None:
-    def answered(seconds: float) -> tuple[Request, list[Answer], float]:
+    def answered(seconds: float) -> Answered:
         return Request("q", "", (0,), 1), [Answer("", "stop", 1)], seconds
 
     shared = share_time([[answered(1.0), answered(1.0)], [answered(3.0)], []])

@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported once,
 
 from megatron_solopo.config import Config, load_config, parse_config
 from megatron_solopo.data.prepared import load_prepared
+from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.preference import default_output, evaluate_preference
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.results.preference import PreferenceResults, read_preference
@@ -78,7 +79,7 @@ def data(path: Path, budget: int = 400) -> dict[str, Any]:
 def refusal(subject: Any, settings: Config, output: Path, split: Any) -> str:
     try:
         evaluate_preference(subject, settings, split=split, output=output)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     return "accepted"
 

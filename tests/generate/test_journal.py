@@ -42,7 +42,7 @@ def test_offsets_lead_to_their_lines(tmp_path) -> None:
     [
         ('{"id": 1}\n', "is not the output of data sample"),
         ("not json\n", "is not the output of data sample"),
-        ('{"journal": {"model": "m", "seed": 0}}\n{"index": 1}\n', r"r\.jsonl:2: question_id: Field required"),
+        ('{"journal": {"model": "m", "seed": 0}}\n{"index": 1}\n', r"r\.jsonl:2: question_id is required"),
         ('{"journal": {"model": "m", "seed": 0}}\n{"ind\n{"index": 1}\n', r"r\.jsonl:2: the whole line"),
         ('{"journal": {"model": "m"}}\n', "was begun with seed None, not 0"),
     ],

@@ -10,17 +10,15 @@ from collections.abc import Callable
 import pytest
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.generate.model import Answer, Request, RequestFailed, RequestPool
-
-Kept = list[tuple[Request, list[Answer], float]]
+from megatron_solopo.generate.model import Answer, Answered, Request, RequestFailed, RequestPool
 
 
 def request(number: int, samples: int = 1) -> Request:
     return Request(str(number), "", tuple(range(samples)), max_tokens=1, seed=10 * number)
 
 
-def run(ask: Callable, items: range, build: Callable = request, concurrency: int = 8) -> Kept:
-    kept: Kept = []
+def run(ask: Callable, items: range, build: Callable = request, concurrency: int = 8) -> list[Answered]:
+    kept: list[Answered] = []
     pool = RequestPool(ask, concurrency, build, lambda *answered: kept.append(answered))
     asyncio.run(pool.finish(items))
     return kept
@@ -76,7 +74,7 @@ def test_a_failed_request_does_not_end_the_others() -> None:
             raise RequestFailed("HTTP 500")
         return await at_once(asked)
 
-    kept: Kept = []
+    kept: list[Answered] = []
     pool = RequestPool(ask, 2, request, lambda *answered: kept.append(answered))
     with pytest.raises(UserError, match="1 requests got no answer: 3: HTTP 500; the answers that came are kept"):
         asyncio.run(pool.finish(range(9)))

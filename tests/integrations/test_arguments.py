@@ -103,7 +103,7 @@ def test_what_has_no_default_is_required(flag: str, capsys: pytest.CaptureFixtur
         (["--solopo-label-smoothing", "0.7"], "--solopo-label-smoothing=0.7 is not in [0, 0.5]"),
         (
             ["--solopo-loss-type", "orpo", "--solopo-beta", "1"],
-            "--solopo-beta=1.0 has no part in --solopo-loss-type=orpo",
+            "--solopo-beta=1.0 has no effect with --solopo-loss-type=orpo",
         ),
     ],
 )
@@ -157,8 +157,8 @@ def test_a_fault_of_the_program_keeps_its_message() -> None:
 
 def test_help_says_what_each_flag_is_and_its_default() -> None:
     text = " ".join(add_arguments(argparse.ArgumentParser()).format_help().split())
-    assert "SoLoPO: objective" in text and "Scale of the reward. Default: 0.1." in text
-    assert "Directory written by `megatron-solopo data prepare`. Required." in text and "None" not in text
+    assert "SoLoPO: objective" in text and "Scale of the reward. orpo has none. Default: 0.1." in text
+    assert "Directory that `megatron-solopo data prepare` wrote. Required." in text and "None" not in text
 
 
 LAUNCH_SCRIPT = Path(__file__).parents[2] / "examples" / "megatron_lm" / "pretrain_solopo.sh"

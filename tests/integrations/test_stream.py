@@ -7,8 +7,7 @@ import datasets
 import pytest
 
 from megatron_solopo.config import ObjectiveConfig
-from megatron_solopo.data.dataset import TripletDataset
-from megatron_solopo.data.loader import GlobalBatchLoader, Packing
+from megatron_solopo.data.loader import GlobalBatchLoader, Packing, TripletDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.integrations.megatron_lm import PackStream
 

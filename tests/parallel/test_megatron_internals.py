@@ -24,7 +24,9 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
 
+from megatron_solopo.config import ParallelConfig
 from megatron_solopo.parallel import megatron_internals as internals
+from megatron_solopo.parallel import topology
 from tests.ranks import layout
 
 pytestmark = pytest.mark.parity
@@ -33,7 +35,7 @@ SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 IS_0_16 = sys.version_info < (3, 12)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def group() -> Iterator[Any]:
     with layout() as groups:
         yield groups.data_group
@@ -291,3 +293,19 @@ def test_an_earlier_pretrain_is_called_in_its_own_form() -> None:
     parts: dict[str, Any] = dict.fromkeys(("datasets", "model_provider", "forward_step", "add_arguments"), len)
     internals.call_pretrain(pretrain, **parts, keywords={"more": 3})
     assert called == {"datasets": len, "provider": len, "step": len, "arguments": len, "more": 3}
+
+
+def test_one_rank_of_many_is_built_without_the_others_and_without_memory() -> None:
+    sizes = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=4)
+    with internals.simulated_rank(5, 64):
+        groups = topology.initialize(sizes, seed=1)
+        assert (groups.tensor_group.rank(), groups.pipeline_group.size(), groups.data_group.size()) == (1, 4, 8)
+        with internals.megatron_on_meta():
+            model = make_model(tensor_model_parallel_size=2)
+            assert all(parameter.is_meta for parameter in model.parameters())
+            assert torch.ones(2).type() == "torch.cuda.FloatTensor"
+            assert torch.ones(4, 3).index_select(0, torch.tensor([1, 2], device="cpu")).shape == (2, 3)
+        topology.destroy(groups)
+    assert torch.ones(2).is_cpu and not torch.distributed.is_initialized()
+    assert '"gloo"' in inspect.getsource(sys.modules["megatron.core.parallel_state"])
+    assert "torch.cuda.FloatTensor" in inspect.getsource(sys.modules["megatron.core.optimizer.clip_grads"])

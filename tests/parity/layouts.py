@@ -176,7 +176,7 @@ def my_packs(batch: Sequence[Row], number: int, layout: Layout, roles: Sequence[
 
 
 def tokenized(row: Row, index: int) -> TokenizedTriplet:
-    """A test row as the data room would hand it over."""
+    """A test row as the package `data` gives it."""
     return TokenizedTriplet(
         id=row["id"],
         index=index,

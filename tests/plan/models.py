@@ -6,7 +6,8 @@ from typing import Any
 from megatron_solopo.architecture.gpus import GPUS, Gpu
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.config import Config, load_config
-from megatron_solopo.plan.search import Planner
+from megatron_solopo.plan.layouts import Layout, make_layout, replace_settings
+from megatron_solopo.plan.search import LayoutEstimate, Planner
 from megatron_solopo.plan.workload import stated_workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,3 +31,9 @@ def make_planner(
 ) -> Planner:
     config, architecture = load_example(model, *overrides)
     return Planner(architecture, config, stated_workload(tokens, 1000, 512), gpu, gpus, **more)
+
+
+def estimate(planner: Planner, tp: int = 1, pp: int = 1, cp: int = 1, **sections: dict[str, Any]) -> LayoutEstimate:
+    """Estimate a layout of these sizes with some keys of some sections changed."""
+    layout = make_layout(planner.config, {"tp": tp, "pp": pp, "vpp": None, "cp": cp}, planner.gpus)
+    return planner.estimate(Layout(replace_settings(layout.config, **sections), layout.data_parallel_size))

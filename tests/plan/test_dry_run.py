@@ -10,9 +10,9 @@ import torch.distributed as dist
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.plan.dry_run import dry_run
 from megatron_solopo.plan.layouts import Layout, distinct_ranks, make_layout
-from tests.plan.held import Case, shapes
+from tests.plan.memory_ranks import Case, shapes
 from tests.plan.models import make_planner
-from tests.plan.test_held import BF16, FULL, cp, pp, tp
+from tests.plan.test_memory import BF16, FULL, cp, pp, tp
 from tests.tiny_models import FAMILIES
 
 pytestmark = [
@@ -31,12 +31,12 @@ TOY = [
 def test_a_toy_layout_is_as_estimated(case: Case, tmp_path: Path) -> None:
     FAMILIES[case.family].save_pretrained(tmp_path / case.family)
     config = case.config(tmp_path)
-    proofs = dry_run(read_architecture(config.model.path), Layout(config, 3), shapes(config)[0], 4)
-    assert [proof.difference for proof in proofs] == [""] * len(proofs)
-    run = [proof for proof in proofs if proof.saved_bytes is not None]
+    checks = dry_run(read_architecture(config.model.path), Layout(config, 3), shapes(config)[0], 4)
+    assert [check.difference for check in checks] == [""] * len(checks)
+    run = [check for check in checks if check.saved_bytes is not None]
     assert len(run) == (1 if config.parallel.pipeline_model_parallel_size == 1 else 2)
-    for proof in run:
-        assert proof.estimated_saved_bytes == pytest.approx(proof.saved_bytes, rel=0.1)
+    for check in run:
+        assert check.estimated_saved_bytes == pytest.approx(check.saved_bytes, rel=0.1)
     assert not dist.is_initialized()
 
 
@@ -47,12 +47,12 @@ def test_1024_ranks_of_a_70b_model_in_under_a_minute() -> None:
     ranks = distinct_ranks(layout)
     assert [each.rank for each in ranks] == [0, 255, 512, 767, 768, 1023]
     started = time.process_time()
-    proofs = dry_run(planner.architecture, layout, packs[0], len(packs))
+    checks = dry_run(planner.architecture, layout, packs[0], len(packs))
     assert time.process_time() - started < 60
-    assert [proof.rank for proof in proofs] == [each.rank for each in ranks]
-    assert not any(proof.difference for proof in proofs)
-    for proof in proofs:
-        if proof.saved_bytes is not None:
-            assert proof.estimated_saved_bytes == pytest.approx(proof.saved_bytes, rel=0.02)
+    assert [check.rank for check in checks] == [each.rank for each in ranks]
+    assert not any(check.difference for check in checks)
+    for check in checks:
+        if check.saved_bytes is not None:
+            assert check.estimated_saved_bytes == pytest.approx(check.saved_bytes, rel=0.02)
     # All tensor-parallel ranks of all stages hold the model once, but for norms, which they share.
-    assert proofs[0].num_parameters * 8 * 4 == pytest.approx(planner.architecture.num_parameters, rel=0.05)
+    assert checks[0].num_parameters * 8 * 4 == pytest.approx(planner.architecture.num_parameters, rel=0.05)

@@ -62,7 +62,8 @@ def test_a_kept_plan_is_what_the_command_writes_today(name: str, tmp_path: Path)
 
 def test_eight_gpus_of_80_gb_do_not_hold_a_70b_model() -> None:
     result = plan("llama-3.1-70b-8xh100")
-    assert re.search(r"no layout fits on 8 x H100; .*: does not fit: [\d.]+ GiB over 79.1 GiB", str(result.exception))
+    assert result.exit_code == 2
+    assert re.search(r"no layout fits on 8 x H100; .*: does not fit: [\d.]+ GiB over 79.1 GiB", result.output)
 
 
 @pytest.mark.skipif(CONTROLLER is None, reason="SLURM is not installed")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_solopo.parallel import cpu  # noqa: F401  (adapts torch.cuda before megatron is imported)
-from megatron_solopo.plan.pipeline import Work, most_alive, simulate, stage_order
+from megatron_solopo.plan.pipeline import ChunkPass, peak_in_flight, simulate_schedule, stage_order
 
 SIZES = st.sampled_from([1, 2, 3, 4])
 CHUNKS = st.sampled_from([1, 2, 3])
@@ -32,7 +32,9 @@ def test_interleaved_order_is_megatrons_table(size: int, chunks: int, rounds: in
 def test_nothing_starts_before_what_it_needs(size: int, chunks: int, rounds: int, backward: float, message) -> None:
     chunks = 1 if size == 1 else chunks
     microbatches = size * rounds if chunks > 1 else rounds
-    timeline = simulate(size, chunks, microbatches, lambda _, work: 1.0 if work.is_forward else backward, message)
+    timeline = simulate_schedule(
+        size, chunks, microbatches, lambda _, work: 1.0 if work.is_forward else backward, message
+    )
     ends = {(rank, span.work): span.end for rank, spans in enumerate(timeline.stages) for span in spans}
     assert len(ends) == size * 2 * chunks * microbatches
     for rank, spans in enumerate(timeline.stages):
@@ -43,12 +45,12 @@ def test_nothing_starts_before_what_it_needs(size: int, chunks: int, rounds: int
                 chunk, before = divmod(stage - 1, size)
                 assert span.start >= ends[before, span.work._replace(chunk=chunk)]
             if not span.work.is_forward:
-                assert span.start >= ends[rank, Work(True, span.work.chunk, span.work.microbatch)]
+                assert span.start >= ends[rank, ChunkPass(True, span.work.chunk, span.work.microbatch)]
 
 
 @pytest.mark.parametrize(("size", "chunks", "microbatches"), [(1, 1, 5), (4, 1, 8), (4, 2, 8), (8, 4, 32)])
 def test_equal_packs_take_the_textbook_time(size: int, chunks: int, microbatches: int) -> None:
-    timeline = simulate(size, chunks, microbatches, lambda _, work: 1.0 if work.is_forward else 2.0, 0.0)
+    timeline = simulate_schedule(size, chunks, microbatches, lambda _, work: 1.0 if work.is_forward else 2.0, 0.0)
     busy = 3.0 * chunks * microbatches
     assert timeline.seconds == pytest.approx(busy + 3.0 * (size - 1))
     assert timeline.bubble == pytest.approx(1 - busy / timeline.seconds)
@@ -58,4 +60,4 @@ def test_equal_packs_take_the_textbook_time(size: int, chunks: int, microbatches
     ("rank", "size", "chunks", "alive"), [(0, 4, 1, 4), (3, 4, 1, 1), (0, 4, 2, 11), (3, 4, 2, 5), (0, 1, 1, 1)]
 )
 def test_packs_in_flight(rank: int, size: int, chunks: int, alive: int) -> None:
-    assert most_alive(stage_order(rank, size, chunks, 16), lambda chunk, number: 1.0) == alive
+    assert peak_in_flight(stage_order(rank, size, chunks, 16), lambda chunk, number: 1.0) == alive

@@ -7,31 +7,33 @@ import pytest
 from megatron_solopo.architecture.gpus import GPUS
 from megatron_solopo.errors import UserError
 from megatron_solopo.plan import VARIED
-from megatron_solopo.plan.layouts import make_layout, sizes_of, variants
+from megatron_solopo.plan.layouts import candidate_sizes, layout_variants, make_layout
 from megatron_solopo.plan.memory import GIB
-from megatron_solopo.plan.search import Search
+from megatron_solopo.plan.search import SearchResult
 from tests.plan.models import make_planner
 
 SAVERS = ("recompute", "offload", "cp_comm")
 
 
 @pytest.fixture(scope="module")
-def found() -> Search:
+def found() -> SearchResult:
     return make_planner("llama-3.1-70b", gpus=64, vary=SAVERS).search()
 
 
-def test_those_that_fit_come_fastest_first(found: Search) -> None:
+def test_those_that_fit_come_fastest_first(found: SearchResult) -> None:
     times = [estimate.time.seconds for estimate in found.ranked]
     assert times == sorted(times) and len(times) > 5
-    assert all(estimate.excess_gib <= 0 and estimate.gpus == 64 for estimate in found.ranked)
+    assert all(estimate.excess_gib <= 0 and estimate.layout.gpus == 64 for estimate in found.ranked)
     for estimate in found.ranked:
         parts = estimate.fullest.parts
         assert sum(parts.values()) == pytest.approx(estimate.fullest.total) and min(parts.values()) >= 0
 
 
-def test_every_layout_fits_or_has_a_reason(found: Search) -> None:
+def test_every_layout_fits_or_has_a_reason(found: SearchResult) -> None:
     planner = make_planner("llama-3.1-70b", gpus=64, vary=SAVERS)
-    names = {make_layout(planner.config, sizes, 64).name for sizes in sizes_of(planner.architecture, 64, planner.gpu)}
+    names = {
+        make_layout(planner.config, sizes, 64).name for sizes in candidate_sizes(planner.architecture, 64, planner.gpu)
+    }
     refused = {each.name for each in found.refused}
     fitting = {estimate.layout.name for estimate in found.ranked}
     assert refused < names and fitting < names and not refused & fitting
@@ -46,23 +48,23 @@ def test_every_layout_fits_or_has_a_reason(found: Search) -> None:
 def test_a_layout_over_the_memory_is_refused_by_what_it_is_over() -> None:
     planner = make_planner("llama-3.1-8b", gpus=1)
     layout = make_layout(planner.config, {"tp": 1, "pp": 1, "vpp": None, "cp": 1}, 1)
-    estimate = planner.best_of(layout)
+    estimate = planner.best_variant(layout)
     roomy = planner.gpu.model_copy(update={"memory_gib": planner.gpu.memory_gib + estimate.excess_gib + 0.1})
-    assert estimate.excess_gib > 0 and replace(planner, gpu=roomy).best_of(layout).excess_gib <= 0
+    assert estimate.excess_gib > 0 and replace(planner, gpu=roomy).best_variant(layout).excess_gib <= 0
 
 
 def test_the_exchange_by_heads_is_tried_where_heads_allow_it() -> None:
     planner = make_planner("llama-3.1-8b", gpus=64)
     for cp, exchanges in ((8, {"p2p", "a2a"}), (16, {"p2p"}), (1, {"p2p"})):
         layout = make_layout(planner.config, {"tp": 1, "pp": 1, "vpp": None, "cp": cp}, 64)
-        rows = variants(planner.architecture, layout, planner.gpu, SAVERS)
+        rows = layout_variants(planner.architecture, layout, planner.gpu, SAVERS)
         assert {each.config.parallel.cp_comm_type for row in rows for each in row} == exchanges
 
 
 def test_variants_of_a_row_take_less_memory_and_more_time_one_after_the_other() -> None:
     planner = make_planner("llama-3.1-70b", gpus=64)
     layout = make_layout(planner.config, {"tp": 8, "pp": 2, "vpp": None, "cp": 4}, 64)
-    rows = variants(planner.architecture, layout, planner.gpu, VARIED)
+    rows = layout_variants(planner.architecture, layout, planner.gpu, VARIED)
     offloaded = [row[0].config.optimizer.optimizer_offload_fraction for row in rows]
     assert set(offloaded) == {0.0, 1.0} and len(rows) == 4  # both with and without FP8
     for row in rows:
@@ -78,11 +80,11 @@ def test_moving_the_state_is_preferred_to_recomputing_where_it_is_faster() -> No
     """Recomputation costs with every pack, moving the state once a step."""
     planner = make_planner("llama-3.1-8b", "training.global_batch_size=256", gpus=8, vary=("recompute", "offload"))
     layout = make_layout(planner.config, {"tp": 8, "pp": 1, "vpp": None, "cp": 1}, 8)
-    rows = variants(planner.architecture, layout, planner.gpu, planner.vary)
+    rows = layout_variants(planner.architecture, layout, planner.gpu, planner.vary)
     here, away = ([planner.estimate(each).fullest.total / GIB for each in row] for row in rows)
     assert here[2] < away[1] < here[1]
     between = planner.gpu.model_copy(update={"memory_gib": (away[1] + here[1]) / 2})
-    found = replace(planner, gpu=between).best_of(layout)
+    found = replace(planner, gpu=between).best_variant(layout)
     assert found.layout.savers == "recompute mlp, offload optimizer 1"
     assert found.time.seconds < planner.estimate(rows[0][2]).time.seconds  # everything recomputed, which fits too
 
@@ -97,7 +99,7 @@ def test_fp8_is_offered_only_where_the_gpu_has_it_and_the_matrices_allow_it() ->
     planner = make_planner("llama-3.1-8b", gpus=8, vary=("fp8",))
     layout = make_layout(planner.config, {"tp": 1, "pp": 1, "vpp": None, "cp": 8}, 8)
     for gpu, expected in (("h100", {None, "hybrid"}), ("a100", {None})):
-        rows = variants(planner.architecture, layout, GPUS[gpu], ("fp8",))
+        rows = layout_variants(planner.architecture, layout, GPUS[gpu], ("fp8",))
         assert {each.config.model.fp8 for row in rows for each in row} == expected
 
 
@@ -114,8 +116,8 @@ def test_an_illegal_layout_that_is_asked_for_gets_one_line(model: str, sizes: di
     planner = make_planner(model)
     asked = {"tp": 1, "pp": 1, "vpp": None, "cp": 1} | sizes
     if words is None:
-        assert planner.best_of(make_layout(planner.config, asked, 64)).layout.sizes == asked | {"dp": 1}
+        assert planner.best_variant(make_layout(planner.config, asked, 64)).layout.sizes == asked | {"dp": 1}
         return
     with pytest.raises(UserError, match=words) as error:
-        planner.best_of(make_layout(planner.config, asked, 64))
+        planner.best_variant(make_layout(planner.config, asked, 64))
     assert "\n" not in str(error.value)

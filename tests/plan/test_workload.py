@@ -9,7 +9,7 @@ from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.context import shard_indices
-from megatron_solopo.plan.layouts import with_keys
+from megatron_solopo.plan.layouts import replace_settings
 from megatron_solopo.plan.workload import Packer, pack_shape, prepared_workload, stated_workload
 from tests.plan.models import load_example
 from tests.prepared import make_prepared
@@ -88,6 +88,6 @@ def test_a_batch_is_counted_whole() -> None:
     ],
 )
 def test_what_training_would_refuse_is_refused(keys, dp: int, words: str) -> None:
-    config = with_keys(load_example("llama-3.1-8b")[0], **keys)
+    config = replace_settings(load_example("llama-3.1-8b")[0], **keys)
     with pytest.raises(UserError, match=words):
         Packer(stated_workload("short=3584,long=130560,response=512", 200, 200), config).pack(config, dp)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.report.runs import config_differences, read_runs, status_of
-from tests.report.written_runs import step_line, write_answers, write_preferences, write_run
+from megatron_solopo.report.figure import LengthPoint
+from megatron_solopo.report.runs import answer_cells, config_differences, mean_answer_points, read_runs, status_of
+from megatron_solopo.results.long_context import read_long_context
+from tests.report.written_runs import LENGTHS, step_line, write_answers, write_preferences, write_run
 
 
 def write_steps(run: Path, lines: list[dict[str, Any]]) -> None:
@@ -135,3 +137,37 @@ def test_only_keys_that_differ_are_shown(tmp_path: Path) -> None:
         "objective.alpha": ["3.0", "null"],
         "extra.key": ["no such key", "1"],
     }
+
+
+def test_a_mean_over_tasks_is_surer_than_each_task(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_answers(run, skill=0.5, step=120, tasks=("one", "two", "three", "four"))
+    write_answers(run, skill=0.5, step=None)
+    evaluations = read_runs([run])[0].evaluations
+    assert evaluations.answers is not None and evaluations.answers_before is not None
+    several, single = mean_answer_points(evaluations.answers), mean_answer_points(evaluations.answers_before)
+    assert [point.length for point in several] == list(LENGTHS)
+    for mean, alone in zip(several, single, strict=True):
+        assert mean.mean == pytest.approx(alone.mean) and mean.count == 4 * alone.count
+        assert mean.high - mean.low == pytest.approx((alone.high - alone.low) / 2)
+    assert single[0] == LengthPoint(1024, *(getattr(single[0], name) for name in ("mean", "low", "high")), 100)
+
+
+def test_a_map_weighs_tasks_equally(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    results = read_long_context(write_answers(run, skill=0.5, step=120, tasks=("one", "two")))
+    cells = [
+        each.model_copy(update={"score": 1.0, "n": 60} if each.task == "one" else {"score": 0.0})
+        for each in results.cells
+    ]
+    found = answer_cells(results.model_copy(update={"cells": cells}))
+    assert set(found.values()) == {(0.5, 80)}
+
+
+def test_each_task_has_its_own_map(tmp_path: Path) -> None:
+    results = read_long_context(write_answers(write_run(tmp_path / "run"), skill=0.5, step=120, tasks=("one", "two")))
+    cells = answer_cells(results, ["one"])
+    assert len(cells) == len(results.lengths) * len(results.depths)
+    for (length, depth), found in cells.items():
+        cell = results.cell("one", results.main_metrics["one"], length=length, depth=depth)
+        assert cell is not None and found == (cell.score, cell.n)

@@ -3,18 +3,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
-from megatron_solopo.report.curves import running_mean, thinned
-from megatron_solopo.report.evaluation_pictures import accuracy_pictures, draw_preference
-from megatron_solopo.report.figure import LIGHT, Point, heat_map, short_length
-from megatron_solopo.report.runs import RunRecord, answer_cells, common_tasks, mean_answer_points, read_runs
+from megatron_solopo.report.runs import RunRecord, read_runs
 from megatron_solopo.report.table import cost_table, verdict_sentences, verdict_table
-from megatron_solopo.results.long_context import read_long_context
-from megatron_solopo.results.preference import read_preference
-from tests.report.written_runs import LENGTHS, accuracy, write_answers, write_preferences, write_run
+from tests.report.written_runs import accuracy, write_answers, write_preferences, write_run
 
 
 @pytest.fixture
@@ -63,15 +56,6 @@ def test_a_difference_is_told_by_its_own_interval(tmp_path: Path, right: int, ma
     assert bounds[right][1] > bounds[80][0]
 
 
-def test_depths_are_in_order_though_a_length_lacks_some() -> None:
-    axis = Figure().add_subplot()
-    cells = {("1K", "0.50"): (0.5, 4), ("2K", "0.00"): (0.9, 4), ("2K", "unknown"): (0.1, 4), ("2K", "0.50"): (0.2, 4)}
-    heat_map(axis, LIGHT, cells)
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["0.00", "0.50", "unknown"]
-    shown = np.ma.getdata(axis.images[0].get_array())
-    assert shown[:, 1].tolist() == [0.9, 0.2, 0.1] and shown[1, 0] == 0.5
-
-
 def test_runs_without_evaluation_have_no_verdict_and_no_empty_columns(tmp_path: Path) -> None:
     found = read_runs([write_run(tmp_path / "one"), write_run(tmp_path / "two", steps=0)])
     assert verdict_sentences(found) == []
@@ -95,44 +79,6 @@ def test_costs_are_sums_over_the_steps(runs: list[RunRecord]) -> None:
     assert "MFU" not in cells, "not known on this device"
 
 
-def test_a_mean_over_tasks_is_surer_than_each_task(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    write_answers(run, skill=0.5, step=120, tasks=("one", "two", "three", "four"))
-    write_answers(run, skill=0.5, step=None)
-    evaluations = read_runs([run])[0].evaluations
-    assert evaluations.answers is not None and evaluations.answers_before is not None
-    several, single = mean_answer_points(evaluations.answers), mean_answer_points(evaluations.answers_before)
-    assert [point.length for point in several] == list(LENGTHS)
-    for mean, alone in zip(several, single, strict=True):
-        assert mean.mean == pytest.approx(alone.mean) and mean.count == 4 * alone.count
-        assert mean.high - mean.low == pytest.approx((alone.high - alone.low) / 2)
-    assert single[0] == Point(1024, *(getattr(single[0], name) for name in ("mean", "low", "high")), 100)
-
-
-def test_curves_are_means_over_the_tasks_that_all_have(tmp_path: Path) -> None:
-    run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other")
-    write_answers(run, skill=0.9, step=120, tasks=("one", "two"))
-    write_answers(run, skill=0.1, step=None, tasks=("two", "three"))
-    found = read_runs([run])
-    picture, by_task = list(accuracy_pictures(found))[:2]
-    assert ", two that all have, against" in picture.caption and by_task.name == "accuracy-by-task"
-    results = [found[0].evaluations.answers, found[0].evaluations.answers_before]
-    assert common_tasks(each for each in results if each is not None) == ["two"]
-    write_answers(other, skill=0.9, step=120, tasks=("four",))
-    assert "accuracy-by-length" not in [each.name for each in accuracy_pictures(read_runs([run, other]))]
-
-
-def test_a_map_weighs_tasks_equally(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    results = read_long_context(write_answers(run, skill=0.5, step=120, tasks=("one", "two")))
-    cells = [
-        each.model_copy(update={"score": 1.0, "n": 60} if each.task == "one" else {"score": 0.0})
-        for each in results.cells
-    ]
-    found = answer_cells(results.model_copy(update={"cells": cells}))
-    assert set(found.values()) == {(0.5, 80)}
-
-
 def test_what_a_single_triplet_does_not_say_is_not_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     path = write_preferences(run, skill=0.5, step=120)
@@ -143,21 +89,3 @@ def test_what_a_single_triplet_does_not_say_is_not_shown(tmp_path: Path) -> None
     table = verdict_table(read_runs([run]))
     gap = table.rows[0][1][table.columns.index("SoLo gap")]
     assert gap.interval == "" and gap.mean == pytest.approx(0.2)
-    draw_preference(read_preference(path), tmp_path / "picture.png")
-
-
-def test_long_curves_keep_their_course() -> None:
-    steps, values = thinned(range(1, 10_001), [float(step) for step in range(1, 10_001)])
-    assert len(steps) == 400 and steps == values and steps[0] == 13.0
-    assert running_mean([1.0] * 50) == pytest.approx([1.0] * 50)
-    assert running_mean([0.0, 3.0, 6.0]) == pytest.approx([1.5, 3.0, 4.5])
-
-
-def test_lengths_are_short() -> None:
-    assert [short_length(length) for length in (512, 1024, 1536, 131072, 1000)] == [
-        "512",
-        "1K",
-        "1.5K",
-        "128K",
-        "1,000",
-    ]

@@ -12,7 +12,6 @@ from statistics import median
 import pytest
 from click.testing import CliRunner
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SHORT, LONG, RESPONSE, STEPS, WARMUP = 64, (128, 256), 16, 3, 2
 SIZES = ["--shape=tiny", f"--short-tokens={SHORT}", f"--response-tokens={RESPONSE}"]
 SIZES += [f"--long-tokens={length}" for length in LONG]
@@ -20,7 +19,15 @@ OURS = "--systems=solopo,long_po"
 
 
 def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, TOOLS / "benchmark.py", *SIZES, f"--steps={STEPS}", f"--warmup={WARMUP}", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.benchmarks.benchmark",
+        *SIZES,
+        f"--steps={STEPS}",
+        f"--warmup={WARMUP}",
+        *arguments,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=250)
 
 
@@ -150,8 +157,7 @@ def test_an_override_changes_what_is_computed(rows, tmp_path) -> None:
     ],
 )
 def test_mistakes_are_one_line(arguments, complaint, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(TOOLS)
-    benchmark = importlib.import_module("benchmark")
+    benchmark = importlib.import_module("tools.benchmarks.benchmark")
     run = CliRunner().invoke(benchmark.main, [*SIZES, OURS, *arguments])
     assert run.exit_code == 2
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("Error")]

@@ -1,7 +1,6 @@
 """What the benchmark does when memory runs out, which variants it tries, its weights, its tables and its meter."""
 
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,18 +11,12 @@ import torch
 from megatron_solopo.errors import UserError
 from tests.distributed import run_distributed
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SHORT, RESPONSE, STEPS, WARMUP = 32, 8, 2, 2
 FALLBACK = "parallel.recompute_granularity=full"
 
 
-@pytest.fixture(autouse=True)
-def tools(monkeypatch) -> None:
-    monkeypatch.syspath_prepend(TOOLS)
-
-
 def make_plan(folder: Path, *long_tokens: int, fallbacks: tuple[str, ...] = ()) -> Any:
-    import benchmark
+    from tools.benchmarks import benchmark
 
     sizes: dict[str, Any] = {"short_tokens": SHORT, "response_tokens": RESPONSE, "long_tokens": list(long_tokens)}
     sizes |= {"systems": ["solopo", "long_po"], "triplets": 1, "warmup": WARMUP, "steps": STEPS}
@@ -33,8 +26,7 @@ def make_plan(folder: Path, *long_tokens: int, fallbacks: tuple[str, ...] = ()) 
 
 def measure_with_little_memory(folder: Path, limit: int, fallbacks: tuple[str, ...]) -> list[dict]:
     """On a rank: all that the process reports where a step without recomputation over more tokens does not fit."""
-    sys.path.insert(0, str(TOOLS))
-    import bench_ours
+    from tools.benchmarks import bench_ours
 
     plain_step = bench_ours.Policy.step
 
@@ -103,19 +95,17 @@ def test_a_fallback_serves_all_systems_from_that_length_on(tmp_path) -> None:
     ],
 )
 def test_what_counts_as_out_of_memory(error, expected) -> None:
-    from bench_case import is_out_of_memory
+    from tools.benchmarks.bench_case import is_out_of_memory
 
     assert is_out_of_memory(error) is expected
 
 
 def logprobs_of_both(folder: Path) -> tuple[list[float], list[float]]:
     """On a rank: our log-probs of a long pair and those of transformers' model."""
-    sys.path.insert(0, str(TOOLS))
-    import bench_ours
-    from bench_case import random_model
-
     from megatron_solopo.config import parse_config
     from tests.ranks import layout
+    from tools.benchmarks import bench_ours
+    from tools.benchmarks.bench_case import random_model
 
     plan = make_plan(folder, 64)
     config = parse_config(plan.config, "test")
@@ -143,8 +133,8 @@ def test_both_sides_have_the_same_weights(tmp_path) -> None:
 
 def search(times: dict[str, dict[int, float]]) -> Any:
     """A search over `variant: {longest length that fits: seconds}`, without TRL."""
-    from bench_case import OUT_OF_MEMORY, Measurement
-    from bench_variants import Search, Variant
+    from tools.benchmarks.bench_case import OUT_OF_MEMORY, Measurement
+    from tools.benchmarks.bench_variants import Search, Variant
 
     asked: list[tuple[str, int]] = []
 
@@ -183,7 +173,7 @@ def test_later_lengths_try_the_fastest_variants_first_and_what_cannot_fit_never(
 
 
 def test_an_unknown_variant_is_refused_by_name() -> None:
-    from bench_variants import possible_variants
+    from tools.benchmarks.bench_variants import possible_variants
 
     assert [str(each) for each in possible_variants(["sdpa+checkpointing"])] == ["sdpa+checkpointing"]
     with pytest.raises(UserError, match=r"--trl-variant flash: .* sdpa, sdpa\+checkpointing"):
@@ -191,8 +181,8 @@ def test_an_unknown_variant_is_refused_by_name() -> None:
 
 
 def row(system: str, length: int, **values: Any) -> dict[str, Any]:
-    from bench_case import Measurement
-    from bench_report import complete
+    from tools.benchmarks.bench_case import Measurement
+    from tools.benchmarks.bench_report import complete
 
     numbers = {"seconds": [2.0, 1.0, 4.0], "losses": [0.7], "grad_norms": [1.0], "allocated_bytes": 2**30}
     measured = Measurement(system, length, **(numbers | values))
@@ -200,7 +190,7 @@ def row(system: str, length: int, **values: Any) -> dict[str, Any]:
 
 
 def test_tables_and_plot_hold_what_ran_out_of_memory(tmp_path) -> None:
-    import bench_report
+    from tools.benchmarks import bench_report
 
     out = {"status": "out of memory", "seconds": [], "losses": [], "grad_norms": [], "allocated_bytes": None}
     rows = [row("long_po", 1024), row("trl", 1024, grad_norms=[1.25]), row("long_po", 2048), row("trl", 2048, **out)]
@@ -218,19 +208,19 @@ def test_tables_and_plot_hold_what_ran_out_of_memory(tmp_path) -> None:
 
 
 def test_a_process_that_dies_is_reported(tmp_path, monkeypatch) -> None:
-    import bench_results
+    from tools.benchmarks import bench_results
 
     (tmp_path / "worker.py").write_text(
         'import os, sys\nos.write(int(sys.argv[2]), b\'{"kind": "facts"}\\n\')\nos.kill(os.getpid(), 9)\n'
     )
-    monkeypatch.setattr(bench_results, "TOOLS", tmp_path)
-    facts, died = bench_results.run_worker("worker.py", tmp_path / "plan.json")
+    monkeypatch.setattr(bench_results, "ROOT", tmp_path)
+    facts, died = bench_results.run_worker("worker", tmp_path / "plan.json")
     assert facts == {"kind": "facts"}
     assert died["kind"] == "died" and "-9" in died["text"]
 
 
 def test_memory_is_taken_from_the_last_step_of_the_warm_up_on(monkeypatch) -> None:
-    import bench_case
+    from tools.benchmarks import bench_case
 
     peaks = iter([30, 10, 20])  # of the steps after the first, which is not asked
     calls: list[str] = []
@@ -253,8 +243,9 @@ def test_memory_is_taken_from_the_last_step_of_the_warm_up_on(monkeypatch) -> No
 
 
 def test_trl_is_compared_in_its_own_loss_alone(tmp_path) -> None:
-    import benchmark
     import click
+
+    from tools.benchmarks import benchmark
 
     sizes = {"systems": ["long_po", "trl"], "long_tokens": [64], "short_tokens": SHORT, "triplets": 1}
     with pytest.raises(click.UsageError, match=r"objective\.loss_type=simpo"):

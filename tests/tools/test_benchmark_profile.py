@@ -2,18 +2,10 @@
 
 import gzip
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-@pytest.fixture(autouse=True)
-def tools(monkeypatch) -> None:
-    monkeypatch.syspath_prepend(TOOLS)
 
 
 def event(category: str, name: str, start: float, duration: float) -> dict[str, Any]:
@@ -34,7 +26,7 @@ TRACE = [
 
 
 def test_busy_time_is_the_union_of_what_ran_within_the_step() -> None:
-    from bench_profile import summarize
+    from tools.benchmarks.bench_profile import summarize
 
     summary = summarize(TRACE)
     assert summary["wall_ms"] == 1.0
@@ -46,7 +38,7 @@ def test_busy_time_is_the_union_of_what_ran_within_the_step() -> None:
 
 
 def test_a_trace_without_a_gpu_has_no_shares() -> None:
-    from bench_profile import summarize
+    from tools.benchmarks.bench_profile import summarize
 
     summary = summarize([each for each in TRACE if each.get("cat") in ("user_annotation", "cpu_op")])
     assert summary["gpu_busy"] is summary["gpu_idle"] is None
@@ -54,7 +46,7 @@ def test_a_trace_without_a_gpu_has_no_shares() -> None:
 
 
 def test_a_profiled_step_is_found_in_its_own_trace(tmp_path) -> None:
-    from bench_profile import StepProfiler
+    from tools.benchmarks.bench_profile import StepProfiler
 
     profiler = StepProfiler(tmp_path / "new" / "step.json.gz")
     profiler.start()

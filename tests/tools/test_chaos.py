@@ -1,6 +1,5 @@
 """Ranks of a real run die in every phase of a step, and the result is the same."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,30 +11,19 @@ import pytest
 
 from megatron_solopo.files import read_jsonl
 from tests.slurm.runs import write_config
+from tools.checks import chaos
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 pytestmark = pytest.mark.timeout(600)  # under a minute on an idle machine
 PHASES = {"data", "forward", "backward", "optimizer", "save", "latest"}
 
 
-def load_chaos() -> Any:
-    spec = importlib.util.spec_from_file_location("chaos", TOOLS / "chaos.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-CHAOS = load_chaos()
-
-
 def test_every_phase_is_drawn_as_often_as_the_others() -> None:
-    moments = CHAOS.draw_moments(50, 2, seed=3)
+    moments = chaos.draw_moments(50, 2, seed=3)
     counts = Counter(moment.phase for moment in moments)
     assert set(counts) == PHASES and max(counts.values()) - min(counts.values()) <= 1
     assert {moment.rank for moment in moments if moment.phase == "latest"} == {0}
     assert {moment.rank for moment in moments if moment.phase != "latest"} == {0, 1}
-    assert CHAOS.draw_moments(50, 2, seed=3) == moments != CHAOS.draw_moments(50, 2, seed=4)
+    assert chaos.draw_moments(50, 2, seed=3) == moments != chaos.draw_moments(50, 2, seed=4)
 
 
 def test_a_bit_of_difference_is_seen_and_times_are_not(tmp_path: Path) -> None:
@@ -44,12 +32,12 @@ def test_a_bit_of_difference_is_seen_and_times_are_not(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
         steps[1] |= {"step_time": 2.0}
-    assert CHAOS.differences(tmp_path) == []
+    assert chaos.differences(tmp_path) == []
     steps[1]["loss"] = 0.25000000000000006
     (tmp_path / "killed" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    assert CHAOS.differences(tmp_path) == ["step 2: loss 0.25 undisturbed, 0.25000000000000006 killed"]
+    assert chaos.differences(tmp_path) == ["step 2: loss 0.25 undisturbed, 0.25000000000000006 killed"]
     (tmp_path / "killed" / "metrics.jsonl").write_text(json.dumps(steps[0]) + "\n")
-    assert CHAOS.differences(tmp_path) == ["2 steps undisturbed, 1 killed"]
+    assert chaos.differences(tmp_path) == ["2 steps undisturbed, 1 killed"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +45,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One kill in each phase."""
     folder = tmp_path_factory.mktemp("chaos")
     config = write_config(folder, max_steps=18, save_steps=2)
-    command = [sys.executable, TOOLS / "chaos.py", "--config", config, "--folder", folder / "runs"]
+    command = [sys.executable, "-m", "tools.checks.chaos", "--config", config, "--folder", folder / "runs"]
     command += [f"--kills={len(PHASES)}", "--json", folder / "result.json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr

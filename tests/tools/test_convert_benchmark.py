@@ -10,7 +10,6 @@ import click
 import pytest
 from transformers import AutoModelForCausalLM
 
-TOOLS = Path(__file__).parents[2] / "tools"
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -23,11 +22,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def benchmark() -> Any:
-    sys.path.insert(0, str(TOOLS))
-    try:
-        return importlib.import_module("convert_benchmark")
-    finally:
-        sys.path.remove(str(TOOLS))
+    return importlib.import_module("tools.benchmarks.convert_benchmark")
 
 
 def test_the_model_is_one_that_transformers_loads(benchmark: Any, tmp_path: Path, monkeypatch) -> None:

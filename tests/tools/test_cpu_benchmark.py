@@ -3,18 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 RESPONSE_TOKENS, VOCAB_SIZE = 16, 4096
 ROWS = 3 * RESPONSE_TOKENS
 SIZES = [f"--response-tokens={RESPONSE_TOKENS}", f"--vocab-size={VOCAB_SIZE}", "--repeats=1"]
 
 
 def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, TOOLS / "cpu_benchmark.py", *SIZES, *arguments]
+    command = [sys.executable, "-m", "tools.benchmarks.cpu_benchmark", *SIZES, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
@@ -82,9 +80,9 @@ def test_times_stand_beside_both_predictions(result) -> None:
     ],
 )
 def test_impossible_sizes_are_refused(monkeypatch, arguments, complaint) -> None:
-    monkeypatch.syspath_prepend(TOOLS)
-    import cpu_benchmark
     from click.testing import CliRunner
+
+    from tools.benchmarks import cpu_benchmark
 
     run = CliRunner().invoke(cpu_benchmark.main, [*SIZES, *arguments])
     assert run.exit_code == 2
@@ -92,8 +90,7 @@ def test_impossible_sizes_are_refused(monkeypatch, arguments, complaint) -> None
 
 
 def test_disagreement_is_the_worst_of_all_parameters(monkeypatch) -> None:
-    monkeypatch.syspath_prepend(TOOLS)
-    from step_costs import Memory, disagreement
+    from tools.benchmarks.step_costs import Memory, disagreement
 
     def row(loss: float, **norms: float) -> Memory:
         return Memory(1, "", 1, loss, norms, 0, 0, 0)

@@ -20,7 +20,6 @@ from tests.prepared import make_prepared
 from tests.ranks import layout
 from tests.tiny_models import make_model
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 STEPS = 4
 
 
@@ -43,7 +42,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def done(config: Path) -> tuple[subprocess.CompletedProcess[str], dict]:
     output = config.parent / "accepted"
-    command = [sys.executable, TOOLS / "fp8_acceptance.py", "--config", config, "--output", output]
+    command = [sys.executable, "-m", "tools.checks.fp8_acceptance", "--config", config, "--output", output]
     command += [f"--steps={STEPS}", "--triplets=12", "model.dtype=bfloat16"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert (output / "acceptance.png").stat().st_size > 10_000, run.stderr
@@ -53,8 +52,7 @@ def done(config: Path) -> tuple[subprocess.CompletedProcess[str], dict]:
 @pytest.fixture
 def accept(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The tool's command in this process."""
-    monkeypatch.syspath_prepend(TOOLS)
-    command = importlib.import_module("fp8_acceptance").main
+    command = importlib.import_module("tools.checks.fp8_acceptance").main
     options = ["--config", str(config), "--output", str(tmp_path / "out")]
     return lambda *arguments: CliRunner().invoke(command, [*options, *arguments])
 
@@ -121,8 +119,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(accept, tmp_path: Path, argume
 
 def cosine_on_two_ranks() -> float:
     """Each rank of a tensor-parallel pair holds one half of the vectors (3, 4 | 0, 12) and (6, 0 | 0, 6)."""
-    sys.path.insert(0, str(TOOLS))
-    precision_runs = importlib.import_module("precision_runs")
+    precision_runs = importlib.import_module("tools.checks.precision_runs")
     with layout(tensor_model_parallel_size=2) as groups:
         halves = [([3.0, 4.0], [6.0, 0.0]), ([0.0, 12.0], [0.0, 6.0])][groups.tensor_group.rank()]
         one, other = ([torch.tensor(values[:1]), torch.tensor(values[1:])] for values in halves)
@@ -136,14 +133,13 @@ def test_the_cosine_is_over_all_ranks() -> None:
 
 def test_the_compared_gradient_holds_the_alignments_part(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the policy as its own reference the gap is 0, and |gap| has no gradient there."""
-    monkeypatch.syspath_prepend(TOOLS)
-    precision_runs = importlib.import_module("precision_runs")
+    precision_runs = importlib.import_module("tools.checks.precision_runs")
     norms = []
     for alpha in (0.0, 3.0):
         loaded = load_config(config, [f"objective.alpha={alpha}", "optimizer.use_distributed_optimizer=false"])
-        _, groups, splits = check_and_join(loaded)
+        _, groups, datasets = check_and_join(loaded)
         try:
-            gradients = precision_runs.run_precision(loaded, splits, groups, steps=1).gradients
+            gradients = precision_runs.run_precision(loaded, datasets, groups, steps=1).gradients
         finally:
             topology.destroy(groups)
         norms.append(float(sum(gradient.square().sum() for gradient in gradients)) ** 0.5)

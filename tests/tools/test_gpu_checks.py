@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "gpu_checks.sh"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "checks" / "gpu_checks.sh"
 
 
 def run(output: Path, *parts: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:

@@ -10,16 +10,10 @@ import click
 import pytest
 import torch
 
-TOOLS = Path(__file__).parents[2] / "tools"
-
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    sys.path.insert(0, str(TOOLS))
-    try:
-        return importlib.import_module("vllm_check")
-    finally:
-        sys.path.remove(str(TOOLS))
+    return importlib.import_module("tools.checks.vllm_check")
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import compute_objective
 from megatron_solopo.train import step
-from megatron_solopo.train.bad_numbers import SkippedSteps
 from megatron_solopo.train.policy import Policy, StepResult
+from megatron_solopo.train.state import SkippedSteps
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
 from tests.train.runs import at_call, make_inputs, recorded, small_config

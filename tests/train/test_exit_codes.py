@@ -113,7 +113,7 @@ def end_by_a_signal(session: Session) -> None:
     if dist.get_rank() == 0:
         os.kill(os.getpid(), signal.SIGTERM)
     for _ in range(2):
-        session.boundary("data", 1)
+        session.enter_or_stop("data", 1)
 
 
 ENDS: dict[Any, type[BaseException] | None] = {
@@ -137,7 +137,7 @@ def threads_left(folder: Path) -> dict[str, Any]:
         config = small_config(folder, end.__name__, {}, objective={"loss_type": "simpo"})
         try:
             with open_session(config) as session:
-                session.boundary("data", 1)
+                session.enter_or_stop("data", 1)
                 session.before_pack()
                 running = {each.name for each in set(threading.enumerate()) - before}
                 assert {"signals", "watchdog", "roll call"} <= running
@@ -154,7 +154,7 @@ def test_a_session_leaves_no_thread_and_no_collective_however_it_ends(tmp_path: 
 
 
 def fail_during_a_save(folder: Path) -> tuple[list[str], bool]:
-    """The second step fails while the first one's save is begun; the threads left, and whether a save is pending."""
+    """The second step fails during the first one's save; returns the threads left, and whether the save still runs."""
     before, savers = set(threading.enumerate()), []
     config = small_config(
         folder,
@@ -164,26 +164,26 @@ def fail_during_a_save(folder: Path) -> tuple[list[str], bool]:
         checkpoint={"async_save": True, "save_steps": 1},
         logging={"tensorboard": True},
     )
-    saved = Saver.save_due
+    save = Saver.save
 
-    def slowly(saver: Saver, reason: str) -> None:
-        saved(saver, reason)
+    def watched(saver: Saver, *arguments: Any, **keywords: Any) -> None:
+        save(saver, *arguments, **keywords)
         savers.append(saver)
-        assert saver.is_pending
+        assert saver.is_running
 
     def fail() -> None:
         raise RuntimeError("a bug")
 
     with pytest.MonkeyPatch.context() as patch, at_call(Policy, "step", 2, 0, fail):
-        patch.setattr(Saver, "save_due", slowly)
+        patch.setattr(Saver, "save", watched)
         with pytest.raises(RuntimeError, match="a bug"):
             train(config)
-    return ours_since(before), savers[0].is_pending
+    return ours_since(before), savers[0].is_running
 
 
 def test_a_save_in_the_background_ends_before_a_run_that_fails(tmp_path: Path) -> None:
-    left, is_pending = run_distributed(fail_during_a_save, 1, make_run_inputs(tmp_path))[0]
-    assert left == [] and not is_pending
+    left, is_running = run_distributed(fail_during_a_save, 1, make_run_inputs(tmp_path))[0]
+    assert left == [] and not is_running
 
 
 def test_a_store_that_does_not_answer_delays_the_end_by_a_few_pulses_alone() -> None:

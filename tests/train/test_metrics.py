@@ -1,21 +1,48 @@
-"""Where metrics go: one JSON line and one console line per step, once per step also after a resume."""
+"""Metrics: where they are written, also after a restart, and the FLOPs and peak rates among them."""
 
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
-from megatron_solopo.config import LoggingConfig
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
+from megatron_solopo.config import LoggingConfig, ObjectiveConfig
+from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import read_jsonl
-from megatron_solopo.train.metrics import Metrics, MetricsWriter, console_line, reduce_over_ranks, reduce_sums
+from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train import metrics as metrics_module
+from megatron_solopo.train.alarms import AlarmWarnings
+from megatron_solopo.train.callbacks import Callback
+from megatron_solopo.train.metrics import (
+    MetricsWriter,
+    console_line,
+    peak_flops,
+    peak_memory_bytes,
+    reduce_over_ranks,
+    reduce_sums,
+    training_flops,
+)
+from megatron_solopo.train.state import Metrics, SkippedSteps, TrainState
 from tests.ranks import layout
+from tests.tiny_models import FAMILIES, VOCAB_SIZE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def groups() -> Iterator[Topology]:
+    with layout() as found:
+        yield found
+
 
 QUIET = LoggingConfig(tensorboard=False)
 
@@ -37,9 +64,13 @@ def step_metrics(step: int, **changes: Any) -> Metrics:
 
 
 def write(run_dir: Path, steps: list[Metrics], first_step: int = 1, logging: LoggingConfig = QUIET) -> None:
-    writer = MetricsWriter(run_dir, logging, {"seed": 1}, first_step=first_step, total_steps=10)
+    writer = MetricsWriter(run_dir, logging, {"seed": 1}, total_steps=10)
+    callbacks: list[Callback] = [writer, AlarmWarnings(writer.path)]
+    for callback in callbacks:
+        callback.on_start(TrainState(first_step - 1, {}, SkippedSteps()))
     for metrics in steps:
-        writer.write(metrics)
+        for callback in callbacks:
+            callback.on_step_end(metrics)
 
 
 def test_each_step_is_one_line_as_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +80,20 @@ def test_each_step_is_one_line_as_given(tmp_path: Path, capsys: pytest.CaptureFi
     assert [json.loads(line) for line in lines] == steps
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in printed] == [f"starting {tmp_path} at step 1", "step 1/10", "step 2/10"]
+
+
+def test_every_nth_step_has_a_console_line_and_so_have_skipped_evaluated_and_last_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    special = {
+        2: {"skipped": 1, "skipped_steps": 1},
+        5: {"eval_loss": 0.125, "eval_rewards/accuracies": 0.5},
+    }
+    steps = [step_metrics(step, **special.get(step, {})) for step in range(1, 11)]
+    write(tmp_path, steps, logging=LoggingConfig(tensorboard=False, console_steps=4))
+    shown = [line.split("/")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert shown == ["step 2", "step 4", "step 5", "step 8", "step 10"]
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 10
 
 
 def test_what_the_alarms_see_is_told_below_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +129,7 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path: Path, first
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_never_written(tmp_path: Path, odd: float) -> None:
     """JSON has no NaN: every line stays readable by any program."""
-    with pytest.raises(UserError, match="not JSON compliant"):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         write(tmp_path, [step_metrics(1), step_metrics(2, loss=odd)])
     assert read_jsonl(tmp_path / "metrics.jsonl") == [step_metrics(1)]
 
@@ -155,9 +200,92 @@ def test_wandb_that_is_missing_is_refused_by_name(tmp_path: Path, monkeypatch: p
     assert "logging.wandb_project=solopo" in message and "pip install" in message and "\n" not in message
 
 
-def test_sums_over_packs_and_ranks() -> None:
-    with layout() as groups:
-        reports = [torch.tensor([1.0, 2.0]), torch.tensor([0.1, -4.0])]
-        assert reduce_sums(reports, 2, groups) == pytest.approx([1.1, -2.0])
-        assert reduce_sums([], 3, groups) == [0.0, 0.0, 0.0], "a rank without the last stage"
-        assert reduce_over_ranks([3.0, -1.0], dist.ReduceOp.MAX, groups) == [3.0, -1.0]
+def test_sums_over_packs_and_ranks(groups: Topology) -> None:
+    reports = [torch.tensor([1.0, 2.0]), torch.tensor([0.1, -4.0])]
+    assert reduce_sums(reports, 2, groups) == pytest.approx([1.1, -2.0])
+    assert reduce_sums([], 3, groups) == [0.0, 0.0, 0.0], "a rank without the last stage"
+    assert reduce_over_ranks([3.0, -1.0], dist.ReduceOp.MAX, groups) == [3.0, -1.0]
+
+
+ROLES = ObjectiveConfig().roles.all
+PROMPTS = {"short": 5, "long": 23}
+RESPONSES = {"chosen": 4, "rejected": 7}
+# (prompt, response) of the three sequences of a triplet.
+SEQUENCES = ((5, 4), (5, 7), (23, 4))
+
+
+def make_pack(triplets: int, multiple: int = 2) -> Pack:
+    rows = [
+        TokenizedTriplet(
+            id=str(number),
+            index=number,
+            prompts={name: np.arange(length) for name, length in PROMPTS.items()},
+            responses={name: np.arange(length) for name, length in RESPONSES.items()},
+        )
+        for number in range(triplets)
+    ]
+    return build_pack(rows, ROLES, multiple)
+
+
+def read(path: Path, family: str) -> Architecture:
+    FAMILIES[family].save_pretrained(path)
+    return read_architecture(path)
+
+
+def counted(family: str, prompt: int, response: int) -> float:
+    """Forward and backward of one sequence by torch's counter, the output layer on the response's rows alone.
+
+    transformers multiplies whole squares of queries and keys, of which a causal mask needs half, so
+    attention's batched products count half.
+    """
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="eager")
+    tokens = torch.randint(VOCAB_SIZE, (1, prompt + response))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(tokens, logits_to_keep=response).logits.sum().backward()
+    by_operation = counter.get_flop_counts()["Global"]
+    attention = by_operation.pop(torch.ops.aten.bmm)
+    return sum(by_operation.values()) + attention / 2
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3", "qwen2_tied", "qwen3"])
+def test_flops_are_those_that_torch_counts(family: str, tmp_path: Path) -> None:
+    expected = sum(counted(family, *lengths) for lengths in SEQUENCES)
+    assert training_flops(read(tmp_path, family), [make_pack(1)]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_flops_add_up_over_triplets_and_packs_and_ignore_padding(tmp_path: Path) -> None:
+    architecture = read(tmp_path, "llama3")
+    one = training_flops(architecture, [make_pack(1)])
+    assert training_flops(architecture, [make_pack(3)]) == pytest.approx(3 * one)
+    assert training_flops(architecture, [make_pack(1), make_pack(2, multiple=64)]) == pytest.approx(3 * one)
+    assert training_flops(architecture, []) == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_the_peak_rate_goes_by_the_devices_name(monkeypatch, device: str, expected: float | None) -> None:
+    monkeypatch.setattr(metrics_module, "is_cpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
+    assert peak_flops() == expected
+
+
+def test_a_cpu_has_no_peak_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "is_cpu", lambda: True)
+    assert peak_flops() is None
+
+
+def test_peak_memory_of_a_cpu_is_resident_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "is_cpu", lambda: True)
+    status = Path("/proc/self/status").read_text()
+    (peak,) = (int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    assert peak_memory_bytes() == pytest.approx(peak, rel=0.05)

@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_solopo.config import Config, ObjectiveConfig
-from megatron_solopo.data.dataset import TripletDataset
+from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
-from megatron_solopo.train import preflight as checks
-from megatron_solopo.train import preflight as largest_pack
+from megatron_solopo.train import preflight as preflight_module
 from megatron_solopo.train.trainer import preflight, train
 from tests.distributed import run_distributed
 from tests.train.runs import make_inputs, recorded, small_config
@@ -48,12 +47,12 @@ def run_all(folder: Path) -> dict[str, Any]:
     found["config"] = refused(config(folder, "differs", **mine))
     sizes = {"parallel": {"tensor_model_parallel_size": 4 if rank == 2 else 2}}
     found["layout"] = refused(config(folder, "differs", **sizes))
-    with mock.patch.object(checks, "_appears", lambda path: rank != 1):
+    with mock.patch.object(preflight_module, "_appears", lambda path: rank != 1):
         found["shared"] = refused(config(folder, "differs"))
     full = mock.Mock(free=1000 + rank)
-    with mock.patch.object(checks.psutil, "disk_usage", lambda path: full):
+    with mock.patch.object(preflight_module.psutil, "disk_usage", lambda path: full):
         found["full"] = refused(config(folder, "differs"))
-    with mock.patch.object(largest_pack, "run_schedule", out_of_memory):
+    with mock.patch.object(preflight_module, "run_schedule", out_of_memory):
         found["memory"] = refused(config(folder, "differs"))
     for name, tried in (("tried", True), ("untried", False)):
         train(config(folder, name, training={"try_largest_pack": tried}))

@@ -6,16 +6,17 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from megatron_solopo import exits
 from megatron_solopo.config import WatchdogConfig
-from megatron_solopo.errors import UserError
 from megatron_solopo.train import watchdog
 from megatron_solopo.train.policy import Policy
 from megatron_solopo.train.trainer import train
@@ -150,5 +151,26 @@ def test_a_store_that_does_not_answer_names_the_other_hosts() -> None:
 
 @pytest.mark.parametrize("key", ["timeout_minutes", "start_timeout_minutes", "save_timeout_minutes"])
 def test_limits_are_positive(key: str) -> None:
-    with pytest.raises(UserError, match=key):
+    with pytest.raises(ValidationError, match=key):
         WatchdogConfig(**{key: 0.0})
+
+
+def does_not_answer(run_dir: Path) -> None:
+    (run_dir / "hangs").mkdir()
+    os.mkfifo(run_dir / "hangs" / "rank-0000.txt")  # to open it for writing waits for a reader
+
+
+def takes_nothing(run_dir: Path) -> None:
+    (run_dir / "hangs").touch()
+
+
+def hang(run_dir: Path) -> None:
+    watchdog._FILE_SECONDS = 1.0
+    with watchdog.watching(WatchdogConfig(start_timeout_minutes=1 / 60), run_dir):
+        time.sleep(200)
+
+
+@pytest.mark.parametrize("broken", [does_not_answer, takes_nothing])
+def test_a_rank_ends_even_if_its_file_cannot_be_written(broken: Callable[[Path], None], tmp_path: Path) -> None:
+    broken(tmp_path)
+    assert exit_codes(hang, 1, tmp_path, patience=50) == [exits.HUNG]

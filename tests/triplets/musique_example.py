@@ -6,8 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_solopo.data.encode import tokenize_row
-from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.data.tokenizer import Tokenizer, tokenize_row
 from megatron_solopo.triplets.build import BuildReport, build
 from megatron_solopo.triplets.corpus.formats import Document, Question
 from megatron_solopo.triplets.settings import BuildSettings

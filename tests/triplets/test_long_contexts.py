@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_solopo.data.encode import tokenize_row
 from megatron_solopo.data.rows import validate_file
+from megatron_solopo.data.tokenizer import tokenize_row
 from megatron_solopo.triplets.build import BuildReport
 from megatron_solopo.triplets.contexts import uniform_distance
 from megatron_solopo.triplets.corpus.formats import entity_golds, mentions, normalise

@@ -205,7 +205,7 @@ def test_an_answer_that_the_server_aborted_is_asked_for_again(contexts) -> None:
 def test_an_answer_cut_before_its_room_is_used_ends_the_run(contexts) -> None:
     with completion_server({2: "cut"}) as server:
         with pytest.raises(
-            ValueError, match=r"ended an answer before the 92 tokens asked for: .* --max-model-len"
+            UserError, match=r"ended an answer before the 92 tokens asked for: .* --max-model-len"
         ) as error:
             sample(settings(contexts, server.url))
         assert "\n" not in str(error.value)

@@ -102,7 +102,7 @@ def drawn(tokenizer, texts: list[str], answers: list[str], **changes) -> Counter
     row = ContextRow.model_validate(context(0, answers=answers))
     responses = [StoredResponse(**response(0, index, text)) for index, text in enumerate(texts)]
     candidates, _ = judge.candidates(responses, row, Measure(tokenizer, "plain"))
-    right, wrong = judge.split(candidates)
+    right, wrong = judge.divide(candidates)
     pairs = (next(judge.pairs(right, wrong, np.random.default_rng(seed))) for seed in range(200))
     return Counter((pair.chosen.text, pair.rejected.text) for pair in pairs)
 
@@ -246,12 +246,12 @@ def test_a_mistake_is_one_line(changes, message, bench) -> None:
 
 def test_files_that_are_not_what_they_should_be_are_named_by_line(bench) -> None:
     bench.contexts.append({"id": "x"})
-    with pytest.raises(UserError, match=r"contexts\.jsonl:2: question_id: Field required"):
+    with pytest.raises(UserError, match=r"contexts\.jsonl:2: question_id is required"):
         bench.select()
     bench.contexts = [context(0), context(1), context(0)]
     with pytest.raises(UserError, match="do not stand together"):
         bench.select()
     bench.contexts, bench.responses = [context(0)], [{"question_id": "q0"}]
-    with pytest.raises(UserError, match=r"responses\.jsonl:1: index: Field required"):
+    with pytest.raises(UserError, match=r"responses\.jsonl:1: index is required"):
         bench.select()
     assert not (bench.folder / "triplets.jsonl").exists()

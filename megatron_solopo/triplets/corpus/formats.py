@@ -1,30 +1,18 @@
-"""The one form that every corpus is read into, and when a text gives an answer away.
+"""Corpora of questions: one form for all of them, and the records of each format that become it.
 
-What the records of all formats share.
+    generic            the project's own format, for data that has none: one JSON object per line,
+                       {"id", "question", "answers": [...], "documents": [{"title", "text", "supporting"}, ...]}
+    musique            20 titled paragraphs per question, of which 2 to 4 support it, and the question's hops;
+                       Trivedi et al. 2022 (arXiv 2108.00573)
+    hotpotqa,          documents as lists of sentences, evidence named by title; the released files and the
+    2wikimultihopqa    Hugging Face rows; Yang et al. 2018 (arXiv 1809.09600), Ho et al. 2020 (arXiv 2011.01060)
+    squad              versions 1.1 and 2.0: one paragraph per question, the other paragraphs of its article beside it;
+                       the released file and the Hugging Face rows; Rajpurkar et al. 2016 (arXiv 1606.05250) and 2018
+                       (arXiv 1806.03822); a question without an answer is not answerable
 
-The project's own corpus format, for data that has no format of its own.
+A pool of distractors is JSONL of {"title", "text"}. Titles may be left out of it and of the generic format.
 
-    questions    {"id", "question", "answers": [...], "documents": [{"title", "text", "supporting"}, ...]}
-    distractors  {"title", "text"}
-
-One JSON object per line; titles may be left out.
-
-HotpotQA and 2WikiMultihopQA: documents as lists of sentences, evidence named by title.
-
-Two writings of the same rows: the released files (a JSON array; `context` is a list of [title, sentences] and
-`supporting_facts` of [title, sentence number]) and the Hugging Face ones (objects of parallel lists).
-Formats: Yang et al. 2018 (arXiv 1809.09600), Ho et al. 2020 (arXiv 2011.01060).
-
-MuSiQue: 20 titled paragraphs per question, of which 2 to 4 support it, and the question taken apart into hops.
-
-Format: one JSON object per line as in Trivedi et al. 2022, "MuSiQue: Multihop Questions via
-Single-hop Question Composition" (arXiv 2108.00573).
-
-SQuAD 1.1 and 2.0: one paragraph per question, other paragraphs of the same article beside it.
-
-Two writings: the released file (one JSON object of articles, paragraphs and questions) and the Hugging Face rows
-(`{"id", "title", "context", "question", "answers": {"text": [...]}}`).
-Format: Rajpurkar et al. 2016 (arXiv 1606.05250) and 2018 (arXiv 1806.03822); no answer means not answerable.
+The module also says when a text gives an answer away.
 """
 
 import re
@@ -51,7 +39,7 @@ Format = Literal["musique", "hotpotqa", "2wikimultihopqa", "squad", "generic"]
 LeakRule = Literal["substring", "word", "allow"]
 """What excludes a distractor: the answer anywhere in it, the answer as whole words, or nothing."""
 
-# Nearly every document holds these words: as answers they are verdicts, not entities that a document could reveal.
+# Nearly every document holds these words. As answers they are verdicts, not entities that a document could reveal.
 _VERDICTS = frozenset({"yes", "no", "noanswer"})
 
 
@@ -68,7 +56,7 @@ class Hop(NamedTuple):
     question: str
     answer: str
     title: str
-    """Of the document it rests on; empty where the corpus names none."""
+    """Title of the document that holds the answer. Empty if the corpus names none."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +66,7 @@ class Question:
     id: str
     question: str
     answers: tuple[str, ...]
-    """The gold answer, then other accepted forms of it; empty only where it is not answerable."""
+    """The gold answer, then other accepted forms of it. Empty only if the question is not answerable."""
     documents: tuple[Document, ...]
     supporting: tuple[int, ...]
     """Indices of the evidence in `documents`."""
@@ -87,31 +75,31 @@ class Question:
 
 
 def normalise(text: str) -> str:
-    """Comparison form: Unicode-compatible characters, case and runs of white space made equal."""
+    """Comparison form: texts that differ in compatible Unicode characters, case or white space become equal."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def golds(answers: Sequence[str]) -> list[str]:
-    """Answers in comparison form, without those that are only white space in it."""
+    """Answers in comparison form, without blank ones."""
     return [gold for gold in map(normalise, answers) if gold]
 
 
 def entity_golds(answers: Sequence[str]) -> list[str]:
-    """`golds` that a document can give away: yes and no are not among them."""
+    """The `golds` that a document can give away: all but yes and no."""
     return [gold for gold in golds(answers) if gold not in _VERDICTS]
 
 
 def mentions(text: str, golds: Sequence[str]) -> bool:
     """Whether any gold answer is a substring of `text`, all in comparison form.
 
-    A substring, as in RULER's `string_match_part`, so that what would be scored as the answer is
-    never found outside the evidence; a short answer ("us") therefore also excludes longer words.
+    RULER's `string_match_part` also scores substrings. So nothing outside the evidence scores as an answer. A short
+    answer ("us") therefore also excludes longer words.
     """
     return any(gold in text for gold in golds)
 
 
 def leaks(text: str, golds: Sequence[str], rule: LeakRule) -> bool:
-    """Whether a distractor with this text (comparison form) is excluded for the golds (comparison form)."""
+    """Whether the rule excludes a distractor. Its text and the golds are in comparison form."""
     if rule == "allow" or not mentions(text, golds):
         return False
     return rule == "substring" or any(re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", text) for gold in golds)
@@ -121,7 +109,7 @@ Text = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
 
 
 class Record(BaseModel):
-    """A row as its file has it: no value is converted to another type, unknown keys are ignored."""
+    """A row as its file has it. No value is converted to another type. Unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -133,7 +121,7 @@ class DistractorRecord(Record):
     title: str = ""
 
     def to_document(self) -> Document:
-        """The common form."""
+        """Convert to the common form."""
         return Document(self.title.strip(), self.text.strip())
 
 
@@ -142,7 +130,7 @@ class _Document(DistractorRecord):
 
 
 class GenericRecord(Record):
-    """One question."""
+    """A row of the generic format."""
 
     id: Text
     question: Text
@@ -150,7 +138,7 @@ class GenericRecord(Record):
     documents: list[_Document] = Field(min_length=1)
 
     def to_question(self) -> Question:
-        """The common form."""
+        """Convert to the common form."""
         return Question(
             id=self.id,
             question=self.question,
@@ -161,7 +149,7 @@ class GenericRecord(Record):
 
 
 def _pairs(second: str) -> BeforeValidator:
-    """Parallel lists {"title": [...], second: [...]} become the released files' list of pairs."""
+    """Convert the parallel lists of a Hugging Face row, {"title": [...], second: [...]}, to a list of pairs."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -175,12 +163,12 @@ def _pairs(second: str) -> BeforeValidator:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON has no tuples, which a strict model asks for."""
+    """Convert lists to tuples: a strict model asks for tuples, and JSON has none."""
     return [tuple(item) if isinstance(item, list) else item for item in value] if isinstance(value, list) else value
 
 
 class HotpotRecord(Record):
-    """One row; keys that are not listed here are ignored."""
+    """A row of HotpotQA or 2WikiMultihopQA."""
 
     id: Text = Field(validation_alias=AliasChoices("_id", "id"))
     question: Text
@@ -202,7 +190,7 @@ class HotpotRecord(Record):
         return self
 
     def to_question(self) -> Question:
-        """The common form: a document supports the answer if any of its sentences does."""
+        """Convert to the common form. A document supports the answer if any of its sentences does."""
         evidence = {title for title, _ in self.supporting_facts}
         return Question(
             id=self.id,
@@ -214,7 +202,7 @@ class HotpotRecord(Record):
 
 
 def _join(sentences: list[str]) -> str:
-    """HotpotQA's sentences carry their own spaces, 2WikiMultihopQA's do not."""
+    """Join sentences. Those of HotpotQA have spaces between them, those of 2WikiMultihopQA have none."""
     text = ""
     for sentence in sentences:
         text += sentence if not text or sentence[:1].isspace() or text[-1].isspace() else f" {sentence}"
@@ -235,7 +223,7 @@ class _Hop(Record):
 
 
 class MusiqueRecord(Record):
-    """One row of the file; keys that are not listed here are ignored."""
+    """A row of MuSiQue."""
 
     id: Text
     question: Text
@@ -246,7 +234,7 @@ class MusiqueRecord(Record):
     answerable: bool = True
 
     def to_question(self) -> Question:
-        """The common form."""
+        """Convert to the common form."""
         titles: dict[int | None, str] = {paragraph.idx: paragraph.title.strip() for paragraph in self.paragraphs}
         return Question(
             id=self.id,
@@ -288,7 +276,7 @@ class _Answers(Record):
 
 
 class SquadRecord(Record):
-    """A Hugging Face row."""
+    """A Hugging Face row of SQuAD."""
 
     id: Text
     title: str = ""
@@ -297,7 +285,7 @@ class SquadRecord(Record):
     answers: _Answers
 
     def to_question(self) -> Question:
-        """The common form."""
+        """Convert to the common form."""
         document = Document(self.title.strip(), self.context.strip())
         answers = tuple(dict.fromkeys(self.answers.text))
         return Question(self.id, self.question, answers, (document,), (0,), answerable=bool(answers))
@@ -307,9 +295,9 @@ _ARTICLE: TypeAdapter[_Article] = TypeAdapter(_Article)
 
 
 def read_articles(data: list[Any]) -> Iterator[Question | tuple[str, ValidationError]]:
-    """The questions of a released file's articles; for an article that is no such thing, its place and what is wrong.
+    """The questions of the articles in a released file of SQuAD. A bad article gives its place and its errors.
 
-    A question's other documents are those of its article: the hardest distractors there are.
+    The other documents of a question are those of its article, which are the hardest distractors.
     """
     for number, value in enumerate(data):
         try:

@@ -1,6 +1,6 @@
-"""Read a corpus row by row: questions, and for every row that is none the line, the field and the reason.
+"""Read a corpus row by row. A bad row gives its line, its field and the reason.
 
-A file is JSON lines, a JSON array, or SQuAD's one object; which one shows in its first character.
+A file is JSON lines, a JSON array, or SQuAD's one object. Its first character shows which.
 """
 
 import json
@@ -24,8 +24,6 @@ from megatron_solopo.triplets.corpus.formats import (
     read_articles,
 )
 
-_Record = MusiqueRecord | HotpotRecord | SquadRecord | GenericRecord | DistractorRecord
-
 _RECORDS: dict[str, TypeAdapter[Any]] = {
     "musique": TypeAdapter(MusiqueRecord),
     "hotpotqa": TypeAdapter(HotpotRecord),
@@ -39,7 +37,7 @@ _WHITE_SPACE = " \t\r\n"
 
 @dataclass(frozen=True)
 class BadRow:
-    """Why one row is not of the format: `path:line: field: reason`."""
+    """One reason why a row is not of the format: `path:line: field: reason`."""
 
     path: str
     line: int
@@ -51,11 +49,11 @@ class BadRow:
 
 
 def read_questions(path: Path, format: Format) -> Iterator[tuple[int, Question | BadRow]]:
-    """Every row with its line, in the order of the file, good and bad; a bad row yields one `BadRow` per mistake.
+    """Every row with its line, in the order of the file. A bad row yields one `BadRow` for each mistake.
 
-    An id that an earlier good row has makes a bad row.
+    A row with the id of an earlier good row is bad.
 
-    Raises UserError for a file that is missing or is broken JSON as a whole.
+    Raises UserError if the file is missing or broken as a whole.
     """
     first_line: dict[str, int] = {}
     for line, found in _read(path, format):
@@ -69,7 +67,7 @@ def read_questions(path: Path, format: Format) -> Iterator[tuple[int, Question |
 
 
 def read_distractors(path: Path) -> Iterator[tuple[int, Document | BadRow]]:
-    """Every document of a pool file (`generic.DistractorRecord`) with its line; raises as `read_questions`."""
+    """Every document of a pool file with its line. Raises like `read_questions`."""
     for line, raw in _rows(path):
         for found in _parse(path, line, raw, "distractor"):
             yield line, found.to_document() if isinstance(found, DistractorRecord) else found
@@ -108,7 +106,7 @@ def _first_character(path: Path) -> bytes:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, bytes | str]]:
-    """(line, JSON text) of each row; blank lines are no rows."""
+    """Line and JSON text of each row. Blank lines are no rows."""
     if _first_character(path) == b"[":
         yield from _array_items(path)
         return
@@ -119,7 +117,7 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes | str]]:
 
 
 def _array_items(path: Path) -> Iterator[tuple[int, str]]:
-    """The items of a JSON array, one at a time: the text is held whole, its objects are not."""
+    """The items of a JSON array, one at a time. The whole text is in memory, the objects are not."""
     text = _decode(path)
     decoder = json.JSONDecoder()
     position, line, counted = text.index("[") + 1, 1, 0
@@ -158,7 +156,7 @@ def _decode(path: Path) -> str:
 
 
 def _read_squad(path: Path) -> Iterator[tuple[int, Question | BadRow]]:
-    """The released file is one object, nearly always on one line: a field says where in it."""
+    """Read the released file: one object, nearly always on one line. So the field of a bad row says where it is."""
     text = _decode(path)
     try:
         value = json.loads(text)

@@ -1,10 +1,10 @@
-"""A corpus on disk, every document once, read by several processes from one memory map.
+"""A corpus on disk. Each document is stored once, and several processes read it from one memory map.
 
     documents.arrow   title, text, key   key: index of the first document with the same text in comparison form
     questions.arrow   line, id, question, answers, documents, supporting, hops
-    tokens.npy        int32 per document: what it adds to a prompt, written by `data.build`
+    tokens.npy        int32 per document: the tokens that it adds to a prompt, written by `triplets.build`
 
-Texts stay on disk: a process holds the columns of numbers and what it reads, not the corpus.
+Texts stay on disk. A process holds only the columns of numbers and the rows that it reads.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class _Table:
 
 
 class CorpusWriter:
-    """Writes a store into a directory; use as a context manager."""
+    """Writes a store into a directory. Use as a context manager."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ class CorpusWriter:
         self._questions.close()
 
     def add_document(self, document: Document) -> int:
-        """Index of a document, which is written if it is new."""
+        """Write a document if it is new. Returns its index."""
         digest = _digest(f"{document.title}\n{document.text}")
         if digest not in self._indices:
             index = self._indices[digest] = len(self._indices)
@@ -107,8 +107,8 @@ class Corpus:
     """A written store.
 
     Attributes:
-        keys: int32 per document; documents of one key never share a context.
-        pool: Indices of the documents that distractors are drawn from: each text once.
+        keys: int32 per document. Documents with one key never share a context.
+        pool: Indices of the documents that distractors are drawn from. It holds each text once.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -120,12 +120,12 @@ class Corpus:
 
     @property
     def num_documents(self) -> int:
-        """Distinct documents, title and text."""
+        """Number of documents that differ in title or text."""
         return len(self.keys)
 
     @property
     def num_questions(self) -> int:
-        """Questions, the unanswerable ones included."""
+        """Number of questions, the unanswerable ones included."""
         return int(self._questions.num_rows)
 
     def document(self, index: int) -> Document:
@@ -133,7 +133,7 @@ class Corpus:
         return Document(self._documents["title"][index].as_py(), self._documents["text"][index].as_py())
 
     def question(self, number: int) -> tuple[int, Question, list[int]]:
-        """A question's line, the question, and the indices of its documents in this store."""
+        """The line of a question, the question, and the indices of its documents in this store."""
         row = {name: self._questions[name][number].as_py() for name in _QUESTIONS.names}
         question = Question(
             id=row["id"],
@@ -147,11 +147,11 @@ class Corpus:
         return row["line"], question, row["documents"]
 
     def save_tokens(self, counts: Iterable[int]) -> None:
-        """Keep the length of every document, in the order of their indices."""
+        """Store the length of every document, in the order of their indices."""
         np.save(self._directory / "tokens.npy", np.fromiter(counts, np.int32, count=self.num_documents))
 
     def load_tokens(self) -> NDArray[np.int32]:
-        """What `save_tokens` kept."""
+        """The lengths that `save_tokens` stored."""
         tokens: NDArray[np.int32] = np.load(self._directory / "tokens.npy")
         return tokens
 

@@ -1,0 +1,151 @@
+"""What a run does beside its steps: the hooks of the training loop, and the callbacks about checkpoints.
+
+The callbacks about metrics are in `train.metrics` and `train.alarms`. `train.trainer` builds the list of all.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_solopo.checkpoint.directory import check_best_metric, tidy
+from megatron_solopo.config import CheckpointConfig
+from megatron_solopo.errors import UserError
+from megatron_solopo.parallel.agreement import describe_os_error, on_rank_0
+from megatron_solopo.train.state import Metrics, TrainState
+
+_SLURM_END = "SLURM_JOB_END_TIME"
+# The time of one step and one save, until both have been measured.
+_ASSUMED_SECONDS = 300.0
+_MARGIN = 2.0
+
+
+class Callback:
+    """A subclass overrides the hooks that it needs. All ranks call a hook at the same moment of the run.
+
+    A callback that only rank 0 has must not communicate with other ranks.
+    """
+
+    def on_start(self, state: TrainState) -> None:
+        """Before the first step; `state` is the one that the run continues from."""
+
+    def on_step_end(self, metrics: Metrics) -> None:
+        """After a step and its evaluation, before the run may be saved."""
+
+    def on_save_begin(self) -> None:
+        """Before a checkpoint is written; it holds the state of this moment."""
+
+    def on_saved(self) -> None:
+        """After a checkpoint is complete."""
+
+    def on_success(self) -> None:
+        """After the last step and its save."""
+
+    def close(self) -> None:
+        """At the end of the run, also after an error: end threads, close files."""
+
+
+def say(line: str) -> None:
+    """Print a line on the console of rank 0, above a progress bar if there is one."""
+    if dist.get_rank() == 0:
+        tqdm.write(line)
+
+
+class SaveClock(Callback):
+    """Says when to save: every so many steps, every so many minutes, and before a deadline.
+
+    Where the time decides, the clock of rank 0 counts for all ranks.
+    """
+
+    def __init__(self, config: CheckpointConfig, *, now: Callable[[], float] = time.time) -> None:
+        """Raises UserError if the end of the SLURM job is the deadline and is not known."""
+        self._config, self._now = config, now
+        self._deadline = deadline(config)
+        self._is_timed = config.every_minutes is not None or self._deadline is not None
+        self._save_began = self._step_began = now()
+        self._step = 0
+        self._slowest_step: float | None = None
+        self._slowest_save: float | None = None
+
+    def on_start(self, state: TrainState) -> None:
+        """Count steps from here."""
+        self._step = state.step
+
+    def reason_to_save(self, step: int, *, is_last: bool) -> str | None:
+        """Why the run must be saved after `step`, or None. All ranks call it together, once per step."""
+        now = self._now()
+        if step > self._step:  # not so if a continued run only completes the evaluation of its last step
+            self._slowest_step = max(self._slowest_step or 0.0, now - self._step_began)
+        self._step, self._step_began = step, now
+        every = self._config.save_steps
+        if is_last:
+            return "the end"
+        if every is not None and step % every == 0:
+            return f"checkpoint.save_steps={every}"
+        return on_rank_0(lambda: self._timed_reason(now)) if self._is_timed else None
+
+    def on_save_begin(self) -> None:
+        """Remember the time."""
+        self._save_began = self._now()
+
+    def on_saved(self) -> None:
+        """Remember the slowest save."""
+        now = self._now()
+        self._slowest_save = max(self._slowest_save or 0.0, now - self._save_began)
+        self._step_began = now
+
+    def _timed_reason(self, now: float) -> str | None:
+        minutes = self._config.every_minutes
+        if minutes is not None and now - self._save_began >= 60 * minutes:
+            return f"checkpoint.every_minutes={minutes:g}"
+        # Save after the last step from which one more step and one more save would not fit any more.
+        if self._deadline is not None and self._save_began < self._deadline - self._lead() <= now < self._deadline:
+            return f"checkpoint.must_save_by={self._config.must_save_by}"
+        return None
+
+    def _lead(self) -> float:
+        """Seconds before the deadline at which to save."""
+        measured = _MARGIN * ((self._slowest_step or 0.0) + (self._slowest_save or 0.0))
+        is_measured = self._slowest_step is not None and self._slowest_save is not None
+        return measured if is_measured else max(measured, _ASSUMED_SECONDS)
+
+
+def deadline(config: CheckpointConfig) -> float | None:
+    """`checkpoint.must_save_by` in seconds since 1970, or None.
+
+    Raises UserError if it is `slurm` and the job's end is not in the environment.
+    """
+    if config.must_save_by is None:
+        return None
+    if config.must_save_by != "slurm":
+        return datetime.fromisoformat(config.must_save_by).timestamp()
+    end = os.environ.get(_SLURM_END, "")
+    if not end.isdigit():
+        raise UserError(
+            f"checkpoint.must_save_by=slurm: {_SLURM_END} is not set, as it is in jobs of SLURM 22.05 and later that "
+            "have a time limit; give the time itself, as 2030-01-31T18:00:00"
+        )
+    return float(end)
+
+
+class TidyCheckpoints(Callback):
+    """After every save, updates the pointer to the best checkpoint and removes those that need not be kept."""
+
+    def __init__(self, root: Path, config: CheckpointConfig, metrics: Iterable[str], *, evaluates: bool) -> None:
+        """See `check_best_metric` for `metrics`, `evaluates` and the UserError that it raises."""
+        check_best_metric(config, metrics, evaluates=evaluates)
+        self._root, self._config = root, config
+
+    def on_saved(self) -> None:
+        """Rank 0 does it; the others wait."""
+        on_rank_0(self._tidy)
+
+    def _tidy(self) -> None:
+        try:
+            tidy(self._root, self._config)
+        except OSError as error:  # on NFS, files that somebody reads cannot be removed; that must not end a run
+            say(f"warning: {self._root} was not tidied: {describe_os_error(error)}")

@@ -1,0 +1,128 @@
+"""Trains one step on N ranks, case by case, and reports what every rank holds in memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_solopo.architecture.layout import sequence_multiple
+from megatron_solopo.config import Config, Role
+from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
+from megatron_solopo.model.build import build_model
+from megatron_solopo.model.resolve import resolve_model
+from megatron_solopo.parallel import topology
+from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.plan.dry_run import SavedTensorMeter, gradient_bytes, optimizer_state_bytes, parameter_bytes
+from megatron_solopo.plan.workload import PackShape, pack_shape
+from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_solopo.train.step import ReferenceLogprobs, objective_loss
+from tests.parity.layouts import Layout, make_config
+
+VOCAB_SIZE = 131
+# Two packs per data-parallel rank of a pipeline of two: the longer one first.
+TRIPLETS = (
+    {"short": 40, "long": 300, "chosen": 20, "rejected": 15},
+    {"short": 30, "long": 200, "chosen": 12, "rejected": 9},
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the same step."""
+
+    name: str
+    family: str = "llama3"
+    parallel: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    distributed_optimizer: bool = True
+    chunk_tokens: int = 1024
+
+    def config(self, models: Path) -> Config:
+        layout = Layout(
+            self.name,
+            parallel=self.parallel,
+            model=self.model,
+            optimizer=self.optimizer,
+            distributed_optimizer=self.distributed_optimizer,
+            chunk_tokens=self.chunk_tokens,
+        )
+        return make_config(models / self.family, {"name": "solopo", "loss_type": "dpo"}, layout)
+
+
+@dataclass(frozen=True)
+class MemoryInUse:
+    """Bytes on one rank after a step, and its place."""
+
+    pipeline_rank: int
+    data_parallel_size: int
+    data_rank: int
+    """Among the DP x CP ranks."""
+    num_parameters: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    saved: int
+    """Most that autograd kept at any moment of the step."""
+
+
+def shapes(config: Config) -> list[PackShape]:
+    """The packs of every rank, as the planner sees them."""
+    parallel = config.parallel
+    multiple = sequence_multiple(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
+    roles = config.objective.roles.all
+    return [pack_shape([triplet], roles, multiple, 1, parallel.context_parallel_size) for triplet in TRIPLETS]
+
+
+def run_cases(models: Path, cases: Sequence[Case]) -> list[MemoryInUse]:
+    """On every rank: one optimizer step for each case in turn."""
+    return [run_case(case.config(models)) for case in cases]
+
+
+def run_case(config: Config) -> MemoryInUse:
+    groups = topology.initialize(config.parallel, seed=1)
+    try:
+        return _train(config, groups)
+    finally:
+        topology.destroy(groups)
+
+
+def _train(config: Config, groups: Topology) -> MemoryInUse:
+    model = resolve_model(config.model, config.parallel)
+    chunks = build_model(model, chunk_tokens=config.logprob.chunk_tokens, device=groups.device)
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        torch.nn.init.normal_(parameter, std=0.05)
+    wrapped = wrap_data_parallel(chunks, config.optimizer)
+    optimizer = build_optimizer(wrapped, config.optimizer)
+    policy = Policy(wrapped, optimizer, build_scheduler(optimizer, config.optimizer, 2))
+    roles = config.objective.roles.all
+    loss = objective_loss(config.objective, ReferenceLogprobs(roles, torch.zeros(2, len(roles))), groups)
+    meter = SavedTensorMeter(parameter for chunk in chunks for parameter in chunk.parameters())
+    with meter.counting():
+        policy.step([_pack(number, roles, groups) for number in range(2)], loss, groups)
+    context = groups.context_group
+    return MemoryInUse(
+        pipeline_rank=groups.pipeline_group.rank(),
+        data_parallel_size=groups.data_group.size(),
+        data_rank=groups.data_group.rank() * context.size() + context.rank(),
+        num_parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
+        parameters=parameter_bytes(wrapped),
+        gradients=gradient_bytes(wrapped),
+        optimizer=optimizer_state_bytes(optimizer, wrapped),
+        saved=meter.most,
+    )
+
+
+def _pack(number: int, roles: tuple[Role, ...], groups: Topology) -> Pack:
+    generator = np.random.default_rng(number)
+    tokens = {name: generator.integers(VOCAB_SIZE, size=length) for name, length in TRIPLETS[number].items()}
+    triplet = TokenizedTriplet(
+        id=str(number),
+        index=number,
+        prompts={name: tokens[name] for name in ("short", "long")},
+        responses={name: tokens[name] for name in ("chosen", "rejected")},
+    )
+    return build_pack([triplet], roles, groups.sequence_multiple)

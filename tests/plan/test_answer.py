@@ -1,0 +1,45 @@
+"""Length, cost, utilization and overrides of a planned run."""
+
+import pytest
+
+from megatron_solopo.architecture.gpus import GPUS, Efficiency
+from megatron_solopo.plan.answer import PlannedRun
+from tests.plan.models import estimate, load_example, make_planner
+
+PERFECT = Efficiency(gemm=1, fp8_gemm=1, attention=1, head=1, memory=1, message_seconds=0)
+
+
+def test_a_perfect_gpu_without_overheads_reaches_its_peak() -> None:
+    """But for the vocabulary's padding and flash attention's fifth product, which model FLOPs do not count."""
+    free = GPUS["h100"].model_copy(update={"hbm_gb_per_s": 1e12})
+    planner = make_planner(gpus=1, gpu=free, efficiency=PERFECT, tokens="short=64,long=256,response=16")
+    assert PlannedRun(planner, estimate(planner), None).model_flops_utilization == pytest.approx(1, abs=0.01)
+    long = make_planner(gpus=1, gpu=free, efficiency=PERFECT)
+    found = estimate(long)
+    attention = found.time.compute.attention
+    useful = 3 / 3.5 * attention + found.time.compute.gemm + found.time.compute.head
+    assert PlannedRun(long, found, None).model_flops_utilization == pytest.approx(useful / found.time.seconds, rel=1e-3)
+
+
+def test_vanilla_long_training_costs_about_twice_and_its_reference_pass_is_counted() -> None:
+    planner = make_planner(gpus=8)
+    other = planner.for_objective("long_po")
+    ours, vanilla = estimate(planner, cp=8), estimate(other, cp=8)
+    assert 1.8 < vanilla.time.seconds / ours.time.seconds < 2.0
+    runs = [PlannedRun(planner, ours, 2.0), PlannedRun(other, vanilla, 2.0)]
+    assert all(0 < run.reference_seconds < run.steps * run.estimate.time.seconds for run in runs)
+    assert runs[0].cost == pytest.approx(2.0 * 8 * runs[0].hours)
+    simpo = make_planner("llama-3.1-8b", "objective.loss_type=simpo", gpus=8)
+    assert PlannedRun(simpo, estimate(simpo, cp=8), None).reference_seconds == 0
+
+
+def test_the_overrides_make_the_layout_of_the_configuration_given() -> None:
+    given = [
+        "parallel.sequence_parallel=false",
+        "parallel.recompute_granularity=full",
+        "parallel.recompute_num_layers=4",
+    ]
+    planner = make_planner("llama-3.1-8b", *given, gpus=8, vary=("recompute",))
+    for each in planner.search().ranked:
+        found = load_example("llama-3.1-8b", *given, *PlannedRun(planner, each, None).overrides)[0]
+        assert found == each.layout.config

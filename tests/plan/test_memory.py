@@ -1,0 +1,130 @@
+"""The estimate against real training on gloo ranks: state to the byte, activations within 10 %."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.config import Config
+from megatron_solopo.plan.activations import element_bytes
+from megatron_solopo.plan.memory import peak_activations, rank_state
+from megatron_solopo.plan.parameters import ModelChunk, model_chunks
+from megatron_solopo.plan.pipeline import peak_in_flight, stage_order
+from tests.distributed import run_distributed
+from tests.layouts import cp, pp, tp
+from tests.plan.memory_ranks import Case, MemoryInUse, run_cases, shapes
+from tests.tiny_models import FAMILIES
+
+ACTIVATION_TOLERANCE = 0.10
+BF16 = {"dtype": "bfloat16"}
+FULL = {"recompute_granularity": "full"}
+CORE = {"recompute_granularity": "selective"}
+MLP = {"recompute_granularity": "selective", "recompute_modules": ["mlp", "core_attn"]}
+
+
+ONE = [
+    Case("one"),
+    Case("one-bf16", model=BF16),
+    Case("one-bf16-plain-optimizer", model=BF16, distributed_optimizer=False),
+    Case("one-core", parallel=CORE, model=BF16),
+    Case("one-mlp", parallel=MLP),
+    Case("one-full", parallel=FULL, model=BF16),
+    Case("one-full-2", parallel=FULL | {"recompute_num_layers": 2}),
+    Case("one-block", parallel=FULL | {"recompute_num_layers": 3, "recompute_method": "block"}),
+    Case("one-chunks", chunk_tokens=16, family="qwen2_tied"),
+    Case("one-qwen3", family="qwen3", model=BF16),
+]
+TWO = [
+    Case("dp2"),
+    Case("dp2-bf16-small-gradients", model=BF16, optimizer={"grad_reduce_in_fp32": False}),
+    Case("dp2-plain-optimizer", distributed_optimizer=False, model=BF16),
+    Case("tp2", parallel=tp(2), model=BF16),
+    Case("tp2-full", parallel=tp(2, **FULL)),
+    Case("tp2-no-sp", parallel=tp(2, sequence_parallel=False)),
+    Case("cp2-full", parallel=cp(2, **FULL), family="qwen2"),
+    Case("cp2", parallel=cp(2)),
+    Case("cp2-core", parallel=cp(2, **CORE), model=BF16),
+    Case("cp2-mlp", parallel=cp(2, **MLP)),
+    Case("pp2", parallel=pp(2), model=BF16),
+    Case("pp2-tied", parallel=pp(2), family="qwen2_tied"),
+    Case("vpp2-tied", parallel=pp(2, 2), family="qwen2_tied", model=BF16),
+    Case("pp2-full", parallel=pp(2, **FULL)),
+    Case("pp2-core", parallel=pp(2, **CORE), model=BF16),
+]
+FOUR = [
+    Case("tp4-more-than-kv-heads", parallel=tp(4), family="qwen3"),
+    Case("tp2-pp2-tied", parallel=tp(2) | pp(2), family="qwen2_tied", model=BF16),
+    Case("tp2-dp2", parallel=tp(2), family="qwen2", model=BF16),
+    Case("pp2-dp2-tied", parallel=pp(2), family="qwen2_tied"),
+    Case("pp2-vpp2-cp2", parallel=pp(2, 2) | cp(2), model=BF16),
+    Case("cp2-dp2", parallel=cp(2), family="qwen3", model=BF16),
+    Case("cp4-full", parallel=cp(4, **FULL), family="qwen2", model=BF16),
+    Case("tp2-cp2", parallel=tp(2) | cp(2), model=BF16),
+    Case("tp2-pp2-full", parallel=tp(2) | pp(2, **FULL), model=BF16),
+]
+CASES = {1: ONE, 2: TWO, 4: FOUR}
+
+
+def cpu_masks(config: Config, chunks: Sequence[ModelChunk], rank: MemoryInUse) -> float:
+    """Bytes of the masks that attention's kernel keeps under context parallelism on a CPU; a GPU's makes its own.
+
+    A rank's queries are two chunks, mirrored; each has a mask of [chunk, keys up to its end], in its own precision,
+    but for the first chunk of all: its mask is square, and no kernel needs that one.
+    """
+    parallel, packs = config.parallel, shapes(config)
+    size = parallel.context_parallel_size
+    if size == 1:
+        return 0.0
+    widths = 2 * size + (0 if rank.data_rank % size == 0 else 1)  # of both masks, in chunks
+
+    def one_layer(number: int) -> float:
+        return element_bytes(config) * packs[number].squares * widths / (2 * size) ** 2
+
+    if parallel.recompute_granularity == "full":
+        return one_layer(0)
+    if parallel.recompute_granularity == "selective":
+        return 0.0  # one is made again when the head's logits, which are more, have gone
+    order = stage_order(rank.pipeline_rank, parallel.pipeline_model_parallel_size, len(chunks), len(packs))
+    return peak_in_flight(order, lambda chunk, number: chunks[chunk].num_layers * one_layer(number))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("llama3", "qwen2", "qwen2_tied", "qwen3"):
+        FAMILIES[family].save_pretrained(folder / family)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_use(models: Path) -> dict[str, list[MemoryInUse]]:
+    """By case, what each rank holds; one launch per world size."""
+    found: dict[str, list[MemoryInUse]] = {}
+    for size, cases in CASES.items():
+        ranks: Sequence[list[MemoryInUse]] = run_distributed(run_cases, size, models, cases)
+        found |= {case.name: [rank[number] for rank in ranks] for number, case in enumerate(cases)}
+    return found
+
+
+@pytest.mark.parametrize("case", ONE + TWO + FOUR, ids=lambda case: case.name)
+def test_state_is_what_the_training_process_holds_to_the_byte(case: Case, models: Path, in_use: dict) -> None:
+    config = case.config(models)
+    architecture = read_architecture(config.model.path)
+    for rank in in_use[case.name]:
+        state = rank_state(architecture, config, rank.pipeline_rank, rank.data_parallel_size, rank.data_rank)
+        real = (rank.num_parameters, rank.parameters, rank.gradients, rank.optimizer)
+        assert (state.num_parameters, state.parameters, state.gradients, state.optimizer) == real
+        fullest = rank_state(architecture, config, rank.pipeline_rank, rank.data_parallel_size)
+        assert fullest.optimizer >= rank.optimizer
+
+
+@pytest.mark.parametrize("case", ONE + TWO + FOUR, ids=lambda case: case.name)
+def test_activations_are_those_that_autograd_keeps(case: Case, models: Path, in_use: dict) -> None:
+    config = case.config(models)
+    architecture = read_architecture(config.model.path)
+    packs = shapes(config)
+    for rank in in_use[case.name]:
+        peak = peak_activations(architecture, config, rank.pipeline_rank, packs, local=True)
+        expected = peak.total + cpu_masks(config, model_chunks(architecture, config.parallel, rank.pipeline_rank), rank)
+        assert expected == pytest.approx(rank.saved, rel=ACTIVATION_TOLERANCE)

@@ -1,0 +1,124 @@
+"""Starts the processes of `benchmark.py`, takes what they report, and writes it down after every measurement."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from megatron_solopo.files import write_json
+from tools.benchmarks.bench_case import LONG_PO, OK, TRL, Plan
+from tools.benchmarks.bench_report import Row, agreement, complete, ratios
+
+warnings.filterwarnings("ignore", module=r"megatron\.core")  # of what is not installed here
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def on_gpu() -> bool:
+    """Whether the processes will compute on a GPU; takes no memory of it."""
+    return os.environ.get("MEGATRON_SOLOPO_DEVICE") != "cpu" and torch.cuda.is_available()
+
+
+def worker_environment() -> dict[str, str]:
+    """No trace of a launcher, nothing from the network, and an allocator that does not fragment."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = {name: value for name, value in os.environ.items() if name not in launcher}
+    defaults = {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # its name before torch 2.9
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TQDM_DISABLE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": "ignore",
+        "KINETO_LOG_LEVEL": "99",
+    }
+    hidden = {} if on_gpu() else {"CUDA_VISIBLE_DEVICES": ""}
+    return defaults | values | hidden
+
+
+def run_worker(module: str, plan_file: Path) -> Iterator[dict[str, Any]]:
+    """Start a process and yield what it reports; the last message says so if it did not end well."""
+    receive, send = os.pipe()
+    command = [sys.executable, "-m", module, str(plan_file), str(send)]
+    # What libraries print must not land in the tables.
+    with subprocess.Popen(command, pass_fds=(send,), env=worker_environment(), cwd=ROOT, stdout=sys.stderr) as process:
+        os.close(send)
+        try:
+            with os.fdopen(receive, encoding="utf-8") as stream:
+                yield from map(json.loads, stream)
+            code = process.wait()
+        finally:
+            process.kill()
+    if code:
+        yield {"kind": "died", "text": f"its process ended with {code}; its last words are above"}
+
+
+class Results:
+    """Collects what the processes report and writes it down after every measurement."""
+
+    def __init__(self, plan: Plan, head: dict[str, Any], json_path: Path | None) -> None:
+        self.plan, self.head, self.json_path = plan, head, json_path
+        self.rows: list[Row] = []
+        self.variants: list[Row] = []
+        self.facts: dict[str, str] = {}
+        self.failures: list[str] = []
+        self._sizes: dict[tuple[str, int], tuple[int, float]] = {}
+        self._clock = time.monotonic()
+
+    def take(self, systems: list[str], message: dict[str, Any]) -> None:
+        match message.pop("kind"):
+            case "facts":
+                self.facts[message["name"]] = message["text"]
+                click.echo(f"{message['name']}: {message['text']}", err=True)
+            case "measurement":
+                self.rows.append(self._complete(message))
+                self._tell(self.rows[-1], f"[{len(self.rows)}/{len(self.plan.systems) * len(self.plan.long_tokens)}] ")
+                self.save()
+            case "variant":
+                self.variants.append(self._complete(message))
+                self._tell(self.variants[-1], "tried ")
+            case "error" | "died":
+                self.failures.append(f"{' and '.join(systems)}: {message['text']}")
+
+    def _tell(self, row: Row, place: str) -> None:
+        now = time.monotonic()
+        took, self._clock = now - self._clock, now
+        name = " ".join(filter(None, (row["system"], row["variant"])))
+        outcome = f"{row['median_seconds']:.3f} s per step" if row["status"] == OK else ""
+        click.echo(f"{place}{name} at {row['long_tokens']:,}: {outcome or row['status']} ({took:.0f} s)", err=True)
+
+    def _complete(self, row: Row) -> Row:
+        from megatron_solopo.train.metrics import peak_flops  # slow to import; a process measures meanwhile
+
+        return complete(row, *self._size(row["system"], row["long_tokens"]), peak_flops())
+
+    def _size(self, system: str, long_tokens: int) -> tuple[int, float]:
+        """Tokens and model FLOPs of one step."""
+        from megatron_solopo.architecture.huggingface_config import read_architecture
+        from megatron_solopo.config import parse_config
+        from megatron_solopo.data.packing import build_pack
+        from megatron_solopo.train.metrics import training_flops
+
+        key = (LONG_PO if system == TRL else system, long_tokens)
+        if key not in self._sizes:
+            objective = parse_config(self.plan.config, "benchmark").objective.model_copy(update={"name": key[0]})
+            pack = build_pack(self.plan.batch(long_tokens), objective.roles.all, sequence_multiple=1)
+            self._sizes[key] = pack.num_tokens, training_flops(read_architecture(Path(self.plan.model_path)), [pack])
+        return self._sizes[key]
+
+    def save(self) -> None:
+        if self.json_path:
+            write_json(
+                self.json_path,
+                self.head
+                | {"facts": self.facts, "failures": self.failures, "measurements": self.rows}
+                | {"ratios": ratios(self.rows), "first_step": agreement(self.rows), "variants": self.variants},
+            )
