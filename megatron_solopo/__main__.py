@@ -1,4 +1,4 @@
-"""`python -m megatron_solopo`, and what `torchrun -m megatron_solopo` starts."""
+"""Entry point of `python -m megatron_solopo` and `torchrun -m megatron_solopo`."""
 
 import atexit
 import os
@@ -8,10 +8,10 @@ from megatron_solopo.cli.main import main
 
 
 def leave(code: str | int | None) -> None:
-    """Exit as `sys.exit(code)` does, all but taking the interpreter apart.
+    """Exit as `sys.exit(code)` does, but without the end of the interpreter.
 
-    Threads of torch's process groups may still run then, and the first that needs the interpreter aborts the process:
-    a run that was done, or had saved and stopped, would end with SIGABRT.
+    Threads of torch's process groups may still run at that time. The first one that needs the interpreter aborts the
+    process, so that a run that succeeded, or was stopped and saved, would end with SIGABRT.
     """
     if isinstance(code, str):
         print(code, file=sys.stderr)
