@@ -1,11 +1,11 @@
-"""Exit codes of a run, beyond 0 (done), 1 (a bug, with its traceback) and 2 (a mistake, in one line)."""
+"""Exit codes of a run, in addition to 0 (success), 1 (a bug, with traceback) and 2 (a mistake, in one line)."""
 
 STOPPED = 85
-"""Asked to stop by a signal, and everything is saved: start the same command again and it continues."""
+"""A signal asked the run to stop, and everything is saved. The same command continues it."""
 HUNG = 86
-"""No progress within the limits of `watchdog.*`: what was not saved is lost; start the same command again."""
+"""No progress within the limits of `watchdog.*`. The same command continues from the last checkpoint."""
 
 
 def of_signal(number: int) -> int:
-    """What a shell shows for a process that signal `number` ended."""
+    """The code that a shell shows for a process that signal `number` ended."""
     return 128 + number

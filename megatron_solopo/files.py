@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and fingerprints of what they hold."""
+"""Write files that are complete or absent, and compute fingerprints of their content."""
 
 import glob
 import hashlib
@@ -20,10 +20,9 @@ from megatron_solopo.errors import UserError
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`, renamed to `path` only if the body succeeds.
 
-    The body creates a file or a directory there. On any exception, Ctrl-C included, what was
-    written is removed and an existing `path` stays as it was. Writers of the same `path` do not
-    meet: each has a temporary name of its own. Whether an existing directory may be replaced is
-    the caller's to ask first, see `check_replaceable`.
+    The body creates a file or a directory there. If it raises any exception, also Ctrl-C, the temporary is removed and
+    an existing `path` stays. Each writer of `path` has its own temporary name. If `path` may be a directory, call
+    `check_replaceable` first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(path)
@@ -38,7 +37,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def replace(complete: Path, path: Path) -> None:
-    """Rename `complete` to `path`; an existing directory there steps aside first and is removed last."""
+    """Rename `complete` to `path`. An existing directory is renamed first and removed last."""
     if not path.is_dir() or path.is_symlink():
         complete.replace(path)
         return
@@ -49,9 +48,9 @@ def replace(complete: Path, path: Path) -> None:
 
 
 def check_replaceable(path: Path, own_names: Collection[str], key: str) -> None:
-    """Refuse to replace a directory that holds anything but `own_names`.
+    """Raise UserError if `path` holds anything but `own_names`.
 
-    Raises UserError naming the directory, a foreign file and the `key` to change.
+    The error names the directory, a foreign file and the `key` to change.
     """
     if not path.exists():
         return
@@ -63,10 +62,12 @@ def check_replaceable(path: Path, own_names: Collection[str], key: str) -> None:
 
 
 def check_writable(path: Path, key: str) -> None:
-    """Raise ValueError, naming `key`, if `path` could not be created; asked before hours are spent on its content."""
+    """Raise UserError, naming `key`, if `path` cannot be created. Call it before hours of work on its content."""
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"{key}={path}: cannot be written, {existing} is no directory that this user may write to")
+        raise UserError(
+            f"{key}={path}: cannot be written: {existing} is not a directory, or this user may not write to it"
+        )
 
 
 def _writer() -> str:
@@ -74,17 +75,17 @@ def _writer() -> str:
 
 
 def _clear_leftovers(path: Path) -> None:
-    """Remove what a killed process of this machine left half-written."""
+    """Remove the temporaries that killed processes of this machine left."""
     prefix = f".{path.name}.incomplete-{socket.gethostname()}-"
     for leftover in path.parent.glob(glob.escape(prefix) + "*"):
-        # What a process wrote beside its temporary has the same name and an ending.
+        # A process may write further files, with an ending behind the name of its temporary.
         process = leftover.name.removeprefix(prefix).split(".")[0]
         if process.isdigit() and not psutil.pid_exists(int(process)):
             remove(leftover)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole directory; nothing happens if it is absent."""
+    """Remove a file, a link or a whole directory, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -98,7 +99,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def described_bytes(count: int) -> str:
-    """A size in the largest unit that it fills: "1.50 GiB", "3.0 MiB", "812 bytes"."""
+    """A size in a readable unit: "1.50 GiB", "3.0 MiB", "812 bytes"."""
     if count >= 1 << 30:
         return f"{count / (1 << 30):.2f} GiB"
     return f"{count / (1 << 20):.1f} MiB" if count >= 1 << 20 else f"{count:,} bytes"
@@ -126,9 +127,9 @@ def sha256_file(path: Path) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All objects of a JSON-lines file that this program appends to.
+    """Return all objects of a JSON-lines file that this program appends to.
 
-    A last line without its end, which a killed process leaves, is not an object yet and is skipped.
+    A last line without a line end comes from a killed process. It is incomplete and skipped.
     """
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]

@@ -1,19 +1,21 @@
-"""torchrun that ends as its ranks did: `python -m megatron_solopo.launch [options] -m megatron_solopo train ...`.
+"""A torchrun that exits with the code of its ranks.
 
-What plain torchrun (2.13) does, and this launcher instead:
+Usage: `python -m megatron_solopo.launch [torchrun's options] -m megatron_solopo train ...`.
 
-    what happens          torchrun                                        here
+torchrun (2.13) and this launcher differ:
+
+    event                 torchrun                                        this launcher
     SIGTERM, SIGINT       passes it on, kills the ranks after 30 s        passes it on and waits for the ranks
-                          (--shutdown-timeout), exits 1 with a traceback  (`kill -9` remains, and SLURM's KillWait)
-    SIGUSR1               dies of it (138); the ranks are left alone      passes it on and waits
+                          (--shutdown-timeout), exits 1 with a traceback  (only `kill -9` and SLURM's KillWait end them)
+    SIGUSR1               dies of it (138) and leaves the ranks alone,    passes it on and waits
                           unless --signals-to-handle names it
-    ranks end with 85     reports a failure and exits 1; with             exits 85, never restarts
+    ranks exit with 85    reports a failure and exits 1; with             exits 85 and never restarts
                           --max-restarts it starts them again
-    a rank fails          exits 1                                         exits with its code, 128 + n for signal n
-    the node of the       exits 1 with a traceback                        exits 1 with one line
-    endpoint is gone
-    ranks start again     in a store that still holds the addresses of    in a store of their own
-    (--max-restarts)      the dead ones: "connection refused"
+    a rank fails          exits 1                                         exits with its code, or 128 + n for signal n
+    the endpoint's node   exits 1 with a traceback                        exits 1 with one line
+    is gone
+    ranks restart         use a store that still holds the addresses of   use a new store
+    (--max-restarts)      the dead ranks, and fail to connect
                           (github.com/pytorch/pytorch/issues/135712)
 """
 
@@ -36,28 +38,29 @@ _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Start the ranks as torchrun does and exit as they did; with `arguments` of torchrun, or the command line's."""
-    options: Any = run.parse_args(list(sys.argv[1:] if arguments is None else arguments))
-    options.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are handled here
+    """Start the ranks as torchrun does, and exit with their code. `arguments` are torchrun's; None: from sys.argv."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options: Any = run.parse_args(given)  # type: ignore[no-untyped-call]
+    options.signals_to_handle = "SIGHUP,SIGQUIT"  # this module handles the others
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     for number in _FORWARDED:
         signal.signal(number, _forward)
     launcher: Any = api
     launcher.LocalElasticAgent = _Agent
     try:
-        run.run(options)
+        run.run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         if failure.exitcode != exits.STOPPED:
             sys.stderr.write(f"{error}\n")
         sys.exit(failure.exitcode if failure.exitcode >= 0 else exits.of_signal(-failure.exitcode))
     except RendezvousError as error:
-        # The launcher that the others met at has ended, or its node has.
-        sys.exit(f"error: the launchers have lost each other at {options.rdzv_endpoint}: {error}")
+        # The launcher that holds the endpoint has ended, or its node has.
+        sys.exit(f"error: lost the other launchers at {options.rdzv_endpoint}: {error}")
 
 
 class _Agent(LocalElasticAgent):
-    """Takes ranks that were asked to stop for what they are: no failure to start again from."""
+    """Does not restart ranks that stopped because a signal asked them to."""
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
@@ -67,7 +70,7 @@ class _Agent(LocalElasticAgent):
 
 
 def _forward(number: int, frame: object) -> None:
-    """Tell the ranks; they decide together, and this process follows them."""
+    """Pass the signal on to the ranks. They decide together, and this process waits for them."""
     ranks = [process for process in psutil.Process().children() if "RANK" in _environment(process)]
     for process in ranks:
         os.kill(process.pid, number)

@@ -1,4 +1,4 @@
-"""How long work tells its progress."""
+"""Progress bars of long work."""
 
 import sys
 from typing import Any
@@ -7,8 +7,10 @@ _LOG_SECONDS = 30.0
 
 
 def bar_style(unit: str) -> dict[str, Any]:
-    """Arguments for tqdm: a bar that vanishes when done on a terminal; in a log, a line every half minute, and none
-    for short work. `unit` is the word behind the counts, in the plural."""
+    """Arguments for tqdm. `unit` is the word behind the counts, in the plural.
+
+    A terminal shows a bar, which disappears at the end. A log gets a line every 30 seconds, so short work has none.
+    """
     if sys.stderr.isatty():
         return {"leave": False}
     return {

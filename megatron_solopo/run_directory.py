@@ -1,9 +1,9 @@
-"""The directory of a run, and which model a path in or beside it names.
+"""The files of a run directory, and the model that a path names.
 
-config.yaml      resolved; written when training starts
+config.yaml      the resolved configuration, written when training starts
 metrics.jsonl    one object per step
-checkpoints/     iter_0000010, ..., and `latest`, which names the newest complete one
-evaluation/      what `evaluate` found
+checkpoints/     iter_0000010, ..., and `latest`, which holds the name of the newest complete one
+evaluation/      results of `evaluate`
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _LATEST, _STEP = "latest", "iter_"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is evaluated, and the run that made it, if any."""
+    """A model to evaluate, and the run that made it, if any."""
 
     path: Path
     """Hugging Face directory or Megatron checkpoint."""
@@ -27,14 +27,14 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """Short, for file names: the checkpoint's folder, or the model's."""
+        """A short name for files: that of the directory."""
         return self.path.resolve().name
 
 
 def find_subject(path: Path, option: str) -> Subject:
-    """The model that `path` names: a run (its newest checkpoint), a checkpoint, or a Hugging Face directory.
+    """Find the model that `path` names: a run (its newest checkpoint), a checkpoint, or a Hugging Face directory.
 
-    Raises UserError, naming the command's `option`, if it is none of them.
+    Raises UserError, naming the command's `option`, if `path` is none of them.
     """
     if (path / CHECKPOINTS).is_dir() and not is_megatron_checkpoint(path):
         path = _newest(path, option)
@@ -48,7 +48,7 @@ def find_subject(path: Path, option: str) -> Subject:
 def _newest(run_dir: Path, option: str) -> Path:
     pointer = run_dir / CHECKPOINTS / _LATEST
     if not pointer.is_file():
-        raise UserError(f"{option}={run_dir}: a run that has saved no checkpoint yet; {pointer} is missing")
+        raise UserError(f"{option}={run_dir}: the run has saved no checkpoint yet: {pointer} is missing")
     path = run_dir / CHECKPOINTS / pointer.read_text(encoding="utf-8").strip()
     check_megatron_checkpoint(path, option)
     return path
@@ -58,6 +58,6 @@ def _of_run(path: Path) -> Subject:
     folder, step = path.absolute().parent, path.absolute().name.removeprefix(_STEP)
     if folder.name != CHECKPOINTS or not (folder.parent / RUN_CONFIG).is_file() or not step.isdigit():
         return Subject(path)
-    # As it was named, where it was: relative paths stay short in files and messages.
+    # Keep a relative path relative, so that files and messages show it as the user wrote it.
     run_dir = folder.parent if path.parent.name != CHECKPOINTS else path.parent.parent
     return Subject(path, run_dir, int(step))

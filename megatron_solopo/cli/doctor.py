@@ -26,7 +26,7 @@ _CHECKPOINT_BYTES_PER_PARAMETER = 14  # bfloat16 weights, float32 master weights
 _LOW_DISK_GIB = 10
 _TESTED_PYTHONS = ((3, 11), (3, 12))
 
-# Required libraries that are imported, since a broken binary shows only then: distribution -> module.
+# Distribution -> module of required libraries. Only an import shows that a binary is broken.
 _IMPORTED = {
     "torch": "torch",
     "numpy": "numpy",
@@ -40,10 +40,10 @@ _IMPORTED = {
 
 @dataclass(frozen=True)
 class Check:
-    """One finding.
+    """The result for one library, device or resource.
 
-    `ok`: as it should be; `warn`: usable, with the drawback in `consequence`; `missing`: optional and
-    absent; `fail`: required and absent, broken or of an unsupported version.
+    ok: it works. warn: it works, with the drawback in `consequence`. missing: it is optional and absent. fail: it is
+    required, and absent, broken or of an unsupported version.
     """
 
     name: str
@@ -55,13 +55,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings on this machine."""
+    """All checks of this machine."""
 
     checks: list[Check]
 
     @property
     def healthy(self) -> bool:
-        """Whether everything required is there; optional pieces may be missing."""
+        """Whether everything required works. Optional libraries may be missing."""
         return all(check.status != "fail" for check in self.checks)
 
     def to_json(self) -> str:
@@ -108,7 +108,7 @@ def _render(check: Check, name_width: int, columns: int) -> list[str]:
 
 
 def diagnose() -> Diagnosis:
-    """Look at this machine; never raises for a library that is absent or does not import."""
+    """Check this machine. A library that is absent, or does not import, never raises."""
     accelerated = [*_transformer_engine(), _flash_attention(), _apex()]
     return Diagnosis([_python(), *_requirements(), *_devices(), *accelerated, _wandb(), *_machine()])
 
@@ -117,11 +117,11 @@ def _python() -> Check:
     found = ".".join(str(part) for part in sys.version_info[:3])
     if sys.version_info[:2] in _TESTED_PYTHONS:
         return Check("python", "ok", found)
-    return Check("python", "warn", found, "tested on 3.11 and 3.12 alone", "use Python 3.11 or 3.12")
+    return Check("python", "warn", found, "tested only on 3.11 and 3.12", "use Python 3.11 or 3.12")
 
 
 def _requirements() -> Iterator[Check]:
-    """One line per library that is imported or decides what is supported, one for all others."""
+    """One check for each library that is imported or whose version matters, and one for all others."""
     requirements = _declared_requirements()
     if not requirements:
         cost = "the versions of the required libraries are not checked"
@@ -139,7 +139,7 @@ def _requirements() -> Iterator[Check]:
 
 
 def _declared_requirements() -> list[Requirement]:
-    """The required libraries on this Python: from the checkout's pyproject.toml, else of the installed package."""
+    """The required libraries on this Python, from the checkout's pyproject.toml or else from the installed package."""
     pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
     declared: list[str] = []
     if pyproject.is_file():
@@ -219,7 +219,7 @@ def _transformer_engine() -> list[Check]:
 
 
 def _fp8(engine: Any) -> Check:
-    """Transformer Engine's own answer for the current device."""
+    """Ask Transformer Engine whether the current device supports FP8."""
     cost = "linear layers run in bfloat16 or float32"
     remedy = "use a GPU of compute capability 8.9 (Ada), 9.0 (Hopper) or newer"
     try:
@@ -239,7 +239,7 @@ def _flash_attention() -> Check:
 
 
 def _wandb() -> Check:
-    cost = "no Weights & Biases; metrics.jsonl and TensorBoard are written all the same"
+    cost = "no Weights & Biases; runs still write metrics.jsonl and TensorBoard files"
     return _optional("wandb", "wandb", cost, "pip install 'megatron-solopo[wandb]'")[1]
 
 
@@ -254,8 +254,8 @@ def _optional(distribution: str, module_name: str, cost: str, remedy: str) -> tu
 
 
 def _apex() -> Check:
-    """NVIDIA Apex told from the Pyramid toolkit of the same name on PyPI, without importing either."""
-    cost = "weight gradients are accumulated in a step of their own, a little slower on GPUs; no loss on CPUs"
+    """Tell NVIDIA Apex from the other package of that name on PyPI, without an import of either."""
+    cost = "a separate step accumulates weight gradients, a little slower on GPUs; no loss on CPUs"
     remedy = "on a GPU machine: build it from https://github.com/NVIDIA/apex (`pip install apex` is another package)"
     version = _version("apex")
     spec = find_spec("apex")
@@ -264,7 +264,7 @@ def _apex() -> Check:
         return Check("NVIDIA Apex", "missing", "not installed", cost, remedy)
     if not any((Path(folder) / "optimizers").is_dir() for folder in folders):
         found = f"apex {version or 'of unknown version'} is not NVIDIA's, but another package of that name"
-        return Check("NVIDIA Apex", "warn", found, "it is of no use here and stands in its place", "pip uninstall apex")
+        return Check("NVIDIA Apex", "warn", found, "it has no use here and hides NVIDIA's", "pip uninstall apex")
     unbuilt = [name for name in ("amp_C", "fused_weight_gradient_mlp_cuda") if find_spec(name) is None]
     if unbuilt:
         return Check("NVIDIA Apex", "warn", f"built without {' and '.join(unbuilt)}", cost, remedy)
@@ -296,7 +296,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _import(name: str) -> tuple[Any, str]:
-    """The module, or None and why. What it prints goes to stderr, so that `--json` stays JSON."""
+    """Return the module, or None and the reason. Its output goes to stderr, so that `--json` stays JSON."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         try:

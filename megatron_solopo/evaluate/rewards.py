@@ -14,8 +14,7 @@ from torch import Tensor
 
 from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.evaluate.statistics import Mask, by_depth, by_length, mean_measure, proportion
-from megatron_solopo.objective.preference import PREFERENCE_LOSSES
-from megatron_solopo.objective.reward import ResponseLogprobs
+from megatron_solopo.objective.preference import PREFERENCE_LOSSES, ResponseLogprobs
 from megatron_solopo.results.preference import DepthGroup, LengthAndDepthGroup, LengthGroup, TripletGroup
 from megatron_solopo.results.results_file import MeanWithInterval
 

@@ -1,9 +1,7 @@
-"""Rewards, preference losses and short-to-long reward alignment, on one number per sequence.
+"""Rewards, preference losses and the alignment of rewards between short and long contexts.
 
-Pure functions of `[num_triplets]` tensors: no logits, no process groups, no model. Adding a loss is one
-function in `preference.py` (or `reward.py`) and one line of `PREFERENCE_LOSSES`.
-
-Shape suffix: T = triplets of a pack.
+All are pure functions of `[T]` tensors, T triplets of a pack, with one number per sequence. To add a loss, write its
+function in `preference.py` and add a line to `PREFERENCE_LOSSES`.
 """
 
 from megatron_solopo.objective.solopo import ObjectiveOutput, compute_objective, metric_names

@@ -1,9 +1,13 @@
-"""Pair losses, and the registry that joins each loss type's reward and pair loss.
+"""The losses of preference pairs: for each loss type, the reward of a response and the loss of a pair.
 
-In all formulae m is the reward margin r(x, y_w) - r(x, y_l) of one context, with the reward of the same loss type.
-The convex functions of m are instances of GPO (arXiv 2402.05749). All take and return `[T]`.
+m is the reward margin r(x, y_w) - r(x, y_l) of one context x, with the reward of the same loss type. The convex
+functions of m are instances of GPO (arXiv 2402.05749).
+
+All functions take and return `[T]`. Token counts are of the whole response, over all context-parallel ranks, and at
+least 1.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,14 +16,79 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from megatron_solopo.config import LossType, ObjectiveConfig
-from megatron_solopo.objective.reward import (
-    ResponseLogprobs,
-    log_odds_reward,
-    log_ratio_reward,
-    logp_reward,
-    mean_log_ratio_reward,
-    mean_logp_reward,
-)
+
+_LOG_HALF = -math.log(2)
+_LARGEST_MEAN_LOGP = -(2.0**-24)
+"""Above it, float32 rounds exp() to 1, and the odds p / (1 - p) are infinite."""
+
+
+@dataclass(frozen=True)
+class ResponseLogprobs:
+    """The responses of one role (such as `short_chosen`), one per triplet."""
+
+    logp_T: Tensor
+    """log pi(y|x), summed over the response tokens."""
+    length_T: Tensor
+    """|y|, the number of response tokens."""
+    reference_logp_T: Tensor | None
+    """log pi_ref(y|x), summed over the response tokens; None for losses without a reference."""
+
+    @property
+    def mean_logp_T(self) -> Tensor:
+        """log pi(y|x) / |y|, the mean over the response tokens."""
+        return self.logp_T / self.length_T
+
+    @property
+    def log_ratio_T(self) -> Tensor:
+        """log pi(y|x) - log pi_ref(y|x), summed over the response tokens."""
+        assert self.reference_logp_T is not None, "this loss type needs the reference's log-probabilities"
+        return self.logp_T - self.reference_logp_T
+
+
+def log_ratio_reward(response: ResponseLogprobs, beta: float) -> Tensor:
+    """beta * (log pi(y|x) - log pi_ref(y|x)), DPO's implicit reward (arXiv 2305.18290)."""
+    return beta * response.log_ratio_T
+
+
+def mean_log_ratio_reward(response: ResponseLogprobs, beta: float) -> Tensor:
+    """beta * (log pi(y|x) - log pi_ref(y|x)) / |y|, the averaged form in the loss of TRL's `ipo`.
+
+    TRL's charts show the rewards of `ipo` without the division by |y|.
+    """
+    return beta * response.log_ratio_T / response.length_T
+
+
+def mean_logp_reward(response: ResponseLogprobs, beta: float) -> Tensor:
+    """beta * log pi(y|x) / |y|, SimPO (arXiv 2405.14734)."""
+    return beta * response.mean_logp_T
+
+
+def logp_reward(response: ResponseLogprobs, beta: float) -> Tensor:
+    """beta * log pi(y|x), CPO (arXiv 2401.08417)."""
+    return beta * response.logp_T
+
+
+def log_odds_reward(response: ResponseLogprobs, beta: float) -> Tensor:
+    """log(p / (1 - p)) with p = exp(log pi(y|x) / |y|), ORPO (arXiv 2403.07691); it does not depend on `beta`.
+
+    p is limited to 1 - 2**-24, the largest value that float32 separates from 1. Above it the reward is constant (16.6)
+    and its gradient is 0 instead of infinite. TRL's charts show `beta * log pi(y|x)` for ORPO, but its loss compares
+    the log odds.
+    """
+    mean_logp_T = response.mean_logp_T.clamp(max=_LARGEST_MEAN_LOGP)
+    return mean_logp_T - log1mexp(mean_logp_T)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, elementwise, accurate and with a finite gradient at both ends.
+
+    The formula is log(-expm1(x)) above -ln 2, and log1p(-exp(x)) below (Maechler, "Accurately computing
+    log(1 - exp(-|a|))", 2012).
+    """
+    # The gradient of `where` multiplies the unused branch by 0. The clamp keeps that branch finite, so there is no
+    # 0 * inf.
+    far = torch.log1p(-torch.exp(x.clamp(max=_LOG_HALF)))
+    return torch.where(x > _LOG_HALF, torch.log(-torch.expm1(x)), far)
 
 
 def dpo_loss(margin_T: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -33,7 +102,7 @@ def dpo_loss(margin_T: Tensor, label_smoothing: float = 0.0) -> Tensor:
 def robust_loss(margin_T: Tensor, label_smoothing: float) -> Tensor:
     """[-(1 - e) logsigmoid(m) + e logsigmoid(-m)] / (1 - 2e), e in [0, 0.5): robust DPO (arXiv 2403.00409).
 
-    Over labels flipped with probability e, its expectation is the DPO loss of the true labels. TRL `robust`.
+    If labels are flipped with probability e, its expectation is the DPO loss of the true labels. TRL `robust`.
     """
     flipped_T = label_smoothing * logsigmoid(-margin_T)
     return (-(1 - label_smoothing) * logsigmoid(margin_T) + flipped_T) / (1 - 2 * label_smoothing)
@@ -57,7 +126,7 @@ def simpo_loss(margin_T: Tensor, gamma: float) -> Tensor:
 def cpo_loss(margin_T: Tensor) -> Tensor:
     """-logsigmoid(m): CPO (arXiv 2401.08417, TRL `CPOTrainer`) without its likelihood term.
 
-    The paper's loss has NLL(y_w) with weight 1 besides: set `nll_coefficient` (TRL's `cpo_alpha`).
+    The paper adds NLL(y_w) with weight 1; set `nll_coefficient` (TRL's `cpo_alpha`) for it.
     """
     return -logsigmoid(margin_T)
 
@@ -65,7 +134,7 @@ def cpo_loss(margin_T: Tensor) -> Tensor:
 def orpo_loss(margin_T: Tensor, chosen_nll_T: Tensor, odds_weight: float) -> Tensor:
     """NLL(y_w|x) / |y_w| - lambda * logsigmoid(m): ORPO (arXiv 2403.07691), `odds_weight` is lambda (TRL's `beta`).
 
-    The likelihood is that of the response alone; TRL's `ORPOTrainer` counts the prompt's tokens too.
+    The likelihood is of the response alone; TRL's `ORPOTrainer` also counts the tokens of the prompt.
     """
     return chosen_nll_T - odds_weight * logsigmoid(margin_T)
 

@@ -1,13 +1,12 @@
-"""SoLo-RA, the short-to-long reward alignment of SoLoPO (arXiv 2505.11166).
+"""The objective of training, on a pack of triplets.
 
-The training objective of a pack of triplets.
-
-    solopo:    L = L_PO(x_short, y_w, y_l) + alpha * s(r(x_short, y_w) - r(x_long, y_w))     (arXiv 2505.11166)
+    solopo:    L = L_PO(x_short, y_w, y_l) + alpha * s(r(x_short, y_w) - r(x_long, y_w))     (SoLoPO, arXiv 2505.11166)
     short_po:  L = L_PO(x_short, y_w, y_l)
     long_po:   L = L_PO(x_long, y_w, y_l)
 
-each plus `nll_coefficient` * NLL per token of y_w on the pair's own context (the likelihood term of RPO, arXiv
-2404.19733). With `align: both`, solopo adds the distance of y_l to that of y_w under the same alpha.
+The second term of solopo is SoLo-RA, the alignment of rewards between the short and the long context. With `align:
+both`, the distance of y_l is added to that of y_w, under the same alpha. Each objective also adds `nll_coefficient` *
+NLL per token of y_w on the pair's own context (the likelihood term of RPO, arXiv 2404.19733).
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +19,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 
 from megatron_solopo.config import ObjectiveConfig, Role
-from megatron_solopo.objective.preference import PREFERENCE_LOSSES
-from megatron_solopo.objective.reward import ResponseLogprobs
+from megatron_solopo.objective.preference import PREFERENCE_LOSSES, ResponseLogprobs
 
 Distance = Literal["l1", "l2", "huber"]
 
@@ -37,12 +35,12 @@ def alignment_distance(
 ) -> Tensor:
     """s(g) of the gap g = r(x_short, y) - r(x_long, y) of one response, `[T]`, not yet weighted by alpha.
 
-    - l1: |g|, the paper's; with a logistic pair loss it bounds the pair loss of the long context.
+    - l1: |g|, the paper's choice. With a logistic pair loss it bounds the pair loss of the long context.
     - l2: g**2, the bound for a squared pair loss.
     - huber: g**2 / 2 up to `huber_delta`, then huber_delta * (|g| - huber_delta / 2).
 
-    With `detach_short` the gradient reaches the long reward alone: a gap is then closed by raising (or lowering)
-    the long side, never by giving up what the short side has learned.
+    With `detach_short` the gradient reaches only the long reward. A gap then closes only because the long reward moves;
+    what the model learned on the short context stays.
     """
     target_T = short_reward_T.detach() if detach_short else short_reward_T
     return DISTANCES[distance](target_T - long_reward_T, huber_delta)
@@ -50,17 +48,17 @@ def alignment_distance(
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """What one pack contributes."""
+    """Loss and metrics of one pack."""
 
     loss_T: Tensor
     """Loss per triplet, differentiable. The caller sums it and divides by the triplets of the global batch."""
     metrics: dict[str, Tensor]
-    """Detached `[T]` values per triplet, under `metric_names`."""
+    """Detached values per triplet, `[T]`, with the keys of `metric_names`."""
 
 
 @cache
 def metric_names(config: ObjectiveConfig) -> tuple[str, ...]:
-    """The keys of `ObjectiveOutput.metrics`, in order; pipeline ranks that compute no loss need them."""
+    """The keys of `ObjectiveOutput.metrics`, in order. Pipeline ranks that compute no loss need them too."""
     nothing = dict.fromkeys(config.roles.all, torch.zeros(0))
     return tuple(compute_objective(config, nothing, nothing, nothing).metrics)
 
@@ -76,17 +74,17 @@ def compute_objective(
     Args:
         logps: role -> log pi(y|x) summed over the response tokens, float32 or float64 `[T]`, for every required role.
         lengths: role -> response tokens of the whole response, `[T]`, at least 1.
-        reference_logps: role -> log pi_ref(y|x), `[T]`; needed where `config.needs_reference`, else ignored.
+        reference_logps: role -> log pi_ref(y|x), `[T]`; required if `config.needs_reference`, else ignored.
 
-    Metrics, each a mean over triplets once the caller has averaged it:
+    Metrics per triplet:
         loss = po_loss + alpha * solo_ra/loss + nll_coefficient * nll_loss
         po_loss: the pair loss (with ORPO's own likelihood term).
-        solo_ra/loss: the distance before alpha; with `align: both` the sum of the two.
+        solo_ra/loss: the distance before alpha; with `align: both`, the sum of both distances.
         solo_ra/gap_signed, solo_ra/gap_abs: chosen reward on the short minus the long context, and its size.
-        solo_ra/gap_abs_rejected: the same of the rejected response, with `align: both`.
-        rewards/*, logps/*: of the pair, summed log-probabilities; `chosen_long` on the long context.
+        solo_ra/gap_abs_rejected: the size for the rejected response, with `align: both`.
+        rewards/*, logps/*: rewards and summed log-probabilities of the pair; `chosen_long`: on the long context.
         nll_loss: -log pi(y_w|x) / |y_w| on the pair's context.
-    solo_ra/* and *_long exist for solopo alone; the pair of long_po is the long one.
+    Only solopo has solo_ra/* and *_long. The pair of long_po is on the long context.
     """
     roles = config.roles.all
     assert all(logps[role].dtype in (torch.float32, torch.float64) for role in roles), "sums of log-probs need float32"
@@ -114,7 +112,7 @@ def compute_objective(
 
 
 def _alignment(config: ObjectiveConfig, rewards: Mapping[Role, Tensor]) -> Tensor:
-    """Sum of the distances of the aligned answers, `[T]`."""
+    """Sum of the distances of the aligned responses, `[T]`."""
     distances = [
         alignment_distance(
             rewards[role.on_short_context],

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import UserError, describe_os_error
 
 _Result = TypeVar("_Result")
 
@@ -54,12 +54,6 @@ def on_rank_0(action: Callable[[], _Result]) -> _Result:
     _raise_first(shared[1:], error)
     found: _Result = shared[0]
     return found
-
-
-def describe_os_error(error: OSError) -> str:
-    """One line: the file, if the error names one, and the reason."""
-    reason = error.strerror or f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _attempt(action: Callable[[], _Result]) -> tuple[_Result | None, Exception | None]:

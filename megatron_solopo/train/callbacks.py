@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from megatron_solopo.checkpoint.directory import check_best_metric, tidy
 from megatron_solopo.config import CheckpointConfig
-from megatron_solopo.errors import UserError
-from megatron_solopo.parallel.agreement import describe_os_error, on_rank_0
+from megatron_solopo.errors import UserError, describe_os_error
+from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.train.state import Metrics, TrainState
 
 _SLURM_END = "SLURM_JOB_END_TIME"

@@ -83,7 +83,7 @@ TRAIN_MISTAKES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
         {},
         ["recompute_num_layers=9", "4 layers"],
     ),
-    "run_dir below a file": (["run_dir=/etc/passwd/run"], {}, ["run_dir=/etc/passwd/run", "no directory"]),
+    "run_dir below a file": (["run_dir=/etc/passwd/run"], {}, ["run_dir=/etc/passwd/run", "not a directory"]),
     "transformer engine without it": (
         ["model.implementation=transformer_engine"],
         {},

@@ -20,8 +20,7 @@ from torch import Tensor
 from megatron_solopo.config import Config, ObjectiveConfig, Role
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.objective import metric_names
-from megatron_solopo.objective.preference import PREFERENCE_LOSSES
-from megatron_solopo.objective.reward import ResponseLogprobs
+from megatron_solopo.objective.preference import PREFERENCE_LOSSES, ResponseLogprobs
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import reduce_sums
 from megatron_solopo.train.policy import Policy, build_policy, load_model
