@@ -180,7 +180,8 @@ def _command(command: click.Command, path: str) -> str:
         return "\n\n".join(parts)
     usage = " ".join(command.collect_usage_pieces(context))
     parts.append(f"```text\n{path} {usage}\n```")
-    records = [record for parameter in command.params if (record := parameter.get_help_record(context))]
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    records = [record for option in options if (record := option.get_help_record(context))]
     if records:
         rows = "\n".join(f"| `{names}` | {_cell(text)} |" for names, text in records)
         parts.append(f"| option | meaning |\n|---|---|\n{rows}")

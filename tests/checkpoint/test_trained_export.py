@@ -12,7 +12,9 @@ from torch import Tensor
 from megatron_solopo.checkpoint.conversion import export_model, verify_models
 from megatron_solopo.config import Config, parse_config
 from megatron_solopo.files import read_jsonl
+from megatron_solopo.train.callbacks import Callback
 from megatron_solopo.train.session import open_session
+from megatron_solopo.train.state import Metrics
 from megatron_solopo.train.trainer import Trainer, train
 from tests.distributed import run_distributed
 from tests.prepared import make_prepared
@@ -43,16 +45,25 @@ def config(folder: Path, name: str, model: Path, parallel: dict[str, Any], **tra
     )
 
 
+class RemoveSource(Callback):
+    """Remove the model after the first step, before the first save."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_step_end(self, metrics: Metrics) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
 def train_all(folder: Path) -> dict[str, Tensor | None]:
-    """On every rank: two steps from a source that goes away meanwhile, then one more run from the checkpoint."""
+    """On every rank: two steps from a source that disappears during the run, then one run from the checkpoint."""
     found = {}
     for family, parallel in FAMILIES.items():
         settings = config(folder, family, folder / family / "source", parallel, max_steps=2)
         with open_session(settings) as session:
             trainer = Trainer(session)
-            torch.distributed.barrier()
             if torch.distributed.get_rank() == 0:
-                shutil.rmtree(folder / family / "source")
+                trainer.callbacks.append(RemoveSource(folder / family / "source"))
             trainer.run()
             found[family] = score(trainer.policy.chunks, session.topology)
     train(config(folder, "on", folder / family_checkpoint("qwen2_tied", 2), CP2, max_steps=1))

@@ -330,12 +330,3 @@ def test_every_command_has_help_with_an_example(command: str, example: str, caps
 def test_help_answers_without_importing_torch() -> None:
     script = "import sys; from megatron_solopo.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
-
-
-@pytest.mark.parametrize(("code", "expected", "told"), [(85, 85, ""), (None, 0, ""), ("one line", 1, "one line\n")])
-def test_a_process_leaves_with_its_code_and_what_others_registered_is_done(code, expected, told) -> None:
-    program = (
-        f"import atexit; from megatron_solopo.__main__ import leave; atexit.register(print, 'last'); leave({code!r})"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (expected, "last\n", told)

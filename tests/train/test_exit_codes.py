@@ -43,6 +43,51 @@ with StopSignals() as signals:
         dist.destroy_process_group()
 """
 
+# Rank 1 joins the last agreement late. The interpreter of rank 0 takes long to end: a thread that still frees the
+# agreement or the group then finds no interpreter, and aborts the process.
+END_SLOWLY = """
+import sys, time
+import torch.distributed as dist
+from megatron_solopo.train.signals import StopSignals
+
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(4)
+
+def run(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    with StopSignals() as signals:
+        signals.join()
+        time.sleep(2 * rank)
+        signals.check_meanwhile()
+        signals.conclude()
+        signals.leave()
+        dist.destroy_process_group()
+
+slow = Slow()
+run(int(sys.argv[1]), sys.argv[2])
+"""
+
+
+def start_ranks(script: str, folder: Path) -> list[subprocess.Popen[bytes]]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script]
+    return [subprocess.Popen([*command, str(rank), folder / "store"], env=environment) for rank in range(2)]
+
+
+def test_an_interpreter_that_ends_slowly_finds_no_thread(tmp_path: Path) -> None:
+    ranks = start_ranks(END_SLOWLY, tmp_path)
+    try:
+        assert [process.wait(120) for process in ranks] == [0, 0]
+    finally:
+        kill(ranks)
+
+
+def kill(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for process in ranks:
+        process.kill()
+        process.wait()
+
 
 def test_runs_of_the_console_script_that_end_well_exit_with_0(tmp_path: Path) -> None:
     assert exit_codes(make_inputs(tmp_path), 0, 5, side_by_side=5) == [0] * 5
@@ -158,16 +203,12 @@ def test_a_store_that_does_not_answer_delays_the_end_by_a_few_pulses_alone() -> 
 
 
 def test_a_rank_that_fails_alone_exits_and_waits_for_no_agreement(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", FAIL_ALONE]
-    ranks = [subprocess.Popen([*command, str(rank), tmp_path / "store"], env=environment) for rank in range(2)]
+    ranks = start_ranks(FAIL_ALONE, tmp_path)
     try:
         assert ranks[0].wait(120) == 1
         assert ranks[1].poll() is None
     finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+        kill(ranks)
 
 
 def test_groups_end_where_the_ranks_do_not_start_alike() -> None:
