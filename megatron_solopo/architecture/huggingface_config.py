@@ -153,8 +153,8 @@ def _read_fields(file: Path) -> dict[str, Any]:
     """The fields as stated. Refuses a file that is no config of a supported, unquantized model."""
     if not file.is_file():
         raise UserError(
-            f"{file}: no such file; a model is a Hugging Face directory, or a Megatron checkpoint with a "
-            "folder huggingface/; set model.path to one"
+            f"{file}: no such file; a model is a Hugging Face directory on disk, or a Megatron checkpoint with a "
+            "folder huggingface/; set model.path to one (`hf download NAME --local-dir DIR` fetches one)"
         )
     try:
         fields = json.loads(file.read_bytes())

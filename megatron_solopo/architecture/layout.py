@@ -38,11 +38,11 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
     """
     if world_size % config.model_parallel_size:
         raise UserError(
-            f"{world_size} processes, but parallel.tensor_model_parallel_size="
-            f"{config.tensor_model_parallel_size} x pipeline_model_parallel_size="
-            f"{config.pipeline_model_parallel_size} x context_parallel_size={config.context_parallel_size} "
-            f"= {config.model_parallel_size} must divide them; launch a multiple of {config.model_parallel_size} "
-            "(torchrun --nproc-per-node) or change parallel.*"
+            f"{world_size} processes, but this layout needs a multiple of {config.model_parallel_size}: "
+            f"parallel.tensor_model_parallel_size={config.tensor_model_parallel_size} x pipeline_model_parallel_size="
+            f"{config.pipeline_model_parallel_size} x context_parallel_size={config.context_parallel_size}; "
+            f"launch as many (torchrun --nproc-per-node {config.model_parallel_size} -m megatron_solopo ...) "
+            "or change parallel.*"
         )
 
 

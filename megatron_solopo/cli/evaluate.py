@@ -49,8 +49,9 @@ def long_context(settings: LongContextSettings, as_json: bool) -> None:
 def preference(settings: PreferenceSettings, overrides: tuple[str, ...], as_json: bool) -> None:
     """Measure whether a model prefers the right answer in the short and in the long context, on held-out triplets.
 
-    The config names the data, the loss type with its reference model, and the parallel layout. OVERRIDES are dotted
-    keys over it. The cost is four forward passes over the split, and four of the reference model where rewards need it.
+    The config names the data, the loss type with its reference model, and the parallel layout. The layout needs as
+    many processes as in training. OVERRIDES are dotted keys over the config. The cost is four forward passes over the
+    split, and four of the reference model where rewards need it.
 
     \b
     Examples:

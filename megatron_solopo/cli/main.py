@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"; see {context.command_path} --help" if context else ""
+        if isinstance(error, click.NoSuchOption) and error.option_name == "--debug":
+            hint = "; --debug goes before the command: megatron-solopo --debug COMMAND"
         _report(" ".join(error.format_message().split()).removesuffix(".") + hint)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):

@@ -39,7 +39,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
-    return parse_config(values, source=str(path))
+    return parse_config(values, source=f"{path} and the command line" if overrides else str(path))
 
 
 def _read_yaml(path: Path) -> Any:

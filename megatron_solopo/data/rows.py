@@ -81,7 +81,9 @@ class ValidationReport:
         lines = [": ".join(filter(None, (self._place(error), error.field, error.reason))) for error in self.errors]
         bad_lines = len({error.line for error in self.errors if error.line})
         if self.errors:
-            summary = f"{len(self.errors)} errors, {bad_lines} of {self.rows} rows are bad"
+            count = "1 error" if len(self.errors) == 1 else f"{len(self.errors)} errors"
+            bad = f"{bad_lines} of {self.rows} rows are bad" if self.rows else "no rows were read"
+            summary = f"{count}, {bad}"
         else:
             summary = f"{self.rows} rows of kind {self.kind}, no errors"
         return "\n".join([*lines, f"{self.path}: {summary}"])

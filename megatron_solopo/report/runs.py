@@ -91,7 +91,8 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 def _check_is_run(path: Path) -> None:
     if not path.is_dir():
-        raise UserError(f"{path}: {'is a file' if path.exists() else 'no such directory'}; name the run_dir of a train")
+        found = "is a file" if path.exists() else "no such directory"
+        raise UserError(f"{path}: {found}; name the run_dir of a training run")
     if not (path / RUN_CONFIG).is_file() and not (path / METRICS).is_file():
         inside = [each.parent.name for each in sorted(path.glob(f"*/{METRICS}"))]
         meant = f"; did you mean {', '.join(str(path / name) for name in inside[:3])}?" if inside else ""

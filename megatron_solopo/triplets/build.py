@@ -273,7 +273,7 @@ def _list_mistakes(bad_rows: list[BadRow]) -> str:
     lines = [str(bad) for bad in bad_rows[:_SHOWN_MISTAKES]]
     if len(bad_rows) > len(lines):
         lines.append(f"and {len(bad_rows) - len(lines)} mistakes more")
-    lines[-1] += "; --bad-rows drop leaves such rows out and lists every one in the report"
+    lines[-1] += "; name another --format, or let --bad-rows drop leave such rows out and list every one in the report"
     return "\n".join(lines)
 
 

@@ -170,7 +170,7 @@ def test_a_sliding_window_that_is_off_is_accepted(tmp_path: Path) -> None:
 
 def test_a_missing_config_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path).startswith(
-        "no such file; a model is a Hugging Face directory"
+        "no such file; a model is a Hugging Face directory on disk"
     ) and "model.path" in refusal(tmp_path)
 
 

@@ -113,7 +113,8 @@ def test_another_world_size_is_refused_with_sizes_and_keys(world_size, sizes) ->
     assert message.startswith(f"{world_size} processes") and "\n" not in message
     for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         assert f"{key}={getattr(config, key)}" in message
-    assert f"= {config.model_parallel_size} must divide them; launch a multiple of" in message
+    assert f"needs a multiple of {config.model_parallel_size}: parallel." in message
+    assert f"--nproc-per-node {config.model_parallel_size} " in message
 
 
 # Transformer Engine's documentation of its recipes, and Megatron-Core's padding for them.

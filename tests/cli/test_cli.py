@@ -190,6 +190,7 @@ def test_data_of_another_tokenizer_or_beyond_the_models_positions_is_refused(
             "error: Missing option '--out'; see megatron-solopo convert import --help",
         ),
         (["trian"], "error: No such command 'trian'"),
+        (["train", "--debug"], "error: No such option '--debug'; --debug goes before the command"),
     ],
 )
 def test_a_command_line_that_is_wrong_is_one_line_too(

@@ -85,7 +85,7 @@ def test_the_dry_run_of_the_command_agrees(monkeypatch: pytest.MonkeyPatch) -> N
     [
         (["--gpus", "64", "--gpu", "rtx"], "--gpu rtx: unknown"),
         (["--gpus", "12", "--gpu", "h100"], "--gpus 12: must be a multiple of 8"),
-        (["--gpus", "64", "--gpu", "h100", "--explain", "tp=3"], "= 3 must divide them"),
+        (["--gpus", "64", "--gpu", "h100", "--explain", "tp=3"], "needs a multiple of 3"),
         (["--gpus", "64", "--gpu", "h100", "--explain", "tp=x"], "'tp=x' is none of tp=N"),
         (["--gpus", "8", "--gpu", "h100", "training.global_batch_size=7"], "no layout fits on 8 x H100"),
         (["--gpus", "64", "--gpu", "h100", "data.max_tokens_per_pack=1000"], "no layout fits on 64 x H100"),

@@ -180,7 +180,9 @@ def test_errors_of_the_file_itself(tmp_path, name, content, reason):
     assert [(error.line, error.field) for error in report.errors] == [(0, "")]
     assert report.errors[0].reason.startswith(reason)
     assert report.rows == 0 and report.kind is None
-    assert str(report).splitlines()[0].startswith(f"{tmp_path / name}: {reason}")
+    first, last = str(report).splitlines()
+    assert first.startswith(f"{tmp_path / name}: {reason}")
+    assert last == f"{tmp_path / name}: 1 error, no rows were read"
 
 
 def test_parquet_messages(tmp_path):

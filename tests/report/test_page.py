@@ -106,7 +106,8 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as stop:
         main(["report", str(tmp_path / "absent")])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'absent'}: no such directory; name the run_dir of a train\n"
+    expected = f"error: {tmp_path / 'absent'}: no such directory; name the run_dir of a training run\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_a_report_needs_neither_torch_nor_megatron(tmp_path: Path) -> None:
