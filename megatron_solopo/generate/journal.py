@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_solopo.errors import UserError, first_problem
 
-
 _HEADER_BEGIN = b'{"journal": '
 
 
@@ -154,7 +153,7 @@ def _complete_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _check_cut_header(path: Path, command: str) -> None:
-    """Raise UserError if the file's only line, which has no line break, cannot be the begin of a header."""
+    """Raise UserError if the only line of the file, which has no line break, cannot be the start of a header."""
     with path.open("rb") as stream:
         begin = stream.read(len(_HEADER_BEGIN))
     if not _HEADER_BEGIN.startswith(begin):
