@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from megatron_solopo.data.packing import TokenizedTriplet
+from megatron_solopo.errors import UserError
 from tools.benchmarks.random_triplets import random_triplet
 
 SOLOPO, LONG_PO, TRL = SYSTEMS = ("solopo", "long_po", "trl")
@@ -216,5 +217,5 @@ def worker_main(run: Callable[[Plan, Emit], None]) -> None:
 
         try:
             run(plan, emit)
-        except ValueError as error:  # what does not fit, in one line
+        except UserError as error:  # what does not fit, in one line
             emit("error", text=str(error))

@@ -8,6 +8,7 @@ from statistics import median
 
 import torch
 
+from megatron_solopo.errors import UserError
 from tools.benchmarks.bench_case import NOT_TRIED, OK, OUT_OF_MEMORY, TRL, Measurement
 
 
@@ -47,7 +48,7 @@ def possible_variants(wanted: Sequence[str]) -> list[Variant]:
     liger = [False, True] if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") else [False]
     variants = {str(each := Variant(*values)): each for values in product(attentions, liger, (False, True))}
     if unknown := sorted(set(wanted) - set(variants)):
-        raise ValueError(f"--trl-variant {unknown[0]}: this machine can run {', '.join(variants)}")
+        raise UserError(f"--trl-variant {unknown[0]}: this machine can run {', '.join(variants)}")
     return [each for name, each in variants.items() if name in wanted or not wanted]
 
 

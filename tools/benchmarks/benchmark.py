@@ -32,6 +32,7 @@ import torch
 import yaml
 
 from megatron_solopo.config import load_config
+from megatron_solopo.errors import UserError
 from tools.benchmarks.bench_case import OURS, SHAPES, SYSTEMS, TRL, Plan, model_config
 from tools.benchmarks.bench_report import markdown, plot
 from tools.benchmarks.bench_results import ROOT, Results, on_gpu, run_worker
@@ -75,7 +76,7 @@ def make_plan(
     for fallback in ("", *fallbacks):
         try:
             config = load_config(file, (*overrides, *fallback.split()))
-        except ValueError as error:
+        except UserError as error:
             raise click.UsageError(str(error).replace(f"{file}: ", "")) from None
         if TRL in sizes["systems"] and config.objective.loss_type != "dpo":
             raise click.UsageError(

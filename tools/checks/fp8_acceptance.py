@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.config import Config, Role, load_config
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, write_json
 from tools.reporting import environment, table
 
@@ -57,7 +58,7 @@ def configs(path: Path, overrides: Sequence[str]) -> tuple[Config, Config]:
     # Whole gradients are compared: the distributed optimizer would leave a rank its share of them.
     always = ("optimizer.use_distributed_optimizer=false", "optimizer.optimizer_offload_fraction=0")
     if any(override.startswith("model.fp8_param") for override in overrides):
-        raise ValueError(
+        raise UserError(
             "model.fp8_param is not compared: it needs the distributed optimizer, which leaves no whole gradients; "
             "compare without it, for the matrix products are the same"
         )
@@ -66,9 +67,9 @@ def configs(path: Path, overrides: Sequence[str]) -> tuple[Config, Config]:
         path, ("model.fp8=null", "model.first_last_layers_bf16=false", "model.fp8_param=false", *always)
     )
     if candidate.model_copy(update={"model": baseline.model}) != baseline:
-        raise ValueError("only model.* may differ between the precisions; put everything else into the config file")
+        raise UserError("only model.* may differ between the precisions; put everything else into the config file")
     if candidate == baseline or candidate.model.path != baseline.model.path:
-        raise ValueError("the candidate must be the same model in another precision, for example model.fp8=hybrid")
+        raise UserError("the candidate must be the same model in another precision, for example model.fp8=hybrid")
     return baseline, candidate
 
 
@@ -164,7 +165,7 @@ def main(
         check_replaceable(output, _FILES, "--output")
         baseline, candidate = configs(path, overrides)
         numbers, values = compare(baseline, candidate, triplets, steps)
-    except ValueError as error:
+    except UserError as error:
         raise click.ClickException(str(error)) from None
     criteria = [
         Criterion("gradient_cosine", numbers["gradient_cosine"], min_gradient_cosine, at_least=True),
