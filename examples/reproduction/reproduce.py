@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-# Heavy libraries are imported by functions: every worker, and every helper process of a checkpoint, starts this file.
+# Heavy libraries are imported by functions, because every worker starts this file.
 
 HERE = Path(__file__).parent
 

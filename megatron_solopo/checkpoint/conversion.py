@@ -71,8 +71,8 @@ def export_model(
     Args:
         dtype: the precision to write. With None, each tensor gets the precision of its original Hugging Face tensor.
 
-    Raises UserError if the checkpoint is damaged, `output` exists, space is too small, numbers are not finite or beyond
-    the range of `dtype`, or the files do not verify. Then no `output` is left behind.
+    Raises UserError if the checkpoint is damaged, `output` exists, or space is too small. Numbers that are not finite
+    or beyond the range of `dtype`, and files that do not verify, are refused as well. Then no `output` is left behind.
     """
     stored = MegatronDirectory(checkpoint)
     _check_output(output, checkpoint)

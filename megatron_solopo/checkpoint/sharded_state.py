@@ -4,7 +4,7 @@ The model's state has Megatron's keys: `model`, or `model0`, `model1`, ... with 
 the kernels' own state, so that every layer implementation reads the checkpoints of the others. Only the scales of FP8's
 delayed recipe are kept, because they come from the values of earlier steps.
 
-The optimizer's state is stored once per parameter and not per rank's share of a buffer, so it loads under another TP,
+The optimizer's state is stored once per parameter and not per rank's share of a buffer. So it loads under another TP,
 PP, CP or DP. The first data-parallel rank gathers it in host memory and writes it. With Megatron's default, every rank
 would hold all of it, and would take 4 bytes per parameter on its GPU meanwhile.
 

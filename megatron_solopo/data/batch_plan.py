@@ -199,8 +199,8 @@ def _best_fit_decreasing(sizes: Sequence[TripletSize], max_tokens: int, max_trip
     free = np.empty(len(sizes), dtype=np.int64)
     for position in sorted(range(len(sizes)), key=lambda i: (-sizes[i].padded_tokens, i)):
         need = sizes[position].padded_tokens
-        room = free[: len(packs)]
-        fitting = np.where(room >= need, room, max_tokens + 1)
+        left = free[: len(packs)]
+        fitting = np.where(left >= need, left, max_tokens + 1)
         fullest = int(fitting.argmin()) if packs else 0
         if not packs or fitting[fullest] > max_tokens:
             fullest = len(packs)

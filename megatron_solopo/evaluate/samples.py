@@ -81,7 +81,7 @@ class SampleSource(Protocol):
 
 
 Side = Literal["short", "long"]
-DEFAULT_ROOM = 256
+DEFAULT_MAX_NEW_TOKENS = 256
 
 
 def _not_blank(answer: str) -> str:
@@ -125,7 +125,7 @@ class QuestionFile:
         tokenizer: The model's.
         buckets: Upper bounds of the buckets of prompt lengths. Longer prompts get buckets that end at powers of two.
         depths: Legal depths of samples.
-        max_new_tokens: Replaces the rows' `response_tokens`, and `DEFAULT_ROOM` for rows without it.
+        max_new_tokens: Replaces the rows' `response_tokens`, and `DEFAULT_MAX_NEW_TOKENS` for rows without it.
         limit: Samples per side, the file's first; None: all.
 
     Raises:
@@ -178,10 +178,10 @@ class QuestionFile:
                 continue
             asked.add(name)
             tokens = self._count(prompt)
-            room = self._max_new_tokens or row.response_tokens or DEFAULT_ROOM
+            max_new_tokens = self._max_new_tokens or row.response_tokens or DEFAULT_MAX_NEW_TOKENS
             depth = self._depth(row.evidence_depths) if side == "long" else None
             task = f"{self._path.stem}.{side}"
-            yield SampleSpec(f"{task}:{name}", task, self._bucket(tokens), depth, tokens, room, offset)
+            yield SampleSpec(f"{task}:{name}", task, self._bucket(tokens), depth, tokens, max_new_tokens, offset)
 
     def _count(self, prompt: Content) -> int:
         template = template_of(prompt)

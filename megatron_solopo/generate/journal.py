@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_solopo.errors import UserError, first_problem
 
 
+_HEADER_BEGIN = b'{"journal": '
+
+
 class StoredResponse(BaseModel):
     """One response of a model."""
 
@@ -75,6 +78,8 @@ class Journal:
             else:
                 response = parse_response(path, start, line)
                 self.received[response.question_id].add(response.index)
+        if not end:
+            _check_cut_header(path, command)
         self._stream.truncate(end)
         if not end:
             self._append([json.dumps({"journal": header}, ensure_ascii=False)])
@@ -109,7 +114,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
     first = next((line for _, line in _complete_lines(path)), b"{}")
     try:
         value = json.loads(first)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, an integer of too many digits, too many brackets
         return None
     header = value.get("journal") if isinstance(value, dict) else None
     return header if isinstance(header, dict) else None
@@ -148,10 +153,22 @@ def _complete_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"--responses {path}: {error.strerror}") from None
 
 
+def _check_cut_header(path: Path, command: str) -> None:
+    """Raise UserError if the file's only line, which has no line break, cannot be the begin of a header."""
+    with path.open("rb") as stream:
+        begin = stream.read(len(_HEADER_BEGIN))
+    if not _HEADER_BEGIN.startswith(begin):
+        raise _foreign(path, command)
+
+
+def _foreign(path: Path, command: str) -> UserError:
+    return UserError(f"--output {path}: exists and is not the output of {command}; name another")
+
+
 def _check_header(path: Path, header: dict[str, Any], command: str) -> None:
     old = read_header(path)
     if old is None:
-        raise UserError(f"--output {path}: exists and is not the output of {command}; name another")
+        raise _foreign(path, command)
     for name in sorted(old.keys() | header.keys()):
         if old.get(name) != header.get(name):
             raise UserError(

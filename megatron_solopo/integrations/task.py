@@ -107,8 +107,8 @@ class PreferenceTask:
     It reads these parts of the config: `model`, `data`, `objective`, `logprob`, `reference`, `seed`,
     `training.global_batch_size` and the sizes in `parallel`. The loop decides everything else.
 
-    Raises UserError if there are no process groups yet, if the data does not fit the model or the objective, or if the
-    reference cache is missing or was made for another model or other data.
+    Raises UserError if there are no process groups yet, or if the data does not fit the model or the objective. The
+    same holds for a reference cache that is missing, or was made for another model or other data.
     """
 
     def __init__(self, config: Config, topology: Topology | None = None) -> None:
@@ -133,8 +133,8 @@ class PreferenceTask:
 
         Call it on every chunk before Float16Module or DistributedDataParallel wrap it. Parameters and their names stay.
 
-        Raises UserError naming what in the model differs from `config.model.path`, or what in its TransformerConfig
-        does not work with packs or with the mean over triplets.
+        Raises UserError naming what in the model differs from `config.model.path`. It also names what in its
+        TransformerConfig does not work with packs or with the mean over triplets.
         """
         prepare_model(model, self.architecture, self.config.logprob.chunk_tokens)
         return model

@@ -1,7 +1,7 @@
 """Everything that this package touches in Megatron-LM without a promise of Megatron's that it will stay.
 
-Each entry names the versions that it was read in and tested with, the reason, and the file or pull request upstream
-(paths are those of https://github.com/NVIDIA/Megatron-LM). `tests/parallel/test_megatron_internals.py` has a test for
+Each entry names the versions that it was read in and tested with, the reason, and the file or pull request upstream.
+Paths are those of https://github.com/NVIDIA/Megatron-LM. `tests/parallel/test_megatron_internals.py` has a test for
 each entry. It fails when the installed Megatron changes what the entry relies on, or no longer needs the entry.
 The adaptation of `torch.cuda` to a CPU is in `parallel/cpu.py`.
 """

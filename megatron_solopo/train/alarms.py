@@ -91,8 +91,8 @@ def gap_closes_from_below(steps: Sequence[StepMetrics]) -> str | None:
     The gap |r(x_short, y_w) - r(x_long, y_w)| does not say which side moves. A model that cannot raise the long reward
     can lower the short one instead, and forgets what it knew.
 
-    The fall is measured by `nll_loss` (nats per token of the chosen answer in the short context), because its scale is
-    the same for every loss type. It must have risen by 0.2 and by three standard errors, and the gap must have lost a
+    The fall is measured by `nll_loss`, the nats per token of the chosen answer in the short context. Its scale is the
+    same for every loss type. It must have risen by 0.2 and by three standard errors, and the gap must have lost a
     fifth. These numbers come from the runs of `examples/reproduction`, see its RESULTS.md.
     """
     found = [values for step in steps if None not in (values := tuple(step.get(name) for name in _COLLAPSE_NAMES))]

@@ -72,8 +72,8 @@ class SaveClock(Callback):
         self._slowest_save: float | None = None
 
     def on_start(self, state: TrainState) -> None:
-        """Count steps from here."""
-        self._step = state.step
+        """Count steps, and measure the first one, from here: what came before may have taken hours."""
+        self._step, self._step_began = state.step, self._now()
 
     def reason_to_save(self, step: int, *, is_last: bool) -> str | None:
         """Why the run must be saved after `step`, or None. All ranks call it together, once per step."""

@@ -32,9 +32,12 @@ class RunDatasets:
 def load_run_datasets(config: Config, architecture: Architecture) -> RunDatasets:
     """Open `data.path`.
 
-    Raises UserError if the data is incomplete, or holds pairs but the objective needs triplets, or was tokenized with
-    another tokenizer than the model's, or has longer sequences than the model has positions, or has no held-out split
-    but `training.eval_steps` is set.
+    Raises UserError if the data is incomplete, or does not fit the config:
+
+    - it holds pairs, but the objective needs triplets;
+    - it was tokenized with another tokenizer than the model's;
+    - it has longer sequences than the model has positions;
+    - it has no held-out split, but `training.eval_steps` is set.
     """
     prepared = load_prepared(config.data.path)
     manifest = prepared.manifest

@@ -65,8 +65,8 @@ class Session:
 def open_session(config: Config) -> Iterator[Session]:
     """Open a session; at its end the process groups are destroyed, and `Stopped` becomes SystemExit with code 85.
 
-    However the session ends, threads that may hold a group or a collective end before the groups do, and the thread
-    that listens for signals ends right after. The interpreter would abort if such a thread were left at its end.
+    However the session ends, threads that may hold a group or a collective end before the groups do. The thread that
+    listens for signals ends right after. If one of them were left, the interpreter would abort when it ends.
     """
     with StopSignals() as signals:
         model, topology, datasets = check_and_join(config)

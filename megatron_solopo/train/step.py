@@ -3,8 +3,7 @@
 The gradient's scale: with `calculate_per_token_loss`, Megatron sums gradients over micro-batches and over data- and
 context-parallel ranks. It then divides by the sum, over the same ranks, of the counts that the loss function reports.
 We report the pack's triplets on each of its CP ranks, and return CP times the summed loss. So both sums have the factor
-CP, and the gradient is exactly that of the mean over the triplets of the global batch, however they are packed or
-distributed.
+CP. However the triplets are packed or distributed, the gradient is exactly that of the mean over the global batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence

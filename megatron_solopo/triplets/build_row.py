@@ -121,7 +121,7 @@ class RowBuilder:
             answers = (self._measure.response(text, common[name]) for name in ("chosen", "rejected"))
             common["response_tokens"] = max(answers)
         else:
-            common["response_tokens"] = self._settings.response_room
+            common["response_tokens"] = self._settings.reserved_tokens
         return short, common | {"short_tokens": self._measure.prompt(text) + common["response_tokens"]}
 
     def _constructed(self, sample: _Sample, short: Sequence[int]) -> RowFields:
@@ -154,9 +154,9 @@ class RowBuilder:
         def arranged(taken: Sequence[int]) -> list[int]:
             return self._ordered([*sample.evidence, *taken], np.random.default_rng(order))
 
-        room = self._settings.response_room
+        reserved = self._settings.reserved_tokens
         candidates = self._short_candidates(sample)
-        filled = self._fill(sample, sample.evidence, candidates, arranged, room, limit, sample.rng)
+        filled = self._fill(sample, sample.evidence, candidates, arranged, reserved, limit, sample.rng)
         if filled.length > limit:
             raise _Dropped("the evidence alone exceeds --short-tokens")
         self._refuse_underfull(filled, "--short-tokens")
@@ -165,7 +165,7 @@ class RowBuilder:
     def _row(
         self, sample: _Sample, short: Sequence[int], common: RowFields, row_id: str, slot: int, target: int
     ) -> Built:
-        room = common["response_tokens"]
+        reserved = common["response_tokens"]
         if common["short_tokens"] > target:
             raise _Dropped(_SHORT_EXCEEDS_LONG)
         rng = generator(self._settings.seed, f"long:{slot}:{sample.question.id}")
@@ -178,7 +178,7 @@ class RowBuilder:
             return self._scattered(sample.evidence, [*beside, *taken], depths, np.random.default_rng(order))
 
         candidates = map(int, rng.permutation(self._pool.members))
-        filled = self._fill(sample, short, candidates, arranged, room, target, rng)
+        filled = self._fill(sample, short, candidates, arranged, reserved, target, rng)
         if filled.length > target:
             raise _Dropped(_SHORT_EXCEEDS_LONG)
         self._refuse_underfull(filled, "--long-tokens")
@@ -204,15 +204,19 @@ class RowBuilder:
         given: Sequence[int],
         candidates: Iterable[int],
         arranged: Callable[[Sequence[int]], list[int]],
-        room: int,
+        reserved: int,
         limit: int,
         rng: np.random.Generator,
     ) -> Filled:
-        """Fill a context. `arranged` puts chosen documents and the given ones in order."""
+        """Fill a context. `arranged` puts chosen documents and the given ones in order.
+
+        Args:
+            reserved: Tokens that remain free for the response.
+        """
 
         def length(taken: Sequence[int]) -> int:
             text = self._prompt.prompt(self._documents(arranged(taken)), sample.question.question)
-            return self._measure.prompt(text) + room
+            return self._measure.prompt(text) + reserved
 
         filler = Filler(self._pool, lambda index: self._usable(sample, index), length, limit, rng)
         return filler.fill(given, candidates)

@@ -72,10 +72,12 @@ def sample(settings: SampleSettings) -> SampleReport:
     got no answer. What was received stays, and the same command asks for the rest.
     """
     check_output(settings.output, True, [settings.contexts])
-    questions, room = _index(settings.contexts)
-    max_tokens = room - END_TOKENS if settings.max_tokens is None else settings.max_tokens
-    if not 1 <= max_tokens <= room:
-        raise UserError(f"--max-tokens {max_tokens}: the contexts leave room for {room} tokens, see --response-tokens")
+    questions, response_tokens = _index(settings.contexts)
+    max_tokens = response_tokens - END_TOKENS if settings.max_tokens is None else settings.max_tokens
+    if not 1 <= max_tokens <= response_tokens:
+        raise UserError(
+            f"--max-tokens {max_tokens}: the contexts leave room for {response_tokens} tokens, see --response-tokens"
+        )
     made = provenance([settings.contexts], settings.seed, settings)
     with Journal(settings.output, _header(settings, max_tokens)) as journal:
         before = journal.count
@@ -94,13 +96,13 @@ def _header(settings: SampleSettings, max_tokens: int) -> dict[str, Any]:
 
 
 def _index(path: Path) -> tuple[dict[str, int], int]:
-    """Byte offset of each question's first row, and the least room for a response in the file."""
+    """Byte offset of each question's first row, and the least `response_tokens` in the file."""
     offsets: dict[str, int] = {}
-    room = 0
+    least = 0
     for _, offset, row in read_contexts(path, ContextRow):
         offsets.setdefault(row.question_id, offset)
-        room = min(room or row.response_tokens, row.response_tokens)
-    return offsets, room
+        least = min(least or row.response_tokens, row.response_tokens)
+    return offsets, least
 
 
 def _load(settings: SampleSettings) -> Model:

@@ -164,7 +164,7 @@ class BuildSettings(CommandSettings):
         return parse_lengths(self.long_tokens)
 
     @property
-    def response_room(self) -> int:
+    def reserved_tokens(self) -> int:
         """Tokens that remain free for a sampled response."""
         return _DEFAULT_RESPONSE_TOKENS if self.response_tokens is None else self.response_tokens
 

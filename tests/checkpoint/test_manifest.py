@@ -101,7 +101,7 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_found(folder: Path) -> None:
         (folder / MANIFEST).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         try:
             assert read_manifest(folder) == original, place  # a space that became an exclamation mark is not JSON
-        except ValueError:
+        except UserError:
             continue
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_solopo.data.tokenizer import encode_prompt
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluate.samples import DEFAULT_ROOM, QuestionFile
+from megatron_solopo.evaluate.samples import DEFAULT_MAX_NEW_TOKENS, QuestionFile
 from tests.data.tiny_tokenizers import write_hugging_face
 from tests.triplets.musique_example import construct, first_lines, read, write
 
@@ -52,7 +52,7 @@ def test_lengths_are_bucketed_and_depths_brought_to_the_nearest(tokenizers, tmp_
     power = 1 << (tokens[2] - 1).bit_length()
     bounds = [64, 128 if tokens[1] <= 128 else 1 << (tokens[1] - 1).bit_length(), power]
     assert [spec.length for spec in specs] == bounds and [spec.depth for spec in specs] == [0.0, 0.5, 1.0]
-    assert {spec.max_new_tokens for spec in specs} == {DEFAULT_ROOM}
+    assert {spec.max_new_tokens for spec in specs} == {DEFAULT_MAX_NEW_TOKENS}
 
 
 def test_a_question_is_asked_once_in_its_short_context(tokenizers, tmp_path) -> None:

@@ -42,10 +42,14 @@ def test_offsets_lead_to_their_lines(tmp_path) -> None:
     [
         ('{"id": 1}\n', "is not the output of data sample"),
         ("not json\n", "is not the output of data sample"),
+        ("a note without a line break", "is not the output of data sample"),
+        (f'{{"id": {"9" * 5000}}}\n', "is not the output of data sample"),
+        ("[" * 100_000 + "\n", "is not the output of data sample"),
         ('{"journal": {"model": "m", "seed": 0}}\n{"index": 1}\n', r"r\.jsonl:2: question_id is required"),
         ('{"journal": {"model": "m", "seed": 0}}\n{"ind\n{"index": 1}\n', r"r\.jsonl:2: the whole line"),
         ('{"journal": {"model": "m"}}\n', "was begun with seed None, not 0"),
     ],
+    ids=range(8),
 )
 def test_another_file_is_not_written_to(content, message, tmp_path) -> None:
     path = tmp_path / "r.jsonl"

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from megatron_solopo.config import CheckpointConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.train.callbacks import SaveClock, deadline
+from megatron_solopo.train.state import SkippedSteps, TrainState
 from tests.ranks import layout
 
 
@@ -18,13 +19,27 @@ def one_rank() -> Iterator[None]:
 
 
 class Run:
-    """Steps of `step` seconds and saves of `save` seconds; `saves` maps the steps saved to why."""
+    """Steps of `step` seconds and saves of `save` seconds; `saves` maps the steps saved to why.
 
-    def __init__(self, config: CheckpointConfig, *, steps: int, step: float, save: float, start: float = 1e9) -> None:
-        self.now = start
+    The first step begins at `start`, and the run was built `before_first_step` seconds earlier.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        *,
+        steps: int,
+        step: float,
+        save: float,
+        start: float = 1e9,
+        before_first_step: float = 0,
+    ) -> None:
+        self.now = start - before_first_step
         self.saves: dict[int, str] = {}
         self.saved_at: dict[int, float] = {}
         clock = SaveClock(config, now=lambda: self.now)
+        self.now = start
+        clock.on_start(TrainState(0, {}, SkippedSteps()))
         for number in range(1, steps + 1):
             self.now += step
             if reason := clock.reason_to_save(number, is_last=number == steps):
@@ -63,6 +78,15 @@ def test_steps_longer_than_the_time_assumed_are_saved_before_the_deadline() -> N
     run = Run(config, steps=5, step=700, save=20, start=by - 1800)
     (first, *_) = run.saves
     assert run.saved_at[first] <= by and run.saves[first].startswith("checkpoint.must_save_by")
+
+
+def test_the_time_before_the_first_step_is_no_step() -> None:
+    config = CheckpointConfig(must_save_by="2030-01-31T18:00:00+00:00")
+    by = deadline(config)
+    assert by is not None
+    run = Run(config, steps=200, step=10, save=20, start=by - 1000, before_first_step=3600)
+    _, late, _ = run.saves
+    assert by - 2 * (10 + 20) - 10 <= run.saved_at[late] - 20 and run.saved_at[late] <= by
 
 
 def test_a_deadline_that_has_passed_saves_nothing() -> None:

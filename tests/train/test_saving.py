@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_solopo.config import parse_config
+from megatron_solopo.errors import UserError
 from megatron_solopo.train import lock
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
@@ -58,7 +59,7 @@ def run_one(config: dict[str, Any], die_in: str) -> str:
     with contextlib.redirect_stdout(said), mock.patch.object(lock, "_WAIT_SECONDS", 0.5), dying(die_in):
         try:
             train(parse_config(config, source="test"))
-        except ValueError as error:
+        except UserError as error:
             return f"error: {error}"
     return said.getvalue()
 

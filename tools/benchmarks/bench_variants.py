@@ -39,7 +39,7 @@ class Variant:
 def possible_variants(wanted: Sequence[str]) -> list[Variant]:
     """All combinations that this machine can run, or of these the wanted ones.
 
-    Raises ValueError for a wanted one that is not among them.
+    Raises UserError for a wanted one that is not among them.
     """
     attentions = ["sdpa"]
     if torch.cuda.is_available():

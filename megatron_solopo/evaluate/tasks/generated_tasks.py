@@ -147,8 +147,8 @@ class GeneratedTasks:
 
     def _spec(self, task: str, length: int, number: int) -> SampleSpec:
         depth = self._settings.depths[number % len(self._settings.depths)] if self._has_depth(task) else None
-        room = self._settings.max_new_tokens or TASKS[task].max_new_tokens
-        return SampleSpec(f"{task}:{length}:{depth}:{number}", task, length, depth, length, room, number)
+        max_new_tokens = self._settings.max_new_tokens or TASKS[task].max_new_tokens
+        return SampleSpec(f"{task}:{length}:{depth}:{number}", task, length, depth, length, max_new_tokens, number)
 
     def _has_depth(self, task: str) -> bool:
         if task == QA:
