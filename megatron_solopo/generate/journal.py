@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_solopo.errors import UserError, first_problem
 
-
 _HEADER_BEGIN = b'{"journal": '
 
 
