@@ -1,4 +1,4 @@
-"""What every test needs: one thread per process, no network, GPU tests skipped where there is no GPU."""
+"""What every test needs: one thread per process, no network, no time limit for an example, no GPU test without a GPU."""
 
 import os
 
@@ -6,6 +6,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from hypothesis import settings
+
+# A loaded machine takes any time for an example; pytest's own limit catches a test that hangs.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

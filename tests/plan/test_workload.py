@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_solopo.config import ObjectiveConfig
@@ -19,7 +19,6 @@ ROLES = ObjectiveConfig().roles.all
 LENGTHS = st.fixed_dictionaries({name: st.integers(1, 70) for name in NAMES})
 
 
-@settings(deadline=None)
 @given(st.lists(LENGTHS, min_size=1, max_size=3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 64]))
 def test_a_shape_is_the_real_packs(triplets: list[dict[str, int]], cp: int, whole: int) -> None:
     rows = [

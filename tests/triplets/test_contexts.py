@@ -118,7 +118,7 @@ def make_pool(sizes: Sequence[int], keys: Sequence[int] | None = None) -> Pool:
     return Pool(np.arange(len(sizes)), np.array(sizes, dtype=np.int32), keys)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     sizes=st.lists(st.integers(1, 30), min_size=2, max_size=40),
     joint=st.sampled_from([-2, -1, 0, 1, 4]),

@@ -26,7 +26,7 @@ TEXTS = st.text(max_size=60) | st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS, special=st.booleans())
 def test_count_is_the_number_of_tokens(tokenizers, text, special) -> None:
     for tokenizer in tokenizers:

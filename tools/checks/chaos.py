@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import check_replaceable, read_jsonl, remove, write_json
 from tools.checks.chaos_phases import PHASES, WRITTEN_BY_RANK_0, Moment, run_rank
 from tools.reporting import environment
@@ -98,7 +99,7 @@ def usual_durations(work: Path) -> dict[str, float]:
         for phase, seconds in json.loads(path.read_text(encoding="utf-8")).items():
             found[phase] = max(seconds, found.get(phase, 0.0))
     if missing := sorted(set(PHASES) - set(found)):
-        raise ValueError(f"the undisturbed run never came through {', '.join(missing)}: nothing could be killed there")
+        raise UserError(f"the undisturbed run never came through {', '.join(missing)}: nothing could be killed there")
     return found
 
 

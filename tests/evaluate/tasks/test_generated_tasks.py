@@ -42,7 +42,7 @@ def test_every_task_that_a_user_may_name_is_there() -> None:
 
 
 @given(st.sampled_from(STYLES), st.sampled_from(NEEDLES_AND_CHAINS), st.integers(700, 3000), st.integers(0, 1 << 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_prompts_have_exactly_the_asked_length(tokenizers, style, task, length, seed) -> None:
     tokenizer = tokenizers[style]
     for template in ("plain", "chat") if tokenizer.chat_template else ("plain",):

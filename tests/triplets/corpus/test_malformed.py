@@ -162,7 +162,7 @@ def _mutated(draw: st.DrawFn) -> bytes:
     return bytes(line).replace(b"\n", b" ").replace(b"\r", b" ")
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.composite(_mutated)(), min_size=1, max_size=12))
 @example([b"{}", b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), b"\x00", b"NaN", b"9" * 5000, b'"\\ud83d"'])
 @example([b"[" * 100_000])
