@@ -1,4 +1,4 @@
-"""What every test needs: one thread per process, no network, no time limit for an example, no GPU test without a GPU."""
+"""What every test needs: one thread per process, no network, no time limit for an example, no GPU test without GPU."""
 
 import os
 
