@@ -35,16 +35,21 @@ def wrap_data_parallel(chunks: Sequence[ResponseModel], optimizer: OptimizerConf
     config = chunks[0].config
     # Without this function Megatron's schedules do not synchronize gradients over DP, of norms and of tied embeddings.
     config.finalize_model_grads_func = _check_finite_and_finalize
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=optimizer.grad_reduce_in_fp32,
-        overlap_grad_reduce=False,
-        use_distributed_optimizer=optimizer.use_distributed_optimizer,
-        fp8_param_gather=bool(config.fp8_param),
-    )
+    ddp_config = data_parallel_config(optimizer, fp8_param=bool(config.fp8_param))
     wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
     for chunk in chunks:  # now that there are buffers to add to
         fuse_weight_gradients(chunk)
     return wrapped
+
+
+def data_parallel_config(optimizer: OptimizerConfig, *, fp8_param: bool) -> DistributedDataParallelConfig:
+    """Megatron-Core's settings of the gradient buffers, for weights that are FP8 or not."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=optimizer.grad_reduce_in_fp32,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        fp8_param_gather=fp8_param,
+    )
 
 
 def _check_finite_and_finalize(model: Sequence[DistributedDataParallel], *arguments: Any, **keywords: Any) -> None:
@@ -71,8 +76,6 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
     """Adam over this rank's parameters, with fp32 master weights where the model is bfloat16."""
     model = chunks[0].module.config
     dtype = model.params_dtype
-    offload = optimizer.optimizer_offload_fraction > 0
-    grads_dtype = torch.float32 if optimizer.grad_reduce_in_fp32 else dtype
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -88,17 +91,26 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
             params_dtype=dtype,
             use_distributed_optimizer=optimizer.use_distributed_optimizer,
             fp8_recipe=model.fp8_recipe if model.fp8 else None,
-            optimizer_cpu_offload=offload,
-            optimizer_offload_fraction=optimizer.optimizer_offload_fraction,
-            # With the overlap, gradients that must be cast are cast on a stream of their own, and the update on the GPU
-            # does not wait for it. So overlap only fp32 gradients.
-            overlap_cpu_optimizer_d2h_h2d=offload and optimizer.grad_reduce_in_fp32,
-            # The hybrid optimizer then holds the only fp32 weights, without a copy on the GPU.
-            use_precision_aware_optimizer=offload,
-            main_grads_dtype=grads_dtype if offload else torch.float32,
+            **offload_settings(optimizer, dtype),
         ),
         list(chunks),
     )
+
+
+def offload_settings(optimizer: OptimizerConfig, params_dtype: torch.dtype) -> dict[str, Any]:
+    """Megatron-Core's settings of an optimizer whose state is partly in host memory (its hybrid optimizer)."""
+    offload = optimizer.optimizer_offload_fraction > 0
+    grads_dtype = torch.float32 if optimizer.grad_reduce_in_fp32 else params_dtype
+    return {
+        "optimizer_cpu_offload": offload,
+        "optimizer_offload_fraction": optimizer.optimizer_offload_fraction,
+        # With the overlap, gradients that must be cast are cast on a stream of their own, and the update on the GPU
+        # does not wait for it. So overlap only fp32 gradients.
+        "overlap_cpu_optimizer_d2h_h2d": offload and optimizer.grad_reduce_in_fp32,
+        # The hybrid optimizer then holds the only fp32 weights, without a copy on the GPU.
+        "use_precision_aware_optimizer": offload,
+        "main_grads_dtype": grads_dtype if offload else torch.float32,
+    }
 
 
 def check_schedule(config: OptimizerConfig, max_steps: int) -> None:

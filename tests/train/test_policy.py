@@ -2,17 +2,22 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.resolve import resolve_model
-from megatron_solopo.train import policy as optimizer
-from megatron_solopo.train.policy import build_scheduler, check_offload, check_schedule
+from megatron_solopo.parallel.megatron_internals import fuse_weight_gradients
+from megatron_solopo.train.policy import (
+    build_scheduler,
+    check_offload,
+    check_schedule,
+    data_parallel_config,
+    offload_settings,
+)
 from tests.tiny_models import make_model
 
 LR, MIN_LR, WARMUP, STEPS = 8e-4, 2e-4, 4, 12
@@ -94,39 +99,40 @@ def test_state_is_not_offloaded_from_a_gpu_that_is_not_used(tmp_path: Path) -> N
         check_offload(OptimizerConfig(optimizer_offload_fraction=0.5), model)
 
 
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What Megatron is asked for; the model is one linear layer that can fuse its weight gradient."""
-    asked: dict[str, Any] = {}
-    linear = torch.nn.Linear(2, 2)
-    linear.fuse_wgrad_accumulation = False
-    linear.config = SimpleNamespace(params_dtype=torch.bfloat16, fp8="hybrid", fp8_recipe="blockwise", fp8_param=True)
-    wrapped = SimpleNamespace(module=linear)
-    monkeypatch.setattr(
-        optimizer, "DistributedDataParallel", lambda config, ddp, chunk: asked.update(ddp=ddp) or wrapped
-    )
-    monkeypatch.setattr(optimizer, "MegatronOptimizerConfig", lambda **settings: settings)
-    monkeypatch.setattr(optimizer, "get_megatron_optimizer", lambda settings, chunks: asked.update(optimizer=settings))
-    asked["model"] = linear
-    return asked
+def test_gradient_buffers_follow_the_config() -> None:
+    plain = data_parallel_config(OptimizerConfig(), fp8_param=False)
+    assert plain.grad_reduce_in_fp32 and plain.use_distributed_optimizer and not plain.fp8_param_gather
+    other = OptimizerConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=False)
+    changed = data_parallel_config(other, fp8_param=True)
+    assert not changed.grad_reduce_in_fp32 and not changed.use_distributed_optimizer and changed.fp8_param_gather
 
 
 @pytest.mark.parametrize(
-    ("settings", "offload", "overlap"),
+    ("settings", "overlap", "grads_dtype"),
     [
-        ({}, False, False),
-        ({"optimizer_offload_fraction": 0.7}, True, True),
-        ({"optimizer_offload_fraction": 0.7, "grad_reduce_in_fp32": False}, True, False),
+        ({"optimizer_offload_fraction": 0.7}, True, torch.float32),
+        ({"optimizer_offload_fraction": 0.7, "grad_reduce_in_fp32": False}, False, torch.bfloat16),
     ],
 )
-def test_megatron_is_asked_for_what_the_config_says(built, settings, offload, overlap) -> None:
-    config = OptimizerConfig.model_validate(settings)
-    optimizer.build_optimizer(optimizer.wrap_data_parallel([built["model"]], config), config)
-    asked, ddp = built["optimizer"], built["ddp"]
-    assert asked["optimizer_cpu_offload"] is asked["use_precision_aware_optimizer"] is offload
-    assert asked["optimizer_offload_fraction"] == (0.7 if offload else 0.0)
-    assert asked["overlap_cpu_optimizer_d2h_h2d"] is overlap
-    assert asked["main_grads_dtype"] is (torch.bfloat16 if offload and not overlap else torch.float32)
-    assert asked["fp8_recipe"] == "blockwise" and asked["bf16"]
-    assert ddp.fp8_param_gather and ddp.grad_reduce_in_fp32 is config.grad_reduce_in_fp32
-    assert built["model"].fuse_wgrad_accumulation is True
+def test_offloaded_state_has_no_second_copy_and_overlaps_only_fp32_gradients(settings, overlap, grads_dtype) -> None:
+    found = offload_settings(OptimizerConfig.model_validate(settings), torch.bfloat16)
+    assert found["optimizer_cpu_offload"] and found["use_precision_aware_optimizer"]
+    assert found["optimizer_offload_fraction"] == 0.7
+    assert found["overlap_cpu_optimizer_d2h_h2d"] is overlap and found["main_grads_dtype"] is grads_dtype
+
+
+@pytest.mark.parametrize("grad_reduce_in_fp32", [True, False])
+def test_without_offload_megatron_gets_its_own_defaults(grad_reduce_in_fp32: bool) -> None:
+    found = offload_settings(OptimizerConfig(grad_reduce_in_fp32=grad_reduce_in_fp32), torch.bfloat16)
+    defaults = MegatronOptimizerConfig()
+    assert {name for name, value in found.items() if value != getattr(defaults, name)} <= {
+        "overlap_cpu_optimizer_d2h_h2d"
+    }
+    assert not found["overlap_cpu_optimizer_d2h_h2d"]
+
+
+def test_layers_that_can_fuse_their_weight_gradient_do() -> None:
+    linear = torch.nn.Linear(2, 2)
+    linear.fuse_wgrad_accumulation = False
+    fuse_weight_gradients(torch.nn.Sequential(linear, torch.nn.Linear(2, 2)))
+    assert linear.fuse_wgrad_accumulation is True
