@@ -64,7 +64,7 @@ def _check_finite_and_finalize(model: Sequence[DistributedDataParallel], *argume
 
 
 def check_offload(optimizer: OptimizerConfig, model: ResolvedModel) -> None:
-    """Raise ValueError if optimizer state is to leave a GPU that is not there, or without Transformer Engine."""
+    """Raise UserError if optimizer state is to leave a GPU that is not there, or without Transformer Engine."""
     if optimizer.optimizer_offload_fraction and not model.uses_transformer_engine:
         raise UserError(
             f"optimizer.optimizer_offload_fraction={optimizer.optimizer_offload_fraction} needs a CUDA device, "

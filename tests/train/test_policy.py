@@ -93,9 +93,7 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(settings, words) -> Non
 def test_state_is_not_offloaded_from_a_gpu_that_is_not_used(tmp_path: Path) -> None:
     model = resolve_model(ModelConfig(path=make_model(tmp_path, "llama3"), implementation="local"), ParallelConfig())
     check_offload(OptimizerConfig(), model)
-    with pytest.raises(
-        ValueError, match=r"optimizer\.optimizer_offload_fraction=0\.5 needs a CUDA device.*set it to 0"
-    ):
+    with pytest.raises(UserError, match=r"optimizer\.optimizer_offload_fraction=0\.5 needs a CUDA device.*set it to 0"):
         check_offload(OptimizerConfig(optimizer_offload_fraction=0.5), model)
 
 
