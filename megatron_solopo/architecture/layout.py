@@ -1,5 +1,7 @@
 """Which parallel layouts and FP8 settings fit a model, and what sequences and packs are padded to. Arithmetic only."""
 
+import math
+
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
@@ -9,21 +11,23 @@ _VOCAB_MULTIPLE_PER_RANK = 128
 FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 
 
-def sequence_multiple(tensor_model_parallel_size: int, context_parallel_size: int) -> int:
-    """Every packed sequence is padded to a multiple of this: 2 x CP chunks, each of which TP ranks share."""
-    return 2 * context_parallel_size * tensor_model_parallel_size
+def sequence_multiple(context_parallel_size: int) -> int:
+    """Every packed sequence is padded to a multiple of this: context parallelism cuts it into 2 x CP chunks."""
+    return 2 * context_parallel_size if context_parallel_size > 1 else 1
 
 
-def pack_multiple(parallel: ParallelConfig, model: ModelConfig) -> int:
+def pack_multiple(tensor_model_parallel_size: int, context_parallel_size: int, model: ModelConfig | None = None) -> int:
     """The tokens of a whole pack are padded to a multiple of this, after the padding of its sequences.
 
-    It is 1 without FP8. With FP8, each of the CP x TP ranks needs a multiple of `FP8_MULTIPLES`. The last sequence
-    takes the difference, because padding every short sequence would cost more.
+    Sequence parallelism divides the pack's tokens over CP x TP ranks. With FP8, each of these ranks needs a multiple of
+    `FP8_MULTIPLES`. The last sequence takes the difference, because padding every short sequence would cost more.
+
+    Args:
+        model: whether and how FP8 is used; None: not.
     """
-    if model.fp8 is None:
-        return 1
-    ranks = parallel.context_parallel_size * parallel.tensor_model_parallel_size
-    return FP8_MULTIPLES[model.fp8_recipe] * ranks
+    tokens_per_rank = FP8_MULTIPLES[model.fp8_recipe] if model is not None and model.fp8 else 1
+    ranks = tensor_model_parallel_size * context_parallel_size
+    return math.lcm(sequence_multiple(context_parallel_size), tokens_per_rank * ranks)
 
 
 def packs_multiple(pipeline_model_parallel_size: int, num_model_chunks: int) -> int:

@@ -171,7 +171,7 @@ class Packer:
         """
         parallel = config.parallel
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-        multiple, pack_multiple = layout.sequence_multiple(tp, cp), layout.pack_multiple(parallel, config.model)
+        multiple, pack_multiple = layout.sequence_multiple(cp), layout.pack_multiple(tp, cp, config.model)
         packs = layout.packs_multiple(
             parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
         )
@@ -179,7 +179,7 @@ class Packer:
         budget = config.data.max_tokens_per_pack
         if (largest := self.largest_triplet(multiple, pack_multiple)) > budget:
             raise UserError(
-                f"the largest triplet needs {largest:,} padded tokens (multiples of {multiple}), more than "
+                f"the largest triplet needs {largest:,} padded tokens (multiples of {pack_multiple}), more than "
                 f"data.max_tokens_per_pack={budget}; raise it to that"
             )
         key = (multiple, budget // pack_multiple * pack_multiple, packs, data_parallel_size)

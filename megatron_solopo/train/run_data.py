@@ -7,7 +7,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_solopo.architecture.huggingface_config import Architecture
-from megatron_solopo.architecture.layout import pack_multiple
 from megatron_solopo.architecture.model_directory import has_tokenizer
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, TripletDataset, sequential_batches
@@ -147,7 +146,7 @@ def single_pass(
 def _packing(config: Config, topology: Topology) -> Packing:
     return Packing(
         sequence_multiple=topology.sequence_multiple,
-        pack_multiple=pack_multiple(config.parallel, config.model),
+        pack_multiple=topology.pack_multiple(config.model),
         max_tokens_per_pack=config.data.max_tokens_per_pack,
         max_triplets_per_pack=config.data.max_triplets_per_pack,
         dp_rank=topology.data_group.rank(),

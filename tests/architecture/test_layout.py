@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
-from megatron_solopo.architecture.layout import check_layout, check_world_size, pack_multiple, padded_vocab_size
+from megatron_solopo.architecture.layout import (
+    check_layout,
+    check_world_size,
+    pack_multiple,
+    padded_vocab_size,
+    sequence_multiple,
+)
 from megatron_solopo.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_solopo.data.loader import Packing
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
@@ -124,22 +130,21 @@ SIZES = st.sampled_from([1, 2, 4, 8])
 LENGTHS = st.lists(st.tuples(*[st.integers(1, 90)] * 4), min_size=1, max_size=3)
 
 
-def layouts(context: int, tensor: int, **model: object) -> tuple[ParallelConfig, ModelConfig]:
-    parallel = ParallelConfig(context_parallel_size=context, tensor_model_parallel_size=tensor)
-    return parallel, ModelConfig.model_validate({"path": "model", **model})
+def model(**settings: object) -> ModelConfig:
+    return ModelConfig.model_validate({"path": "model", **settings})
 
 
 @given(SIZES, SIZES, st.sampled_from(list(TOKENS_PER_RANK)), LENGTHS)
 def test_every_rank_holds_a_multiple_of_tokens(context: int, tensor: int, recipe: str, lengths: list) -> None:
-    multiple = pack_multiple(*layouts(context, tensor, fp8="hybrid", fp8_recipe=recipe))
+    multiple = pack_multiple(tensor, context, model(fp8="hybrid", fp8_recipe=recipe))
     names = ("short", "long", "chosen", "rejected")
     rows = [
         TokenizedTriplet(str(i), i, {n: np.ones(k, int) for n, k in zip(names[:2], row[:2], strict=True)},
                          {n: np.ones(k, int) for n, k in zip(names[2:], row[2:], strict=True)})
         for i, row in enumerate(lengths)
     ]  # fmt: skip
-    pack = build_pack(rows, ROLES, 2 * context * tensor, multiple)
-    plain = build_pack(rows, ROLES, 2 * context * tensor)
+    pack = build_pack(rows, ROLES, sequence_multiple(context), multiple)
+    plain = build_pack(rows, ROLES, sequence_multiple(context))
     for rank in range(context):
         assert len(shard_indices(pack.cu_seqlens_S1, context, rank)) % (tensor * TOKENS_PER_RANK[recipe]) == 0
     assert 0 <= pack.padded_tokens - plain.padded_tokens < multiple
@@ -148,9 +153,12 @@ def test_every_rank_holds_a_multiple_of_tokens(context: int, tensor: int, recipe
     assert pack.tokens_T[: plain.padded_tokens].tolist() == plain.tokens_T.tolist()
 
 
-@pytest.mark.parametrize("fp8", [None, "hybrid"])
-def test_without_fp8_packs_are_not_padded(fp8: str | None) -> None:
-    assert (pack_multiple(*layouts(4, 2, fp8=fp8)) == 1) is (fp8 is None)
+@pytest.mark.parametrize(
+    ("tensor", "context", "multiple"), [(1, 1, 1), (8, 1, 8), (1, 4, 8), (2, 4, 8), (8, 4, 32), (6, 2, 12)]
+)
+def test_without_fp8_a_pack_divides_over_its_ranks_and_chunks(tensor: int, context: int, multiple: int) -> None:
+    assert pack_multiple(tensor, context) == pack_multiple(tensor, context, model()) == multiple
+    assert multiple % (tensor * context) == multiple % sequence_multiple(context) == 0
 
 
 @given(st.integers(1, 5000), st.sampled_from([1, 16, 96, 128, 1024]))
