@@ -48,9 +48,9 @@ def load_run_datasets(config: Config, architecture: Architecture) -> RunDatasets
     _check_tokenizer(config, manifest, architecture)
     columns = {"short": prepared.prompt_column("short"), "long": prepared.prompt_column("long")}
     _check_lengths(config, manifest, architecture, columns)
-    datasets = {"train": TripletDataset(prepared.train, columns)}
+    datasets = {"train": TripletDataset(prepared.train, columns, architecture)}
     if prepared.eval is not None:
-        datasets["eval"] = TripletDataset(prepared.eval, columns)
+        datasets["eval"] = TripletDataset(prepared.eval, columns, architecture)
     elif config.training.eval_steps is not None:
         raise UserError(
             f"training.eval_steps={config.training.eval_steps}, but {config.data.path} has no held-out split; "
@@ -107,7 +107,7 @@ def training_batches(
     """
     packing = _packing(config, topology)
     if packs_multiple is not None:
-        packing = replace(packing, packs_multiple=packs_multiple)
+        packing = replace(packing, packs_multiple=packs_multiple, wanted_packs=1)
     return GlobalBatchLoader(
         dataset,
         config.objective.roles.all,
@@ -152,4 +152,5 @@ def _packing(config: Config, topology: Topology) -> Packing:
         dp_rank=topology.data_group.rank(),
         dp_size=topology.data_group.size(),
         packs_multiple=topology.packs_multiple,
+        wanted_packs=topology.wanted_packs,
     )

@@ -15,6 +15,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.train import preflight as preflight_module
 from megatron_solopo.train.trainer import preflight, train
 from tests.distributed import run_distributed
+from tests.tiny_models import TINY
 from tests.train.runs import make_inputs, recorded, small_config
 
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
@@ -41,7 +42,7 @@ def run_all(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": preflight(config(folder, "rows"))}
     left = sorted(path.name for path in (folder / "rows").iterdir())
     data = load_prepared(folder / "prepared").train
-    dataset = TripletDataset(data, {"short": "prompt_short", "long": "prompt_long"})
+    dataset = TripletDataset(data, {"short": "prompt_short", "long": "prompt_long"}, TINY)
     found["longest"] = int(dataset.sizes(ObjectiveConfig().roles.all, 4).padded_tokens.max())
     mine = {"optimizer": {"lr": 1e-2 if rank == 3 else 1e-3}}
     found["config"] = refused(config(folder, "differs", **mine))
