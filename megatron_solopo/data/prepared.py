@@ -132,7 +132,7 @@ def is_prepared(path: Path) -> bool:
 def largest_token_id(data: Dataset, columns: Sequence[str]) -> int:
     """The largest token id in some columns. Reads every token, a few rows at a time."""
     tables = data.select_columns(list(columns)).with_format("arrow").iter(batch_size=_LENGTHS_BATCH_ROWS)
-    return max(pc.max(pc.list_flatten(table.column(name))).as_py() for table in tables for name in columns)
+    return max(int(pc.max(pc.list_flatten(table.column(name))).as_py()) for table in tables for name in columns)
 
 
 def token_lengths(data: Dataset, column: str) -> NDArray[np.int64]:
