@@ -52,7 +52,7 @@ def pipeline_bubble(pipeline_model_parallel_size: int, num_model_chunks: int, nu
 
 def describe_bubble(bubble: float) -> str:
     """One line about the share of time that pipeline stages wait, with advice if it is large."""
-    found = f"pipeline stages wait {bubble:.0%} of a step's time"
+    found = f"pipeline stages wait {bubble:.1%} of a step's time"
     if bubble <= _LARGE_BUBBLE:
         return found
     return (

@@ -9,6 +9,7 @@ directories of older versions lack the column.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +67,8 @@ class PreparedManifest(_Record):
     eval: int
     lengths: dict[str, LengthStatistics]
     """By column, in tokens."""
+    largest_token_id: int | None = None
+    """Over all token columns and both splits. None in directories of older versions."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -98,6 +101,13 @@ class PreparedData:
         """The column of a context's prompt. A pair has one prompt for both contexts."""
         return "prompt_short" if self.manifest.kind == "pair" else f"prompt_{context}"
 
+    def largest_token_id(self) -> int:
+        """The largest token id in both splits. Reads every token if an older version wrote the directory."""
+        if self.manifest.largest_token_id is not None:
+            return self.manifest.largest_token_id
+        splits = [self.train] if self.eval is None else [self.train, self.eval]
+        return max(largest_token_id(split, self.manifest.columns) for split in splits)
+
 
 def load_prepared(path: Path) -> PreparedData:
     """Open a directory that `megatron-solopo data prepare` wrote. Reads no tokens yet.
@@ -117,6 +127,12 @@ def is_prepared(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and {"format_version", "fingerprint"} <= manifest.keys()
+
+
+def largest_token_id(data: Dataset, columns: Sequence[str]) -> int:
+    """The largest token id in some columns. Reads every token, a few rows at a time."""
+    tables = data.select_columns(list(columns)).with_format("arrow").iter(batch_size=_LENGTHS_BATCH_ROWS)
+    return max(int(pc.max(pc.list_flatten(table.column(name))).as_py()) for table in tables for name in columns)
 
 
 def token_lengths(data: Dataset, column: str) -> NDArray[np.int64]:

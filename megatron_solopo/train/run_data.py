@@ -10,7 +10,7 @@ from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import has_tokenizer
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, TripletDataset, sequential_batches
-from megatron_solopo.data.prepared import PreparedManifest, load_prepared
+from megatron_solopo.data.prepared import PreparedData, PreparedManifest, load_prepared
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.topology import Topology
@@ -35,6 +35,7 @@ def load_run_datasets(config: Config, architecture: Architecture) -> RunDatasets
 
     - it holds pairs, but the objective needs triplets;
     - it was tokenized with another tokenizer than the model's;
+    - it holds token ids that the model has no embedding for;
     - it has longer sequences than the model has positions;
     - it has no held-out split, but `training.eval_steps` is set.
     """
@@ -45,7 +46,7 @@ def load_run_datasets(config: Config, architecture: Architecture) -> RunDatasets
             f"{config.data.path}: holds plain pairs (prompt, chosen, rejected), but objective.name=solopo needs "
             "prompt_short and prompt_long; prepare triplets, or set objective.name=short_po"
         )
-    _check_tokenizer(config, manifest, architecture)
+    _check_tokenizer(config, prepared, architecture)
     columns = {"short": prepared.prompt_column("short"), "long": prepared.prompt_column("long")}
     _check_lengths(config, manifest, architecture, columns)
     datasets = {"train": TripletDataset(prepared.train, columns, architecture)}
@@ -59,14 +60,25 @@ def load_run_datasets(config: Config, architecture: Architecture) -> RunDatasets
     return RunDatasets(manifest, datasets)
 
 
-def _check_tokenizer(config: Config, manifest: PreparedManifest, architecture: Architecture) -> None:
-    problem = ""
-    if manifest.vocab_size > architecture.vocab_size:
-        problem = f"with {manifest.vocab_size} tokens, but the model {config.model.path} has {architecture.vocab_size}"
-    elif _model_tokenizer(config) not in (None, manifest.fingerprint_parts["tokenizer"]):
-        problem = f"by {manifest.tokenizer}, which is not the tokenizer of the model {config.model.path}"
-    if problem:
-        raise UserError(f"{config.data.path}: tokenized {problem}; prepare the data with the model's own tokenizer")
+def _check_tokenizer(config: Config, prepared: PreparedData, architecture: Architecture) -> None:
+    """Compare ids that occur: a tokenizer may have tokens, such as an unused padding token, that no row uses."""
+    manifest, largest = prepared.manifest, prepared.largest_token_id()
+    own = _model_tokenizer(config)
+    if own not in (None, manifest.fingerprint_parts["tokenizer"]):
+        raise UserError(
+            f"{config.data.path}: tokenized by {manifest.tokenizer}, which is not the tokenizer of the model "
+            f"{config.model.path}; prepare the data with the model's own tokenizer"
+        )
+    if largest >= architecture.vocab_size:
+        way_out = (
+            "prepare the data with the model's own tokenizer"
+            if own is None
+            else "extend the embedding with transformers' resize_token_embeddings, or remove that token from the rows"
+        )
+        raise UserError(
+            f"{config.data.path}: holds the token id {largest}, but the model {config.model.path} has embeddings for "
+            f"ids up to {architecture.vocab_size - 1}; {way_out}"
+        )
 
 
 def _model_tokenizer(config: Config) -> str | None:
