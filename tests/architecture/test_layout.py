@@ -12,15 +12,19 @@ from megatron_solopo.architecture.huggingface_config import Architecture, read_a
 from megatron_solopo.architecture.layout import (
     check_layout,
     check_world_size,
+    describe_bubble,
     pack_multiple,
     padded_vocab_size,
+    pipeline_bubble,
     sequence_multiple,
+    wanted_packs,
 )
 from megatron_solopo.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_solopo.data.loader import Packing
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.context import shard_indices
+from megatron_solopo.plan.pipeline import simulate_schedule
 from tests.tiny_models import FAMILIES
 
 TP2, CP2, PP2 = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "context", "pipeline_model"))
@@ -159,6 +163,22 @@ def test_every_rank_holds_a_multiple_of_tokens(context: int, tensor: int, recipe
 def test_without_fp8_a_pack_divides_over_its_ranks_and_chunks(tensor: int, context: int, multiple: int) -> None:
     assert pack_multiple(tensor, context) == pack_multiple(tensor, context, model()) == multiple
     assert multiple % (tensor * context) == multiple % sequence_multiple(context) == 0
+
+
+@pytest.mark.parametrize("stages", [1, 2, 8])
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_the_bubble_of_equal_packs_is_that_of_the_schedule(stages: int, chunks: int, rounds: int) -> None:
+    packs = rounds * stages
+    simulated = simulate_schedule(stages, chunks, packs, lambda rank, work: 1 if work.is_forward else 2, 0)
+    assert pipeline_bubble(stages, chunks, packs) == pytest.approx(simulated.bubble)
+
+
+@pytest.mark.parametrize(("stages", "packs", "is_warned"), [(1, 1, False), (8, 32, False), (8, 16, True), (2, 1, True)])
+def test_a_large_bubble_is_warned_of_and_the_wanted_packs_avoid_it(stages: int, packs: int, is_warned: bool) -> None:
+    said = describe_bubble(pipeline_bubble(stages, 1, packs))
+    assert said.startswith("warning: ") is is_warned is ("training.global_batch_size" in said)
+    assert is_warned or packs >= wanted_packs(stages)
 
 
 @given(st.integers(1, 5000), st.sampled_from([1, 16, 96, 128, 1024]))
