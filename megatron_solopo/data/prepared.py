@@ -26,6 +26,8 @@ FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 
 _LENGTHS_BATCH_ROWS = 1024
+# Rows of 128K tokens are 0.5 MB a column.
+_TOKENS_BATCH_ROWS = 64
 
 PROMPT_COLUMNS: dict[Kind, tuple[str, ...]] = {"triplet": ("prompt_short", "prompt_long"), "pair": ("prompt_short",)}
 
@@ -66,6 +68,8 @@ class PreparedManifest(_Record):
     eval: int
     lengths: dict[str, LengthStatistics]
     """By column, in tokens."""
+    largest_tokens: dict[str, int] | None = None
+    """By column, the largest token id of the kept rows; null in directories of older versions."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -93,6 +97,11 @@ class PreparedData:
     manifest: PreparedManifest
     train: Dataset
     eval: Dataset | None
+
+    @property
+    def splits(self) -> list[Dataset]:
+        """The training split and, if there is one, the held-out split."""
+        return [self.train] if self.eval is None else [self.train, self.eval]
 
     def prompt_column(self, context: Literal["short", "long"]) -> str:
         """The column of a context's prompt. A pair has one prompt for both contexts."""
@@ -124,6 +133,17 @@ def token_lengths(data: Dataset, column: str) -> NDArray[np.int64]:
     tables = data.select_columns([column]).with_format("arrow").iter(batch_size=_LENGTHS_BATCH_ROWS)
     lengths = [pc.list_value_length(table.column(column)).to_numpy() for table in tables]
     return np.concatenate([np.empty(0, np.int64), *lengths]).astype(np.int64)
+
+
+def largest_tokens(data: Dataset, column: str) -> NDArray[np.int64]:
+    """The largest token id in each row of a token column without empty rows, [rows]. Reads every token."""
+    tables = data.select_columns([column]).with_format("arrow").iter(batch_size=_TOKENS_BATCH_ROWS)
+    found = [np.empty(0, np.int64)]
+    for table in tables:
+        tokens = table.column(column).combine_chunks()
+        starts = tokens.offsets.to_numpy()[:-1] - tokens.offsets[0].as_py()
+        found.append(np.maximum.reduceat(tokens.flatten().to_numpy(), starts))
+    return np.concatenate(found).astype(np.int64)
 
 
 def _read_manifest(path: Path) -> PreparedManifest:
