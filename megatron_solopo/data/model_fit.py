@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.model_directory import has_tokenizer
-from megatron_solopo.data.prepared import PreparedData, largest_tokens
+from megatron_solopo.data.prepared import PreparedData
 from megatron_solopo.data.rows import RESPONSE_FIELDS
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
@@ -77,15 +75,16 @@ def check_readers(
 
 def check_sizes(reader: Reader, prepared: PreparedData, path: Path, contexts: Collection[Context]) -> None:
     """Check vocabulary and positions, without loading a tokenizer. Arguments and error are those of `check_readers`."""
-    prompts = {prepared.prompt_column(context) for context in contexts}
     vocab_size = reader.architecture.vocab_size
-    largest = {column: _largest_token(prepared, column) for column in (*sorted(prompts), *RESPONSE_FIELDS)}
-    column = max(largest, key=lambda name: largest[name])
-    if largest[column] >= vocab_size:
+    # Ids that occur count: a tokenizer may have tokens, such as an unused padding token, that no row uses.
+    if prepared.largest_token_id() >= vocab_size:
+        token_id, place = _first_beyond(prepared, vocab_size)
+        extend = "extend the embedding with transformers' resize_token_embeddings, or remove that token from the rows"
         raise UserError(
-            f"{path}: {column} of row {_first_row(prepared, column, vocab_size)} has a token beyond the "
-            f"{vocab_size} of {reader} (the largest is {largest[column]}); {reader.remedy(_PREPARE_AGAIN)}"
+            f"{path}: holds the token id {token_id} ({place}), but {reader} has embeddings for ids up to "
+            f"{vocab_size - 1}; {reader.remedy(extend if has_tokenizer(reader.path) else _PREPARE_AGAIN)}"
         )
+    prompts = {prepared.prompt_column(context) for context in contexts}
     lengths = prepared.manifest.lengths
     # An upper bound: the longest prompt and the longest answer may be of different rows.
     longest = max(lengths[name].max for name in prompts) + max(lengths[name].max for name in RESPONSE_FIELDS)
@@ -100,21 +99,14 @@ def check_sizes(reader: Reader, prepared: PreparedData, path: Path, contexts: Co
         )
 
 
-def _largest_token(prepared: PreparedData, column: str) -> int:
-    """From the manifest, or from the tokens of both splits if an older version wrote the manifest."""
-    known = prepared.manifest.largest_tokens
-    if known is not None:
-        return known[column]
-    return max(int(largest_tokens(split, column).max()) for split in prepared.splits)
-
-
-def _first_row(prepared: PreparedData, column: str, vocab_size: int) -> str:
-    """The id of the first row that has a token beyond the vocabulary."""
+def _first_beyond(prepared: PreparedData, vocab_size: int) -> tuple[int, str]:
+    """The first token id beyond the vocabulary, and its column and row in words. Reads every token up to there."""
     for split in prepared.splits:
-        beyond = np.flatnonzero(largest_tokens(split, column) >= vocab_size)
-        if len(beyond):
-            return str(split[int(beyond[0])]["id"])
-    raise AssertionError("some row has the largest token")
+        for row in split.with_format("numpy"):
+            for column in prepared.manifest.columns:
+                if (largest := int(row[column].max())) >= vocab_size:
+                    return largest, f"{column} of row {row['id']}"
+    raise AssertionError("some row has the largest token id")
 
 
 class _DataTokenizer:
@@ -123,8 +115,7 @@ class _DataTokenizer:
     def __init__(self, readers: Sequence[Reader], prepared: PreparedData) -> None:
         self._fingerprint = prepared.manifest.fingerprint_parts["tokenizer"]
         self._places = [*(reader.path for reader in readers), Path(prepared.manifest.tokenizer)]
-        columns = prepared.manifest.columns
-        self._largest = max(_largest_token(prepared, column) for column in columns)
+        self._largest = prepared.largest_token_id()
         self._loaded: dict[Path, Tokenizer] = {}
 
     def is_that_of(self, reader: Reader) -> bool:

@@ -9,6 +9,7 @@ directories of older versions lack the column.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,8 +69,8 @@ class PreparedManifest(_Record):
     eval: int
     lengths: dict[str, LengthStatistics]
     """By column, in tokens."""
-    largest_tokens: dict[str, int] | None = None
-    """By column, the largest token id of the kept rows; null in directories of older versions."""
+    largest_token_id: int | None = None
+    """Over all token columns and both splits. None in directories of older versions."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -107,6 +108,12 @@ class PreparedData:
         """The column of a context's prompt. A pair has one prompt for both contexts."""
         return "prompt_short" if self.manifest.kind == "pair" else f"prompt_{context}"
 
+    def largest_token_id(self) -> int:
+        """The largest token id in both splits. Reads every token if an older version wrote the directory."""
+        if self.manifest.largest_token_id is not None:
+            return self.manifest.largest_token_id
+        return max(largest_token_id(split, self.manifest.columns) for split in self.splits)
+
 
 def load_prepared(path: Path) -> PreparedData:
     """Open a directory that `megatron-solopo data prepare` wrote. Reads no tokens yet.
@@ -128,22 +135,17 @@ def is_prepared(path: Path) -> bool:
     return isinstance(manifest, dict) and {"format_version", "fingerprint"} <= manifest.keys()
 
 
+def largest_token_id(data: Dataset, columns: Sequence[str]) -> int:
+    """The largest token id in some columns. Reads every token, a few rows at a time."""
+    tables = data.select_columns(list(columns)).with_format("arrow").iter(batch_size=_TOKENS_BATCH_ROWS)
+    return max(int(pc.max(pc.list_flatten(table.column(name))).as_py()) for table in tables for name in columns)
+
+
 def token_lengths(data: Dataset, column: str) -> NDArray[np.int64]:
     """Number of tokens in each row of a token column, [rows]. Reads Arrow's offsets, never the tokens."""
     tables = data.select_columns([column]).with_format("arrow").iter(batch_size=_LENGTHS_BATCH_ROWS)
     lengths = [pc.list_value_length(table.column(column)).to_numpy() for table in tables]
     return np.concatenate([np.empty(0, np.int64), *lengths]).astype(np.int64)
-
-
-def largest_tokens(data: Dataset, column: str) -> NDArray[np.int64]:
-    """The largest token id in each row of a token column without empty rows, [rows]. Reads every token."""
-    tables = data.select_columns([column]).with_format("arrow").iter(batch_size=_TOKENS_BATCH_ROWS)
-    found = [np.empty(0, np.int64)]
-    for table in tables:
-        tokens = table.column(column).combine_chunks()
-        starts = tokens.offsets.to_numpy()[:-1] - tokens.offsets[0].as_py()
-        found.append(np.maximum.reduceat(tokens.flatten().to_numpy(), starts))
-    return np.concatenate(found).astype(np.int64)
 
 
 def _read_manifest(path: Path) -> PreparedManifest:

@@ -104,7 +104,7 @@ COMMANDS: dict[str, Callable[[Config], object]] = {
 }
 REFUSED = {
     "other_tokenizer": ("eight_rows", "which is not the tokenizer of the reference model {reference}"),
-    "small_vocabulary": ("high_word_numbers", "row c0 has a token beyond the 80 of the reference model {reference}"),
+    "small_vocabulary": ("high_word_numbers", "but the reference model {reference} has embeddings for ids up to 79"),
     "few_positions": ("eight_rows", "the reference model {reference} has 32 positions"),
     "missing": ("eight_rows", "config.json: no such file"),
 }
