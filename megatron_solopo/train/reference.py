@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_solopo.checkpoint.model_files import weights_fingerprint
+from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.errors import UserError
