@@ -8,7 +8,7 @@ short and the long prompt.
 import json
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _piece(self, token_id: int) -> str: ...
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The piece of text that each token stands for, as the tokenizer's own files write it."""
+        return [self._piece(token_id) for token_id in ids]
 
     def _count(self, text: str) -> int:
         return len(self._encode(text))

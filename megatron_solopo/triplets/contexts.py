@@ -163,7 +163,7 @@ class Filler:
         self._verdicts: dict[int, bool] = {}
         self._used: set[int] = set()
         self._taken: list[int] = []
-        self._room = 0
+        self._free_tokens = 0
 
     def fill(self, given: Sequence[int], candidates: Iterable[int]) -> Filled:
         """Take documents. The result is over the limit only if the given documents alone are.
@@ -176,18 +176,18 @@ class Filler:
         if empty_length > self._limit:
             return Filled([], empty_length, complete=False)
         self._used = {int(self._pool.keys[index]) for index in given}
-        self._room = self._limit - empty_length
+        self._free_tokens = self._limit - empty_length
         best = Filled([], empty_length, self._fits(empty_length))
         self._take_in_order(candidates)
         for _ in range(_MEASURES):
-            while not 0 <= self._room <= self._slack and self._move():
+            while not 0 <= self._free_tokens <= self._slack and self._move():
                 pass
             length = self._count(self._taken)
             if best.length < length <= self._limit:
                 best = Filled(list(self._taken), length, self._fits(length))
-            if best.complete or self._limit - length == self._room:
+            if best.complete or self._limit - length == self._free_tokens:
                 break  # it fits, or no document of the pool makes it fit better
-            self._room = self._limit - length
+            self._free_tokens = self._limit - length
         return best
 
     def _fits(self, length: int) -> bool:
@@ -197,25 +197,25 @@ class Filler:
         """Take candidates up to the first that does not fit."""
         for index in candidates:
             if self._free(index):
-                if self._pool.tokens[index] > self._room:
+                if self._pool.tokens[index] > self._free_tokens:
                     return
                 self._take(index)
 
     def _move(self) -> bool:
         """Make one change that brings the sum of lengths nearer to the limit. False if there is none."""
-        if (index := self._find(self._room)) is not None:
+        if (index := self._find(self._free_tokens)) is not None:
             self._take(index)
             return True
         for place in self._rng.permutation(len(self._taken))[:_TRIES]:
             old = self._taken[place]
-            if (index := self._find(self._room + int(self._pool.tokens[old]))) is not None:
+            if (index := self._find(self._free_tokens + int(self._pool.tokens[old]))) is not None:
                 self._remove(old)
                 self._take(index)
                 return True
-        if self._room < 0 and self._taken:
+        if self._free_tokens < 0 and self._taken:
             self._remove(self._taken[-1])
             return True
-        index = next(filter(self._free, map(int, self._pool.below(self._room))), None)
+        index = next(filter(self._free, map(int, self._pool.below(self._free_tokens))), None)
         if index is not None:
             self._take(index)
         return index is not None
@@ -235,9 +235,9 @@ class Filler:
     def _take(self, index: int) -> None:
         self._taken.append(index)
         self._used.add(int(self._pool.keys[index]))
-        self._room -= int(self._pool.tokens[index])
+        self._free_tokens -= int(self._pool.tokens[index])
 
     def _remove(self, index: int) -> None:
         self._taken.remove(index)
         self._used.discard(int(self._pool.keys[index]))
-        self._room += int(self._pool.tokens[index])
+        self._free_tokens += int(self._pool.tokens[index])
