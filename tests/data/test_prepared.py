@@ -9,6 +9,7 @@ from megatron_solopo.data.prepared import load_prepared, token_fingerprint, toke
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_json
 from tests.data.sample_rows import prepare
+from tests.tiny_models import TINY
 
 
 def test_prompt_column_of_triplets(tmp_path, triplets, hugging_face):
@@ -30,7 +31,7 @@ def test_directories_of_versions_that_carried_no_depths_are_read(tmp_path, tripl
     shutil.rmtree(tmp_path / "out" / "train")
     (tmp_path / "older").rename(tmp_path / "out" / "train")
     train = load_prepared(tmp_path / "out").train
-    assert TripletDataset(train, {"short": "prompt_short"}).evidence_depths() == [[]] * len(train)
+    assert TripletDataset(train, {"short": "prompt_short"}, TINY).evidence_depths() == [[]] * len(train)
 
 
 def test_a_directory_of_format_1_has_the_fingerprint_of_its_tokens(tmp_path, triplets, hugging_face):
