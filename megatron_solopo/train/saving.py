@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.checkpoint.directory import checkpoint_name, checkpoints, newest_checkpoint
 from megatron_solopo.checkpoint.load import load_checkpoint
@@ -87,7 +85,7 @@ class Saver:
         Raises UserError if the checkpoints are of another run or of other settings, or are all damaged.
         """
         # Read now, so that checkpoints are complete even if the model's directory disappears during the run.
-        self._model_files = read_model_files(self._config.model.path) if dist.get_rank() == 0 else {}
+        on_rank_0(self._read_model_files)
         if not self._config.checkpoint.resume and on_rank_0(lambda: bool(checkpoints(self._root))):
             raise UserError(
                 f"{self._config.run_dir}: holds a run with checkpoints, which checkpoint.resume=false would overwrite; "
@@ -104,6 +102,9 @@ class Saver:
         state = TrainState(saved["step"], loader.state_dict(), skipped, saved["unrecorded"], saved["metrics"])
         self._last_saved = state
         return state
+
+    def _read_model_files(self) -> None:
+        self._model_files = read_model_files(self._config.model.path)
 
     def add_identity(self, key: str, value: str) -> None:
         """Add a value that a run may not change; raises UserError if the found checkpoint has another one."""
