@@ -19,6 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.data.rows import Content, Message
 from megatron_solopo.data.settings import Template
+from megatron_solopo.data.tokenizer_file import load_by_file
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
 
@@ -109,7 +110,7 @@ class Tokenizer(ABC):
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Load a SentencePiece `.model` file, a Hugging Face directory or a Megatron checkpoint. Runs no code from it.
 
-    Raises UserError if there is no tokenizer.
+    Raises UserError if there is no tokenizer, or if transformers loses text that the directory's tokenizer.json keeps.
     """
     path = Path(path)
     if path.is_dir():
@@ -131,15 +132,14 @@ class _HuggingFaceTokenizer(Tokenizer):
     """A tokenizer directory as `save_pretrained` writes it."""
 
     def __init__(self, path: Path) -> None:
-        # transformers takes seconds to import, and SentencePiece models do without it.
-        from transformers import AutoTokenizer
-
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            self._tokenizer: Any = load_by_file(
                 path, local_files_only=True, trust_remote_code=False, model_max_length=_NO_LIMIT
             )
             has_template = bool(self._tokenizer.chat_template)
             self.chat_template = self._tokenizer.get_chat_template() if has_template else None
+        except UserError:
+            raise
         # Each kind of damaged file leads to another error, and the Rust library raises plain Exceptions.
         except Exception as error:
             raise UserError(f"{path}: no loadable tokenizer: {' '.join(str(error).split())}") from error
