@@ -87,7 +87,7 @@ class DataConfig(Section):
     """Directory that `megatron-solopo data prepare` wrote."""
     max_tokens_per_pack: PositiveInt
     """Most tokens of one pack (micro-batch). The padding of each sequence counts. Context parallelism divides the pack
-    afterwards."""
+    afterwards. A pipeline gets smaller packs if it would wait otherwise."""
     max_triplets_per_pack: PositiveInt | None = None
     """Most triplets of one pack. null: no limit. 1: no packing."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_solopo.architecture.layout import describe_bubble, pipeline_bubble
 from megatron_solopo.config import Config, save_config
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.errors import UserError
@@ -174,6 +175,8 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(self.state)
         say(self._describe())
+        if not self._is_finished() and self.config.parallel.pipeline_model_parallel_size > 1:
+            say(self._describe_pipeline())
         if trial is not None:
             say(f"the largest pack fits: {trial}")
 
@@ -195,6 +198,11 @@ class Trainer:
             f"{len(self.datasets['train'])} triplets, "
             f"{self.session.max_steps} steps of {config.training.global_batch_size}"
         )
+
+    def _describe_pipeline(self) -> str:
+        stages, packs = self.topology.pipeline_group.size(), self.loader.next_packs()
+        bubble = pipeline_bubble(stages, self.topology.num_model_chunks, packs)
+        return f"{packs} packs per rank in the first step: {describe_bubble(bubble)}"
 
     def _end_threads(self) -> None:
         """Wait for the threads that write: after a failure a save may still be on its way to the disk."""

@@ -7,6 +7,7 @@ from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared, token_lengths
 from megatron_solopo.errors import UserError
 from tests.data.sample_rows import prepare
+from tests.tiny_models import TINY
 
 
 def test_prompt_column_of_triplets(tmp_path, triplets, hugging_face):
@@ -28,7 +29,7 @@ def test_directories_of_versions_that_carried_no_depths_are_read(tmp_path, tripl
     shutil.rmtree(tmp_path / "out" / "train")
     (tmp_path / "older").rename(tmp_path / "out" / "train")
     train = load_prepared(tmp_path / "out").train
-    assert TripletDataset(train, {"short": "prompt_short"}).evidence_depths() == [[]] * len(train)
+    assert TripletDataset(train, {"short": "prompt_short"}, TINY).evidence_depths() == [[]] * len(train)
 
 
 def spoil_manifest(out, **changes):
