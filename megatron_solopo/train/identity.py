@@ -71,7 +71,7 @@ class RunIdentity:
             _DECAY: decay_iters(config.optimizer, max_steps) if has_decay else None,
             "model.dtype": config.model.dtype,
             "model.fp8": precision_settings(config.model) or None,
-            _CONFIG: sha256_file(huggingface_directory(config.model.path) / "config.json"),
+            _CONFIG: on_rank_0(lambda: sha256_file(huggingface_directory(config.model.path) / "config.json")),
             _WEIGHTS: model_fingerprint(config.model.path),
             _TOKENS: datasets.manifest.fingerprint,
         }

@@ -33,7 +33,7 @@ from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
-from megatron_solopo.parallel.agreement import on_rank_0
+from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.megatron_internals import optimizer_parts
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import peak_memory_bytes, reduce_over_ranks, reset_peak_memory
@@ -109,7 +109,7 @@ def _check_run_dir(run_dir: Path, num_parameters: int) -> str:
     """Check that all ranks see the same directory, and that one checkpoint fits into it."""
     probe = on_rank_0(lambda: _write_probe(run_dir))
     seen = _appears(Path(probe))
-    free = psutil.disk_usage(str(run_dir)).free if seen else 0
+    free = on_every_rank(lambda: psutil.disk_usage(str(run_dir)).free if seen else 0)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), seen, free))
     on_rank_0(lambda: Path(probe).unlink(missing_ok=True))

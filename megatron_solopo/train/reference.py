@@ -25,7 +25,7 @@ from megatron_solopo.files import atomic_path, check_replaceable, check_writable
 from megatron_solopo.model.build import precision_settings
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.resolve import ResolvedModel
-from megatron_solopo.parallel.agreement import on_rank_0
+from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.identity import model_fingerprint
 from megatron_solopo.train.policy import load_frozen
@@ -65,7 +65,7 @@ def reference_logprobs(
         computed = _compute(config, model, datasets, topology, separate_roles, before_batch)
         on_rank_0(lambda: _write(cache, expected, datasets, computed))
         return computed
-    return cached_reference(config, model, datasets)
+    return on_every_rank(lambda: cached_reference(config, model, datasets))
 
 
 def cached_reference(config: Config, model: ResolvedModel, datasets: RunDatasets) -> dict[str, ReferenceLogprobs]:

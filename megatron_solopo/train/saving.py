@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_solopo.checkpoint.directory import checkpoint_name, checkpoints, newest_checkpoint
 from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.checkpoint.model_files import read_model_files
@@ -62,7 +60,7 @@ class Saver:
         Raises UserError if the checkpoints are of another run or of other settings, or are all damaged.
         """
         # Read now, so that checkpoints are complete even if the model's directory disappears during the run.
-        self._model_files = read_model_files(self._config.model.path) if dist.get_rank() == 0 else {}
+        on_rank_0(self._read_model_files)
         if not self._config.checkpoint.resume and on_rank_0(lambda: bool(checkpoints(self._root))):
             raise UserError(
                 f"{self._config.run_dir}: holds a run with checkpoints, which checkpoint.resume=false would overwrite; "
@@ -100,6 +98,9 @@ class Saver:
             ) from None
         if note is not None:
             say(note)
+
+    def _read_model_files(self) -> None:
+        self._model_files = read_model_files(self._config.model.path)
 
     def restore(self, policy: Policy, state: TrainState) -> None:
         """Load the found checkpoint, if there is one, into `policy`, which is saved from now on."""

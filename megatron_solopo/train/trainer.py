@@ -20,9 +20,10 @@ from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.microbatch import Microbatch
 from megatron_solopo.objective import metric_names
+from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.train.alarms import AlarmWarnings
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE, TripletLosses, describe_skip, record_skip
-from megatron_solopo.train.callbacks import Callback, SaveClock, TidyCheckpoints, say
+from megatron_solopo.train.callbacks import Callback, OnRank0, SaveClock, TidyCheckpoints, say
 from megatron_solopo.train.identity import RunIdentity
 from megatron_solopo.train.lock import run_lock
 from megatron_solopo.train.metrics import (
@@ -152,12 +153,12 @@ class Trainer:
             self.metric_names,
             evaluates=config.training.eval_steps is not None,
         )
-        if dist.get_rank() != 0:
-            return [tidy, self.save_clock]
-        writer = MetricsWriter(
-            run_dir, config.logging, config.model_dump(mode="json"), total_steps=self.session.max_steps
-        )
-        return [writer, AlarmWarnings(writer.path), tidy, self.save_clock]
+        writers: list[Callback] = []
+        if dist.get_rank() == 0:
+            values = config.model_dump(mode="json")
+            writer = MetricsWriter(run_dir, config.logging, values, total_steps=self.session.max_steps)
+            writers = [writer, AlarmWarnings(writer.path)]
+        return [OnRank0(writers), tidy, self.save_clock]
 
     def _prepare_reference(self) -> None:
         references: dict[str, ReferenceLogprobs] = {}
@@ -171,10 +172,7 @@ class Trainer:
 
     def _start(self, trial: Trial | None) -> None:
         """Prepare the run directory, and say what runs where."""
-        if dist.get_rank() == 0:
-            self.config.run_dir.mkdir(parents=True, exist_ok=True)
-            if not self._is_finished():
-                save_config(self.config, self.config.run_dir / "config.yaml")
+        on_rank_0(self._write_config)
         for callback in self.callbacks:
             callback.on_start(self.state)
         say(self._describe())
@@ -184,6 +182,11 @@ class Trainer:
             say(self._describe_pipeline())
         if trial is not None:
             say(f"the largest pack fits: {trial}")
+
+    def _write_config(self) -> None:
+        self.config.run_dir.mkdir(parents=True, exist_ok=True)
+        if not self._is_finished():
+            save_config(self.config, self.config.run_dir / "config.yaml")
 
     def _describe(self) -> str:
         """One line of what runs where, for the head of the log."""
@@ -273,8 +276,7 @@ class Trainer:
     def _record_skip(self, step: int, skipped: SkippedSteps, batch: GlobalBatch, result: StepResult) -> None:
         """Say what was skipped. If it is one step too many, save the state before the skipped steps and give up."""
         skip = describe_skip(step, self.triplet_losses, batch.packs, gradient_is_finite=result.gradient_was_finite)
-        if dist.get_rank() == 0:
-            record_skip(self.config.run_dir, skip)
+        on_rank_0(lambda: record_skip(self.config.run_dir, skip))
         most = self.config.training.max_skipped_steps_in_a_row
         if skipped.in_a_row >= most:
             saved = self._save(self.state_before_skips, "before the skipped steps")
