@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_solopo.checkpoint.model_files import weights_fingerprint
+from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError

@@ -27,7 +27,7 @@ from megatron.core import parallel_state
 
 from megatron_solopo import __version__
 from megatron_solopo.architecture.huggingface_config import Architecture
-from megatron_solopo.checkpoint.model_files import weights_fingerprint
+from megatron_solopo.checkpoint.fingerprint import sample_weights
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
@@ -55,7 +55,7 @@ def start_facts(config: Config, datasets: RunDatasets) -> dict[str, str]:
     """What must be the same on every rank, by the key or the package that decides it."""
     facts = {key: repr(value) for key, value in _dotted(config.model_dump(mode="json"))}
     facts["data.path (its content)"] = datasets.manifest.fingerprint
-    facts["model.path (its weights)"] = weights_fingerprint(config.model.path)
+    facts["model.path (its weights)"] = sample_weights(config.model.path)
     facts["python"] = platform.python_version()
     facts["megatron-solopo"] = __version__
     return facts | {name: _version(name) for name in _PACKAGES}

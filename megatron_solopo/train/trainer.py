@@ -24,6 +24,7 @@ from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.train.alarms import AlarmWarnings
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE, TripletLosses, describe_skip, record_skip
 from megatron_solopo.train.callbacks import Callback, OnRank0, SaveClock, TidyCheckpoints, say
+from megatron_solopo.train.identity import RunIdentity
 from megatron_solopo.train.lock import run_lock
 from megatron_solopo.train.metrics import (
     MetricsWriter,
@@ -35,11 +36,11 @@ from megatron_solopo.train.metrics import (
     reset_peak_memory,
     training_flops,
 )
-from megatron_solopo.train.policy import Policy, StepResult, build_policy, check_schedule
+from megatron_solopo.train.policy import Policy, StepResult, build_policy, check_schedule, describe_decay
 from megatron_solopo.train.preflight import Finding, Trial, check_surroundings, tries_largest_pack, try_largest_pack
-from megatron_solopo.train.reference import fingerprint, reference_logprobs
+from megatron_solopo.train.reference import reference_logprobs
 from megatron_solopo.train.run_data import single_pass, training_batches
-from megatron_solopo.train.saving import Saver, run_identity
+from megatron_solopo.train.saving import Saver
 from megatron_solopo.train.session import Session, open_session
 from megatron_solopo.train.signals import Stopped
 from megatron_solopo.train.state import Metrics, SkippedSteps, TrainState
@@ -119,7 +120,7 @@ class Trainer:
         self.loader = training_batches(config, self.datasets["train"], self.topology)
         self.save_clock = SaveClock(config.checkpoint)
         self.callbacks = self._build_callbacks()
-        self.saver = Saver(config, run_identity(config, datasets), self.callbacks)
+        self.saver = Saver(config, RunIdentity(config, datasets, session.max_steps), self.callbacks)
         self.state = self.state_before_skips = TrainState(0, self.loader.state_dict(), SkippedSteps())
         self.triplet_losses = TripletLosses()
 
@@ -163,7 +164,7 @@ class Trainer:
         references: dict[str, ReferenceLogprobs] = {}
         if self.config.objective.needs_reference:
             references = _reference_logprobs(self.session, step=self.state.step)
-            self.saver.add_identity("reference.cache (its numbers)", fingerprint(references))
+            self.saver.add_reference(references)
         self.losses = {
             split: objective_loss(self.config.objective, references.get(split), self.topology, observe)
             for split, observe in {"train": self.triplet_losses.observe, "eval": None}.items()
@@ -175,6 +176,8 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(self.state)
         say(self._describe())
+        if (note := describe_decay(self.config.optimizer, self.session.max_steps)) is not None:
+            say(note)
         if not self._is_finished() and self.config.parallel.pipeline_model_parallel_size > 1:
             say(self._describe_pipeline())
         if trial is not None:
