@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
+from megatron_solopo.checkpoint.fingerprint import sample_weights, weights_fingerprint
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
@@ -94,8 +94,10 @@ def journal_header(settings: LongContextSettings, target: Target, tokenizer: Tok
     """Everything that decides an answer, by the option's name; not which samples are asked."""
     files = [settings.corpus, settings.haystack, settings.prompt_template]
     hashes = {str(path): sha256_file(path) for path in (*settings.contexts, *files) if path is not None}
-    return {
-        "model": settings.model if target.path is None else weights_fingerprint(target.path),
+    # Journals of older versions have the sample alone.
+    weights = {} if target.path is None else {"weights": weights_fingerprint(target.path)}
+    return weights | {
+        "model": settings.model if target.path is None else sample_weights(target.path),
         "backend": target.backend,
         "dtype": settings.dtype,
         "tokenizer": tokenizer.fingerprint,
