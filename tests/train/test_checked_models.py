@@ -151,7 +151,7 @@ def test_weights_that_are_not_finite_are_refused_with_tensor_and_file(folder: Pa
 
 @pytest.mark.parametrize("command", ["train", "preflight", "evaluate preference"])
 def test_weights_of_the_policy_are_checked_alike(folder: Path, command: str) -> None:
-    message = refusal(command, config(folder, "fits", model={"path": folder / "nan"}))
+    message = refusal(command, config(folder, "fits", model={"path": folder / "nan"}, run_dir=folder / "policy"))
     assert message.startswith(f"{folder / 'nan' / 'model.safetensors'}: {QUERY} is not finite")
 
 
