@@ -24,6 +24,7 @@ _MODULES = (
     "tests.model.test_head",
     "tests.evaluate.test_long_context",
     "tests.evaluate.test_megatron_model",
+    "tests.train.test_step",
 )
 
 

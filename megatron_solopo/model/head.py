@@ -25,13 +25,16 @@ from megatron_solopo.parallel.megatron_internals import OutputOverride, add_base
 class PackedResponses(PackedSeqParams):  # type: ignore[misc]
     """Megatron's packing metadata, and the response positions of this context-parallel rank.
 
-    It goes with the pack through every pipeline stage. Only the last stage reads the responses.
+    It goes with the pack through every pipeline stage. Only the last stage reads the responses. All of it is made when
+    the pack is cut, so that the head never waits for a number from the device.
     """
 
     response_rows: Tensor | None = None
     """int64 [N], ascending: local positions whose hidden state predicts a response token."""
     response_labels: Tensor | None = None
     """int64 [N]: the predicted tokens."""
+    gathering: "RowGathering | None" = None
+    """How sequence-parallel ranks gather those rows; None without tensor parallelism."""
 
 
 class ResponseHead(OutputOverride):
@@ -56,7 +59,8 @@ class ResponseHead(OutputOverride):
         tensor_group = self.pg_collection.tp
         hidden = hidden_states.squeeze(1)  # [t, 1, H] -> [t, H]
         if self.config.sequence_parallel:
-            hidden = gather_rows(hidden, rows, tensor_group)
+            assert packed_seq_params.gathering is not None
+            hidden = gather_rows(hidden, packed_seq_params.gathering, tensor_group)
         else:
             hidden = hidden.index_select(0, rows)
         return label_logprobs(
@@ -88,28 +92,46 @@ def attach_response_head(model: GPTModel, *, real_vocab_size: int, chunk_tokens:
     model.chunk_tokens = chunk_tokens
 
 
-def gather_rows(hidden_tH: Tensor, rows_N: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+@dataclass(frozen=True)
+class RowGathering:
+    """Which rows of a sequence-parallel tensor each tensor-parallel rank sends, and where they arrive."""
+
+    sent_rows: Tensor
+    """int64: local positions of this rank's rows. Every rank sends equally many, as gloo needs it, and at least one. So
+    the position 0 fills up the shorter ones."""
+    kept_rows: Tensor
+    """int64 [N]: places of the wanted rows among those that all ranks send."""
+
+
+def plan_gathering(rows_N: Tensor, local_positions: int, size: int, rank: int) -> RowGathering:
+    """Plan `gather_rows` on the host.
+
+    Args:
+        rows_N: ascending positions over all ranks, equal on every rank.
+        local_positions: positions that each rank holds.
+        size: tensor-parallel size.
+        rank: tensor-parallel rank.
+    """
+    counts = torch.bincount(rows_N // local_positions, minlength=size).tolist()
+    sent, first = max(*counts, 1), sum(counts[:rank])
+    own = rows_N[first : first + counts[rank]] - rank * local_positions
+    kept = [torch.arange(count) + owner * sent for owner, count in enumerate(counts)]
+    return RowGathering(F.pad(own, (0, sent - len(own))), torch.cat(kept))
+
+
+def gather_rows(hidden_tH: Tensor, gathering: RowGathering, group: torch.distributed.ProcessGroup) -> Tensor:
     """Gather single rows of a sequence-parallel tensor, and no others, to every tensor-parallel rank.
 
     Args:
         hidden_tH: this rank's contiguous 1/W of all positions.
-        rows_N: ascending positions over all ranks, equal on every rank.
 
     Returns:
         [N, H], equal on every rank. Backward reduce-scatters.
     """
-    size, rank, local_positions = group.size(), group.rank(), len(hidden_tH)
-    counts = torch.bincount(rows_N // local_positions, minlength=size)
-    # Every rank sends equally many rows, as gloo needs it, and at least one. The surplus is dropped below.
-    sent = max(int(counts.max()), 1)
-    first = int(counts[:rank].sum())
-    own = rows_N[first : first + int(counts[rank])] - rank * local_positions
-    padded = F.pad(own, (0, sent - len(own)))
     gathered = gather_from_sequence_parallel_region(
-        hidden_tH.index_select(0, padded), tensor_parallel_output_grad=True, group=group
+        hidden_tH.index_select(0, gathering.sent_rows), tensor_parallel_output_grad=True, group=group
     )
-    kept = [torch.arange(int(count), device=rows_N.device) + owner * sent for owner, count in enumerate(counts)]
-    rows_NH: Tensor = gathered.index_select(0, torch.cat(kept))
+    rows_NH: Tensor = gathered.index_select(0, gathering.kept_rows)
     return rows_NH
 
 
@@ -198,7 +220,7 @@ def _chunks(count: int, size: int) -> list[slice]:
 def _project(hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, num_real: int) -> tuple[Tensor, Tensor]:
     """The logits [C, V / W] as a leaf of a graph of their own, and the log-probabilities [C] that it computes."""
     logits_CV = (hidden_CH @ weight_VH.t()).float()
-    logits_CV[:, num_real:] = -torch.inf
+    logits_CV[:, num_real:].fill_(-torch.inf)
     with torch.enable_grad():
         logits_CV.requires_grad_()
         # Batch axis: the loss is written for [sequence, batch, vocabulary].

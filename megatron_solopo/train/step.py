@@ -30,9 +30,13 @@ class ReferenceLogprobs:
     roles: tuple[Role, ...]
     logps: Tensor
 
-    def select(self, roles: Sequence[Role], rows: Tensor, device: torch.device) -> dict[Role, Tensor]:
+    def to(self, device: torch.device) -> "ReferenceLogprobs":
+        """The same numbers on another device."""
+        return ReferenceLogprobs(self.roles, self.logps.to(device))
+
+    def select(self, roles: Sequence[Role], rows: Tensor) -> dict[Role, Tensor]:
         """By role, fp32 [len(rows)]."""
-        return {role: self.logps[rows, self.roles.index(role)].to(device) for role in roles}
+        return {role: self.logps[rows, self.roles.index(role)] for role in roles}
 
 
 def run_schedule(
@@ -113,14 +117,17 @@ def objective_loss(
         observe: called with every pack and its triplets' losses [T].
     """
 
+    # A copy of 4 bytes per sequence. Reading it on the host for every pack would make the host wait for the device.
+    references = None if references is None else references.to(topology.device)
+
     def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pack = microbatch.pack
         logps_TR = _per_triplet(microbatch.sequence_logprobs(token_logprobs_N, topology.context_group), pack)
-        lengths_TR = _per_triplet(pack.response_lengths_S.to(topology.device), pack)
+        lengths_TR = _per_triplet(microbatch.response_lengths_S, pack)
         reference = None
         if objective.needs_reference:
             assert references is not None
-            reference = references.select(pack.roles, pack.triplet_indices, topology.device)
+            reference = references.select(pack.roles, microbatch.triplet_indices)
         result = compute_objective(
             objective, _by_role(logps_TR, pack.roles), _by_role(lengths_TR, pack.roles), reference
         )
@@ -152,4 +159,4 @@ def _by_role(values_TR: Tensor, roles: Sequence[Role]) -> dict[Role, Tensor]:
 
 
 def _count(pack: Pack, topology: Topology) -> Tensor:
-    return torch.tensor(pack.num_triplets, dtype=torch.int, device=topology.device)
+    return torch.full((), pack.num_triplets, dtype=torch.int, device=topology.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.build import build_model
-from megatron_solopo.model.head import PackedResponses, ResponseModel, gather_rows
+from megatron_solopo.model.head import PackedResponses, ResponseModel, gather_rows, plan_gathering
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel.topology import Topology
 from tests.ranks import layout, two_ranks
@@ -117,7 +117,8 @@ def on_two_ranks() -> dict[str, dict[str, Tensor]]:
 
 def gathered(name: str, group: Any) -> dict[str, Tensor]:
     half = WHOLE.chunk(2)[group.rank()].clone().requires_grad_()
-    rows = gather_rows(half, torch.tensor(SELECTIONS[name], dtype=torch.int64), group)
+    plan = plan_gathering(torch.tensor(SELECTIONS[name], dtype=torch.int64), len(half), group.size(), group.rank())
+    rows = gather_rows(half, plan, group)
     (rows * row_weights(name, group.rank())).sum().backward()
     return {"rows": rows.detach(), "gradient": half.grad}
 

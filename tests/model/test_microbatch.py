@@ -41,7 +41,8 @@ def shards(pack: Pack, size: int) -> list[Microbatch]:
 
     def place(rank: int) -> Any:
         group = SimpleNamespace(size=lambda: size, rank=lambda: rank)
-        return SimpleNamespace(device=torch.device("cpu"), context_group=group)
+        alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+        return SimpleNamespace(device=torch.device("cpu"), context_group=group, tensor_group=alone)
 
     return [shard_pack(pack, place(rank)) for rank in range(size)]
 
@@ -133,8 +134,8 @@ WEIGHTS = torch.tensor([1.0, 10.0, 100.0])
 def sums(logprobs: torch.Tensor, sequences: torch.Tensor, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The sums of three sequences, and the rows' gradient of their weighted sum."""
     logprobs = logprobs.clone().requires_grad_()
-    pack: Any = SimpleNamespace(response_lengths_S=torch.ones(3))
-    microbatch = Microbatch(torch.zeros(1, 1), PackedResponses(), sequences, pack)
+    pack: Any = None
+    microbatch = Microbatch(torch.zeros(1, 1), PackedResponses(), sequences, torch.ones(3), torch.zeros(1), pack)
     total = microbatch.sequence_logprobs(logprobs, group)
     (total * WEIGHTS).sum().backward()
     return total.detach(), logprobs.grad
