@@ -12,8 +12,8 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
-from megatron_solopo.checkpoint.fingerprint import WEIGHT_CHECKSUMS
 from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory
+from megatron_solopo.checksums import CHECKSUMS_FILE
 from megatron_solopo.errors import UserError
 
 MODEL_FILES_MANIFEST = "megatron_solopo.json"
@@ -22,7 +22,7 @@ _CARRIED = ("*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.tiktoken",
 _FOLDERS = ("additional_chat_templates",)
 _NOT_CARRIED = (
     "*.index.json",
-    WEIGHT_CHECKSUMS,
+    CHECKSUMS_FILE,
     # These describe what does not travel: an adapter, Mistral's own form of the weights, quantized weights, another
     # training, folders of sentence-transformers.
     "adapter_config.json",
