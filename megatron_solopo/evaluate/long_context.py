@@ -8,6 +8,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_solopo.architecture.model_directory import has_tokenizer
 from megatron_solopo.config import ParallelConfig
+from megatron_solopo.data.model_fit import same_tokens
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.sample_set import SampleSet, collect_samples, journal_header
@@ -29,6 +32,7 @@ from megatron_solopo.evaluation_settings import LongContextSettings
 from megatron_solopo.files import atomic_path, check_writable, read_jsonl, remove
 from megatron_solopo.generate.journal import Journal
 from megatron_solopo.generate.model import Answer, Model, Request
+from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.progress import bar_style
 from megatron_solopo.results.long_context import LongContextResults, read_long_context
@@ -48,6 +52,7 @@ def evaluate_long_context(settings: LongContextSettings) -> LongContextResults |
     if target.backend != "megatron":
         _refuse_ranks(settings, target)
     tokenizer = load_tokenizer(settings.tokenizer or target.path or "")
+    _check_tokenizer(settings, target, tokenizer)
     samples = collect_samples(settings, target, tokenizer)
     with _load(settings, target, tokenizer) as runner:
         answers = _answer(settings, target, output, samples, tokenizer, runner.model)
@@ -60,6 +65,24 @@ def evaluate_long_context(settings: LongContextSettings) -> LongContextResults |
     results = make_results(settings, target, output.stem, samples, scored, skipped, runner.device, runner.layout)
     _write(output, results, scored)
     return results
+
+
+def _check_tokenizer(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> None:
+    """Raise UserError if `--tokenizer` gives a model other tokens than its own tokenizer does."""
+    if settings.tokenizer is None or target.path is None:
+        return
+    if not has_tokenizer(target.path):
+        if os.environ.get("RANK", "0") == "0":
+            note = f"note: {target.path} has no tokenizer files; that --tokenizer is its own could not be checked"
+            tqdm.write(note, file=sys.stderr)
+        return
+    own = load_tokenizer(target.path)
+    shared = min(own.vocab_size, tokenizer.vocab_size)
+    if own.fingerprint != tokenizer.fingerprint and not same_tokens(own, tokenizer, shared - 1):
+        raise UserError(
+            f"--tokenizer {settings.tokenizer}: its tokens are not those of the model {target.path}; leave it out, and "
+            "the model's own tokenizer is used"
+        )
 
 
 def _output(settings: LongContextSettings, target: Target) -> Path:
@@ -162,24 +185,30 @@ def _answer(
     Returns None on every rank except the one that writes.
     """
     path = output.with_suffix(".responses.jsonl")
-    if int(os.environ.get("RANK", "0")):
-        missing = _agree(samples.specs, None)
+    journals: list[Journal] = []
+
+    def begin() -> set[str]:
+        """On rank 0: open the journal; returns the ids of the samples that have no answer."""
+        if settings.overwrite:
+            remove(path)
+        journals.append(Journal(path, journal_header(settings, target, tokenizer), _COMMAND))
+        return {spec.id for spec in samples.specs if not journals[0].received[spec.id]}
+
+    unanswered = on_rank_0(begin) if dist.is_initialized() else begin()
+    missing = [spec for spec in samples.specs if spec.id in unanswered]
+    if not journals:
         model.answer(batched(missing, settings.batch_size), samples.build, lambda request, answers, seconds: None)
         return None
-    if settings.overwrite:
-        remove(path)
     # Prompts of a server's requests are made in another thread, and a tokenizer is for one thread.
     counting = tokenizer if target.path is not None else load_tokenizer(settings.tokenizer or "")
-    with Journal(path, journal_header(settings, target, tokenizer), _COMMAND) as journal:
-        missing = _agree(samples.specs, {spec.id for spec in samples.specs if not journal.received[spec.id]})
-        with closing(tqdm(total=len(missing), desc="Evaluating", **bar_style("samples"))) as bar:
+    with journals[0] as journal, closing(tqdm(total=len(missing), desc="Evaluating", **bar_style("samples"))) as bar:
 
-            def keep(request: Request, answers: Sequence[Answer], seconds: float) -> None:
-                (answer,) = answers
-                journal.append([_stored(request, answer, seconds, counting)])
-                bar.update()
+        def keep(request: Request, answers: Sequence[Answer], seconds: float) -> None:
+            (answer,) = answers
+            journal.append([_stored(request, answer, seconds, counting)])
+            bar.update()
 
-            model.answer(batched(missing, settings.batch_size), samples.build, keep)
+        model.answer(batched(missing, settings.batch_size), samples.build, keep)
     return {each.question_id: each for each in map(EvaluatedResponse.model_validate, read_jsonl(path)[1:])}
 
 
@@ -195,14 +224,6 @@ def _stored(request: Request, answer: Answer, seconds: float, tokenizer: Tokeniz
         tokens=tokens,
         seconds=seconds,
     )
-
-
-def _agree(specs: Sequence[SampleSpec], missing: set[str] | None) -> list[SampleSpec]:
-    """The samples without an answer. Rank 0 passes their ids, and the other ranks receive them."""
-    told: list[Any] = [missing]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told, src=0)
-    return [spec for spec in specs if spec.id in told[0]]
 
 
 def batched(specs: Iterable[SampleSpec], size: int) -> list[list[SampleSpec]]:
@@ -223,7 +244,7 @@ def _write(output: Path, results: LongContextResults, scored: Sequence[ScoredRes
     from megatron_solopo.report.evaluation_pictures import draw_answers
 
     with atomic_path(output.with_suffix(".predictions.jsonl")) as temporary, temporary.open("w", encoding="utf-8") as f:
-        f.writelines(json.dumps(_prediction(each), ensure_ascii=False) + "\n" for each in scored)
+        f.writelines(json.dumps(_prediction(each), ensure_ascii=False, allow_nan=False) + "\n" for each in scored)
     draw_answers(results, output.with_suffix(".length.png"), output.with_suffix(".depth.png"))
     results.write(output)
 

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import Efficiency, check_fp8_of, find_gpu, read_gpus
 from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.architecture.layout import describe_bubble
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.plan import PlanSettings
@@ -176,7 +177,7 @@ class PlannedRun:
         busiest = ", ".join(f"{name} {seconds:.3f}" for name, seconds in time.compute.parts.items())
         return [
             f"  last pipeline rank, all packs: {busiest}",
-            f"  pipeline {time.timeline.seconds:.3f} (bubble {time.timeline.bubble:.1%} of all ranks' time)",
+            f"  pipeline {time.timeline.seconds:.3f}: {describe_bubble(time.timeline.bubble)}",
             f"  gradient reduction and parameter gather {time.data_traffic:.3f}, optimizer {time.optimizer:.3f}",
             f"  whole step {time.seconds:.3f}: {self.estimate.triplets_per_second:.3f} triplets/s",
         ]
@@ -254,7 +255,7 @@ class PlanAnswer:
             "refused": [vars(each) for each in self.search.refused],
             "dry_run": [check.as_json() for check in self.rank_checks],
         }
-        return json.dumps(found, indent=2)
+        return json.dumps(found, indent=2, allow_nan=False)
 
 
 def _dry_run_text(checks: Sequence[RankCheck]) -> str:
@@ -313,6 +314,11 @@ def make_planner(config: Config, settings: PlanSettings) -> Planner:
             f"{workload.source}: sequences of up to {longest:,} tokens, but the model {config.model.path} has "
             f"{architecture.max_sequence_length:,} positions; shorten them, or extend the model in its config.json "
             "(rope_parameters, max_position_embeddings)"
+        )
+    if (largest := workload.largest_token_id or 0) >= architecture.vocab_size:
+        raise UserError(
+            f"{workload.source}: holds the token id {largest}, but the model {config.model.path} has embeddings for "
+            f"ids up to {architecture.vocab_size - 1}; prepare the data with the model's own tokenizer"
         )
     return planner
 
