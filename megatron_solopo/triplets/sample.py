@@ -19,7 +19,7 @@ from megatron_solopo.files import sha256_file
 from megatron_solopo.generate.journal import Journal, StoredResponse, read_offsets
 from megatron_solopo.generate.model import Answer, Model, Request
 from megatron_solopo.progress import bar_style
-from megatron_solopo.triplets.context_rows import ContextRow, parse_context, read_contexts
+from megatron_solopo.triplets.context_rows import ContextFile, ContextRow
 from megatron_solopo.triplets.report import Bars, Chart, Histogram, check_output, provenance, write_stage_report
 from megatron_solopo.triplets.seeds import derived_seed
 from megatron_solopo.triplets.settings import END_TOKENS, SampleSettings
@@ -73,7 +73,8 @@ def sample(settings: SampleSettings) -> SampleReport:
     got no answer. What was received stays, and the same command asks for the rest.
     """
     check_output(settings.output, True, [settings.contexts])
-    questions, response_tokens = _index(settings.contexts)
+    contexts = ContextFile(settings.contexts)
+    questions, response_tokens = _index(contexts)
     max_tokens = response_tokens - END_TOKENS if settings.max_tokens is None else settings.max_tokens
     if not 1 <= max_tokens <= response_tokens:
         raise UserError(
@@ -84,7 +85,7 @@ def sample(settings: SampleSettings) -> SampleReport:
         before = journal.count
         model = _load(settings)
         missing = list(_missing(settings, questions, journal))
-        _ask(settings, model, missing, journal, max_tokens)
+        _ask(contexts, settings, model, missing, journal, max_tokens)
         received_now = journal.count - before
     return _report(settings, made, len(questions), received_now, model.retried)
 
@@ -98,11 +99,11 @@ def _header(settings: SampleSettings, max_tokens: int) -> dict[str, Any]:
     return header | {"max_tokens": max_tokens, "contexts": sha256_file(settings.contexts)}
 
 
-def _index(path: Path) -> tuple[dict[str, int], int]:
+def _index(contexts: ContextFile) -> tuple[dict[str, int], int]:
     """Byte offset of each question's first row, and the least `response_tokens` in the file."""
     offsets: dict[str, int] = {}
     least = 0
-    for _, offset, row in read_contexts(path, ContextRow):
+    for _, offset, row in contexts.rows(ContextRow):
         offsets.setdefault(row.question_id, offset)
         least = min(least or row.response_tokens, row.response_tokens)
     return offsets, least
@@ -142,18 +143,19 @@ def _missing(settings: SampleSettings, questions: dict[str, int], journal: Journ
 
 
 def _ask(
-    settings: SampleSettings, model: Model, missing: Sequence[_Missing], journal: Journal, max_tokens: int
+    contexts: ContextFile,
+    settings: SampleSettings,
+    model: Model,
+    missing: Sequence[_Missing],
+    journal: Journal,
+    max_tokens: int,
 ) -> None:
     """Ask for the missing samples and keep them as they come."""
     total = sum(len(each.indices) for each in missing)
-    with (
-        settings.contexts.open("rb") as stream,
-        closing(tqdm(total=total, desc="Sampling", **bar_style("responses"))) as bar,
-    ):
+    with closing(tqdm(total=total, desc="Sampling", **bar_style("responses"))) as bar:
 
         def build(item: _Missing) -> Request:
-            stream.seek(item.offset)
-            prompt = parse_context(stream.readline(), str(settings.contexts), ContextRow).prompt_short
+            prompt = contexts.row_at(item.offset, ContextRow).prompt_short
             seed = derived_seed(settings.seed, f"{item.question_id}:{item.indices[0]}")
             return Request(item.question_id, prompt, item.indices, max_tokens, seed)
 
