@@ -2,7 +2,6 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from megatron_solopo.data.tokenizer import Tokenizer, encode_prompt, template_of
 from megatron_solopo.errors import UserError
-from megatron_solopo.generate.model import Answer, Answered, Build, Item, Keep, Request
+from megatron_solopo.generate.model import Answer, Answered, Build, Item, Keep, Refuse, Request, Traffic
 
 # transformers' own are not typed.
 _AUTO_MODEL: Any = AutoModelForCausalLM
@@ -28,7 +27,7 @@ class LocalModel(ABC):
     """A model in this process or on this group of ranks, see `generate.model.Model`. Answers one batch at a time."""
 
     def __init__(self, tokenizer: Tokenizer, end_tokens: Collection[int], device: torch.device) -> None:
-        self.retried: Counter[str] = Counter()
+        self.traffic = Traffic()
         self._tokenizer = tokenizer
         self._end_tokens = end_tokens
         self._device = device
@@ -40,7 +39,7 @@ class LocalModel(ABC):
         Generation stops once every row has one of `end_tokens`. What follows a row's first end token is arbitrary.
         """
 
-    def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep) -> None:
+    def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep, refuse: Refuse) -> None:
         """See `Model`. Building a prompt does not count in the seconds."""
         for batch in batches:
             for request, answers, seconds in self.answer_batch(build_all(batch, build)):
@@ -50,17 +49,19 @@ class LocalModel(ABC):
         """Each request with its answers and seconds; the prompts must be equally long."""
         if not requests:
             return []
-        ids = [
-            encode_prompt(each.prompt, self._tokenizer, template_of(each.prompt))
-            for each in requests
-            for _ in each.indices
-        ]
+        ids = [self._encode(each) for each in requests for _ in each.indices]
         prompts_BT = torch.tensor(ids, device=self._device)
         start = time.perf_counter()
         rows = self.generate(prompts_BT, requests[0].max_tokens, self._end_tokens).tolist()
         seconds = (time.perf_counter() - start) / len(requests)
         answers = iter([answer_of(row, self._tokenizer, self._end_tokens) for row in rows])
         return [(each, [next(answers) for _ in each.indices], seconds) for each in requests]
+
+    def _encode(self, request: Request) -> list[int]:
+        ids = encode_prompt(request.prompt, self._tokenizer, template_of(request.prompt))
+        promised = request.prompt_tokens
+        assert promised in (None, len(ids)), f"{request.question_id}: {len(ids)} tokens, not {promised}"
+        return ids
 
 
 class TransformersModel(LocalModel):
