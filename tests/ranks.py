@@ -16,6 +16,7 @@ _MODULES = (
     "tests.parallel.test_agreement",
     "tests.parallel.test_context",
     "tests.parallel.test_topology",
+    "tests.checkpoint.test_load",
     "tests.checkpoint.test_sharded_state",
     "tests.model.test_label_logprobs",
     "tests.model.test_microbatch",

@@ -118,13 +118,16 @@ class Architecture(ModelShape):
         return inv_freq.float(), scale
 
 
-def read_architecture(path: Path) -> Architecture:
+def read_architecture(path: Path, key: str = "model.path") -> Architecture:
     """Read `config.json` of a Hugging Face directory, or of the one inside a Megatron checkpoint.
+
+    Args:
+        key: what names the path, for the error of a missing file.
 
     Raises UserError naming the file, the offending field and the supported values.
     """
     file = huggingface_directory(path) / CONFIG
-    fields = _read_fields(file)
+    fields = _read_fields(file, key)
     config, problems = _validate(fields)
     if problems and all(_is_left_open(problem) for problem in problems):
         fields = _with_defaults(file, fields)
@@ -149,12 +152,12 @@ def read_architecture(path: Path) -> Architecture:
     )
 
 
-def _read_fields(file: Path) -> dict[str, Any]:
+def _read_fields(file: Path, key: str) -> dict[str, Any]:
     """The fields as stated. Refuses a file that is no config of a supported, unquantized model."""
     if not file.is_file():
         raise UserError(
             f"{file}: no such file; a model is a Hugging Face directory on disk, or a Megatron checkpoint with a "
-            "folder huggingface/; set model.path to one (`hf download NAME --local-dir DIR` fetches one)"
+            f"folder huggingface/; set {key} to one (`hf download NAME --local-dir DIR` fetches one)"
         )
     try:
         fields = json.loads(file.read_bytes())

@@ -125,10 +125,7 @@ class SafetensorsDirectory:
         """Like `read`, but raises UserError, naming tensor and file, for NaN and infinity."""
         part = self.read(name, index)
         if not all_finite(part):
-            raise UserError(
-                f"{self.path / self.entries[name].file}: {name} is not finite (NaN or infinity); "
-                "the file is damaged or its training diverged: take another copy"
-            )
+            raise not_finite(self.path / self.entries[name].file, name)
         return part
 
     def check(self, architecture: Architecture) -> None:
@@ -186,9 +183,17 @@ def shown_names(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
+def not_finite(path: Path, name: str) -> UserError:
+    """The error for a tensor of the file or directory `path` with numbers that are not finite."""
+    return UserError(
+        f"{path}: {name} is not finite (NaN or infinity); the file is damaged or its training diverged: "
+        "take another copy"
+    )
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether it holds neither NaN nor infinity. Unlike `isfinite`, this takes no memory."""
-    return all(bool(bound.isfinite()) for bound in tensor.aminmax())
+    return not tensor.numel() or all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def bitwise_equal(one: Tensor, other: Tensor) -> bool:

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import METADATA, check_megatron_checkpoint
-from megatron_solopo.checkpoint.huggingface_weights import DTYPES, check_tensor_names
+from megatron_solopo.checkpoint.huggingface_weights import DTYPES, all_finite, check_tensor_names
 from megatron_solopo.checkpoint.mapping import ReadRows, Rule, megatron_shape, rules
 from megatron_solopo.errors import UserError
 
@@ -228,6 +228,15 @@ class MegatronDirectory:
             if sizes[piece.file] < piece.start + piece.length:
                 problem = "is missing" if sizes[piece.file] < 0 else f"is cut short at {sizes[piece.file]:,} bytes"
                 raise UserError(f"{piece.file}: {problem} and should hold {piece.key}; the checkpoint is damaged")
+
+    def file_with_bad_numbers(self, rule: Rule) -> Path:
+        """The first file with a piece of a parameter that is not finite. Reads all of its pieces."""
+        key, layer = rule.stored_at
+        for piece in self.pieces():
+            is_of_layer = layer is None or piece.offsets[0] <= layer < piece.offsets[0] + piece.shape[0]
+            if piece.key == key and is_of_layer and not all_finite(piece.read()):
+                return piece.file
+        return self.path
 
     def check(self, architecture: Architecture) -> None:
         """Compare the stored tensors with those that the config asks for. The vocabulary may be padded.

@@ -9,6 +9,7 @@ directories of older versions lack the column.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,8 @@ FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 
 _LENGTHS_BATCH_ROWS = 1024
+# Rows of 128K tokens are 0.5 MB a column.
+_TOKENS_BATCH_ROWS = 64
 
 PROMPT_COLUMNS: dict[Kind, tuple[str, ...]] = {"triplet": ("prompt_short", "prompt_long"), "pair": ("prompt_short",)}
 
@@ -66,6 +69,8 @@ class PreparedManifest(_Record):
     eval: int
     lengths: dict[str, LengthStatistics]
     """By column, in tokens."""
+    largest_token_id: int | None = None
+    """Over all token columns and both splits. None in directories of older versions."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -94,9 +99,20 @@ class PreparedData:
     train: Dataset
     eval: Dataset | None
 
+    @property
+    def splits(self) -> list[Dataset]:
+        """The training split and, if there is one, the held-out split."""
+        return [self.train] if self.eval is None else [self.train, self.eval]
+
     def prompt_column(self, context: Literal["short", "long"]) -> str:
         """The column of a context's prompt. A pair has one prompt for both contexts."""
         return "prompt_short" if self.manifest.kind == "pair" else f"prompt_{context}"
+
+    def largest_token_id(self) -> int:
+        """The largest token id in both splits. Reads every token if an older version wrote the directory."""
+        if self.manifest.largest_token_id is not None:
+            return self.manifest.largest_token_id
+        return max(largest_token_id(split, self.manifest.columns) for split in self.splits)
 
 
 def load_prepared(path: Path) -> PreparedData:
@@ -117,6 +133,12 @@ def is_prepared(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and {"format_version", "fingerprint"} <= manifest.keys()
+
+
+def largest_token_id(data: Dataset, columns: Sequence[str]) -> int:
+    """The largest token id in some columns. Reads every token, a few rows at a time."""
+    tables = data.select_columns(list(columns)).with_format("arrow").iter(batch_size=_TOKENS_BATCH_ROWS)
+    return max(int(pc.max(pc.list_flatten(table.column(name))).as_py()) for table in tables for name in columns)
 
 
 def token_lengths(data: Dataset, column: str) -> NDArray[np.int64]:

@@ -28,6 +28,7 @@ from megatron_solopo.data.prepared import (
     LengthStatistics,
     PreparedManifest,
     is_prepared,
+    largest_token_id,
     token_lengths,
 )
 from megatron_solopo.data.rows import (
@@ -202,6 +203,7 @@ def _manifest(job: _Job, tokens: Dataset, kept: NDArray[np.int64]) -> PreparedMa
         train=len(kept) - job.settings.eval_count,
         eval=job.settings.eval_count,
         lengths={name: _statistics(token_lengths(tokens, name)[kept]) for name in job.columns},
+        largest_token_id=largest_token_id(tokens.select(kept), job.columns),
     )
 
 

@@ -8,7 +8,7 @@ short and the long prompt.
 import json
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.data.rows import Content, Message
 from megatron_solopo.data.settings import Template
+from megatron_solopo.data.tokenizer_file import load_by_file
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
 
@@ -58,6 +59,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _piece(self, token_id: int) -> str: ...
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The piece of text that each token stands for, as the tokenizer's own files write it."""
+        return [self._piece(token_id) for token_id in ids]
 
     def _count(self, text: str) -> int:
         return len(self._encode(text))
@@ -105,7 +110,7 @@ class Tokenizer(ABC):
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Load a SentencePiece `.model` file, a Hugging Face directory or a Megatron checkpoint. Runs no code from it.
 
-    Raises UserError if there is no tokenizer.
+    Raises UserError if there is no tokenizer, or if transformers loses text that the directory's tokenizer.json keeps.
     """
     path = Path(path)
     if path.is_dir():
@@ -127,15 +132,14 @@ class _HuggingFaceTokenizer(Tokenizer):
     """A tokenizer directory as `save_pretrained` writes it."""
 
     def __init__(self, path: Path) -> None:
-        # transformers takes seconds to import, and SentencePiece models do without it.
-        from transformers import AutoTokenizer
-
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            self._tokenizer: Any = load_by_file(
                 path, local_files_only=True, trust_remote_code=False, model_max_length=_NO_LIMIT
             )
             has_template = bool(self._tokenizer.chat_template)
             self.chat_template = self._tokenizer.get_chat_template() if has_template else None
+        except UserError:
+            raise
         # Each kind of damaged file leads to another error, and the Rust library raises plain Exceptions.
         except Exception as error:
             raise UserError(f"{path}: no loadable tokenizer: {' '.join(str(error).split())}") from error

@@ -8,6 +8,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_solopo.config import Config, OptimizerConfig, Role
+from megatron_solopo.config import Config, ObjectiveConfig, OptimizerConfig, Role
 from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
@@ -31,7 +32,12 @@ from megatron_solopo.results.preference import PreferenceResults, read_preferenc
 from megatron_solopo.results.results_file import EVALUATION_FOLDER, origin
 from megatron_solopo.run_directory import Subject
 from megatron_solopo.train.policy import load_frozen
-from megatron_solopo.train.reference import reference_dependencies, reference_logprobs, score_sequences
+from megatron_solopo.train.reference import (
+    check_finite,
+    reference_dependencies,
+    reference_logprobs,
+    score_sequences,
+)
 from megatron_solopo.train.run_data import RunDatasets
 from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.step import ReferenceLogprobs
@@ -57,7 +63,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
     dataset = datasets.by_split[split]
     try:
         on_rank_0(lambda: _check_output(output, settings, datasets.manifest.fingerprint, split))
-        logps, references = _score(settings, model, RunDatasets(datasets.manifest, {split: dataset}), split, topology)
+        logps, references = _score(settings, model, replace(datasets, by_split={split: dataset}), split, topology)
         is_writer, data_parallel_size = dist.get_rank() == 0, topology.data_group.size()
     finally:
         process_groups.destroy(topology)
@@ -65,7 +71,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
     columns = triplet_columns(
         settings.objective, _by_role(logps), lengths, None if references is None else _by_role(references)
     )
-    _check_finite(columns, dataset, subject)
+    _check_finite(columns, dataset, subject, settings.objective)
     tokens, depths = _tokens(dataset, logps.roles), dataset.evidence_depths()
     results = PreferenceResults(
         name=output.stem,
@@ -157,21 +163,25 @@ def _score(
         cached = config.model_copy(update={"reference": config.reference.model_copy(update={"cache": cache})})
         references = reference_logprobs(cached, model, datasets, topology, separate_roles=True)[split]
     chunks = load_frozen(model, topology, chunk_tokens=config.logprob.chunk_tokens)
-    return score_sequences(
-        config, chunks, datasets.by_split[split], topology, "evaluation", separate_roles=True
-    ), references
+    dataset = datasets.by_split[split]
+    logps = score_sequences(config, chunks, dataset, topology, "evaluation", separate_roles=True)
+    check_finite(logps, dataset, f"the model {model.path}", config.model.dtype)
+    return logps, references
 
 
 def _by_role(logprobs: ReferenceLogprobs) -> dict[Role, Tensor]:
     return dict(zip(logprobs.roles, logprobs.logps.unbind(dim=1), strict=True))
 
 
-def _check_finite(columns: Mapping[str, TripletColumn], dataset: TripletDataset, subject: Subject) -> None:
+def _check_finite(
+    columns: Mapping[str, TripletColumn], dataset: TripletDataset, subject: Subject, objective: ObjectiveConfig
+) -> None:
     broken = np.flatnonzero(~np.all([np.isfinite(values) for values in columns.values()], axis=0))
     if len(broken):
         raise UserError(
             f"{subject.path}: rewards of {len(broken)} triplets are not finite, first "
-            f"{', '.join(dataset.ids(broken[:_SHOWN]))}; the model has diverged, or its reference has"
+            f"{', '.join(dataset.ids(broken[:_SHOWN]))}; their log-probabilities are finite, but beyond what "
+            f"objective.loss_type={objective.loss_type} can compare"
         )
 
 

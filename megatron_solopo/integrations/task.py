@@ -24,6 +24,7 @@ from megatron_solopo.model.resolve import ResolvedModel, uses_transformer_engine
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.megatron_internals import pipeline_settings, set_rotary_frequencies
 from megatron_solopo.parallel.topology import Topology, current
+from megatron_solopo.train.callbacks import say
 from megatron_solopo.train.metrics import reduce_sums
 from megatron_solopo.train.reference import cached_reference
 from megatron_solopo.train.run_data import load_run_datasets, training_batches
@@ -120,6 +121,8 @@ class PreferenceTask:
             config.model, config.parallel, self.architecture, uses_transformer_engine(config.model)
         )
         self.datasets = load_run_datasets(config, self.architecture)
+        for note in self.datasets.notes:
+            say(note)
         self.metric_names = metric_names(config.objective)
         """Names of the metrics in a report, in its order. `megatron_solopo.objective` explains them."""
         references = cached_reference(config, self.model, self.datasets) if config.objective.needs_reference else {}

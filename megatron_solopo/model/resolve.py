@@ -31,11 +31,16 @@ class ResolvedModel:
         """Hugging Face directory or Megatron checkpoint."""
         return self.settings.path
 
-    def at(self, path: Path) -> "ResolvedModel":
-        """Resolve the model in another directory, under the same settings and layout."""
+    def at(self, path: Path, key: str = "reference.model_path") -> "ResolvedModel":
+        """Resolve the model in another directory, under the same settings and layout.
+
+        Args:
+            key: what names the directory, for errors.
+        """
         if path == self.path:
             return self
-        return resolve_model(self.settings.model_copy(update={"path": path}), self.parallel)
+        settings = self.settings.model_copy(update={"path": path})
+        return resolve_model(settings, self.parallel, architecture=read_architecture(path, key))
 
 
 def resolve_model(

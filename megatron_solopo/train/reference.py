@@ -35,6 +35,7 @@ from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, run_sc
 
 _MANIFEST = "reference.json"
 _OWN_FILES = (_MANIFEST, "train.parquet", "eval.parquet")
+_SHOWN = 3
 _SCORING_VERSION = 1  # raise it when a change of the code gives other numbers for the same weights and data
 
 
@@ -55,7 +56,8 @@ def reference_logprobs(
         separate_roles: see `score_sequences`.
         before_batch: called before every batch; if it raises, nothing is written.
 
-    Raises UserError naming what differs if the cache was made for other data, weights or precision.
+    Raises UserError naming what differs if the cache was made for other data, weights or precision. Also raises it,
+    and writes nothing, if a number is not finite.
     """
     cache = config.reference_cache
     expected = reference_dependencies(config, model, datasets)
@@ -134,8 +136,9 @@ def _compute(
 ) -> dict[str, ReferenceLogprobs]:
     reference = model.at(config.reference.model_path or model.path)
     chunks = load_frozen(reference, topology, chunk_tokens=config.logprob.chunk_tokens)
-    return {
-        split: score_sequences(
+    computed = {}
+    for split, dataset in datasets.by_split.items():
+        computed[split] = score_sequences(
             config,
             chunks,
             dataset,
@@ -144,8 +147,34 @@ def _compute(
             separate_roles=separate_roles,
             before_batch=before_batch,
         )
-        for split, dataset in datasets.by_split.items()
-    }
+        check_finite(computed[split], dataset, f"the reference model {reference.path}", config.model.dtype)
+    return computed
+
+
+def check_finite(logprobs: ReferenceLogprobs, dataset: TripletDataset, model: str, dtype: str) -> None:
+    """Raise UserError, on every rank, if a log-probability is NaN or infinite.
+
+    Args:
+        model: its kind and its path, for the message.
+        dtype: what it was computed in.
+    """
+    rows, roles = (~logprobs.logps.isfinite()).nonzero(as_tuple=True)
+    if not len(rows):
+        return
+    shown = ", ".join(
+        f"{role_name} of {row_id} ({value:g})"
+        for role_name, row_id, value in zip(
+            (logprobs.roles[role] for role in roles[:_SHOWN].tolist()),
+            dataset.ids(rows[:_SHOWN].numpy()),
+            logprobs.logps[rows, roles][:_SHOWN].tolist(),
+            strict=True,
+        )
+    )
+    raise UserError(
+        f"{model} gives log-probabilities that are not finite, for {len(rows)} of {logprobs.logps.numel()} sequences: "
+        f"{shown}{', ...' if len(rows) > _SHOWN else ''}; the rows are not the cause: the model has diverged, or its "
+        f"numbers exceed {dtype} (model.dtype); take another model"
+    )
 
 
 def score_sequences(
@@ -225,4 +254,10 @@ def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[Role]) ->
     if table["id"].to_pylist() != dataset.ids(range(len(dataset))):
         raise UserError(f"{cache / name}.parquet: its ids are not those of data.path; delete {cache}")
     columns: list[Tensor] = [torch.tensor(table[role].to_numpy(), dtype=torch.float32) for role in roles]
-    return ReferenceLogprobs(tuple(roles), torch.stack(columns, dim=1))
+    logps = torch.stack(columns, dim=1)
+    if not logps.isfinite().all():  # older versions wrote what they got
+        raise UserError(
+            f"{cache / name}.parquet: holds log-probabilities that are not finite; delete {cache}, and they are "
+            "computed again"
+        )
+    return ReferenceLogprobs(tuple(roles), logps)

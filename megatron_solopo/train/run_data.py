@@ -1,19 +1,19 @@
 """The prepared data of a run, checked against its objective and its model, and the batches that this rank reads."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.layout import pack_multiple
-from megatron_solopo.architecture.model_directory import has_tokenizer
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, TripletDataset, sequential_batches
+from megatron_solopo.data.model_fit import Reader, check_readers
 from megatron_solopo.data.prepared import PreparedManifest, load_prepared
-from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
+from megatron_solopo.files import counted
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.progress import bar_style
 
@@ -27,16 +27,22 @@ class RunDatasets:
     manifest: PreparedManifest
     by_split: dict[str, TripletDataset]
     """`train`, and `eval` if there is one."""
+    checked: str
+    """The models that the data was checked against, in a line."""
+    notes: tuple[str, ...]
+    """What could not be checked, one line each."""
 
 
 def load_run_datasets(config: Config, architecture: Architecture) -> RunDatasets:
-    """Open `data.path`.
+    """Open `data.path`, and check it against the config and against every model that reads it.
+
+    Args:
+        architecture: of `model.path`. That of `reference.model_path` is read here.
 
     Raises UserError if the data is incomplete, or does not fit the config:
 
     - it holds pairs, but the objective needs triplets;
-    - it was tokenized with another tokenizer than the model's;
-    - it has longer sequences than the model has positions;
+    - a model cannot read it, see `data.model_fit`;
     - it has no held-out split, but `training.eval_steps` is set.
     """
     prepared = load_prepared(config.data.path)
@@ -46,9 +52,10 @@ def load_run_datasets(config: Config, architecture: Architecture) -> RunDatasets
             f"{config.data.path}: holds plain pairs (prompt, chosen, rejected), but objective.name=solopo needs "
             "prompt_short and prompt_long; prepare triplets, or set objective.name=short_po"
         )
-    _check_tokenizer(config, manifest, architecture)
+    contexts = {role.context for role in config.objective.roles.all}
+    readers = _readers(config, architecture)
+    notes = check_readers(readers, prepared, config.data.path, contexts)
     columns = {"short": prepared.prompt_column("short"), "long": prepared.prompt_column("long")}
-    _check_lengths(config, manifest, architecture, columns)
     datasets = {"train": TripletDataset(prepared.train, columns)}
     if prepared.eval is not None:
         datasets["eval"] = TripletDataset(prepared.eval, columns)
@@ -57,39 +64,18 @@ def load_run_datasets(config: Config, architecture: Architecture) -> RunDatasets
             f"training.eval_steps={config.training.eval_steps}, but {config.data.path} has no held-out split; "
             "prepare it with --eval-count, or remove the key"
         )
-    return RunDatasets(manifest, datasets)
+    unknown = f" ({counted(len(notes), 'tokenizer')} not known)" if notes else ""
+    checked = f"{counted(len(readers), 'model')}: tokenizer, vocabulary and positions fit the data{unknown}"
+    return RunDatasets(manifest, datasets, checked, tuple(notes))
 
 
-def _check_tokenizer(config: Config, manifest: PreparedManifest, architecture: Architecture) -> None:
-    problem = ""
-    if manifest.vocab_size > architecture.vocab_size:
-        problem = f"with {manifest.vocab_size} tokens, but the model {config.model.path} has {architecture.vocab_size}"
-    elif _model_tokenizer(config) not in (None, manifest.fingerprint_parts["tokenizer"]):
-        problem = f"by {manifest.tokenizer}, which is not the tokenizer of the model {config.model.path}"
-    if problem:
-        raise UserError(f"{config.data.path}: tokenized {problem}; prepare the data with the model's own tokenizer")
-
-
-def _model_tokenizer(config: Config) -> str | None:
-    """The fingerprint of the tokenizer beside the weights, or None if there is no tokenizer."""
-    if not has_tokenizer(config.model.path):
-        return None
-    return load_tokenizer(config.model.path).fingerprint
-
-
-def _check_lengths(
-    config: Config, manifest: PreparedManifest, architecture: Architecture, columns: Mapping[str, str]
-) -> None:
-    """Check an upper bound: the longest prompt of the contexts in use plus the longest response."""
-    contexts = {role.context for role in config.objective.roles.all}
-    longest = max(manifest.lengths[columns[context]].max for context in contexts)
-    longest += max(manifest.lengths[answer].max for answer in ("chosen", "rejected"))
-    if longest > architecture.max_sequence_length:
-        raise UserError(
-            f"{config.data.path}: sequences of up to {longest} tokens, but the model {config.model.path} has "
-            f"{architecture.max_sequence_length} positions; prepare the data with --max-length, or extend the model in "
-            "its config.json (rope_parameters, max_position_embeddings)"
-        )
+def _readers(config: Config, architecture: Architecture) -> list[Reader]:
+    """The models that read the data: the one of `model.path`, and another reference model if the objective uses it."""
+    readers = [Reader(config.model.path, architecture)]
+    path = config.reference.model_path
+    if config.objective.needs_reference and path is not None and path != config.model.path:
+        readers.append(Reader(path, read_architecture(path, "reference.model_path"), is_reference=True))
+    return readers
 
 
 def training_batches(

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from megatron_solopo import exits
+from megatron_solopo.checkpoint.load import check_weights
 from megatron_solopo.config import Config, check_not_by_hand
 from megatron_solopo.files import check_writable
 from megatron_solopo.model.resolve import ResolvedModel, check_precision, resolve_model
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.callbacks import say
 from megatron_solopo.train.policy import check_offload
 from megatron_solopo.train.preflight import check_same_start, start_facts
 from megatron_solopo.train.run_data import RunDatasets, load_run_datasets
@@ -89,11 +91,16 @@ def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, RunDatasets
     Raises UserError if something does not fit, or is not the same on all ranks.
     """
     model = resolve_model(config.model, config.parallel)
-    check_precision(model, config.optimizer)
     check_offload(config.optimizer, model)
+    reference = model.at(config.reference.model_path or model.path) if config.objective.needs_reference else model
+    for each in (model,) if reference is model else (model, reference):
+        check_precision(each, config.optimizer)
+        check_weights(each.path, each.architecture)
     datasets = load_run_datasets(config, model.architecture)
     check_writable(config.run_dir, "run_dir")
     check_not_by_hand(config.run_dir / "config.yaml")
     facts = start_facts(config, datasets)
     topology = process_groups.initialize(config.parallel, config.seed, lambda: check_same_start(facts))
+    for note in datasets.notes:
+        say(note)
     return model, topology, datasets

@@ -65,7 +65,8 @@ def preflight(config: Config) -> list[Finding]:
         findings = _check_surroundings(session)
         loader = training_batches(config, session.datasets.by_split["train"], session.topology)
         policy = build_policy(config, session.model, session.topology, session.max_steps)
-        return [*findings, ("largest pack", str(_try_largest_pack(session, policy, loader)))]
+        checked = ("data and models", session.datasets.checked)
+        return [checked, *findings, ("largest pack", str(_try_largest_pack(session, policy, loader)))]
 
 
 def precompute_reference(config: Config, *, overwrite: bool) -> Path:

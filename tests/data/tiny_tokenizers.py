@@ -72,16 +72,17 @@ def write_hugging_face(
     return path
 
 
-def write_sentencepiece(path: Path, identity: bool = True, bos: bool = True) -> Path:
-    """A unigram `.model` file: identity keeps every space (Llama), else spaces collapse (the trainer's default)."""
+def write_sentencepiece(path: Path, identity: bool = True, bos: bool = True, model_type: str = "unigram") -> Path:
+    """A `.model` file: identity keeps every space (Llama), else spaces collapse (the trainer's default)."""
     kept = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False} if identity else {}
     with path.open("wb") as stream:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(CORPUS),
             model_writer=stream,
             vocab_size=400,
+            model_type=model_type,
             byte_fallback=True,
-            hard_vocab_limit=False,
+            hard_vocab_limit=model_type == "bpe",
             bos_id=1 if bos else -1,
             minloglevel=2,
             **kept,

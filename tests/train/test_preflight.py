@@ -71,7 +71,8 @@ def found(folder: Path) -> list[dict[str, Any]]:
 
 def test_what_was_checked_is_told(found: list[dict[str, Any]]) -> None:
     rows = dict(found[0]["rows"])
-    assert list(rows) == ["same start", "run directory", "groups", "largest pack"]
+    assert list(rows) == ["data and models", "same start", "run directory", "groups", "largest pack"]
+    assert "1 model: " in rows["data and models"] and "1 tokenizer not known" in rows["data and models"]
     assert "tensor-parallel 2" in rows["groups"] and "all 4" in rows["groups"] and "embedding 2" in rows["groups"]
     assert "tokens" in rows["largest pack"] and "peak memory" in rows["largest pack"]
     assert found[0]["left"] == [], "nothing stays in the run directory"

@@ -1,16 +1,23 @@
-"""How long passes over the data tell their progress."""
+"""The prepared data of a run: checks against the model, and passes with their progress."""
 
+import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_solopo import progress
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import parse_config
 from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
+from megatron_solopo.data.settings import PrepareSettings
+from megatron_solopo.data.tokenize import prepare
+from megatron_solopo.errors import UserError
 from megatron_solopo.train import run_data
-from tests.prepared import make_prepared
+from tests.prepared import make_prepared, make_tokenizer
 from tests.ranks import layout
+from tests.tiny_models import VOCAB_SIZE, make_model
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(0.0, True), (3600.0, False)])
@@ -56,3 +63,44 @@ def test_packs_are_padded_for_fp8_where_it_is_on(tmp_path: Path) -> None:
         sizes[fp8] = [pack.padded_tokens for pack in packs]
     assert all(size % 128 == 0 and size <= 400 for size in sizes["hybrid"])
     assert any(size % 128 for size in sizes[None])
+
+
+@pytest.fixture
+def padded(tmp_path: Path) -> Path:
+    """A model whose own tokenizer has a `[PAD]` one past the embedding, and rows prepared with that tokenizer."""
+    model = make_tokenizer(make_model(tmp_path / "model", "llama3"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(model)
+    return tmp_path
+
+
+def load(root: Path, chosen: str, *, old_manifest: bool = False) -> run_data.RunDatasets:
+    row = {"id": "a", "prompt_short": "w2 w3", "prompt_long": "w2 w3 w4", "chosen": chosen, "rejected": "w5"}
+    (root / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    output = root / "prepared"
+    prepare(PrepareSettings(input=root / "rows.jsonl", output=output, tokenizer=str(root / "model"), overwrite=True))
+    if old_manifest:
+        manifest = json.loads((output / "manifest.json").read_text())
+        del manifest["largest_token_id"]
+        (output / "manifest.json").write_text(json.dumps(manifest))
+    sections = {
+        "run_dir": "unused",
+        "model": {"path": str(root / "model")},
+        "data": {"path": str(output), "max_tokens_per_pack": 400},
+        "training": {"global_batch_size": 1},
+    }
+    return run_data.load_run_datasets(parse_config(sections, source="test"), read_architecture(root / "model"))
+
+
+def test_an_unused_token_past_the_embedding_is_no_mistake(padded: Path) -> None:
+    datasets = load(padded, "w6")
+    assert (datasets.manifest.vocab_size, datasets.manifest.largest_token_id) == (VOCAB_SIZE + 1, 6)
+
+
+@pytest.mark.parametrize("old_manifest", [False, True])
+def test_a_token_past_the_embedding_that_occurs_is_named_with_the_way_out(padded: Path, old_manifest: bool) -> None:
+    with pytest.raises(UserError) as caught:
+        load(padded, "w6 [PAD]", old_manifest=old_manifest)
+    assert f"holds the token id {VOCAB_SIZE}" in str(caught.value)
+    assert f"has embeddings for ids up to {VOCAB_SIZE - 1}; extend the embedding" in str(caught.value)
