@@ -35,7 +35,7 @@ def make_row() -> dict[str, Any]:
 
 def score(chunks: Sequence[torch.nn.Module], groups: Topology) -> Tensor | None:
     """This rank's addend to the log-probabilities [N] of the row's response tokens; None where it has none."""
-    pack = build_pack([tokenized(make_row(), 0)], ROLES, groups.sequence_multiple)
+    pack = build_pack([tokenized(make_row(), 0)], ROLES, groups.sequence_multiple, groups.pack_multiple())
     count = torch.tensor(1, dtype=torch.int)
 
     def keep(microbatch: Microbatch, logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

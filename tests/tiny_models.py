@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
+from megatron_solopo.architecture.huggingface_config import ModelShape
+
 VOCAB_SIZE = 131  # prime: divisible by no tensor-parallel size
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -39,6 +41,22 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "qwen2_yarn": Qwen2Config(**_SHAPE | {"max_position_embeddings": 256}, rope_parameters=_YARN_ROPE),
     "qwen3": Qwen3Config(**_SHAPE, head_dim=16),
 }
+
+TINY = ModelShape(
+    model_type="llama",
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=4,
+    head_dim=8,
+    vocab_size=VOCAB_SIZE,
+    max_sequence_length=512,
+    add_qkv_bias=False,
+    qk_layernorm=False,
+    tied_embeddings=False,
+)
+"""The shape of `llama2`, for tests that need no weights."""
 
 
 def make_model(path: Path, family: str, seed: int = 0) -> Path:

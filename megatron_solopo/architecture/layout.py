@@ -1,34 +1,64 @@
 """Which parallel layouts and FP8 settings fit a model, and what sequences and packs are padded to. Arithmetic only."""
 
+import math
+
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 
 _VOCAB_MULTIPLE_PER_RANK = 128
+_LARGE_BUBBLE = 0.2
 # Both sides of an FP8 matrix must be a multiple of this. One side is the tokens of a pack that one rank holds.
 FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 
 
-def sequence_multiple(tensor_model_parallel_size: int, context_parallel_size: int) -> int:
-    """Every packed sequence is padded to a multiple of this: 2 x CP chunks, each of which TP ranks share."""
-    return 2 * context_parallel_size * tensor_model_parallel_size
+def sequence_multiple(context_parallel_size: int) -> int:
+    """Every packed sequence is padded to a multiple of this: context parallelism cuts it into 2 x CP chunks."""
+    return 2 * context_parallel_size if context_parallel_size > 1 else 1
 
 
-def pack_multiple(parallel: ParallelConfig, model: ModelConfig) -> int:
+def pack_multiple(tensor_model_parallel_size: int, context_parallel_size: int, model: ModelConfig | None = None) -> int:
     """The tokens of a whole pack are padded to a multiple of this, after the padding of its sequences.
 
-    It is 1 without FP8. With FP8, each of the CP x TP ranks needs a multiple of `FP8_MULTIPLES`. The last sequence
-    takes the difference, because padding every short sequence would cost more.
+    Sequence parallelism divides the pack's tokens over CP x TP ranks. With FP8, each of these ranks needs a multiple of
+    `FP8_MULTIPLES`. The last sequence takes the difference, because padding every short sequence would cost more.
+
+    Args:
+        model: whether and how FP8 is used; None: not.
     """
-    if model.fp8 is None:
-        return 1
-    ranks = parallel.context_parallel_size * parallel.tensor_model_parallel_size
-    return FP8_MULTIPLES[model.fp8_recipe] * ranks
+    tokens_per_rank = FP8_MULTIPLES[model.fp8_recipe] if model is not None and model.fp8 else 1
+    ranks = tensor_model_parallel_size * context_parallel_size
+    return math.lcm(sequence_multiple(context_parallel_size), tokens_per_rank * ranks)
 
 
 def packs_multiple(pipeline_model_parallel_size: int, num_model_chunks: int) -> int:
     """Each rank's number of packs is a multiple of this. The interleaved schedule needs the pipeline size."""
     return pipeline_model_parallel_size if num_model_chunks > 1 else 1
+
+
+def wanted_packs(pipeline_model_parallel_size: int) -> int:
+    """Each rank gets this number of packs if the batch has enough triplets: 4 x PP, so that a pipeline waits little."""
+    return 4 * pipeline_model_parallel_size if pipeline_model_parallel_size > 1 else 1
+
+
+def pipeline_bubble(pipeline_model_parallel_size: int, num_model_chunks: int, num_packs: int) -> float:
+    """Share of time that a pipeline's ranks wait in a step of equal packs, in [0, 1).
+
+    (PP - 1) / (VPP x packs + PP - 1): Megatron-LM, arXiv 2104.04473, section 2.2, as a share of the whole step.
+    """
+    waiting = pipeline_model_parallel_size - 1
+    return waiting / (num_model_chunks * num_packs + waiting)
+
+
+def describe_bubble(bubble: float) -> str:
+    """One line about the share of time that pipeline stages wait, with advice if it is large."""
+    found = f"pipeline stages wait {bubble:.1%} of a step's time"
+    if bubble <= _LARGE_BUBBLE:
+        return found
+    return (
+        f"warning: {found}; raise training.global_batch_size, for more packs on each rank, or lower "
+        "parallel.pipeline_model_parallel_size"
+    )
 
 
 def check_world_size(config: ParallelConfig, world_size: int) -> None:

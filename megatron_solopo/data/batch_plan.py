@@ -5,7 +5,7 @@ needs, so budgets count padded tokens.
 
 1. Best-fit decreasing packs the triplets by padded tokens, so that few packs are needed.
 2. The costliest packs are divided until their number is a multiple of the number of ranks. Data-parallel ranks step
-   together, and an interleaved pipeline needs a multiple of its own size.
+   together, and an interleaved pipeline needs a multiple of its own size. A pipeline also waits less with more packs.
 3. Packs go to ranks, costliest first, each to the rank with the least cost so far (longest processing time first).
 4. The costliest rank exchanges triplets with the others as long as that lowers its cost.
 
@@ -19,10 +19,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_solopo.architecture.flops import forward_flops
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.config import Role
 from megatron_solopo.errors import UserError
 
 IntArray = NDArray[np.int64]
+
+_FLOPS_PER_COST = 1e6
+"""Costs are integers. In millions of FLOPs, those of a batch of long sequences fit in 64 bits."""
 
 
 def padded_lengths(lengths: IntArray, multiple: int) -> IntArray:
@@ -38,8 +43,7 @@ class TripletSize(NamedTuple):
     tokens: int
     """Prompt and response tokens of all its sequences, without padding."""
     cost: int
-    """Sum of the squared padded lengths of its sequences. The time of causal self-attention is proportional to it,
-    because no sequence sees another."""
+    """Forward FLOPs of all its sequences with their padding, in millions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +68,7 @@ def triplet_sizes(
     response_lengths: Mapping[str, IntArray],
     roles: Sequence[Role],
     sequence_multiple: int,
+    architecture: ModelShape,
 ) -> TripletSizes:
     """Compute the sizes of all triplets from token counts.
 
@@ -72,11 +77,19 @@ def triplet_sizes(
         response_lengths: Response (`chosen`, `rejected`) -> its tokens [D].
         roles: The sequences of each triplet.
         sequence_multiple: Each sequence is padded to a multiple of this.
+        architecture: The model, which decides how many FLOPs a sequence takes.
     """
-    lengths_RD = np.stack([prompt_lengths[role.context] + response_lengths[role.response] for role in roles])
-    lengths_RD = lengths_RD.astype(np.int64)
+    responses_RD = np.stack([response_lengths[role.response] for role in roles]).astype(np.int64)
+    lengths_RD = np.stack([prompt_lengths[role.context] for role in roles]).astype(np.int64) + responses_RD
     padded_RD = padded_lengths(lengths_RD, sequence_multiple)
-    return TripletSizes(padded_RD.sum(axis=0), lengths_RD.sum(axis=0), np.square(padded_RD).sum(axis=0))
+    padded_D = padded_RD.sum(axis=0)
+    flops_D = (
+        forward_flops(architecture, 1, 0, 0).total * padded_D
+        + forward_flops(architecture, 0, 1, 0).total * np.square(padded_RD).sum(axis=0)
+        + forward_flops(architecture, 0, 0, 1).total * responses_RD.sum(axis=0)
+    )
+    # Rounded up, so that every triplet costs something.
+    return TripletSizes(padded_D, lengths_RD.sum(axis=0), np.ceil(flops_D / _FLOPS_PER_COST).astype(np.int64))
 
 
 RankPacks = list[list[list[int]]]
@@ -93,6 +106,7 @@ def plan_global_batch(
     max_triplets: int | None,
     num_ranks: int,
     packs_multiple: int = 1,
+    wanted_packs: int = 1,
 ) -> RankPacks:
     """Pack the triplets of one optimizer step and distribute the packs over the data-parallel ranks.
 
@@ -102,6 +116,7 @@ def plan_global_batch(
         max_triplets: Triplets that one pack may hold. None: any number.
         num_ranks: Data-parallel ranks.
         packs_multiple: Every rank gets a multiple of this number of packs.
+        wanted_packs: Every rank gets at least this number of packs if the batch has enough triplets.
 
     Returns:
         Positions indexed `[rank][pack][triplet]`. Each position occurs once. Every rank has the same number of packs,
@@ -114,6 +129,7 @@ def plan_global_batch(
     share = num_ranks * packs_multiple
     packs = _best_fit_decreasing(sizes, max_tokens, max_triplets)
     target = max(1, -(-len(packs) // share)) * share
+    target = max(target, _most_packs(len(sizes), share, num_ranks * wanted_packs))
     if target > len(sizes):
         raise UserError(
             f"a batch of {len(sizes)} triplets cannot give {num_ranks} data-parallel ranks the same number of packs "
@@ -155,6 +171,7 @@ def plan_single_pass(
     max_triplets: int | None,
     num_ranks: int,
     packs_multiple: int = 1,
+    wanted_packs: int = 1,
 ) -> tuple[RankPacks, list[list[bool]]]:
     """Like `plan_global_batch`, for any number of triplets.
 
@@ -170,13 +187,18 @@ def plan_single_pass(
     _check_budget(sizes, max_tokens)
     share = num_ranks * packs_multiple
     packs = _best_fit_decreasing(sizes, max_tokens, max_triplets)
-    target = -(-len(packs) // share) * share
+    target = max(-(-len(packs) // share) * share, _most_packs(len(sizes), share, num_ranks * wanted_packs))
     packs = _split(packs, sizes, min(target, len(sizes)))
     cheapest = min(packs, key=lambda pack: (_cost(pack, sizes), pack))
     ranks = _share_out(packs, sizes, max_tokens, max_triplets, num_ranks)
     packs_per_rank = target // num_ranks
     counted = [[place < len(rank) for place in range(packs_per_rank)] for rank in ranks]
     return [rank + [cheapest] * (packs_per_rank - len(rank)) for rank in ranks], counted
+
+
+def _most_packs(num_triplets: int, share: int, wanted: int) -> int:
+    """The multiple of `share` that reaches `wanted` packs, or the largest one for which every pack has a triplet."""
+    return min(-(-wanted // share), num_triplets // share) * share
 
 
 def _check_budget(sizes: Sequence[TripletSize], max_tokens: int) -> None:

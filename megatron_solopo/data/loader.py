@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.config import Role
 from megatron_solopo.data.batch_plan import (
     IntArray,
@@ -73,6 +74,8 @@ class Packing:
     """Each pack is padded to a multiple of this."""
     packs_multiple: int = 1
     """Every rank gets a multiple of this number of packs."""
+    wanted_packs: int = 1
+    """Every rank gets at least this number of packs if the batch has enough triplets."""
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -87,19 +90,23 @@ class TripletDataset:
         table: Columns `id` (string) and, as lists of integers, `chosen`, `rejected` and the prompts.
         prompt_columns: Context (`short`, `long`) -> the column that holds its prompt. Contexts that no role uses may
             be missing.
+        architecture: The model that reads the triplets. It decides how much work each one is.
     """
 
-    def __init__(self, table: datasets.Dataset, prompt_columns: Mapping[str, str]) -> None:
+    def __init__(self, table: datasets.Dataset, prompt_columns: Mapping[str, str], architecture: ModelShape) -> None:
         # Done once, because it copies the whole chunk list of the table.
         self._table = table.with_format("arrow")
         self._prompt_columns = dict(prompt_columns)
+        self._architecture = architecture
 
     def __len__(self) -> int:
         return len(self._table)
 
     def head(self, count: int) -> "TripletDataset":
         """The first `count` rows, or all if there are fewer."""
-        return TripletDataset(self._table.select(range(min(count, len(self)))), self._prompt_columns)
+        return TripletDataset(
+            self._table.select(range(min(count, len(self)))), self._prompt_columns, self._architecture
+        )
 
     def sizes(self, roles: Sequence[Role], sequence_multiple: int) -> TripletSizes:
         """Size of every row. Reads the list offsets, no token.
@@ -113,6 +120,7 @@ class TripletDataset:
             {response: lengths[column] for response, column in responses.items()},
             roles,
             sequence_multiple,
+            self._architecture,
         )
 
     def response_lengths(self, response: str) -> IntArray:
@@ -222,13 +230,18 @@ class GlobalBatchLoader:
     def packs_needed(self, num_batches: int) -> Iterator[tuple[int, int]]:
         """For each of the next batches, its start in the stream of triplets and its packs per rank.
 
-        The number of packs is the least that the budget allows. The batch has this number or the next multiple. Reads
-        lengths, no tokens.
+        The number of packs is the least that the budget allows. The batch has at least this number, see `Packing`.
+        Reads lengths, no tokens.
         """
         size = self._identity["global_batch_size"]
         for number in range(num_batches):
             start = self.consumed_triplets + number * size
             yield start, self._packer.packs_needed(self._stream(start, start + size))
+
+    def next_packs(self) -> int:
+        """Packs per rank of the next batch. Reads lengths, no tokens."""
+        size = self._identity["global_batch_size"]
+        return len(self._packer.plan(self._stream(self.consumed_triplets, self.consumed_triplets + size))[0])
 
     def largest_pack(self, num_batches: int) -> Pack:
         """The largest pack of the next batches on all ranks, or the largest triplet alone if that is larger."""
@@ -336,6 +349,7 @@ class _Packer:
             "max_triplets": self.packing.max_triplets_per_pack,
             "num_ranks": self.packing.dp_size,
             "packs_multiple": self.packing.packs_multiple,
+            "wanted_packs": self.packing.wanted_packs,
         }
 
     def _build(self, rows: IntArray, plan: RankPacks, counted: list[bool]) -> GlobalBatch:

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
-from megatron_solopo.checkpoint.model_files import weights_fingerprint
+from megatron_solopo.checkpoint.fingerprint import sample_weights, weights_fingerprint
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
@@ -113,8 +113,10 @@ def journal_header(settings: LongContextSettings, target: Target, tokenizer: Tok
     """Everything that decides an answer, by the option's name; not which samples are asked."""
     files = [settings.corpus, settings.haystack, settings.prompt_template]
     hashes = {str(path): sha256_file(path) for path in (*settings.contexts, *files) if path is not None}
-    return {
-        "model": settings.model if target.path is None else weights_fingerprint(target.path),
+    # Journals of older versions have the sample alone.
+    weights = {} if target.path is None else {"weights": weights_fingerprint(target.path)}
+    return weights | {
+        "model": settings.model if target.path is None else sample_weights(target.path),
         "backend": target.backend,
         "dtype": settings.dtype,
         "tokenizer": tokenizer.fingerprint,

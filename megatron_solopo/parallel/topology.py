@@ -12,8 +12,14 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 
-from megatron_solopo.architecture.layout import check_world_size, packs_multiple, sequence_multiple
-from megatron_solopo.config import ParallelConfig
+from megatron_solopo.architecture.layout import (
+    check_world_size,
+    pack_multiple,
+    packs_multiple,
+    sequence_multiple,
+    wanted_packs,
+)
+from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import cpu
 
@@ -38,13 +44,22 @@ class Topology:
 
     @property
     def sequence_multiple(self) -> int:
-        """Padded length of every packed sequence is a multiple of this: 2 x CP x TP."""
-        return sequence_multiple(self.tensor_group.size(), self.context_group.size())
+        """Padded length of every packed sequence is a multiple of this: 2 x CP, or 1 without context parallelism."""
+        return sequence_multiple(self.context_group.size())
+
+    def pack_multiple(self, model: ModelConfig | None = None) -> int:
+        """Padded length of every pack is a multiple of this; see `megatron_solopo.architecture.layout`."""
+        return pack_multiple(self.tensor_group.size(), self.context_group.size(), model)
 
     @property
     def packs_multiple(self) -> int:
         """Number of a rank's packs is a multiple of this, which the interleaved schedule needs."""
         return packs_multiple(self.pipeline_group.size(), self.num_model_chunks)
+
+    @property
+    def wanted_packs(self) -> int:
+        """Number of a rank's packs that keeps the pipeline busy."""
+        return wanted_packs(self.pipeline_group.size())
 
     @property
     def is_last_stage(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import Efficiency, check_fp8_of, find_gpu, read_gpus
 from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.architecture.layout import describe_bubble
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.plan import PlanSettings
@@ -176,7 +177,7 @@ class PlannedRun:
         busiest = ", ".join(f"{name} {seconds:.3f}" for name, seconds in time.compute.parts.items())
         return [
             f"  last pipeline rank, all packs: {busiest}",
-            f"  pipeline {time.timeline.seconds:.3f} (bubble {time.timeline.bubble:.1%} of all ranks' time)",
+            f"  pipeline {time.timeline.seconds:.3f}: {describe_bubble(time.timeline.bubble)}",
             f"  gradient reduction and parameter gather {time.data_traffic:.3f}, optimizer {time.optimizer:.3f}",
             f"  whole step {time.seconds:.3f}: {self.estimate.triplets_per_second:.3f} triplets/s",
         ]

@@ -255,7 +255,7 @@ def _build_microbatch(config: Config, pack: PackShape, groups: Topology) -> Micr
         )
         for number, lengths in enumerate(pack.triplets)
     ]
-    built = build_pack(rows, config.objective.roles.all, groups.sequence_multiple)
+    built = build_pack(rows, config.objective.roles.all, groups.sequence_multiple, groups.pack_multiple(config.model))
     whole = shard_pack(built, groups)
     return replace(whole, tokens_1t=whole.tokens_1t.to(_META))
 

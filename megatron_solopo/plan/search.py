@@ -91,7 +91,7 @@ class Planner:
     _states: dict[tuple[Any, ...], RankState] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "packer", Packer(self.workload, self.config))
+        object.__setattr__(self, "packer", Packer(self.workload, self.config, self.architecture))
 
     def for_objective(self, name: str) -> "Planner":
         """The same planner with another objective. Its pack budget is raised until the largest triplet fits in."""
@@ -99,8 +99,8 @@ class Planner:
         config = self.config.model_copy(update={"objective": objective})
         # The widest layout pads most. A budget for it means that no layout is refused for the budget alone.
         fp8 = "fp8" in self.vary or config.model.fp8 is not None
-        pack_multiple = max(FP8_MULTIPLES.values()) * self.gpus if fp8 else 1
-        largest = Packer(self.workload, config).largest_triplet(2 * self.gpus, pack_multiple)
+        pack_multiple = 2 * self.gpus * (max(FP8_MULTIPLES.values()) if fp8 else 1)
+        largest = Packer(self.workload, config, self.architecture).largest_triplet(2 * self.gpus, pack_multiple)
         budget = max(config.data.max_tokens_per_pack, largest)
         data = config.data.model_copy(update={"max_tokens_per_pack": budget})
         return replace(self, config=config.model_copy(update={"data": data}))

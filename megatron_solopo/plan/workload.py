@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_solopo.architecture import layout
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.batch_plan import (
     IntArray,
@@ -145,8 +146,8 @@ def stated_workload(text: str, num_triplets: int, sample: int) -> Workload:
 class Packer:
     """Packs one sample batch of a workload under many layouts. Layouts that pack alike share the work."""
 
-    def __init__(self, workload: Workload, config: Config) -> None:
-        self.workload, self.config = workload, config
+    def __init__(self, workload: Workload, config: Config, architecture: ModelShape) -> None:
+        self.workload, self.config, self.architecture = workload, config, architecture
         self.roles = config.objective.roles.all
         size = config.training.global_batch_size
         available = len(workload.responses["chosen"])
@@ -171,7 +172,7 @@ class Packer:
         """
         parallel = config.parallel
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-        multiple, pack_multiple = layout.sequence_multiple(tp, cp), layout.pack_multiple(parallel, config.model)
+        multiple, pack_multiple = layout.sequence_multiple(cp), layout.pack_multiple(tp, cp, config.model)
         packs = layout.packs_multiple(
             parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
         )
@@ -179,10 +180,11 @@ class Packer:
         budget = config.data.max_tokens_per_pack
         if (largest := self.largest_triplet(multiple, pack_multiple)) > budget:
             raise UserError(
-                f"the largest triplet needs {largest:,} padded tokens (multiples of {multiple}), more than "
+                f"the largest triplet needs {largest:,} padded tokens (multiples of {pack_multiple}), more than "
                 f"data.max_tokens_per_pack={budget}; raise it to that"
             )
-        key = (multiple, budget // pack_multiple * pack_multiple, packs, data_parallel_size)
+        wanted = layout.wanted_packs(parallel.pipeline_model_parallel_size)
+        key = (multiple, budget // pack_multiple * pack_multiple, packs, wanted, data_parallel_size)
         if (key, pack_multiple, cp) not in self._shapes:
             if key not in self._plans:
                 self._plans[key] = self._plan(*key)
@@ -192,17 +194,18 @@ class Packer:
     def _sizes(self, multiple: int) -> TripletSizes:
         if multiple not in self._sizes_by_multiple:
             workload = self.workload
-            sizes = triplet_sizes(workload.prompts, workload.responses, self.roles, multiple)
+            sizes = triplet_sizes(workload.prompts, workload.responses, self.roles, multiple, self.architecture)
             self._sizes_by_multiple[multiple] = sizes
         return self._sizes_by_multiple[multiple]
 
-    def _plan(self, multiple: int, budget: int, packs: int, ranks: int) -> RankPacks:
+    def _plan(self, multiple: int, budget: int, packs: int, wanted: int, ranks: int) -> RankPacks:
         return plan_global_batch(
             self._sizes(multiple).select(self.rows),
             max_tokens=budget,
             max_triplets=self.config.data.max_triplets_per_pack,
             num_ranks=ranks,
             packs_multiple=packs,
+            wanted_packs=wanted,
         )
 
     def _batch(self, planned: RankPacks, multiple: int, pack_multiple: int, cp: int) -> BatchShape:

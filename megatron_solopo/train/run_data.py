@@ -7,7 +7,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
-from megatron_solopo.architecture.layout import pack_multiple
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, TripletDataset, sequential_batches
 from megatron_solopo.data.model_fit import Reader, check_readers
@@ -56,9 +55,9 @@ def load_run_datasets(config: Config, architecture: Architecture) -> RunDatasets
     readers = _readers(config, architecture)
     notes = check_readers(readers, prepared, config.data.path, contexts)
     columns = {"short": prepared.prompt_column("short"), "long": prepared.prompt_column("long")}
-    datasets = {"train": TripletDataset(prepared.train, columns)}
+    datasets = {"train": TripletDataset(prepared.train, columns, architecture)}
     if prepared.eval is not None:
-        datasets["eval"] = TripletDataset(prepared.eval, columns)
+        datasets["eval"] = TripletDataset(prepared.eval, columns, architecture)
     elif config.training.eval_steps is not None:
         raise UserError(
             f"training.eval_steps={config.training.eval_steps}, but {config.data.path} has no held-out split; "
@@ -94,7 +93,7 @@ def training_batches(
     """
     packing = _packing(config, topology)
     if packs_multiple is not None:
-        packing = replace(packing, packs_multiple=packs_multiple)
+        packing = replace(packing, packs_multiple=packs_multiple, wanted_packs=1)
     return GlobalBatchLoader(
         dataset,
         config.objective.roles.all,
@@ -133,10 +132,11 @@ def single_pass(
 def _packing(config: Config, topology: Topology) -> Packing:
     return Packing(
         sequence_multiple=topology.sequence_multiple,
-        pack_multiple=pack_multiple(config.parallel, config.model),
+        pack_multiple=topology.pack_multiple(config.model),
         max_tokens_per_pack=config.data.max_tokens_per_pack,
         max_triplets_per_pack=config.data.max_triplets_per_pack,
         dp_rank=topology.data_group.rank(),
         dp_size=topology.data_group.size(),
         packs_multiple=topology.packs_multiple,
+        wanted_packs=topology.wanted_packs,
     )

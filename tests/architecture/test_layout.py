@@ -9,12 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
-from megatron_solopo.architecture.layout import check_layout, check_world_size, pack_multiple, padded_vocab_size
+from megatron_solopo.architecture.layout import (
+    check_layout,
+    check_world_size,
+    describe_bubble,
+    pack_multiple,
+    padded_vocab_size,
+    pipeline_bubble,
+    sequence_multiple,
+    wanted_packs,
+)
 from megatron_solopo.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_solopo.data.loader import Packing
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.context import shard_indices
+from megatron_solopo.plan.pipeline import simulate_schedule
 from tests.tiny_models import FAMILIES
 
 TP2, CP2, PP2 = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "context", "pipeline_model"))
@@ -124,22 +134,21 @@ SIZES = st.sampled_from([1, 2, 4, 8])
 LENGTHS = st.lists(st.tuples(*[st.integers(1, 90)] * 4), min_size=1, max_size=3)
 
 
-def layouts(context: int, tensor: int, **model: object) -> tuple[ParallelConfig, ModelConfig]:
-    parallel = ParallelConfig(context_parallel_size=context, tensor_model_parallel_size=tensor)
-    return parallel, ModelConfig.model_validate({"path": "model", **model})
+def model(**settings: object) -> ModelConfig:
+    return ModelConfig.model_validate({"path": "model", **settings})
 
 
 @given(SIZES, SIZES, st.sampled_from(list(TOKENS_PER_RANK)), LENGTHS)
 def test_every_rank_holds_a_multiple_of_tokens(context: int, tensor: int, recipe: str, lengths: list) -> None:
-    multiple = pack_multiple(*layouts(context, tensor, fp8="hybrid", fp8_recipe=recipe))
+    multiple = pack_multiple(tensor, context, model(fp8="hybrid", fp8_recipe=recipe))
     names = ("short", "long", "chosen", "rejected")
     rows = [
         TokenizedTriplet(str(i), i, {n: np.ones(k, int) for n, k in zip(names[:2], row[:2], strict=True)},
                          {n: np.ones(k, int) for n, k in zip(names[2:], row[2:], strict=True)})
         for i, row in enumerate(lengths)
     ]  # fmt: skip
-    pack = build_pack(rows, ROLES, 2 * context * tensor, multiple)
-    plain = build_pack(rows, ROLES, 2 * context * tensor)
+    pack = build_pack(rows, ROLES, sequence_multiple(context), multiple)
+    plain = build_pack(rows, ROLES, sequence_multiple(context))
     for rank in range(context):
         assert len(shard_indices(pack.cu_seqlens_S1, context, rank)) % (tensor * TOKENS_PER_RANK[recipe]) == 0
     assert 0 <= pack.padded_tokens - plain.padded_tokens < multiple
@@ -148,9 +157,28 @@ def test_every_rank_holds_a_multiple_of_tokens(context: int, tensor: int, recipe
     assert pack.tokens_T[: plain.padded_tokens].tolist() == plain.tokens_T.tolist()
 
 
-@pytest.mark.parametrize("fp8", [None, "hybrid"])
-def test_without_fp8_packs_are_not_padded(fp8: str | None) -> None:
-    assert (pack_multiple(*layouts(4, 2, fp8=fp8)) == 1) is (fp8 is None)
+@pytest.mark.parametrize(
+    ("tensor", "context", "multiple"), [(1, 1, 1), (8, 1, 8), (1, 4, 8), (2, 4, 8), (8, 4, 32), (6, 2, 12)]
+)
+def test_without_fp8_a_pack_divides_over_its_ranks_and_chunks(tensor: int, context: int, multiple: int) -> None:
+    assert pack_multiple(tensor, context) == pack_multiple(tensor, context, model()) == multiple
+    assert multiple % (tensor * context) == multiple % sequence_multiple(context) == 0
+
+
+@pytest.mark.parametrize("stages", [1, 2, 8])
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_the_bubble_of_equal_packs_is_that_of_the_schedule(stages: int, chunks: int, rounds: int) -> None:
+    packs = rounds * stages
+    simulated = simulate_schedule(stages, chunks, packs, lambda rank, work: 1 if work.is_forward else 2, 0)
+    assert pipeline_bubble(stages, chunks, packs) == pytest.approx(simulated.bubble)
+
+
+@pytest.mark.parametrize(("stages", "packs", "is_warned"), [(1, 1, False), (8, 32, False), (8, 16, True), (2, 1, True)])
+def test_a_large_bubble_is_warned_of_and_the_wanted_packs_avoid_it(stages: int, packs: int, is_warned: bool) -> None:
+    said = describe_bubble(pipeline_bubble(stages, 1, packs))
+    assert said.startswith("warning: ") is is_warned is ("training.global_batch_size" in said)
+    assert is_warned or packs >= wanted_packs(stages)
 
 
 @given(st.integers(1, 5000), st.sampled_from([1, 16, 96, 128, 1024]))

@@ -1,5 +1,7 @@
 """Plans of global batches: complete, within the budget, even, balanced and full."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ from megatron_solopo.data.batch_plan import (
     triplet_sizes,
 )
 from megatron_solopo.errors import UserError
+from tests.tiny_models import TINY
 
 SOLOPO = ObjectiveConfig().roles.all
 MAX_TOKENS = 1000
@@ -32,7 +35,7 @@ def lognormal_sizes(count, seed):
 
     prompts = {"short": lengths(1100, 0.4), "long": lengths(7500, 0.5)}
     responses = {"chosen": lengths(150, 0.6), "rejected": lengths(150, 0.6)}
-    return triplet_sizes(prompts, responses, SOLOPO, 8).select(np.arange(count))
+    return triplet_sizes(prompts, responses, SOLOPO, 8, TINY).select(np.arange(count))
 
 
 def rank_loads(plan, sizes):
@@ -171,6 +174,16 @@ def test_too_few_triplets_for_the_ranks(count, num_ranks, packs_multiple, needed
         )
 
 
+@pytest.mark.parametrize(("wanted", "packs"), [(1, 1), (4, 4), (5, 6), (7, 8), (8, 8), (9, 8), (100, 8)])
+def test_a_pipeline_gets_the_packs_that_it_wants_as_far_as_there_are_triplets(wanted, packs):
+    limits = {"max_tokens": MAX_TOKENS, "max_triplets": None, "num_ranks": 2, "packs_multiple": 2 if packs > 1 else 1}
+    plan = plan_global_batch([size(10)] * 17, wanted_packs=wanted, **limits)
+    assert [len(rank) for rank in plan] == [packs, packs]
+    assert sorted(i for rank in plan for pack in rank for i in pack) == list(range(17))
+    single, counted = plan_single_pass([size(10)] * 17, wanted_packs=wanted, **limits)
+    assert [len(rank) for rank in single] == [packs, packs] and all(all(flags) for flags in counted)
+
+
 def test_packs_that_cannot_be_shared_evenly():
     """Five triplets of a whole pack each make five packs, which two ranks cannot share."""
     with pytest.raises(UserError, match=r"6 triplets are needed.*multiple of 2"):
@@ -182,14 +195,20 @@ def test_padded_lengths():
     assert padded_lengths(np.array([3, 47]), 1).tolist() == [3, 47]
 
 
+def _flops(length, prompt_and_response):
+    """Forward FLOPs of one sequence of TINY: matrix products, causal attention, and the output of its response."""
+    weights = 4 * 32 * 32 + 3 * 32 * 48
+    return 4 * (2 * weights * length + 2 * 32 * length**2) + 2 * 32 * 131 * prompt_and_response[1]
+
+
 def test_triplet_sizes_against_a_loop():
     prompts = {"short": np.array([3, 47]), "long": np.array([123, 31])}
     responses = {"chosen": np.array([5, 2]), "rejected": np.array([1, 7])}
-    sizes = triplet_sizes(prompts, responses, SOLOPO, 8)
+    sizes = triplet_sizes(prompts, responses, SOLOPO, 8, TINY)
     for row, expected in enumerate([[(3, 5), (3, 1), (123, 5)], [(47, 2), (47, 7), (31, 2)]]):
         lengths = [prompt + response for prompt, response in expected]
         padded = [length if length % 8 == 0 else length + 8 - length % 8 for length in lengths]
         assert sizes.select(np.array([row])) == [
-            TripletSize(sum(padded), sum(lengths), sum(length * length for length in padded))
+            TripletSize(sum(padded), sum(lengths), math.ceil(sum(map(_flops, padded, expected)) / 1e6))
         ]
     assert len(sizes) == 2

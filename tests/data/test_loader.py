@@ -1,14 +1,18 @@
 """The loader: which triplets come when, under every layout and after every resume."""
 
+import math
+
 import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.loader import GlobalBatchLoader, Packing, TripletDataset, sequential_batches
 from megatron_solopo.errors import UserError
+from tests.tiny_models import TINY
 
 SOLOPO, SHORT_PO, LONG_PO = (ObjectiveConfig(name=name).roles.all for name in ("solopo", "short_po", "long_po"))
 COLUMNS = {"short": "prompt_short", "long": "prompt_long"}
@@ -44,12 +48,12 @@ def split(changes):
 def loader(table=TABLE, roles=SOLOPO, **changes):
     own, packing = split(changes)
     own = {"global_batch_size": 8, "seed": 1234} | own
-    return GlobalBatchLoader(TripletDataset(table, COLUMNS), roles, packing, **own)
+    return GlobalBatchLoader(TripletDataset(table, COLUMNS, TINY), roles, packing, **own)
 
 
 def sequential(table=TABLE, roles=SOLOPO, **changes):
     own, packing = split(changes)
-    return sequential_batches(TripletDataset(table, COLUMNS), roles, packing, **{"chunk_size": 8} | own)
+    return sequential_batches(TripletDataset(table, COLUMNS, TINY), roles, packing, **{"chunk_size": 8} | own)
 
 
 def rows_of(batches):
@@ -227,8 +231,8 @@ def test_empty_prompt_or_response_is_named(column, lengths):
 def test_a_selected_table_is_read_through_its_selection():
     """`datasets` keeps a selection as an index beside the full table."""
     chosen = [40, 3, 17, 3]
-    dataset = TripletDataset(TABLE.select(chosen), COLUMNS)
-    whole = TripletDataset(TABLE, COLUMNS)
+    dataset = TripletDataset(TABLE.select(chosen), COLUMNS, TINY)
+    whole = TripletDataset(TABLE, COLUMNS, TINY)
     sizes, expected = dataset.sizes(SOLOPO, 4), whole.sizes(SOLOPO, 4)
     assert sizes.select(np.arange(4)) == expected.select(np.array(chosen))
     for row, original in zip(dataset.rows([3, 0], SOLOPO), whole.rows([3, 40], SOLOPO), strict=True):
@@ -237,13 +241,15 @@ def test_a_selected_table_is_read_through_its_selection():
 
 
 def test_sizes_equal_the_packs_built_from_them():
-    sizes = TripletDataset(TABLE, COLUMNS).sizes(LONG_PO, 8)
+    sizes = TripletDataset(TABLE, COLUMNS, TINY).sizes(LONG_PO, 8)
     for batch in sequential(roles=LONG_PO, sequence_multiple=8, max_triplets_per_pack=1):
         for pack in batch.packs:
             (index,) = pack.triplet_indices.tolist()
             assert sizes.tokens[index] == pack.num_tokens
             assert sizes.padded_tokens[index] == pack.padded_tokens
-            assert sizes.cost[index] == int(pack.cu_seqlens_S1.diff().square().sum())
+            squares = int(pack.cu_seqlens_S1.diff().square().sum())
+            flops = forward_flops(TINY, pack.padded_tokens, squares, int(pack.response_lengths_S.sum())).total
+            assert sizes.cost[index] == math.ceil(flops / 1e6)
 
 
 @settings(max_examples=25, deadline=None)

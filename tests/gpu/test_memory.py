@@ -53,7 +53,9 @@ def peak_bytes(folder: Path, long_prompt: int) -> int:
         optimizer = build_optimizer(wrapped, OptimizerConfig())
         policy = Policy(wrapped, optimizer, build_scheduler(optimizer, OptimizerConfig(), 2))
         roles = SOLOPO.roles.all
-        pack = build_pack([TokenizedTriplet("0", 0, prompts, responses)], roles, groups.sequence_multiple)
+        pack = build_pack(
+            [TokenizedTriplet("0", 0, prompts, responses)], roles, groups.sequence_multiple, groups.pack_multiple()
+        )
         torch.cuda.reset_peak_memory_stats()
         references = ReferenceLogprobs(roles, torch.zeros(1, len(roles)))
         policy.step([pack], objective_loss(SOLOPO, references, groups), groups)

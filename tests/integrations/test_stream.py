@@ -10,6 +10,7 @@ from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.loader import GlobalBatchLoader, Packing, TripletDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.integrations.megatron_lm import PackStream
+from tests.tiny_models import TINY
 
 ROLES = ObjectiveConfig().roles.all
 ROWS, BATCH = 14, 8
@@ -29,7 +30,7 @@ def dataset() -> TripletDataset:
             "rejected": column([1 + number % 4 for number in range(ROWS)]),
         }
     )
-    return TripletDataset(table, {"short": "prompt_short", "long": "prompt_long"})
+    return TripletDataset(table, {"short": "prompt_short", "long": "prompt_long"}, TINY)
 
 
 def stream(

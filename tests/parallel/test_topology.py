@@ -25,6 +25,7 @@ def describe(sizes: dict[str, Any]) -> dict[str, Any]:
     with layout(**sizes) as groups:
         return {
             "sequence_multiple": groups.sequence_multiple,
+            "pack_multiple": groups.pack_multiple(),
             "packs_multiple": groups.packs_multiple,
             "is_last_stage": groups.is_last_stage,
             "last_stage_rank": groups.last_stage_rank,
@@ -35,11 +36,11 @@ def describe(sizes: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("dp2", {"sequence_multiple": 2, "packs_multiple": 1, "data_size": 2}),
-        ("tp2", {"sequence_multiple": 4, "packs_multiple": 1, "data_size": 1}),
-        ("cp2", {"sequence_multiple": 4, "packs_multiple": 1, "data_size": 1}),
-        ("pp2", {"sequence_multiple": 2, "packs_multiple": 1, "data_size": 1}),
-        ("vpp2", {"sequence_multiple": 2, "packs_multiple": 2, "data_size": 1}),
+        ("dp2", {"sequence_multiple": 1, "pack_multiple": 1, "packs_multiple": 1, "data_size": 2}),
+        ("tp2", {"sequence_multiple": 1, "pack_multiple": 2, "packs_multiple": 1, "data_size": 1}),
+        ("cp2", {"sequence_multiple": 4, "pack_multiple": 4, "packs_multiple": 1, "data_size": 1}),
+        ("pp2", {"sequence_multiple": 1, "pack_multiple": 1, "packs_multiple": 1, "data_size": 1}),
+        ("vpp2", {"sequence_multiple": 1, "pack_multiple": 1, "packs_multiple": 2, "data_size": 1}),
     ],
 )
 def test_sequences_and_packs_come_in_the_layouts_multiples(name, expected) -> None:
@@ -58,7 +59,7 @@ def test_the_last_stage_computes_the_loss(name) -> None:
 def test_one_process_makes_its_own_world_and_ends_it() -> None:
     with layout() as groups:
         assert groups.owns_world and dist.get_world_size() == 1
-        assert groups.is_last_stage and groups.sequence_multiple == 2
+        assert groups.is_last_stage and groups.sequence_multiple == 1
     assert not dist.is_initialized()
 
 

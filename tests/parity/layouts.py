@@ -1,5 +1,6 @@
 """Trains on N ranks, case by case, and hands back what a plain run can be compared with."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,7 +169,7 @@ def live_reference(
 def my_packs(batch: Sequence[Row], number: int, layout: Layout, roles: Sequence[Role], groups: Topology) -> list[Pack]:
     """This data-parallel rank's packs of global batch `number`."""
     triplets = [tokenized(row, number * len(batch) + position) for position, row in enumerate(batch)]
-    multiples = groups.sequence_multiple, layout.pack_multiple
+    multiples = groups.sequence_multiple, math.lcm(groups.pack_multiple(), layout.pack_multiple)
     return [
         build_pack([triplets[position] for position in pack], roles, *multiples)
         for pack in layout.plan[groups.data_group.rank()]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_solopo.architecture.layout import sequence_multiple
+from megatron_solopo.architecture.layout import pack_multiple, sequence_multiple
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
@@ -72,9 +72,10 @@ class MemoryInUse:
 def shapes(config: Config) -> list[PackShape]:
     """The packs of every rank, as the planner sees them."""
     parallel = config.parallel
-    multiple = sequence_multiple(parallel.tensor_model_parallel_size, parallel.context_parallel_size)
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    multiples = sequence_multiple(cp), pack_multiple(tp, cp)
     roles = config.objective.roles.all
-    return [pack_shape([triplet], roles, multiple, 1, parallel.context_parallel_size) for triplet in TRIPLETS]
+    return [pack_shape([triplet], roles, *multiples, cp) for triplet in TRIPLETS]
 
 
 def run_cases(models: Path, cases: Sequence[Case]) -> list[MemoryInUse]:
@@ -125,4 +126,4 @@ def _pack(number: int, roles: tuple[Role, ...], groups: Topology) -> Pack:
         prompts={name: tokens[name] for name in ("short", "long")},
         responses={name: tokens[name] for name in ("chosen", "rejected")},
     )
-    return build_pack([triplet], roles, groups.sequence_multiple)
+    return build_pack([triplet], roles, groups.sequence_multiple, groups.pack_multiple())

@@ -5,12 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_solopo.architecture.flops import forward_flops
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.config import ObjectiveConfig
+from megatron_solopo.data.batch_plan import plan_global_batch, triplet_sizes
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.context import shard_indices
 from megatron_solopo.plan.layouts import replace_settings
-from megatron_solopo.plan.workload import Packer, pack_shape, prepared_workload, stated_workload
+from megatron_solopo.plan.workload import BatchShape, Packer, pack_shape, prepared_workload, stated_workload
 from tests.plan.models import load_example
 from tests.prepared import make_prepared
 
@@ -67,16 +70,45 @@ def test_lengths_that_cannot_be_read_are_named(text: str, words: str) -> None:
 
 
 def test_a_batch_is_counted_whole() -> None:
-    config, _ = load_example("llama-3.1-8b")
+    config, model = load_example("llama-3.1-8b")
     workload = stated_workload("short=500:3000,long=8000:60000,response=100:500", 1000, 512)
-    packer = Packer(workload, config)
+    packer = Packer(workload, config, model)
     batch = packer.pack(config, 4)
     assert batch.num_triplets == 128 and batch.num_packs % 4 == 0
-    assert 0 < batch.pad_waste < 0.01 and 0.9 < batch.balance <= 1
+    assert 0 <= batch.pad_waste < 0.01 and 0.9 < batch.balance <= 1
     assert len(batch.heaviest_rank) == batch.num_packs // 4
-    loads = sum(pack.squares for pack in batch.heaviest_rank)
     everything = packer.pack(config, 1)
-    assert sum(pack.squares for pack in everything.heaviest_rank) == pytest.approx(loads * 4 * batch.balance)
+    mean = _flops(model, everything) / 4
+    assert _flops(model, batch) * batch.balance == pytest.approx(mean, rel=1e-4)
+
+
+def _flops(model: ModelShape, batch: BatchShape) -> float:
+    """Forward FLOPs of the heaviest rank without the output layer's, which are few."""
+    packs = batch.heaviest_rank
+    return forward_flops(model, sum(p.padded_tokens for p in packs), sum(p.squares for p in packs), 0).total
+
+
+@pytest.mark.parametrize(("model", "lengths"), [("llama-3.1-8b", (4096, 32768)), ("llama-3.1-70b", (8192, 32768))])
+def test_data_parallel_ranks_do_equal_work_in_flops(model: str, lengths: tuple[int, int]) -> None:
+    """64 triplets with long contexts of log-uniform length over 8 ranks: no rank does 1 % more than the mean."""
+    _, architecture = load_example(model)
+    for seed in range(5):
+        generator = np.random.default_rng(seed)
+        long = np.exp(generator.uniform(*np.log(lengths), 64)).astype(np.int64)
+        rows = np.arange(64)
+        responses = {name: generator.integers(50, 500, 64) for name in ("chosen", "rejected")}
+        sizes = triplet_sizes({"short": long // 8, "long": long}, responses, ROLES, 2, architecture)
+        plan = plan_global_batch(sizes.select(rows), max_tokens=65_536, max_triplets=None, num_ranks=8)
+        flops = []
+        for rank in plan:
+            mine = [i for pack in rank for i in pack]
+            pairs = [(long[i] // 8, "chosen") for i in mine] + [(long[i] // 8, "rejected") for i in mine]
+            pairs += [(long[i], "chosen") for i in mine]
+            answers = [responses[answer][i] for (_, answer), i in zip(pairs, mine * 3, strict=True)]
+            padded = [-(-(prompt + length) // 2) * 2 for (prompt, _), length in zip(pairs, answers, strict=True)]
+            squares = sum(float(length) ** 2 for length in padded)
+            flops.append(forward_flops(architecture, float(sum(padded)), squares, float(sum(answers))).total)
+        assert max(flops) / np.mean(flops) < 1.01
 
 
 @pytest.mark.parametrize(
@@ -87,6 +119,7 @@ def test_a_batch_is_counted_whole() -> None:
     ],
 )
 def test_what_training_would_refuse_is_refused(keys, dp: int, words: str) -> None:
-    config = replace_settings(load_example("llama-3.1-8b")[0], **keys)
+    config, model = load_example("llama-3.1-8b")
+    config = replace_settings(config, **keys)
     with pytest.raises(UserError, match=words):
-        Packer(stated_workload("short=3584,long=130560,response=512", 200, 200), config).pack(config, dp)
+        Packer(stated_workload("short=3584,long=130560,response=512", 200, 200), config, model).pack(config, dp)

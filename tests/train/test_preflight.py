@@ -15,6 +15,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.train import preflight as preflight_module
 from megatron_solopo.train.trainer import preflight, train
 from tests.distributed import run_distributed
+from tests.tiny_models import TINY
 from tests.train.runs import make_inputs, recorded, small_config
 
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
@@ -41,8 +42,9 @@ def run_all(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": preflight(config(folder, "rows"))}
     left = sorted(path.name for path in (folder / "rows").iterdir())
     data = load_prepared(folder / "prepared").train
-    dataset = TripletDataset(data, {"short": "prompt_short", "long": "prompt_long"})
-    found["longest"] = int(dataset.sizes(ObjectiveConfig().roles.all, 4).padded_tokens.max())
+    dataset = TripletDataset(data, {"short": "prompt_short", "long": "prompt_long"}, TINY)
+    longest = int(dataset.sizes(ObjectiveConfig().roles.all, 1).padded_tokens.max())
+    found["longest"] = longest + longest % 2
     mine = {"optimizer": {"lr": 1e-2 if rank == 3 else 1e-3}}
     found["config"] = refused(config(folder, "differs", **mine))
     sizes = {"parallel": {"tensor_model_parallel_size": 4 if rank == 2 else 2}}
@@ -99,5 +101,5 @@ def test_the_trial_leaves_no_trace(found: list[dict[str, Any]], folder: Path) ->
 
 
 def test_the_largest_pack_is_the_largest(found: list[dict[str, Any]], folder: Path) -> None:
-    """With one triplet per pack: the longest triplet of the training split, its sequences padded to 2 x TP each."""
+    """With one triplet per pack: the longest triplet of the training split, padded to a multiple of TP."""
     assert dict(found[0]["rows"])["largest pack"].startswith(f"{found[0]['longest']} tokens")

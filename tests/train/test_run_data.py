@@ -17,7 +17,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.train import run_data
 from tests.prepared import make_prepared, make_tokenizer
 from tests.ranks import layout
-from tests.tiny_models import VOCAB_SIZE, make_model
+from tests.tiny_models import TINY, VOCAB_SIZE, make_model
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(0.0, True), (3600.0, False)])
@@ -34,7 +34,7 @@ def test_a_log_gets_whole_lines_and_none_for_short_work(
         },
         source="test",
     )
-    dataset = TripletDataset(prepared.train, {"short": "prompt_short", "long": "prompt_long"})
+    dataset = TripletDataset(prepared.train, {"short": "prompt_short", "long": "prompt_long"}, TINY)
     monkeypatch.setattr(progress, "_LOG_SECONDS", seconds)
     capsys.readouterr()
     with layout() as groups:
@@ -46,7 +46,7 @@ def test_a_log_gets_whole_lines_and_none_for_short_work(
 
 def test_packs_are_padded_for_fp8_where_it_is_on(tmp_path: Path) -> None:
     prepared = load_prepared(make_prepared(tmp_path / "prepared", rows=12, eval_count=0, seed=0))
-    dataset = TripletDataset(prepared.train, {"short": "prompt_short", "long": "prompt_long"})
+    dataset = TripletDataset(prepared.train, {"short": "prompt_short", "long": "prompt_long"}, TINY)
     sizes = {}
     for fp8 in (None, "hybrid"):
         config = parse_config(

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from megatron_solopo.architecture.huggingface_config import Architecture
-from megatron_solopo.architecture.layout import pack_multiple
 from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules, to_megatron
 from megatron_solopo.config import Config, ObjectiveConfig, parse_config
@@ -81,7 +80,7 @@ class Series:
     def __init__(self, name: str, config: Config, plan: Plan, long_tokens: int, topology: Topology) -> None:
         self.objective, self.topology = objective_named(name, config), topology
         roles = self.objective.roles.all
-        multiples = topology.sequence_multiple, pack_multiple(config.parallel, config.model)
+        multiples = topology.sequence_multiple, topology.pack_multiple(config.model)
         # A triplet is a pack: long sequences are what fills the memory.
         self.packs: list[Pack] = [build_pack([triplet], roles, *multiples) for triplet in plan.batch(long_tokens)]
         self.result = Measurement(name, long_tokens)
