@@ -21,7 +21,7 @@ from megatron_solopo.generate.journal import Journal, StoredResponse, read_offse
 from megatron_solopo.generate.model import Answer, Model, Request, Traffic
 from megatron_solopo.generate.refusals import Refusals
 from megatron_solopo.progress import bar_style
-from megatron_solopo.triplets.context_rows import ContextRow, parse_context, read_contexts
+from megatron_solopo.triplets.context_rows import ContextFile, ContextRow
 from megatron_solopo.triplets.report import Bars, Chart, Histogram, check_output, provenance, write_stage_report
 from megatron_solopo.triplets.seeds import derived_seed
 from megatron_solopo.triplets.settings import END_TOKENS, SampleSettings
@@ -105,7 +105,8 @@ def sample(settings: SampleSettings) -> SampleReport:
     the rest.
     """
     check_output(settings.output, True, [settings.contexts])
-    questions, response_tokens = _index(settings.contexts)
+    contexts = ContextFile(settings.contexts)
+    questions, response_tokens = _index(contexts)
     max_tokens = response_tokens - END_TOKENS if settings.max_tokens is None else settings.max_tokens
     if not 1 <= max_tokens <= response_tokens:
         raise UserError(
@@ -117,7 +118,7 @@ def sample(settings: SampleSettings) -> SampleReport:
         model = _load(settings)
         refusals = Refusals(journal, settings, len(questions), settings.num_samples)
         missing = list(_missing(settings, questions, journal))
-        _ask(settings, model, missing, journal, refusals, max_tokens)
+        _ask(contexts, settings, model, missing, journal, refusals, max_tokens)
         received_now = journal.count - before
     return _report(settings, made, len(questions), received_now, model.traffic)
 
@@ -131,11 +132,11 @@ def _header(settings: SampleSettings, max_tokens: int) -> dict[str, Any]:
     return header | {"max_tokens": max_tokens, "contexts": sha256_file(settings.contexts)}
 
 
-def _index(path: Path) -> tuple[dict[str, int], int]:
+def _index(contexts: ContextFile) -> tuple[dict[str, int], int]:
     """Byte offset of each question's first row, and the least `response_tokens` in the file."""
     offsets: dict[str, int] = {}
     least = 0
-    for _, offset, row in read_contexts(path, ContextRow):
+    for _, offset, row in contexts.rows(ContextRow):
         offsets.setdefault(row.question_id, offset)
         least = min(least or row.response_tokens, row.response_tokens)
     return offsets, least
@@ -168,6 +169,7 @@ def _missing(settings: SampleSettings, questions: dict[str, int], journal: Journ
 
 
 def _ask(
+    contexts: ContextFile,
     settings: SampleSettings,
     model: Model,
     missing: Sequence[_Missing],
@@ -177,14 +179,10 @@ def _ask(
 ) -> None:
     """Ask for the missing samples and keep them as they come."""
     total = sum(len(each.indices) for each in missing)
-    with (
-        settings.contexts.open("rb") as stream,
-        closing(tqdm(total=total, desc="Sampling", **bar_style("responses"))) as bar,
-    ):
+    with closing(tqdm(total=total, desc="Sampling", **bar_style("responses"))) as bar:
 
         def build(item: _Missing) -> Request:
-            stream.seek(item.offset)
-            row = parse_context(stream.readline(), str(settings.contexts), ContextRow)
+            row = contexts.row_at(item.offset, ContextRow)
             seed = derived_seed(settings.seed, f"{item.question_id}:{item.indices[0]}")
             # A model in this process may have another tokenizer than `data build` had.
             counted = None if settings.server is None or row.short_tokens is None else row.short_tokens

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_solopo.data.row_files import check_plain_lines
 from megatron_solopo.data.rows import Content
 from megatron_solopo.data.tokenizer import Tokenizer, check_template, load_tokenizer, template_of
 from megatron_solopo.errors import UserError
@@ -219,6 +220,7 @@ def select(settings: SelectSettings) -> SelectReport:
 
 
 def _check_responses_belong(settings: SelectSettings) -> None:
+    check_plain_lines(settings.responses)
     header = read_header(settings.responses)
     if header and header.get("contexts") != sha256_file(settings.contexts):
         raise UserError(

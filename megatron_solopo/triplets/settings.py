@@ -104,7 +104,7 @@ class BuildSettings(CommandSettings):
     """What a user asks of `data build`. The same settings always give the same output."""
 
     input: Path
-    """The corpus: JSON lines or one JSON array."""
+    """The corpus: JSON lines, a JSON array or parquet, also compressed with gzip, bzip2 or xz."""
     output: Path
     """JSONL file to write. Its report goes beside it."""
     tokenizer: str
@@ -112,7 +112,7 @@ class BuildSettings(CommandSettings):
     format: Format = "musique"
     """Format of the corpus. generic is {id, question, answers, documents: [{title, text, supporting}]}."""
     pool: Path | None = None
-    """More documents to draw distractors from: JSONL of {title, text}."""
+    """More documents to draw distractors from: rows of {title, text}, in a file like the corpus."""
     template: Template = "plain"
     """plain: prompts are text. chat: prompts are chat messages, measured with the chat template."""
     prompt_template: Path | None = None

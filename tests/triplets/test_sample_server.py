@@ -253,7 +253,7 @@ def test_a_journal_of_other_settings_is_not_continued(changes, message, contexts
         ({"max_tokens": 101}, "the contexts leave room for 100 tokens"),
         ({"api_key_env": "NO_SUCH_VARIABLE_HERE"}, "not set"),
         ({"output": Path("responses.txt")}, "must end in .jsonl"),
-        ({"contexts": Path("absent.jsonl")}, "absent.jsonl: No such file"),
+        ({"contexts": Path("absent.jsonl")}, "absent.jsonl: no such file"),
     ],
 )
 def test_a_mistake_is_one_line(changes, message, contexts) -> None:
