@@ -40,8 +40,8 @@ _SHOWN = 5
 _CONVERT_PICKLED = (
     "pytorch_model.bin is not read; in transformers, load it and save_pretrained(..., safe_serialization=True)"
 )
-# Old checkpoints store these, although they follow from the config.
-_DERIVED = ("rotary_emb.inv_freq",)
+DERIVED = ("rotary_emb.inv_freq",)
+"""Ends of names. Old checkpoints store these tensors, although they follow from the config."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class SafetensorsDirectory:
         `DTYPES`. Also raises it for tied embeddings that are stored twice with different numbers.
         """
         shapes = all_huggingface_shapes(architecture)
-        found = {name for name in self.entries if not name.endswith(_DERIVED)}
+        found = {name for name in self.entries if not name.endswith(DERIVED)}
         if architecture.tied_embeddings:
             found.discard(HF_OUTPUT)
         check_tensor_names(self.path, found, set(shapes), architecture)
