@@ -226,7 +226,7 @@ _WholeRotation = Annotated[float | None, AfterValidator(_check_whole)]
 class _Rope(BaseModel):
     """Parameters of one rotation. transformers ignores keys that it does not know, and so do we."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     rope_type: Literal["default", "linear", "llama3", "yarn"]
     rope_theta: _Theta = None
@@ -262,7 +262,7 @@ class _Rope(BaseModel):
 class _Config(BaseModel):
     """The fields of config.json that matter here. A required field has a default in transformers."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     model_type: str
     num_hidden_layers: _Count

@@ -30,7 +30,7 @@ _ADDED_LATER = ("weights",)
 class StoredResponse(BaseModel):
     """One response of a model."""
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
     question_id: str
     index: int = Field(ge=0)
