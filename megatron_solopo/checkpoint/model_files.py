@@ -1,30 +1,26 @@
-"""A model's small files, which travel with its weights, and the fingerprint that tells models apart.
+"""A model's small files, which travel with its weights.
 
 huggingface/config.json, generation_config.json, tokenizer, chat template, licence   copied unchanged
 huggingface/megatron_solopo.json      the precision that each tensor had in the Hugging Face directory
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import BinaryIO
 
 from pydantic import BaseModel, ValidationError
 
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
+from megatron_solopo.checkpoint.fingerprint import WEIGHT_CHECKSUMS
 from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory
-from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import sha256_file, sha256_json
 
 MODEL_FILES_MANIFEST = "megatron_solopo.json"
 # Weights, their indices and code do not travel. The model card does not either, for it describes the untrained model.
 _CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _FOLDERS = ("additional_chat_templates",)
-_NOT_CARRIED = ("*.index.json",)
-_SAMPLE_BYTES = 4096
+_NOT_CARRIED = ("*.index.json", WEIGHT_CHECKSUMS)
 
 
 class _SourceDtypes(BaseModel):
@@ -75,47 +71,3 @@ def source_dtypes(checkpoint: Path) -> dict[str, str]:
 
 def _is_carried(name: str) -> bool:
     return any(fnmatch(name, each) for each in _CARRIED) and not any(fnmatch(name, each) for each in _NOT_CARRIED)
-
-
-def weights_fingerprint(path: Path) -> str:
-    """Return a hash of the model in a Hugging Face directory or a Megatron checkpoint, in a moment and for any size.
-
-    It covers the config and 4 KiB from the middle of each tensor (in a checkpoint: of each stored piece). Training and
-    merging change a tensor everywhere, so this tells models apart. An edit of a few single numbers can go unnoticed.
-    The same weights have different fingerprints as a Hugging Face directory and as a checkpoint.
-    """
-    samples: object
-    if is_megatron_checkpoint(path):
-        samples = _sample_checkpoint(path)
-    else:
-        files = sorted({entry.file for entry in SafetensorsDirectory(path).entries.values()})
-        samples = {file: _sample_tensors(path / file) for file in files}
-    return sha256_json({"config": sha256_file(huggingface_directory(path) / "config.json"), "weights": samples})
-
-
-def _sample_tensors(file: Path) -> str:
-    """Hex SHA-256 of the header of a safetensors file and of the middle of each tensor."""
-    with file.open("rb") as stream:
-        header = stream.read(int.from_bytes(stream.read(8), "little"))
-        digest = hashlib.sha256(header)
-        start_of_data = stream.tell()
-        for name, entry in sorted(json.loads(header).items()):
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                digest.update(_middle(stream, start_of_data + start, end - start))
-    return digest.hexdigest()
-
-
-def _sample_checkpoint(path: Path) -> list[tuple[str, list[int], str]]:
-    """The key, the place, and the hex SHA-256 of the middle of every stored piece of a model tensor."""
-    samples = []
-    for piece in MegatronDirectory(path).pieces():
-        with piece.file.open("rb") as stream:
-            digest = hashlib.sha256(_middle(stream, piece.start, piece.length)).hexdigest()
-        samples.append((piece.key, list(piece.offsets), digest))
-    return sorted(samples)
-
-
-def _middle(stream: BinaryIO, start: int, length: int) -> bytes:
-    stream.seek(start + max(0, (length - _SAMPLE_BYTES) // 2))
-    return stream.read(min(_SAMPLE_BYTES, length))

@@ -295,6 +295,9 @@ class OptimizerConfig(Section):
     """Steps until the learning rate reaches `lr`."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the decay from `lr` to `min_lr`."""
+    lr_decay_iters: PositiveInt | None = None
+    """Steps until the learning rate has fallen to `min_lr`, where it stays. null: the length of the run. A run that
+    continues with another length needs this key."""
     weight_decay: NonNegativeFloat = 0.0
     adam_beta1: _Decay = 0.9
     adam_beta2: _Decay = 0.95

@@ -6,6 +6,10 @@
 Token columns are list<int32>. A prompt includes BOS or the start of the chat template. A response includes EOS or the
 template's end of turn. A sequence is a prompt followed by a response. `evidence_depths` is empty if the row had none;
 directories of older versions lack the column.
+
+The fingerprint is a hash of the tokens, not of what they were made from: a chat template may write today's date, for
+example. Directories of format version 1 state a hash of what they were made from instead. Their tokens are read and
+hashed when they are opened.
 """
 
 import json
@@ -15,15 +19,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 from datasets import Dataset
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_solopo.data.rows import DEPTHS_FIELD, RESPONSE_FIELDS, Kind
 from megatron_solopo.errors import UserError, first_problem
+from megatron_solopo.files import sha256_json
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 MANIFEST_NAME = "manifest.json"
 
 _LENGTHS_BATCH_ROWS = 1024
@@ -49,7 +56,7 @@ class LengthStatistics(_Record):
 class PreparedManifest(_Record):
     """The content of `manifest.json`."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = FORMAT_VERSION
     version: str
     """Version of megatron-solopo that wrote the directory."""
     kind: Kind
@@ -58,8 +65,10 @@ class PreparedManifest(_Record):
     tokenizer: str
     vocab_size: int
     fingerprint: str
-    """Hex SHA-256 of `fingerprint_parts`. Two directories with equal fingerprints hold the same tokens."""
+    """`token_fingerprint` of the splits: equal if and only if the tokens are. In the file of a directory of format
+    version 1: hex SHA-256 of `fingerprint_parts`."""
     fingerprint_parts: dict[str, Any]
+    """What the tokens were made from and with, as far as it is known. It explains differences."""
     read: int
     kept: int
     """train + eval"""
@@ -116,14 +125,42 @@ class PreparedData:
 
 
 def load_prepared(path: Path) -> PreparedData:
-    """Open a directory that `megatron-solopo data prepare` wrote. Reads no tokens yet.
+    """Open a directory that `megatron-solopo data prepare` wrote.
+
+    It reads no tokens, except those of a directory of format version 1: see the module.
 
     Raises UserError if the directory is missing, incomplete or of another format.
     """
     manifest = _read_manifest(path)
     train = _load_split(path, "train", manifest.train, manifest)
     held_out = _load_split(path, "eval", manifest.eval, manifest) if manifest.eval else None
+    if manifest.format_version == 1:
+        manifest = manifest.model_copy(update={"fingerprint": token_fingerprint(manifest.kind, train, held_out)})
     return PreparedData(manifest, train, held_out)
+
+
+def token_fingerprint(kind: Kind, train: Dataset, held_out: Dataset | None) -> str:
+    """Hex SHA-256 that tells ids, tokens and order of the rows, and their split. Holds a few rows in memory."""
+    columns = ("id", *PROMPT_COLUMNS[kind], *RESPONSE_FIELDS)
+    splits = {"train": train} | ({} if held_out is None else {"eval": held_out})
+    return sha256_json(
+        {name: {column: _hash_column(split, column) for column in columns} for name, split in splits.items()}
+    )
+
+
+def _hash_column(split: Dataset, column: str) -> str:
+    """XXH3 of a column's values and of their lengths, whatever the pieces in which Arrow stores them."""
+    values, lengths = xxhash.xxh3_128(), xxhash.xxh3_128()
+    for table in split.select_columns([column]).with_format("arrow").iter(batch_size=_TOKENS_BATCH_ROWS):
+        found = table.column(column)
+        is_tokens = pa.types.is_list(found.type)
+        counts = pc.list_value_length(found) if is_tokens else pc.binary_length(found)
+        lengths.update(counts.to_numpy().astype(np.int64))
+        if is_tokens:
+            values.update(pc.list_flatten(found).to_numpy().astype(np.int32, copy=False))
+        else:
+            values.update("".join(found.to_pylist()).encode())
+    return f"{lengths.hexdigest()} {values.hexdigest()}"
 
 
 def is_prepared(path: Path) -> bool:
@@ -158,7 +195,7 @@ def _read_manifest(path: Path) -> PreparedManifest:
         wrong = {detail["loc"]: detail for detail in error.errors(include_url=False)}
         version = wrong.get(("format_version",))
         if version is not None and version["type"] != "missing":
-            found = f"format version {version['input']}, this program reads {FORMAT_VERSION}"
+            found = f"format version {version['input']}, this program reads 1 to {FORMAT_VERSION}"
             raise _unusable(path, found) from None
         raise _unusable(path, f"{MANIFEST_NAME} is damaged ({first_problem(error, 'the whole file')})") from None
 

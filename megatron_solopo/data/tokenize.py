@@ -29,6 +29,7 @@ from megatron_solopo.data.prepared import (
     PreparedManifest,
     is_prepared,
     largest_token_id,
+    token_fingerprint,
     token_lengths,
 )
 from megatron_solopo.data.rows import (
@@ -44,7 +45,7 @@ from megatron_solopo.data.rows import (
 from megatron_solopo.data.settings import PrepareSettings, Template
 from megatron_solopo.data.tokenizer import Tokenizer, check_template, load_tokenizer, tokenize_row
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import atomic_path, check_replaceable, remove, sha256_file, sha256_json, write_json
+from megatron_solopo.files import atomic_path, check_replaceable, remove, sha256_file, write_json
 
 _SHOWN = 5
 # Rows of 128K tokens are 1.5 MB, so the writer holds few of them.
@@ -79,7 +80,10 @@ def prepare(settings: PrepareSettings) -> PreparedManifest:
         tokens.select(train).save_to_disk(str(temporary / "train"))
         if settings.eval_count:
             tokens.select(held_out).save_to_disk(str(temporary / "eval"))
-        manifest = _manifest(job, tokens, kept)
+        fingerprint = token_fingerprint(
+            job.kind, tokens.select(train), tokens.select(held_out) if settings.eval_count else None
+        )
+        manifest = _manifest(job, tokens, kept, fingerprint)
         del tokens
         remove(work)
         write_json(temporary / MANIFEST_NAME, manifest.model_dump(mode="json"))
@@ -105,7 +109,7 @@ class _Job:
         return (*PROMPT_COLUMNS[self.kind], *RESPONSE_FIELDS)
 
     def fingerprint_parts(self) -> dict[str, Any]:
-        """Everything that decides the prepared rows."""
+        """What the tokens are made from and with."""
         return {
             "format_version": FORMAT_VERSION,
             "source": sha256_file(self.settings.input),
@@ -187,16 +191,15 @@ def _split(kept: NDArray[np.int64], eval_count: int, seed: int) -> tuple[NDArray
     return kept[~drawn], kept[drawn]
 
 
-def _manifest(job: _Job, tokens: Dataset, kept: NDArray[np.int64]) -> PreparedManifest:
-    parts = job.fingerprint_parts()
+def _manifest(job: _Job, tokens: Dataset, kept: NDArray[np.int64], fingerprint: str) -> PreparedManifest:
     return PreparedManifest(
         version=__version__,
         kind=job.kind,
         template=job.template,
         tokenizer=str(Path(job.settings.tokenizer).resolve()),
         vocab_size=job.tokenizer.vocab_size,
-        fingerprint=sha256_json(parts),
-        fingerprint_parts=parts,
+        fingerprint=fingerprint,
+        fingerprint_parts=job.fingerprint_parts(),
         read=job.report.rows,
         kept=len(kept),
         dropped={"overlong": job.report.rows - len(kept)},

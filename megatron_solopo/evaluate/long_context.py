@@ -29,6 +29,7 @@ from megatron_solopo.evaluation_settings import LongContextSettings
 from megatron_solopo.files import atomic_path, check_writable, read_jsonl, remove
 from megatron_solopo.generate.journal import Journal
 from megatron_solopo.generate.model import Answer, Model, Request
+from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.progress import bar_style
 from megatron_solopo.results.long_context import LongContextResults, read_long_context
@@ -162,24 +163,30 @@ def _answer(
     Returns None on every rank except the one that writes.
     """
     path = output.with_suffix(".responses.jsonl")
-    if int(os.environ.get("RANK", "0")):
-        missing = _agree(samples.specs, None)
+    journals: list[Journal] = []
+
+    def begin() -> set[str]:
+        """On rank 0: open the journal; returns the ids of the samples that have no answer."""
+        if settings.overwrite:
+            remove(path)
+        journals.append(Journal(path, journal_header(settings, target, tokenizer), _COMMAND))
+        return {spec.id for spec in samples.specs if not journals[0].received[spec.id]}
+
+    unanswered = on_rank_0(begin) if dist.is_initialized() else begin()
+    missing = [spec for spec in samples.specs if spec.id in unanswered]
+    if not journals:
         model.answer(batched(missing, settings.batch_size), samples.build, lambda request, answers, seconds: None)
         return None
-    if settings.overwrite:
-        remove(path)
     # Prompts of a server's requests are made in another thread, and a tokenizer is for one thread.
     counting = tokenizer if target.path is not None else load_tokenizer(settings.tokenizer or "")
-    with Journal(path, journal_header(settings, target, tokenizer), _COMMAND) as journal:
-        missing = _agree(samples.specs, {spec.id for spec in samples.specs if not journal.received[spec.id]})
-        with closing(tqdm(total=len(missing), desc="Evaluating", **bar_style("samples"))) as bar:
+    with journals[0] as journal, closing(tqdm(total=len(missing), desc="Evaluating", **bar_style("samples"))) as bar:
 
-            def keep(request: Request, answers: Sequence[Answer], seconds: float) -> None:
-                (answer,) = answers
-                journal.append([_stored(request, answer, seconds, counting)])
-                bar.update()
+        def keep(request: Request, answers: Sequence[Answer], seconds: float) -> None:
+            (answer,) = answers
+            journal.append([_stored(request, answer, seconds, counting)])
+            bar.update()
 
-            model.answer(batched(missing, settings.batch_size), samples.build, keep)
+        model.answer(batched(missing, settings.batch_size), samples.build, keep)
     return {each.question_id: each for each in map(EvaluatedResponse.model_validate, read_jsonl(path)[1:])}
 
 
@@ -195,14 +202,6 @@ def _stored(request: Request, answer: Answer, seconds: float, tokenizer: Tokeniz
         tokens=tokens,
         seconds=seconds,
     )
-
-
-def _agree(specs: Sequence[SampleSpec], missing: set[str] | None) -> list[SampleSpec]:
-    """The samples without an answer. Rank 0 passes their ids, and the other ranks receive them."""
-    told: list[Any] = [missing]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told, src=0)
-    return [spec for spec in specs if spec.id in told[0]]
 
 
 def batched(specs: Iterable[SampleSpec], size: int) -> list[list[SampleSpec]]:

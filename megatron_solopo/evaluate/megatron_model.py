@@ -8,6 +8,7 @@ x head_dim x B x (prompt + answer) numbers) and the activations of one prompt, s
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_solopo.generate.model import Answered, Build, Item, Keep
 from megatron_solopo.generate.transformers import LocalModel, build_all, end_tokens
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
+from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.megatron_internals import advance_cache
 from megatron_solopo.parallel.topology import Topology
 
@@ -57,14 +59,12 @@ class MegatronModel(LocalModel):
         size, rank = group.size(), group.rank()
         for start in range(0, len(batches), size):
             batch = batches[start + rank] if start + rank < len(batches) else ()
-            answered = self.answer_batch(build_all(batch, build))
+            answered = self.answer_batch(on_every_rank(partial(build_all, batch, build)))
             # Nobody reads the prompts again, which may be long.
             own = [(replace(request, prompt=""), answers, seconds) for request, answers, seconds in answered]
             gathered: list[Any] = [None] * size
             dist.all_gather_object(gathered, own, group=group)
-            if dist.get_rank() == 0:
-                for request, answers, seconds in share_time(gathered):
-                    keep(request, answers, seconds)
+            on_rank_0(partial(_keep_all, keep, gathered))
 
     @torch.inference_mode()
     def generate(self, prompts_BT: Tensor, max_tokens: int, end_tokens: Collection[int]) -> Tensor:
@@ -111,6 +111,11 @@ class MegatronModel(LocalModel):
         nothing = torch.zeros((), device=logits_B1V.device)
         count = torch.ones((), dtype=torch.int, device=logits_B1V.device)
         return nothing, count, logits_B1V[:, -1, : self._vocab_size].argmax(dim=-1)
+
+
+def _keep_all(keep: Keep, gathered: Sequence[Sequence[Answered]]) -> None:
+    for request, answers, seconds in share_time(gathered):
+        keep(request, answers, seconds)
 
 
 def share_time(gathered: Sequence[Sequence[Answered]]) -> list[Answered]:

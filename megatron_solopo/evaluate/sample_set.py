@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
-from megatron_solopo.checkpoint.model_files import weights_fingerprint
+from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError

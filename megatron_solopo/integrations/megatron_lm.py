@@ -44,6 +44,7 @@ from megatron_solopo.files import atomic_path
 from megatron_solopo.integrations.arguments import add_arguments, config_from_args, flags_for_keys
 from megatron_solopo.integrations.task import PreferenceTask
 from megatron_solopo.model.build import build_chunk
+from megatron_solopo.parallel.agreement import on_every_rank
 from megatron_solopo.parallel.megatron_internals import call_pretrain, count_sequence_lengths
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import keep_before
@@ -246,6 +247,7 @@ class Solopo:
         """
         args = self.args
         samples = train_val_test_num_samples
+        on_every_rank(lambda: self._log)  # one rank writes; if it cannot, all ranks learn of it here
         train = self._stream(
             "train", args.global_batch_size, args.micro_batch_size, args.consumed_train_samples, samples[0]
         )

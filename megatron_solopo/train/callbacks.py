@@ -5,7 +5,7 @@ The callbacks about metrics are in `train.metrics` and `train.alarms`. `train.tr
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -25,10 +25,7 @@ _MARGIN = 2.0
 
 
 class Callback:
-    """A subclass overrides the hooks that it needs. All ranks call a hook at the same moment of the run.
-
-    A callback that only rank 0 has must not communicate with other ranks.
-    """
+    """A subclass overrides the hooks that it needs. All ranks call a hook at the same moment of the run."""
 
     def on_start(self, state: TrainState) -> None:
         """Before the first step; `state` is the one that the run continues from."""
@@ -53,6 +50,38 @@ def say(line: str) -> None:
     """Print a line on the console of rank 0, above a progress bar if there is one."""
     if dist.get_rank() == 0:
         tqdm.write(line)
+
+
+class OnRank0(Callback):
+    """Callbacks of rank 0 that write or print. If one of them fails, every rank raises its error at once.
+
+    Otherwise the other ranks would wait for rank 0 in their next collective, until its timeout. This costs two small
+    broadcasts at the start, at the end and after every step.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        """Every rank makes one; `callbacks` is empty on all ranks but rank 0. They must not communicate."""
+        self._callbacks = callbacks
+
+    def on_start(self, state: TrainState) -> None:
+        """See `Callback`."""
+        on_rank_0(lambda: self._tell(lambda callback: callback.on_start(state)))
+
+    def on_step_end(self, metrics: Metrics) -> None:
+        """See `Callback`."""
+        on_rank_0(lambda: self._tell(lambda callback: callback.on_step_end(metrics)))
+
+    def on_success(self) -> None:
+        """See `Callback`."""
+        on_rank_0(lambda: self._tell(lambda callback: callback.on_success()))
+
+    def close(self) -> None:
+        """See `Callback`. It does not communicate, because it is called after a failure as well."""
+        self._tell(lambda callback: callback.close())
+
+    def _tell(self, hook: Callable[[Callback], None]) -> None:
+        for callback in self._callbacks:
+            hook(callback)
 
 
 class SaveClock(Callback):

@@ -1,5 +1,6 @@
 """The model that is trained: its chunks with Megatron's gradient buffers, its optimizer and schedule, one step."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -113,26 +114,45 @@ def offload_settings(optimizer: OptimizerConfig, params_dtype: torch.dtype) -> d
     }
 
 
+def decay_iters(config: OptimizerConfig, max_steps: int) -> int:
+    """Steps until the learning rate has fallen to `min_lr`, in a run of `max_steps` steps."""
+    return max_steps if config.lr_decay_iters is None else config.lr_decay_iters
+
+
 def check_schedule(config: OptimizerConfig, max_steps: int) -> None:
     """Raise UserError if the warm-up or the minimum learning rate does not fit the run."""
-    if config.lr_warmup_iters >= max_steps:
-        raise UserError(
-            f"optimizer.lr_warmup_iters={config.lr_warmup_iters} must be below the run's {max_steps} steps "
-            "(training.max_steps or training.num_train_epochs)"
+    if config.lr_warmup_iters >= decay_iters(config, max_steps):
+        length = (
+            f"the run's {max_steps} steps (training.max_steps or training.num_train_epochs)"
+            if config.lr_decay_iters is None
+            else f"optimizer.lr_decay_iters={config.lr_decay_iters}"
         )
+        raise UserError(f"optimizer.lr_warmup_iters={config.lr_warmup_iters} must be below {length}")
     if config.min_lr > config.lr:
         raise UserError(f"optimizer.min_lr={config.min_lr} must not exceed optimizer.lr={config.lr}")
 
 
+def describe_decay(config: OptimizerConfig, max_steps: int) -> str | None:
+    """One line if the learning rate stops to fall before the run ends."""
+    end = decay_iters(config, max_steps)
+    if config.lr_decay_style == "constant" or end >= max_steps:
+        return None
+    nothing = ", so those steps change nothing" if config.min_lr == 0 else ""
+    return (
+        f"note: the learning rate stays at optimizer.min_lr={config.min_lr:g} after step {end} of {max_steps} "
+        f"(optimizer.lr_decay_iters){nothing}"
+    )
+
+
 def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, max_steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up, then the chosen decay down to `min_lr` at `max_steps`; `check_schedule` says what is legal."""
+    """Linear warm-up, then the chosen decay down to `min_lr`; `check_schedule` says what is legal."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.lr_warmup_iters,
-        lr_decay_steps=max_steps,
+        lr_decay_steps=decay_iters(config, max_steps),
         lr_decay_style=config.lr_decay_style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
@@ -141,6 +161,13 @@ def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, max_s
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def next_learning_rate(policy: "Policy", decay_steps: int) -> float:
+    """The learning rate of the next step, if the decay took `decay_steps` steps."""
+    scheduler = copy.copy(policy.scheduler)
+    scheduler.lr_decay_steps = decay_steps
+    return float(scheduler.get_lr(policy.optimizer.param_groups[0]))
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ from megatron.core import parallel_state
 
 from megatron_solopo import __version__
 from megatron_solopo.architecture.huggingface_config import Architecture
-from megatron_solopo.checkpoint.model_files import weights_fingerprint
+from megatron_solopo.checkpoint.fingerprint import sample_weights
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
-from megatron_solopo.parallel.agreement import on_rank_0
+from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.megatron_internals import optimizer_parts
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import peak_memory_bytes, reduce_over_ranks, reset_peak_memory
@@ -55,7 +55,7 @@ def start_facts(config: Config, datasets: RunDatasets) -> dict[str, str]:
     """What must be the same on every rank, by the key or the package that decides it."""
     facts = {key: repr(value) for key, value in _dotted(config.model_dump(mode="json"))}
     facts["data.path (its content)"] = datasets.manifest.fingerprint
-    facts["model.path (its weights)"] = weights_fingerprint(config.model.path)
+    facts["model.path (its weights)"] = sample_weights(config.model.path)
     facts["python"] = platform.python_version()
     facts["megatron-solopo"] = __version__
     return facts | {name: _version(name) for name in _PACKAGES}
@@ -109,7 +109,7 @@ def _check_run_dir(run_dir: Path, num_parameters: int) -> str:
     """Check that all ranks see the same directory, and that one checkpoint fits into it."""
     probe = on_rank_0(lambda: _write_probe(run_dir))
     seen = _appears(Path(probe))
-    free = psutil.disk_usage(str(run_dir)).free if seen else 0
+    free = on_every_rank(lambda: psutil.disk_usage(str(run_dir)).free if seen else 0)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), seen, free))
     on_rank_0(lambda: Path(probe).unlink(missing_ok=True))

@@ -1,15 +1,14 @@
 """Reference log-probabilities: computed once, one number per sequence, kept on disk.
 
-    <cache>/reference.json  what the numbers depend on: data, weights, precision, roles
+    <cache>/reference.json  what the numbers depend on: tokens, weights, precision, roles
     <cache>/train.parquet   id and one float32 column per role
     <cache>/eval.parquet    the same, if there is a held-out split
 
 The numbers do not depend on TP, PP, CP or packing, so a cache made under one layout serves all.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.errors import UserError
@@ -27,8 +25,9 @@ from megatron_solopo.files import atomic_path, check_replaceable, check_writable
 from megatron_solopo.model.build import precision_settings
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.resolve import ResolvedModel
-from megatron_solopo.parallel.agreement import on_rank_0
+from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.identity import model_fingerprint
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.run_data import RunDatasets, single_pass
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, run_schedule
@@ -66,7 +65,7 @@ def reference_logprobs(
         computed = _compute(config, model, datasets, topology, separate_roles, before_batch)
         on_rank_0(lambda: _write(cache, expected, datasets, computed))
         return computed
-    return cached_reference(config, model, datasets)
+    return on_every_rank(lambda: cached_reference(config, model, datasets))
 
 
 def cached_reference(config: Config, model: ResolvedModel, datasets: RunDatasets) -> dict[str, ReferenceLogprobs]:
@@ -80,7 +79,7 @@ def cached_reference(config: Config, model: ResolvedModel, datasets: RunDatasets
             f"{cache}: no cached reference log-probs; write them with `megatron-solopo reference`, "
             "or set reference.cache to the directory that holds them"
         )
-    _check(cache, expected)
+    on_rank_0(lambda: _check(cache, expected, datasets.manifest.fingerprint_parts))
     return {name: _read(cache, name, dataset, expected["roles"]) for name, dataset in datasets.by_split.items()}
 
 
@@ -89,20 +88,11 @@ def _check_cache_directory(cache: Path) -> None:
     check_writable(cache, "reference.cache")
 
 
-def fingerprint(references: Mapping[str, ReferenceLogprobs]) -> str:
-    """Hex SHA-256 of the numbers themselves, which may differ in the last bits if a cache is computed again."""
-    digest = hashlib.sha256()
-    for name, logprobs in sorted(references.items()):
-        roles = tuple(str(role) for role in logprobs.roles)
-        digest.update(f"{name} {roles}".encode() + logprobs.logps.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def reference_dependencies(config: Config, model: ResolvedModel, datasets: RunDatasets) -> dict[str, Any]:
-    """Everything that the numbers depend on, by the name that error messages use."""
+    """Everything that the numbers depend on, by the name that error messages use. All ranks together."""
     return {
-        "data": datasets.manifest.fingerprint_parts,
-        "weights": weights_fingerprint(config.reference.model_path or config.model.path),
+        "tokens": datasets.manifest.fingerprint,
+        "weights": model_fingerprint(config.reference.model_path or config.model.path),
         "dtype": config.model.dtype,
         "fp8": precision_settings(config.model),
         "implementation": "transformer_engine" if model.uses_transformer_engine else "local",
@@ -111,19 +101,42 @@ def reference_dependencies(config: Config, model: ResolvedModel, datasets: RunDa
     }
 
 
-def _check(cache: Path, expected: dict[str, Any]) -> None:
-    try:
-        found = json.loads((cache / _MANIFEST).read_text(encoding="utf-8"))
-    except ValueError:
-        raise _damaged(cache, _MANIFEST) from None
-    differing = [f"data.{key}" for key in expected["data"] if expected["data"][key] != found["data"].get(key)]
-    differing += [key for key in expected if key not in ("data", "roles") and expected[key] != found.get(key)]
+def _check(cache: Path, expected: dict[str, Any], data: dict[str, Any]) -> None:
+    """Compare what a cache was made for with what is expected.
+
+    Args:
+        data: what the tokens are made from. It only explains why they differ.
+    """
+    found = _read_manifest(cache)
+    remedy = "run `megatron-solopo reference --overwrite` with this config, or set reference.cache to another directory"
+    if "tokens" not in found:
+        raise UserError(
+            f"{cache}: the cached reference log-probs are of an older version, which did not keep the hash of the "
+            f"tokens that they belong to; {remedy}"
+        )
+    differing = [key for key in expected if key not in ("tokens", "roles") and expected[key] != found[key]]
     differing += ["roles"] if set(expected["roles"]) - set(found["roles"]) else []
+    if expected["tokens"] != found["tokens"]:
+        parts = [f"data.{key}" for key in data if data[key] != found["data"].get(key)]
+        same = "data (from the same file by the same tokenizer and template: does the chat template write the date?)"
+        differing = [*(parts or [same]), *differing]
     if differing:
         raise UserError(
-            f"{cache}: the cached reference log-probs are stale, made for another {', '.join(differing)}; "
-            "run `megatron-solopo reference --overwrite` with this config, or set reference.cache to another directory"
+            f"{cache}: the cached reference log-probs are stale, made for another {', '.join(differing)}; {remedy}"
         )
+
+
+def _read_manifest(cache: Path) -> dict[str, Any]:
+    """What a cache was made for. Of an older version, it lacks `tokens`."""
+    try:
+        found = json.loads((cache / _MANIFEST).read_bytes())
+        known = {"weights": str, "dtype": str, "fp8": dict, "implementation": str, "scoring_version": int}
+        known |= {"data": dict, "roles": list}
+        if all(isinstance(found[key], kind) for key, kind in known.items()):
+            return dict(found)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise _damaged(cache, _MANIFEST)
 
 
 def _compute(
@@ -239,7 +252,7 @@ def _write(
             columns: dict[str, Any] = {"id": datasets.by_split[name].ids(range(len(logprobs.logps)))}
             columns |= {role: logprobs.logps[:, place].numpy() for place, role in enumerate(logprobs.roles)}
             pq.write_table(pa.table(columns), temporary / f"{name}.parquet")
-        write_json(temporary / _MANIFEST, dependencies)
+        write_json(temporary / _MANIFEST, dependencies | {"data": datasets.manifest.fingerprint_parts})
 
 
 def _damaged(cache: Path, file: str) -> UserError:

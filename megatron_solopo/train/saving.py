@@ -10,9 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.checkpoint.directory import checkpoint_name, checkpoints, newest_checkpoint
 from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.checkpoint.model_files import read_model_files
@@ -20,37 +17,12 @@ from megatron_solopo.checkpoint.save import ShardedSave
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import sha256_file
-from megatron_solopo.model.build import precision_settings
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.train.callbacks import Callback, say
-from megatron_solopo.train.policy import Policy
-from megatron_solopo.train.run_data import RunDatasets
+from megatron_solopo.train.identity import RunIdentity, check_reference, summarise_reference
+from megatron_solopo.train.policy import Policy, next_learning_rate
 from megatron_solopo.train.state import SkippedSteps, TrainState
-
-
-def run_identity(config: Config, datasets: RunDatasets) -> dict[str, Any]:
-    """What a run may not change while it continues: JSON values, by the key that sets each."""
-    sections = {"objective": config.objective, "optimizer": config.optimizer}
-    keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
-    return keys | {
-        "model.dtype": config.model.dtype,
-        "model.fp8": precision_settings(config.model) or None,
-        "model.path (its config.json)": sha256_file(huggingface_directory(config.model.path) / "config.json"),
-        "data.path (its content)": datasets.manifest.fingerprint,
-    }
-
-
-def check_unchanged(identity: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Path) -> None:
-    """Raise UserError naming the values of `identity` that differ from those in a checkpoint of this run."""
-    changed = [
-        f"{key}={value!r} (it was {saved.get(key)!r})" for key, value in identity.items() if saved.get(key) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{checkpoint}: a run keeps its objective, optimizer, model, data and reference, but now "
-            f"{', '.join(changed)}; restore that, or set run_dir to another directory"
-        )
+from megatron_solopo.train.step import ReferenceLogprobs
 
 
 @dataclass(frozen=True)
@@ -66,14 +38,15 @@ class _RunningSave:
 class Saver:
     """Saves one run and continues it. All ranks call every method together, except `abandon`."""
 
-    def __init__(self, config: Config, identity: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:
+    def __init__(self, config: Config, identity: RunIdentity, callbacks: Sequence[Callback]) -> None:
         """Read nothing yet.
 
         Args:
-            identity: see `run_identity`.
+            identity: what the run may not change.
             callbacks: told of every save.
         """
-        self._config, self._identity, self._callbacks = config, dict(identity), callbacks
+        self._config, self._identity, self._callbacks = config, identity, callbacks
+        self._reference: dict[str, Any] | None = None
         self._root = config.run_dir / "checkpoints"
         self._model_files: dict[str, bytes] = {}
         self._policy: Policy | None = None
@@ -87,7 +60,7 @@ class Saver:
         Raises UserError if the checkpoints are of another run or of other settings, or are all damaged.
         """
         # Read now, so that checkpoints are complete even if the model's directory disappears during the run.
-        self._model_files = read_model_files(self._config.model.path) if dist.get_rank() == 0 else {}
+        on_rank_0(self._read_model_files)
         if not self._config.checkpoint.resume and on_rank_0(lambda: bool(checkpoints(self._root))):
             raise UserError(
                 f"{self._config.run_dir}: holds a run with checkpoints, which checkpoint.resume=false would overwrite; "
@@ -98,19 +71,36 @@ class Saver:
         if self._found is None:
             return TrainState(0, loader.state_dict(), SkippedSteps())
         path, saved = self._found
+        notes = self._identity.check(saved, path)
         loader.load_state_dict(saved["loader"])
-        check_unchanged(self._identity, saved["identity"], path)
+        for line in notes:
+            say(line)
         skipped = SkippedSteps(**saved["skipped"])
         state = TrainState(saved["step"], loader.state_dict(), skipped, saved["unrecorded"], saved["metrics"])
         self._last_saved = state
         return state
 
-    def add_identity(self, key: str, value: str) -> None:
-        """Add a value that a run may not change; raises UserError if the found checkpoint has another one."""
-        self._identity[key] = value
-        if self._found is not None:
-            path, saved = self._found
-            check_unchanged({key: value}, saved["identity"], path)
+    def add_reference(self, references: Mapping[str, ReferenceLogprobs]) -> None:
+        """Keep a summary of the reference log-probs in checkpoints.
+
+        Raises UserError if the found checkpoint was trained with others, beyond the rounding of another layout.
+        """
+        self._reference = summarise_reference(references)
+        if self._found is None:
+            return
+        path, saved = self._found
+        try:
+            note = check_reference(self._reference, saved, self._config.model)
+        except UserError as error:
+            raise UserError(
+                f"{path}: {error}; bring back {self._config.reference_cache} as it was when the run began, or set "
+                "run_dir to another directory"
+            ) from None
+        if note is not None:
+            say(note)
+
+    def _read_model_files(self) -> None:
+        self._model_files = read_model_files(self._config.model.path)
 
     def restore(self, policy: Policy, state: TrainState) -> None:
         """Load the found checkpoint, if there is one, into `policy`, which is saved from now on."""
@@ -118,6 +108,16 @@ class Saver:
         if self._found is not None:
             load_checkpoint(self._found[0], policy.chunks, policy.optimizer)
             policy.scheduler.step(increment=state.step - state.skipped.total)
+            self._say_redrawn(policy, self._found[1], state)
+
+    def _say_redrawn(self, policy: Policy, saved: Mapping[str, Any], state: TrainState) -> None:
+        former, now = self._identity.redrawn_decay(saved), self._identity.values["optimizer.lr_decay_iters"]
+        if former is not None:
+            before, after = (next_learning_rate(policy, steps) for steps in (former, now))
+            say(
+                f"note: the learning rate's decay is drawn anew: optimizer.lr_decay_iters={now} (it was {former}); "
+                f"learning rate of step {state.step + 1}: {after:.3g} (it would have been {before:.3g})"
+            )
 
     def save(self, state: TrainState, reason: str, *, background: bool = False) -> Path | None:
         """Write a checkpoint; the model and the optimizer must be those of `state`.
@@ -143,7 +143,7 @@ class Saver:
                 self._root,
                 self._policy.chunks,
                 self._policy.optimizer,
-                asdict(state) | {"identity": self._identity},
+                asdict(state) | {"identity": self._identity.values, "reference": self._reference},
                 self._model_files,
                 background=background,
             )

@@ -20,9 +20,11 @@ from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.microbatch import Microbatch
 from megatron_solopo.objective import metric_names
+from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.train.alarms import AlarmWarnings
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE, TripletLosses, describe_skip, record_skip
-from megatron_solopo.train.callbacks import Callback, SaveClock, TidyCheckpoints, say
+from megatron_solopo.train.callbacks import Callback, OnRank0, SaveClock, TidyCheckpoints, say
+from megatron_solopo.train.identity import RunIdentity
 from megatron_solopo.train.lock import run_lock
 from megatron_solopo.train.metrics import (
     MetricsWriter,
@@ -34,11 +36,11 @@ from megatron_solopo.train.metrics import (
     reset_peak_memory,
     training_flops,
 )
-from megatron_solopo.train.policy import Policy, StepResult, build_policy, check_schedule
+from megatron_solopo.train.policy import Policy, StepResult, build_policy, check_schedule, describe_decay
 from megatron_solopo.train.preflight import Finding, Trial, check_surroundings, tries_largest_pack, try_largest_pack
-from megatron_solopo.train.reference import fingerprint, reference_logprobs
+from megatron_solopo.train.reference import reference_logprobs
 from megatron_solopo.train.run_data import single_pass, training_batches
-from megatron_solopo.train.saving import Saver, run_identity
+from megatron_solopo.train.saving import Saver
 from megatron_solopo.train.session import Session, open_session
 from megatron_solopo.train.signals import Stopped
 from megatron_solopo.train.state import Metrics, SkippedSteps, TrainState
@@ -118,7 +120,7 @@ class Trainer:
         self.loader = training_batches(config, self.datasets["train"], self.topology)
         self.save_clock = SaveClock(config.checkpoint)
         self.callbacks = self._build_callbacks()
-        self.saver = Saver(config, run_identity(config, datasets), self.callbacks)
+        self.saver = Saver(config, RunIdentity(config, datasets, session.max_steps), self.callbacks)
         self.state = self.state_before_skips = TrainState(0, self.loader.state_dict(), SkippedSteps())
         self.triplet_losses = TripletLosses()
 
@@ -151,18 +153,18 @@ class Trainer:
             self.metric_names,
             evaluates=config.training.eval_steps is not None,
         )
-        if dist.get_rank() != 0:
-            return [tidy, self.save_clock]
-        writer = MetricsWriter(
-            run_dir, config.logging, config.model_dump(mode="json"), total_steps=self.session.max_steps
-        )
-        return [writer, AlarmWarnings(writer.path), tidy, self.save_clock]
+        writers: list[Callback] = []
+        if dist.get_rank() == 0:
+            values = config.model_dump(mode="json")
+            writer = MetricsWriter(run_dir, config.logging, values, total_steps=self.session.max_steps)
+            writers = [writer, AlarmWarnings(writer.path)]
+        return [OnRank0(writers), tidy, self.save_clock]
 
     def _prepare_reference(self) -> None:
         references: dict[str, ReferenceLogprobs] = {}
         if self.config.objective.needs_reference:
             references = _reference_logprobs(self.session, step=self.state.step)
-            self.saver.add_identity("reference.cache (its numbers)", fingerprint(references))
+            self.saver.add_reference(references)
         self.losses = {
             split: objective_loss(self.config.objective, references.get(split), self.topology, observe)
             for split, observe in {"train": self.triplet_losses.observe, "eval": None}.items()
@@ -170,17 +172,21 @@ class Trainer:
 
     def _start(self, trial: Trial | None) -> None:
         """Prepare the run directory, and say what runs where."""
-        if dist.get_rank() == 0:
-            self.config.run_dir.mkdir(parents=True, exist_ok=True)
-            if not self._is_finished():
-                save_config(self.config, self.config.run_dir / "config.yaml")
+        on_rank_0(self._write_config)
         for callback in self.callbacks:
             callback.on_start(self.state)
         say(self._describe())
+        if (note := describe_decay(self.config.optimizer, self.session.max_steps)) is not None:
+            say(note)
         if not self._is_finished() and self.config.parallel.pipeline_model_parallel_size > 1:
             say(self._describe_pipeline())
         if trial is not None:
             say(f"the largest pack fits: {trial}")
+
+    def _write_config(self) -> None:
+        self.config.run_dir.mkdir(parents=True, exist_ok=True)
+        if not self._is_finished():
+            save_config(self.config, self.config.run_dir / "config.yaml")
 
     def _describe(self) -> str:
         """One line of what runs where, for the head of the log."""
@@ -270,8 +276,7 @@ class Trainer:
     def _record_skip(self, step: int, skipped: SkippedSteps, batch: GlobalBatch, result: StepResult) -> None:
         """Say what was skipped. If it is one step too many, save the state before the skipped steps and give up."""
         skip = describe_skip(step, self.triplet_losses, batch.packs, gradient_is_finite=result.gradient_was_finite)
-        if dist.get_rank() == 0:
-            record_skip(self.config.run_dir, skip)
+        on_rank_0(lambda: record_skip(self.config.run_dir, skip))
         most = self.config.training.max_skipped_steps_in_a_row
         if skipped.in_a_row >= most:
             saved = self._save(self.state_before_skips, "before the skipped steps")

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint import mapping
 from megatron_solopo.checkpoint.conversion import export_model, import_model, verify_models
+from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.checkpoint.huggingface_weights import bitwise_equal
 from megatron_solopo.checkpoint.load import global_parameters, load_weights
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
-from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.model.build import build_model

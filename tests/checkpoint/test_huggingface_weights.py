@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.checkpoint.huggingface_weights import INDEX, SafetensorsDirectory, SafetensorsWriter, bitwise_equal
 from megatron_solopo.checkpoint.load import load_weights
-from megatron_solopo.checkpoint.model_files import weights_fingerprint
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import build_model

@@ -1,14 +1,16 @@
 import json
 import shutil
+from datetime import date, datetime, time
 
 import numpy as np
 import pytest
+from transformers.utils import chat_template_utils
 
 from megatron_solopo import __version__
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import sha256_file, sha256_json
+from megatron_solopo.files import sha256_file
 from tests.data.sample_rows import as_messages, prepare, triplet, write_rows
 from tests.data.tiny_tokenizers import CHATML, STRICT, write_hugging_face
 
@@ -168,7 +170,7 @@ def test_the_manifest_reads_what_was_dropped(tmp_path, triplets, hugging_face):
     assert f"{some.kept} kept ({some.kept - 2} train, 2 eval)\ndropped: {20 - some.kept} overlong" in str(some)
 
 
-def test_fingerprint_changes_with_each_part_and_not_otherwise(tmp_path, hugging_face):
+def test_the_fingerprint_is_that_of_the_tokens_whatever_they_were_made_from(tmp_path, hugging_face):
     source = write_rows(tmp_path / "data.jsonl", [as_messages(triplet(i)) for i in range(6)])
     base = {"input": source, "tokenizer": hugging_face, "max_length": 500, "eval_count": 1}
     runs = iter(range(100))
@@ -177,7 +179,6 @@ def test_fingerprint_changes_with_each_part_and_not_otherwise(tmp_path, hugging_
         return prepare(**{"output": tmp_path / f"out{next(runs)}"} | base | changes)
 
     first = manifest()
-    assert first.fingerprint == sha256_json(first.fingerprint_parts)
     assert first.fingerprint_parts["source"] == sha256_file(source)
     assert first.fingerprint_parts["chat_template"] == CHATML
     copied_source = shutil.copy(source, tmp_path / "renamed.jsonl")
@@ -198,7 +199,21 @@ def test_fingerprint_changes_with_each_part_and_not_otherwise(tmp_path, hugging_
         other = manifest(**change)
         differing = {key for key, value in other.fingerprint_parts.items() if value != first.fingerprint_parts[key]}
         assert differing == {part}
-        assert other.fingerprint != first.fingerprint
+        changes_tokens = part in ("source", "eval_count", "seed")
+        assert (other.fingerprint != first.fingerprint) == changes_tokens, part
+
+
+def test_a_template_that_writes_the_date_gives_another_fingerprint_on_another_day(tmp_path, hugging_face, monkeypatch):
+    """transformers gives templates `strftime_now`, which asks the clock. Llama 3.2's template uses it."""
+    source = write_rows(tmp_path / "data.jsonl", [as_messages(triplet(i)) for i in range(4)])
+    dated = str(write_hugging_face(tmp_path / "dated", chat_template="{{ strftime_now('%d %b %Y') }}" + CHATML))
+    found = []
+    for number, day in enumerate([date(2024, 7, 26), date(2024, 7, 26), date(2024, 7, 27)]):
+        now = classmethod(lambda cls, zone=None, day=day: datetime.combine(day, time()))
+        monkeypatch.setattr(chat_template_utils, "datetime", type("Clock", (datetime,), {"now": now}))
+        found.append(prepare(source, tmp_path / f"out{number}", dated))
+    assert found[0].fingerprint == found[1].fingerprint != found[2].fingerprint
+    assert found[0].fingerprint_parts == found[2].fingerprint_parts, "nothing else tells them apart"
 
 
 def test_template_mode_is_part_of_the_fingerprint(tmp_path, triplets, hugging_face):

@@ -172,9 +172,9 @@ def test_another_reference_is_refused(folder: Path) -> None:
         "other-reference",
         reference={"model_path": folder / "other_model", "cache": folder / "other"},
     )
-    assert (
-        said.startswith("error: ") and "iter_0000002: a run keeps" in said and "reference.cache (its numbers)" in said
-    )
+    assert said.startswith("error: ") and "iter_0000002: a run keeps" in said
+    assert f"now reference.model_path={folder / 'other_model'} holds other weights; " in said
+    assert not (folder / "other").exists(), "refused before the reference pass"
 
 
 def test_two_runs_do_not_share_a_directory(folder: Path) -> None:

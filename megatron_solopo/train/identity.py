@@ -1,0 +1,213 @@
+"""What a run may not change while it continues.
+
+What goes in is compared exactly: settings, and hashes of the model's weights, of the reference model's weights and of
+the tokens. Numbers that any layout may compute again, the reference log-probs, are compared within a tolerance.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_solopo.architecture.model_directory import huggingface_directory
+from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
+from megatron_solopo.config import Config, ModelConfig
+from megatron_solopo.errors import UserError
+from megatron_solopo.files import sha256_file, sha256_json
+from megatron_solopo.model.build import precision_settings
+from megatron_solopo.parallel.agreement import on_rank_0
+from megatron_solopo.train.policy import decay_iters
+from megatron_solopo.train.run_data import RunDatasets
+from megatron_solopo.train.step import ReferenceLogprobs
+
+_DECAY = "optimizer.lr_decay_iters"
+_CONFIG, _WEIGHTS = "model.path (its config.json)", "model.path (its weights)"
+_TOKENS, _REFERENCE = "data.path (its tokens)", "reference.model_path (its weights)"
+_HASHES = {
+    _CONFIG: "model.path={} has another config.json",
+    _WEIGHTS: "model.path={} holds other weights",
+    _TOKENS: "data.path={} holds other tokens",
+    _REFERENCE: "reference.model_path={} holds other weights",
+}
+# Of checkpoints before format 2 of prepared data: a hash of what the tokens were made from, and one of all numbers.
+_OLD_DATA, _OLD_NUMBERS = "data.path (its content)", "reference.cache (its numbers)"
+_SAMPLED_ROWS = 64
+# Layouts round differently. Relative and absolute, of a sum over the tokens of one answer.
+_TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 0.5)}
+
+
+def model_fingerprint(path: Path) -> str:
+    """`weights_fingerprint`, computed by rank 0 for all ranks, which call this together."""
+    return on_rank_0(partial(weights_fingerprint, path))
+
+
+class RunIdentity:
+    """What one run is. All ranks create it together.
+
+    Attributes:
+        values: JSON values by the key that sets each, as a checkpoint keeps them.
+    """
+
+    def __init__(self, config: Config, datasets: RunDatasets, max_steps: int) -> None:
+        """Read the weights if their checksums are not known yet.
+
+        Args:
+            max_steps: the run's last step.
+        """
+        self._config, self._max_steps = config, max_steps
+        self._data = datasets.manifest
+        sections = {"objective": config.objective, "optimizer": config.optimizer}
+        self._defaults = {
+            f"{name}.{key}": field.default
+            for name, section in sections.items()
+            for key, field in type(section).model_fields.items()
+        }
+        keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
+        has_decay = config.optimizer.lr_decay_style != "constant"
+        self.values: dict[str, Any] = keys | {
+            _DECAY: decay_iters(config.optimizer, max_steps) if has_decay else None,
+            "model.dtype": config.model.dtype,
+            "model.fp8": precision_settings(config.model) or None,
+            _CONFIG: on_rank_0(lambda: sha256_file(huggingface_directory(config.model.path) / "config.json")),
+            _WEIGHTS: model_fingerprint(config.model.path),
+            _TOKENS: datasets.manifest.fingerprint,
+        }
+        if config.objective.needs_reference:
+            self.values[_REFERENCE] = model_fingerprint(config.reference.model_path or config.model.path)
+
+    def check(self, saved: Mapping[str, Any], checkpoint: Path) -> list[str]:
+        """Compare with what a checkpoint of this run keeps; returns lines to say.
+
+        Args:
+            saved: its trainer state.
+
+        Raises UserError naming the values that differ, or if the run has done more steps than it shall have.
+        """
+        self._check_steps(saved["step"])
+        kept = saved["identity"]
+        changed = [problem for key in self.values if key != _DECAY and (problem := self._problem(key, kept))]
+        if _TOKENS not in kept and self._data.format_version == 1:
+            # The checkpoint and the data are of the same age.
+            changed += (
+                [] if kept.get(_OLD_DATA) == sha256_json(self._data.fingerprint_parts) else [self._named(_TOKENS)]
+            )
+        if changed:
+            raise UserError(
+                f"{checkpoint}: a run keeps its objective, optimizer, model, data and reference, but now "
+                f"{', '.join(changed)}; restore that, or set run_dir to another directory"
+            )
+        self._check_decay(kept, checkpoint)
+        unknown = [key for key in (*_HASHES, _DECAY) if key in self.values and key not in kept]
+        if not unknown:
+            return []
+        return [
+            f"note: {checkpoint.name} is of an older version, which did not keep {', '.join(unknown)}: not compared"
+        ]
+
+    def redrawn_decay(self, saved: Mapping[str, Any]) -> int | None:
+        """The former number of decay steps, if the run draws the decay of its learning rate anew."""
+        former = saved["identity"].get(_DECAY)
+        return None if former is None or former == self.values[_DECAY] else int(former)
+
+    def _check_steps(self, done: int) -> None:
+        if done > self._max_steps:
+            raise UserError(
+                f"{self._length_key}: {self._config.run_dir} has done {done} steps already; raise the key to at least "
+                "that (then nothing is left to do), or set run_dir to another directory"
+            )
+
+    @property
+    def _length_key(self) -> str:
+        """The key that sets the length of the run, with its value."""
+        training = self._config.training
+        if training.max_steps is not None:
+            return f"training.max_steps={training.max_steps}"
+        return f"training.num_train_epochs={training.num_train_epochs:g} ({self._max_steps} steps)"
+
+    def _problem(self, key: str, kept: Mapping[str, Any]) -> str | None:
+        """How a value differs from the kept one; None if it does not."""
+        value = self.values[key]
+        if key in _HASHES:
+            return self._named(key) if key in kept and kept[key] != value else None
+        if key not in kept:
+            # Versions that did not have the key worked as its default says.
+            default = self._defaults.get(key)
+            is_default = value == default
+            return None if is_default else f"{key}={_shown(value)} (it was not set, which means {_shown(default)})"
+        return None if kept[key] == value else f"{key}={_shown(value)} (it was {_shown(kept[key])})"
+
+    def _named(self, key: str) -> str:
+        config = self._config
+        paths = {
+            _CONFIG: config.model.path,
+            _WEIGHTS: config.model.path,
+            _TOKENS: config.data.path,
+            _REFERENCE: config.reference.model_path or config.model.path,
+        }
+        return _HASHES[key].format(paths[key])
+
+    def _check_decay(self, kept: Mapping[str, Any], checkpoint: Path) -> None:
+        """Refuse to draw the decay of the learning rate anew, unless the config asks for it."""
+        former, now = kept.get(_DECAY), self.values[_DECAY]
+        if former is None or former == now or self._config.optimizer.lr_decay_iters is not None:
+            return
+        raise UserError(
+            f"{checkpoint}: the learning rate of this run falls until step {former}, and {self._length_key} would move "
+            f"that to step {now}; set {_DECAY}={former} to keep the learning rate as planned (afterwards it stays at "
+            f"optimizer.min_lr), or {_DECAY}={now} to draw its decay anew from here"
+        )
+
+
+def summarise_reference(references: Mapping[str, ReferenceLogprobs]) -> dict[str, Any]:
+    """What a checkpoint keeps of the reference log-probs, as JSON: the hash of all, and up to 64 rows of each split."""
+    digest = hashlib.sha256()
+    rows = {}
+    for name, logprobs in sorted(references.items()):
+        numbers = logprobs.logps.contiguous().numpy()
+        digest.update(f"{name} {tuple(map(str, logprobs.roles))}".encode() + numbers.tobytes())
+        rows[name] = numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), _SAMPLED_ROWS)).astype(int)].tolist()
+    return {"sha256": digest.hexdigest(), "rows": rows}
+
+
+def check_reference(summary: Mapping[str, Any], saved: Mapping[str, Any], config: ModelConfig) -> str | None:
+    """Compare the reference log-probs with those that a checkpoint was trained with.
+
+    Args:
+        summary: of the log-probs of now, from `summarise_reference`.
+        saved: the checkpoint's trainer state.
+
+    Returns a line to say if they are not the same bits.
+
+    Raises UserError, without a place, if they differ by more than the rounding of another layout.
+    """
+    kept = saved.get("reference")
+    if (kept or {"sha256": saved["identity"].get(_OLD_NUMBERS)})["sha256"] == summary["sha256"]:
+        return None
+    unequal = "so the continued run will not have the same bits as one that was never stopped"
+    if kept is None:
+        return f"note: the reference log-probs are not the same bits as before, {unequal}; their size is not compared"
+    relative, absolute = _TOLERANCES["bfloat16" if config.fp8 else config.dtype]
+    allowed = f"{relative:g} of a number plus {absolute:g}"
+    largest = 0.0
+    for name, rows in kept["rows"].items():
+        former, now = np.asarray(rows), np.asarray(summary["rows"].get(name, []))
+        if former.shape != now.shape or not np.allclose(now, former, rtol=relative, atol=absolute):
+            raise UserError(
+                f"the reference log-probs of the {name} split are others than this run was trained with, beyond the "
+                f"rounding of another layout ({allowed}), although model, data and precision are the same"
+            )
+        largest = max(largest, float(np.abs(now - former).max(initial=0.0)))
+    return (
+        f"note: the reference log-probs were computed again and differ by up to {largest:.1e} (allowed: {allowed}), "
+        f"{unequal}"
+    )
+
+
+def _shown(value: Any) -> str:
+    """As YAML writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
