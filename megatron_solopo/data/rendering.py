@@ -96,6 +96,11 @@ def render_response(
     found = write.behind_last_message(before, answer, start, whole)
     if found is None:
         found = write.behind_opened_thought(before, answer, start, whole, names)
+    if found is None and _CLOSED.search(start) and THOUGHT_TAG.search(answer["content"]):
+        raise UserError(
+            f"{names[1]}: has a thought, but the chat template ends {names[0]} with a closed one, as thinking is off; "
+            "take the thought out, or turn thinking on for this row"
+        )
     if found is None:
         place = _first_difference(start, whole)
         raise UserError(
@@ -168,9 +173,9 @@ class _Writer:
         switch = not unread_arguments(self._tokenizer, TemplateArguments({"enable_thinking": False}))
         option = """, or pass --chat-template-kwargs '{"enable_thinking": false}'""" if switch else ""
         return (
-            f"{name}: the chat template begins every answer with {added!r}, so that the model must think before it "
-            f"answers, and this answer has no thought in that form; begin the answer with {added!r}, its thought (which "
-            f"may be empty), {closing!r} and an empty line{option}"
+            f"{name}: the chat template begins every answer with {added!r}, so that the model thinks before it "
+            f"answers, and this answer has no thought in that form; begin the answer with {added!r}, its thought "
+            f"(which may be empty), {closing!r} and an empty line{option}"
         )
 
 

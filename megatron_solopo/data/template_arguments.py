@@ -4,7 +4,9 @@ The names are those of OpenAI-compatible servers: `tools` and `chat_template_kwa
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from megatron_solopo.errors import UserError
 
@@ -74,6 +76,17 @@ def check_kwargs(value: Any) -> dict[str, Any]:
     if illegal := [name for name in value if not name.isidentifier()]:
         raise UserError(f"{illegal[0]!r} cannot be the name of an argument; take it out")
     return value
+
+
+def _check_option(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return check_kwargs(value)
+    except UserError as error:
+        raise UserError(f"--chat-template-kwargs: {error}") from None
+
+
+TemplateKwargs = Annotated[dict[str, Any], AfterValidator(_check_option)]
+"""The value of the option --chat-template-kwargs."""
 
 
 def check_tools(value: Any) -> list[dict[str, Any]] | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from threading import Lock
+from typing import Any
 
 FUNCTION = "strftime_now"
 OTHER_DAY = datetime(2001, 2, 3, 4, 5, 6)
@@ -39,15 +40,17 @@ class Clock:
 @contextmanager
 def templates_see(clock: Clock) -> Iterator[None]:
     """Every template that transformers renders meanwhile reads this clock. Other threads wait."""
-    from transformers.utils import chat_template_utils as module
+    from transformers.utils import chat_template_utils
 
+    # transformers has no other way to set the time.
+    module: Any = chat_template_utils
     with _lock:
         real = module.datetime
-        module.datetime = clock  # type: ignore[assignment,misc]
+        module.datetime = clock
         try:
             yield
         finally:
-            module.datetime = real  # type: ignore[misc]
+            module.datetime = real
 
 
 def names_in(template: str) -> list[str]:

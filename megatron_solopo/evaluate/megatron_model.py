@@ -18,12 +18,12 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
+from megatron_solopo.data.end_tokens import end_tokens
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.generate.model import Answered, Build, Item, Keep
-from megatron_solopo.generate.transformers import LocalModel, build_all, end_tokens
+from megatron_solopo.generate.transformers import LocalModel, build_all
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
@@ -42,7 +42,7 @@ class MegatronModel(LocalModel):
     def __init__(
         self, path: Path, tokenizer: Tokenizer, dtype: Any, parallel: ParallelConfig, topology: Topology
     ) -> None:
-        super().__init__(tokenizer, end_tokens(huggingface_directory(path), tokenizer), topology.device)
+        super().__init__(tokenizer, end_tokens(path, tokenizer), topology.device)
         model = resolve_model(ModelConfig(path=path, dtype=dtype), parallel)
         (self._model,) = build_model(model, chunk_tokens=1, device=topology.device)
         load_weights([self._model], model.architecture, path)

@@ -35,6 +35,7 @@ def write_tokenizer(path: Path, name: str, eos_token: str | None = None, end_tok
     tokenizer.eos_token = eos_token or ("<|eot_id|>" if name == "todays_date" else "<|im_end|>")
     tokenizer.chat_template = read_template(name)
     tokenizer.save_pretrained(path)
+    (path / "generation_config.json").unlink()
     if end_tokens:
         ids = tokenizer.convert_tokens_to_ids(list(end_tokens))
         (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.generate.transformers import end_tokens, load_transformers_model
+from megatron_solopo.generate.transformers import load_transformers_model
 from tests.tiny_models import make_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -75,21 +74,6 @@ def test_any_other_fault_keeps_its_type(model: Path, fault: Exception, monkeypat
     with pytest.raises(type(fault)) as error:
         load_transformers_model(model)
     assert error.value is fault and not isinstance(error.value, UserError)
-
-
-def test_end_tokens_are_those_of_the_settings_and_of_the_tokenizer(model: Path, tmp_path: Path) -> None:
-    tokenizer = SimpleNamespace(eos_token_id=7)
-    named = tmp_path / "model"
-    shutil.copytree(model, named)
-    settings = named / "generation_config.json"
-    settings.write_text(json.dumps({"eos_token_id": [3, 5]}))
-    assert end_tokens(named, tokenizer) == {3, 5, 7}
-    settings.write_text("{")
-    with pytest.raises(UserError, match=r"no loadable model: .*generation_config\.json"):
-        end_tokens(named, tokenizer)
-    settings.unlink()
-    set_field("eos_token_id", 4)(named)
-    assert end_tokens(named, tokenizer) == {4, 7}
 
 
 def test_weights_have_the_dtype_that_is_asked_for(model: Path) -> None:
