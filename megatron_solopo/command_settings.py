@@ -16,7 +16,7 @@ class CommandSettings(BaseModel):
     Raises UserError, one line per mistake, for a value out of its bounds and for options that exclude each other.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         try:

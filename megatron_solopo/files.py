@@ -93,9 +93,13 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, complete or not at all."""
+    """Write `value` as indented JSON, complete or not at all.
+
+    Raises ValueError for NaN and infinity, which JSON does not have.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def described_bytes(count: int) -> str:

@@ -24,7 +24,7 @@ class Package:
 PACKAGES = {
     **dict.fromkeys(("", "errors", "exits", "progress"), Package(0)),
     **dict.fromkeys(("command_settings", "files"), Package(1)),
-    **dict.fromkeys(("config", "results"), Package(2)),
+    **dict.fromkeys(("checksums", "config", "results"), Package(2)),
     "architecture": Package(3),
     "run_directory": Package(4),
     **dict.fromkeys(("objective", "data", "report"), Package(5)),

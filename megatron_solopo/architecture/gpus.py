@@ -121,7 +121,7 @@ _Share = Annotated[float, Field(gt=0, le=1)]
 class Efficiency(BaseModel):
     """Shares of a GPU's peaks that are reached, and fixed costs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     gemm: _Share = 0.65
     """Matrix products in bfloat16."""
@@ -147,7 +147,7 @@ class Efficiency(BaseModel):
 class Reserve(BaseModel):
     """Memory that holds no tensors of the model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     context_gib: float = 1.5
     """CUDA context, kernels, cuBLAS and Transformer Engine workspaces."""

@@ -30,13 +30,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from megatron_solopo.architecture.model_directory import CONFIG, huggingface_directory
+from megatron_solopo.architecture.contradictions import CLASSES, contradictions
+from megatron_solopo.architecture.model_directory import CONFIG, check_one_kind, huggingface_directory
 from megatron_solopo.errors import UserError, describe_problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = tuple(CLASSES)
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,17 @@ def read_architecture(path: Path, key: str = "model.path") -> Architecture:
 
     Raises UserError naming the file, the offending field and the supported values.
     """
+    check_one_kind(path)
     file = huggingface_directory(path) / CONFIG
-    fields = _read_fields(file, key)
+    stated = fields = _read_fields(file, key)
     config, problems = _validate(fields)
     if problems and all(_is_left_open(problem) for problem in problems):
         fields = _with_defaults(file, fields)
         config, problems = _validate(fields)
     if config is None:
         raise UserError(f"{file}: {'; '.join(map(_described, problems))}")
+    if problem := next(contradictions(stated), None):
+        raise UserError(f"{file}: {problem}")
     return Architecture(
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,
@@ -168,7 +172,8 @@ def _read_fields(file: Path, key: str) -> dict[str, Any]:
     model_type = fields.get("model_type")
     if model_type not in MODEL_TYPES:
         raise UserError(f"{file}: model_type={model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
-    if (quantization := fields.get("quantization_config")) is not None:
+    # Compressed models state it under the second name.
+    if (quantization := fields.get("quantization_config", fields.get("compression_config"))) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UserError(
             f"{file}: quantization_config with quant_method={method!r} is not supported; supported: none "
@@ -221,7 +226,7 @@ _WholeRotation = Annotated[float | None, AfterValidator(_check_whole)]
 class _Rope(BaseModel):
     """Parameters of one rotation. transformers ignores keys that it does not know, and so do we."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     rope_type: Literal["default", "linear", "llama3", "yarn"]
     rope_theta: _Theta = None
@@ -257,7 +262,7 @@ class _Rope(BaseModel):
 class _Config(BaseModel):
     """The fields of config.json that matter here. A required field has a default in transformers."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     model_type: str
     num_hidden_layers: _Count
@@ -290,7 +295,7 @@ class _Config(BaseModel):
 
     @property
     def rope(self) -> _Rope:
-        """transformers lets the old name win where both are stated."""
+        """Where both are stated, they say the same."""
         return self.rope_scaling or self.rope_parameters or _Rope(rope_type="default")
 
     @property

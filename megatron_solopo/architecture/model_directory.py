@@ -27,6 +27,15 @@ def huggingface_directory(path: Path) -> Path:
     return path / HUGGINGFACE_FOLDER if is_megatron_checkpoint(path) else path
 
 
+def check_one_kind(path: Path) -> None:
+    """Raise UserError if `path` is a Megatron checkpoint and a Hugging Face directory, for then it holds two models."""
+    if is_megatron_checkpoint(path) and (path / CONFIG).is_file():
+        raise UserError(
+            f"{path}: holds a Megatron checkpoint ({METADATA}, {FORMAT}) and a Hugging Face model ({CONFIG}); Megatron "
+            "reads the former, transformers the latter; move one of them to another directory"
+        )
+
+
 def has_tokenizer(path: Path) -> bool:
     """Whether a model (Hugging Face directory or Megatron checkpoint) has a tokenizer."""
     return any((huggingface_directory(path) / name).is_file() for name in _TOKENIZER_FILES)
@@ -36,6 +45,7 @@ def check_huggingface_directory(path: Path, option: str) -> None:
     """Raise UserError, naming the command's `option`, if `path` cannot be a Hugging Face directory."""
     named = f"{option}={path}"
     _check_is_directory(path, named, " (names of a hub are not downloaded)")
+    check_one_kind(path)
     if is_megatron_checkpoint(path):
         raise UserError(f"{named}: is a Megatron checkpoint already; {option} must be a Hugging Face directory")
     if _is_inside_checkpoint(path):
@@ -50,6 +60,7 @@ def check_huggingface_directory(path: Path, option: str) -> None:
 def check_megatron_checkpoint(path: Path, option: str) -> None:
     """Raise UserError, naming the command's `option` and a likely path, if `path` is no complete checkpoint."""
     named = f"{option}={path}"
+    check_one_kind(path)
     if is_megatron_checkpoint(path):
         if not (config := huggingface_directory(path) / CONFIG).is_file():
             raise UserError(f"{config}: no such file; {named} needs the model's config and tokenizer in that folder")

@@ -25,10 +25,10 @@ from torch import Tensor
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.checkpoint.manifest import sync_file
 from megatron_solopo.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Index, all_huggingface_shapes
+from megatron_solopo.checkpoint.one_reading import INDEX, SINGLE, check_one_reading
 from megatron_solopo.errors import UserError, first_problem
 from megatron_solopo.files import counted, write_json
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """The supported precisions by their names in safetensors."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -64,7 +64,10 @@ class SafetensorsDirectory:
     """The tensors of a Hugging Face directory, read one at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError if there are no safetensors weights, or if the index or a shard is missing or damaged."""
+        """Raises UserError if there are no safetensors weights, or if the index or a shard is missing or damaged.
+
+        Also raises it if another loader reads other weights, see `one_reading`.
+        """
         self.path = path
         self.entries = self._locate()
 
@@ -76,6 +79,7 @@ class SafetensorsDirectory:
             raise UserError(
                 f"{self.path}: holds neither {SINGLE} nor {INDEX}; model weights must be safetensors{pickled}"
             )
+        check_one_reading(self.path, None)
         return self._entries_in(SINGLE)
 
     def _checked_index(self) -> dict[str, StoredTensor]:
@@ -88,6 +92,7 @@ class SafetensorsDirectory:
         for name, shard in index.items():
             if Path(shard).is_absolute() or ".." in Path(shard).parts:
                 raise UserError(f"{file}: names {shard} as the file of {name}, which is outside the directory")
+        check_one_reading(self.path, set(index.values()))
         held = {shard: self._entries_in(shard) for shard in sorted(set(index.values()))}
         for name, shard in index.items():
             if name not in held[shard]:

@@ -12,15 +12,15 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
-from megatron_solopo.checkpoint.fingerprint import WEIGHT_CHECKSUMS
 from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory
+from megatron_solopo.checksums import CHECKSUMS_FILE
 from megatron_solopo.errors import UserError
 
 MODEL_FILES_MANIFEST = "megatron_solopo.json"
 # Weights, their indices and code do not travel. The model card does not either, for it describes the untrained model.
 _CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _FOLDERS = ("additional_chat_templates",)
-_NOT_CARRIED = ("*.index.json", WEIGHT_CHECKSUMS)
+_NOT_CARRIED = ("*.index.json", CHECKSUMS_FILE)
 
 
 class _SourceDtypes(BaseModel):

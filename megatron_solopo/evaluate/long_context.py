@@ -8,6 +8,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_solopo.architecture.model_directory import has_tokenizer
 from megatron_solopo.config import ParallelConfig
+from megatron_solopo.data.model_fit import same_tokens
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.sample_set import SampleSet, collect_samples, journal_header
@@ -49,6 +52,7 @@ def evaluate_long_context(settings: LongContextSettings) -> LongContextResults |
     if target.backend != "megatron":
         _refuse_ranks(settings, target)
     tokenizer = load_tokenizer(settings.tokenizer or target.path or "")
+    _check_tokenizer(settings, target, tokenizer)
     samples = collect_samples(settings, target, tokenizer)
     with _load(settings, target, tokenizer) as runner:
         answers = _answer(settings, target, output, samples, tokenizer, runner.model)
@@ -61,6 +65,24 @@ def evaluate_long_context(settings: LongContextSettings) -> LongContextResults |
     results = make_results(settings, target, output.stem, samples, scored, skipped, runner.device, runner.layout)
     _write(output, results, scored)
     return results
+
+
+def _check_tokenizer(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> None:
+    """Raise UserError if `--tokenizer` gives a model other tokens than its own tokenizer does."""
+    if settings.tokenizer is None or target.path is None:
+        return
+    if not has_tokenizer(target.path):
+        if os.environ.get("RANK", "0") == "0":
+            note = f"note: {target.path} has no tokenizer files; that --tokenizer is its own could not be checked"
+            tqdm.write(note, file=sys.stderr)
+        return
+    own = load_tokenizer(target.path)
+    shared = min(own.vocab_size, tokenizer.vocab_size)
+    if own.fingerprint != tokenizer.fingerprint and not same_tokens(own, tokenizer, shared - 1):
+        raise UserError(
+            f"--tokenizer {settings.tokenizer}: its tokens are not those of the model {target.path}; leave it out, and "
+            "the model's own tokenizer is used"
+        )
 
 
 def _output(settings: LongContextSettings, target: Target) -> Path:
@@ -222,7 +244,7 @@ def _write(output: Path, results: LongContextResults, scored: Sequence[ScoredRes
     from megatron_solopo.report.evaluation_pictures import draw_answers
 
     with atomic_path(output.with_suffix(".predictions.jsonl")) as temporary, temporary.open("w", encoding="utf-8") as f:
-        f.writelines(json.dumps(_prediction(each), ensure_ascii=False) + "\n" for each in scored)
+        f.writelines(json.dumps(_prediction(each), ensure_ascii=False, allow_nan=False) + "\n" for each in scored)
     draw_answers(results, output.with_suffix(".length.png"), output.with_suffix(".depth.png"))
     results.write(output)
 

@@ -23,7 +23,7 @@ from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.data.end_tokens import end_tokens
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.generate.model import Answered, Build, Item, Keep
-from megatron_solopo.generate.transformers import LocalModel, build_all
+from megatron_solopo.generate.transformers import EncodedRequest, LocalModel, build_all
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
@@ -42,12 +42,18 @@ class MegatronModel(LocalModel):
     def __init__(
         self, path: Path, tokenizer: Tokenizer, dtype: Any, parallel: ParallelConfig, topology: Topology
     ) -> None:
-        super().__init__(tokenizer, end_tokens(path, tokenizer), topology.device)
         model = resolve_model(ModelConfig(path=path, dtype=dtype), parallel)
+        super().__init__(
+            path,
+            tokenizer,
+            end_tokens(path, tokenizer),
+            topology.device,
+            vocab_size=model.architecture.vocab_size,
+            max_positions=model.architecture.max_sequence_length,
+        )
         (self._model,) = build_model(model, chunk_tokens=1, device=topology.device)
         load_weights([self._model], model.architecture, path)
         self._model.eval()
-        self._vocab_size = model.architecture.vocab_size
         self._topology = topology
 
     def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep) -> None:
@@ -59,12 +65,15 @@ class MegatronModel(LocalModel):
         size, rank = group.size(), group.rank()
         for start in range(0, len(batches), size):
             batch = batches[start + rank] if start + rank < len(batches) else ()
-            answered = self.answer_batch(on_every_rank(partial(build_all, batch, build)))
+            answered = self.answer_batch(on_every_rank(partial(self._encode_batch, batch, build)))
             # Nobody reads the prompts again, which may be long.
             own = [(replace(request, prompt=""), answers, seconds) for request, answers, seconds in answered]
             gathered: list[Any] = [None] * size
             dist.all_gather_object(gathered, own, group=group)
             on_rank_0(partial(_keep_all, keep, gathered))
+
+    def _encode_batch(self, batch: Sequence[Item], build: Build[Item]) -> list[EncodedRequest]:
+        return self.encode(build_all(batch, build))
 
     @torch.inference_mode()
     def generate(self, prompts_BT: Tensor, max_tokens: int, end_tokens: Collection[int]) -> Tensor:

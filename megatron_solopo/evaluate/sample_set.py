@@ -3,14 +3,9 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-from megatron_solopo.architecture.huggingface_config import read_architecture
-from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
-from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
+from megatron_solopo.checkpoint.fingerprint import sample_weights, weights_fingerprint
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
@@ -23,6 +18,7 @@ from megatron_solopo.evaluation_settings import QA, LongContextSettings
 from megatron_solopo.files import sha256_file, sha256_text
 from megatron_solopo.generate.model import Request
 from megatron_solopo.generate.scoring import Score
+from megatron_solopo.generate.transformers import max_positions
 from megatron_solopo.results.long_context import SkippedSamples
 from megatron_solopo.triplets.prompt import Measure, PromptTemplate, read_template
 
@@ -71,7 +67,7 @@ class SampleSet:
 
 def collect_samples(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> SampleSet:
     """List the samples. Raises UserError for tasks that are too long for the model, or files that hold no question."""
-    positions = _served_positions(settings) if target.path is None else _max_positions(target.path)
+    positions = _served_positions(settings) if target.path is None else max_positions(target.path)
     sources: list[SampleSource] = _question_files(settings, tokenizer)
     if settings.tasks:
         tasks = _generated_tasks(settings, tokenizer)
@@ -98,8 +94,10 @@ def journal_header(settings: LongContextSettings, target: Target, tokenizer: Tok
     """Everything that decides an answer, by the option's name; not which samples are asked."""
     files = [settings.corpus, settings.haystack, settings.prompt_template]
     hashes = {str(path): sha256_file(path) for path in (*settings.contexts, *files) if path is not None}
-    return {
-        "model": settings.model if target.path is None else weights_fingerprint(target.path),
+    # Journals of older versions have the sample alone.
+    weights = {} if target.path is None else {"weights": weights_fingerprint(target.path)}
+    return weights | {
+        "model": settings.model if target.path is None else sample_weights(target.path),
         "backend": target.backend,
         "dtype": settings.dtype,
         "tokenizer": tokenizer.fingerprint,
@@ -166,15 +164,3 @@ def _served_positions(settings: LongContextSettings) -> int | None:
 
     assert settings.server is not None
     return served_positions(settings.server, settings.model, settings.api_key_env)
-
-
-def _max_positions(path: Path) -> int | None:
-    """Positions that the model was made for; None where its config does not say."""
-    try:
-        return read_architecture(path).max_sequence_length
-    except UserError:
-        if is_megatron_checkpoint(path):
-            raise
-    # transformers runs other models than we do.
-    config = AutoConfig.from_pretrained(huggingface_directory(path), local_files_only=True, trust_remote_code=False)
-    return getattr(config, "max_position_embeddings", None)

@@ -97,7 +97,7 @@ class QuestionRow(BaseModel):
     Rows with the same `question_id` share a short prompt, which is asked once.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
     id: str
     question_id: str | None = None

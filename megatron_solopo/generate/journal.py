@@ -2,12 +2,15 @@
 
 JSON lines. The first is {"journal": ...} and holds everything that decides what a response may be. Each other line is a
 response. A response counts as received once its line has been appended and synced to the disk. A last line without a
-line break was being written when the program was killed: it is cut off, and its response is asked for again.
+line break was being written when the program was killed: a program that continues the file cuts it off and asks for its
+response again. A program that only reads the file takes a last line that is whole, and refuses one that is not.
 """
 
 import fcntl
 import json
 import os
+import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,12 +22,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_solopo.errors import UserError, first_problem
 
 _HEADER_BEGIN = b'{"journal": '
+_HASH = re.compile("[0-9a-f]{64}")
+# Of a header. Older versions did not keep it.
+_ADDED_LATER = ("weights",)
 
 
 class StoredResponse(BaseModel):
     """One response of a model."""
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
     question_id: str
     index: int = Field(ge=0)
@@ -125,9 +131,27 @@ def read_offsets(path: Path) -> Iterator[tuple[int, StoredResponse]]:
     Raises UserError, naming the line, for a line that is no response.
     """
     has_header = read_header(path) is not None
+    end = 0
     for start, line in _complete_lines(path):
+        end = start + len(line)
         if start or not has_header:
             yield start, parse_response(path, start, line)
+    yield from _read_last(path, end)
+
+
+def _read_last(path: Path, start: int) -> Iterator[tuple[int, StoredResponse]]:
+    """The response in the bytes from `start` on, which end without a line break. Raises UserError if it was cut."""
+    with path.open("rb") as stream:
+        stream.seek(start)
+        line = stream.read()
+    if not line:
+        return
+    try:
+        yield start, parse_response(path, start, line)
+    except UserError as error:
+        raise UserError(
+            f"{error}; this last line was cut: complete the file with the command that wrote it, or remove the line"
+        ) from None
 
 
 def parse_response(path: Path, offset: int, line: bytes) -> StoredResponse:
@@ -168,9 +192,25 @@ def _check_header(path: Path, header: dict[str, Any], command: str) -> None:
     old = read_header(path)
     if old is None:
         raise _foreign(path, command)
-    for name in sorted(old.keys() | header.keys()):
-        if old.get(name) != header.get(name):
-            raise UserError(
-                f"--output {path}: was begun with {name} {old.get(name)}, not {header.get(name)}; "
-                "name another output, or ask for the same"
-            )
+    unknown = [name for name in _ADDED_LATER if name in header and name not in old]
+    names = sorted((old.keys() | header.keys()) - set(unknown))
+    if differing := [_difference(name, old, header) for name in names if old.get(name) != header.get(name)]:
+        raise UserError(
+            f"--output {path}: was begun with {', '.join(differing)}; name another output, or ask for the same"
+        )
+    if unknown:
+        sys.stderr.write(f"note: {path}: an older version began it and did not keep {unknown[0]}: not compared\n")
+
+
+def _difference(name: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What the file was begun with, in words. Hashes say nothing to a reader."""
+    if name not in old:
+        return f"no {name}, not {new[name]}"
+    if name not in new:
+        return f"{name} {old[name]}, not without"
+    if isinstance(old[name], dict) and isinstance(new[name], dict):
+        keys = sorted(key for key in old[name].keys() | new[name].keys() if old[name].get(key) != new[name].get(key))
+        return f"other {name} ({', '.join(keys)})"
+    if any(_HASH.fullmatch(str(value)) for value in (old[name], new[name])):
+        return f"another {name}"
+    return f"{name} {old[name]}, not {new[name]}"

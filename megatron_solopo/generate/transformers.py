@@ -11,9 +11,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
+from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
 from megatron_solopo.data.end_tokens import end_tokens
 from megatron_solopo.data.rendering import encode_prompt, template_of
 from megatron_solopo.data.tokenizer import Tokenizer
@@ -26,11 +28,26 @@ _GENERATION_CONFIG: Any = GenerationConfig
 _LOGGING: Any = logging
 
 
+EncodedRequest = tuple[Request, list[int]]
+"""A request and the token ids of its prompt."""
+
+
 class LocalModel(ABC):
     """A model in this process or on this group of ranks, see `generate.model.Model`. Answers one batch at a time."""
 
-    def __init__(self, tokenizer: Tokenizer, end_tokens: Collection[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        tokenizer: Tokenizer,
+        end_tokens: Collection[int],
+        device: torch.device,
+        *,
+        vocab_size: int,
+        max_positions: int | None,
+    ) -> None:
+        """`path` names the model in messages. Prompts must fit its vocabulary and its positions (None: not known)."""
         self.retried: Counter[str] = Counter()
+        self._path, self._vocab_size, self._max_positions = path, vocab_size, max_positions
         self._tokenizer = tokenizer
         self._end_tokens = end_tokens
         self._device = device
@@ -43,21 +60,42 @@ class LocalModel(ABC):
         """
 
     def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep) -> None:
-        """See `Model`. Building a prompt does not count in the seconds."""
+        """See `Model`. Building a prompt does not count in the seconds.
+
+        Raises UserError for a prompt that does not fit the model.
+        """
         for batch in batches:
-            for request, answers, seconds in self.answer_batch(build_all(batch, build)):
+            for request, answers, seconds in self.answer_batch(self.encode(build_all(batch, build))):
                 keep(request, answers, seconds)
 
-    def answer_batch(self, requests: Sequence[Request]) -> list[Answered]:
+    def encode(self, requests: Sequence[Request]) -> list[EncodedRequest]:
+        """Each request with the tokens of its prompt; raises UserError for a prompt that does not fit the model."""
+        encoded = []
+        for each in requests:
+            ids = encode_prompt(each.prompt, self._tokenizer, template_of(each.prompt))
+            self._check(each, ids)
+            encoded.append((each, ids))
+        return encoded
+
+    def _check(self, request: Request, ids: Sequence[int]) -> None:
+        if max(ids) >= self._vocab_size:
+            raise UserError(
+                f"{self._path}: the prompt of {request.question_id} has the token id {max(ids)}, but the model has "
+                f"embeddings for ids up to {self._vocab_size - 1}; use the model's own tokenizer"
+            )
+        needed = len(ids) + request.max_tokens
+        if self._max_positions is not None and needed > self._max_positions:
+            raise UserError(
+                f"{self._path}: the prompt of {request.question_id} and its answer take up to {needed} tokens, but the "
+                f"model has {self._max_positions} positions; ask for shorter answers, or use shorter contexts"
+            )
+
+    def answer_batch(self, encoded: Sequence[EncodedRequest]) -> list[Answered]:
         """Each request with its answers and seconds; the prompts must be equally long."""
-        if not requests:
+        if not encoded:
             return []
-        ids = [
-            encode_prompt(each.prompt, self._tokenizer, template_of(each.prompt))
-            for each in requests
-            for _ in each.indices
-        ]
-        prompts_BT = torch.tensor(ids, device=self._device)
+        requests = [request for request, _ in encoded]
+        prompts_BT = torch.tensor([ids for each, ids in encoded for _ in each.indices], device=self._device)
         start = time.perf_counter()
         rows = self.generate(prompts_BT, requests[0].max_tokens, self._end_tokens).tolist()
         seconds = (time.perf_counter() - start) / len(requests)
@@ -87,18 +125,25 @@ class TransformersModel(LocalModel):
     ) -> None:
         # First, as it says best what is wrong with a directory.
         self._model = load_transformers_model(path, dtype).to(device)
-        super().__init__(tokenizer, end_tokens(path, tokenizer), device)
+        super().__init__(
+            path,
+            tokenizer,
+            end_tokens(path, tokenizer),
+            device,
+            vocab_size=self._model.get_input_embeddings().num_embeddings,
+            max_positions=max_positions(Path(path)),
+        )
         sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0}
         self._sampling = {"do_sample": True, **sampling} if temperature else {"do_sample": False}
         # Penalties or a top_k of the model's own file would change the distribution.
         self._model.generation_config = _GENERATION_CONFIG()
 
-    def answer_batch(self, requests: Sequence[Request]) -> list[Answered]:
+    def answer_batch(self, encoded: Sequence[EncodedRequest]) -> list[Answered]:
         """See `LocalModel`."""
         if self._sampling["do_sample"]:
-            (request,) = requests
+            ((request, _),) = encoded
             torch.manual_seed(request.seed)
-        return super().answer_batch(requests)
+        return super().answer_batch(encoded)
 
     @torch.inference_mode()
     def generate(self, prompts_BT: Tensor, max_tokens: int, end_tokens: Collection[int]) -> Tensor:
@@ -133,7 +178,7 @@ def load_transformers_model(path: Path | str, dtype: str = "auto") -> Any:
     Args:
         dtype: Name of a torch dtype; auto: the one that the weights are stored in.
 
-    Raises UserError for a directory that holds no model, or a damaged or incomplete one.
+    Raises UserError for a directory that holds no model, a damaged or incomplete one, or numbers that are not finite.
     """
     shows_progress = _LOGGING.is_progress_bar_enabled()
     _LOGGING.disable_progress_bar()
@@ -153,7 +198,22 @@ def load_transformers_model(path: Path | str, dtype: str = "auto") -> Any:
             _LOGGING.enable_progress_bar()
     if found["missing_keys"]:
         raise _no_model(path, f"its weights lack {min(found['missing_keys'])}")
+    for name, weight in model.named_parameters():
+        if not all(bool(bound.isfinite()) for bound in weight.aminmax()):
+            raise _no_model(path, f"{name} is not finite (NaN or infinity); the file is damaged: take another copy")
     return model.eval()
+
+
+def max_positions(path: Path) -> int | None:
+    """Positions that a model was made for; None where its config does not say."""
+    try:
+        return read_architecture(path).max_sequence_length
+    except UserError:
+        if is_megatron_checkpoint(path):
+            raise
+    # transformers runs other models than we do.
+    config = AutoConfig.from_pretrained(huggingface_directory(path), local_files_only=True, trust_remote_code=False)
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _no_model(path: Path | str, reason: object) -> UserError:

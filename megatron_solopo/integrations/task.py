@@ -22,14 +22,13 @@ from megatron_solopo.model.head import attach_response_head
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.model.resolve import ResolvedModel, uses_transformer_engine
 from megatron_solopo.objective import metric_names
-from megatron_solopo.parallel.agreement import on_every_rank
 from megatron_solopo.parallel.megatron_internals import pipeline_settings, set_rotary_frequencies
 from megatron_solopo.parallel.topology import Topology, current
 from megatron_solopo.train.callbacks import say
 from megatron_solopo.train.metrics import reduce_sums
 from megatron_solopo.train.reference import cached_reference
 from megatron_solopo.train.run_data import load_run_datasets, training_batches
-from megatron_solopo.train.step import LossFunction, ReferenceLogprobs, forward_microbatch, objective_loss
+from megatron_solopo.train.step import LossFunction, forward_microbatch, objective_loss
 
 
 def prepare_model(model: Any, architecture: Architecture, chunk_tokens: int) -> None:
@@ -126,9 +125,7 @@ class PreferenceTask:
             say(note)
         self.metric_names = metric_names(config.objective)
         """Names of the metrics in a report, in its order. `megatron_solopo.objective` explains them."""
-        references: dict[str, ReferenceLogprobs] = {}
-        if config.objective.needs_reference:
-            references = on_every_rank(lambda: cached_reference(config, self.model, self.datasets))
+        references = cached_reference(config, self.model, self.datasets) if config.objective.needs_reference else {}
         self._losses: dict[str, Callable[[Microbatch], LossFunction]] = {
             name: objective_loss(config.objective, references.get(name), self.topology)
             for name in self.datasets.by_split

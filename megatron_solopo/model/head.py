@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from megatron_solopo.parallel.megatron_internals import OutputOverride, add_base_class
 
@@ -70,7 +68,6 @@ class ResponseHead(OutputOverride):
             tensor_group=tensor_group,
             # Under sequence parallelism the gather's backward sums the gradients already.
             reduce_hidden_gradient=tensor_group.size() > 1 and not self.config.sequence_parallel,
-            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
         )
 
 
@@ -125,12 +122,14 @@ def label_logprobs(
     chunk_tokens: int,
     tensor_group: torch.distributed.ProcessGroup,
     reduce_hidden_gradient: bool,
-    gradient_accumulation_fusion: bool,
 ) -> Tensor:
     """Return the log-probability of each row's label under a vocabulary-parallel output layer, fp32 [N].
 
     Logits exist for at most `chunk_tokens` rows at a time, forward and backward. With more rows than that, each chunk
     is projected again in the backward pass instead of being kept.
+
+    The weight's gradient is summed over the chunks in fp32: in `main_grad`, if Megatron gave the weight one of that
+    precision. A sum in bfloat16 would lose more with every chunk.
 
     Args:
         hidden_NH: the same on every tensor-parallel rank.
@@ -141,24 +140,92 @@ def label_logprobs(
     """
     first_column = tensor_group.rank() * weight_VH.shape[0]
     num_real = max(0, min(vocab_size - first_column, weight_VH.shape[0]))
+    settings = _HeadSettings(num_real, chunk_tokens, tensor_group if reduce_hidden_gradient else None)
+    logprobs_N: Tensor = _LabelLogprobs.apply(hidden_NH, weight_VH, labels_N, settings)  # type: ignore[no-untyped-call]
+    return logprobs_N
 
-    def project(chunk_CH: Tensor, chunk_labels_C: Tensor) -> Tensor:
-        logits_CV = linear_with_grad_accumulation_and_async_allreduce(
-            input=chunk_CH,
-            weight=weight_VH,
-            bias=None,
-            gradient_accumulation_fusion=gradient_accumulation_fusion,
-            allreduce_dgrad=reduce_hidden_gradient,
-            sequence_parallel=False,
-            tp_group=tensor_group,
-        ).float()
-        if num_real < weight_VH.shape[0]:
-            logits_CV[:, num_real:] = -torch.inf
+
+@dataclass(frozen=True)
+class _HeadSettings:
+    num_real: int
+    """Columns of this rank that are no padding."""
+    chunk_tokens: int
+    reduce_group: torch.distributed.ProcessGroup | None
+    """Sum the gradient of the hidden states over this group; None: do not."""
+
+
+class _LabelLogprobs(torch.autograd.Function):
+    """`label_logprobs` as one node of the graph, so that its backward sees the weight's gradients of all chunks."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, settings: _HeadSettings) -> Tensor:
+        ctx.save_for_backward(hidden_NH, labels_N)
+        ctx.weight, ctx.settings = weight_VH, settings
+        logprobs = []
+        for rows in _chunks(len(labels_N), settings.chunk_tokens):
+            ctx.projected = None  # frees a chunk before the next one is projected
+            ctx.projected = _project(hidden_NH[rows], weight_VH, labels_N[rows], settings.num_real)
+            logprobs.append(ctx.projected[1].detach())
+        if len(logprobs) > 1:
+            ctx.projected = None
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        hidden_NH, labels_N = ctx.saved_tensors
+        weight, settings = ctx.weight, ctx.settings
+        hidden_gradient_NH = torch.empty_like(hidden_NH)
+        weight_gradient = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
+        for rows in _chunks(len(labels_N), settings.chunk_tokens):
+            projected = ctx.projected or _project(hidden_NH[rows], weight, labels_N[rows], settings.num_real)
+            (logits_gradient_CV,) = torch.autograd.grad(projected[1], projected[0], gradient_N[rows])
+            logits_gradient_CV = logits_gradient_CV.to(weight.dtype)
+            hidden_gradient_NH[rows] = logits_gradient_CV @ weight
+            if weight_gradient is not None:
+                weight_gradient.add(logits_gradient_CV.t() @ hidden_NH[rows])
+            ctx.projected = projected = None
+            del logits_gradient_CV  # frees the chunk before the next one is projected
+        if settings.reduce_group is not None:
+            torch.distributed.all_reduce(hidden_gradient_NH, group=settings.reduce_group)
+        return hidden_gradient_NH, None if weight_gradient is None else weight_gradient.result(), None, None
+
+
+def _chunks(count: int, size: int) -> list[slice]:
+    """Slices of at most `size` rows, at least one."""
+    return [slice(start, start + size) for start in range(0, max(count, 1), size)]
+
+
+def _project(hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, num_real: int) -> tuple[Tensor, Tensor]:
+    """The logits [C, V / W] as a leaf of a graph of their own, and the log-probabilities [C] that it computes."""
+    logits_CV = (hidden_CH @ weight_VH.t()).float()
+    logits_CV[:, num_real:] = -torch.inf
+    with torch.enable_grad():
+        logits_CV.requires_grad_()
         # Batch axis: the loss is written for [sequence, batch, vocabulary].
-        losses_C1: Tensor = vocab_parallel_cross_entropy(logits_CV.unsqueeze(1), chunk_labels_C.unsqueeze(1))
-        return -losses_C1.squeeze(1)
+        losses_C1: Tensor = vocab_parallel_cross_entropy(logits_CV.unsqueeze(1), labels_C.unsqueeze(1))
+        return logits_CV, -losses_C1.squeeze(1)
 
-    if len(labels_N) <= chunk_tokens:
-        return project(hidden_NH, labels_N)
-    chunks = zip(torch.split(hidden_NH, chunk_tokens), torch.split(labels_N, chunk_tokens), strict=True)
-    return torch.cat([checkpoint(project, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+class _WeightGradient:
+    """The sum of a weight's gradients over chunks, in fp32."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        self.weight = weight
+        main_grad = getattr(weight, "main_grad", None)
+        self.is_in_main_grad = main_grad is not None and main_grad.dtype is torch.float32
+        self.total: Tensor | None = main_grad if self.is_in_main_grad else None
+
+    def add(self, product_VH: Tensor) -> None:
+        if self.total is None:
+            self.total = product_VH.float()
+        else:
+            self.total.add_(product_VH)
+
+    def result(self) -> Tensor:
+        """What autograd gets."""
+        assert self.total is not None, "there is at least one chunk"
+        if not self.is_in_main_grad:
+            return self.total.to(self.weight.dtype)
+        # Megatron's hooks wait for a gradient, and add it only where this is false or the weight is also an embedding.
+        self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return self.weight.new_zeros(()).expand_as(self.weight)

@@ -255,7 +255,7 @@ class PlanAnswer:
             "refused": [vars(each) for each in self.search.refused],
             "dry_run": [check.as_json() for check in self.rank_checks],
         }
-        return json.dumps(found, indent=2)
+        return json.dumps(found, indent=2, allow_nan=False)
 
 
 def _dry_run_text(checks: Sequence[RankCheck]) -> str:
@@ -314,6 +314,11 @@ def make_planner(config: Config, settings: PlanSettings) -> Planner:
             f"{workload.source}: sequences of up to {longest:,} tokens, but the model {config.model.path} has "
             f"{architecture.max_sequence_length:,} positions; shorten them, or extend the model in its config.json "
             "(rope_parameters, max_position_embeddings)"
+        )
+    if (largest := workload.largest_token_id or 0) >= architecture.vocab_size:
+        raise UserError(
+            f"{workload.source}: holds the token id {largest}, but the model {config.model.path} has embeddings for "
+            f"ids up to {architecture.vocab_size - 1}; prepare the data with the model's own tokenizer"
         )
     return planner
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
 from megatron_solopo.architecture.gpus import GPUS, Efficiency, Gpu
 from megatron_solopo.architecture.huggingface_config import ModelShape, read_architecture
@@ -32,6 +32,8 @@ class _Sizes(BaseModel):
 
 
 class _Measurement(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
     system: str
     long_tokens: PositiveInt
     variant: str

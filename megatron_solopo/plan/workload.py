@@ -38,6 +38,8 @@ class Workload:
     """Size of the whole data set. The arrays may be a sample of it."""
     source: str
     """Where the lengths come from, in words."""
+    largest_token_id: int | None = None
+    """Of prepared data; None if it is not known."""
 
     def longest(self, roles: Sequence[Role]) -> int:
         """Tokens of the longest sequence that has one of these roles."""
@@ -93,6 +95,7 @@ def prepared_workload(path: Path) -> Workload:
         responses={answer: lengths[answer] for answer in ("chosen", "rejected")},
         num_triplets=len(data.train),
         source=f"{path} ({len(data.train):,} triplets)",
+        largest_token_id=data.manifest.largest_token_id,
     )
 
 

@@ -21,7 +21,7 @@ EVALUATION_FOLDER = "evaluation"
 class ResultsPart(BaseModel):
     """A part of a file of results."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class MeanWithInterval(ResultsPart):

@@ -65,22 +65,19 @@ def reference_logprobs(
         computed = _compute(config, model, datasets, topology, separate_roles, before_batch)
         on_rank_0(lambda: _write(cache, expected, datasets, computed))
         return computed
-    return on_every_rank(lambda: cached_reference(config, model, datasets))
+    return cached_reference(config, model, datasets)
 
 
 def cached_reference(config: Config, model: ResolvedModel, datasets: RunDatasets) -> dict[str, ReferenceLogprobs]:
-    """Reference log-probabilities by split, only from the cache.
+    """Reference log-probabilities by split, only from the cache. All ranks together.
 
     Raises UserError if there is no cache. If it was made for other data, weights or precision, the error names them.
     """
     cache, expected = config.reference_cache, reference_dependencies(config, model, datasets)
-    if not (cache / _MANIFEST).is_file():
-        raise UserError(
-            f"{cache}: no cached reference log-probs; write them with `megatron-solopo reference`, "
-            "or set reference.cache to the directory that holds them"
-        )
     on_rank_0(lambda: _check(cache, expected, datasets.manifest.fingerprint_parts))
-    return {name: _read(cache, name, dataset, expected["roles"]) for name, dataset in datasets.by_split.items()}
+    return on_every_rank(
+        lambda: {name: _read(cache, name, dataset, expected["roles"]) for name, dataset in datasets.by_split.items()}
+    )
 
 
 def _check_cache_directory(cache: Path) -> None:
@@ -107,6 +104,11 @@ def _check(cache: Path, expected: dict[str, Any], data: dict[str, Any]) -> None:
     Args:
         data: what the tokens are made from. It only explains why they differ.
     """
+    if not (cache / _MANIFEST).is_file():
+        raise UserError(
+            f"{cache}: no cached reference log-probs; write them with `megatron-solopo reference`, "
+            "or set reference.cache to the directory that holds them"
+        )
     found = _read_manifest(cache)
     remedy = "run `megatron-solopo reference --overwrite` with this config, or set reference.cache to another directory"
     if "tokens" not in found:

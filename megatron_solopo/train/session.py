@@ -5,9 +5,13 @@ All ranks enter the same phases in the same order.
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch.distributed as dist
+from tqdm import tqdm
 
 from megatron_solopo import exits
 from megatron_solopo.checkpoint.load import check_weights
@@ -16,7 +20,6 @@ from megatron_solopo.files import check_writable
 from megatron_solopo.model.resolve import ResolvedModel, check_precision, resolve_model
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.train.callbacks import say
 from megatron_solopo.train.policy import check_offload
 from megatron_solopo.train.preflight import check_same_start, start_facts
 from megatron_solopo.train.run_data import RunDatasets, load_run_datasets
@@ -101,6 +104,6 @@ def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, RunDatasets
     check_not_by_hand(config.run_dir / "config.yaml")
     facts = start_facts(config, datasets)
     topology = process_groups.initialize(config.parallel, config.seed, lambda: check_same_start(facts))
-    for note in datasets.notes:
-        say(note)
+    for note in datasets.notes if dist.get_rank() == 0 else ():
+        tqdm.write(note, file=sys.stderr)  # stdout may be a file of results
     return model, topology, datasets

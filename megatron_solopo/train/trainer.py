@@ -36,7 +36,7 @@ from megatron_solopo.train.metrics import (
     reset_peak_memory,
     training_flops,
 )
-from megatron_solopo.train.policy import Policy, StepResult, build_policy, check_schedule, describe_decay
+from megatron_solopo.train.policy import Policy, StepResult, build_policy, check_schedule, describe_decay, load_frozen
 from megatron_solopo.train.preflight import Finding, Trial, check_surroundings, tries_largest_pack, try_largest_pack
 from megatron_solopo.train.reference import reference_logprobs
 from megatron_solopo.train.run_data import single_pass, training_batches
@@ -67,9 +67,18 @@ def preflight(config: Config) -> list[Finding]:
     with open_session(config) as session:
         findings = _check_surroundings(session)
         loader = training_batches(config, session.datasets.by_split["train"], session.topology)
+        _load_reference(session)
         policy = build_policy(config, session.model, session.topology, session.max_steps)
         checked = ("data and models", session.datasets.checked)
         return [checked, *findings, ("largest pack", str(_try_largest_pack(session, policy, loader)))]
+
+
+def _load_reference(session: Session) -> None:
+    """Load the reference model, if it is another one than the policy, and drop it: its weights are checked so."""
+    config = session.config
+    path = config.reference.model_path or config.model.path
+    if config.objective.needs_reference and path != config.model.path:
+        load_frozen(session.model.at(path), session.topology, chunk_tokens=config.logprob.chunk_tokens)
 
 
 def precompute_reference(config: Config, *, overwrite: bool) -> Path:

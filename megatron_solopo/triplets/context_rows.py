@@ -17,7 +17,7 @@ _Row = TypeVar("_Row", bound=BaseModel)
 class ContextRow(BaseModel):
     """A short and a long context of one question, without responses."""
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
     id: str
     question_id: str
@@ -67,4 +67,4 @@ def read_by_question(path: Path) -> Iterator[list[ContextRow]]:
 
 def to_line(row: dict[str, Any]) -> str:
     """A row as a line of a file."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"

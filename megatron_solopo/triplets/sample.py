@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_solopo.checksums import directory_fingerprint
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file
 from megatron_solopo.generate.journal import Journal, StoredResponse, read_offsets
@@ -92,6 +93,8 @@ def _header(settings: SampleSettings, max_tokens: int) -> dict[str, Any]:
     """Everything that decides a response; neither how many there are nor which server gives them."""
     names = ("model", "temperature", "top_p", "seed")
     header = {name: getattr(settings, name) for name in names}
+    if settings.server is None and Path(settings.model).is_dir():
+        header["weights"] = directory_fingerprint(Path(settings.model))
     return header | {"max_tokens": max_tokens, "contexts": sha256_file(settings.contexts)}
 
 

@@ -78,6 +78,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
         ["quantization_config with quant_method='gptq'", "supported: none"],
     ),
+    ("llama2", {"compression_config": {"quant_method": "compressed-tensors"}}, ["quant_method='compressed-tensors'"]),
     ("llama2", {"hidden_size": "wide"}, ["hidden_size", "wide"]),
     ("llama2", {"rms_norm_eps": None}, ["rms_norm_eps"]),
     ("mistral", {"num_key_value_heads": None}, ["num_key_value_heads"]),
@@ -94,10 +95,15 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
 
 
 def write(folder: Path, family: str, changes: dict[str, Any]) -> Path:
-    """A config.json of `family` with some fields changed."""
+    """A config.json of `family` with some fields changed. An old name of a field replaces the new one."""
     FAMILIES[family].save_pretrained(folder)
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    fields = json.loads(file.read_text())
+    if "rope_parameters" not in changes and changes.keys() & {"rope_theta", "rope_scaling"}:
+        del fields["rope_parameters"]
+    if "torch_dtype" in changes:
+        fields.pop("dtype", None)
+    file.write_text(json.dumps(fields | changes))
     return folder
 
 

@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_solopo import checksums
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.checkpoint.huggingface_weights import INDEX, SafetensorsDirectory, SafetensorsWriter, bitwise_equal
 from megatron_solopo.checkpoint.load import load_weights
+from megatron_solopo.checkpoint.model_files import read_model_files
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import build_model
@@ -189,16 +191,16 @@ def test_the_fingerprint_is_the_models_wherever_it_lies(source: Path, folder: Pa
     assert weights_fingerprint(folder) == weights_fingerprint(source)
 
 
-def change_middle(path: Path, name: str) -> None:
-    """One number more in the middle of a tensor, where large ones are sampled."""
-    change(path, lambda tensors: tensors[name].view(-1)[tensors[name].numel() // 2].add_(1e-3))
+def change_last(path: Path, name: str) -> None:
+    """Another last number of a tensor."""
+    change(path, lambda tensors: tensors[name].view(-1)[-1].add_(1e-3))
 
 
 def test_the_fingerprint_changes_with_any_tensor(source: Path, folder: Path) -> None:
     names = sorted(load_file(folder / WEIGHTS))
     prints = {weights_fingerprint(source)}
     for name in names:
-        change_middle(folder / WEIGHTS, name)
+        change_last(folder / WEIGHTS, name)
         prints.add(weights_fingerprint(folder))
     assert len(prints) == len(names) + 1
 
@@ -222,9 +224,16 @@ def test_the_fingerprint_covers_every_shard(folder: Path) -> None:
     files = sorted(set(shard(folder).values()))
     prints.add(weights_fingerprint(folder))
     for file in files:
-        change_middle(folder / file, next(iter(load_file(folder / file))))
+        change_last(folder / file, next(iter(load_file(folder / file))))
         prints.add(weights_fingerprint(folder))
     assert len(prints) == len(files) + 2
+
+
+def test_the_file_of_checksums_is_no_file_of_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksums, "_SETTLED_NS", 0)
+    before, files = weights_fingerprint(folder), read_model_files(folder)
+    assert (folder / checksums.CHECKSUMS_FILE).is_file()
+    assert weights_fingerprint(folder) == before and read_model_files(folder) == files
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

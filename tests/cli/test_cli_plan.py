@@ -15,6 +15,7 @@ from megatron_solopo.cli import main as cli
 from megatron_solopo.config import load_config
 from tests.plan.models import PLANS, ROOT, TOKENS
 from tests.prepared import make_prepared
+from tests.tiny_models import make_model
 
 SEVENTY = ["--config", str(PLANS / "llama-3.1-70b.yaml"), "--tokens", TOKENS]
 
@@ -113,6 +114,17 @@ def test_lengths_beyond_the_models_positions_are_refused_as_in_training(capsys: 
     error = refusal(capsys, *config, "--gpus", "8", "--gpu", "h200")
     assert "sequences of up to 131,073 tokens" in error and "has 131,072 positions" in error
     assert plan(*config, "--gpus", "8", "--gpu", "h200", "objective.name=short_po").exit_code == 0
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_as_in_training(capsys: Any, tmp_path: Path) -> None:
+    prepared = make_prepared(tmp_path / "prepared", rows=8, eval_count=0, seed=0)
+    model = make_model(tmp_path / "model", "qwen2")
+    paths = [f"data.path={prepared}", f"model.path={model}", "training.global_batch_size=8"]
+    config = ["--config", str(PLANS / "llama-3.1-8b.yaml"), "--gpus", "1", "--gpu", "h100", *paths]
+    assert plan(*config).exit_code == 0
+    fields = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(fields | {"vocab_size": 100}))
+    assert "has embeddings for ids up to 99" in refusal(capsys, *config)
 
 
 def test_lengths_must_come_from_somewhere(capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -53,6 +54,21 @@ def on_two_ranks() -> dict:
         found["unfit"] = evaluate_unfit(Path(shared[0]) / "unfit", Path(shared[0]) / "model")
         dist.barrier()
     return found
+
+
+@pytest.mark.parametrize("backend", ["megatron", "transformers"])
+def test_a_tokenizer_that_is_not_the_models_is_refused(models, tmp_path: Path, backend: str) -> None:
+    other = shutil.copytree(models[1], tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    settings = LongContextSettings(
+        model=str(models[1]), tokenizer=str(other), backend=backend, output=tmp_path / "r.json", **ASKED
+    )
+    with pytest.raises(UserError, match=rf"--tokenizer {other}: its tokens are not those of the model"):
+        evaluate_long_context(settings)
 
 
 def questions(folder: Path) -> Path:

@@ -30,6 +30,29 @@ def test_every_cut_of_the_file_continues_to_the_same_responses(tmp_path) -> None
         assert path.read_bytes() == content and [each for _, each in read_offsets(path)] == responses
 
 
+def test_a_last_response_without_a_line_break_is_read(tmp_path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", [response(1, 0, "a"), response(1, 1, "b")])
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    assert [found.text for _, found in read_offsets(path)] == ["a", "b"]
+
+
+def test_a_cut_last_response_is_refused_by_those_who_only_read(tmp_path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", [response(1, 0, "a"), response(1, 1, "b")])
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"r\.jsonl:2: .*this last line was cut: .* or remove the line"):
+        list(read_offsets(path))
+
+
+def test_a_journal_of_another_model_at_the_same_place_is_refused(tmp_path, capsys) -> None:
+    path, header = tmp_path / "r.jsonl", {"model": "m", "files": {"a": "1", "b": "1"}}
+    Journal(path, header | {"weights": "0" * 64}).__exit__(None, None, None)
+    with pytest.raises(UserError, match=r"was begun with other files \(b\), another weights; name another output"):
+        Journal(path, {"model": "m", "files": {"a": "1", "b": "2"}, "weights": "1" * 64})
+    Journal(tmp_path / "old.jsonl", header).__exit__(None, None, None)
+    Journal(tmp_path / "old.jsonl", header | {"weights": "0" * 64}).__exit__(None, None, None)
+    assert "an older version began it and did not keep weights" in capsys.readouterr().err
+
+
 def test_offsets_lead_to_their_lines(tmp_path) -> None:
     path = write_lines(tmp_path / "r.jsonl", [response(1, 0, "a\u00e9"), response(1, 1, "b")])
     assert read_header(path) is None
@@ -47,7 +70,7 @@ def test_offsets_lead_to_their_lines(tmp_path) -> None:
         ("[" * 100_000 + "\n", "is not the output of data sample"),
         ('{"journal": {"model": "m", "seed": 0}}\n{"index": 1}\n', r"r\.jsonl:2: question_id is required"),
         ('{"journal": {"model": "m", "seed": 0}}\n{"ind\n{"index": 1}\n', r"r\.jsonl:2: the whole line"),
-        ('{"journal": {"model": "m"}}\n', "was begun with seed None, not 0"),
+        ('{"journal": {"model": "m"}}\n', "was begun with no seed, not 0"),
     ],
     ids=range(8),
 )

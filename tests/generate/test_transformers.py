@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.generate.transformers import load_transformers_model
+from megatron_solopo.generate.model import Request
+from megatron_solopo.generate.transformers import TransformersModel, load_transformers_model
+from tests.prepared import make_tokenizer
 from tests.tiny_models import make_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -74,6 +77,36 @@ def test_any_other_fault_keeps_its_type(model: Path, fault: Exception, monkeypat
     with pytest.raises(type(fault)) as error:
         load_transformers_model(model)
     assert error.value is fault and not isinstance(error.value, UserError)
+
+
+def test_weights_that_are_not_finite_are_named(model: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    tensors = load_file(broken / WEIGHTS)
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = torch.inf
+    save_file(tensors, broken / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"broken: .*model\.layers\.1\.mlp\.up_proj\.weight is not finite"):
+        load_transformers_model(broken)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "words"),
+    [
+        ("w3 w130 w140", 4, "the prompt of q has the token id 131, but the model has embeddings for ids up to 130"),
+        ("w3 " * 500, 13, "the prompt of q and its answer take up to 513 tokens, but the model has 512 positions"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_is_refused(
+    model: Path, tmp_path: Path, prompt: str, max_tokens: int, words: str
+) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    file = tokenizer / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["w140"] = 131  # one past the model's embedding
+    file.write_text(json.dumps(content))
+    loaded = TransformersModel(model, load_tokenizer(tokenizer), torch.device("cpu"))
+    assert loaded.encode([Request("q", "w3 w130", (0,), 4)])[0][1] == [3, 130]
+    with pytest.raises(UserError, match=words):
+        loaded.encode([Request("q", prompt, (0,), max_tokens)])
 
 
 def test_weights_have_the_dtype_that_is_asked_for(model: Path) -> None:

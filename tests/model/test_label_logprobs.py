@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_solopo.architecture.layout import padded_vocab_size
-from megatron_solopo.model import head
 from megatron_solopo.model.head import label_logprobs
 from megatron_solopo.parallel.topology import Topology
 from tests.ranks import layout, two_ranks
@@ -54,7 +53,6 @@ def measure(
         chunk_tokens=chunk_tokens,
         tensor_group=group,
         reduce_hidden_gradient=reduce_hidden_gradient,
-        gradient_accumulation_fusion=False,
     )
     (value * gradient).sum().backward()
     return {"value": value.detach(), "hidden": hidden.grad, "weight": weight.grad}
@@ -98,7 +96,6 @@ def test_labels_of_probability_one_keep_their_gradient_finite(one_rank: Topology
             torch.tensor([label]),
             **options,
             reduce_hidden_gradient=False,
-            gradient_accumulation_fusion=False,
         )
         value.sum().backward()
         assert value.item() == expected and bool(hidden.grad.isfinite().all())
@@ -139,21 +136,60 @@ class LiveLogits(TorchDispatchMode):
         return result
 
 
-def test_projections_never_exceed_the_chunk(one_rank: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
-    projected: list[int] = []
-    linear = head.linear_with_grad_accumulation_and_async_allreduce
+class Projections(TorchDispatchMode):
+    """Rows of every matrix product whose result is as wide as the vocabulary."""
 
-    def recorded(**arguments: Any) -> Tensor:
-        projected.append(len(arguments["input"]))
-        return linear(**arguments)
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.rows: list[int] = []
 
-    monkeypatch.setattr(head, "linear_with_grad_accumulation_and_async_allreduce", recorded)
-    measure(131, one_rank, chunk_tokens=4, rows=10)
-    assert projected[:3] == [4, 4, 2], "forward"
-    assert sorted(projected[3:]) == [2, 4, 4], "again in the backward pass, once each"
-    projected.clear()
-    measure(131, one_rank, chunk_tokens=10, rows=10)
-    assert projected == [10], "what fits one chunk is kept"
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.mm.default and result.shape[-1] == self.width:
+            self.rows.append(len(result))
+        return result
+
+
+def test_projections_never_exceed_the_chunk(one_rank: Topology) -> None:
+    with Projections(width=256) as projected:
+        measure(131, one_rank, chunk_tokens=4, rows=10)
+    assert projected.rows == [4, 4, 2] * 2, "once in the forward pass, again in the backward pass"
+    with Projections(width=256) as projected:
+        measure(131, one_rank, chunk_tokens=10, rows=10)
+    assert projected.rows == [10], "what fits one chunk is kept"
+
+
+@pytest.mark.parametrize("has_main_grad", [False, True])
+def test_in_bfloat16_the_weights_gradient_does_not_depend_on_the_chunk(one_rank: Topology, has_main_grad: bool) -> None:
+    """1,024 rows in 1, 8 or 32 chunks: more chunks add no error, because their sum is in fp32."""
+    hidden, weight, labels, gradient = inputs(131, rows=1024)
+    exact = weight.double().requires_grad_()
+    rounded = hidden.bfloat16().double()
+    logprobs = (rounded @ exact[:131].bfloat16().double().T).log_softmax(dim=-1)
+    (logprobs.gather(1, labels[:, None]).squeeze(1) * gradient).sum().backward()
+    errors = {}
+    for chunk_tokens in (1024, 128, 32):
+        parameter = torch.nn.Parameter(weight.bfloat16())
+        if has_main_grad:
+            parameter.main_grad, parameter.grad_added_to_main_grad = torch.ones(weight.shape), False
+        value = label_logprobs(
+            hidden.bfloat16().requires_grad_(),
+            parameter,
+            labels,
+            vocab_size=131,
+            chunk_tokens=chunk_tokens,
+            tensor_group=one_rank.tensor_group,
+            reduce_hidden_gradient=False,
+        )
+        (value * gradient).sum().backward()
+        if has_main_grad:
+            assert parameter.grad_added_to_main_grad and parameter.grad.count_nonzero() == 0
+            found = parameter.main_grad - 1
+        else:
+            found = parameter.grad
+        errors[chunk_tokens] = float((found.double() - exact.grad).norm() / exact.grad.norm())
+    assert max(errors.values()) < min(0.006, 1.1 * errors[1024]), errors
 
 
 def test_live_logits_depend_on_the_chunk_alone(one_rank: Topology) -> None:
@@ -163,7 +199,7 @@ def test_live_logits_depend_on_the_chunk_alone(one_rank: Topology) -> None:
         return logits.peak
 
     assert 4 <= peak(13, 4) == peak(40, 4)
-    assert peak(40, 40) == 10 * peak(40, 4)
+    assert peak(13, 4) == 4 and peak(40, 40) == 40
 
 
 def on_two_ranks() -> dict[Any, dict[str, Tensor]]:

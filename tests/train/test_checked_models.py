@@ -145,8 +145,13 @@ def test_a_missing_reference_model_is_named_by_its_own_key(folder: Path) -> None
 
 @pytest.mark.parametrize("command", ["train", "reference", "preflight", "evaluate preference"])
 def test_weights_that_are_not_finite_are_refused_with_tensor_and_file(folder: Path, command: str) -> None:
-    path = {"model": {"path": folder / "nan"}} if command == "preflight" else {}
-    message = refusal(command, config(folder, "nan", **path))
+    message = refusal(command, config(folder, "nan"))
+    assert message.startswith(f"{folder / 'nan' / 'model.safetensors'}: {QUERY} is not finite")
+
+
+@pytest.mark.parametrize("command", ["train", "preflight", "evaluate preference"])
+def test_weights_of_the_policy_are_checked_alike(folder: Path, command: str) -> None:
+    message = refusal(command, config(folder, "fits", model={"path": folder / "nan"}, run_dir=folder / "policy"))
     assert message.startswith(f"{folder / 'nan' / 'model.safetensors'}: {QUERY} is not finite")
 
 
