@@ -16,7 +16,7 @@ class PrepareSettings(CommandSettings):
     """What a user asks of `data prepare`. The same settings always give the same output."""
 
     input: Path
-    """Triplet or pair file, JSONL or parquet."""
+    """Triplet or pair file: JSON lines, a JSON array or parquet, also compressed with gzip, bzip2 or xz."""
     output: Path
     """Directory to write. It is `data.path` in a run's config."""
     tokenizer: str

@@ -96,10 +96,3 @@ def check_tools(value: Any) -> list[dict[str, Any]] | None:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise UserError("expected a list of objects, the JSON schemas of the functions")
     return value
-
-
-def without_nulls(value: Any) -> Any:
-    """A JSON value without the keys of objects that are null. Parquet writes null for every key that a row lacks."""
-    if isinstance(value, dict):
-        return {key: without_nulls(each) for key, each in value.items() if each is not None}
-    return [without_nulls(each) for each in value] if isinstance(value, list) else value

@@ -17,7 +17,7 @@ from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.statistics import bucket_bound
 from megatron_solopo.generate.scoring import Score
-from megatron_solopo.triplets.context_rows import parse_context, read_contexts
+from megatron_solopo.triplets.context_rows import ContextFile
 from megatron_solopo.triplets.prompt import Measure
 
 QA_METRICS: tuple[Score, ...] = ("sub_em", "exact_match", "token_f1", "string_match_part")
@@ -121,7 +121,7 @@ class QuestionFile:
     no depth.
 
     Args:
-        path: JSONL of `QuestionRow`.
+        path: Rows of `QuestionRow`.
         sides: Which prompts to ask.
         tokenizer: The model's.
         buckets: Upper bounds of the buckets of prompt lengths. Longer prompts get buckets that end at powers of two.
@@ -144,6 +144,7 @@ class QuestionFile:
         limit: int | None = None,
     ) -> None:
         self._path = path
+        self._file = ContextFile(path)
         self._tokenizer = tokenizer
         self._buckets = sorted(buckets)
         self._depths = depths
@@ -157,16 +158,14 @@ class QuestionFile:
 
     def build(self, spec: SampleSpec) -> Sample:
         """Read the row again, as prompts are not held."""
-        with self._path.open("rb") as stream:
-            stream.seek(spec.key)
-            row = parse_context(stream.readline(), str(self._path), QuestionRow)
+        row = self._file.row_at(spec.key, QuestionRow)
         prompt = row.prompt("short" if spec.task.endswith(".short") else "long")
         assert prompt is not None
         return Sample(spec, prompt, tuple(row.answers))
 
     def _side_specs(self, side: Side, limit: int | None) -> Iterator[SampleSpec]:
         asked: set[str] = set()
-        for number, offset, row in read_contexts(self._path, QuestionRow):
+        for number, offset, row in self._file.rows(QuestionRow):
             if limit is not None and len(asked) >= limit:
                 return
             prompt = row.prompt(side)

@@ -10,6 +10,7 @@ from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_solopo.data.rendering import render_prompt, render_response
+from megatron_solopo.data.row_files import read_text_file
 from megatron_solopo.data.rows import Content
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.tokenizer import Tokenizer, raised_in_template
@@ -87,12 +88,7 @@ def read_template(path: Path | None) -> str:
     """The user's template, or the default one. Raises UserError if the file cannot be read."""
     if path is None:
         return DEFAULT_TEMPLATE
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--prompt-template {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--prompt-template {path}: is not UTF-8 text") from None
+    return read_text_file(path, "--prompt-template")
 
 
 class Measure:

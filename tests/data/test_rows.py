@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_solopo.data.rows import RowError, read_rows, validate_file
+from megatron_solopo.errors import UserError
 
 
 def user(content):
@@ -164,25 +165,25 @@ def test_every_error_is_listed(tmp_path):
     assert (as_json["rows"], as_json["kind"]) == (4, "triplet")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("data.csv", b"a,b", "unknown file ending '.csv'; legal: .jsonl, .parquet"),
-        ("absent.jsonl", None, "no such file"),
-        ("data.jsonl", b"\n\n", "has no rows"),
-        ("data.parquet", b"not parquet", "cannot be read as parquet: "),
-    ],
-)
-def test_errors_of_the_file_itself(tmp_path, name, content, reason):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    report = validate_file(tmp_path / name)
-    assert [(error.line, error.field) for error in report.errors] == [(0, "")]
-    assert report.errors[0].reason.startswith(reason)
-    assert report.rows == 0 and report.kind is None
-    first, last = str(report).splitlines()
-    assert first.startswith(f"{tmp_path / name}: {reason}")
-    assert last == f"{tmp_path / name}: 1 error, no rows were read"
+def test_one_mistake_in_every_row_is_one_line_with_the_first_places(tmp_path):
+    rows = [triplet(f"r{number}", chosen="") for number in range(30)]
+    lines = str(validate_file(write_jsonl(tmp_path / "data.jsonl", rows))).splitlines()
+    assert lines == [
+        f"{tmp_path}/data.jsonl: 30 rows (lines 1, 2, 3, 4, 5, ...): chosen: is empty",
+        f"{tmp_path}/data.jsonl: 30 errors, 30 of 30 rows are bad",
+    ]
+
+
+def test_rows_of_something_else_are_one_mistake(tmp_path):
+    errors = errors_of(tmp_path, [{"id": "q", "question": "?", "answer": "!"}])
+    assert [(error.line, error.field) for error in errors] == [(1, "")]
+    assert errors[0].reason.startswith("is no preference row: it has id, question, answer; expected prompt_short")
+
+
+def test_a_file_without_rows_is_refused(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b"\n\n")
+    with pytest.raises(UserError, match=r"data\.jsonl: has no rows"):
+        validate_file(tmp_path / "data.jsonl")
 
 
 def test_parquet_messages(tmp_path):
@@ -217,9 +218,8 @@ def test_parquet_cut_in_the_middle_is_reported(tmp_path):
     start = min(group.column(i).data_page_offset for i in range(group.num_columns))
     content[start : start + 64] = b"\xff" * 64
     path.write_bytes(content)
-    report = validate_file(path)
-    assert [error.line for error in report.errors] == [0]
-    assert report.errors[0].reason.startswith(f"cannot be read as parquet after row {report.rows}: ")
+    with pytest.raises(UserError, match=r"data\.parquet: cannot be read as parquet after row 192: "):
+        validate_file(path)
 
 
 def test_validation_streams(tmp_path):

@@ -72,7 +72,7 @@ def test_a_question_is_asked_once_in_its_short_context(tokenizers, tmp_path) -> 
         ([row(1, answers=["x", " "])], r"rows\.jsonl:1: answers\.1: is blank, and"),
         ([row(1, prompt_long=None)], r"rows\.jsonl:1: prompt_long: is missing; see --side"),
         ([row(1), row(1)], r"rows\.jsonl:2: id: '1' is already the id of an earlier row"),
-        ([], r"rows\.jsonl: holds no row"),
+        ([], r"rows\.jsonl: is an empty file; expected JSON lines"),
     ],
 )
 def test_other_files_are_refused(tokenizers, tmp_path, rows, message) -> None:
