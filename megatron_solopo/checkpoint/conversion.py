@@ -28,6 +28,7 @@ from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirector
 from megatron_solopo.checkpoint.megatron_writer import write_megatron
 from megatron_solopo.checkpoint.model_files import MODEL_FILES_MANIFEST, read_model_files, source_dtypes, write_files
 from megatron_solopo.checkpoint.verify import Verification, VerificationReport, to_dtype, verify
+from megatron_solopo.data.tokenizer_contradictions import check_tokenizer_files
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_writable, described_bytes
 from megatron_solopo.progress import bar_style
@@ -48,6 +49,7 @@ def import_model(source: Path, output: Path, *, verification: Verification) -> V
     architecture = read_architecture(source)
     weights = SafetensorsDirectory(source)
     weights.check(architecture)
+    check_tokenizer_files(source)
     dtypes = {name: DTYPES[weights.entries[name].dtype] for name in all_huggingface_shapes(architecture)}
     files = read_model_files(source)
     total = _total_bytes(architecture, dtypes)

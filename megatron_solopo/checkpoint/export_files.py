@@ -4,7 +4,8 @@ config.json        names no code (a checkpoint carries none; weights were traine
                    path of another machine. It states class, precision and ties of the weights, and its rotation twice:
                    `rope_parameters` for transformers 5, `rope_theta` and `rope_scaling` for transformers 4 and older
                    servers. Without those they take theta 10,000, and say nothing.
-other *.json       name no code and no file that is not there.
+tokenizer_config.json, processor_config.json and so on name no code and no file that is not there.
+                   transformers 4 knows the names of the tokenizer's class and of its special tokens.
 """
 
 import json
@@ -45,6 +46,8 @@ def export_files(
             settled |= _facts(architecture, dtypes)
             if stated and str(stated).removeprefix("torch.") != settled["dtype"]:
                 notes.append(f"{name}: dtype is {settled['dtype']}, as the tensors are (it said {stated})")
+        if name == "tokenizer_config.json":
+            settled = _for_transformers_4(settled)
         if settled != fields:
             exported[name] = (json.dumps(settled, indent=2, ensure_ascii=False) + "\n").encode()
     return exported, sorted(notes)
@@ -87,6 +90,15 @@ def _files_named(key: str, value: Any) -> Iterator[str]:
     elif key == "auto_map" and isinstance(value, dict):
         classes = [each for one in value.values() for each in (one if isinstance(one, list) else [one]) if each]
         yield from sorted({f"{each.split('.')[0]}.py" for each in classes if "--" not in each})
+
+
+def _for_transformers_4(fields: dict[str, Any]) -> dict[str, Any]:
+    """Replace names that only transformers 5 knows by those that both versions know. Their meaning is the same."""
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields.setdefault("additional_special_tokens", fields.pop("extra_special_tokens"))
+    return fields
 
 
 def _facts(architecture: Architecture, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:

@@ -225,8 +225,8 @@ def _check_responses_belong(settings: SelectSettings) -> None:
     header = read_header(settings.responses)
     if header and header.get("contexts") != sha256_file(settings.contexts):
         raise UserError(
-            f"--responses {settings.responses}: were sampled from other contexts than {settings.contexts}, "
-            "whose hash differs"
+            f"--responses {settings.responses}: were sampled from other contexts than {settings.contexts}, which has "
+            "another hash; pass the file that they were sampled from, or sample again"
         )
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.architecture.model_directory import has_tokenizer
 from megatron_solopo.checkpoint.conversion import export_model, import_model, verify_models
+from megatron_solopo.data.tokenizer import load_tokenizer
 from tests.conversions import WEIGHTS, change, change_config
 from tests.prepared import make_tokenizer
 from tests.scoring import expected
@@ -153,3 +156,40 @@ def test_paths_of_another_machine_are_left_out(tmp_path: Path) -> None:
     assert not any(b"someone" in each.read_bytes() for each in exported.iterdir())
     tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=True, local_files_only=True)
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(source).get_vocab()
+
+
+def test_transformers_4_knows_the_names_in_the_tokenizers_settings(tmp_path: Path) -> None:
+    """transformers 4.57 refuses the class TokenizersBackend, and a list of extra_special_tokens."""
+    source = make_tokenizer(make_model(tmp_path / "hf", "llama2"))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w7"]})
+    tokenizer.save_pretrained(source)
+    before = json.loads((source / "tokenizer_config.json").read_text())
+    assert before["tokenizer_class"] == "TokenizersBackend" and before["extra_special_tokens"] == ["w7"]
+    exported, notes = round_trip(source, tmp_path)
+    after = json.loads((exported / "tokenizer_config.json").read_text())
+    assert after["tokenizer_class"] == "PreTrainedTokenizerFast" and after["additional_special_tokens"] == ["w7"]
+    assert "extra_special_tokens" not in after and not notes
+    one, other = load_tokenizer(exported), load_tokenizer(source)
+    assert one.fingerprint == other.fingerprint
+    assert AutoTokenizer.from_pretrained(exported).all_special_tokens == tokenizer.all_special_tokens
+
+
+@pytest.mark.parametrize("form", [("vocab.json", "merges.txt"), ("tokenizer.json",)])
+def test_every_form_of_a_tokenizer_travels(form: tuple[str, ...], tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf", "llama2")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({piece: number for number, piece in enumerate([*letters, "ab"])}, [("a", "b")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    if "vocab.json" in form:
+        tokenizer.model.save(str(source))
+    else:
+        tokenizer.save(str(source / "tokenizer.json"))
+    name = "Qwen2Tokenizer" if "vocab.json" in form else "PreTrainedTokenizerFast"
+    settings = {"tokenizer_class": name, "eos_token": "!", "unk_token": "!", "pad_token": "!"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    exported, _ = round_trip(source, tmp_path)
+    assert all((exported / name).read_bytes() == (source / name).read_bytes() for name in form)
+    for path in (tmp_path / "megatron", exported):
+        assert has_tokenizer(path) and load_tokenizer(path).fingerprint == load_tokenizer(source).fingerprint
+    assert load_tokenizer(exported).encode("ab", add_special_tokens=False) == [256]
