@@ -10,6 +10,7 @@ by their reason, and know no time limit on a whole request.
 """
 
 import asyncio
+import json
 import os
 import random
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ class OpenAIServer:
         self._asked = {"model": model, "temperature": temperature, "top_p": top_p}
         self._limit = "max_tokens"
         self._prompt_check = PromptCheck(settings.server, own_tokenizer)
-        key = _api_key(settings.api_key_env)
+        self._key = key = _api_key(settings.api_key_env)
         self._headers = _headers(key)
         # The time limit is on the whole request, below: a server that trickles is as slow as one that hangs.
         self._client = openai.AsyncOpenAI(base_url=settings.server, api_key=key or _NO_KEY, max_retries=0, timeout=None)
@@ -124,10 +125,11 @@ class OpenAIServer:
         except openai.APIConnectionError as error:
             raise TryAgain(type(error.__cause__ or error).__name__) from None
         except openai.APIStatusError as error:
-            if limit == "max_tokens" and _wants_other_limit(error):
+            if limit == "max_tokens" and not isinstance(request.prompt, str) and _wants_other_limit(error):
                 self._limit = "max_completion_tokens"
                 return await self._ask_once(request)
-            raise failure(error.status_code, error.body or error.response.text, _retry_after(error)) from None
+            told = self._without_key(json.dumps(error.body or error.response.text))
+            raise failure(error.status_code, json.loads(told), _retry_after(error)) from None
         completion = read_completion(content, len(request.indices))
         if completion.model not in (None, self._asked["model"]):
             self.traffic.other_models[str(completion.model)] += 1
@@ -152,6 +154,10 @@ class OpenAIServer:
             body["messages"] = request.prompt
         content: bytes = (await create(**body)).content
         return content
+
+    def _without_key(self, text: str) -> str:
+        """Some servers repeat a wrong key in their reply, which is shown and recorded."""
+        return text if self._key is None else text.replace(self._key, "***")
 
     def _refuse_cut(self, completion: Completion, request: Request) -> None:
         """Raise UserError for a prompt or an answer that the server cut."""
@@ -195,8 +201,9 @@ def _api_key(variable: str | None) -> str | None:
 
 
 def _wants_other_limit(error: openai.APIStatusError) -> bool:
-    """Whether the server knows the limit on tokens by its newer name only."""
-    return error.status_code == 400 and "max_completion_tokens" in error.message
+    """Whether the server knows the limit on tokens by its newer name only. Other errors name the limit too."""
+    unsupported = error.code == "unsupported_parameter" or "not supported" in error.message
+    return error.status_code == 400 and unsupported and "max_completion_tokens" in error.message
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:

@@ -185,7 +185,7 @@ def _ask(
             row = contexts.row_at(item.offset, ContextRow)
             seed = derived_seed(settings.seed, f"{item.question_id}:{item.indices[0]}")
             # A model in this process may have another tokenizer than `data build` had.
-            counted = None if settings.server is None or row.short_tokens is None else row.short_tokens
+            counted = row.short_tokens if settings.server is not None else None
             tokens = None if counted is None else counted - row.response_tokens
             return Request(item.question_id, row.prompt_short, item.indices, max_tokens, seed, prompt_tokens=tokens)
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_solopo.data.rendering import check_template, template_of
 from megatron_solopo.data.row_files import check_plain_lines
 from megatron_solopo.data.rows import Content
-from megatron_solopo.data.tokenizer import Tokenizer, check_template, load_tokenizer, template_of
+from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, sha256_file
 from megatron_solopo.generate.journal import StoredResponse, parse_response, read_header, read_offsets
@@ -224,8 +225,8 @@ def _check_responses_belong(settings: SelectSettings) -> None:
     header = read_header(settings.responses)
     if header and header.get("contexts") != sha256_file(settings.contexts):
         raise UserError(
-            f"--responses {settings.responses}: were sampled from other contexts than {settings.contexts}, "
-            "whose hash differs"
+            f"--responses {settings.responses}: were sampled from other contexts than {settings.contexts}, which has "
+            "another hash; pass the file that they were sampled from, or sample again"
         )
 
 
