@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -95,7 +95,9 @@ def _compute_logits(path: Path) -> None:
     """Write the logits of the given sequences, fp32; raises ValueError, naming them, if tensors do not fit."""
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **_STRICT)
+    # The type of the result depends on output_loading_info.
+    auto_class = cast(Any, AutoModelForCausalLM)
+    model, report = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **_STRICT)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if names := sorted(str(each) for each in report.get(problem, ()) if not str(each).endswith(DERIVED)):
             raise ValueError(f"{problem.replace('_', ' ')}: {', '.join(names[:_SHOWN_TENSORS])}")

@@ -109,7 +109,6 @@ def test_a_model_that_transformers_cannot_load_is_a_failure(folder: Path) -> Non
     (failure,) = report.failures
     assert failure.startswith(f"{folder / 'hf'}: transformers cannot load it: ") and "attention_dropout" in failure
     assert "FAILED" in dict(report.rows)["loaded"] and "logits" not in dict(report.rows)
-    assert failure in refusal(folder, lambda: import_model(folder / "hf", folder / "out", verification="full"))
 
 
 def test_quantized_models_are_refused_by_every_command(folder: Path) -> None:
