@@ -18,15 +18,14 @@ from threading import Lock
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.one_reading import INDEX, SINGLE, check_one_reading, read_index
 from megatron_solopo.checkpoint.manifest import sync_file
 from megatron_solopo.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Index, all_huggingface_shapes
-from megatron_solopo.checkpoint.one_reading import INDEX, SINGLE, check_one_reading
-from megatron_solopo.errors import UserError, first_problem
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted, write_json
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -54,12 +53,6 @@ class StoredTensor:
     """Its name in safetensors: BF16, F32 and so on."""
 
 
-class _Index(BaseModel):
-    """model.safetensors.index.json."""
-
-    weight_map: dict[str, str]
-
-
 class SafetensorsDirectory:
     """The tensors of a Hugging Face directory, read one at a time."""
 
@@ -72,27 +65,20 @@ class SafetensorsDirectory:
         self.entries = self._locate()
 
     def _locate(self) -> dict[str, StoredTensor]:
-        if (self.path / INDEX).is_file():
-            return self._checked_index()
+        check_one_reading(self.path)
+        index = read_index(self.path)
+        if index is not None:
+            return self._indexed(index)
         if not (self.path / SINGLE).is_file():
             pickled = "; " + _CONVERT_PICKLED if any(self.path.glob("pytorch_model*.bin")) else ""
             raise UserError(
                 f"{self.path}: holds neither {SINGLE} nor {INDEX}; model weights must be safetensors{pickled}"
             )
-        check_one_reading(self.path, None)
         return self._entries_in(SINGLE)
 
-    def _checked_index(self) -> dict[str, StoredTensor]:
+    def _indexed(self, index: Mapping[str, str]) -> dict[str, StoredTensor]:
         """The tensors of all shards. Every shard is opened here, so a bad one is found before loading starts."""
         file = self.path / INDEX
-        try:
-            index = _Index.model_validate_json(file.read_bytes()).weight_map
-        except ValidationError as error:
-            raise UserError(f"{file}: {first_problem(error, 'not an index of safetensors shards')}") from None
-        for name, shard in index.items():
-            if Path(shard).is_absolute() or ".." in Path(shard).parts:
-                raise UserError(f"{file}: names {shard} as the file of {name}, which is outside the directory")
-        check_one_reading(self.path, set(index.values()))
         held = {shard: self._entries_in(shard) for shard in sorted(set(index.values()))}
         for name, shard in index.items():
             if name not in held[shard]:
