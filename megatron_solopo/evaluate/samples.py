@@ -11,8 +11,9 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from megatron_solopo.data.rendering import check_template, template_of
 from megatron_solopo.data.rows import Content
-from megatron_solopo.data.tokenizer import Tokenizer, check_template, template_of
+from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.statistics import bucket_bound
 from megatron_solopo.generate.scoring import Score

@@ -11,11 +11,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME, logging
+from transformers.utils import logging
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
-from megatron_solopo.data.tokenizer import Tokenizer, encode_prompt, template_of
+from megatron_solopo.data.end_tokens import end_tokens
+from megatron_solopo.data.rendering import encode_prompt, template_of
+from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.model import Answer, Answered, Build, Item, Keep, Refuse, Request, Traffic
 
@@ -217,21 +219,3 @@ def max_positions(path: Path) -> int | None:
 
 def _no_model(path: Path | str, reason: object) -> UserError:
     return UserError(f"--model {path}: no loadable model: {' '.join(str(reason).split())}")
-
-
-def end_tokens(path: Path | str, tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation settings.
-
-    Llama 3 has several. Raises UserError for settings that transformers cannot read.
-    """
-    try:
-        if (Path(path) / GENERATION_CONFIG_NAME).is_file():
-            settings = _GENERATION_CONFIG.from_pretrained(path, local_files_only=True)
-        else:
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            settings = _GENERATION_CONFIG.from_model_config(config)
-    except (OSError, ValueError) as error:
-        raise _no_model(path, error) from None
-    named = settings.eos_token_id
-    ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
-    return {int(end) for end in ends if end is not None}

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_solopo.data.tokenizer import Tokenizer, check_template, load_tokenizer
+from megatron_solopo.data.rendering import check_template
+from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, counted, remove
 from megatron_solopo.progress import bar_style

@@ -9,10 +9,11 @@ from pathlib import Path
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megatron_solopo.data.rendering import render_prompt, render_response
 from megatron_solopo.data.row_files import read_text_file
 from megatron_solopo.data.rows import Content
 from megatron_solopo.data.settings import Template
-from megatron_solopo.data.tokenizer import Tokenizer, raised_in_template, render_prompt, render_response
+from megatron_solopo.data.tokenizer import Tokenizer, raised_in_template
 from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.corpus.formats import Document
 

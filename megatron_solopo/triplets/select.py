@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_solopo.data.rendering import check_template, template_of
 from megatron_solopo.data.row_files import check_plain_lines
 from megatron_solopo.data.rows import Content
-from megatron_solopo.data.tokenizer import Tokenizer, check_template, load_tokenizer, template_of
+from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, sha256_file
 from megatron_solopo.generate.journal import StoredResponse, parse_response, read_header, read_offsets

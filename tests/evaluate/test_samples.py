@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_solopo.data.tokenizer import encode_prompt
+from megatron_solopo.data.rendering import encode_prompt
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.samples import DEFAULT_MAX_NEW_TOKENS, QuestionFile
 from tests.data.tiny_tokenizers import write_hugging_face
