@@ -24,6 +24,7 @@ from urllib.request import getproxies, proxy_bypass
 import openai
 from pydantic import BaseModel, ValidationError
 
+from megatron_solopo.data.template_arguments import KWARGS_FIELD
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.model import (
     Answer,
@@ -157,6 +158,10 @@ class OpenAIServer:
         else:
             create = self._client.chat.completions.with_raw_response.create
             body["messages"] = request.prompt
+            # vLLM and SGLang take the template's arguments, which are not OpenAI's.
+            body |= {"tools": request.arguments.tools} if request.arguments.tools else {}
+            if request.arguments.kwargs:
+                body["extra_body"] = {KWARGS_FIELD: request.arguments.kwargs}
         content: bytes = (await create(**body)).content
         return content
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
+from megatron_solopo.architecture.one_reading import check_one_reading
 from megatron_solopo.data.end_tokens import end_tokens
 from megatron_solopo.data.rendering import encode_prompt, template_of
 from megatron_solopo.data.tokenizer import Tokenizer
@@ -71,7 +72,7 @@ class LocalModel(ABC):
         """Each request with the tokens of its prompt; raises UserError for a prompt that does not fit the model."""
         encoded = []
         for each in requests:
-            ids = encode_prompt(each.prompt, self._tokenizer, template_of(each.prompt))
+            ids = encode_prompt(each.prompt, self._tokenizer, template_of(each.prompt), each.arguments)
             promised = each.prompt_tokens
             assert promised in (None, len(ids)), f"{each.question_id}: {len(ids)} tokens, not {promised}"
             self._check(each, ids)
@@ -179,8 +180,10 @@ def load_transformers_model(path: Path | str, dtype: str = "auto") -> Any:
     Args:
         dtype: Name of a torch dtype; auto: the one that the weights are stored in.
 
-    Raises UserError for a directory that holds no model, a damaged or incomplete one, or numbers that are not finite.
+    Raises UserError for a directory that holds no model, a damaged or incomplete one, weights that another loader reads
+    differently, or numbers that are not finite.
     """
+    check_one_reading(Path(path))
     shows_progress = _LOGGING.is_progress_bar_enabled()
     _LOGGING.disable_progress_bar()
     try:
