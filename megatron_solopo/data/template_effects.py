@@ -5,14 +5,19 @@ that token, such as the line break of ChatML, is kept: it is what transformers r
 """
 
 import json
+import os
+import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product, zip_longest
 from typing import Literal
 
+from tqdm import tqdm
+
 from megatron_solopo.data.rendering import THOUGHT_TAG, as_messages
 from megatron_solopo.data.rows import Content
+from megatron_solopo.data.settings import Template
 from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments, is_free
 from megatron_solopo.data.template_clock import FUNCTION, OTHER_DAY, Clock, names_in
 from megatron_solopo.data.tokenizer import Tokenizer
@@ -138,6 +143,13 @@ def clock_warning(tokenizer: Tokenizer, arguments: TemplateArguments = NO_ARGUME
             given = json.dumps({**arguments.kwargs, name: date})
             return f"{begin}; fix it with --chat-template-kwargs '{given}'"
     return f"{begin}; none of its arguments fixes it, so write a date into the template"
+
+
+def warn_about_clock(template: Template, tokenizer: Tokenizer, arguments: TemplateArguments = NO_ARGUMENTS) -> None:
+    """Print `clock_warning`, on one rank, if prompts are written by the chat template."""
+    warning = clock_warning(tokenizer, arguments) if template == "chat" else ""
+    if warning and os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"warning: {warning}", file=sys.stderr)
 
 
 def _on(day: datetime | None, tokenizer: Tokenizer, prompt: Content, arguments: TemplateArguments) -> str:

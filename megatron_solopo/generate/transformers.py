@@ -72,7 +72,7 @@ class LocalModel(ABC):
         """Each request with the tokens of its prompt; raises UserError for a prompt that does not fit the model."""
         encoded = []
         for each in requests:
-            ids = encode_prompt(each.prompt, self._tokenizer, template_of(each.prompt))
+            ids = encode_prompt(each.prompt, self._tokenizer, template_of(each.prompt), each.arguments)
             promised = each.prompt_tokens
             assert promised in (None, len(ids)), f"{each.question_id}: {len(ids)} tokens, not {promised}"
             self._check(each, ids)
