@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import chain
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import openai
 from pydantic import BaseModel, ValidationError
@@ -82,6 +84,7 @@ class OpenAIServer:
         self._settings = settings
         self._asked = {"model": model, "temperature": temperature, "top_p": top_p}
         self._limit = "max_tokens"
+        self._proxy = _named_proxy(settings.server)
         self._prompt_check = PromptCheck(settings.server, own_tokenizer)
         self._key = key = _api_key(settings.api_key_env)
         self._headers = _headers(key)
@@ -106,7 +109,7 @@ class OpenAIServer:
             except TryAgain as error:
                 reason, asked_wait = str(error), error.wait or 0.0
             except ServerRefuses as error:
-                raise UserError(f"--server {self._settings.server}: refuses with {error}") from None
+                raise UserError(f"--server {self._settings.server}: refuses with {error}{self._proxy}") from None
             if attempt < self._settings.retries:
                 growing = min(_LONGEST_WAIT, self._settings.backoff * 2**attempt * random.uniform(0.5, 1.0))
                 wait = max(growing, min(asked_wait, _LONGEST_ASKED_WAIT))
@@ -114,7 +117,9 @@ class OpenAIServer:
                 self.traffic.waited += wait
                 waited += wait
                 await asyncio.sleep(wait)
-        raise RequestFailed(f"{reason}, after {self._settings.retries} retries and {waited:.0f} s of waiting")
+        raise RequestFailed(
+            f"{reason}, after {self._settings.retries} retries and {waited:.0f} s of waiting{self._proxy}"
+        )
 
     async def _ask_once(self, request: Request) -> list[Answer | RequestRefused]:
         limit = self._limit
@@ -194,6 +199,17 @@ def _headers(key: str | None) -> dict[str, Any]:
     """Keep back what the client would take from variables such as OPENAI_API_KEY, which may be for another server."""
     headers = ["OpenAI-Organization", "OpenAI-Project"] + ["Authorization"] * (key is None)
     return {name: openai.Omit() for name in headers}
+
+
+def _named_proxy(url: str) -> str:
+    """For messages: the proxy between us and the server, which may be what fails; empty where there is none."""
+    parts = urlsplit(url)
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy is None or proxy_bypass(parts.hostname or ""):
+        return ""
+    # It may hold a password.
+    return f" (through the proxy {urlsplit(proxy).hostname}; name the server in NO_PROXY to go around it)"
 
 
 def _api_key(variable: str | None) -> str | None:

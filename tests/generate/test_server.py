@@ -156,6 +156,19 @@ def test_a_key_that_the_server_repeats_is_not_shown(monkeypatch) -> None:
         assert "Incorrect key: ***" in shown and "secret-3" not in shown
 
 
+def test_a_proxy_that_stands_before_the_server_is_named(monkeypatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://user:secret-4@127.0.0.1:9")
+    told = r"ConnectError, .* \(through the proxy 127\.0\.0\.1; name the server in NO_PROXY to go around it\)"
+    with completion_server() as server:
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        with pytest.raises(UserError, match=told):
+            Asked(server, TEXT)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert len(Asked(server, TEXT).kept) == 1
+
+
 def test_keys_of_other_servers_are_not_sent(monkeypatch) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_BASE_URL"):
         monkeypatch.setenv(name, "secret-2")
