@@ -48,7 +48,7 @@ def _read_yaml(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot read the config: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a valid config: {error}") from None
+        raise UserError(f"{path}: not a valid config: it is not UTF-8 text ({error.reason})") from None
     try:
         loaded = OmegaConf.load(io.StringIO(text))
     # OmegaConf raises OSError for a file that holds a bare number or word.

@@ -5,20 +5,33 @@
 
 Prompts and responses are strings, or lists of chat messages {"role", "content"}. A prompt of messages ends with a
 user message. A response of messages is exactly one assistant message. A row may have `evidence_depths`: the places of
-the evidence in the long context. Other fields are ignored.
+the evidence in the long context. `tools` and `chat_template_kwargs` go to the chat template. Other fields are not read,
+and are counted.
 
-A file is JSONL or parquet. It holds rows of one kind.
+A file is of a kind that `data.row_files` reads. It holds rows of one kind.
 """
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
+
+from megatron_solopo.data.row_files import Unit, read_file_rows, unit_of
+from megatron_solopo.data.template_arguments import (
+    ARGUMENT_FIELDS,
+    KWARGS_FIELD,
+    NO_ARGUMENTS,
+    TOOLS_FIELD,
+    TemplateArguments,
+    check_kwargs,
+    check_tools,
+)
+from megatron_solopo.errors import UserError
+from megatron_solopo.files import counted
 
 Kind = Literal["triplet", "pair"]
 Form = Literal["text", "messages"]
@@ -30,9 +43,10 @@ RESPONSE_FIELDS = ("chosen", "rejected")
 DEPTHS_FIELD = "evidence_depths"
 """Where each piece of evidence lies in the long context, from 0 (its start) to 1. A row may lack it."""
 
-_FIELDS = ("id", *PROMPT_FIELDS["triplet"], *PROMPT_FIELDS["pair"], *RESPONSE_FIELDS, DEPTHS_FIELD)
+_FIELDS = ("id", *PROMPT_FIELDS["triplet"], *PROMPT_FIELDS["pair"], *RESPONSE_FIELDS, DEPTHS_FIELD, *ARGUMENT_FIELDS)
+_EXPECTED_FIELDS = "prompt_short and prompt_long (a triplet), or prompt (a pair), with chosen and rejected"
 _ROLES = ("system", "user", "assistant")
-_PARQUET_BATCH_ROWS = 64
+_PLACES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class RowError:
     """One mistake in one row."""
 
     line: int
-    """Counts from 1 (in parquet, the number of the row). 0 is the file itself."""
+    """Counts from 1: lines of JSON lines, rows of other files. 0 is the file itself."""
     field: str
     """"" for the whole row."""
     reason: str
@@ -58,6 +72,10 @@ class PreferenceRow:
     """The legal prompts and responses by field name. Messages have role and content only."""
     evidence_depths: list[float] = field(default_factory=list)
     """Empty if the row has none."""
+    arguments: TemplateArguments = NO_ARGUMENTS
+    """What the row gives the chat template."""
+    unread_fields: tuple[str, ...] = ()
+    """Fields that nothing reads."""
     errors: list[RowError] = field(default_factory=list)
 
     def reject(self, field_name: str, reason: str) -> None:
@@ -75,107 +93,86 @@ class ValidationReport:
     forms: tuple[Form, ...]
     """The forms that occur, sorted."""
     errors: list[RowError]
+    unit: Unit = "line"
+    """What the numbers of the errors count."""
+    arguments: dict[str, int] = field(default_factory=dict)
+    """Rows that give the chat template something, by its name."""
+    unread_fields: dict[str, int] = field(default_factory=dict)
+    """Rows that have a field which nothing reads, by its name."""
 
     def __str__(self) -> str:
-        """One line per error, `file:line: field: reason`, then one line of summary."""
-        lines = [": ".join(filter(None, (self._place(error), error.field, error.reason))) for error in self.errors]
+        """The mistakes in file order, each with its first places, then one line of summary."""
+        by_mistake: dict[tuple[str, str], list[int]] = {}
+        for error in self.errors:
+            by_mistake.setdefault((error.field, error.reason), []).append(error.line)
+        lines = [
+            ": ".join(filter(None, (self._places(numbers), field, reason)))
+            for (field, reason), numbers in by_mistake.items()
+        ]
         bad_lines = len({error.line for error in self.errors if error.line})
         if self.errors:
-            count = "1 error" if len(self.errors) == 1 else f"{len(self.errors)} errors"
             bad = f"{bad_lines} of {self.rows} rows are bad" if self.rows else "no rows were read"
-            summary = f"{count}, {bad}"
+            summary = f"{counted(len(self.errors), 'error')}, {bad}"
         else:
             summary = f"{self.rows} rows of kind {self.kind}, no errors"
-        return "\n".join([*lines, f"{self.path}: {summary}"])
+        return "\n".join([*lines, *self._notes(), f"{self.path}: {summary}"])
+
+    def _notes(self) -> list[str]:
+        notes = {"given to the chat template": self.arguments, "fields that are not read": self.unread_fields}
+        return [f"{self.path}: {what}: {list_counts(counts)}" for what, counts in notes.items() if counts]
 
     def to_json(self) -> dict[str, Any]:
-        """The report as a JSON value."""
+        """The report as a JSON value. It lists every error."""
         return {**asdict(self), "path": str(self.path), "forms": list(self.forms)}
 
-    def _place(self, error: RowError) -> str:
-        return f"{self.path}:{error.line}" if error.line else str(self.path)
+    def _places(self, numbers: list[int]) -> str:
+        if numbers == [0]:
+            return str(self.path)
+        if len(numbers) == 1:
+            return f"{self.path}:{numbers[0]}" if self.unit == "line" else f"{self.path}: row {numbers[0]}"
+        shown = ", ".join(map(str, numbers[:_PLACES_SHOWN])) + (", ..." if len(numbers) > _PLACES_SHOWN else "")
+        return f"{self.path}: {len(numbers)} rows ({self.unit}s {shown})"
 
 
 def validate_file(path: Path) -> ValidationReport:
-    """Find every bad row of a JSONL or parquet file. Bad content raises nothing.
+    """Find every bad row of a file. A bad row raises nothing.
 
     The file is streamed: only its ids and the errors stay in memory.
+
+    Raises UserError if the file itself cannot be read or has no rows.
     """
+    unit = unit_of(path)
     rows = 0
     kind: Kind | None = None
     kind_line = 0
     forms: set[Form] = set()
     id_lines: dict[str, int] = {}
     errors: list[RowError] = []
+    arguments, unread = Counter[str](), Counter[str]()
     for row in tqdm(read_rows(path), desc=f"Validating {path.name}", unit=" rows", disable=None):
-        rows += row.line > 0
+        rows += 1
         if row.kind is not None and kind is None:
             kind, kind_line = row.kind, row.line
         if row.kind not in (None, kind):
-            row.reject("", f"is a {row.kind}, but line {kind_line} is a {kind}; one file holds one kind")
+            row.reject("", f"is a {row.kind}, but {unit} {kind_line} is a {kind}; one file holds one kind")
         if row.form is not None:
             forms.add(row.form)
         if row.id is not None and id_lines.setdefault(row.id, row.line) != row.line:
-            row.reject("id", f"{row.id!r} is already the id of line {id_lines[row.id]}")
+            row.reject("id", f"{row.id!r} is already the id of {unit} {id_lines[row.id]}")
+        arguments.update(row.arguments.names())
+        unread.update(row.unread_fields)
         errors += row.errors
-    if not rows and not errors:
-        errors.append(RowError(0, "", "has no rows"))
-    return ValidationReport(path, rows, kind, tuple(sorted(forms)), errors)
+    if not rows:
+        raise UserError(f"{path}: has no rows")
+    return ValidationReport(path, rows, kind, tuple(sorted(forms)), errors, unit, dict(arguments), dict(unread))
 
 
 def read_rows(path: Path) -> Iterator[PreferenceRow]:
-    """Stream the rows of a JSONL or parquet file, good and bad. Blank lines are no rows.
-
-    If the file itself cannot be read, the last row has line 0 and the reason.
-    """
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        yield _bad_row(0, f"unknown file ending {path.suffix!r}; legal: {', '.join(readers)}")
-    elif not path.is_file():
-        yield _bad_row(0, "no such file")
-    else:
-        yield from readers[path.suffix](path)
-
-
-def _read_jsonl(path: Path) -> Iterator[PreferenceRow]:
-    with path.open("rb") as stream:
-        for line, raw in enumerate(stream, start=1):
-            if not raw.isspace():
-                yield _parse_line(line, raw.rstrip(b"\r\n"))
-
-
-def _parse_line(line: int, raw: bytes) -> PreferenceRow:
-    try:
-        value = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return _bad_row(line, f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}")
-    except json.JSONDecodeError as error:
-        return _bad_row(line, f"not valid JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # an integer of too many digits, too many brackets
-        return _bad_row(line, f"not valid JSON: {error}")
-    return parse_row(line, value)
-
-
-def _read_parquet(path: Path) -> Iterator[PreferenceRow]:
-    line = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in _FIELDS]
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=columns):
-                for index in range(batch.num_rows):
-                    line += 1
-                    yield _parse_record(line, batch.slice(index, 1))
-    except (pa.ArrowException, OSError) as error:
-        place = f" after row {line}" if line else ""
-        yield _bad_row(0, f"cannot be read as parquet{place}: {' '.join(str(error).split())}")
-
-
-def _parse_record(line: int, record: pa.RecordBatch) -> PreferenceRow:
-    try:
-        value = record.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return _bad_row(line, f"not UTF-8: byte 0x{error.object[error.start]:02x}")
-    return parse_row(line, value)
+    """Stream the rows of a file, good and bad. Raises UserError if the file itself cannot be read."""
+    for read in read_file_rows(path, _FIELDS):
+        row = _bad_row(read.number, read.problem) if read.problem else parse_row(read.number, read.value)
+        row.unread_fields += read.left_out
+        yield row
 
 
 def _bad_row(line: int, reason: str) -> PreferenceRow:
@@ -191,6 +188,9 @@ def parse_row(line: int, value: Any) -> PreferenceRow:
     """Check one row by itself: types, missing and blank fields, roles, equal responses."""
     if not isinstance(value, dict):
         return _bad_row(line, f"expected a JSON object, got {_type_name(value)}")
+    if not any(name in value for name in _FIELDS if name != "id"):
+        found = ", ".join(list(value)[:_PLACES_SHOWN]) or "no fields"
+        return _bad_row(line, f"is no preference row: it has {found}; expected {_EXPECTED_FIELDS}")
     row = PreferenceRow(line)
     row.kind = _parse_kind(value, row)
     row.id = _parse_id(value, row)
@@ -203,8 +203,24 @@ def parse_row(line: int, value: Any) -> PreferenceRow:
         row.evidence_depths = _parse_depths(value.get(DEPTHS_FIELD))
     except _IllegalValue as error:
         row.reject(DEPTHS_FIELD, str(error))
+    row.arguments = _parse_arguments(value, row)
+    row.unread_fields = tuple(name for name, given in value.items() if name not in _FIELDS and given is not None)
     _check_consistency(row)
     return row
+
+
+def _parse_arguments(value: dict[str, Any], row: PreferenceRow) -> TemplateArguments:
+    """Some tools write these fields as JSON text, since their objects differ from row to row."""
+    found: dict[str, Any] = {}
+    for name, check in ((KWARGS_FIELD, check_kwargs), (TOOLS_FIELD, check_tools)):
+        try:
+            given = value.get(name)
+            found[name] = check(json.loads(given) if isinstance(given, str) else given)
+        except json.JSONDecodeError as error:
+            row.reject(name, f"is text that is not valid JSON: {error.msg} at column {error.colno}")
+        except UserError as error:
+            row.reject(name, str(error))
+    return TemplateArguments(found.get(KWARGS_FIELD, {}), found.get(TOOLS_FIELD))
 
 
 def _parse_kind(value: dict[str, Any], row: PreferenceRow) -> Kind | None:
@@ -305,6 +321,11 @@ def _check_consistency(row: PreferenceRow) -> None:
 
 def _plain_text(response: Content) -> str:
     return (response if isinstance(response, str) else response[0]["content"]).strip()
+
+
+def list_counts(counts: Mapping[str, int]) -> str:
+    """Such as "source (12 rows), score (1 row)"."""
+    return ", ".join(f"{name} ({counted(count, 'row')})" for name, count in counts.items())
 
 
 def _type_name(value: Any) -> str:

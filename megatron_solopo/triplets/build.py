@@ -11,6 +11,7 @@ Method: SoLoPO (arXiv 2505.11166) with RULER's way to hide evidence among distra
 each question has its own random stream, so the evidence moves between samples.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,9 +23,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_solopo.data.tokenizer import Tokenizer, check_template, load_tokenizer
+from megatron_solopo.data.rendering import check_arguments, check_template
+from megatron_solopo.data.template_arguments import TemplateArguments
+from megatron_solopo.data.template_effects import warn_about_clock
+from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import atomic_path, remove
+from megatron_solopo.files import atomic_path, counted, remove
 from megatron_solopo.progress import bar_style
 from megatron_solopo.triplets.build_row import Built, Drop, MeasuredContext, RowBuilder
 from megatron_solopo.triplets.context_rows import to_line
@@ -45,6 +49,7 @@ from megatron_solopo.triplets.report import (
 from megatron_solopo.triplets.settings import BuildSettings
 
 _SHOWN_MISTAKES = 20
+_SHOWN_PLACES = 3
 _SHOWN_DROPS = 3
 _DEPTH_BINS = 10
 _DOCUMENTS_PER_TASK = 256
@@ -92,7 +97,7 @@ class BuildReport:
     dropped: dict[str, int]
     """Rows that were not written, by reason."""
     left_out: list[dict[str, Any]]
-    """Each dropped row, with its line in the corpus."""
+    """Each dropped row, with its number in the corpus: of its line in JSON lines."""
     pool_documents: int
     """Distinct documents that distractors are drawn from."""
     rows_with_distractors_of_others: int
@@ -162,7 +167,7 @@ class Tally:
     def report(self, input: Path) -> BuildReport:
         """All numbers. Raises UserError if no row was built."""
         rows = self._measured
-        bad = {(row.path, row.line) for row in self.bad_rows}
+        bad = {(row.path, row.number) for row in self.bad_rows}
         dropped = Counter(drop.reason for drop in self._drops) + Counter({"not of the format": len(bad)})
         if not rows:
             reasons = ", ".join(f"{reason} ({count})" for reason, count in dropped.items())
@@ -176,7 +181,7 @@ class Tally:
             rows_written=len(rows),
             dropped=dict(dropped),
             left_out=[asdict(drop) for drop in self._drops]
-            + [asdict(Drop(row.line, "", str(row))) for row in self.bad_rows],
+            + [asdict(Drop(row.number, row.id, str(row))) for row in self.bad_rows],
             pool_documents=self.documents,
             rows_with_distractors_of_others=sum(row.filled_from_pool for row in rows),
             rows_underfull=sum(row.underfull for row in rows),
@@ -242,8 +247,18 @@ def build(settings: BuildSettings) -> BuildReport:
 def _check_prompts(settings: BuildSettings, tokenizer: Tokenizer) -> None:
     """Make one prompt and one response, so that a bad template is reported before the corpus is read."""
     check_template(settings.template, tokenizer, settings.tokenizer)
+    arguments = TemplateArguments(settings.chat_template_kwargs)
+    check_arguments(settings.template, tokenizer, arguments)
+    warn_about_clock(settings.template, tokenizer, arguments)
     made = _prompt(settings).prompt([Document("Title", "Text.")], "Question?")
-    Measure(tokenizer, settings.template).response(made, "Answer.")
+    measure = Measure(tokenizer, settings.template, arguments)
+    try:
+        measure.response(made, "Answer.")
+    except UserError:
+        if settings.responses == "constructed":
+            raise
+        # A sampled response may have the thought that some templates demand.
+        measure.response(made, "<think>\n\n</think>\n\nAnswer.")
 
 
 def _prompt(settings: BuildSettings) -> PromptTemplate:
@@ -270,11 +285,26 @@ def _store_corpus(settings: BuildSettings, store: Path, tally: Tally) -> None:
 
 
 def _list_mistakes(bad_rows: list[BadRow]) -> str:
-    lines = [str(bad) for bad in bad_rows[:_SHOWN_MISTAKES]]
-    if len(bad_rows) > len(lines):
-        lines.append(f"and {len(bad_rows) - len(lines)} mistakes more")
+    """One line for each kind of mistake, with the places of the first rows that have it."""
+    kinds: dict[tuple[str, str, str], list[BadRow]] = {}
+    for bad in bad_rows:
+        # Which of many documents lacks a field makes no other mistake.
+        kinds.setdefault((bad.path, re.sub(r"\d+", "*", bad.field), bad.reason), []).append(bad)
+    lines = [_described(rows) for rows in list(kinds.values())[:_SHOWN_MISTAKES]]
+    if len(kinds) > len(lines):
+        lines.append(f"and {counted(len(kinds) - len(lines), 'other mistake')}")
     lines[-1] += "; name another --format, or let --bad-rows drop leave such rows out and list every one in the report"
     return "\n".join(lines)
+
+
+def _described(rows: list[BadRow]) -> str:
+    if len(rows) == 1:
+        return str(rows[0])
+    first = rows[0]
+    numbers = {row.number: f"{row.number} (id {row.id!r})" if row.id else str(row.number) for row in rows}
+    places = ", ".join(list(numbers.values())[:_SHOWN_PLACES]) + (", ..." if len(numbers) > _SHOWN_PLACES else "")
+    where = f"{first.path}: {len(rows)} times, in {first.unit}{'' if len(numbers) == 1 else 's'} {places}"
+    return ": ".join(filter(None, (where, first.field, first.reason)))
 
 
 class _Worker:
@@ -284,7 +314,9 @@ class _Worker:
         self.corpus = Corpus(store)
         self._settings = settings
         self._prompt = _prompt(settings)
-        self._measure = Measure(load_tokenizer(settings.tokenizer), settings.template)
+        self._measure = Measure(
+            load_tokenizer(settings.tokenizer), settings.template, TemplateArguments(settings.chat_template_kwargs)
+        )
         self.count = self._measure.document_counter(self._prompt)
 
     @cached_property

@@ -1,23 +1,38 @@
 """The rows that `data build` writes, as `data sample`, `data select` and `evaluate` read them."""
 
 import json
+import weakref
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from threading import Lock
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from megatron_solopo.data.row_files import open_as_lines
 from megatron_solopo.data.rows import Content
+from megatron_solopo.data.template_arguments import TemplateArguments, check_kwargs, check_tools
 from megatron_solopo.errors import UserError, first_problem
 
 _Row = TypeVar("_Row", bound=BaseModel)
 
 
-class ContextRow(BaseModel):
-    """A short and a long context of one question, without responses."""
+class RowWithArguments(BaseModel):
+    """A row that may give the chat template something beside the messages."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    chat_template_kwargs: Annotated[dict[str, Any] | None, AfterValidator(check_kwargs)] = None
+    tools: Annotated[list[dict[str, Any]] | None, AfterValidator(check_tools)] = None
+
+    def arguments(self, kwargs: dict[str, Any]) -> TemplateArguments:
+        """The row's own, and those of all rows, which `kwargs` has."""
+        return TemplateArguments(self.chat_template_kwargs or {}, self.tools).over(kwargs)
+
+
+class ContextRow(RowWithArguments):
+    """A short and a long context of one question, without responses."""
 
     id: str
     question_id: str
@@ -28,41 +43,56 @@ class ContextRow(BaseModel):
     evidence_depths: list[float]
     response_tokens: int = Field(ge=1)
     """Room for a response in tokens, its end included."""
+    short_tokens: int | None = None
+    """Tokens of the short prompt and the room for a response, by the tokenizer of `data build`."""
 
 
-def read_contexts(path: Path, row: type[_Row]) -> Iterator[tuple[int, int, _Row]]:
-    """Every row with its line number and byte offset.
+class ContextFile:
+    """The rows of a file, in order or again by their offset. Several threads may read rows again."""
 
-    Args:
-        row: The fields to read: `ContextRow` or a model with fewer fields.
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stream = open_as_lines(path)
+        weakref.finalize(self, self._stream.close)
+        self._start = self._stream.tell()
+        self._lock = Lock()
 
-    Raises UserError with line and field of the first row that is not legal.
-    """
-    offset = 0
-    try:
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                yield number, offset, parse_context(line, f"{path}:{number}", row)
-                offset += len(line)
-    except OSError as error:
-        raise UserError(f"--contexts {path}: {error.strerror}") from None
-    if not offset:
-        raise UserError(f"--contexts {path}: holds no row, expected the output of data build")
+    def rows(self, row: type[_Row]) -> Iterator[tuple[int, int, _Row]]:
+        """Every row with its number and its offset. Nothing else may read while this goes on.
 
+        Args:
+            row: The fields to read: `ContextRow` or a model with fewer fields.
 
-def parse_context(line: bytes, where: str, row: type[_Row]) -> _Row:
-    """Read one line of the file. Raises UserError."""
-    try:
-        return row.model_validate_json(line)
-    except ValidationError as error:
-        problem = first_problem(error, "the whole line")
-        raise UserError(f"{where}: {problem} (expected a row of data build)") from None
+        Raises UserError with number and field of the first row that is not legal.
+        """
+        offset = self._stream.seek(self._start)
+        for number, line in enumerate(self._stream, start=1):
+            yield number, offset, self._parse(line, f"{self.path}:{number}", row)
+            offset += len(line)
+        if offset == self._start:
+            raise UserError(f"--contexts {self.path}: holds no row, expected the output of data build")
+
+    def row_at(self, offset: int, row: type[_Row]) -> _Row:
+        """Read a row again."""
+        with self._lock:
+            self._stream.seek(offset)
+            line = self._stream.readline()
+        return self._parse(line, str(self.path), row)
+
+    @staticmethod
+    def _parse(line: bytes, where: str, row: type[_Row]) -> _Row:
+        try:
+            return row.model_validate_json(line)
+        except ValidationError as error:
+            problem = first_problem(error, "the whole line")
+            raise UserError(f"{where}: {problem} (expected a row of data build)") from None
 
 
 def read_by_question(path: Path) -> Iterator[list[ContextRow]]:
     """The rows of one question after the other. They are neighbours in the file."""
-    for _, rows in groupby((row for _, _, row in read_contexts(path, ContextRow)), key=lambda row: row.question_id):
-        yield list(rows)
+    rows = (row for _, _, row in ContextFile(path).rows(ContextRow))
+    for _, group in groupby(rows, key=lambda row: row.question_id):
+        yield list(group)
 
 
 def to_line(row: dict[str, Any]) -> str:

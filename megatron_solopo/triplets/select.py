@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_solopo.data.rendering import check_arguments, check_template, template_of
+from megatron_solopo.data.row_files import check_plain_lines
 from megatron_solopo.data.rows import Content
-from megatron_solopo.data.tokenizer import Tokenizer, check_template, load_tokenizer, template_of
+from megatron_solopo.data.template_arguments import KWARGS_FIELD
+from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, sha256_file
 from megatron_solopo.generate.journal import StoredResponse, parse_response, read_header, read_offsets
@@ -34,11 +37,13 @@ class Candidate:
 
     index: int
     text: str
+    """With the thought, if the response has one."""
     tokens: int
     """With the end token, as in training."""
     score: float
+    """Of the text behind the thought."""
     f1: float
-    """`token_f1` of the same text, which policies compare."""
+    """`token_f1` of what is scored, which policies compare."""
     marked: bool
     """Whether the response has the answer marker, or needs none."""
 
@@ -66,17 +71,18 @@ class Judge:
         found = []
         for response in sorted(responses, key=lambda each: each.index):
             text = response.text.strip()
-            if reason := self._reason_to_exclude(response, text, seen):
+            trained = _with_thought(response.reasoning, text)
+            if reason := self._reason_to_exclude(response, text, trained in seen):
                 excluded[reason] += 1
                 continue
-            seen.add(text)
-            tokens = measure.response(row.prompt_short, text)
+            seen.add(trained)
+            tokens = measure.response(row.prompt_short, trained)
             if tokens > row.response_tokens:
                 excluded["longer than the room that the contexts leave"] += 1
                 continue
             scored, marked = self._scored_text(text)
             score = SCORERS[self._settings.score](scored, row.answers)
-            found.append(Candidate(response.index, text, tokens, score, token_f1(scored, row.answers), marked))
+            found.append(Candidate(response.index, trained, tokens, score, token_f1(scored, row.answers), marked))
         return found, excluded
 
     def divide(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
@@ -103,12 +109,12 @@ class Judge:
         first, second = sorted(map(self._chosen_key(), right))[:2]
         return first == second
 
-    def _reason_to_exclude(self, response: StoredResponse, text: str, seen: set[str]) -> str:
-        if not text:
-            return "empty"
+    def _reason_to_exclude(self, response: StoredResponse, text: str, repeated: bool) -> str:
         if response.finish_reason == _CUT:
             return "cut at --max-tokens"
-        return "the same as another" if text in seen else ""
+        if not text:
+            return "empty"
+        return "the same as another" if repeated else ""
 
     def _scored_text(self, text: str) -> tuple[str, bool]:
         """The text to score, and whether the response has the marker or needs none."""
@@ -136,6 +142,11 @@ class Judge:
         ratio = chosen.tokens / rejected.tokens
         low, high = self._settings.min_length_ratio, self._settings.max_length_ratio
         return (low is None or ratio >= low) and (high is None or ratio <= high)
+
+
+def _with_thought(thought: str | None, text: str) -> str:
+    """The response as the model wrote it, in the marks that most chat templates know."""
+    return text if thought is None else f"<think>\n{thought.strip()}\n</think>\n\n{text}"
 
 
 def _shuffled(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
@@ -211,11 +222,12 @@ def select(settings: SelectSettings) -> SelectReport:
 
 
 def _check_responses_belong(settings: SelectSettings) -> None:
+    check_plain_lines(settings.responses)
     header = read_header(settings.responses)
     if header and header.get("contexts") != sha256_file(settings.contexts):
         raise UserError(
-            f"--responses {settings.responses}: were sampled from other contexts than {settings.contexts}, "
-            "whose hash differs"
+            f"--responses {settings.responses}: were sampled from other contexts than {settings.contexts}, which has "
+            "another hash; pass the file that they were sampled from, or sample again"
         )
 
 
@@ -227,6 +239,8 @@ class _Selection:
         self._settings = settings
         self._tokenizer = tokenizer
         self._judge = Judge(settings)
+        # What the prompts were sampled with is what they are trained with.
+        self._kwargs: dict[str, Any] = (read_header(settings.responses) or {}).get(KWARGS_FIELD, {})
         self._places: defaultdict[str, list[int]] = defaultdict(list)
         self._scores: list[float] = []
         self._ratios: list[float] = []
@@ -249,7 +263,8 @@ class _Selection:
                 for row in rows:
                     self.report.triplets_written += 1
                     self._depths += row.evidence_depths
-                    yield to_line(_triplet(row, pair, number, self._settings))
+                    arguments = row.arguments(self._kwargs).fields()
+                    yield to_line(_triplet(row, pair, number, self._settings) | arguments)
         others = (len(places) for question, places in self._places.items() if question not in known)
         self.report.responses_to_other_questions = sum(others)
         self.report.mean_length_ratio = sum(self._ratios) / max(1, len(self._ratios))
@@ -258,7 +273,7 @@ class _Selection:
         """The pairs of one question. Counts them in the report."""
         report = self.report
         responses = self._responses(row.question_id)
-        candidates, excluded = self._judge.candidates(responses, row, self._measure(row.prompt_short))
+        candidates, excluded = self._judge.candidates(responses, row, self._measure(row))
         right, wrong = self._judge.divide(candidates)
         pairs = list(self._judge.pairs(right, wrong, generator(self._settings.seed, row.question_id)))
         report.questions += 1
@@ -276,10 +291,12 @@ class _Selection:
         self._tokens += [(pair.chosen.tokens, pair.rejected.tokens) for pair in pairs]
         return pairs
 
-    def _measure(self, prompt: Content) -> Measure:
-        template = template_of(prompt)
+    def _measure(self, row: ContextRow) -> Measure:
+        template = template_of(row.prompt_short)
         check_template(template, self._tokenizer, self._settings.tokenizer)
-        return Measure(self._tokenizer, template)
+        arguments = row.arguments(self._kwargs)
+        check_arguments(template, self._tokenizer, arguments, f"{self._settings.contexts}: row {row.id}")
+        return Measure(self._tokenizer, template, arguments)
 
     def _responses(self, question: str) -> list[StoredResponse]:
         """The responses to a question. If two have one number, as in a file made by hand, the first counts."""

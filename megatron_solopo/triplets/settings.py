@@ -10,8 +10,10 @@ from pydantic import Field, field_validator
 
 from megatron_solopo.command_settings import CommandSettings
 from megatron_solopo.data.settings import Template
+from megatron_solopo.data.template_arguments import TemplateKwargs
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.scoring import Score
+from megatron_solopo.generate.settings import ServerSettings
 from megatron_solopo.triplets.corpus.formats import Format, LeakRule
 
 if TYPE_CHECKING:
@@ -103,7 +105,7 @@ class BuildSettings(CommandSettings):
     """What a user asks of `data build`. The same settings always give the same output."""
 
     input: Path
-    """The corpus: JSON lines or one JSON array."""
+    """The corpus: JSON lines, a JSON array or parquet, also compressed with gzip, bzip2 or xz."""
     output: Path
     """JSONL file to write. Its report goes beside it."""
     tokenizer: str
@@ -111,9 +113,12 @@ class BuildSettings(CommandSettings):
     format: Format = "musique"
     """Format of the corpus. generic is {id, question, answers, documents: [{title, text, supporting}]}."""
     pool: Path | None = None
-    """More documents to draw distractors from: JSONL of {title, text}."""
+    """More documents to draw distractors from: rows of {title, text}, in a file like the corpus."""
     template: Template = "plain"
     """plain: prompts are text. chat: prompts are chat messages, measured with the chat template."""
+    chat_template_kwargs: TemplateKwargs = Field(default={})
+    """Arguments for the chat template, such as '{"enable_thinking": false}'. They are written into the rows, where all
+    later commands read them."""
     prompt_template: Path | None = None
     """Jinja file over `documents` (title, text) and `question`."""
     titles: bool = True
@@ -195,7 +200,7 @@ class BuildSettings(CommandSettings):
                 )
 
 
-class SampleSettings(CommandSettings):
+class SampleSettings(ServerSettings):
     """What a user asks of `data sample`."""
 
     contexts: Path
@@ -204,8 +209,6 @@ class SampleSettings(CommandSettings):
     """JSONL of responses. An existing file is continued."""
     model: str
     """Hugging Face directory. With --server, the name of the model on the server."""
-    server: str | None = None
-    """Base URL of a server with OpenAI's API, such as http://localhost:8000/v1."""
     num_samples: int = Field(default=32, ge=1)
     """Responses per question."""
     temperature: float = Field(default=0.85, gt=0)
@@ -213,25 +216,11 @@ class SampleSettings(CommandSettings):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Share of the probability that sampling draws from."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Most tokens of a response. If not given, the room in the contexts less 8."""
+    """Most tokens of a response, with its thought. If not given, the room in the contexts less 8."""
     samples_per_request: int = Field(default=8, ge=1)
     """Responses per request. Without --server, the batch size."""
-    concurrency: int = Field(default=32, ge=1)
-    """Requests that run at the same time."""
-    timeout: float = Field(default=600.0, gt=0)
-    """Seconds that a request may take. A request to a vLLM server that stops may hang as long."""
-    retries: int = Field(default=8, ge=0)
-    """How often a request that fails is sent again."""
-    backoff: float = Field(default=1.0, gt=0)
-    """Seconds before the first retry. Each further retry waits twice as long, up to a minute."""
-    api_key_env: str | None = None
-    """Environment variable that holds the key of the server."""
     seed: int = Field(default=0, ge=0)
     """The seed of every request is derived from it."""
-
-    def contradictions(self) -> Iterator[str]:
-        if self.server is not None and not self.server.startswith(("http://", "https://")):
-            yield f"--server {self.server}: must begin with http:// or https://"
 
 
 ChosenPolicy = Literal["shortest", "random", "highest_f1"]

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_solopo.data.rows import RowError, read_rows, validate_file
+from megatron_solopo.errors import UserError
 
 
 def user(content):
@@ -59,7 +60,7 @@ def test_good_files(tmp_path, rows, kind, forms):
     report = validate_file(write_jsonl(tmp_path / "data.jsonl", rows))
     assert report.errors == []
     assert (report.rows, report.kind, report.forms) == (len(rows), kind, forms)
-    assert str(report) == f"{tmp_path}/data.jsonl: {len(rows)} rows of kind {kind}, no errors"
+    assert str(report).splitlines()[-1] == f"{tmp_path}/data.jsonl: {len(rows)} rows of kind {kind}, no errors"
 
 
 def test_rows_are_read_as_written(tmp_path):
@@ -164,25 +165,25 @@ def test_every_error_is_listed(tmp_path):
     assert (as_json["rows"], as_json["kind"]) == (4, "triplet")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("data.csv", b"a,b", "unknown file ending '.csv'; legal: .jsonl, .parquet"),
-        ("absent.jsonl", None, "no such file"),
-        ("data.jsonl", b"\n\n", "has no rows"),
-        ("data.parquet", b"not parquet", "cannot be read as parquet: "),
-    ],
-)
-def test_errors_of_the_file_itself(tmp_path, name, content, reason):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    report = validate_file(tmp_path / name)
-    assert [(error.line, error.field) for error in report.errors] == [(0, "")]
-    assert report.errors[0].reason.startswith(reason)
-    assert report.rows == 0 and report.kind is None
-    first, last = str(report).splitlines()
-    assert first.startswith(f"{tmp_path / name}: {reason}")
-    assert last == f"{tmp_path / name}: 1 error, no rows were read"
+def test_one_mistake_in_every_row_is_one_line_with_the_first_places(tmp_path):
+    rows = [triplet(f"r{number}", chosen="") for number in range(30)]
+    lines = str(validate_file(write_jsonl(tmp_path / "data.jsonl", rows))).splitlines()
+    assert lines == [
+        f"{tmp_path}/data.jsonl: 30 rows (lines 1, 2, 3, 4, 5, ...): chosen: is empty",
+        f"{tmp_path}/data.jsonl: 30 errors, 30 of 30 rows are bad",
+    ]
+
+
+def test_rows_of_something_else_are_one_mistake(tmp_path):
+    errors = errors_of(tmp_path, [{"id": "q", "question": "?", "answer": "!"}])
+    assert [(error.line, error.field) for error in errors] == [(1, "")]
+    assert errors[0].reason.startswith("is no preference row: it has id, question, answer; expected prompt_short")
+
+
+def test_a_file_without_rows_is_refused(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b"\n\n")
+    with pytest.raises(UserError, match=r"data\.jsonl: has no rows"):
+        validate_file(tmp_path / "data.jsonl")
 
 
 def test_parquet_messages(tmp_path):
@@ -217,9 +218,8 @@ def test_parquet_cut_in_the_middle_is_reported(tmp_path):
     start = min(group.column(i).data_page_offset for i in range(group.num_columns))
     content[start : start + 64] = b"\xff" * 64
     path.write_bytes(content)
-    report = validate_file(path)
-    assert [error.line for error in report.errors] == [0]
-    assert report.errors[0].reason.startswith(f"cannot be read as parquet after row {report.rows}: ")
+    with pytest.raises(UserError, match=r"data\.parquet: cannot be read as parquet after row 192: "):
+        validate_file(path)
 
 
 def test_validation_streams(tmp_path):
@@ -231,3 +231,40 @@ def test_validation_streams(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert path.stat().st_size > 10_000_000 > 5 * peak
+
+
+def test_what_goes_to_the_template_and_what_nothing_reads_is_listed_once(tmp_path):
+    tools = [{"type": "function", "function": {"name": "w", "parameters": {}}}]
+    rows = [
+        triplet("a") | {"chat_template_kwargs": {"enable_thinking": False}, "source": "x"},
+        triplet("b") | {"tools": tools, "source": None},
+        triplet("c") | {"tools": json.dumps(tools), "source": "y", "note": 1},
+    ]
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    assert str(validate_file(path)).splitlines() == [
+        f"{path}: given to the chat template: enable_thinking (1 row), tools (2 rows)",
+        f"{path}: fields that are not read: source (2 rows), note (1 row)",
+        f"{path}: 3 rows of kind triplet, no errors",
+    ]
+    assert [row.arguments.tools for row in read_rows(path)] == [None, tools, tools]
+
+
+def test_parquet_gives_tools_without_the_keys_that_other_rows_have(tmp_path):
+    tools = [[{"name": "w", "parameters": {"a": 1}}], [{"name": "v", "parameters": {"b": 2}}]]
+    rows = [triplet(number) | {"tools": each, "source": "x"} for number, each in zip("ab", tools, strict=True)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    assert [row.arguments.tools for row in read_rows(tmp_path / "data.parquet")] == tools
+    assert validate_file(tmp_path / "data.parquet").unread_fields == {"source": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs: expected an object of arguments"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize' is no argument of a template"),
+        ({"tools": "{"}, "tools: is text that is not valid JSON"),
+        ({"tools": {"name": "w"}}, "tools: expected a list of objects"),
+    ],
+)
+def test_illegal_arguments_of_a_row(tmp_path, fields, reason):
+    assert reason in str(validate_file(write_jsonl(tmp_path / "data.jsonl", [triplet("a") | fields])))

@@ -99,9 +99,14 @@ def test_bad_rows_are_refused_or_left_out_and_listed(tokenizer_path, tmp_path) -
     with pytest.raises(UserError) as error:
         construct(source, output, tokenizer_path)
     lines = str(error.value).splitlines()
-    assert lines[0].startswith(f"{source}:2: ") and lines[1].startswith(f"{source}:4: paragraphs.0.is_supporting: ")
-    assert lines[-1].startswith("and 2 mistakes more; name another --format, or let --bad-rows drop leave")
-    assert len(lines) == 21
+    question = json.loads(bad)["id"]
+    assert lines[0].startswith(f"{source}:2: ")
+    assert lines[1].startswith(f"{source}: 20 times, in line 4 (id {question!r}): ")
+    assert ": paragraphs.0.is_supporting: Field required (expected a musique row)" in lines[1]
+    assert lines[-1].startswith(f"{source}:5: id: ") and len(lines) == 3
+    assert lines[-1].endswith(
+        "; name another --format, or let --bad-rows drop leave such rows out and list every one in the report"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
     report = construct(source, output, tokenizer_path, bad_rows="drop")
     assert report.rows_read == 5 and report.dropped == {"not of the format": 3}

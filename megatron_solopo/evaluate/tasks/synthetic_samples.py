@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_solopo.data.row_files import read_text_file
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.tasks.prompt_length import UnsizedSample
 
@@ -84,12 +85,7 @@ class Haystack:
 
 def read_sentences(path: Path) -> list[str]:
     """The sentences of a text file. Raises UserError where there are none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--haystack {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--haystack {path}: is not UTF-8 text") from None
+    text = read_text_file(path, "--haystack")
     if not (sentences := [" ".join(each.split()) for each in _SENTENCE_END.split(text) if each.strip()]):
         raise UserError(f"--haystack {path}: holds no text")
     return sentences

@@ -294,8 +294,8 @@ class SquadRecord(Record):
 _ARTICLE: TypeAdapter[_Article] = TypeAdapter(_Article)
 
 
-def read_articles(data: list[Any]) -> Iterator[Question | tuple[str, ValidationError]]:
-    """The questions of the articles in a released file of SQuAD. A bad article gives its place and its errors.
+def read_articles(data: list[Any]) -> Iterator[Question | tuple[int, ValidationError]]:
+    """The questions of the articles in a released file of SQuAD. A bad article gives its index and its errors.
 
     The other documents of a question are those of its article, which are the hardest distractors.
     """
@@ -303,7 +303,7 @@ def read_articles(data: list[Any]) -> Iterator[Question | tuple[str, ValidationE
         try:
             article = _ARTICLE.validate_python(value)
         except ValidationError as error:
-            yield f"data.{number}", error
+            yield number, error
             continue
         title = article.title.replace("_", " ").strip()
         documents = tuple(Document(title, paragraph.context.strip()) for paragraph in article.paragraphs)

@@ -49,7 +49,7 @@ def read(path: Path, format: str = "generic") -> list[tuple[int, Question | BadR
         ("generic", json.dumps(GOOD | {"question": ""}), "question"),
         ("generic", json.dumps(GOOD | {"documents": [{"text": "no flag"}]}), "documents.0.supporting"),
         ("generic", json.dumps(GOOD | {"documents": [{"text": "x", "supporting": "yes"}]}), "documents.0.supporting"),
-        ("generic", json.dumps(GOOD | {"question": "\ud800"}), ""),
+        ("generic", json.dumps(GOOD | {"question": "\ud800"}), "question"),
         ("musique", json.dumps(MUSIQUE | {"answer": ""}), "answer"),
         ("musique", json.dumps(MUSIQUE | {"paragraphs": []}), "paragraphs"),
         ("musique", json.dumps(MUSIQUE | {"answer_aliases": [" "]}), "answer_aliases.0"),
@@ -97,17 +97,16 @@ def test_a_broken_array_is_refused_with_its_line(text, message, tmp_path) -> Non
     assert str(error.value).startswith(f"{path}:") and message in str(error.value)
 
 
-def test_items_of_an_array_have_lines_of_their_own(tmp_path) -> None:
+def test_items_of_an_array_are_numbered(tmp_path) -> None:
     path = tmp_path / "rows.json"
     rows = [GOOD, GOOD | {"id": "r"}, 7, GOOD | {"id": "s"}]
     path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    assert [(line, isinstance(found, Question)) for line, found in read(path)] == [(2, 1), (3, 1), (4, 0), (5, 1)]
+    assert [(line, isinstance(found, Question)) for line, found in read(path)] == [(1, 1), (2, 1), (3, 0), (4, 1)]
 
 
 @pytest.mark.parametrize(
     ("value", "place"),
     [
-        ({"version": 1}, "data: expected a list of articles"),
         ({"data": [{"title": "T", "paragraphs": [{"context": "", "qas": []}]}]}, "data.0.paragraphs.0.context: "),
         (
             {"data": [{"title": "T", "paragraphs": [{"context": "c", "qas": [{"id": "q"}]}]}]},
@@ -119,7 +118,7 @@ def test_a_bad_place_in_a_squad_file_is_named(value, place, tmp_path) -> None:
     path = tmp_path / "train.json"
     path.write_text(json.dumps(value))
     line, bad = read(path, "squad")[0]
-    assert line == 1 and str(bad).startswith(f"{path}:1: {place}")
+    assert line == 1 and str(bad).startswith(f"{path}: row 1: {place}")
 
 
 def test_a_broken_squad_file_and_a_missing_one_are_refused(tmp_path) -> None:
@@ -127,7 +126,10 @@ def test_a_broken_squad_file_and_a_missing_one_are_refused(tmp_path) -> None:
     path.write_text('{"data": [\n}')
     with pytest.raises(UserError, match=r"train\.json:2: not valid JSON"):
         read(path, "squad")
-    with pytest.raises(UserError, match=r"absent\.json: No such file"):
+    path.write_text('{"version": 1}')
+    with pytest.raises(UserError, match=r"train\.json: data: expected a list of articles"):
+        read(path, "squad")
+    with pytest.raises(UserError, match=r"absent\.json: no such file"):
         read(tmp_path / "absent.json", "squad")
 
 
@@ -170,7 +172,7 @@ def test_no_row_is_lost_whatever_is_broken(tmp_path_factory, lines) -> None:
     """Thousands of broken rows: each line is a question or a named mistake, and nothing else is raised."""
     path = tmp_path_factory.mktemp("broken") / "rows.jsonl"
     # An array's bracket in front would make another kind of file.
-    lines = [b'"first"', *lines]
+    lines = [b'{"first": 1}', *lines]
     path.write_bytes(b"\n".join(lines))
     found = read(path)
     rows = {number for number, line in enumerate(lines, start=1) if line.strip()}
@@ -179,7 +181,7 @@ def test_no_row_is_lost_whatever_is_broken(tmp_path_factory, lines) -> None:
     assert len(set(ids)) == len(ids)
     for number, each in found:
         if isinstance(each, BadRow):
-            assert each.line == number and each.reason and "\n" not in str(each)
+            assert each.number == number and each.reason and "\n" not in str(each)
         else:
             assert json.loads(lines[number - 1]).keys() >= GOOD.keys() and each.answers and each.documents
 
@@ -192,7 +194,7 @@ def test_whole_lines_of_noise(tmp_path) -> None:
         for _ in range(3000)
     ]
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'""\n' + b"\n".join(lines))
+    path.write_bytes(b"{}\n" + b"\n".join(lines))
     found = read(path)
     assert all(isinstance(each, BadRow) for _, each in found)
     assert {number for number, _ in found} == {1} | {n for n, line in enumerate(lines, start=2) if line.strip()}
