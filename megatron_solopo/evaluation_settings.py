@@ -11,6 +11,7 @@ from pydantic import Field
 
 from megatron_solopo.command_settings import CommandSettings
 from megatron_solopo.data.settings import Template
+from megatron_solopo.generate.settings import ServerSettings
 from megatron_solopo.triplets.corpus.formats import Format
 
 QA = "qa"
@@ -25,7 +26,7 @@ TASK_NAMES = (
 )
 
 
-class LongContextSettings(CommandSettings):
+class LongContextSettings(ServerSettings):
     """What a user asks of `evaluate long-context`."""
 
     model: str
@@ -71,18 +72,8 @@ class LongContextSettings(CommandSettings):
     """Tensor parallel ranks of a Megatron model."""
     pipeline_model_parallel_size: int = Field(default=1, ge=1)
     """Pipeline stages of a Megatron model. Further ranks share the samples."""
-    server: str | None = None
-    """Base URL of a server with OpenAI's API, such as http://localhost:8000/v1."""
     tokenizer: str | None = None
     """Hugging Face directory or SentencePiece .model file. If not given, the model's own."""
-    concurrency: int = Field(default=32, ge=1)
-    """Requests to the server that run at the same time."""
-    timeout: float = Field(default=600.0, gt=0)
-    """Seconds that a request may take."""
-    retries: int = Field(default=8, ge=0)
-    """How often a request that fails is sent again."""
-    api_key_env: str | None = None
-    """Environment variable that holds the key of the server."""
     seed: int = Field(default=0, ge=0)
     """Seed of every random choice in the tasks."""
     name: str | None = None
@@ -98,6 +89,7 @@ class LongContextSettings(CommandSettings):
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
     def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         yield from self._wrong_lists()
         yield from self._wrong_tasks()
         yield from self._wrong_places()
@@ -124,8 +116,6 @@ class LongContextSettings(CommandSettings):
             yield "--answer-marker: must not be blank; to score whole answers, pass --scored-text whole"
 
     def _wrong_places(self) -> Iterator[str]:
-        if self.server is not None and not self.server.startswith(("http://", "https://")):
-            yield f"--server {self.server}: must begin with http:// or https://"
         if self.server is not None and self.tokenizer is None:
             yield "--server: needs --tokenizer, the model's own, to make prompts of exact lengths"
         if self.server is not None and self.backend != "auto":

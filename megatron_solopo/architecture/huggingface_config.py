@@ -93,6 +93,24 @@ class Architecture(ModelShape):
         return float(self.rotary_scale**2 / self.head_dim**0.5)
 
     @cached_property
+    def _config(self) -> Any:
+        """transformers' config of the rotation."""
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(
+            self.model_type,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            head_dim=self.head_dim,
+            **copy.deepcopy(dict(self.rotary_fields)),  # transformers changes what it is given
+        )
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """The rotation as transformers 5 states it: `rope_type`, `rope_theta` and the numbers of that type."""
+        return dict(self._config.rope_parameters)
+
+    @cached_property
     def _rotation(self) -> tuple[Tensor, float]:
         """Frequencies and the factor on cos and sin, by transformers' own code.
 
@@ -100,21 +118,13 @@ class Architecture(ModelShape):
         import (`LlamaRotaryEmbedding.compute_default_rope_parameters`).
         """
         import torch
-        from transformers import AutoConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        config = AutoConfig.for_model(
-            self.model_type,
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            head_dim=self.head_dim,
-            **copy.deepcopy(dict(self.rotary_fields)),  # transformers changes what it is given
-        )
-        rope = config.rope_parameters
+        rope = self.rope_parameters
         if rope["rope_type"] == "default":
             exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float) / self.head_dim
             return 1.0 / rope["rope_theta"] ** exponents, 1.0
-        inv_freq, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
+        inv_freq, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](self._config)
         assert 2 * len(inv_freq) == self.head_dim, f"{len(inv_freq)} frequencies for head_dim={self.head_dim}"
         return inv_freq.float(), scale
 

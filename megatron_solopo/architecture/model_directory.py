@@ -13,7 +13,8 @@ METADATA, FORMAT = ".metadata", "metadata.json"
 # Without this, Megatron-LM takes a checkpoint for one of its oldest form, and reorders its attention weights.
 MEGATRON_LM_VERSION = {"checkpoint_version": 3.0}
 CONFIG = "config.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# Each row is one form of a tokenizer: all its files are needed.
+_TOKENIZER_FORMS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _CHECKPOINTS = ("iter_*", "checkpoints/iter_*")
 
 
@@ -38,7 +39,8 @@ def check_one_kind(path: Path) -> None:
 
 def has_tokenizer(path: Path) -> bool:
     """Whether a model (Hugging Face directory or Megatron checkpoint) has a tokenizer."""
-    return any((huggingface_directory(path) / name).is_file() for name in _TOKENIZER_FILES)
+    folder = huggingface_directory(path)
+    return any(all((folder / name).is_file() for name in form) for form in _TOKENIZER_FORMS)
 
 
 def check_huggingface_directory(path: Path, option: str) -> None:

@@ -1,7 +1,6 @@
 """Converts between Hugging Face directories and Megatron checkpoints. An output is complete and verified, or absent."""
 
 import errno
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from megatron_solopo.architecture.model_directory import (
     has_tokenizer,
     is_megatron_checkpoint,
 )
+from megatron_solopo.checkpoint.export_files import absent_counterparts, export_files
 from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory, SafetensorsWriter, all_finite
 from megatron_solopo.checkpoint.manifest import check_listed, sealed_files, write_manifest
 from megatron_solopo.checkpoint.mapping import Rule, all_huggingface_shapes, huggingface_blocks, rules
@@ -28,6 +28,7 @@ from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirector
 from megatron_solopo.checkpoint.megatron_writer import write_megatron
 from megatron_solopo.checkpoint.model_files import MODEL_FILES_MANIFEST, read_model_files, source_dtypes, write_files
 from megatron_solopo.checkpoint.verify import Verification, VerificationReport, to_dtype, verify
+from megatron_solopo.data.tokenizer_contradictions import check_tokenizer_files
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_writable, described_bytes
 from megatron_solopo.progress import bar_style
@@ -48,6 +49,7 @@ def import_model(source: Path, output: Path, *, verification: Verification) -> V
     architecture = read_architecture(source)
     weights = SafetensorsDirectory(source)
     weights.check(architecture)
+    check_tokenizer_files(source)
     dtypes = {name: DTYPES[weights.entries[name].dtype] for name in all_huggingface_shapes(architecture)}
     files = read_model_files(source)
     total = _total_bytes(architecture, dtypes)
@@ -83,8 +85,7 @@ def export_model(
     checksums = check_listed(checkpoint, checksums=True)
     total = _total_bytes(architecture, dtypes)
     files.pop(MODEL_FILES_MANIFEST, None)
-    if dtype is not None:
-        files["config.json"] = _config_with_dtype(files["config.json"], dtype)
+    files, notes = export_files(files, architecture, dtypes)
     with _output(output, total, files) as temporary:
         writer = SafetensorsWriter(temporary, _meta_tensors(architecture, dtypes), _file_bytes(total))
         with _bar("export", total) as progress, ThreadPoolExecutor(THREADS) as pool:
@@ -105,6 +106,8 @@ def export_model(
         write_files(files, temporary)
         report = _verified(temporary, checkpoint, output, verification, total)
         report.add("checksums", checksums)
+        for note in notes:
+            report.add("files", note)
         return report
 
 
@@ -125,6 +128,8 @@ def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> Verif
     with _bar("verify", total) as progress:
         report = verify(huggingface, checkpoint, logits=logits, progress=progress)
     report.add("checksums", checksums)
+    for absent in absent_counterparts(huggingface):
+        report.add("files", absent, absent)
     return report
 
 
@@ -174,14 +179,6 @@ def _meta_tensors(architecture: Architecture, dtypes: dict[str, torch.dtype]) ->
 
 def _total_bytes(architecture: Architecture, dtypes: dict[str, torch.dtype]) -> int:
     return sum(tensor.nbytes for tensor in _meta_tensors(architecture, dtypes).values())
-
-
-def _config_with_dtype(config: bytes, dtype: Dtype) -> bytes:
-    """State the precision in config.json. transformers has had two names for the key."""
-    fields = json.loads(config)
-    for key in [key for key in ("dtype", "torch_dtype") if key in fields] or ["torch_dtype"]:
-        fields[key] = dtype
-    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @contextmanager

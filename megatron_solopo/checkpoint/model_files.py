@@ -18,9 +18,20 @@ from megatron_solopo.errors import UserError
 
 MODEL_FILES_MANIFEST = "megatron_solopo.json"
 # Weights, their indices and code do not travel. The model card does not either, for it describes the untrained model.
-_CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_CARRIED = ("*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _FOLDERS = ("additional_chat_templates",)
-_NOT_CARRIED = ("*.index.json", CHECKSUMS_FILE)
+_NOT_CARRIED = (
+    "*.index.json",
+    CHECKSUMS_FILE,
+    # These describe what does not travel: an adapter, Mistral's own form of the weights, quantized weights, another
+    # training, folders of sentence-transformers.
+    "adapter_config.json",
+    "params.json",
+    "quantize_config.json",
+    "trainer_state.json",
+    "*_results.json",
+    "modules.json",
+)
 
 
 class _SourceDtypes(BaseModel):

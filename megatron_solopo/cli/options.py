@@ -21,7 +21,7 @@ _Command = Callable[..., None]
 def settings_options(
     model: type[_Settings],
 ) -> Callable[[Callable[Concatenate[_Settings, _Others], None]], _Command]:
-    """Give a command one option for each field of its settings, in the order of the fields.
+    """Give a command one option for each field of its settings, in the order of the fields, shared ones last.
 
     The command takes the settings as its first argument. A field's name becomes the flag and its docstring the help.
     A Literal becomes a choice, and a bool a switch. A tuple of paths becomes an option that may be repeated, and any
@@ -36,8 +36,9 @@ def settings_options(
             command(settings, *arguments, **values)
 
         decorated: _Command = run
-        for name, field in reversed(model.model_fields.items()):
-            decorated = _option(name, field)(decorated)
+        own = model.__annotations__
+        for name in sorted(reversed(model.model_fields), key=lambda name: name in own):
+            decorated = _option(name, model.model_fields[name])(decorated)
         return decorated
 
     return decorate

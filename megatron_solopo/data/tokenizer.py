@@ -19,6 +19,7 @@ from sentencepiece import SentencePieceProcessor
 from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.data.rows import Content, Message
 from megatron_solopo.data.settings import Template
+from megatron_solopo.data.tokenizer_contradictions import check_tokenizer_files
 from megatron_solopo.data.tokenizer_file import load_by_file
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
@@ -133,6 +134,7 @@ class _HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         try:
+            check_tokenizer_files(path)
             self._tokenizer: Any = load_by_file(
                 path, local_files_only=True, trust_remote_code=False, model_max_length=_NO_LIMIT
             )

@@ -26,12 +26,13 @@ from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.sample_set import SampleSet, collect_samples, journal_header
 from megatron_solopo.evaluate.samples import SampleSpec
-from megatron_solopo.evaluate.scores import EvaluatedResponse, ScoredResponse, make_results, score
+from megatron_solopo.evaluate.scores import EvaluatedResponse, ScoredResponse, make_results, score, server_notes
 from megatron_solopo.evaluate.target import Target, find_target, stored_dtype
 from megatron_solopo.evaluation_settings import LongContextSettings
 from megatron_solopo.files import atomic_path, check_writable, read_jsonl, remove
-from megatron_solopo.generate.journal import Journal
+from megatron_solopo.generate.journal import Journal, read_refusals
 from megatron_solopo.generate.model import Answer, Model, Request
+from megatron_solopo.generate.refusals import Refusals
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.progress import bar_style
@@ -55,14 +56,23 @@ def evaluate_long_context(settings: LongContextSettings) -> LongContextResults |
     _check_tokenizer(settings, target, tokenizer)
     samples = collect_samples(settings, target, tokenizer)
     with _load(settings, target, tokenizer) as runner:
-        answers = _answer(settings, target, output, samples, tokenizer, runner.model)
-    if answers is None:
+        journal = _answer(settings, target, output, samples, tokenizer, runner.model)
+    if journal is None:
         return None
+    answers = {
+        row["question_id"]: EvaluatedResponse.model_validate(row)
+        for row in read_jsonl(journal)[1:]
+        if "refused" not in row
+    }
+    refused = {each.question_id: each.refused for each in read_refusals(journal)}
     marker = settings.answer_marker if settings.scored_text == "final" else None
     answered = [spec for spec in samples.specs if spec.id in answers]
     scored = [score(spec, answers[spec.id], samples.metrics[spec.task], marker) for spec in answered]
-    skipped = [*samples.skipped, *samples.count_unmade(spec for spec in samples.specs if spec.id not in answers)]
+    unmade = [spec for spec in samples.specs if spec.id not in answers and spec.id not in refused]
+    skipped = [*samples.skipped, *samples.count_unmade(unmade), *samples.count_refused(refused)]
     results = make_results(settings, target, output.stem, samples, scored, skipped, runner.device, runner.layout)
+    if settings.server is not None:
+        results = results.model_copy(update={"notes": server_notes(scored, runner.model.traffic)})
     _write(output, results, scored)
     return results
 
@@ -157,15 +167,7 @@ def _load(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -
 def _server(settings: LongContextSettings) -> Model:
     from megatron_solopo.generate.server import OpenAIServer
 
-    assert settings.server is not None
-    return OpenAIServer(
-        settings.server,
-        settings.model,
-        concurrency=settings.concurrency,
-        timeout=settings.timeout,
-        retries=settings.retries,
-        api_key_env=settings.api_key_env,
-    )
+    return OpenAIServer(settings, settings.model, own_tokenizer=True)
 
 
 def _described(device: torch.device) -> str:
@@ -179,8 +181,8 @@ def _answer(
     samples: SampleSet,
     tokenizer: Tokenizer,
     model: Model,
-) -> dict[str, EvaluatedResponse] | None:
-    """Answers by their samples, from the journal or new; samples that cannot be made have none.
+) -> Path | None:
+    """The complete journal. A sample that cannot be made, or that a server refuses, has no answer in it.
 
     Returns None on every rank except the one that writes.
     """
@@ -191,35 +193,44 @@ def _answer(
         """On rank 0: open the journal; returns the ids of the samples that have no answer."""
         if settings.overwrite:
             remove(path)
-        journals.append(Journal(path, journal_header(settings, target, tokenizer), _COMMAND))
-        return {spec.id for spec in samples.specs if not journals[0].received[spec.id]}
+        journals.append(Journal(path, journal_header(settings, target, tokenizer), _COMMAND, settings.retry_refused))
+        return {spec.id for spec in samples.specs if not journals[0].done(spec.id)}
 
     unanswered = on_rank_0(begin) if dist.is_initialized() else begin()
     missing = [spec for spec in samples.specs if spec.id in unanswered]
     if not journals:
-        model.answer(batched(missing, settings.batch_size), samples.build, lambda request, answers, seconds: None)
+        batches = batched(missing, settings.batch_size)
+        model.answer(batches, samples.build, lambda *answered: None, lambda *refused: None)
         return None
     # Prompts of a server's requests are made in another thread, and a tokenizer is for one thread.
     counting = tokenizer if target.path is not None else load_tokenizer(settings.tokenizer or "")
+    if settings.server is not None:
+        # A server that has no room for the longest prompts, or cuts them, tells so with the first replies.
+        missing.sort(key=lambda spec: -spec.prompt_tokens)
     with journals[0] as journal, closing(tqdm(total=len(missing), desc="Evaluating", **bar_style("samples"))) as bar:
+        refusals = Refusals(journal, settings, len(samples.specs))
 
         def keep(request: Request, answers: Sequence[Answer], seconds: float) -> None:
             (answer,) = answers
             journal.append([_stored(request, answer, seconds, counting)])
             bar.update()
 
-        model.answer(batched(missing, settings.batch_size), samples.build, keep)
-    return {each.question_id: each for each in map(EvaluatedResponse.model_validate, read_jsonl(path)[1:])}
+        model.answer(batched(missing, settings.batch_size), samples.build, keep, refusals)
+        refusals.settle()
+    return path
 
 
 def _stored(request: Request, answer: Answer, seconds: float, tokenizer: Tokenizer) -> EvaluatedResponse:
     # Not every server counts tokens. Without its count, the end token is not counted.
-    tokens = answer.tokens if answer.tokens is not None else len(tokenizer.encode_continuation(answer.text))
+    generated = (answer.reasoning or "") + answer.text
+    tokens = answer.tokens if answer.tokens is not None else len(tokenizer.encode_continuation(generated))
     return EvaluatedResponse(
         question_id=request.question_id,
         index=0,
         text=answer.text,
         finish_reason=answer.finish_reason,
+        reasoning=answer.reasoning,
+        prompt_tokens=answer.prompt_tokens,
         answers=list(request.right_answers),
         tokens=tokens,
         seconds=seconds,
@@ -259,6 +270,7 @@ def _prediction(scored: ScoredResponse) -> dict[str, Any]:
         "prompt_tokens": spec.prompt_tokens,
         "answers": response.answers,
         "prediction": response.text,
+        "reasoning": response.reasoning,
         "finish_reason": response.finish_reason,
         "generated_tokens": response.tokens,
         "seconds": response.seconds,

@@ -22,7 +22,7 @@ from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.data.tokenizer import Tokenizer
-from megatron_solopo.generate.model import Answered, Build, Item, Keep
+from megatron_solopo.generate.model import Answered, Build, Item, Keep, Refuse
 from megatron_solopo.generate.transformers import EncodedRequest, LocalModel, build_all, end_tokens
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
@@ -56,7 +56,7 @@ class MegatronModel(LocalModel):
         self._model.eval()
         self._topology = topology
 
-    def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep) -> None:
+    def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep, refuse: Refuse) -> None:
         """See `Model`. All ranks pass the same batches, and global rank 0 keeps the answers.
 
         Data-parallel ranks take batches in turn and wait for each other after each.

@@ -1,7 +1,7 @@
 """The samples of an evaluation: where they come from, which fit the model, and what decides an answer to them."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,14 @@ class SampleSet:
             sample = self.sources[spec.task].build(spec)
         except LengthNotMet:
             return None
-        return Request(spec.id, sample.prompt, (0,), spec.max_new_tokens, right_answers=sample.answers)
+        return Request(
+            spec.id,
+            sample.prompt,
+            (0,),
+            spec.max_new_tokens,
+            right_answers=sample.answers,
+            prompt_tokens=spec.prompt_tokens,
+        )
 
     def count_unmade(self, specs: Iterable[SampleSpec]) -> list[SkippedSamples]:
         """Those of the samples that cannot be made, counted."""
@@ -62,6 +69,14 @@ class SampleSet:
                 found[spec.task, spec.length, error.reason] += 1
         return [
             SkippedSamples(task=task, length=length, n=n, reason=reason) for (task, length, reason), n in found.items()
+        ]
+
+    def count_refused(self, refused: Mapping[str, str]) -> list[SkippedSamples]:
+        """The samples that a server refuses, counted. Takes the reason by the sample's id."""
+        found = Counter((spec.task, spec.length, refused[spec.id]) for spec in self.specs if spec.id in refused)
+        return [
+            SkippedSamples(task=task, length=length, n=n, reason=f"refused by the server: {reason}")
+            for (task, length, reason), n in found.items()
         ]
 
 

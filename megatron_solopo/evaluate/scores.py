@@ -10,6 +10,7 @@ from megatron_solopo.evaluate.statistics import interval_kind, mean_score
 from megatron_solopo.evaluate.target import Target
 from megatron_solopo.evaluation_settings import LongContextSettings
 from megatron_solopo.generate.journal import StoredResponse
+from megatron_solopo.generate.model import Traffic
 from megatron_solopo.generate.scoring import SCORERS, Score, final_answer
 from megatron_solopo.results.long_context import LongContextResults, ScoreCell, SkippedSamples
 from megatron_solopo.results.results_file import origin
@@ -146,6 +147,30 @@ def make_results(
     )
 
 
+def server_notes(scored: Sequence[ScoredResponse], traffic: Traffic) -> list[str]:
+    """What a server's replies leave open or tell about the scores."""
+    answers = [each.response for each in scored]
+    thoughts = [each for each in answers if each.reasoning is not None]
+    blank = sum(not each.text.strip() for each in thoughts)
+    uncounted = sum(each.prompt_tokens is None for each in answers)
+    notes = []
+    if thoughts:
+        notes.append(f"{len(thoughts)} answers came with a thought of their own; the text behind it is scored")
+    if blank:
+        notes.append(f"{blank} answers are blank, as the thought used all of --max-new-tokens; they count as wrong")
+    if uncounted:
+        notes.append(
+            f"the server did not say how much of the prompt it read for {uncounted} of {len(answers)} answers; "
+            "whether it cut them could not be checked"
+        )
+    if traffic.retried:
+        again = ", ".join(f"{reason} {count}" for reason, count in sorted(traffic.retried.items()))
+        notes.append(f"requests sent again: {again}, after {traffic.waited:.1f} s of waiting in all")
+    if traffic.other_models:
+        notes.append(f"replies name another model than the one asked for: {', '.join(sorted(traffic.other_models))}")
+    return notes
+
+
 def render(results: LongContextResults) -> str:
     """A line per task and metric, a column per length: mean score and 95 % interval in percent, and samples."""
     rows = [["task", "metric", *map(str, results.lengths), "all"]]
@@ -162,7 +187,7 @@ def render(results: LongContextResults) -> str:
         f"{results.samples} samples, {results.prompt_tokens:,} prompt tokens, {results.generated_tokens:,} generated, "
         f"{results.seconds:.1f} s of generation"
     )
-    return "\n".join([*lines, *skipped, cost])
+    return "\n".join([*lines, *skipped, *(f"note: {note}" for note in results.notes), cost])
 
 
 def _shown(cell: ScoreCell | None) -> str:

@@ -1,9 +1,10 @@
 """Responses on disk as they come, in a file that a killed program continues without losing or repeating one.
 
 JSON lines. The first is {"journal": ...} and holds everything that decides what a response may be. Each other line is a
-response. A response counts as received once its line has been appended and synced to the disk. A last line without a
-line break was being written when the program was killed: a program that continues the file cuts it off and asks for its
-response again. A program that only reads the file takes a last line that is whole, and refuses one that is not.
+response, or tells that a server refused to give some. A response counts as received once its line has been appended and
+synced to the disk. A last line without a line break was being written when the program was killed: a program that
+continues the file cuts it off and asks for its response again. A program that only reads the file takes a last line
+that is whole, and refuses one that is not.
 """
 
 import fcntl
@@ -12,7 +13,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +41,24 @@ class StoredResponse(BaseModel):
     """See `generate.model.Answer`."""
     seed: int | None = None
     """Seed of the request; the responses of one request share it."""
+    reasoning: str | None = None
+    """The thought before the text, where a server tells it apart."""
+    prompt_tokens: int | None = None
+    """Tokens of the prompt by the server's count; None where nobody said."""
+
+
+class RefusedRequest(BaseModel):
+    """Responses that a server refused for ever."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    question_id: str
+    indices: list[int]
+    """Numbers of the samples."""
+    refused: str
+    """Why, in words that are the same for other requests."""
+    detail: str
+    """Why, in the words of the server."""
 
 
 class Journal:
@@ -49,6 +68,7 @@ class Journal:
         path: Created where it does not exist, continued where it does.
         header: Must be the header of the existing file.
         command: The command that writes the file, for error messages.
+        retry_refused: Treat what was refused before as missing.
 
     Attributes:
         received: Numbers of the samples in the file, by question.
@@ -57,13 +77,18 @@ class Journal:
         UserError: The file has another header, is no journal, or another process has it open.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], command: str = "data sample") -> None:
+    def __init__(
+        self, path: Path, header: dict[str, Any], command: str = "data sample", retry_refused: bool = False
+    ) -> None:
         self.received: defaultdict[str, set[int]] = defaultdict(set)
+        self._refused: list[RefusedRequest] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = path.open("a+b")
         try:
             self._lock(path)
             self._continue(path, header, command)
+            if retry_refused:
+                self._refused = []
         except BaseException:
             self._stream.close()
             raise
@@ -81,8 +106,7 @@ class Journal:
             if not start:
                 _check_header(path, header, command)
             else:
-                response = parse_response(path, start, line)
-                self.received[response.question_id].add(response.index)
+                self._remember(_parse(path, start, line))
         if not end:
             _check_cut_header(path, command)
         self._stream.truncate(end)
@@ -94,11 +118,26 @@ class Journal:
         """Number of different samples in the file."""
         return sum(map(len, self.received.values()))
 
-    def append(self, responses: Sequence[StoredResponse]) -> None:
-        """Write responses. They are on the disk when this returns."""
-        self._append([response.model_dump_json() for response in responses])
-        for response in responses:
-            self.received[response.question_id].add(response.index)
+    def done(self, question_id: str) -> set[int]:
+        """Numbers of a question's samples that came or were refused."""
+        refused = (each.indices for each in self._refused if each.question_id == question_id)
+        return self.received[question_id].union(*refused)
+
+    def refusals(self) -> list[RefusedRequest]:
+        """What was refused and never came, each sample once."""
+        return _unanswered(self._refused, self.received)
+
+    def append(self, records: Sequence[StoredResponse | RefusedRequest]) -> None:
+        """Write responses or refusals. They are on the disk when this returns."""
+        self._append([record.model_dump_json() for record in records])
+        for record in records:
+            self._remember(record)
+
+    def _remember(self, record: StoredResponse | RefusedRequest) -> None:
+        if isinstance(record, RefusedRequest):
+            self._refused.append(record)
+        else:
+            self.received[record.question_id].add(record.index)
 
     def _append(self, lines: Sequence[str]) -> None:
         self._stream.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
@@ -126,32 +165,25 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 def read_offsets(path: Path) -> Iterator[tuple[int, StoredResponse]]:
-    """Every response with its byte offset, in the order they came.
+    """Every response with its byte offset, in the order they came. Refusals are passed over.
 
     Raises UserError, naming the line, for a line that is no response.
     """
-    has_header = read_header(path) is not None
-    end = 0
-    for start, line in _complete_lines(path):
-        end = start + len(line)
-        if start or not has_header:
-            yield start, parse_response(path, start, line)
-    yield from _read_last(path, end)
+    for start, record in _records(path):
+        if isinstance(record, StoredResponse):
+            yield start, record
 
 
-def _read_last(path: Path, start: int) -> Iterator[tuple[int, StoredResponse]]:
-    """The response in the bytes from `start` on, which end without a line break. Raises UserError if it was cut."""
-    with path.open("rb") as stream:
-        stream.seek(start)
-        line = stream.read()
-    if not line:
-        return
-    try:
-        yield start, parse_response(path, start, line)
-    except UserError as error:
-        raise UserError(
-            f"{error}; this last line was cut: complete the file with the command that wrote it, or remove the line"
-        ) from None
+def read_refusals(path: Path) -> list[RefusedRequest]:
+    """What was refused and never came, each sample once. Raises UserError as `read_offsets` does."""
+    received: defaultdict[str, set[int]] = defaultdict(set)
+    refused = []
+    for _, record in _records(path):
+        if isinstance(record, StoredResponse):
+            received[record.question_id].add(record.index)
+        else:
+            refused.append(record)
+    return _unanswered(refused, received)
 
 
 def parse_response(path: Path, offset: int, line: bytes) -> StoredResponse:
@@ -162,6 +194,49 @@ def parse_response(path: Path, offset: int, line: bytes) -> StoredResponse:
         with path.open("rb") as stream:
             number = stream.read(offset).count(b"\n") + 1
         raise UserError(f"{path}:{number}: {first_problem(error, 'the whole line')} (expected a response)") from None
+
+
+def _records(path: Path) -> Iterator[tuple[int, StoredResponse | RefusedRequest]]:
+    has_header = read_header(path) is not None
+    end = 0
+    for start, line in _complete_lines(path):
+        end = start + len(line)
+        if start or not has_header:
+            yield start, _parse(path, start, line)
+    yield from _read_last(path, end)
+
+
+def _read_last(path: Path, start: int) -> Iterator[tuple[int, StoredResponse | RefusedRequest]]:
+    """The record in the bytes from `start` on, which end without a line break. Raises UserError if it was cut."""
+    with path.open("rb") as stream:
+        stream.seek(start)
+        line = stream.read()
+    if not line:
+        return
+    try:
+        yield start, _parse(path, start, line)
+    except UserError as error:
+        raise UserError(
+            f"{error}; this last line was cut: complete the file with the command that wrote it, or remove the line"
+        ) from None
+
+
+def _parse(path: Path, offset: int, line: bytes) -> StoredResponse | RefusedRequest:
+    try:
+        return RefusedRequest.model_validate_json(line)
+    except ValidationError:
+        return parse_response(path, offset, line)
+
+
+def _unanswered(refused: Sequence[RefusedRequest], received: Mapping[str, set[int]]) -> list[RefusedRequest]:
+    seen: defaultdict[str, set[int]] = defaultdict(set)
+    left = []
+    for each in refused:
+        indices = set(each.indices) - received.get(each.question_id, set()) - seen[each.question_id]
+        seen[each.question_id] |= indices
+        if indices:
+            left.append(each.model_copy(update={"indices": sorted(indices)}))
+    return left
 
 
 def _complete_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from megatron_solopo.data.rows import Content
@@ -28,6 +28,7 @@ class Request:
         max_tokens: The most tokens of an answer, with the end token.
         seed: Of the random numbers, where answers are sampled.
         right_answers: Kept with an answer for its score. The model does not see them.
+        prompt_tokens: Tokens of the prompt by our own count; None where nobody counted.
     """
 
     question_id: str
@@ -36,6 +37,7 @@ class Request:
     max_tokens: int
     seed: int = 0
     right_answers: tuple[str, ...] = ()
+    prompt_tokens: int | None = None
 
     def without_first(self, count: int) -> "Request":
         """The request for the answers that are still missing after the first `count` have come."""
@@ -52,10 +54,40 @@ class Answer:
     """stop: the model ended the answer. length: the answer has `max_tokens` tokens. A server may name others."""
     tokens: int | None = None
     """Number of tokens with the end token; None where a server does not say."""
+    reasoning: str | None = None
+    """The thought before the text, where a server tells it apart."""
+    prompt_tokens: int | None = None
+    """Tokens of the prompt by the server's count; None where it does not say."""
+
+
+@dataclass
+class Traffic:
+    """What happened between this program and a server. Stays empty for a model in this process."""
+
+    retried: Counter[str] = field(default_factory=Counter)
+    """How often a request was sent again, by reason."""
+    waited: float = 0.0
+    """Seconds that requests waited before they were sent again, summed over the requests."""
+    other_models: Counter[str] = field(default_factory=Counter)
+    """Replies that name another model than the one asked for, by this name. It may be an alias."""
 
 
 class RequestFailed(Exception):
     """No answer came after all retries; the message says why."""
+
+
+class RequestRefused(Exception):
+    """There will never be an answer to this request, or to some indices of it; the message says why.
+
+    Attributes:
+        kind: In words that are the same for other requests, to count them by.
+        certain: Whether the cause is this prompt. If not, the server may refuse every request for the same reason.
+    """
+
+    def __init__(self, kind: str, message: str, *, certain: bool) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.certain = certain
 
 
 Answered = tuple[Request, list[Answer], float]
@@ -64,22 +96,23 @@ Item = TypeVar("Item")
 Build = Callable[[Item], Request | None]
 """Makes the request of an item; None where it cannot be made, and then the item is skipped."""
 Keep = Callable[[Request, Sequence[Answer], float], None]
-"""Called as answers come. The answers belong to the first indices of the request; the number is their share of the wall
-time in seconds."""
+"""Called as answers come, one for each index of the request; the number is their share of the wall time in seconds."""
+Refuse = Callable[[Request, RequestRefused], None]
+"""Called for requests that will never be answered; may raise UserError to end the run."""
 
 
 class Model(Protocol):
     """Answers requests: a model in this process, on this group of ranks, or on a server."""
 
-    retried: Counter[str]
-    """How often a request was sent again, by reason."""
+    traffic: Traffic
 
-    def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep) -> None:
+    def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep, refuse: Refuse) -> None:
         """Answer every item for which `build` makes a request.
 
         Args:
             batches: The prompts of a batch are equally long and have the same `max_tokens`.
             keep: Called in this thread, on one process alone.
+            refuse: The same. Only a server refuses.
 
         Raises:
             UserError: A server refuses the requests, or some got no answer.
@@ -90,20 +123,28 @@ class RequestPool(Generic[Item]):
     """Has several requests under way at once.
 
     Args:
-        ask: Returns at least one answer and at most one per index. Raises RequestFailed where this request gets no
-            answer; any other exception ends the run.
+        ask: Returns at least one answer and at most one per index, or the reason why there is none. Raises
+            RequestFailed where this request gets no answer now, and RequestRefused where it never will; any other
+            exception ends the run.
         concurrency: How many requests are under way.
         build: See `Build`. Runs in a thread of its own, for one item at a time.
         keep: See `Keep`. The seconds are those since the previous answer, so that they add up to the wall time.
+        refuse: See `Refuse`.
     """
 
     def __init__(
-        self, ask: Callable[[Request], Awaitable[list[Answer]]], concurrency: int, build: Build[Item], keep: Keep
+        self,
+        ask: Callable[[Request], Awaitable[Sequence[Answer | RequestRefused]]],
+        concurrency: int,
+        build: Build[Item],
+        keep: Keep,
+        refuse: Refuse,
     ) -> None:
         self._ask = ask
         self._concurrency = concurrency
         self._build = build
         self._keep = keep
+        self._refuse = refuse
         self._failed: list[str] = []
         self._failed_in_a_row = 0
         self._last_answer = 0.0
@@ -132,25 +173,42 @@ class RequestPool(Generic[Item]):
 
     async def _work(self, waiting: Iterable[Item], builder: ThreadPoolExecutor) -> None:
         """Take the next item until there is none, or until so many failed in a row that the server must be gone."""
-        loop = asyncio.get_running_loop()
         for item in waiting:
             if self._failed_in_a_row >= self._concurrency:
                 return
-            request = await loop.run_in_executor(builder, self._build, item)
-            if request is None:
-                continue
-            try:
-                await self._complete(request)
-                self._failed_in_a_row = 0
-            except RequestFailed as error:
-                self._failed.append(f"{request.question_id}: {error}")
-                self._failed_in_a_row += 1
+            await self._work_on(item, builder)
+
+    async def _work_on(self, item: Item, builder: ThreadPoolExecutor) -> None:
+        """A function of its own, so that the request is freed before the next one is built."""
+        request = await asyncio.get_running_loop().run_in_executor(builder, self._build, item)
+        if request is None:
+            return
+        try:
+            await self._complete(request)
+            self._failed_in_a_row = 0
+        except RequestFailed as error:
+            self._failed.append(f"{request.question_id}: {error}")
+            self._failed_in_a_row += 1
 
     async def _complete(self, request: Request) -> None:
         """Get every answer to one request: a server may give fewer at once than it was asked for."""
         while request.indices:
-            answers = await self._ask(request)
+            try:
+                answers = await self._ask(request)
+            except RequestRefused as refusal:
+                self._refuse(request, refusal)
+                return
             now = time.perf_counter()
-            self._keep(request, answers, now - self._last_answer)
+            self._deliver(request, answers, now - self._last_answer)
             self._last_answer = now
             request = request.without_first(len(answers))
+
+    def _deliver(self, request: Request, answers: Sequence[Answer | RequestRefused], seconds: float) -> None:
+        found = [(index, each) for index, each in zip(request.indices, answers, strict=False)]
+        kept = [(index, each) for index, each in found if isinstance(each, Answer)]
+        if kept:
+            indices = tuple(index for index, _ in kept)
+            self._keep(replace(request, indices=indices), [answer for _, answer in kept], seconds)
+        for index, each in found:
+            if isinstance(each, RequestRefused):
+                self._refuse(replace(request, indices=(index,)), each)

@@ -1,50 +1,49 @@
-"""Answers from a server that speaks OpenAI's API: vLLM, SGLang, TGI and others.
+"""Answers from a server that speaks OpenAI's API: vLLM, SGLang, llama.cpp, Ollama, OpenRouter and others.
 
 Prompts that are text go to /completions, chat messages go to /chat/completions. A request that meets no connection, a
-timeout, an overload or a fault of the server is sent again after a growing wait. A request that the server calls wrong
-ends the run, and so does an answer that was cut before it had the tokens asked for.
+timeout, an overload or a fault of the server is sent again after a growing wait. A prompt that the server will never
+answer is handed back as refused. The run ends if the server refuses every request, reads less than the whole prompt,
+or cuts an answer before it has the tokens asked for.
+
+The openai package's client sends the requests. Its own retries are off: they wait at most 8 seconds, cannot be counted
+by their reason, and know no time limit on a whole request.
 """
 
 import asyncio
 import os
 import random
-from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from itertools import chain
 from typing import Any
 
-import httpx2
+import openai
 from pydantic import BaseModel, ValidationError
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.generate.model import Answer, Build, Item, Keep, Request, RequestFailed, RequestPool
+from megatron_solopo.generate.model import (
+    Answer,
+    Build,
+    Item,
+    Keep,
+    Refuse,
+    Request,
+    RequestFailed,
+    RequestPool,
+    RequestRefused,
+    Traffic,
+)
+from megatron_solopo.generate.prompt_check import PromptCheck
+from megatron_solopo.generate.replies import Completion, ServerRefuses, TryAgain, failure, read_completion
+from megatron_solopo.generate.settings import ServerSettings
 
-_RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _LONGEST_WAIT = 60.0
-_SHOWN_CHARACTERS = 200
-_ABORTED = "abort"
-"""vLLM and SGLang say so of an answer that was stopped from outside (paused, put to sleep). It is incomplete."""
-_LENGTH = "length"
+_LONGEST_ASKED_WAIT = 600.0
+"""The longest that a server may ask us to wait."""
 _MODELS_SECONDS = 10.0
-
-
-class _Message(BaseModel):
-    content: str | None = None
-
-
-class _Choice(BaseModel):
-    text: str | None = None
-    message: _Message | None = None
-    finish_reason: str | None = None
-
-
-class _Usage(BaseModel):
-    completion_tokens: int | None = None
-
-
-class _Completion(BaseModel):
-    choices: list[_Choice]
-    usage: _Usage | None = None
+_NO_KEY = "none"
+"""The client wants a key. It is not sent."""
 
 
 class _ServedModel(BaseModel):
@@ -56,116 +55,112 @@ class _ServedModels(BaseModel):
     data: list[_ServedModel]
 
 
-class _TryAgain(Exception):
-    """A fault that may pass by itself; `wait` is the number of seconds that the server asks for."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
-
-
 class OpenAIServer:
     """A model on a server, see `generate.model.Model`. Sends every request of a batch by itself.
 
     Args:
-        url: Base URL, such as http://localhost:8000/v1.
+        settings: Must name a server.
         model: Name that the server knows the model by.
-        concurrency: How many requests are under way at once.
-        timeout: Seconds that a request may take.
-        retries: How often a request that fails is sent again.
-        backoff: Seconds before the first retry; doubled for each further one, up to a minute.
-        api_key_env: Environment variable that holds the server's key; None sends none.
+        own_tokenizer: Whether `Request.prompt_tokens` comes from the tokenizer of the server's model.
         temperature: 0 asks for the most likely tokens.
         top_p: Sample from the most likely tokens that together have this probability.
     """
 
     def __init__(
         self,
-        url: str,
+        settings: ServerSettings,
         model: str,
         *,
-        concurrency: int,
-        timeout: float,
-        retries: int,
-        backoff: float = 1.0,
-        api_key_env: str | None = None,
+        own_tokenizer: bool,
         temperature: float = 0.0,
         top_p: float = 1.0,
     ) -> None:
-        self.retried: Counter[str] = Counter()
-        self._url = url.rstrip("/")
-        self._concurrency = concurrency
-        self._timeout = timeout
-        self._retries = retries
-        self._backoff = backoff
+        assert settings.server is not None
+        self.traffic = Traffic()
+        self._settings = settings
         self._asked = {"model": model, "temperature": temperature, "top_p": top_p}
-        limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        self._limit = "max_tokens"
+        self._prompt_check = PromptCheck(settings.server, own_tokenizer)
+        key = _api_key(settings.api_key_env)
+        self._headers = _headers(key)
         # The time limit is on the whole request, below: a server that trickles is as slow as one that hangs.
-        self._client = httpx2.AsyncClient(timeout=None, limits=limits, headers=_authorization(api_key_env))
+        self._client = openai.AsyncOpenAI(base_url=settings.server, api_key=key or _NO_KEY, max_retries=0, timeout=None)
 
-    def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep) -> None:
+    def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep, refuse: Refuse) -> None:
         """See `Model`. Can be called once."""
-        asyncio.run(self._answer(RequestPool(self._ask, self._concurrency, build, keep), batches))
+        pool = RequestPool(self._ask, self._settings.concurrency, build, keep, refuse)
+        asyncio.run(self._answer(pool, batches))
 
     async def _answer(self, pool: RequestPool[Item], batches: Sequence[Sequence[Item]]) -> None:
         async with self._client:
             await pool.finish(chain.from_iterable(batches))
 
-    async def _ask(self, request: Request) -> list[Answer]:
+    async def _ask(self, request: Request) -> list[Answer | RequestRefused]:
         """Answers to a request, which is sent again as often as the settings say."""
-        for attempt in range(self._retries + 1):
+        waited = 0.0
+        for attempt in range(self._settings.retries + 1):
             try:
                 return await self._ask_once(request)
-            except _TryAgain as error:
-                reason, wait = str(error), error.wait
-            if attempt < self._retries:
-                self.retried[reason] += 1
-                growing = self._backoff * 2**attempt * random.uniform(0.5, 1.0)
-                await asyncio.sleep(min(_LONGEST_WAIT, max(growing, wait or 0.0)))
-        raise RequestFailed(f"{reason}, after {self._retries} retries")
+            except TryAgain as error:
+                reason, asked_wait = str(error), error.wait or 0.0
+            except ServerRefuses as error:
+                raise UserError(f"--server {self._settings.server}: refuses with {error}") from None
+            if attempt < self._settings.retries:
+                growing = min(_LONGEST_WAIT, self._settings.backoff * 2**attempt * random.uniform(0.5, 1.0))
+                wait = max(growing, min(asked_wait, _LONGEST_ASKED_WAIT))
+                self.traffic.retried[reason] += 1
+                self.traffic.waited += wait
+                waited += wait
+                await asyncio.sleep(wait)
+        raise RequestFailed(f"{reason}, after {self._settings.retries} retries and {waited:.0f} s of waiting")
 
-    async def _ask_once(self, request: Request) -> list[Answer]:
-        path, body = self._body(request)
+    async def _ask_once(self, request: Request) -> list[Answer | RequestRefused]:
+        limit = self._limit
         try:
-            async with asyncio.timeout(self._timeout):
-                response = await self._client.post(f"{self._url}{path}", json=body)
+            async with asyncio.timeout(self._settings.timeout):
+                content = await self._send(request, limit)
         except TimeoutError:
-            raise _TryAgain(f"no answer within {self._timeout:g} s") from None
-        except httpx2.RequestError as error:
-            raise _TryAgain(type(error).__name__) from None
-        except httpx2.InvalidURL as error:
-            raise UserError(f"--server {self._url}: is no URL: {error}") from None
-        if response.status_code in _RETRIED_STATUS:
-            raise _TryAgain(f"HTTP {response.status_code}", _retry_after(response))
-        if response.status_code != 200:
-            detail = " ".join(response.text.split())[:_SHOWN_CHARACTERS]
-            raise UserError(f"--server {self._url}: refuses with HTTP {response.status_code}: {detail}")
-        completion = _completion(response, len(request.indices))
-        self._refuse_cut(completion, request.max_tokens)
-        return _answers(completion)
+            raise TryAgain(f"no answer within {self._settings.timeout:g} s") from None
+        except openai.APIConnectionError as error:
+            raise TryAgain(type(error.__cause__ or error).__name__) from None
+        except openai.APIStatusError as error:
+            if limit == "max_tokens" and _wants_other_limit(error):
+                self._limit = "max_completion_tokens"
+                return await self._ask_once(request)
+            raise failure(error.status_code, error.body or error.response.text, _retry_after(error)) from None
+        completion = read_completion(content, len(request.indices))
+        if completion.model not in (None, self._asked["model"]):
+            self.traffic.other_models[str(completion.model)] += 1
+        self._refuse_cut(completion, request)
+        return completion.answers()
 
-    def _body(self, request: Request) -> tuple[str, dict[str, Any]]:
+    async def _send(self, request: Request, limit: str) -> bytes:
+        """The content of the reply."""
         body: dict[str, Any] = {
             **self._asked,
             "n": len(request.indices),
-            "max_tokens": request.max_tokens,
+            limit: request.max_tokens,
             "seed": request.seed,
+            "extra_headers": self._headers,
         }
+        create: Any
         if isinstance(request.prompt, str):
-            return "/completions", body | {"prompt": request.prompt}
-        return "/chat/completions", body | {"messages": request.prompt}
+            create = self._client.completions.with_raw_response.create
+            body["prompt"] = request.prompt
+        else:
+            create = self._client.chat.completions.with_raw_response.create
+            body["messages"] = request.prompt
+        content: bytes = (await create(**body)).content
+        return content
 
-    def _refuse_cut(self, completion: _Completion, max_tokens: int) -> None:
-        """Raise UserError for an answer with fewer tokens than asked for.
-
-        vLLM takes a request whose prompt leaves less room than it asks for, and lowers `max_tokens` without a word.
-        """
-        cut = sum(choice.finish_reason == _LENGTH for choice in completion.choices)
-        tokens = completion.usage.completion_tokens if completion.usage else None
-        if tokens is not None and tokens < cut * max_tokens:
+    def _refuse_cut(self, completion: Completion, request: Request) -> None:
+        """Raise UserError for a prompt or an answer that the server cut."""
+        self._prompt_check.check(request, completion.prompt_tokens)
+        if completion.has_cut_answer(request.max_tokens):
             raise UserError(
-                f"--server {self._url}: ended an answer before the {max_tokens} tokens asked for: its context has no "
-                "room for prompt and answer; give it a longer one (vLLM: --max-model-len) or ask for fewer tokens"
+                f"--server {self._settings.server}: ended an answer before the {request.max_tokens} tokens asked for: "
+                "its context has no room for prompt and answer; give it a longer one (vLLM: --max-model-len) or ask "
+                "for fewer tokens"
             )
 
 
@@ -174,48 +169,44 @@ def served_positions(url: str, model: str, api_key_env: str | None) -> int | Non
 
     None where the server does not answer or does not say.
     """
-    try:
-        response = httpx2.get(f"{url.rstrip('/')}/models", headers=_authorization(api_key_env), timeout=_MODELS_SECONDS)
-        models = _ServedModels.model_validate_json(response.content).data
-    except (httpx2.RequestError, httpx2.InvalidURL, ValidationError):
-        return None
+    key = _api_key(api_key_env)
+    with openai.OpenAI(base_url=url, api_key=key or _NO_KEY, max_retries=0, timeout=_MODELS_SECONDS) as client:
+        try:
+            reply = client.models.with_raw_response.list(extra_headers=_headers(key))
+            models = _ServedModels.model_validate_json(reply.content).data
+        except (openai.OpenAIError, ValidationError):
+            return None
     return next((each.max_model_len for each in models if each.id == model), None)
 
 
-def _authorization(variable: str | None) -> dict[str, str]:
+def _headers(key: str | None) -> dict[str, Any]:
+    """Keep back what the client would take from variables such as OPENAI_API_KEY, which may be for another server."""
+    headers = ["OpenAI-Organization", "OpenAI-Project"] + ["Authorization"] * (key is None)
+    return {name: openai.Omit() for name in headers}
+
+
+def _api_key(variable: str | None) -> str | None:
     if variable is None:
-        return {}
+        return None
     key = os.environ.get(variable)
     if not key:
         raise UserError(f"--api-key-env {variable}: this environment variable is not set")
-    return {"Authorization": f"Bearer {key}"}
+    return key
 
 
-def _retry_after(response: httpx2.Response) -> float | None:
-    """Seconds of a Retry-After header. These servers do not use its other form, which is a date."""
+def _wants_other_limit(error: openai.APIStatusError) -> bool:
+    """Whether the server knows the limit on tokens by its newer name only."""
+    return error.status_code == 400 and "max_completion_tokens" in error.message
+
+
+def _retry_after(error: openai.APIStatusError) -> float | None:
+    """Seconds of a Retry-After header, which holds seconds or a date."""
+    value = error.response.headers.get("retry-after", "")
     try:
-        return float(response.headers.get("retry-after", ""))
+        return float(value)
     except ValueError:
-        return None
-
-
-def _completion(response: httpx2.Response, asked: int) -> _Completion:
-    """At least one choice, at most as many as asked for. Raises _TryAgain for any other answer."""
+        pass
     try:
-        completion = _Completion.model_validate_json(response.content)
-    except ValidationError:
-        raise _TryAgain("an answer that is no completion") from None
-    completion.choices = completion.choices[:asked]
-    if not completion.choices:
-        raise _TryAgain("an answer without choices")
-    if any(choice.finish_reason == _ABORTED for choice in completion.choices):
-        raise _TryAgain("an aborted answer")
-    return completion
-
-
-def _answers(completion: _Completion) -> list[Answer]:
-    choices = completion.choices
-    texts = [choice.message.content if choice.message else choice.text for choice in choices]
-    # The server counts the tokens of all choices together.
-    tokens = completion.usage.completion_tokens if completion.usage and len(choices) == 1 else None
-    return [Answer(text or "", choice.finish_reason, tokens) for text, choice in zip(texts, choices, strict=True)]
+        return (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+    except (TypeError, ValueError):
+        return None

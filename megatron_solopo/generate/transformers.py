@@ -2,7 +2,6 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
 from megatron_solopo.data.tokenizer import Tokenizer, encode_prompt, template_of
 from megatron_solopo.errors import UserError
-from megatron_solopo.generate.model import Answer, Answered, Build, Item, Keep, Request
+from megatron_solopo.generate.model import Answer, Answered, Build, Item, Keep, Refuse, Request, Traffic
 
 # transformers' own are not typed.
 _AUTO_MODEL: Any = AutoModelForCausalLM
@@ -44,7 +43,7 @@ class LocalModel(ABC):
         max_positions: int | None,
     ) -> None:
         """`path` names the model in messages. Prompts must fit its vocabulary and its positions (None: not known)."""
-        self.retried: Counter[str] = Counter()
+        self.traffic = Traffic()
         self._path, self._vocab_size, self._max_positions = path, vocab_size, max_positions
         self._tokenizer = tokenizer
         self._end_tokens = end_tokens
@@ -57,7 +56,7 @@ class LocalModel(ABC):
         Generation stops once every row has one of `end_tokens`. What follows a row's first end token is arbitrary.
         """
 
-    def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep) -> None:
+    def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep, refuse: Refuse) -> None:
         """See `Model`. Building a prompt does not count in the seconds.
 
         Raises UserError for a prompt that does not fit the model.
@@ -71,6 +70,8 @@ class LocalModel(ABC):
         encoded = []
         for each in requests:
             ids = encode_prompt(each.prompt, self._tokenizer, template_of(each.prompt))
+            promised = each.prompt_tokens
+            assert promised in (None, len(ids)), f"{each.question_id}: {len(ids)} tokens, not {promised}"
             self._check(each, ids)
             encoded.append((each, ids))
         return encoded

@@ -40,7 +40,7 @@ class ScoreCell(ResultsPart):
 
 
 class SkippedSamples(ResultsPart):
-    """Samples that were not asked, counted."""
+    """Samples that were not asked or that a server refuses, counted. They are in no mean."""
 
     task: str
     length: int | None
@@ -70,6 +70,8 @@ class LongContextResults(Results):
     seconds: float
     """Wall time of all generation, interrupted sessions included; with a server, making the prompts is in it."""
     device: str
+    notes: list[str] = Field(default_factory=list)
+    """What a reader of the scores must know about a server's replies, one sentence each."""
     settings: dict[str, Any]
     """What was asked for, by the option's name."""
 

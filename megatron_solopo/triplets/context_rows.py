@@ -31,6 +31,8 @@ class ContextRow(BaseModel):
     evidence_depths: list[float]
     response_tokens: int = Field(ge=1)
     """Room for a response in tokens, its end included."""
+    short_tokens: int | None = None
+    """Tokens of the short prompt and the room for a response, by the tokenizer of `data build`."""
 
 
 class ContextFile:

@@ -4,6 +4,7 @@ The model is a Hugging Face directory, or it is behind a server with OpenAI's AP
 come. A run that starts again, after a kill or for more samples, asks only for the missing ones.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -16,8 +17,9 @@ from tqdm import tqdm
 from megatron_solopo.checksums import directory_fingerprint
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file
-from megatron_solopo.generate.journal import Journal, StoredResponse, read_offsets
-from megatron_solopo.generate.model import Answer, Model, Request
+from megatron_solopo.generate.journal import Journal, StoredResponse, read_offsets, read_refusals
+from megatron_solopo.generate.model import Answer, Model, Request, Traffic
+from megatron_solopo.generate.refusals import Refusals
 from megatron_solopo.progress import bar_style
 from megatron_solopo.triplets.context_rows import ContextFile, ContextRow
 from megatron_solopo.triplets.report import Bars, Chart, Histogram, check_output, provenance, write_stage_report
@@ -36,7 +38,22 @@ class SampleReport:
     received_now: int
     """Responses that this run received."""
     retried: dict[str, int]
+    """How often a request was sent again, by reason."""
+    waited_seconds: float
+    """Waiting before requests were sent again, summed over the requests."""
     finish_reasons: dict[str, int]
+    refused: dict[str, int]
+    """Responses that the server refuses for ever, by reason."""
+    with_thought: int
+    """Responses whose thought the server told apart."""
+    without_text: int
+    """Responses whose thought used up all of their tokens."""
+    repeated: int
+    """Responses with the same text as another of their question."""
+    prompts_not_counted: int
+    """Responses for which the server did not say how many tokens of the prompt it read."""
+    other_models: dict[str, int]
+    """Replies in this run that name another model than the one asked for, by this name."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain dictionaries, lists and numbers."""
@@ -46,14 +63,28 @@ class SampleReport:
         def listed(counts: dict[str, int]) -> str:
             return ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
 
-        return "\n".join(
-            [
-                f"questions: {self.questions}",
-                f"responses: {self.responses}, {self.received_now} of them now",
-                f"requests sent again: {listed(self.retried)}",
-                f"why responses ended: {listed(self.finish_reasons)}",
-            ]
-        )
+        waited = f", after {self.waited_seconds:.1f} s of waiting in all" if self.retried else ""
+        lines = [
+            f"questions: {self.questions}",
+            f"responses: {self.responses}, {self.received_now} of them now",
+            f"requests sent again: {listed(self.retried)}{waited}",
+            f"why responses ended: {listed(self.finish_reasons)}",
+            f"responses that the server refuses: {listed(self.refused)}",
+        ]
+        if self.with_thought:
+            lines.append(f"responses with a thought of their own: {self.with_thought}")
+        if self.without_text:
+            lines.append(f"responses without text, as the thought used all of --max-tokens: {self.without_text}")
+        if self.repeated:
+            lines.append(f"responses with the same text as another of their question: {self.repeated}")
+        if self.prompts_not_counted:
+            lines.append(
+                f"responses whose server did not say how much of the prompt it read: {self.prompts_not_counted}; "
+                "whether it cut them could not be checked"
+            )
+        if self.other_models:
+            lines.append(f"replies that name another model: {listed(self.other_models)}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -69,8 +100,9 @@ class _Missing:
 def sample(settings: SampleSettings) -> SampleReport:
     """Complete the journal `settings.output`.
 
-    Raises UserError if the journal belongs to other settings, if the model refuses the requests, or if some requests
-    got no answer. What was received stays, and the same command asks for the rest.
+    Raises UserError if the journal belongs to other settings, if the model refuses more than the settings allow, if it
+    cuts prompts or responses, or if some requests got no answer. What was received stays, and the same command asks for
+    the rest.
     """
     check_output(settings.output, True, [settings.contexts])
     contexts = ContextFile(settings.contexts)
@@ -81,13 +113,14 @@ def sample(settings: SampleSettings) -> SampleReport:
             f"--max-tokens {max_tokens}: the contexts leave room for {response_tokens} tokens, see --response-tokens"
         )
     made = provenance([settings.contexts], settings.seed, settings)
-    with Journal(settings.output, _header(settings, max_tokens)) as journal:
+    with Journal(settings.output, _header(settings, max_tokens), retry_refused=settings.retry_refused) as journal:
         before = journal.count
         model = _load(settings)
+        refusals = Refusals(journal, settings, len(questions), settings.num_samples)
         missing = list(_missing(settings, questions, journal))
-        _ask(contexts, settings, model, missing, journal, max_tokens)
+        _ask(contexts, settings, model, missing, journal, refusals, max_tokens)
         received_now = journal.count - before
-    return _report(settings, made, len(questions), received_now, model.retried)
+    return _report(settings, made, len(questions), received_now, model.traffic)
 
 
 def _header(settings: SampleSettings, max_tokens: int) -> dict[str, Any]:
@@ -113,16 +146,9 @@ def _load(settings: SampleSettings) -> Model:
     if settings.server is not None:
         from megatron_solopo.generate.server import OpenAIServer
 
+        # Another model than the one to be trained may answer.
         return OpenAIServer(
-            settings.server,
-            settings.model,
-            concurrency=settings.concurrency,
-            timeout=settings.timeout,
-            retries=settings.retries,
-            backoff=settings.backoff,
-            api_key_env=settings.api_key_env,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
+            settings, settings.model, own_tokenizer=False, temperature=settings.temperature, top_p=settings.top_p
         )
     import torch
 
@@ -137,7 +163,7 @@ def _load(settings: SampleSettings) -> Model:
 def _missing(settings: SampleSettings, questions: dict[str, int], journal: Journal) -> Iterator[_Missing]:
     size = settings.samples_per_request
     for question, offset in questions.items():
-        indices = sorted(set(range(settings.num_samples)) - journal.received[question])
+        indices = sorted(set(range(settings.num_samples)) - journal.done(question))
         for start in range(0, len(indices), size):
             yield _Missing(question, offset, tuple(indices[start : start + size]))
 
@@ -148,6 +174,7 @@ def _ask(
     model: Model,
     missing: Sequence[_Missing],
     journal: Journal,
+    refusals: Refusals,
     max_tokens: int,
 ) -> None:
     """Ask for the missing samples and keep them as they come."""
@@ -155,9 +182,12 @@ def _ask(
     with closing(tqdm(total=total, desc="Sampling", **bar_style("responses"))) as bar:
 
         def build(item: _Missing) -> Request:
-            prompt = contexts.row_at(item.offset, ContextRow).prompt_short
+            row = contexts.row_at(item.offset, ContextRow)
             seed = derived_seed(settings.seed, f"{item.question_id}:{item.indices[0]}")
-            return Request(item.question_id, prompt, item.indices, max_tokens, seed)
+            # A model in this process may have another tokenizer than `data build` had.
+            counted = None if settings.server is None or row.short_tokens is None else row.short_tokens
+            tokens = None if counted is None else counted - row.response_tokens
+            return Request(item.question_id, row.prompt_short, item.indices, max_tokens, seed, prompt_tokens=tokens)
 
         def keep(request: Request, answers: Sequence[Answer], seconds: float) -> None:
             journal.append(
@@ -168,28 +198,56 @@ def _ask(
                         text=answer.text,
                         finish_reason=answer.finish_reason,
                         seed=request.seed,
+                        reasoning=answer.reasoning,
+                        prompt_tokens=answer.prompt_tokens,
                     )
-                    for index, answer in zip(request.indices, answers, strict=False)
+                    for index, answer in zip(request.indices, answers, strict=True)
                 ]
             )
             bar.update(len(answers))
 
-        model.answer([[item] for item in missing], build, keep)
+        model.answer([[item] for item in missing], build, keep, refusals)
+    refusals.settle()
 
 
 def _report(
-    settings: SampleSettings, made: dict[str, Any], questions: int, received_now: int, retried: Counter[str]
+    settings: SampleSettings, made: dict[str, Any], questions: int, received_now: int, traffic: Traffic
 ) -> SampleReport:
     finish: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    texts: set[tuple[str, bytes]] = set()
     lengths = []
     for _, response in read_offsets(settings.output):
         finish[response.finish_reason or "not said"] += 1
         lengths.append(len(response.text))
-    report = SampleReport(made, questions, len(lengths), received_now, dict(retried), dict(finish))
+        counts["thought"] += response.reasoning is not None
+        counts["no text"] += response.reasoning is not None and not response.text.strip()
+        counts["not counted"] += settings.server is not None and response.prompt_tokens is None
+        # Texts are long, and a run has millions of them.
+        texts.add((response.question_id, hashlib.sha256(f"{response.reasoning}\0{response.text}".encode()).digest()))
+    refused: Counter[str] = Counter()
+    for each in read_refusals(settings.output):
+        refused[each.refused] += len(each.indices)
+    report = SampleReport(
+        made,
+        questions,
+        len(lengths),
+        received_now,
+        dict(traffic.retried),
+        traffic.waited,
+        dict(finish),
+        dict(refused),
+        with_thought=counts["thought"],
+        without_text=counts["no text"],
+        repeated=len(lengths) - len(texts),
+        prompts_not_counted=counts["not counted"],
+        other_models=dict(traffic.other_models),
+    )
     charts: list[Chart] = [
         Histogram("Responses", "characters", lengths),
         Bars("Why responses ended", finish),
-        Bars("Requests sent again", retried),
+        Bars("Responses that the server refuses", refused),
+        Bars("Requests sent again", traffic.retried),
     ]
     write_stage_report(settings.output, f"Responses: {settings.output.name}", str(report), report.to_json(), charts)
     return report

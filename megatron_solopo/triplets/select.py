@@ -35,11 +35,13 @@ class Candidate:
 
     index: int
     text: str
+    """With the thought, if the response has one."""
     tokens: int
     """With the end token, as in training."""
     score: float
+    """Of the text behind the thought."""
     f1: float
-    """`token_f1` of the same text, which policies compare."""
+    """`token_f1` of what is scored, which policies compare."""
     marked: bool
     """Whether the response has the answer marker, or needs none."""
 
@@ -67,17 +69,18 @@ class Judge:
         found = []
         for response in sorted(responses, key=lambda each: each.index):
             text = response.text.strip()
-            if reason := self._reason_to_exclude(response, text, seen):
+            trained = _with_thought(response.reasoning, text)
+            if reason := self._reason_to_exclude(response, text, trained in seen):
                 excluded[reason] += 1
                 continue
-            seen.add(text)
-            tokens = measure.response(row.prompt_short, text)
+            seen.add(trained)
+            tokens = measure.response(row.prompt_short, trained)
             if tokens > row.response_tokens:
                 excluded["longer than the room that the contexts leave"] += 1
                 continue
             scored, marked = self._scored_text(text)
             score = SCORERS[self._settings.score](scored, row.answers)
-            found.append(Candidate(response.index, text, tokens, score, token_f1(scored, row.answers), marked))
+            found.append(Candidate(response.index, trained, tokens, score, token_f1(scored, row.answers), marked))
         return found, excluded
 
     def divide(self, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
@@ -104,12 +107,12 @@ class Judge:
         first, second = sorted(map(self._chosen_key(), right))[:2]
         return first == second
 
-    def _reason_to_exclude(self, response: StoredResponse, text: str, seen: set[str]) -> str:
-        if not text:
-            return "empty"
+    def _reason_to_exclude(self, response: StoredResponse, text: str, repeated: bool) -> str:
         if response.finish_reason == _CUT:
             return "cut at --max-tokens"
-        return "the same as another" if text in seen else ""
+        if not text:
+            return "empty"
+        return "the same as another" if repeated else ""
 
     def _scored_text(self, text: str) -> tuple[str, bool]:
         """The text to score, and whether the response has the marker or needs none."""
@@ -137,6 +140,11 @@ class Judge:
         ratio = chosen.tokens / rejected.tokens
         low, high = self._settings.min_length_ratio, self._settings.max_length_ratio
         return (low is None or ratio >= low) and (high is None or ratio <= high)
+
+
+def _with_thought(thought: str | None, text: str) -> str:
+    """The response as the model wrote it, in the marks that most chat templates know."""
+    return text if thought is None else f"<think>\n{thought.strip()}\n</think>\n\n{text}"
 
 
 def _shuffled(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:

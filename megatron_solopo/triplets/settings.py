@@ -12,6 +12,7 @@ from megatron_solopo.command_settings import CommandSettings
 from megatron_solopo.data.settings import Template
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.scoring import Score
+from megatron_solopo.generate.settings import ServerSettings
 from megatron_solopo.triplets.corpus.formats import Format, LeakRule
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class BuildSettings(CommandSettings):
                 )
 
 
-class SampleSettings(CommandSettings):
+class SampleSettings(ServerSettings):
     """What a user asks of `data sample`."""
 
     contexts: Path
@@ -204,8 +205,6 @@ class SampleSettings(CommandSettings):
     """JSONL of responses. An existing file is continued."""
     model: str
     """Hugging Face directory. With --server, the name of the model on the server."""
-    server: str | None = None
-    """Base URL of a server with OpenAI's API, such as http://localhost:8000/v1."""
     num_samples: int = Field(default=32, ge=1)
     """Responses per question."""
     temperature: float = Field(default=0.85, gt=0)
@@ -213,25 +212,11 @@ class SampleSettings(CommandSettings):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Share of the probability that sampling draws from."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Most tokens of a response. If not given, the room in the contexts less 8."""
+    """Most tokens of a response, with its thought. If not given, the room in the contexts less 8."""
     samples_per_request: int = Field(default=8, ge=1)
     """Responses per request. Without --server, the batch size."""
-    concurrency: int = Field(default=32, ge=1)
-    """Requests that run at the same time."""
-    timeout: float = Field(default=600.0, gt=0)
-    """Seconds that a request may take. A request to a vLLM server that stops may hang as long."""
-    retries: int = Field(default=8, ge=0)
-    """How often a request that fails is sent again."""
-    backoff: float = Field(default=1.0, gt=0)
-    """Seconds before the first retry. Each further retry waits twice as long, up to a minute."""
-    api_key_env: str | None = None
-    """Environment variable that holds the key of the server."""
     seed: int = Field(default=0, ge=0)
     """The seed of every request is derived from it."""
-
-    def contradictions(self) -> Iterator[str]:
-        if self.server is not None and not self.server.startswith(("http://", "https://")):
-            yield f"--server {self.server}: must begin with http:// or https://"
 
 
 ChosenPolicy = Literal["shortest", "random", "highest_f1"]

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
-Fault = Literal["429", "500", "hang", "disconnect", "half", "garbage", "no choices", "fewer", "400", "abort", "cut"]
+Status = Literal["400", "401", "408", "413", "429", "500", "501", "520", "524", "529"]
+Connection = Literal["hang", "disconnect", "half"]
+Reply = Literal[
+    "garbage", "no choices", "fewer", "abort", "cut", "filtered answer", "error in 200", "error in choice", "null", ""
+]
+Thought = Literal["thought", "thought alone", "thought cut"]
+Fault = Status | Connection | Reply | Thought
 
 
 @dataclass
@@ -18,6 +24,7 @@ class Served:
     path: str
     body: dict[str, Any]
     headers: dict[str, str]
+    """By name in lower case."""
     outcome: str
 
     @property
@@ -37,6 +44,14 @@ class CompletionServer:
     """Longest sequence of the model."""
     tokens: int | None = None
     """Told of every answer, where it is told."""
+    prompt_tokens: int | None = None
+    """Told of every prompt, where it is told."""
+    filtered: str | None = None
+    """A prompt that holds this text is refused for ever, as Azure's content filter does."""
+    limit: str = "max_tokens"
+    """The name by which the server knows the limit on tokens."""
+    retry_after: str = "0.2"
+    """Sent with the status 429."""
     model: str = "tiny"
     log: list[Served] = field(default_factory=list)
     release: threading.Event = field(default_factory=threading.Event)
@@ -46,6 +61,10 @@ class CompletionServer:
     def begin(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Served:
         with self.lock:
             served = Served(path, body, headers, self.faults.get(len(self.log), "ok"))
+            if self.filtered is not None and self.filtered in served.prompt:
+                served.outcome = "filter"
+            if self.limit not in body:
+                served.outcome = "other limit"
             self.log.append(served)
             limit = self.answers_before_hanging
             waits = limit is not None and len(self.log) > limit
@@ -54,7 +73,7 @@ class CompletionServer:
         return served
 
     def answered(self) -> list[Served]:
-        return [each for each in self.log if each.outcome in ("ok", "fewer")]
+        return [each for each in self.log if each.outcome in ("ok", "fewer", "thought")]
 
 
 def text_of(prompt: str, seed: int, choice: int) -> str:
@@ -65,8 +84,37 @@ def choices_of(served: Served) -> list[dict[str, Any]]:
     count = 1 if served.outcome == "fewer" else served.body["n"]
     texts = [text_of(served.prompt, served.body["seed"], number) for number in range(count)]
     if served.path.endswith("/chat/completions"):
-        return [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"} for text in texts]
-    return [{"text": text, "finish_reason": "stop"} for text in texts]
+        return [_chat_choice(served.outcome, text) for text in texts]
+    reason = "content_filter" if served.outcome == "filtered answer" else "stop"
+    return [{"text": text, "finish_reason": reason} for text in texts]
+
+
+def _chat_choice(outcome: str, text: str) -> dict[str, Any]:
+    content = None if outcome in ("null", "thought alone", "thought cut") else text
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if outcome.startswith("thought"):
+        message["reasoning_content"] = f"I think of {text}"
+    reasons = {"thought cut": "length", "filtered answer": "content_filter"}
+    return {"message": message, "finish_reason": reasons.get(outcome, "stop")}
+
+
+def error_of(served: Served) -> tuple[int, dict[str, Any]] | None:
+    """Status and body of a reply that is an error."""
+    outcome = served.outcome
+    if outcome == "filter":
+        error = {"message": "The prompt triggered the content management policy", "code": "content_filter"}
+        return 400, {"error": error}
+    if outcome == "other limit":
+        message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+        return 400, {"error": {"message": message, "param": "max_tokens", "code": "unsupported_parameter"}}
+    if outcome == "error in 200":
+        return 200, {"error": {"message": "Provider returned error", "code": 502}}
+    if outcome == "error in choice":
+        failed = {"code": 502, "message": "Provider disconnected"}
+        return 200, {"choices": [{"message": {"content": ""}, "finish_reason": "error", "error": failed}]}
+    if outcome.isdigit():
+        return int(outcome), {"error": {"message": f"made up\nerror {outcome}"}}
+    return None
 
 
 def cut_short(served: Served, tokens: int) -> dict[str, Any]:
@@ -84,27 +132,30 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         state: CompletionServer = self.server.state
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        served = state.begin(self.path, body, dict(self.headers.items()))
+        served = state.begin(self.path, body, {name.lower(): value for name, value in self.headers.items()})
         fault = served.outcome
         if fault == "hang":
             state.release.wait(60)
         if fault in ("hang", "disconnect"):
             self.close_connection = True
             return
-        status = int(fault) if fault.isdigit() else 200
-        answer: dict[str, Any] = {"choices": [] if fault == "no choices" else choices_of(served)}
+        status, answer = error_of(served) or (200, {"choices": [] if fault == "no choices" else choices_of(served)})
+        answer["model"] = state.model
+        usage = {}
         if state.tokens is not None:
-            answer["usage"] = {"completion_tokens": state.tokens * len(answer["choices"])}
+            usage["completion_tokens"] = state.tokens * len(answer.get("choices", ()))
+        if state.prompt_tokens is not None:
+            usage["prompt_tokens"] = state.prompt_tokens
+        if usage:
+            answer["usage"] = usage
         content = json.dumps(answer).encode()
         if fault in ("abort", "cut"):
             content = json.dumps(cut_short(served, served.body["n"] * served.body["max_tokens"] - 1)).encode()
         if fault == "garbage":
             content = b"<html>proxy</html>"
-        elif status != 200:
-            content = json.dumps({"error": {"message": f"made up\nerror {status}"}}).encode()
         self.send_response(status)
         if status == 429:
-            self.send_header("retry-after", "0.2")
+            self.send_header("retry-after", state.retry_after)
         self.send_header("content-length", str(len(content)))
         self.end_headers()
         if fault == "half":
@@ -138,10 +189,11 @@ def completion_server(
     answers_before_hanging: int | None = None,
     positions: int | None = None,
     tokens: int | None = None,
+    **replies: Any,
 ) -> Iterator[CompletionServer]:
-    """Serve on a free port of this machine until the block ends."""
+    """Serve on a free port of this machine until the block ends. `replies` are other fields of CompletionServer."""
     server = _Server(("127.0.0.1", 0), _Handler)
-    state = CompletionServer(faults or {}, answers_before_hanging, positions, tokens)
+    state = CompletionServer(faults or {}, answers_before_hanging, positions, tokens, **replies)
     state.url = f"http://127.0.0.1:{server.server_port}/v1"
     server.state = state  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)

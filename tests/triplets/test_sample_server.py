@@ -71,7 +71,7 @@ def test_every_sample_comes_once_with_its_settings(contexts) -> None:
     for each in server.log:
         asked = {name: each.body[name] for name in ("model", "temperature", "top_p", "max_tokens")}
         assert asked == {"model": "tiny", "temperature": 0.7, "top_p": 0.9, "max_tokens": 92}
-        assert each.path == "/v1/completions" and "Authorization" not in each.headers
+        assert each.path == "/v1/completions" and "authorization" not in each.headers
     assert len({each.body["seed"] for each in server.log}) == REQUESTS
 
 
@@ -82,7 +82,7 @@ def test_chat_prompts_go_to_the_chat_endpoint_with_the_key(tmp_path, monkeypatch
         sample(settings(contexts, server.url, api_key_env="MY_KEY"))
         check_complete(tmp_path / "responses.jsonl", server)
     for each in server.log:
-        assert each.path == "/v1/chat/completions" and each.headers["Authorization"] == "Bearer secret-1"
+        assert each.path == "/v1/chat/completions" and each.headers["authorization"] == "Bearer secret-1"
     assert b"secret-1" not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
@@ -190,9 +190,10 @@ def test_a_request_given_up_is_named_and_the_rest_is_kept(contexts) -> None:
 
 def test_a_server_that_refuses_ends_the_run_at_once(contexts) -> None:
     with completion_server(dict.fromkeys(range(99), "400")) as server:
-        with pytest.raises(UserError, match=r"refuses with HTTP 400: .*made up") as error:
+        with pytest.raises(UserError, match=r"refuses every request so far: q\d: HTTP 400: made up error 400") as error:
             sample(settings(contexts, server.url))
-        assert len(server.log) <= 4 and "\n" not in str(error.value)
+        assert len(server.log) <= 8 and "\n" not in str(error.value)
+    assert received(contexts.with_name("responses.jsonl")) == []
 
 
 def test_an_answer_that_the_server_aborted_is_asked_for_again(contexts) -> None:
@@ -271,5 +272,6 @@ def test_report_counts_what_came(contexts) -> None:
 
 
 def test_a_server_that_is_no_url_is_told(contexts) -> None:
-    with pytest.raises(UserError, match="is no URL"):
-        sample(settings(contexts, "http://[:::1"))
+    for url in ("http://[:::1", "http://"):
+        with pytest.raises(UserError, match="is no URL"):
+            sample(settings(contexts, url))

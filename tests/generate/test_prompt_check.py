@@ -1,0 +1,54 @@
+"""A server that reads less than the prompt is found by its own count of tokens."""
+
+import pytest
+
+from megatron_solopo.errors import UserError
+from megatron_solopo.generate.model import Request
+from megatron_solopo.generate.prompt_check import PromptCheck
+
+URL = "http://localhost:11434/v1"
+CHAT = [{"role": "user", "content": "?"}]
+
+
+def request(tokens: int | None, prompt: object = "?") -> Request:
+    return Request("q1", prompt, (0,), 1, prompt_tokens=tokens)
+
+
+def test_a_cut_prompt_is_told_with_both_numbers_and_the_way_out() -> None:
+    with pytest.raises(UserError) as error:
+        PromptCheck(URL, own_tokenizer=True).check(request(4096), 128)
+    assert str(error.value).startswith(f"--server {URL}: read 128 of the 4096 tokens of a prompt (q1)")
+    assert "num_ctx" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sent", "read"),
+    [
+        ("?", 4096, 4096),
+        ("?", 4096, 4094),  # without the special tokens
+        ("?", 4096, 4200),
+        (CHAT, 4096, 4040),  # a chat template without the default system message
+        ("?", 4096, None),  # the server does not say
+        ("?", None, 5),  # nobody counted
+    ],
+)
+def test_a_whole_prompt_passes(prompt, sent, read) -> None:
+    PromptCheck(URL, own_tokenizer=True).check(request(sent, prompt), read)
+
+
+@pytest.mark.parametrize(("prompt", "read"), [("?", 4093), (CHAT, 4031)])
+def test_a_small_cut_is_found_where_the_tokenizer_is_the_models(prompt, read) -> None:
+    with pytest.raises(UserError, match="cuts prompts"):
+        PromptCheck(URL, own_tokenizer=True).check(request(4096, prompt), read)
+
+
+def test_a_cut_is_found_with_another_tokenizer_too() -> None:
+    """Its counts differ by a factor. Prompts of different lengths that all become equally long were cut."""
+    check = PromptCheck(URL, own_tokenizer=False)
+    for sent in (1000, 3000, 8000):
+        check.check(request(sent), round(0.7 * sent))
+    check.check(request(5000), 4096)
+    with pytest.raises(UserError, match=r"read 4096 of the 6500 tokens .* tokenizer of its model in data build"):
+        check.check(request(6500), 4096)
+    with pytest.raises(UserError, match="read 128 of the 1000 tokens"):
+        check.check(request(1000), 128)
