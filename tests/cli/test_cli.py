@@ -47,7 +47,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
-    progress = ("Generating", "Tokenizing", "note: ")
+    progress = ("Generating", "Tokenizing", "note: ", "Writing model shards")
     lines = capsys.readouterr().err.splitlines()
     error = [line for line in lines if line.strip() and not line.startswith(progress)]
     assert "Traceback" not in "\n".join(error)
