@@ -105,7 +105,9 @@ def token_effects(
     while tokens and tokens[-1] not in ends and not tokenizer.decode(tokens[-1:]).strip():
         tokens.pop()
     if not tokens or tokens[-1] not in ends:
-        yield Effect("no_end_token", f"{name} ends with {tokenizer.decode(list(ids)[-_LAST_TOKENS:])!r}")
+        shown = f"{name} ends with {tokenizer.decode(list(ids)[-_LAST_TOKENS:])!r}"
+        last = f", last token {tokenizer.pieces(tokens[-1:])[0]!r} with id {tokens[-1]}" if tokens else ""
+        yield Effect("no_end_token", shown + last)
     texts = {tokenizer.decode([end]).strip() for end in ends} - {""}
     if inside := sorted(text for text in texts if text in content):
         place = content.index(inside[0])

@@ -100,7 +100,7 @@ def test_a_turn_must_end_with_an_end_token_of_the_model(tmp_path, end_tokens):
     with pytest.raises(UserError) as caught:
         prepare_rows(tmp_path, [ROWS["plain"]], path)
     message = str(caught.value)
-    assert r"first x: chosen ends with " in message and r"<|im_end|>\n" in message
+    assert r"first x: chosen ends with " in message and "last token '<|im_end|>' with id 4)" in message
     assert "add its id to eos_token_id in the model's generation_config.json; if there is none" in message
     assert f"(end tokens of {path}: '</s>')" in message
     manifest, _ = prepare_rows(tmp_path, [ROWS["plain"]], path, on_lost_content="warn")
