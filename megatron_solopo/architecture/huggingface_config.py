@@ -189,6 +189,11 @@ def _read_fields(file: Path, key: str) -> dict[str, Any]:
             f"{file}: quantization_config with quant_method={method!r} is not supported; supported: none "
             "(take the unquantized model, or save it dequantized and without that field)"
         )
+    if (quantized := file.parent / "hf_quant_config.json").is_file():
+        raise UserError(
+            f"{quantized}: vLLM takes the weights for quantized, transformers does not; take the unquantized model, or "
+            "remove that file"
+        )
     return fields
 
 

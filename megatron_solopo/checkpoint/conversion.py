@@ -18,6 +18,7 @@ from megatron_solopo.architecture.model_directory import (
     check_huggingface_directory,
     check_megatron_checkpoint,
     has_tokenizer,
+    huggingface_directory,
     is_megatron_checkpoint,
 )
 from megatron_solopo.checkpoint.export_files import absent_counterparts, export_files
@@ -85,7 +86,7 @@ def export_model(
     checksums = check_listed(checkpoint, checksums=True)
     total = _total_bytes(architecture, dtypes)
     files.pop(MODEL_FILES_MANIFEST, None)
-    files, notes = export_files(files, architecture, dtypes)
+    files, notes = export_files(huggingface_directory(checkpoint), files, architecture, dtypes)
     with _output(output, total, files) as temporary:
         writer = SafetensorsWriter(temporary, _meta_tensors(architecture, dtypes), _file_bytes(total))
         with _bar("export", total) as progress, ThreadPoolExecutor(THREADS) as pool:

@@ -20,6 +20,7 @@ from megatron_solopo.architecture.contradictions import CLASSES
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import CONFIG
 from megatron_solopo.checkpoint.mapping import all_huggingface_shapes
+from megatron_solopo.errors import UserError
 
 # Each of these makes transformers run a file of the directory or of the hub.
 _CODE = ("auto_map", "custom_pipelines")
@@ -29,16 +30,19 @@ _ADAPTER = "adapter_config.json"
 
 
 def export_files(
-    files: Mapping[str, bytes], architecture: Architecture, dtypes: Mapping[str, torch.dtype]
+    folder: Path, files: Mapping[str, bytes], architecture: Architecture, dtypes: Mapping[str, torch.dtype]
 ) -> tuple[dict[str, bytes], list[str]]:
     """Return the small files for an export, and one note for each statement that was left out or corrected.
 
     Args:
+        folder: where the files were read.
         files: those of the checkpoint, by relative name.
         dtypes: the precision of every tensor of the export.
+
+    Raises UserError if a settings file is damaged.
     """
     exported, notes = dict(files), []
-    for name, fields in _json_objects(files):
+    for name, fields in _json_objects(folder, files):
         settled = {key: value for key, value in fields.items() if not _is_left_out(key, value, files)}
         notes += [f"{name}: {key} is left out" for key in fields.keys() - settled.keys() if key not in _ORIGINS]
         if name == CONFIG:
@@ -54,11 +58,14 @@ def export_files(
 
 
 def absent_counterparts(folder: Path) -> list[str]:
-    """One line for each file that a small file of a Hugging Face directory names, and that is not there."""
+    """One line for each file that a small file of a Hugging Face directory names, and that is not there.
+
+    Raises UserError if a settings file is damaged.
+    """
     names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     files = {name: (folder / name).read_bytes() for name in names if name.endswith(".json") and "/" not in name}
     absent = []
-    for name, fields in sorted(_json_objects(files)):
+    for name, fields in sorted(_json_objects(folder, files)):
         for key, value in fields.items():
             absent += [f"{name}: {key} names {file}" for file in _files_named(key, value) if file not in names]
     if _ADAPTER in names:
@@ -66,11 +73,16 @@ def absent_counterparts(folder: Path) -> list[str]:
     return [f"{folder}: {each}, which is not there; remove that statement, or add the file" for each in absent]
 
 
-def _json_objects(files: Mapping[str, bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_objects(folder: Path, files: Mapping[str, bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The settings files: config.json, tokenizer_config.json, processor_config.json and so on."""
     for name, content in files.items():
         if name == CONFIG or name.endswith("_config.json"):
-            fields = json.loads(content)
+            try:
+                fields = json.loads(content)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"{folder / name}: not valid JSON: {error}; take the file of the original model"
+                ) from None
             if isinstance(fields, dict):
                 yield name, fields
 

@@ -18,15 +18,14 @@ from threading import Lock
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.one_reading import INDEX, SINGLE, check_one_reading, read_index
 from megatron_solopo.checkpoint.manifest import sync_file
 from megatron_solopo.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Index, all_huggingface_shapes
-from megatron_solopo.checkpoint.one_reading import INDEX, SINGLE, check_one_reading
-from megatron_solopo.errors import UserError, first_problem
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted, write_json
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -40,8 +39,8 @@ _SHOWN = 5
 _CONVERT_PICKLED = (
     "pytorch_model.bin is not read; in transformers, load it and save_pretrained(..., safe_serialization=True)"
 )
-# Old checkpoints store these, although they follow from the config.
-_DERIVED = ("rotary_emb.inv_freq",)
+DERIVED = ("rotary_emb.inv_freq",)
+"""Ends of names. Old checkpoints store these tensors, although they follow from the config."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     """Its name in safetensors: BF16, F32 and so on."""
-
-
-class _Index(BaseModel):
-    """model.safetensors.index.json."""
-
-    weight_map: dict[str, str]
 
 
 class SafetensorsDirectory:
@@ -72,27 +65,20 @@ class SafetensorsDirectory:
         self.entries = self._locate()
 
     def _locate(self) -> dict[str, StoredTensor]:
-        if (self.path / INDEX).is_file():
-            return self._checked_index()
+        check_one_reading(self.path)
+        index = read_index(self.path)
+        if index is not None:
+            return self._indexed(index)
         if not (self.path / SINGLE).is_file():
             pickled = "; " + _CONVERT_PICKLED if any(self.path.glob("pytorch_model*.bin")) else ""
             raise UserError(
                 f"{self.path}: holds neither {SINGLE} nor {INDEX}; model weights must be safetensors{pickled}"
             )
-        check_one_reading(self.path, None)
         return self._entries_in(SINGLE)
 
-    def _checked_index(self) -> dict[str, StoredTensor]:
+    def _indexed(self, index: Mapping[str, str]) -> dict[str, StoredTensor]:
         """The tensors of all shards. Every shard is opened here, so a bad one is found before loading starts."""
         file = self.path / INDEX
-        try:
-            index = _Index.model_validate_json(file.read_bytes()).weight_map
-        except ValidationError as error:
-            raise UserError(f"{file}: {first_problem(error, 'not an index of safetensors shards')}") from None
-        for name, shard in index.items():
-            if Path(shard).is_absolute() or ".." in Path(shard).parts:
-                raise UserError(f"{file}: names {shard} as the file of {name}, which is outside the directory")
-        check_one_reading(self.path, set(index.values()))
         held = {shard: self._entries_in(shard) for shard in sorted(set(index.values()))}
         for name, shard in index.items():
             if name not in held[shard]:
@@ -140,7 +126,7 @@ class SafetensorsDirectory:
         `DTYPES`. Also raises it for tied embeddings that are stored twice with different numbers.
         """
         shapes = all_huggingface_shapes(architecture)
-        found = {name for name in self.entries if not name.endswith(_DERIVED)}
+        found = {name for name in self.entries if not name.endswith(DERIVED)}
         if architecture.tied_embeddings:
             found.discard(HF_OUTPUT)
         check_tensor_names(self.path, found, set(shapes), architecture)

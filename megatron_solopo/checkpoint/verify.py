@@ -1,7 +1,8 @@
 """Compares a Hugging Face directory with a Megatron checkpoint: config, every bit of every tensor, and logits.
 
-transformers computes the logits of the Hugging Face directory, and our model computes those of the checkpoint. Only
-that comparison imports transformers' and Megatron's models, which takes longer than to convert a small model.
+transformers computes the logits of the Hugging Face directory in a process of its own, see `strict_load`. Our model
+computes those of the checkpoint. Only that comparison imports transformers' and Megatron's models, which takes longer
+than to convert a small model.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from megatron_solopo.checkpoint.huggingface_weights import (
 )
 from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, rules
 from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory
+from megatron_solopo.checkpoint.strict_load import TransformersError, load_strictly
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
@@ -186,22 +188,23 @@ def _name(dtype: torch.dtype) -> str:
 def _compare_logits(
     report: VerificationReport, huggingface: Path, checkpoint: Path, architecture: Architecture, rounded: str
 ) -> None:
-    if missing := _memory_missing(architecture):
+    missing = _memory_missing(architecture)
+    sequences = None if missing else _sequences(architecture)
+    try:
+        loaded, theirs_TV = load_strictly(huggingface, sequences)
+    except TransformersError as failure:
+        report.add("loaded", "by transformers, in a process of its own", str(failure))
+        return
+    report.add("loaded", loaded)
+    if sequences is None or theirs_TV is None:
         report.add("logits", f"skipped: {missing}")
         return
-    try:
-        error, positions = _logits_error(huggingface, checkpoint)
-    except _TransformersError as failure:
-        report.add("logits", "not compared", str(failure))
-        return
+    error = _logits_error(theirs_TV, checkpoint, architecture, SafetensorsDirectory(huggingface), sequences)
+    positions = len(theirs_TV)
     found = f"{positions} positions, fp32: greatest relative error {error:.1e} (limit {_LOGITS_LIMIT:.0e})"
     message = f"{huggingface} and {checkpoint}: logits differ by {error:.1e}, more than {_LOGITS_LIMIT:.0e}"
     found += f" (checkpoint rounded to {rounded})" if rounded else ""
     report.add("logits", found, "" if error < _LOGITS_LIMIT else message)
-
-
-class _TransformersError(Exception):
-    """transformers cannot load or run a model. The message is one line."""
 
 
 def _memory_missing(architecture: Architecture) -> str:
@@ -213,43 +216,27 @@ def _memory_missing(architecture: Architecture) -> str:
     return f"the model in fp32 needs {needed / _GIB:.1f} GiB of memory, {available / _GIB:.1f} GiB are available"
 
 
-def _logits_error(huggingface: Path, checkpoint: Path) -> tuple[float, int]:
-    """Return the greatest relative error |ours - theirs| / |theirs| of a position's logits, and the positions' number.
-
-    Both models compute in fp32, and only one of them is in memory at a time. If the precisions of the weights differ,
-    those of the checkpoint are rounded first. Raises _TransformersError.
-    """
-    architecture = read_architecture(checkpoint)
+def _sequences(architecture: Architecture) -> list[Tensor]:
+    """Random token ids, int64 [T] each."""
     generator = torch.Generator().manual_seed(0)
     lengths = [min(length, architecture.max_sequence_length) for length in _LENGTHS]
-    sequences = [torch.randint(architecture.vocab_size, (length,), generator=generator) for length in lengths]
-    theirs_TV = _huggingface_logits(huggingface, sequences)
-    ours_TV = _our_logits(checkpoint, architecture, SafetensorsDirectory(huggingface), sequences)
+    return [torch.randint(architecture.vocab_size, (length,), generator=generator) for length in lengths]
+
+
+def _logits_error(
+    theirs_TV: Tensor,
+    checkpoint: Path,
+    architecture: Architecture,
+    precision: SafetensorsDirectory,
+    sequences: list[Tensor],
+) -> float:
+    """Return the greatest relative error |ours - theirs| / |theirs| of a position's logits.
+
+    Our model computes in fp32. If the precisions of the weights differ, those of the checkpoint are rounded first.
+    """
+    ours_TV = _our_logits(checkpoint, architecture, precision, sequences)
     error = (ours_TV - theirs_TV).norm(dim=1) / theirs_TV.norm(dim=1)
-    return float(error.nan_to_num(nan=torch.inf).max()), len(error)
-
-
-@torch.no_grad()
-def _huggingface_logits(path: Path, sequences: list[Tensor]) -> Tensor:
-    """Logits by transformers, fp32 [T, V]."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    shows_progress = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
-        return torch.cat([model(input_ids=tokens.unsqueeze(0)).logits[0] for tokens in sequences])
-    # A missing package, a missing or damaged file, a field that transformers refuses, too little memory.
-    except (ImportError, OSError, ValueError, RuntimeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise _TransformersError(f"{path}: transformers cannot run it: {type(error).__name__}: {reason}") from error
-    finally:
-        if shows_progress:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    return float(error.nan_to_num(nan=torch.inf).max())
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Options of a command, derived from its typed settings."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_args, get_origin
@@ -25,14 +26,16 @@ def settings_options(
 
     The command takes the settings as its first argument. A field's name becomes the flag and its docstring the help.
     A Literal becomes a choice, and a bool a switch. A tuple of paths becomes an option that may be repeated, and any
-    other tuple a list with commas. A field without a default is required. The help shows the bounds of a number; the
-    settings check them, so that a user learns of all mistakes at once.
+    other tuple a list with commas. A dict becomes a JSON object. A field without a default is required. The help shows
+    the bounds of a number; the settings check them, so that a user learns of all mistakes at once.
     """
 
     def decorate(command: Callable[Concatenate[_Settings, _Others], None]) -> _Command:
         @functools.wraps(command)
         def run(*arguments: _Others.args, **values: _Others.kwargs) -> None:
-            settings = model(**{name: values.pop(name) for name in model.model_fields})
+            given = {name: values.pop(name) for name in model.model_fields}
+            # An option that is not given has the field's own default.
+            settings = model(**{name: value for name, value in given.items() if value is not None})
             command(settings, *arguments, **values)
 
         decorated: _Command = run
@@ -58,7 +61,9 @@ def _option(name: str, field: FieldInfo) -> Callable[[_Command], _Command]:
     parameter_type = _parameter_type(field)
     if isinstance(parameter_type, _Listed):
         default = ",".join(map(str, default))
-    shown = default not in (None, "", ())
+    shown = default not in (None, "", (), {})
+    if parameter_type is _OBJECT:
+        default = None
     repeated = parameter_type is PATH and isinstance(default, tuple)
     return click.option(
         flag(name), name, type=parameter_type, multiple=repeated, default=default, show_default=shown, help=text
@@ -72,6 +77,8 @@ def _parameter_type(field: FieldInfo) -> Any:
     if get_origin(kind) is tuple:
         (item, _) = get_args(kind)
         return PATH if item is Path else _Listed(item)
+    if get_origin(kind) is dict:
+        return _OBJECT
     return PATH if kind is Path else kind
 
 
@@ -89,3 +96,21 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]  # generic only in lat
             return tuple(self._item(part.strip()) for part in value.split(",") if part.strip())
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers with commas between them.", param, ctx)
+
+
+class _Object(click.ParamType):  # type: ignore[type-arg]
+    """A JSON object."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        try:
+            found = json.loads(value)
+        except ValueError as error:
+            self.fail(f"{value!r} is not valid JSON: {error}.", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f"{value!r} is not a JSON object, such as '{{\"enable_thinking\": false}}'.", param, ctx)
+        return found
+
+
+_OBJECT = _Object()

@@ -26,9 +26,10 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_solopo.data.rows import DEPTHS_FIELD, RESPONSE_FIELDS, Kind
+from megatron_solopo.data.rows import DEPTHS_FIELD, RESPONSE_FIELDS, Kind, list_counts
+from megatron_solopo.data.template_effects import MEANINGS, EffectKind
 from megatron_solopo.errors import UserError, first_problem
-from megatron_solopo.files import sha256_json
+from megatron_solopo.files import counted, sha256_json
 
 FORMAT_VERSION: Literal[2] = 2
 MANIFEST_NAME = "manifest.json"
@@ -51,6 +52,14 @@ class LengthStatistics(_Record):
     median: int
     p95: int
     max: int
+
+
+class EffectCount(_Record):
+    """How many rows a template has an effect on."""
+
+    rows: int
+    first: str
+    """Id of the first of these rows, and what happened to it."""
 
 
 class PreparedManifest(_Record):
@@ -80,6 +89,14 @@ class PreparedManifest(_Record):
     """By column, in tokens."""
     largest_token_id: int | None = None
     """Over all token columns and both splits. None in directories of older versions."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Arguments of the chat template for all rows."""
+    effects: dict[EffectKind, EffectCount] = {}
+    """What the template did to rows, among all that were read."""
+    clock: str = ""
+    """What to do about a template that writes the date of the day; "" if it writes none."""
+    unread_fields: dict[str, int] = {}
+    """Rows that have a field which nothing reads, by its name."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -97,6 +114,13 @@ class PreparedManifest(_Record):
         for name, length in self.lengths.items():
             numbers = f"min {length.min}, median {length.median}, p95 {length.p95}, max {length.max}"
             lines.append(f"tokens of {name}: {numbers}")
+        for kind, count in self.effects.items():
+            level = "warning" if MEANINGS[kind].is_loss else "note"
+            lines.append(f"{level}: {counted(count.rows, 'row')}: {MEANINGS[kind].words} (first {count.first})")
+        if self.clock:
+            lines.append(f"warning: {self.clock}")
+        if self.unread_fields:
+            lines.append(f"note: fields that are not read: {list_counts(self.unread_fields)}")
         return "\n".join(lines)
 
 

@@ -61,6 +61,8 @@ class FileRow:
     """The JSON value; None if there is a problem."""
     problem: str = ""
     """Why the row cannot be read."""
+    left_out: tuple[str, ...] = ()
+    """Columns of parquet that were not asked for."""
 
 
 def read_file_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[FileRow]:
@@ -298,19 +300,26 @@ def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[FileR
     try:
         with pq.ParquetFile(path) as file:
             names = [name for name in file.schema_arrow.names if columns is None or name in columns]
+            left_out = tuple(name for name in file.schema_arrow.names if name not in names)
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=names):
                 for index in range(batch.num_rows):
                     number += 1
-                    yield _parse_record(number, batch.slice(index, 1))
+                    yield _parse_record(number, batch.slice(index, 1), left_out)
     except (pa.ArrowException, OSError) as error:
         place = f" after row {number}" if number else ""
         raise UserError(f"{path}: cannot be read as parquet{place}: {' '.join(str(error).split())}") from None
 
 
-def _parse_record(number: int, record: pa.RecordBatch) -> FileRow:
+def _parse_record(number: int, record: pa.RecordBatch, left_out: tuple[str, ...]) -> FileRow:
     try:
         value = record.to_pylist()[0]
     except UnicodeDecodeError as error:
         return FileRow(number, "row", None, f"not UTF-8: byte 0x{error.object[error.start]:02x}")
-    # Every row has every column, so a missing value is null.
-    return FileRow(number, "row", {name: each for name, each in value.items() if each is not None})
+    return FileRow(number, "row", _without_nulls(value), left_out=left_out)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the keys that are null: parquet gives every row and every object all keys."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value

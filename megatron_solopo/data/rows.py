@@ -5,12 +5,15 @@
 
 Prompts and responses are strings, or lists of chat messages {"role", "content"}. A prompt of messages ends with a
 user message. A response of messages is exactly one assistant message. A row may have `evidence_depths`: the places of
-the evidence in the long context. Other fields are ignored.
+the evidence in the long context. `tools` and `chat_template_kwargs` go to the chat template. Other fields are not read,
+and are counted.
 
 A file is of a kind that `data.row_files` reads. It holds rows of one kind.
 """
 
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +21,15 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from megatron_solopo.data.row_files import Unit, read_file_rows, unit_of
+from megatron_solopo.data.template_arguments import (
+    ARGUMENT_FIELDS,
+    KWARGS_FIELD,
+    NO_ARGUMENTS,
+    TOOLS_FIELD,
+    TemplateArguments,
+    check_kwargs,
+    check_tools,
+)
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
 
@@ -31,7 +43,7 @@ RESPONSE_FIELDS = ("chosen", "rejected")
 DEPTHS_FIELD = "evidence_depths"
 """Where each piece of evidence lies in the long context, from 0 (its start) to 1. A row may lack it."""
 
-_FIELDS = ("id", *PROMPT_FIELDS["triplet"], *PROMPT_FIELDS["pair"], *RESPONSE_FIELDS, DEPTHS_FIELD)
+_FIELDS = ("id", *PROMPT_FIELDS["triplet"], *PROMPT_FIELDS["pair"], *RESPONSE_FIELDS, DEPTHS_FIELD, *ARGUMENT_FIELDS)
 _EXPECTED_FIELDS = "prompt_short and prompt_long (a triplet), or prompt (a pair), with chosen and rejected"
 _ROLES = ("system", "user", "assistant")
 _PLACES_SHOWN = 5
@@ -60,6 +72,10 @@ class PreferenceRow:
     """The legal prompts and responses by field name. Messages have role and content only."""
     evidence_depths: list[float] = field(default_factory=list)
     """Empty if the row has none."""
+    arguments: TemplateArguments = NO_ARGUMENTS
+    """What the row gives the chat template."""
+    unread_fields: tuple[str, ...] = ()
+    """Fields that nothing reads."""
     errors: list[RowError] = field(default_factory=list)
 
     def reject(self, field_name: str, reason: str) -> None:
@@ -79,6 +95,10 @@ class ValidationReport:
     errors: list[RowError]
     unit: Unit = "line"
     """What the numbers of the errors count."""
+    arguments: dict[str, int] = field(default_factory=dict)
+    """Rows that give the chat template something, by its name."""
+    unread_fields: dict[str, int] = field(default_factory=dict)
+    """Rows that have a field which nothing reads, by its name."""
 
     def __str__(self) -> str:
         """The mistakes in file order, each with its first places, then one line of summary."""
@@ -95,7 +115,11 @@ class ValidationReport:
             summary = f"{counted(len(self.errors), 'error')}, {bad}"
         else:
             summary = f"{self.rows} rows of kind {self.kind}, no errors"
-        return "\n".join([*lines, f"{self.path}: {summary}"])
+        return "\n".join([*lines, *self._notes(), f"{self.path}: {summary}"])
+
+    def _notes(self) -> list[str]:
+        notes = {"given to the chat template": self.arguments, "fields that are not read": self.unread_fields}
+        return [f"{self.path}: {what}: {list_counts(counts)}" for what, counts in notes.items() if counts]
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON value. It lists every error."""
@@ -124,6 +148,7 @@ def validate_file(path: Path) -> ValidationReport:
     forms: set[Form] = set()
     id_lines: dict[str, int] = {}
     errors: list[RowError] = []
+    arguments, unread = Counter[str](), Counter[str]()
     for row in tqdm(read_rows(path), desc=f"Validating {path.name}", unit=" rows", disable=None):
         rows += 1
         if row.kind is not None and kind is None:
@@ -134,16 +159,20 @@ def validate_file(path: Path) -> ValidationReport:
             forms.add(row.form)
         if row.id is not None and id_lines.setdefault(row.id, row.line) != row.line:
             row.reject("id", f"{row.id!r} is already the id of {unit} {id_lines[row.id]}")
+        arguments.update(row.arguments.names())
+        unread.update(row.unread_fields)
         errors += row.errors
     if not rows:
         raise UserError(f"{path}: has no rows")
-    return ValidationReport(path, rows, kind, tuple(sorted(forms)), errors, unit)
+    return ValidationReport(path, rows, kind, tuple(sorted(forms)), errors, unit, dict(arguments), dict(unread))
 
 
 def read_rows(path: Path) -> Iterator[PreferenceRow]:
     """Stream the rows of a file, good and bad. Raises UserError if the file itself cannot be read."""
-    for row in read_file_rows(path, _FIELDS):
-        yield _bad_row(row.number, row.problem) if row.problem else parse_row(row.number, row.value)
+    for read in read_file_rows(path, _FIELDS):
+        row = _bad_row(read.number, read.problem) if read.problem else parse_row(read.number, read.value)
+        row.unread_fields += read.left_out
+        yield row
 
 
 def _bad_row(line: int, reason: str) -> PreferenceRow:
@@ -174,8 +203,24 @@ def parse_row(line: int, value: Any) -> PreferenceRow:
         row.evidence_depths = _parse_depths(value.get(DEPTHS_FIELD))
     except _IllegalValue as error:
         row.reject(DEPTHS_FIELD, str(error))
+    row.arguments = _parse_arguments(value, row)
+    row.unread_fields = tuple(name for name, given in value.items() if name not in _FIELDS and given is not None)
     _check_consistency(row)
     return row
+
+
+def _parse_arguments(value: dict[str, Any], row: PreferenceRow) -> TemplateArguments:
+    """Some tools write these fields as JSON text, since their objects differ from row to row."""
+    found: dict[str, Any] = {}
+    for name, check in ((KWARGS_FIELD, check_kwargs), (TOOLS_FIELD, check_tools)):
+        try:
+            given = value.get(name)
+            found[name] = check(json.loads(given) if isinstance(given, str) else given)
+        except json.JSONDecodeError as error:
+            row.reject(name, f"is text that is not valid JSON: {error.msg} at column {error.colno}")
+        except UserError as error:
+            row.reject(name, str(error))
+    return TemplateArguments(found.get(KWARGS_FIELD, {}), found.get(TOOLS_FIELD))
 
 
 def _parse_kind(value: dict[str, Any], row: PreferenceRow) -> Kind | None:
@@ -276,6 +321,11 @@ def _check_consistency(row: PreferenceRow) -> None:
 
 def _plain_text(response: Content) -> str:
     return (response if isinstance(response, str) else response[0]["content"]).strip()
+
+
+def list_counts(counts: Mapping[str, int]) -> str:
+    """Such as "source (12 rows), score (1 row)"."""
+    return ", ".join(f"{name} ({counted(count, 'row')})" for name, count in counts.items())
 
 
 def _type_name(value: Any) -> str:

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_solopo.command_settings import CommandSettings
+from megatron_solopo.data.template_arguments import TemplateKwargs
 
 Template = Literal["chat", "plain"]
 """How a row becomes text: by the tokenizer's chat template, or as it is."""
@@ -23,6 +24,11 @@ class PrepareSettings(CommandSettings):
     template: Literal["auto", "chat", "plain"] = "auto"
     """chat: messages by the tokenizer's chat template; a string is one user message. plain: BOS where it is usual, the
     text, and EOS behind a response. auto: chat for messages, plain for strings."""
+    chat_template_kwargs: TemplateKwargs = Field(default={})
+    """Arguments for the chat template, such as '{"enable_thinking": false}'. Those of a row win."""
+    on_lost_content: Literal["refuse", "warn"] = "refuse"
+    """Rows that lose content in the template, or that do not end with an end token, are an error (refuse), or kept and
+    counted (warn)."""
     max_length: int | None = Field(default=None, ge=2)
     """Most tokens of a prompt together with a response."""
     overlong: Literal["refuse", "drop"] = "refuse"

@@ -2,16 +2,17 @@
 
 1. Validate the file.
 2. Write its rows to an Arrow file and tokenize them, in `num_proc` processes.
-3. Refuse or drop rows that are too long.
-4. Split off the held-out rows and save both splits with a manifest.
+3. Refuse rows whose content the template loses, unless the user accepts that.
+4. Refuse or drop rows that are too long.
+5. Split off the held-out rows and save both splits with a manifest.
 
 All tables are memory-mapped: no step holds the file in memory.
 """
 
 import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
 from megatron_solopo import __version__
+from megatron_solopo.architecture.model_directory import CONFIG, huggingface_directory
+from megatron_solopo.data.end_tokens import GENERATION_CONFIG, end_tokens
 from megatron_solopo.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     PROMPT_COLUMNS,
+    EffectCount,
     LengthStatistics,
     PreparedManifest,
     is_prepared,
@@ -32,6 +36,7 @@ from megatron_solopo.data.prepared import (
     token_fingerprint,
     token_lengths,
 )
+from megatron_solopo.data.rendering import check_arguments, check_template
 from megatron_solopo.data.rows import (
     DEPTHS_FIELD,
     PROMPT_FIELDS,
@@ -43,7 +48,10 @@ from megatron_solopo.data.rows import (
     validate_file,
 )
 from megatron_solopo.data.settings import PrepareSettings, Template
-from megatron_solopo.data.tokenizer import Tokenizer, check_template, load_tokenizer, tokenize_row
+from megatron_solopo.data.template_arguments import TemplateArguments
+from megatron_solopo.data.template_effects import MEANINGS, EffectKind, clock_warning
+from megatron_solopo.data.tokenize_row import TokenizedRow, tokenize_row
+from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, remove, sha256_file, write_json
 
@@ -56,12 +64,14 @@ def prepare(settings: PrepareSettings) -> PreparedManifest:
     """Validate, tokenize and split a file of triplets or pairs. The output is complete or absent.
 
     Raises UserError if a row is bad or too long, if no row remains, or if the output exists. Also raises it if the
-    tokenizer lacks what the template needs.
+    tokenizer lacks what the template needs, or if the template loses content of a row.
     """
     _check_output(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
     report = _validate(settings.input)
-    job = _Job(settings, report, tokenizer, _resolve_template(settings, report, tokenizer))
+    template = _resolve_template(settings, report, tokenizer)
+    job = _Job(settings, report, tokenizer, template, end_tokens(settings.tokenizer, tokenizer))
+    check_arguments(template, tokenizer, TemplateArguments(settings.chat_template_kwargs))
     with atomic_path(settings.output) as temporary:
         work = temporary / "work"
         tokens = tokenize_rows(
@@ -70,11 +80,15 @@ def prepare(settings: PrepareSettings) -> PreparedManifest:
             settings.tokenizer,
             tokenizer.fingerprint,
             job.template,
+            end_tokens=job.end_tokens,
+            chat_template_kwargs=settings.chat_template_kwargs,
             num_proc=settings.num_proc,
             work=work,
         )
         _refuse_problems(settings, tokens)
-        tokens = tokens.remove_columns(["line", "problem"])
+        effects = _count_effects(tokens)
+        _refuse_losses(job, effects)
+        tokens = tokens.remove_columns(["line", "problem", "effects"])
         kept = _select_by_length(job, tokens)
         train, held_out = _split(kept, settings.eval_count, settings.seed)
         tokens.select(train).save_to_disk(str(temporary / "train"))
@@ -83,7 +97,7 @@ def prepare(settings: PrepareSettings) -> PreparedManifest:
         fingerprint = token_fingerprint(
             job.kind, tokens.select(train), tokens.select(held_out) if settings.eval_count else None
         )
-        manifest = _manifest(job, tokens, kept, fingerprint)
+        manifest = _manifest(job, tokens, kept, fingerprint, effects)
         del tokens
         remove(work)
         write_json(temporary / MANIFEST_NAME, manifest.model_dump(mode="json"))
@@ -98,6 +112,7 @@ class _Job:
     report: ValidationReport
     tokenizer: Tokenizer
     template: Template
+    end_tokens: set[int]
 
     @property
     def kind(self) -> Kind:
@@ -116,6 +131,7 @@ class _Job:
             "tokenizer": self.tokenizer.fingerprint,
             "template": self.template,
             "chat_template": self.tokenizer.chat_template if self.template == "chat" else None,
+            "chat_template_kwargs": self.settings.chat_template_kwargs,
             "max_length": self.settings.max_length,
             "overlong": self.settings.overlong,
             "eval_count": self.settings.eval_count,
@@ -163,6 +179,38 @@ def _refuse_problems(settings: PrepareSettings, tokens: Dataset) -> None:
         )
 
 
+def _count_effects(tokens: Dataset) -> dict[EffectKind, EffectCount]:
+    """What the template did to the rows, each kind with its first row."""
+    counts: dict[EffectKind, EffectCount] = {}
+    column = tokens.data.column("effects").to_numpy()
+    for index in np.flatnonzero(column != ""):
+        for kind, shown in json.loads(column[index]).items():
+            before = counts.get(kind, EffectCount(rows=0, first=f"{tokens[int(index)]['id']}: {shown}"))
+            counts[kind] = EffectCount(rows=before.rows + 1, first=before.first)
+    return {kind: counts[kind] for kind in MEANINGS if kind in counts}
+
+
+def _refuse_losses(job: _Job, effects: dict[EffectKind, EffectCount]) -> None:
+    if job.settings.on_lost_content == "warn":
+        return
+    losses = [
+        f"{MEANINGS[kind].words} ({count.rows} of {job.report.rows} rows, first {count.first}): "
+        f"{MEANINGS[kind].way_out}{_describe_end_tokens(job) if kind == 'no_end_token' else ''}"
+        for kind, count in effects.items()
+        if MEANINGS[kind].is_loss
+    ]
+    if losses:
+        raise UserError(f"{job.settings.input}: {'; '.join(losses)}; or accept it with --on-lost-content warn")
+
+
+def _describe_end_tokens(job: _Job) -> str:
+    path = Path(job.settings.tokenizer)
+    found = ", ".join(map(repr, job.tokenizer.pieces(sorted(job.end_tokens)))) or "none"
+    has_settings = any((huggingface_directory(path) / name).is_file() for name in (GENERATION_CONFIG, CONFIG))
+    missing = f"; it has no {GENERATION_CONFIG}, so name the model's own directory if that has one"
+    return f" (end tokens of {path}: {found}{'' if has_settings else missing})"
+
+
 def _select_by_length(job: _Job, tokens: Dataset) -> NDArray[np.int64]:
     """Indices of the rows whose longest sequence fits."""
     path = job.settings.input
@@ -191,7 +239,14 @@ def _split(kept: NDArray[np.int64], eval_count: int, seed: int) -> tuple[NDArray
     return kept[~drawn], kept[drawn]
 
 
-def _manifest(job: _Job, tokens: Dataset, kept: NDArray[np.int64], fingerprint: str) -> PreparedManifest:
+def _manifest(
+    job: _Job,
+    tokens: Dataset,
+    kept: NDArray[np.int64],
+    fingerprint: str,
+    effects: dict[EffectKind, EffectCount],
+) -> PreparedManifest:
+    arguments = TemplateArguments(job.settings.chat_template_kwargs)
     return PreparedManifest(
         version=__version__,
         kind=job.kind,
@@ -207,6 +262,10 @@ def _manifest(job: _Job, tokens: Dataset, kept: NDArray[np.int64], fingerprint: 
         eval=job.settings.eval_count,
         lengths={name: _statistics(token_lengths(tokens, name)[kept]) for name in job.columns},
         largest_token_id=largest_token_id(tokens.select(kept), job.columns),
+        chat_template_kwargs=job.settings.chat_template_kwargs,
+        effects=effects,
+        clock=clock_warning(job.tokenizer, arguments) if "clock" in effects else "",
+        unread_fields=job.report.unread_fields,
     )
 
 
@@ -223,18 +282,21 @@ def tokenize_rows(
     tokenizer_fingerprint: str,
     template: Template,
     *,
+    end_tokens: Collection[int],
+    chat_template_kwargs: dict[str, Any],
     num_proc: int,
     work: Path,
 ) -> Dataset:
     """Tokenize a valid file into Arrow files under `work`, row by row in the file's order.
 
-    Columns: id, line, problem, evidence_depths and the token columns. If a row cannot be tokenized, `problem` says why
-    and the token columns are empty. For all other rows `problem` is "".
+    Columns: id, line, problem, effects, evidence_depths and the token columns. If a row cannot be tokenized, `problem`
+    says why and the token columns are empty. For all other rows `problem` is "". `effects` is JSON: what the template
+    did to the row, by `EffectKind`; "" for nothing.
     """
     carried = {"id": Value("string"), "line": Value("int64"), DEPTHS_FIELD: List(Value("float32"))}
     rows = Dataset.from_generator(
         _generate_rows,
-        features=Features({**carried, "contents": Value("large_string")}),
+        features=Features({**carried, "contents": Value("large_string"), "arguments": Value("large_string")}),
         gen_kwargs={"path": path},
         cache_dir=str(work),
         writer_batch_size=_WRITER_BATCH_ROWS,
@@ -247,9 +309,11 @@ def tokenize_rows(
             "tokenizer_path": tokenizer_path,
             "tokenizer_fingerprint": tokenizer_fingerprint,
             "template": template,
+            "end_tokens": sorted(end_tokens),
+            "chat_template_kwargs": chat_template_kwargs,
         },
-        features=Features({**carried, "problem": Value("string"), **tokens}),
-        remove_columns=["contents"],
+        features=Features({**carried, "problem": Value("string"), "effects": Value("string"), **tokens}),
+        remove_columns=["contents", "arguments"],
         num_proc=num_proc if num_proc > 1 else None,
         cache_file_name=str(work / "tokens.arrow"),
         load_from_cache_file=False,
@@ -263,23 +327,33 @@ def _generate_rows(path: Path) -> Iterator[dict[str, Any]]:
     for row in read_rows(path):
         assert not row.errors and row.id is not None
         carried = {"id": row.id, "line": row.line, DEPTHS_FIELD: row.evidence_depths}
-        yield {**carried, "contents": json.dumps(row.contents)}
+        yield {**carried, "contents": json.dumps(row.contents), "arguments": json.dumps(asdict(row.arguments))}
 
 
 def _tokenize_record(
-    record: dict[str, Any], kind: Kind, tokenizer_path: str, tokenizer_fingerprint: str, template: Template
+    record: dict[str, Any],
+    kind: Kind,
+    tokenizer_path: str,
+    tokenizer_fingerprint: str,
+    template: Template,
+    end_tokens: Collection[int],
+    chat_template_kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     contents: dict[str, Content] = json.loads(record["contents"])
     prompts = {column: contents[name] for column, name in zip(PROMPT_COLUMNS[kind], PROMPT_FIELDS[kind], strict=True)}
     responses = {name: contents[name] for name in RESPONSE_FIELDS}
+    arguments = TemplateArguments(**json.loads(record["arguments"])).over(chat_template_kwargs)
     tokenizer = _process_tokenizer(tokenizer_path, tokenizer_fingerprint)
-    problem = ""
+    row, problem = TokenizedRow({name: [] for name in (*prompts, *responses)}), ""
     try:
-        ids = tokenize_row(prompts, responses, tokenizer, template)
+        row = tokenize_row(prompts, responses, tokenizer, template, end_tokens, arguments)
     except UserError as error:
-        ids = {name: [] for name in (*prompts, *responses)}
         problem = str(error)
-    return {"problem": problem} | {name: np.asarray(tokens, np.int32) for name, tokens in ids.items()}
+    effects: dict[str, str] = {}
+    for effect in row.effects:
+        effects.setdefault(effect.kind, effect.shown)
+    tokens = {name: np.asarray(ids, np.int32) for name, ids in row.ids.items()}
+    return {"problem": problem, "effects": json.dumps(effects) if effects else "", **tokens}
 
 
 @lru_cache(maxsize=1)

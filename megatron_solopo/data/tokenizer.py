@@ -1,14 +1,10 @@
-"""Tokenizers, and how prompts and responses become tokens.
-
-Hugging Face directories and SentencePiece models have one protocol. A prompt and its response are encoded separately,
-by the chat template or as plain text. So no token crosses their boundary, and a response has the same tokens behind the
-short and the long prompt.
-"""
+"""Tokenizers. Hugging Face directories and SentencePiece models have one protocol."""
 
 import json
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +13,8 @@ from jinja2 import TemplateError
 from sentencepiece import SentencePieceProcessor
 
 from megatron_solopo.architecture.model_directory import huggingface_directory
-from megatron_solopo.data.rows import Content, Message
-from megatron_solopo.data.settings import Template
+from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
+from megatron_solopo.data.template_clock import FUNCTION, Clock, templates_see
 from megatron_solopo.data.tokenizer_contradictions import check_tokenizer_files
 from megatron_solopo.data.tokenizer_file import load_by_file
 from megatron_solopo.errors import UserError
@@ -49,8 +45,21 @@ class Tokenizer(ABC):
         """The text of tokens."""
 
     @abstractmethod
-    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
+    def template_for(self, arguments: TemplateArguments) -> str | None:
+        """The text of the chat template that is used with some arguments: there may be another one for tools."""
+
+    @abstractmethod
+    def render_chat(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool,
+        arguments: TemplateArguments = NO_ARGUMENTS,
+        clock: Clock | None = None,
+    ) -> str | None:
         """Messages as the chat template writes them, or None if the tokenizer has no template.
+
+        Args:
+            clock: What a template reads that writes a date. If not given, the time when the program started.
 
         Raises UserError with the template's reason if it refuses the messages.
         """
@@ -156,13 +165,31 @@ class _HuggingFaceTokenizer(Tokenizer):
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
-    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
+    def template_for(self, arguments: TemplateArguments) -> str | None:
         if self.chat_template is None:
             return None
+        text: str = self._tokenizer.get_chat_template(tools=arguments.tools)
+        return text
+
+    def render_chat(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool,
+        arguments: TemplateArguments = NO_ARGUMENTS,
+        clock: Clock | None = None,
+    ) -> str | None:
+        template = self.template_for(arguments)
+        if template is None:
+            return None
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            with templates_see(clock or Clock()) if FUNCTION in template else nullcontext():
+                text: str = self._tokenizer.apply_chat_template(
+                    messages,
+                    tools=arguments.tools,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **arguments.kwargs,
+                )
         except Exception as error:
             if not raised_in_template(error):
                 raise
@@ -227,7 +254,16 @@ class _SentencePieceTokenizer(Tokenizer):
         text: str = self._processor.decode(list(ids))
         return text
 
-    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
+    def template_for(self, arguments: TemplateArguments) -> str | None:
+        return None
+
+    def render_chat(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool,
+        arguments: TemplateArguments = NO_ARGUMENTS,
+        clock: Clock | None = None,
+    ) -> str | None:
         return None
 
     def _encode(self, text: str) -> list[int]:
@@ -240,92 +276,3 @@ class _SentencePieceTokenizer(Tokenizer):
     @staticmethod
     def _known(token_id: int) -> int | None:
         return token_id if token_id >= 0 else None
-
-
-def tokenize_row(
-    prompts: dict[str, Content], responses: dict[str, Content], tokenizer: Tokenizer, template: Template
-) -> dict[str, list[int]]:
-    """Token ids of one row's prompts and responses, by name.
-
-    Raises UserError if the template refuses the messages, if a text has no tokens, or if the responses are equal.
-    """
-    if template == "chat":
-        texts = _render(prompts, responses, tokenizer)
-        ids = {name: tokenizer.encode(texts[name], add_special_tokens=False) for name in prompts}
-        ids |= {name: tokenizer.encode_continuation(texts[name]) for name in responses}
-        ends: list[int] = []
-    else:
-        assert tokenizer.eos_token_id is not None
-        ids = {name: tokenizer.encode(str(text), add_special_tokens=True) for name, text in prompts.items()}
-        ids |= {name: tokenizer.encode_continuation(str(text)) for name, text in responses.items()}
-        ends = [tokenizer.eos_token_id]
-    for name, tokens in ids.items():
-        if not tokens:
-            raise UserError(f"{name}: tokenizes to nothing")
-    if ids["chosen"] == ids["rejected"]:
-        raise UserError("rejected: has the same tokens as chosen")
-    return {name: tokens + ends if name in responses else tokens for name, tokens in ids.items()}
-
-
-def _render(prompts: dict[str, Content], responses: dict[str, Content], tokenizer: Tokenizer) -> dict[str, str]:
-    """Texts by the chat template: prompts up to the start of the answer, responses from there on."""
-    texts: dict[str, str] = {}
-    for prompt_name, prompt in prompts.items():
-        texts[prompt_name] = render_prompt(prompt, tokenizer)
-        for name, response in responses.items():
-            text = render_response(prompt, response, tokenizer, names=(prompt_name, name))
-            if texts.setdefault(name, text) != text:
-                raise UserError(f"{name}: the chat template writes it differently behind {prompt_name}")
-    return texts
-
-
-def render_prompt(prompt: Content, tokenizer: Tokenizer) -> str:
-    """A prompt by the chat template, up to the start of the answer. The tokenizer must have a template."""
-    text = tokenizer.render_chat(_as_messages(prompt, "user"), add_generation_prompt=True)
-    assert text is not None
-    return text
-
-
-def template_of(prompt: Content) -> Template:
-    """The template that `--template auto` chooses for a prompt."""
-    return "plain" if isinstance(prompt, str) else "chat"
-
-
-def encode_prompt(prompt: Content, tokenizer: Tokenizer, template: Template) -> list[int]:
-    """Token ids of a prompt up to the start of the answer."""
-    if template == "plain":
-        return tokenizer.encode(str(prompt), add_special_tokens=True)
-    return tokenizer.encode(render_prompt(prompt, tokenizer), add_special_tokens=False)
-
-
-def render_response(
-    prompt: Content, response: Content, tokenizer: Tokenizer, *, names: tuple[str, str] = ("the prompt", "response")
-) -> str:
-    """A response by the chat template, from the end of `render_prompt(prompt)` on.
-
-    Args:
-        names: Names of the prompt and the response in an error.
-
-    Raises UserError if the template writes the prompt differently once an answer follows.
-    """
-    prompt_text = render_prompt(prompt, tokenizer)
-    messages = _as_messages(prompt, "user") + _as_messages(response, "assistant")
-    whole = tokenizer.render_chat(messages, add_generation_prompt=False)
-    assert whole is not None
-    if not whole.startswith(prompt_text):
-        raise UserError(f"{names[1]}: the chat template does not write {names[0]} with an answer as it does without")
-    return whole[len(prompt_text) :]
-
-
-def check_template(template: Template, tokenizer: Tokenizer, tokenizer_path: str) -> None:
-    """Raise UserError if the tokenizer lacks what the template needs."""
-    if template == "chat" and tokenizer.chat_template is None:
-        raise UserError(
-            f"{tokenizer_path}: has no chat template; use another tokenizer, or strings and --template plain"
-        )
-    if template == "plain" and tokenizer.eos_token_id is None:
-        raise UserError(f"{tokenizer_path}: has no end-of-sequence token, which --template plain puts after a response")
-
-
-def _as_messages(content: Content, role: str) -> list[Message]:
-    return [{"role": role, "content": content}] if isinstance(content, str) else content

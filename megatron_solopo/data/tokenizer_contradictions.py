@@ -26,7 +26,10 @@ _SHOWN = 60
 
 
 def check_tokenizer_files(path: Path) -> None:
-    """Raise UserError with both statements if two files of a Hugging Face directory contradict each other."""
+    """Raise UserError with both statements if two files of a Hugging Face directory contradict each other.
+
+    Also raises it for a damaged settings file.
+    """
     for check in (_check_templates, _check_special_tokens, _check_ids):
         check(path)
 
@@ -116,7 +119,10 @@ def _is_text(processor: SentencePieceProcessor, number: int) -> bool:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_bytes()) if file.is_file() else {}
+    try:
+        content = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}; take the file of the original model") from None
     return content if isinstance(content, dict) else {}
 
 

@@ -18,12 +18,12 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
+from megatron_solopo.data.end_tokens import end_tokens
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.generate.model import Answered, Build, Item, Keep, Refuse
-from megatron_solopo.generate.transformers import EncodedRequest, LocalModel, build_all, end_tokens
+from megatron_solopo.generate.transformers import EncodedRequest, LocalModel, build_all
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
@@ -46,7 +46,7 @@ class MegatronModel(LocalModel):
         super().__init__(
             path,
             tokenizer,
-            end_tokens(huggingface_directory(path), tokenizer),
+            end_tokens(path, tokenizer),
             topology.device,
             vocab_size=model.architecture.vocab_size,
             max_positions=model.architecture.max_sequence_length,

@@ -84,7 +84,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
         loss_type=settings.objective.loss_type,
         beta=settings.objective.beta,
         precision=settings.model.dtype,
-        reference=None if references is None else str(settings.reference.model_path),
+        reference=_reference_model(settings),
         layout=_layout(settings, data_parallel_size),
         **origin(),
         **summarise_groups(columns, list(tokens.values())[-1], depths),
@@ -131,18 +131,24 @@ def _check_output(path: Path, config: Config, fingerprint: str, split: Split) ->
     check_writable(path.parent, "--output")
     if not path.exists():
         return
-    found, objective = read_preference(path), config.objective
+    found, objective, reference = read_preference(path), config.objective, _reference_model(config)
     same = {
         "model": Path(found.model).resolve() == config.model.path.resolve(),
         "data": found.data_fingerprint == fingerprint,
         "split": found.split == split,
         "loss type": (found.loss_type, found.beta) == (objective.loss_type, objective.beta),
+        "precision": found.precision == config.model.dtype,
+        "reference model": None in (found.reference, reference) or found.reference == reference,
     }
     others = [name for name, is_same in same.items() if not is_same]
     if others:
         raise UserError(
             f"{path}: holds an evaluation of another {', '.join(others)}, which would be lost; set --output"
         )
+
+
+def _reference_model(config: Config) -> str | None:
+    return str(config.reference.model_path) if config.objective.needs_reference else None
 
 
 def _layout(config: Config, data_parallel_size: int) -> dict[str, int]:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_solopo.checkpoint.fingerprint import sample_weights, weights_fingerprint
+from megatron_solopo.data.rendering import check_arguments
 from megatron_solopo.data.settings import Template
+from megatron_solopo.data.template_arguments import KWARGS_FIELD, TemplateArguments
+from megatron_solopo.data.template_effects import warn_about_clock
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.samples import LengthNotMet, QuestionFile, SampleSource, SampleSpec, Side
@@ -57,6 +60,7 @@ class SampleSet:
             spec.max_new_tokens,
             right_answers=sample.answers,
             prompt_tokens=spec.prompt_tokens,
+            arguments=sample.arguments,
         )
 
     def count_unmade(self, specs: Iterable[SampleSpec]) -> list[SkippedSamples]:
@@ -83,6 +87,7 @@ class SampleSet:
 def collect_samples(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> SampleSet:
     """List the samples. Raises UserError for tasks that are too long for the model, or files that hold no question."""
     positions = _served_positions(settings) if target.path is None else max_positions(target.path)
+    warn_about_clock(_template(settings, tokenizer), tokenizer, TemplateArguments(settings.chat_template_kwargs))
     sources: list[SampleSource] = _question_files(settings, tokenizer)
     if settings.tasks:
         tasks = _generated_tasks(settings, tokenizer)
@@ -111,16 +116,23 @@ def journal_header(settings: LongContextSettings, target: Target, tokenizer: Tok
     hashes = {str(path): sha256_file(path) for path in (*settings.contexts, *files) if path is not None}
     # Journals of older versions have the sample alone.
     weights = {} if target.path is None else {"weights": weights_fingerprint(target.path)}
-    return weights | {
-        "model": settings.model if target.path is None else sample_weights(target.path),
-        "backend": target.backend,
-        "dtype": settings.dtype,
-        "tokenizer": tokenizer.fingerprint,
-        "template": sha256_text(tokenizer.chat_template or "") if _template(settings, tokenizer) == "chat" else "plain",
-        "seed": settings.seed,
-        "max_new_tokens": settings.max_new_tokens,
-        "files": hashes,
-    }
+    given = {KWARGS_FIELD: settings.chat_template_kwargs} if settings.chat_template_kwargs else {}
+    return (
+        weights
+        | given
+        | {
+            "model": settings.model if target.path is None else sample_weights(target.path),
+            "backend": target.backend,
+            "dtype": settings.dtype,
+            "tokenizer": tokenizer.fingerprint,
+            "template": sha256_text(tokenizer.chat_template or "")
+            if _template(settings, tokenizer) == "chat"
+            else "plain",
+            "seed": settings.seed,
+            "max_new_tokens": settings.max_new_tokens,
+            "files": hashes,
+        }
+    )
 
 
 def _generated_tasks(settings: LongContextSettings, tokenizer: Tokenizer) -> GeneratedTasks:
@@ -139,14 +151,23 @@ def _generated_tasks(settings: LongContextSettings, tokenizer: Tokenizer) -> Gen
         assert settings.corpus is not None
         prompt = PromptTemplate(read_template(settings.prompt_template), titles=True, template=template)
         corpus = QuestionCorpus(settings.corpus, settings.format, prompt, settings.seed)
-    return GeneratedTasks(asked, Measure(tokenizer, template), template, sentences, corpus)
+    arguments = TemplateArguments(settings.chat_template_kwargs)
+    check_arguments(template, tokenizer, arguments)
+    return GeneratedTasks(asked, Measure(tokenizer, template, arguments), template, sentences, corpus, arguments)
 
 
 def _question_files(settings: LongContextSettings, tokenizer: Tokenizer) -> list[SampleSource]:
     sides: tuple[Side, ...] = ("short", "long") if settings.side == "both" else (settings.side,)
     return [
         QuestionFile(
-            path, sides, tokenizer, settings.lengths, settings.depths, settings.max_new_tokens, settings.samples
+            path,
+            sides,
+            tokenizer,
+            settings.lengths,
+            settings.depths,
+            settings.max_new_tokens,
+            settings.samples,
+            settings.chat_template_kwargs,
         )
         for path in settings.contexts
     ]

@@ -7,16 +7,18 @@ long. `QuestionFile` reads what `data build` or `data select` wrote; generated t
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
+from megatron_solopo.data.rendering import check_arguments, check_template, template_of
 from megatron_solopo.data.rows import Content
-from megatron_solopo.data.tokenizer import Tokenizer, check_template, template_of
+from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
+from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.statistics import bucket_bound
 from megatron_solopo.generate.scoring import Score
-from megatron_solopo.triplets.context_rows import ContextFile
+from megatron_solopo.triplets.context_rows import ContextFile, RowWithArguments
 from megatron_solopo.triplets.prompt import Measure
 
 QA_METRICS: tuple[Score, ...] = ("sub_em", "exact_match", "token_f1", "string_match_part")
@@ -53,6 +55,8 @@ class Sample:
     spec: SampleSpec
     prompt: Content
     answers: tuple[str, ...]
+    arguments: TemplateArguments = NO_ARGUMENTS
+    """What the chat template gets beside the messages."""
 
 
 class LengthNotMet(UserError):
@@ -90,20 +94,18 @@ def _not_blank(answer: str) -> str:
     return answer
 
 
-class QuestionRow(BaseModel):
+class QuestionRow(RowWithArguments):
     """The fields of a row that are read.
 
     Rows with the same `question_id` share a short prompt, which is asked once.
     """
-
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
     id: str
     question_id: str | None = None
     prompt_short: Content | None = None
     prompt_long: Content | None = None
     answers: list[Annotated[str, AfterValidator(_not_blank)]] = Field(min_length=1)
-    evidence_depths: list[float] = []
+    evidence_depths: list[float] = Field(default=[])
     """Depths of the pieces of evidence in the long context, from 0 to 1."""
     response_tokens: int | None = Field(default=None, ge=1)
     """The most tokens of a response."""
@@ -127,9 +129,10 @@ class QuestionFile:
         depths: Legal depths of samples.
         max_new_tokens: Replaces the rows' `response_tokens`, and `DEFAULT_MAX_NEW_TOKENS` for rows without it.
         limit: Samples per side, the file's first; None: all.
+        kwargs: Arguments of the chat template for all rows.
 
     Raises:
-        UserError: A row is no `QuestionRow`, or lacks a side that is asked for.
+        UserError: A row is no `QuestionRow`, lacks a side that is asked for, or has arguments that nothing reads.
     """
 
     def __init__(
@@ -141,6 +144,7 @@ class QuestionFile:
         depths: Sequence[float],
         max_new_tokens: int | None = None,
         limit: int | None = None,
+        kwargs: dict[str, Any] | None = None,
     ) -> None:
         self._path = path
         self._file = ContextFile(path)
@@ -148,6 +152,7 @@ class QuestionFile:
         self._buckets = sorted(buckets)
         self._depths = depths
         self._max_new_tokens = max_new_tokens
+        self._kwargs = kwargs or {}
         self.metrics = {f"{path.stem}.{side}": QA_METRICS for side in sides}
         self._specs = [spec for side in sides for spec in self._side_specs(side, limit)]
 
@@ -160,7 +165,7 @@ class QuestionFile:
         row = self._file.row_at(spec.key, QuestionRow)
         prompt = row.prompt("short" if spec.task.endswith(".short") else "long")
         assert prompt is not None
-        return Sample(spec, prompt, tuple(row.answers))
+        return Sample(spec, prompt, tuple(row.answers), row.arguments(self._kwargs))
 
     def _side_specs(self, side: Side, limit: int | None) -> Iterator[SampleSpec]:
         asked: set[str] = set()
@@ -176,17 +181,18 @@ class QuestionFile:
                     raise UserError(f"{self._path}:{number}: id: {name!r} is already the id of an earlier row")
                 continue
             asked.add(name)
-            tokens = self._count(prompt)
+            tokens = self._count(prompt, row.arguments(self._kwargs), f"{self._path}:{number}")
             max_new_tokens = self._max_new_tokens or row.response_tokens or DEFAULT_MAX_NEW_TOKENS
             depth = self._depth(row.evidence_depths) if side == "long" else None
             task = f"{self._path.stem}.{side}"
             yield SampleSpec(f"{task}:{name}", task, self._bucket(tokens), depth, tokens, max_new_tokens, offset)
 
-    def _count(self, prompt: Content) -> int:
+    def _count(self, prompt: Content, arguments: TemplateArguments, where: str) -> int:
         template = template_of(prompt)
         if template == "chat":
             check_template(template, self._tokenizer, "the model's tokenizer")
-        return Measure(self._tokenizer, template).prompt(prompt)
+        check_arguments(template, self._tokenizer, arguments, where)
+        return Measure(self._tokenizer, template, arguments).prompt(prompt)
 
     def _bucket(self, tokens: int) -> int:
         longer = [bound for bound in self._buckets if bound >= tokens]

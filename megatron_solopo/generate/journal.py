@@ -82,13 +82,15 @@ class Journal:
     ) -> None:
         self.received: defaultdict[str, set[int]] = defaultdict(set)
         self._refused: list[RefusedRequest] = []
+        self._refused_indices: defaultdict[str, set[int]] = defaultdict(set)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = path.open("a+b")
         try:
             self._lock(path)
             self._continue(path, header, command)
             if retry_refused:
-                self._refused = []
+                self._refused.clear()
+                self._refused_indices.clear()
         except BaseException:
             self._stream.close()
             raise
@@ -120,8 +122,7 @@ class Journal:
 
     def done(self, question_id: str) -> set[int]:
         """Numbers of a question's samples that came or were refused."""
-        refused = (each.indices for each in self._refused if each.question_id == question_id)
-        return self.received[question_id].union(*refused)
+        return self.received[question_id] | self._refused_indices[question_id]
 
     def refusals(self) -> list[RefusedRequest]:
         """What was refused and never came, each sample once."""
@@ -136,6 +137,7 @@ class Journal:
     def _remember(self, record: StoredResponse | RefusedRequest) -> None:
         if isinstance(record, RefusedRequest):
             self._refused.append(record)
+            self._refused_indices[record.question_id].update(record.indices)
         else:
             self.received[record.question_id].add(record.index)
 

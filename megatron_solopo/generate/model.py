@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 from megatron_solopo.data.rows import Content
+from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
 from megatron_solopo.errors import UserError
 
 _SHOWN_FAILURES = 3
@@ -29,6 +30,7 @@ class Request:
         seed: Of the random numbers, where answers are sampled.
         right_answers: Kept with an answer for its score. The model does not see them.
         prompt_tokens: Tokens of the prompt by our own count; None where nobody counted.
+        arguments: What the chat template gets beside the messages.
     """
 
     question_id: str
@@ -38,6 +40,7 @@ class Request:
     seed: int = 0
     right_answers: tuple[str, ...] = ()
     prompt_tokens: int | None = None
+    arguments: TemplateArguments = NO_ARGUMENTS
 
     def without_first(self, count: int) -> "Request":
         """The request for the answers that are still missing after the first `count` have come."""

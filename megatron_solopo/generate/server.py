@@ -10,6 +10,7 @@ by their reason, and know no time limit on a whole request.
 """
 
 import asyncio
+import json
 import os
 import random
 from collections.abc import Sequence
@@ -17,10 +18,13 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import chain
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import openai
 from pydantic import BaseModel, ValidationError
 
+from megatron_solopo.data.template_arguments import KWARGS_FIELD
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.model import (
     Answer,
@@ -80,8 +84,9 @@ class OpenAIServer:
         self._settings = settings
         self._asked = {"model": model, "temperature": temperature, "top_p": top_p}
         self._limit = "max_tokens"
+        self._proxy = _named_proxy(settings.server)
         self._prompt_check = PromptCheck(settings.server, own_tokenizer)
-        key = _api_key(settings.api_key_env)
+        self._key = key = _api_key(settings.api_key_env)
         self._headers = _headers(key)
         # The time limit is on the whole request, below: a server that trickles is as slow as one that hangs.
         self._client = openai.AsyncOpenAI(base_url=settings.server, api_key=key or _NO_KEY, max_retries=0, timeout=None)
@@ -104,7 +109,7 @@ class OpenAIServer:
             except TryAgain as error:
                 reason, asked_wait = str(error), error.wait or 0.0
             except ServerRefuses as error:
-                raise UserError(f"--server {self._settings.server}: refuses with {error}") from None
+                raise UserError(f"--server {self._settings.server}: refuses with {error}{self._proxy}") from None
             if attempt < self._settings.retries:
                 growing = min(_LONGEST_WAIT, self._settings.backoff * 2**attempt * random.uniform(0.5, 1.0))
                 wait = max(growing, min(asked_wait, _LONGEST_ASKED_WAIT))
@@ -112,7 +117,9 @@ class OpenAIServer:
                 self.traffic.waited += wait
                 waited += wait
                 await asyncio.sleep(wait)
-        raise RequestFailed(f"{reason}, after {self._settings.retries} retries and {waited:.0f} s of waiting")
+        raise RequestFailed(
+            f"{reason}, after {self._settings.retries} retries and {waited:.0f} s of waiting{self._proxy}"
+        )
 
     async def _ask_once(self, request: Request) -> list[Answer | RequestRefused]:
         limit = self._limit
@@ -124,10 +131,11 @@ class OpenAIServer:
         except openai.APIConnectionError as error:
             raise TryAgain(type(error.__cause__ or error).__name__) from None
         except openai.APIStatusError as error:
-            if limit == "max_tokens" and _wants_other_limit(error):
+            if limit == "max_tokens" and not isinstance(request.prompt, str) and _wants_other_limit(error):
                 self._limit = "max_completion_tokens"
                 return await self._ask_once(request)
-            raise failure(error.status_code, error.body or error.response.text, _retry_after(error)) from None
+            told = self._without_key(json.dumps(error.body or error.response.text))
+            raise failure(error.status_code, json.loads(told), _retry_after(error)) from None
         completion = read_completion(content, len(request.indices))
         if completion.model not in (None, self._asked["model"]):
             self.traffic.other_models[str(completion.model)] += 1
@@ -150,8 +158,16 @@ class OpenAIServer:
         else:
             create = self._client.chat.completions.with_raw_response.create
             body["messages"] = request.prompt
+            # vLLM and SGLang take the template's arguments, which are not OpenAI's.
+            body |= {"tools": request.arguments.tools} if request.arguments.tools else {}
+            if request.arguments.kwargs:
+                body["extra_body"] = {KWARGS_FIELD: request.arguments.kwargs}
         content: bytes = (await create(**body)).content
         return content
+
+    def _without_key(self, text: str) -> str:
+        """Some servers repeat a wrong key in their reply, which is shown and recorded."""
+        return text if self._key is None else text.replace(self._key, "***")
 
     def _refuse_cut(self, completion: Completion, request: Request) -> None:
         """Raise UserError for a prompt or an answer that the server cut."""
@@ -185,6 +201,17 @@ def _headers(key: str | None) -> dict[str, Any]:
     return {name: openai.Omit() for name in headers}
 
 
+def _named_proxy(url: str) -> str:
+    """For messages: the proxy between us and the server, which may be what fails; empty where there is none."""
+    parts = urlsplit(url)
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy is None or proxy_bypass(parts.hostname or ""):
+        return ""
+    # It may hold a password.
+    return f" (through the proxy {urlsplit(proxy).hostname}; name the server in NO_PROXY to go around it)"
+
+
 def _api_key(variable: str | None) -> str | None:
     if variable is None:
         return None
@@ -195,8 +222,9 @@ def _api_key(variable: str | None) -> str | None:
 
 
 def _wants_other_limit(error: openai.APIStatusError) -> bool:
-    """Whether the server knows the limit on tokens by its newer name only."""
-    return error.status_code == 400 and "max_completion_tokens" in error.message
+    """Whether the server knows the limit on tokens by its newer name only. Other errors name the limit too."""
+    unsupported = error.code == "unsupported_parameter" or "not supported" in error.message
+    return error.status_code == 400 and unsupported and "max_completion_tokens" in error.message
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:

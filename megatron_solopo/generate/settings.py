@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from megatron_solopo.command_settings import CommandSettings
+from megatron_solopo.data.template_arguments import TemplateKwargs
 
 
 class ServerSettings(CommandSettings):
@@ -13,6 +14,9 @@ class ServerSettings(CommandSettings):
 
     server: str | None = None
     """Base URL of a server with OpenAI's API, such as http://localhost:8000/v1."""
+    chat_template_kwargs: TemplateKwargs = Field(default={})
+    """Arguments for the chat template of all prompts, such as '{"enable_thinking": false}'. Those of a row win. A
+    server gets them in its requests."""
     concurrency: int = Field(default=32, ge=1)
     """Requests to the server that run at the same time."""
     timeout: float = Field(default=600.0, gt=0)

@@ -11,11 +11,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME, logging
+from transformers.utils import logging
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
-from megatron_solopo.data.tokenizer import Tokenizer, encode_prompt, template_of
+from megatron_solopo.architecture.one_reading import check_one_reading
+from megatron_solopo.data.end_tokens import end_tokens
+from megatron_solopo.data.rendering import encode_prompt, template_of
+from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.model import Answer, Answered, Build, Item, Keep, Refuse, Request, Traffic
 
@@ -69,7 +72,7 @@ class LocalModel(ABC):
         """Each request with the tokens of its prompt; raises UserError for a prompt that does not fit the model."""
         encoded = []
         for each in requests:
-            ids = encode_prompt(each.prompt, self._tokenizer, template_of(each.prompt))
+            ids = encode_prompt(each.prompt, self._tokenizer, template_of(each.prompt), each.arguments)
             promised = each.prompt_tokens
             assert promised in (None, len(ids)), f"{each.question_id}: {len(ids)} tokens, not {promised}"
             self._check(each, ids)
@@ -177,8 +180,10 @@ def load_transformers_model(path: Path | str, dtype: str = "auto") -> Any:
     Args:
         dtype: Name of a torch dtype; auto: the one that the weights are stored in.
 
-    Raises UserError for a directory that holds no model, a damaged or incomplete one, or numbers that are not finite.
+    Raises UserError for a directory that holds no model, a damaged or incomplete one, weights that another loader reads
+    differently, or numbers that are not finite.
     """
+    check_one_reading(Path(path))
     shows_progress = _LOGGING.is_progress_bar_enabled()
     _LOGGING.disable_progress_bar()
     try:
@@ -217,21 +222,3 @@ def max_positions(path: Path) -> int | None:
 
 def _no_model(path: Path | str, reason: object) -> UserError:
     return UserError(f"--model {path}: no loadable model: {' '.join(str(reason).split())}")
-
-
-def end_tokens(path: Path | str, tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation settings.
-
-    Llama 3 has several. Raises UserError for settings that transformers cannot read.
-    """
-    try:
-        if (Path(path) / GENERATION_CONFIG_NAME).is_file():
-            settings = _GENERATION_CONFIG.from_pretrained(path, local_files_only=True)
-        else:
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            settings = _GENERATION_CONFIG.from_model_config(config)
-    except (OSError, ValueError) as error:
-        raise _no_model(path, error) from None
-    named = settings.eos_token_id
-    ends = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
-    return {int(end) for end in ends if end is not None}

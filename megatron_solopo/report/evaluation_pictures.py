@@ -5,10 +5,10 @@ runs, for the page.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -171,15 +171,14 @@ def accuracy_pictures(runs: Sequence[RunRecord]) -> Iterator[Picture]:
 
 def _answer_curves(runs: Sequence[RunRecord], tasks: Sequence[str]) -> list[Curve]:
     """Curves of every run that answered questions, then of the models that they started from, each once."""
-    curves: dict[Any, Curve] = {}
+    curves: list[Curve] = []
+    starts = []
     for place, run in enumerate(runs):
         if (after := run.evaluations.answers) is not None:
-            curves[place] = (run.name, place, mean_answer_points(after, tasks))
-    for run in runs:
+            curves.append((run.name, place, mean_answer_points(after, tasks)))
         if (before := run.evaluations.answers_before) is not None:
-            points = mean_answer_points(before, tasks)
-            curves[before.model, *before.main_metrics] = (_before_training(before.model), None, points)
-    return [curve for curve in curves.values() if curve[2]]
+            starts.append((run.name, before.model, mean_answer_points(before, tasks)))
+    return [curve for curve in (*curves, *_curves_before_training(starts)) if curve[2]]
 
 
 def _preference_curves(runs: Sequence[RunRecord], metric: str) -> list[Curve]:
@@ -187,17 +186,28 @@ def _preference_curves(runs: Sequence[RunRecord], metric: str) -> list[Curve]:
 
     A policy that is its own reference has only equal rewards, so it has no curve.
     """
-    curves: dict[Any, Curve] = {}
+    curves: list[Curve] = []
+    starts = []
     for place, run in enumerate(runs):
         if (after := run.evaluations.preferences) is not None:
-            curves[place] = (run.name, place, _metric_points(after, metric))
-    for run in runs:
+            curves.append((run.name, place, _metric_points(after, metric)))
         before = run.evaluations.preferences_before
         if before is not None and before.overall.ties_short != before.overall.n:
-            points = _metric_points(before, metric)
-            key = (before.model, before.data_fingerprint, before.split)
-            curves[key] = (_before_training(before.model), None, points)
-    return [curve for curve in curves.values() if curve[2]]
+            starts.append((run.name, before.model, _metric_points(before, metric)))
+    return [curve for curve in (*curves, *_curves_before_training(starts)) if curve[2]]
+
+
+def _curves_before_training(found: Iterable[tuple[str, str, Sequence[LengthPoint]]]) -> list[Curve]:
+    """Curves of (run, model, points), equal ones once. If curves of one name differ, their labels name the run."""
+    distinct: dict[tuple[str, tuple[LengthPoint, ...]], str] = {}
+    for run, model, points in found:
+        label = f"before training ({model.rstrip('/').rsplit('/', 1)[-1]})"
+        distinct.setdefault((label, tuple(points)), run)
+    counts = Counter(label for label, _ in distinct)
+    return [
+        (label if counts[label] == 1 else f"{label} of {run}", None, points)
+        for (label, points), run in distinct.items()
+    ]
 
 
 def _all_answers(runs: Sequence[RunRecord]) -> list[LongContextResults]:
@@ -208,10 +218,6 @@ def _all_answers(runs: Sequence[RunRecord]) -> list[LongContextResults]:
 
 def _tasks(run: RunRecord) -> Iterable[str]:
     return run.evaluations.answers.main_metrics if run.evaluations.answers is not None else ()
-
-
-def _before_training(model: str) -> str:
-    return f"before training ({model.rstrip('/').rsplit('/', 1)[-1]})"
 
 
 def _describe_curves(curves: Sequence[Curve]) -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from megatron_solopo import exits
 from megatron_solopo.checkpoint.load import check_weights
 from megatron_solopo.config import Config, check_not_by_hand
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import check_writable
 from megatron_solopo.model.resolve import ResolvedModel, check_precision, resolve_model
 from megatron_solopo.parallel import topology as process_groups
@@ -88,6 +90,16 @@ def open_session(config: Config) -> Iterator[Session]:
             process_groups.destroy(topology)
 
 
+def _check_reference(config: Config, model: ResolvedModel, path: Path) -> None:
+    """Check another reference model as the policy is checked: config.json, layout, precision, list of tensors."""
+    try:
+        reference = model.at(path)
+        check_precision(reference, config.optimizer)
+        check_weights(path, reference.architecture)
+    except UserError as error:
+        raise UserError(f"reference.model_path={path}: {error}") from None
+
+
 def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, RunDatasets]:
     """Check model, layout, data and directories, the cheapest first, then join the process groups.
 
@@ -95,10 +107,10 @@ def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, RunDatasets
     """
     model = resolve_model(config.model, config.parallel)
     check_offload(config.optimizer, model)
-    reference = model.at(config.reference.model_path or model.path) if config.objective.needs_reference else model
-    for each in (model,) if reference is model else (model, reference):
-        check_precision(each, config.optimizer)
-        check_weights(each.path, each.architecture)
+    check_precision(model, config.optimizer)
+    check_weights(model.path, model.architecture)
+    if config.objective.needs_reference and config.reference.model_path not in (None, model.path):
+        _check_reference(config, model, config.reference.model_path)
     datasets = load_run_datasets(config, model.architecture)
     check_writable(config.run_dir, "run_dir")
     check_not_by_hand(config.run_dir / "config.yaml")

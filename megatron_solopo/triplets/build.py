@@ -23,7 +23,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_solopo.data.tokenizer import Tokenizer, check_template, load_tokenizer
+from megatron_solopo.data.rendering import check_arguments, check_template
+from megatron_solopo.data.template_arguments import TemplateArguments
+from megatron_solopo.data.template_effects import warn_about_clock
+from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, counted, remove
 from megatron_solopo.progress import bar_style
@@ -244,8 +247,18 @@ def build(settings: BuildSettings) -> BuildReport:
 def _check_prompts(settings: BuildSettings, tokenizer: Tokenizer) -> None:
     """Make one prompt and one response, so that a bad template is reported before the corpus is read."""
     check_template(settings.template, tokenizer, settings.tokenizer)
+    arguments = TemplateArguments(settings.chat_template_kwargs)
+    check_arguments(settings.template, tokenizer, arguments)
+    warn_about_clock(settings.template, tokenizer, arguments)
     made = _prompt(settings).prompt([Document("Title", "Text.")], "Question?")
-    Measure(tokenizer, settings.template).response(made, "Answer.")
+    measure = Measure(tokenizer, settings.template, arguments)
+    try:
+        measure.response(made, "Answer.")
+    except UserError:
+        if settings.responses == "constructed":
+            raise
+        # A sampled response may have the thought that some templates demand.
+        measure.response(made, "<think>\n\n</think>\n\nAnswer.")
 
 
 def _prompt(settings: BuildSettings) -> PromptTemplate:
@@ -301,7 +314,9 @@ class _Worker:
         self.corpus = Corpus(store)
         self._settings = settings
         self._prompt = _prompt(settings)
-        self._measure = Measure(load_tokenizer(settings.tokenizer), settings.template)
+        self._measure = Measure(
+            load_tokenizer(settings.tokenizer), settings.template, TemplateArguments(settings.chat_template_kwargs)
+        )
         self.count = self._measure.document_counter(self._prompt)
 
     @cached_property

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_solopo.data.template_arguments import TemplateArguments
 from megatron_solopo.triplets.constructed_answers import GIVE_UP, chosen_response, rejected_response
 from megatron_solopo.triplets.contexts import Filled, Filler, Pool, arrange, draw_depths, evidence_depths
 from megatron_solopo.triplets.corpus.formats import Document, Question, entity_golds, golds, leaks, mentions, normalise
@@ -116,6 +117,7 @@ class RowBuilder:
         text = self._prompt.prompt(self._documents(short), sample.question.question)
         common: RowFields = {"question_id": sample.question.id, "prompt_short": text}
         common |= {"question": sample.question.question, "answers": list(sample.question.answers)}
+        common |= TemplateArguments(self._settings.chat_template_kwargs).fields()
         if self._settings.responses == "constructed":
             common |= self._constructed(sample, short)
             answers = (self._measure.response(text, common[name]) for name in ("chosen", "rejected"))

@@ -6,21 +6,33 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_solopo.data.row_files import open_as_lines
 from megatron_solopo.data.rows import Content
+from megatron_solopo.data.template_arguments import TemplateArguments, check_kwargs, check_tools
 from megatron_solopo.errors import UserError, first_problem
 
 _Row = TypeVar("_Row", bound=BaseModel)
 
 
-class ContextRow(BaseModel):
-    """A short and a long context of one question, without responses."""
+class RowWithArguments(BaseModel):
+    """A row that may give the chat template something beside the messages."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    chat_template_kwargs: Annotated[dict[str, Any] | None, AfterValidator(check_kwargs)] = None
+    tools: Annotated[list[dict[str, Any]] | None, AfterValidator(check_tools)] = None
+
+    def arguments(self, kwargs: dict[str, Any]) -> TemplateArguments:
+        """The row's own, and those of all rows, which `kwargs` has."""
+        return TemplateArguments(self.chat_template_kwargs or {}, self.tools).over(kwargs)
+
+
+class ContextRow(RowWithArguments):
+    """A short and a long context of one question, without responses."""
 
     id: str
     question_id: str

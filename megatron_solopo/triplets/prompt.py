@@ -9,10 +9,12 @@ from pathlib import Path
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megatron_solopo.data.rendering import render_prompt, render_response
 from megatron_solopo.data.row_files import read_text_file
 from megatron_solopo.data.rows import Content
 from megatron_solopo.data.settings import Template
-from megatron_solopo.data.tokenizer import Tokenizer, raised_in_template, render_prompt, render_response
+from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
+from megatron_solopo.data.tokenizer import Tokenizer, raised_in_template
 from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.corpus.formats import Document
 
@@ -93,21 +95,22 @@ def read_template(path: Path | None) -> str:
 class Measure:
     """Counts tokens. Special tokens and those of the chat template are included."""
 
-    def __init__(self, tokenizer: Tokenizer, template: Template) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: Template, arguments: TemplateArguments = NO_ARGUMENTS) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self._arguments = arguments
 
     def prompt(self, prompt: Content) -> int:
         """Tokens of a prompt, up to the start of the response."""
         if self._template == "plain":
             return self._tokenizer.count(str(prompt), add_special_tokens=True)
-        return self._tokenizer.count(render_prompt(prompt, self._tokenizer), add_special_tokens=False)
+        return self._tokenizer.count(render_prompt(prompt, self._tokenizer, self._arguments), add_special_tokens=False)
 
     def response(self, prompt: Content, response: str) -> int:
         """Tokens of a response to a prompt, with its end token or the template's end of a message."""
         if self._template == "plain":
             return len(self._tokenizer.encode_continuation(response)) + 1
-        rendered = render_response(prompt, response, self._tokenizer)
+        rendered = render_response(prompt, response, self._tokenizer, self._arguments)
         return len(self._tokenizer.encode_continuation(rendered))
 
     def document_counter(self, prompt: PromptTemplate) -> Callable[[Sequence[Document]], list[int]]:

@@ -15,6 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_solopo.checksums import directory_fingerprint
+from megatron_solopo.data.settings import Template
+from megatron_solopo.data.template_arguments import KWARGS_FIELD, TemplateArguments
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file
 from megatron_solopo.generate.journal import Journal, StoredResponse, read_offsets, read_refusals
@@ -106,7 +108,7 @@ def sample(settings: SampleSettings) -> SampleReport:
     """
     check_output(settings.output, True, [settings.contexts])
     contexts = ContextFile(settings.contexts)
-    questions, response_tokens = _index(contexts)
+    questions, response_tokens = _index(contexts, settings.chat_template_kwargs)
     max_tokens = response_tokens - END_TOKENS if settings.max_tokens is None else settings.max_tokens
     if not 1 <= max_tokens <= response_tokens:
         raise UserError(
@@ -129,14 +131,24 @@ def _header(settings: SampleSettings, max_tokens: int) -> dict[str, Any]:
     header = {name: getattr(settings, name) for name in names}
     if settings.server is None and Path(settings.model).is_dir():
         header["weights"] = directory_fingerprint(Path(settings.model))
+    if settings.chat_template_kwargs:
+        header[KWARGS_FIELD] = settings.chat_template_kwargs
     return header | {"max_tokens": max_tokens, "contexts": sha256_file(settings.contexts)}
 
 
-def _index(contexts: ContextFile) -> tuple[dict[str, int], int]:
-    """Byte offset of each question's first row, and the least `response_tokens` in the file."""
+def _index(contexts: ContextFile, kwargs: dict[str, Any]) -> tuple[dict[str, int], int]:
+    """Byte offset of each question's first row, and the least `response_tokens` in the file.
+
+    Raises UserError if there are arguments for a chat template but a prompt is plain text.
+    """
     offsets: dict[str, int] = {}
     least = 0
-    for _, offset, row in contexts.rows(ContextRow):
+    for number, offset, row in contexts.rows(ContextRow):
+        if isinstance(row.prompt_short, str) and (names := row.arguments(kwargs).names()):
+            raise UserError(
+                f"{contexts.path}:{number}: the prompt is plain text, so no chat template reads {', '.join(names)}; "
+                "leave it out, or build the contexts with --template chat"
+            )
         offsets.setdefault(row.question_id, offset)
         least = min(least or row.response_tokens, row.response_tokens)
     return offsets, least
@@ -152,11 +164,17 @@ def _load(settings: SampleSettings) -> Model:
         )
     import torch
 
+    from megatron_solopo.data.rendering import check_arguments
+    from megatron_solopo.data.template_effects import warn_about_clock
     from megatron_solopo.data.tokenizer import load_tokenizer
     from megatron_solopo.generate.transformers import TransformersModel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(settings.model)
+    arguments = TemplateArguments(settings.chat_template_kwargs)
+    template: Template = "plain" if tokenizer.chat_template is None else "chat"
+    check_arguments(template, tokenizer, arguments)
+    warn_about_clock(template, tokenizer, arguments)
     return TransformersModel(settings.model, tokenizer, device, temperature=settings.temperature, top_p=settings.top_p)
 
 
@@ -185,9 +203,17 @@ def _ask(
             row = contexts.row_at(item.offset, ContextRow)
             seed = derived_seed(settings.seed, f"{item.question_id}:{item.indices[0]}")
             # A model in this process may have another tokenizer than `data build` had.
-            counted = None if settings.server is None or row.short_tokens is None else row.short_tokens
+            counted = row.short_tokens if settings.server is not None else None
             tokens = None if counted is None else counted - row.response_tokens
-            return Request(item.question_id, row.prompt_short, item.indices, max_tokens, seed, prompt_tokens=tokens)
+            return Request(
+                item.question_id,
+                row.prompt_short,
+                item.indices,
+                max_tokens,
+                seed,
+                prompt_tokens=tokens,
+                arguments=row.arguments(settings.chat_template_kwargs),
+            )
 
         def keep(request: Request, answers: Sequence[Answer], seconds: float) -> None:
             journal.append(

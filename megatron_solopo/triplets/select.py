@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_solopo.data.rendering import check_arguments, check_template, template_of
 from megatron_solopo.data.row_files import check_plain_lines
 from megatron_solopo.data.rows import Content
-from megatron_solopo.data.tokenizer import Tokenizer, check_template, load_tokenizer, template_of
+from megatron_solopo.data.template_arguments import KWARGS_FIELD
+from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, sha256_file
 from megatron_solopo.generate.journal import StoredResponse, parse_response, read_header, read_offsets
@@ -224,8 +226,8 @@ def _check_responses_belong(settings: SelectSettings) -> None:
     header = read_header(settings.responses)
     if header and header.get("contexts") != sha256_file(settings.contexts):
         raise UserError(
-            f"--responses {settings.responses}: were sampled from other contexts than {settings.contexts}, "
-            "whose hash differs"
+            f"--responses {settings.responses}: were sampled from other contexts than {settings.contexts}, which has "
+            "another hash; pass the file that they were sampled from, or sample again"
         )
 
 
@@ -237,6 +239,8 @@ class _Selection:
         self._settings = settings
         self._tokenizer = tokenizer
         self._judge = Judge(settings)
+        # What the prompts were sampled with is what they are trained with.
+        self._kwargs: dict[str, Any] = (read_header(settings.responses) or {}).get(KWARGS_FIELD, {})
         self._places: defaultdict[str, list[int]] = defaultdict(list)
         self._scores: list[float] = []
         self._ratios: list[float] = []
@@ -259,7 +263,8 @@ class _Selection:
                 for row in rows:
                     self.report.triplets_written += 1
                     self._depths += row.evidence_depths
-                    yield to_line(_triplet(row, pair, number, self._settings))
+                    arguments = row.arguments(self._kwargs).fields()
+                    yield to_line(_triplet(row, pair, number, self._settings) | arguments)
         others = (len(places) for question, places in self._places.items() if question not in known)
         self.report.responses_to_other_questions = sum(others)
         self.report.mean_length_ratio = sum(self._ratios) / max(1, len(self._ratios))
@@ -268,7 +273,7 @@ class _Selection:
         """The pairs of one question. Counts them in the report."""
         report = self.report
         responses = self._responses(row.question_id)
-        candidates, excluded = self._judge.candidates(responses, row, self._measure(row.prompt_short))
+        candidates, excluded = self._judge.candidates(responses, row, self._measure(row))
         right, wrong = self._judge.divide(candidates)
         pairs = list(self._judge.pairs(right, wrong, generator(self._settings.seed, row.question_id)))
         report.questions += 1
@@ -286,10 +291,12 @@ class _Selection:
         self._tokens += [(pair.chosen.tokens, pair.rejected.tokens) for pair in pairs]
         return pairs
 
-    def _measure(self, prompt: Content) -> Measure:
-        template = template_of(prompt)
+    def _measure(self, row: ContextRow) -> Measure:
+        template = template_of(row.prompt_short)
         check_template(template, self._tokenizer, self._settings.tokenizer)
-        return Measure(self._tokenizer, template)
+        arguments = row.arguments(self._kwargs)
+        check_arguments(template, self._tokenizer, arguments, f"{self._settings.contexts}: row {row.id}")
+        return Measure(self._tokenizer, template, arguments)
 
     def _responses(self, question: str) -> list[StoredResponse]:
         """The responses to a question. If two have one number, as in a file made by hand, the first counts."""

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from megatron_solopo.command_settings import CommandSettings
 from megatron_solopo.data.settings import Template
+from megatron_solopo.data.template_arguments import TemplateKwargs
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.scoring import Score
 from megatron_solopo.generate.settings import ServerSettings
@@ -115,6 +116,9 @@ class BuildSettings(CommandSettings):
     """More documents to draw distractors from: rows of {title, text}, in a file like the corpus."""
     template: Template = "plain"
     """plain: prompts are text. chat: prompts are chat messages, measured with the chat template."""
+    chat_template_kwargs: TemplateKwargs = Field(default={})
+    """Arguments for the chat template, such as '{"enable_thinking": false}'. They are written into the rows, where all
+    later commands read them."""
     prompt_template: Path | None = None
     """Jinja file over `documents` (title, text) and `question`."""
     titles: bool = True

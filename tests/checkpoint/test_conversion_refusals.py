@@ -77,7 +77,7 @@ def test_what_follows_from_the_rest_is_not_carried(folder: Path) -> None:
         lambda each: each.update(derived | {"lm_head.weight": each["model.embed_tokens.weight"].clone()}),
     )
     import_model(folder / "hf", folder / "out", verification="full")
-    export_model(folder / "out", folder / "back", dtype=None, verification="full")
+    export_model(folder / "out", folder / "back", dtype=None, verification="tensors")
     assert set(load_file(folder / "hf" / WEIGHTS)) - set(load_file(folder / "back" / WEIGHTS)) == {
         "lm_head.weight",
         *derived,
@@ -228,7 +228,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(folder: Path) ->
 def test_the_commands(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("MEGATRON_SOLOPO_DEVICE", "cpu")
     hf, out, back = (str(folder / name) for name in ("hf", "out", "back"))
-    main(["convert", "import", "--hf", hf, "--out", out])
+    main(["convert", "import", "--hf", hf, "--out", out, "--verify", "tensors"])
     assert "50 of 50 bitwise equal" in capsys.readouterr().out
     main(["convert", "export", "--checkpoint", out, "--out", back, "--dtype", "bfloat16"])
     assert "rounded" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.model_directory import has_tokenizer
 from megatron_solopo.checkpoint.conversion import export_model, import_model, verify_models
 from megatron_solopo.data.tokenizer import load_tokenizer
+from megatron_solopo.errors import UserError
 from tests.conversions import WEIGHTS, change, change_config
 from tests.prepared import make_tokenizer
 from tests.scoring import expected
@@ -193,3 +194,19 @@ def test_every_form_of_a_tokenizer_travels(form: tuple[str, ...], tmp_path: Path
     for path in (tmp_path / "megatron", exported):
         assert has_tokenizer(path) and load_tokenizer(path).fingerprint == load_tokenizer(source).fingerprint
     assert load_tokenizer(exported).encode("ab", add_special_tokens=False) == [256]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.txt", "tokenizer.model.v3", "added_tokens.json"])
+def test_other_files_of_a_tokenizer_travel(name: str, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf", "llama2")
+    (source / name).write_bytes(b"{}")
+    exported, _ = round_trip(source, tmp_path)
+    assert (exported / name).read_bytes() == b"{}"
+    assert has_tokenizer(exported) is (name in ("tokenizer.model", "vocab.txt"))
+
+
+def test_damaged_settings_are_named(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "hf", "llama2")
+    (source / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"huggingface/generation_config\.json: not valid JSON"):
+        round_trip(source, tmp_path)

@@ -94,13 +94,13 @@ def test_the_exported_model_is_the_trained_one(family: str, world, tmp_path: Pat
     found = expected(tmp_path / "exported")
     assert float((found - trained[family]).abs().max()) < TOLERANCE
     assert float((found - expected(folder / f"{family}-kept")).abs().max()) > 100 * TOLERANCE, "training changed it"
-    assert not verify_models(tmp_path / "exported", checkpoint, logits=True).failures
+    assert not verify_models(tmp_path / "exported", checkpoint, logits=False).failures
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_middle_of_a_run_is_another_model(family: str, world, tmp_path: Path) -> None:
     folder, trained = world
-    export_model(folder / family_checkpoint(family, 1), tmp_path / "exported", dtype=None, verification="full")
+    export_model(folder / family_checkpoint(family, 1), tmp_path / "exported", dtype=None, verification="tensors")
     assert float((expected(tmp_path / "exported") - trained[family]).abs().max()) > 100 * TOLERANCE
     failures = verify_models(tmp_path / "exported", folder / family_checkpoint(family, 2), logits=True).failures
     assert len(failures) == 1 and "tensors differ" in failures[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import models, pre_tokenizers
 
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.data.model_fit import Reader, check_readers
@@ -85,6 +86,18 @@ def test_another_tokenizer_is_refused(folder: Path, is_reference: bool) -> None:
     named = f"the {'reference model' if is_reference else 'model'} {folder / 'swapped'}"
     assert f"tokenized by {folder / 'own'}, which is not the tokenizer of {named}" in message
     assert ("set reference.model_path" in message) is is_reference
+
+
+@pytest.mark.parametrize("is_reference", [False, True])
+def test_a_tokenizer_of_two_files_is_compared_too(folder: Path, is_reference: bool, tmp_path: Path) -> None:
+    """vocab.json and merges.txt, as GPT-2 and Qwen have them. They were not known as a tokenizer."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    models.BPE({letter: number for number, letter in enumerate(letters)}, []).save(str(tmp_path))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "!", "unk_token": "!", "bos_token": "!"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.copytree(tmp_path, folder / f"two-files-{is_reference}")
+    message = refused(folder, f"two-files-{is_reference}", is_reference=is_reference)
+    assert "which is not the tokenizer of the" in message
 
 
 def test_a_reference_model_may_have_another_end_token_and_more_tokens(folder: Path) -> None:

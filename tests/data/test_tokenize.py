@@ -4,9 +4,9 @@ from datetime import date, datetime, time
 
 import numpy as np
 import pytest
-from transformers.utils import chat_template_utils
 
 from megatron_solopo import __version__
+from megatron_solopo.data import template_clock
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
@@ -209,8 +209,7 @@ def test_a_template_that_writes_the_date_gives_another_fingerprint_on_another_da
     dated = str(write_hugging_face(tmp_path / "dated", chat_template="{{ strftime_now('%d %b %Y') }}" + CHATML))
     found = []
     for number, day in enumerate([date(2024, 7, 26), date(2024, 7, 26), date(2024, 7, 27)]):
-        now = classmethod(lambda cls, zone=None, day=day: datetime.combine(day, time()))
-        monkeypatch.setattr(chat_template_utils, "datetime", type("Clock", (datetime,), {"now": now}))
+        monkeypatch.setattr(template_clock, "_started", datetime.combine(day, time()))
         found.append(prepare(source, tmp_path / f"out{number}", dated))
     assert found[0].fingerprint == found[1].fingerprint != found[2].fingerprint
     assert found[0].fingerprint_parts == found[2].fingerprint_parts, "nothing else tells them apart"

@@ -111,4 +111,14 @@ def test_an_interruption_leaves_nothing(tmp_path, triplets, hugging_face, monkey
 def test_a_fault_of_the_calling_code_is_no_problem_of_a_row(num_proc, hugging_face, tmp_path):
     path = write_rows(tmp_path / "data.jsonl", [triplet(0), triplet(1)])
     with pytest.raises(KeyError, match="prompt"):  # the rows are triplets, not pairs
-        tokenize_rows(path, "pair", hugging_face, "", "plain", num_proc=num_proc, work=tmp_path / "work")
+        tokenize_rows(
+            path,
+            "pair",
+            hugging_face,
+            "",
+            "plain",
+            end_tokens=(),
+            chat_template_kwargs={},
+            num_proc=num_proc,
+            work=tmp_path / "work",
+        )

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_solopo.data.tokenizer import load_tokenizer, tokenize_row
+from megatron_solopo.data.tokenize_row import tokenize_row
+from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
 from tests.data.tiny_tokenizers import ALPHABET, CHATML, STRICT, write_hugging_face, write_sentencepiece
 
@@ -162,4 +163,4 @@ class UnknownOnly:
 def test_responses_that_tokenize_to_nothing_or_alike(chosen, rejected, reason):
     responses = {"chosen": chosen, "rejected": rejected}
     with pytest.raises(UserError, match=reason):
-        tokenize_row({"prompt_short": "a"}, responses, UnknownOnly(), "plain")
+        tokenize_row({"prompt_short": "a"}, responses, UnknownOnly(), "plain", {0})

@@ -1,5 +1,6 @@
 """Tokenizers of a few hundred tokens, made on the spot in every style the code must tell apart."""
 
+import json
 from pathlib import Path
 
 import sentencepiece
@@ -69,6 +70,8 @@ def write_hugging_face(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=chat_template
     )
     fast.save_pretrained(path)
+    ends = fast.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return path
 
 

@@ -63,6 +63,7 @@ def run_all(folder: Path) -> dict[str, str]:
         "again": refusal(newest, own, again, split="eval"),
         "split": refusal(newest, own, again, split="train"),
         "loss": refusal(newest, config(folder, objective={"loss_type": "cpo"}), again, split="eval"),
+        "precision": refusal(newest, with_dtype(own, "bfloat16"), again, split="eval"),
         "suffix": refusal(newest, own, folder / "out.txt", split="eval"),
         "foreign": refusal(newest, own, folder / "model" / "config.json", split="eval"),
         "no split": refusal(base, config(folder, data=data(folder / "unsplit")), again, split="eval"),
@@ -70,6 +71,10 @@ def run_all(folder: Path) -> dict[str, str]:
             base, config(folder, data=data(folder / "prepared", 40)), folder / "small.json", split="eval"
         ),
     }
+
+
+def with_dtype(settings: Config, dtype: str) -> Config:
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"dtype": dtype})})
 
 
 def data(path: Path, budget: int = 400) -> dict[str, Any]:
@@ -188,6 +193,7 @@ def test_another_evaluation_is_not_lost(refused: dict[str, str]) -> None:
     assert refused.pop("again") == "accepted"
     assert "evaluation of another split, which would be lost; set --output" in refused["split"]
     assert "evaluation of another loss type, which" in refused["loss"]
+    assert "evaluation of another precision, which" in refused["precision"]
     assert "must end in .json" in refused["suffix"]
     assert "expected results of evaluate preference" in refused["foreign"]
     assert "has no held-out split" in refused["no split"] and "--split train" in refused["no split"]

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from megatron_solopo.data.tokenizer import encode_prompt
+from megatron_solopo.data.rendering import encode_prompt
+from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.samples import DEFAULT_MAX_NEW_TOKENS, QuestionFile
+from tests.data.chat_templates import user, write_tokenizer
 from tests.data.tiny_tokenizers import write_hugging_face
 from tests.triplets.musique_example import construct, first_lines, read, write
 
@@ -78,3 +80,18 @@ def test_a_question_is_asked_once_in_its_short_context(tokenizers, tmp_path) -> 
 def test_other_files_are_refused(tokenizers, tmp_path, rows, message) -> None:
     with pytest.raises(UserError, match=message):
         QuestionFile(rows_file(tmp_path, rows), ["long"], tokenizers["byte_level"], [], [])
+
+
+def test_a_rows_arguments_reach_the_template_and_decide_its_length(tmp_path) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer", "think_argument"))
+    off, on = {"enable_thinking": False}, {"enable_thinking": True}
+    rows = [row(number, prompt_long=[user("Q?")]) for number in (1, 2)]
+    rows[1]["chat_template_kwargs"] = on
+    path = rows_file(tmp_path, rows)
+    found = QuestionFile(path, ["long"], tokenizer, [], [], kwargs=off)
+    samples = [found.build(spec) for spec in found.specs()]
+    assert [each.arguments.kwargs for each in samples] == [on, off]
+    for each in samples:
+        assert len(encode_prompt(each.prompt, tokenizer, "chat", each.arguments)) == each.spec.prompt_tokens
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the chat template does not read tone"):
+        QuestionFile(path, ["long"], tokenizer, [], [], kwargs={"tone": "kind"})

@@ -50,6 +50,8 @@ class CompletionServer:
     """A prompt that holds this text is refused for ever, as Azure's content filter does."""
     limit: str = "max_tokens"
     """The name by which the server knows the limit on tokens."""
+    message: str | None = None
+    """Of every error that is a status."""
     retry_after: str = "0.2"
     """Sent with the status 429."""
     model: str = "tiny"
@@ -98,7 +100,7 @@ def _chat_choice(outcome: str, text: str) -> dict[str, Any]:
     return {"message": message, "finish_reason": reasons.get(outcome, "stop")}
 
 
-def error_of(served: Served) -> tuple[int, dict[str, Any]] | None:
+def error_of(served: Served, message: str | None) -> tuple[int, dict[str, Any]] | None:
     """Status and body of a reply that is an error."""
     outcome = served.outcome
     if outcome == "filter":
@@ -113,7 +115,7 @@ def error_of(served: Served) -> tuple[int, dict[str, Any]] | None:
         failed = {"code": 502, "message": "Provider disconnected"}
         return 200, {"choices": [{"message": {"content": ""}, "finish_reason": "error", "error": failed}]}
     if outcome.isdigit():
-        return int(outcome), {"error": {"message": f"made up\nerror {outcome}"}}
+        return int(outcome), {"error": {"message": message or f"made up\nerror {outcome}"}}
     return None
 
 
@@ -139,7 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("hang", "disconnect"):
             self.close_connection = True
             return
-        status, answer = error_of(served) or (200, {"choices": [] if fault == "no choices" else choices_of(served)})
+        good = {"choices": [] if fault == "no choices" else choices_of(served)}
+        status, answer = error_of(served, state.message) or (200, good)
         answer["model"] = state.model
         usage = {}
         if state.tokens is not None:

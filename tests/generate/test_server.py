@@ -135,6 +135,40 @@ def test_a_server_that_knows_the_limit_by_its_newer_name_gets_that_name() -> Non
     assert limits == [(True, None), (False, 50), (False, 50)]
 
 
+def test_another_error_that_names_the_limit_does_not_change_its_name() -> None:
+    """vLLM names both. Its /completions would ignore the newer name and answer with 16 tokens."""
+    told = "'max_tokens' or 'max_completion_tokens' is too large: 92. This model's maximum context length is 128 tokens"
+    for prompt in (TEXT, CHAT):
+        with completion_server({0: "400"}, message=told) as server:
+            asked = Asked(server, prompt, prompt)
+            assert all("max_tokens" in each.body for each in server.log)
+        assert [refusal.kind for _, refusal in asked.refused] == ["prompt too long for the server"]
+
+
+def test_a_key_that_the_server_repeats_is_not_shown(monkeypatch) -> None:
+    monkeypatch.setenv("MY_KEY", "secret-3")
+    for fault in ("401", "400"):
+        with completion_server({0: fault}, message="Incorrect key: secret-3") as server:
+            try:
+                shown = str(Asked(server, TEXT, api_key_env="MY_KEY").refused)
+            except UserError as error:
+                shown = str(error)
+        assert "Incorrect key: ***" in shown and "secret-3" not in shown
+
+
+def test_a_proxy_that_stands_before_the_server_is_named(monkeypatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://user:secret-4@127.0.0.1:9")
+    told = r"ConnectError, .* \(through the proxy 127\.0\.0\.1; name the server in NO_PROXY to go around it\)"
+    with completion_server() as server:
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        with pytest.raises(UserError, match=told):
+            Asked(server, TEXT)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert len(Asked(server, TEXT).kept) == 1
+
+
 def test_keys_of_other_servers_are_not_sent(monkeypatch) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_BASE_URL"):
         monkeypatch.setenv(name, "secret-2")

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.model import Request
-from megatron_solopo.generate.transformers import TransformersModel, end_tokens, load_transformers_model
+from megatron_solopo.generate.transformers import TransformersModel, load_transformers_model
 from tests.prepared import make_tokenizer
 from tests.tiny_models import make_model
 
@@ -108,21 +107,6 @@ def test_a_prompt_that_does_not_fit_is_refused(
     assert loaded.encode([Request("q", "w3 w130", (0,), 4)])[0][1] == [3, 130]
     with pytest.raises(UserError, match=words):
         loaded.encode([Request("q", prompt, (0,), max_tokens)])
-
-
-def test_end_tokens_are_those_of_the_settings_and_of_the_tokenizer(model: Path, tmp_path: Path) -> None:
-    tokenizer = SimpleNamespace(eos_token_id=7)
-    named = tmp_path / "model"
-    shutil.copytree(model, named)
-    settings = named / "generation_config.json"
-    settings.write_text(json.dumps({"eos_token_id": [3, 5]}))
-    assert end_tokens(named, tokenizer) == {3, 5, 7}
-    settings.write_text("{")
-    with pytest.raises(UserError, match=r"no loadable model: .*generation_config\.json"):
-        end_tokens(named, tokenizer)
-    settings.unlink()
-    set_field("eos_token_id", 4)(named)
-    assert end_tokens(named, tokenizer) == {4, 7}
 
 
 def test_weights_have_the_dtype_that_is_asked_for(model: Path) -> None:

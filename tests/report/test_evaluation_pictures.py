@@ -23,6 +23,20 @@ def test_curves_are_means_over_the_tasks_that_all_have(tmp_path: Path) -> None:
     assert "accuracy-by-length" not in [each.name for each in accuracy_pictures(read_runs([run, other]))]
 
 
+def test_two_evaluations_of_one_name_are_two_curves(tmp_path: Path) -> None:
+    """The model before training is known by its name alone, and the second run may have had another one there."""
+    runs = [write_run(tmp_path / name) for name in ("first", "second")]
+    for run in runs:
+        write_answers(run, skill=0.9, step=120)
+        write_answers(run, skill=0.1, step=None)
+    (picture, *_) = accuracy_pictures(read_runs(runs))
+    assert picture.alt.count("before training (base)") == 1
+    write_answers(runs[1], skill=0.2, step=None)
+    (picture, *_) = accuracy_pictures(read_runs(runs))
+    assert "before training (base) of first:" in picture.alt
+    assert "before training (base) of second:" in picture.alt
+
+
 def test_a_map_without_depths_is_removed(tmp_path: Path) -> None:
     results = read_long_context(write_answers(write_run(tmp_path / "run"), skill=0.5, step=120, tasks=("one", "two")))
     by_length, by_depth = tmp_path / "length.png", tmp_path / "depth.png"

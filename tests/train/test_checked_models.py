@@ -43,13 +43,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / "other", "llama2", seed=1)
     for name in ("model", "fits", "other"):
         shutil.copytree(folder / "tokenizer", folder / name, dirs_exist_ok=True)
-    copies = ("other_tokenizer", "small_vocabulary", "few_positions", "incomplete", "nan", "infinite", "other_shape")
-    for name in copies:
+    sizes = ("small_vocabulary", "few_positions", "other_shape", "three_heads")
+    for name in ("other_tokenizer", "incomplete", "nan", "infinite", *sizes):
         shutil.copytree(folder / "other", folder / name)
     file = folder / "other_tokenizer" / "tokenizer.json"
     file.write_text(file.read_text().replace('"w20"', '"w"').replace('"w21"', '"w20"'))
     change_config(folder / "small_vocabulary", vocab_size=80)
     change_weights(folder / "small_vocabulary", cut_vocabulary)
+    change_config(folder / "three_heads", num_attention_heads=3, num_key_value_heads=3, hidden_size=48)
     change_config(folder / "few_positions", max_position_embeddings=32)
     change_config(folder / "other_shape", intermediate_size=64)
     change_weights(folder / "incomplete", lambda tensors: tensors.pop(QUERY))
@@ -137,6 +138,13 @@ def test_a_reference_model_without_its_tensors_is_refused(folder: Path, command:
     data, words = REFUSED_BEFORE_LOADING[reference]
     assert words.format(reference=folder / reference) in refusal(command, config(folder, reference, data))
     assert not (folder / "run").exists()
+
+
+def test_a_layout_that_does_not_divide_the_reference_model_names_it(folder: Path) -> None:
+    settings = config(folder, "three_heads", parallel={"tensor_model_parallel_size": 2})
+    message = refusal("train", settings)
+    assert message.startswith(f"reference.model_path={folder / 'three_heads'}: parallel.tensor_model_parallel_size=2")
+    assert "the model's 3 attention heads" in message
 
 
 def test_a_missing_reference_model_is_named_by_its_own_key(folder: Path) -> None:

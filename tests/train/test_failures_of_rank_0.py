@@ -1,5 +1,7 @@
 """What only rank 0 reads or writes: if that fails, every rank ends at once with the same line, and none waits."""
 
+import contextlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported once, before ranks are forked)
 
+from megatron_solopo.cli.main import main
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate import long_context
 from megatron_solopo.evaluation_settings import LongContextSettings
 from megatron_solopo.train import metrics, saving, trainer
-from tests.distributed import run_distributed
+from tests.distributed import exit_codes, run_distributed
 from tests.train.runs import at_call, make_inputs, small_config
 
 # A wait for another rank would last until its timeout, which is 10 minutes.
@@ -137,8 +140,13 @@ def run_all(folder: Path) -> dict[str, tuple[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[str, float]]]:
-    return run_distributed(run_all, 2, make_inputs(tmp_path_factory.mktemp("rank_0"), eval_count=0))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("rank_0"), eval_count=0)
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, tuple[str, float]]]:
+    return run_distributed(run_all, 2, folder)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
@@ -147,3 +155,20 @@ def test_every_rank_ends_with_the_same_line(found: list[dict[str, tuple[str, flo
     assert CASES[case] in first[0] and "\n" not in first[0]
     assert first[0] == second[0]
     assert max(first[1], second[1]) < MOST_SECONDS
+
+
+def command(folder: Path) -> None:
+    """The command line, with what it prints as errors in a file."""
+    with (folder / f"errors-{dist.get_rank()}").open("w") as stream, contextlib.redirect_stderr(stream):
+        main(["train", "--config", str(folder / "command.yaml")])
+
+
+def test_the_command_exits_with_2_and_one_line_on_every_rank(folder: Path) -> None:
+    (folder / "command" / "metrics.jsonl").mkdir(parents=True)
+    values = config(folder, "command").model_dump(mode="json", exclude_defaults=True)
+    (folder / "command.yaml").write_text(json.dumps(values))  # JSON is YAML too
+    assert exit_codes(command, 2, folder, patience=3 * MOST_SECONDS) == [2, 2]
+    errors = [(folder / f"errors-{rank}").read_text().splitlines() for rank in range(2)]
+    line = f"error: {folder}/command/metrics.jsonl: Is a directory"
+    assert [[each for each in lines if "error:" in each] for lines in errors] == [[line], [f"[rank 1] {line}"]]
+    assert not any("Traceback" in each for lines in errors for each in lines)

@@ -6,7 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_solopo.data.tokenizer import Tokenizer, tokenize_row
+from megatron_solopo.data.tokenize_row import tokenize_row
+from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.triplets.build import BuildReport, build
 from megatron_solopo.triplets.corpus.formats import Document, Question
 from megatron_solopo.triplets.settings import BuildSettings
@@ -52,7 +53,8 @@ def lengths(row: Row, tokenizer: Tokenizer) -> dict[str, int]:
     """Tokens of both contexts with the longer answer, as `data prepare` makes them."""
     prompts = {name: row[name] for name in ("prompt_short", "prompt_long")}
     answers = {name: row[name] for name in ("chosen", "rejected")}
-    ids = {name: len(tokens) for name, tokens in tokenize_row(prompts, answers, tokenizer, "plain").items()}
+    row = tokenize_row(prompts, answers, tokenizer, "plain", {tokenizer.eos_token_id})
+    ids = {name: len(tokens) for name, tokens in row.ids.items()}
     return {name: ids[name] + max(ids["chosen"], ids["rejected"]) for name in prompts}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_solopo.data.rows import validate_file
-from megatron_solopo.data.tokenizer import tokenize_row
+from megatron_solopo.data.tokenize_row import tokenize_row
 from megatron_solopo.triplets.build import BuildReport
 from megatron_solopo.triplets.contexts import uniform_distance
 from megatron_solopo.triplets.corpus.formats import entity_golds, mentions, normalise
@@ -39,7 +39,8 @@ def test_no_context_is_over_or_more_than_a_hundredth_under(built, tokenizer) -> 
     encoded = [row for number, row in enumerate(rows) if row["target_tokens"] < 32768 or number % 7 == 0]
     for row in encoded:
         answers = {name: row[name] for name in ("chosen", "rejected")}
-        ids = tokenize_row({"long": row["prompt_long"], "short": row["prompt_short"]}, answers, tokenizer, "plain")
+        prompts = {"long": row["prompt_long"], "short": row["prompt_short"]}
+        ids = tokenize_row(prompts, answers, tokenizer, "plain", {tokenizer.eos_token_id}).ids
         response = max(len(ids["chosen"]), len(ids["rejected"]))
         assert len(ids["long"]) + response == row["long_tokens"], row["id"]
         assert len(ids["short"]) + response == row["short_tokens"], row["id"]

@@ -1,6 +1,8 @@
 """`data sample` with servers that refuse, cut prompts, or send a thought: recorded, counted, told, and never blank."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,27 @@ def test_more_refusals_than_allowed_end_the_run_with_the_first_reasons(contexts)
         assert len(server.log) == asked, "a run that is over the limit must not ask"
         report = sample(settings(contexts, server.url, max_refused=1.0))
     assert (report.responses, report.refused) == (0, {"content_filter": 24})
+
+
+def test_the_command_ends_with_one_line_and_exit_code_2(contexts) -> None:
+    output = contexts.with_name("responses.jsonl")
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_solopo",
+        "data",
+        "sample",
+        "--contexts",
+        str(contexts),
+        "--model",
+        "tiny",
+    ]
+    with completion_server(prompt_tokens=128) as server:
+        command += ["--output", str(output), "--server", server.url]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode == 2 and len(errors) == 1 and "Traceback" not in ended.stderr
+    assert "read 128 of the 300 tokens of a prompt" in errors[0]
 
 
 def test_no_refusal_is_allowed_with_a_limit_of_0(contexts) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from megatron_solopo.data.rows import Content
 from megatron_solopo.data.settings import Template
+from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.samples import QA_METRICS, LengthNotMet, Sample, SampleSpec
 from megatron_solopo.evaluate.tasks.prompt_length import UnsizedSample, fit_length
@@ -73,6 +74,7 @@ class GeneratedTasks:
         template: plain prompts are text that ends with the beginning of an answer; chat prompts are one user message.
         sentences: Of the text that hides the facts; None makes sentences up.
         corpus: For the task `qa`.
+        arguments: What the chat template gets beside the messages, as `measure` has it.
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class GeneratedTasks:
         template: Template,
         sentences: Sequence[str] | None = None,
         corpus: QuestionCorpus | None = None,
+        arguments: TemplateArguments = NO_ARGUMENTS,
     ) -> None:
         self._settings = settings
         self._measure = measure
         self._template = template
         self._sentences = sentences
         self._corpus = corpus
+        self._arguments = arguments
         self.metrics = {name: TASKS[name].metrics for name in settings.tasks}
         if QA in settings.tasks:
             if corpus is None:
@@ -143,7 +147,7 @@ class GeneratedTasks:
                 few = "--corpus holds too few documents"
                 raise LengthNotMet(spec, few, f"{few}, for {most[0]} tokens")
             raise LengthNotMet(spec, _NO_PADDING, _NO_PADDING)
-        return Sample(spec, content, unsized.answers)
+        return Sample(spec, content, unsized.answers, self._arguments)
 
     def _spec(self, task: str, length: int, number: int) -> SampleSpec:
         depth = self._settings.depths[number % len(self._settings.depths)] if self._has_depth(task) else None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_solopo.data.tokenizer import encode_prompt
+from megatron_solopo.data.rendering import encode_prompt
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.tasks.generated_tasks import TASKS, GeneratedTasks, TaskSettings
 from megatron_solopo.evaluate.tasks.question_corpus import QuestionCorpus

@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.architecture.one_reading import INDEX, SINGLE
 from megatron_solopo.checkpoint.conversion import import_model, verify_models
 from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory
-from megatron_solopo.checkpoint.one_reading import INDEX, SINGLE
 from megatron_solopo.errors import UserError
+from megatron_solopo.generate.transformers import load_transformers_model
 from tests.conversions import QUERY
+from tests.tiny_models import make_model
 
 SHARDS = [f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)]
 
@@ -49,19 +51,39 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "Mistral's own form": (lambda folder: copy_weights(folder, "consolidated.safetensors"), ["consolidated", "vLLM"]),
     "an adapter": (lambda folder: copy_weights(folder, "adapter_model.safetensors"), ["adapter_model", "peft"]),
     "an adapter in pickle": (lambda folder: (folder / "adapter_model.bin").write_bytes(b"x"), ["adapter_model.bin"]),
-    "quantized elsewhere": (lambda folder: (folder / "hf_quant_config.json").write_text("{}"), ["hf_quant_config"]),
 }
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and its import."""
+    folder = tmp_path_factory.mktemp("world")
+    import_model(make_model(folder / "hf", "qwen2_tied"), folder / "megatron", verification="none")
+    return folder
+
+
+@pytest.fixture
+def folder(imported: Path, tmp_path: Path) -> Path:
+    """Copies to be damaged."""
+    return Path(shutil.copytree(imported, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("situation", REFUSED)
 def test_two_readings_are_refused_with_both_readers(situation: str, folder: Path) -> None:
     damage, words = REFUSED[situation]
     damage(folder / "hf")
-    with pytest.raises(UserError) as error:
-        SafetensorsDirectory(folder / "hf")
-    message = str(error.value)
-    assert message.startswith(f"{folder / 'hf'}: holds ") and "\n" not in message
-    assert all(word in message for word in words), message
+    for read in (SafetensorsDirectory, load_transformers_model):
+        with pytest.raises(UserError) as error:
+            read(folder / "hf")
+        message = str(error.value)
+        assert message.startswith(f"{folder / 'hf'}: holds ") and "\n" not in message
+        assert all(word in message for word in words), message
+
+
+def test_quantization_that_only_vllm_reads_is_refused(folder: Path) -> None:
+    (folder / "hf" / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"hf_quant_config\.json: vLLM takes the weights for quantized"):
+        read_architecture(folder / "hf")
 
 
 def test_transformers_reads_the_whole_file_and_not_the_index(folder: Path) -> None:

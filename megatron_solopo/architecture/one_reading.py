@@ -14,20 +14,45 @@ All of them read pytorch_model.bin only where there are no safetensors, so that 
 from collections.abc import Collection
 from pathlib import Path
 
-from megatron_solopo.errors import UserError
+from pydantic import BaseModel, ValidationError
+
+from megatron_solopo.errors import UserError, first_problem
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SHOWN = 3
 
 
-def check_one_reading(path: Path, files: Collection[str] | None) -> None:
-    """Raise UserError if another loader reads other weights than those of `files`.
+class _Index(BaseModel):
+    """model.safetensors.index.json."""
 
-    Args:
-        path: a Hugging Face directory.
-        files: the names of the safetensors files that the index names; None: there is no index.
+    weight_map: dict[str, str]
+
+
+def read_index(path: Path) -> dict[str, str] | None:
+    """The file of every tensor by the index of a Hugging Face directory, or None if there is no index.
+
+    Raises UserError if the index is damaged, or names files outside of the directory.
     """
+    file = path / INDEX
+    if not file.is_file():
+        return None
+    try:
+        index = _Index.model_validate_json(file.read_bytes()).weight_map
+    except ValidationError as error:
+        raise UserError(f"{file}: {first_problem(error, 'not an index of safetensors shards')}") from None
+    for name, shard in index.items():
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise UserError(f"{file}: names {shard} as the file of {name}, which is outside the directory")
+    return index
+
+
+def check_one_reading(path: Path) -> None:
+    """Raise UserError if two loaders read different weights in a Hugging Face directory with safetensors."""
+    index = read_index(path)
+    files = None if index is None else set(index.values())
     found = sorted(file.name for file in path.glob("*.safetensors"))
+    if files is None and SINGLE not in found:
+        return  # no weights that we read
     if files is not None and SINGLE in found and SINGLE not in files:
         raise _refused(
             path,
@@ -49,13 +74,6 @@ def check_one_reading(path: Path, files: Collection[str] | None) -> None:
             f"{_first(adapter)} and whole weights",
             "transformers adds the adapter to the weights where peft is installed, and ignores it elsewhere",
             "merge it with peft's merge_and_unload, or move it with adapter_config.json to another directory",
-        )
-    if (path / "hf_quant_config.json").is_file():
-        raise _refused(
-            path,
-            "hf_quant_config.json and unquantized weights",
-            "vLLM takes them for quantized, transformers does not",
-            "take the unquantized model, or remove that file",
         )
     _check_left_over(path, found, files)
 

@@ -1,0 +1,181 @@
+"""What a template does to a row that its author may not expect, and what to do about it.
+
+The response of a row must hold the answer's text, and must end with a token that ends generation. White space behind
+that token, such as the line break of ChatML, is kept: it is what transformers renders, and it costs one token.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import product, zip_longest
+from typing import Literal
+
+from tqdm import tqdm
+
+from megatron_solopo.data.rendering import THOUGHT_TAG, as_messages
+from megatron_solopo.data.rows import Content
+from megatron_solopo.data.settings import Template
+from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments, is_free
+from megatron_solopo.data.template_clock import FUNCTION, OTHER_DAY, Clock, names_in
+from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.errors import UserError
+
+EffectKind = Literal[
+    "answer_text", "prompt_text", "unread_arguments", "no_end_token", "end_token_inside", "white_space", "clock"
+]
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What an effect is, and what to do about it."""
+
+    words: str
+    way_out: str
+    is_loss: bool = True
+    """Whether --on-lost-content decides. All other effects are only counted."""
+
+
+MEANINGS: dict[EffectKind, Meaning] = {
+    "answer_text": Meaning(
+        "the template leaves out text of an answer",
+        "take that text out of the answers, or use a template that keeps it",
+    ),
+    "prompt_text": Meaning(
+        "the template leaves out text of a prompt",
+        "take that text out of the prompts, or use a template that keeps it",
+    ),
+    "unread_arguments": Meaning(
+        "the template does not read tools or arguments of a row",
+        "take them out of the rows, or use a template that reads them",
+    ),
+    "no_end_token": Meaning(
+        "an answer does not end with an end token, so that the model never learns to stop",
+        "if the last token should end an answer, add its id to eos_token_id in the model's generation_config.json; "
+        "if there is none, let the template write one behind an answer",
+    ),
+    "end_token_inside": Meaning(
+        "an answer has an end token inside, where generation stops", "take that token out of the answers"
+    ),
+    "white_space": Meaning("the template trims white space around an answer or a thought", "", is_loss=False),
+    "clock": Meaning("the template writes the date of the day into the prompt", "", is_loss=False),
+}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """An effect on one row."""
+
+    kind: EffectKind
+    shown: str
+    """Short, for a reader."""
+
+
+_SHOWN = 60
+_LAST_TOKENS = 8
+
+
+def prompt_effects(name: str, prompt: Content, rendered: str) -> Iterator[Effect]:
+    """Text of user and system messages that the prompt lacks. Thoughts of earlier answers may be left out."""
+    for message in as_messages(prompt, "user"):
+        text = message["content"]
+        if message["role"] == "assistant":
+            text = THOUGHT_TAG.split(text)[-1]
+        if text.strip() not in rendered:
+            yield Effect("prompt_text", f"{name}: {message['role']} {_short(text)} is not in {_short(rendered)}")
+
+
+def response_effects(name: str, response: Content, prompt: str, written: str) -> Iterator[Effect]:
+    """Text of an answer that what is trained lacks. A thought may begin in the prompt."""
+    content = as_messages(response, "assistant")[0]["content"]
+    begin = _opened_at_the_end(prompt)
+    if content in begin + written:
+        return
+    kind: EffectKind = "white_space" if _has_parts(content, begin + written) else "answer_text"
+    yield Effect(kind, f"{name}: {_short(content)} is trained as {_short(written)}")
+
+
+def token_effects(
+    name: str, content: str, ids: Collection[int], ends: Collection[int], tokenizer: Tokenizer
+) -> Iterator[Effect]:
+    """Whether the tokens of a response stop generation at their end, and nowhere else."""
+    tokens = list(ids)
+    while tokens and tokens[-1] not in ends and not tokenizer.decode(tokens[-1:]).strip():
+        tokens.pop()
+    if not tokens or tokens[-1] not in ends:
+        shown = f"{name} ends with {tokenizer.decode(list(ids)[-_LAST_TOKENS:])!r}"
+        last = f", last token {tokenizer.pieces(tokens[-1:])[0]!r} with id {tokens[-1]}" if tokens else ""
+        yield Effect("no_end_token", shown + last)
+    texts = {tokenizer.decode([end]).strip() for end in ends} - {""}
+    if inside := sorted(text for text in texts if text in content):
+        place = content.index(inside[0])
+        yield Effect("end_token_inside", f"{name}: {content[max(0, place - 20) : place + 20]!r}")
+
+
+def clock_effect(tokenizer: Tokenizer, prompt: Content, arguments: TemplateArguments) -> Iterator[Effect]:
+    """Whether a prompt differs from day to day."""
+    if FUNCTION not in (tokenizer.template_for(arguments) or ""):
+        return
+    today, other = (_on(day, tokenizer, prompt, arguments) for day in (None, OTHER_DAY))
+    if today != other:
+        place = next(place for place, (a, b) in enumerate(zip_longest(today, other)) if a != b)
+        yield Effect("clock", repr(today[max(0, place - _SHOWN // 2) : place + _SHOWN // 2]))
+
+
+def clock_warning(tokenizer: Tokenizer, arguments: TemplateArguments = NO_ARGUMENTS) -> str:
+    """What to do about a template that writes the date of the day; "" if it writes none.
+
+    The name of an argument that fixes the date is found by trial: on another day the prompt must be the same.
+    """
+    prompt = "Question?"
+    template = tokenizer.template_for(arguments) or ""
+    if not any(clock_effect(tokenizer, prompt, arguments)):
+        return ""
+    clock = Clock()
+    today = tokenizer.render_chat(as_messages(prompt, "user"), True, arguments, clock)
+    begin = "the chat template writes the date of the day into prompts, which differ from day to day"
+    for name, date in product(filter(is_free, names_in(template)), dict.fromkeys(clock.told)):
+        try:
+            fixed = _on(OTHER_DAY, tokenizer, prompt, arguments.over({name: date}))
+        except (UserError, TypeError):  # this name is something else than a text
+            continue
+        if fixed == today:
+            given = json.dumps({**arguments.kwargs, name: date})
+            return f"{begin}; fix it with --chat-template-kwargs '{given}'"
+    return f"{begin}; none of its arguments fixes it, so write a date into the template"
+
+
+def warn_about_clock(template: Template, tokenizer: Tokenizer, arguments: TemplateArguments = NO_ARGUMENTS) -> None:
+    """Print `clock_warning`, on one rank, if prompts are written by the chat template."""
+    warning = clock_warning(tokenizer, arguments) if template == "chat" else ""
+    if warning and os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"warning: {warning}", file=sys.stderr)
+
+
+def _on(day: datetime | None, tokenizer: Tokenizer, prompt: Content, arguments: TemplateArguments) -> str:
+    text = tokenizer.render_chat(as_messages(prompt, "user"), True, arguments, Clock(day))
+    assert text is not None
+    return text
+
+
+def _opened_at_the_end(prompt: str) -> str:
+    """The thought's tag at the end of a prompt, with the white space around it."""
+    tags = list(THOUGHT_TAG.finditer(prompt, max(0, len(prompt) - _SHOWN)))
+    return tags[-1][0].lstrip() if tags and tags[-1].end() == len(prompt) else ""
+
+
+def _has_parts(content: str, text: str) -> bool:
+    """Whether a text has all parts of an answer in their order: its thoughts, their tags and the rest."""
+    place = 0
+    for part in THOUGHT_TAG.split(content.strip()):
+        place = text.find(part.strip(), place)
+        if place < 0:
+            return False
+        place += len(part.strip())
+    return True
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]!r} ... {text[-_SHOWN // 2 :]!r}"

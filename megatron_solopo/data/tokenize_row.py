@@ -1,0 +1,97 @@
+"""One row's prompts and responses as tokens.
+
+A prompt and its response are encoded separately, by the chat template or as plain text. So no token crosses their
+boundary, and a response has the same tokens behind the short and the long prompt.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from megatron_solopo.data.rendering import as_messages, render_prompt, render_response, unread_arguments
+from megatron_solopo.data.rows import Content
+from megatron_solopo.data.settings import Template
+from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
+from megatron_solopo.data.template_effects import (
+    MEANINGS,
+    Effect,
+    clock_effect,
+    prompt_effects,
+    response_effects,
+    token_effects,
+)
+from megatron_solopo.data.tokenizer import Tokenizer
+from megatron_solopo.errors import UserError
+
+
+@dataclass
+class TokenizedRow:
+    """Token ids by column, and what the template did to the row."""
+
+    ids: dict[str, list[int]] = field(default_factory=dict)
+    effects: list[Effect] = field(default_factory=list)
+
+
+def tokenize_row(
+    prompts: dict[str, Content],
+    responses: dict[str, Content],
+    tokenizer: Tokenizer,
+    template: Template,
+    end_tokens: Collection[int],
+    arguments: TemplateArguments = NO_ARGUMENTS,
+) -> TokenizedRow:
+    """Render and encode one row.
+
+    Args:
+        prompts: by column; `responses` has "chosen" and "rejected".
+        end_tokens: the ids that end generation.
+        arguments: the row's, with those of all rows.
+
+    Raises UserError if the template refuses the messages, if a text has no tokens, or if the responses are equal.
+    """
+    row = TokenizedRow()
+    if template == "chat":
+        texts = _render(row, prompts, responses, tokenizer, arguments)
+        row.ids = {name: tokenizer.encode(texts[name], add_special_tokens=False) for name in prompts}
+        row.ids |= {name: tokenizer.encode_continuation(texts[name]) for name in responses}
+        ends: list[int] = []
+    else:
+        assert tokenizer.eos_token_id is not None
+        row.ids = {name: tokenizer.encode(str(text), add_special_tokens=True) for name, text in prompts.items()}
+        row.ids |= {name: tokenizer.encode_continuation(str(text)) for name, text in responses.items()}
+        ends = [tokenizer.eos_token_id]
+    for name, tokens in row.ids.items():
+        if not tokens:
+            raise UserError(f"{name}: tokenizes to nothing")
+    if row.ids["chosen"] == row.ids["rejected"]:
+        lost = next((f"; {effect.shown}" for effect in row.effects if MEANINGS[effect.kind].is_loss), "")
+        raise UserError(f"rejected: has the same tokens as chosen{lost}")
+    for name, response in responses.items():
+        row.ids[name] += ends
+        content = as_messages(response, "assistant")[0]["content"]
+        row.effects += token_effects(name, content, row.ids[name], end_tokens, tokenizer)
+    if unread := arguments.names() if template == "plain" else unread_arguments(tokenizer, arguments):
+        row.effects.append(Effect("unread_arguments", ", ".join(unread)))
+    return row
+
+
+def _render(
+    row: TokenizedRow,
+    prompts: dict[str, Content],
+    responses: dict[str, Content],
+    tokenizer: Tokenizer,
+    arguments: TemplateArguments,
+) -> dict[str, str]:
+    """Texts by the chat template: prompts up to the start of the answer, responses from there on."""
+    texts: dict[str, str] = {}
+    for prompt_name, prompt in prompts.items():
+        texts[prompt_name] = render_prompt(prompt, tokenizer, arguments)
+        row.effects += prompt_effects(prompt_name, prompt, texts[prompt_name])
+        for name, response in responses.items():
+            text = render_response(prompt, response, tokenizer, arguments, names=(prompt_name, name))
+            if name not in texts:
+                texts[name] = text
+                row.effects += response_effects(name, response, texts[prompt_name], text)
+            elif texts[name] != text:
+                raise UserError(f"{name}: the chat template writes it differently behind {prompt_name}")
+    row.effects += clock_effect(tokenizer, next(iter(prompts.values())), arguments)
+    return texts
