@@ -16,7 +16,8 @@ from megatron_solopo.errors import UserError
 _DIRECTORY = click.Path(path_type=Path)
 _VERIFY = click.option(
     "--verify", "verification", type=click.Choice(["full", "tensors", "none"]), default="full", show_default=True,
-    help="full: every bit of every tensor, and logits if the model fits in memory; tensors: without logits.",
+    help="full: every bit of every tensor; transformers loads the Hugging Face directory in a process of its own, "
+    "offline and without its code; logits, if the model fits in memory. tensors: every bit alone.",
 )  # fmt: skip
 
 
