@@ -8,14 +8,19 @@ TORCH ?= torch==2.13.0
 PARALLEL ?= -n 2 --dist loadfile
 VENV := .venv
 VENV312 := .venv312
+VENV_LOWEST := .venv-lowest
+# What depends on the behaviour of other packages: tokenizers and templates, Arrow, configs, the servers' client,
+# pictures, and models of transformers (on one process).
+TESTS_OF_VERSIONS := tests/architecture tests/config tests/data tests/generate tests/report tests/triplets/corpus \
+    tests/triplets/test_prompt.py tests/cli/test_doctor.py tests/cli/test_options.py
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart musique test test-py312 find-py312 lint format docs
+.PHONY: help quickstart musique test test-py312 test-lowest find-py312 lint format docs
 
 # Distributed tests start several processes; one thread each keeps them from fighting over the cores.
-test test-py312: export OMP_NUM_THREADS := 1
+test test-py312 test-lowest: export OMP_NUM_THREADS := 1
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,6 +40,11 @@ test: $(VENV)/.installed ## set up, then run all tests
 test-py312: $(VENV312)/.installed ## set up, then run the parity tests on Python 3.12 and megatron-core 0.19.2
 	$(VENV312)/bin/python -m pytest -m parity
 	@echo "parity tests ran with $$($(VENV312)/bin/python -V) in $(CURDIR)/$(VENV312)"
+
+test-lowest: $(VENV_LOWEST)/.installed ## set up, then test the lowest allowed version of every package
+	$(VENV_LOWEST)/bin/python -m pytest $(PARALLEL) $(TESTS_OF_VERSIONS)
+	$(VENV_LOWEST)/bin/python -m pytest $(PARALLEL) -k '[1-' tests/parity/test_parity.py tests/checkpoint/test_conversion.py
+	@echo "tests ran with the lowest versions in $(CURDIR)/$(VENV_LOWEST)"
 
 lint: $(VENV)/.installed ## check style, format, types, shell scripts and the Dockerfile
 	$(VENV)/bin/ruff check
@@ -83,6 +93,17 @@ $(VENV)/.installed: pyproject.toml setup.py
 	"$$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	    || { echo "$(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
 	$(call install,$(VENV))
+
+# torch is held: its older builds would bring CUDA. What only runs the tests has its newest version.
+$(VENV_LOWEST)/.installed: pyproject.toml setup.py
+	@interpreter="$(PYTHON)"; \
+	test -x $(VENV_LOWEST)/bin/pip || "$$interpreter" -m venv $(VENV_LOWEST); \
+	$(VENV_LOWEST)/bin/python -m pip install $(TORCH) uv; \
+	$(VENV_LOWEST)/bin/uv pip install --python $(VENV_LOWEST)/bin/python --resolution lowest-direct \
+	    --constraint <(echo "$(TORCH)") --editable .; \
+	$(VENV_LOWEST)/bin/uv pip install --python $(VENV_LOWEST)/bin/python --constraint <(echo "$(TORCH)") \
+	    hypothesis mpmath pytest pytest-timeout pytest-xdist; \
+	touch $@
 
 $(VENV312)/.installed: pyproject.toml setup.py
 	@$(find_py312); \

@@ -39,8 +39,9 @@ _RESERVED = frozenset(
 class TemplateArguments:
     """What the chat template gets beside the messages."""
 
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    tools: list[dict[str, Any]] | None = None
+    # Lists and dicts have no hash, but a request that holds them needs one.
+    kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
+    tools: list[dict[str, Any]] | None = field(default=None, hash=False)
     """JSON schemas of the functions that the model may call."""
 
     def over(self, kwargs: dict[str, Any]) -> "TemplateArguments":

@@ -87,14 +87,18 @@ def test_an_answer_is_kept_while_the_next_prompt_is_built() -> None:
 
 def test_few_built_prompts_exist_at_once() -> None:
     """As many as requests are under way, however many items wait."""
-    alive: weakref.WeakSet[Request] = weakref.WeakSet()
-    most = 0
+    alive = most = 0
+
+    def free() -> None:
+        nonlocal alive
+        alive -= 1
 
     def build(number: int) -> Request:
-        nonlocal most
+        nonlocal alive, most
         made = request(number)
-        alive.add(made)
-        most = max(most, len(alive))
+        weakref.finalize(made, free)
+        alive += 1
+        most = max(most, alive)
         return made
 
     async def ask(asked: Request) -> list[Answer]:
