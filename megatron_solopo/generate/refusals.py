@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_solopo.errors import UserError
+from megatron_solopo.files import counted
 from megatron_solopo.generate.journal import Journal, RefusedRequest
 from megatron_solopo.generate.model import Request, RequestRefused
 from megatron_solopo.generate.settings import ServerSettings
@@ -27,8 +28,8 @@ class Refusals:
         self._journal = journal
         self._settings = settings
         self._wanted = prompts * answers_per_prompt
-        allowed = max(1, int(settings.max_refused * prompts)) if settings.max_refused else 0
-        self._allowed = allowed * answers_per_prompt
+        self._allowed_prompts = max(1, int(settings.max_refused * prompts)) if settings.max_refused else 0
+        self._allowed = self._allowed_prompts * answers_per_prompt
         self._undecided: list[RefusedRequest] = []
         self._check_limit()
 
@@ -67,9 +68,10 @@ class Refusals:
         count = sum(len(each.indices) for each in refused)
         if count > self._allowed:
             raise UserError(
-                f"--server {self._settings.server}: refuses {count} of {self._wanted} answers for ever, more than "
-                f"--max-refused {self._settings.max_refused:g} allows: {_shown(refused)}; raise --max-refused to pass "
-                "over them, or ask again with --retry-refused"
+                f"--server {self._settings.server}: refuses {count} of {self._wanted} answers for ever, and "
+                f"--max-refused {self._settings.max_refused:g} allows {self._allowed}, which are the answers to "
+                f"{counted(self._allowed_prompts, 'prompt')}: {_shown(refused)}; raise --max-refused to pass over "
+                "them, or ask again with --retry-refused"
             )
 
 

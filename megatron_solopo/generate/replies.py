@@ -13,6 +13,7 @@ from megatron_solopo.generate.model import Answer, RequestRefused
 
 _SHOWN_CHARACTERS = 200
 _ABORTED = "abort"
+_SHOWN_BYTES = 100
 """vLLM and SGLang say so of an answer that was stopped from outside (paused, put to sleep). It is incomplete."""
 _LENGTH = "length"
 _FILTERED = "content_filter"
@@ -33,11 +34,17 @@ _TOO_LONG = re.compile(r"context[ _]length|context window|context size|maximum.{
 
 
 class TryAgain(Exception):
-    """A fault that may pass by itself; `wait` is the number of seconds that the server asks for."""
+    """A fault that may pass by itself.
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    Args:
+        reason: The kind of fault, by which the report counts the retries.
+        wait: Seconds that the server asks to wait.
+        said: What the server said, for the error after the last retry.
+    """
+
+    def __init__(self, reason: str, wait: float | None = None, said: str = "") -> None:
         super().__init__(reason)
-        self.wait = wait
+        self.wait, self.said = wait, said
 
 
 class ServerRefuses(Exception):
@@ -109,7 +116,8 @@ def read_completion(content: bytes, asked: int) -> Completion:
         completion = Completion.model_validate_json(content)
     except ValidationError:
         _raise_error_in(content)
-        raise TryAgain("an answer that is no completion") from None
+        start = " ".join(content[:_SHOWN_BYTES].decode("utf-8", errors="replace").split())
+        raise TryAgain("an answer that is no completion", said=repr(start)) from None
     completion.choices = completion.choices[:asked]
     if not completion.choices:
         _raise_error_in(content)
@@ -138,7 +146,7 @@ def failure(status: int, error: Any, wait: float | None = None) -> Exception:
     if status == 429 and "insufficient_quota" in codes:
         return ServerRefuses(shown)
     if status in _PASSING_STATUS or (status >= 500 and status not in _LASTING_STATUS):
-        return TryAgain(f"HTTP {status}", wait)
+        return TryAgain(f"HTTP {status}", wait, message)
     if status == 413 or (status in (400, 422) and _TOO_LONG.search(f"{codes} {message}")):
         return RequestRefused("prompt too long for the server", shown, certain=True)
     if status in (400, 422):

@@ -107,7 +107,7 @@ class OpenAIServer:
             try:
                 return await self._ask_once(request)
             except TryAgain as error:
-                reason, asked_wait = str(error), error.wait or 0.0
+                reason, said, asked_wait = str(error), error.said, error.wait or 0.0
             except ServerRefuses as error:
                 raise UserError(f"--server {self._settings.server}: refuses with {error}{self._proxy}") from None
             if attempt < self._settings.retries:
@@ -117,8 +117,9 @@ class OpenAIServer:
                 self.traffic.waited += wait
                 waited += wait
                 await asyncio.sleep(wait)
+        fault = f"{reason} ({said})" if said else reason
         raise RequestFailed(
-            f"{reason}, after {self._settings.retries} retries and {waited:.0f} s of waiting{self._proxy}"
+            f"{fault}, after {self._settings.retries} retries and {waited:.0f} s of waiting{self._proxy}"
         )
 
     async def _ask_once(self, request: Request) -> list[Answer | RequestRefused]:

@@ -131,7 +131,11 @@ class RunIdentity:
         """How a value differs from the kept one; None if it does not."""
         value = self.values[key]
         if key in _HASHES:
-            return self._named(key) if key in kept and kept[key] != value else None
+            if key not in kept or kept[key] == value:
+                return None
+            is_policy = key == _REFERENCE and self._config.reference.model_path is None
+            # One cause, one message: the policy is its own reference, and its weights are named already.
+            return None if is_policy and self._problem(_WEIGHTS, kept) else self._named(key)
         if key not in kept:
             # Versions that did not have the key worked as its default says.
             default = self._defaults.get(key)

@@ -110,6 +110,11 @@ def sample(settings: SampleSettings) -> SampleReport:
     contexts = ContextFile(settings.contexts)
     questions, response_tokens = _index(contexts, settings.chat_template_kwargs)
     max_tokens = response_tokens - END_TOKENS if settings.max_tokens is None else settings.max_tokens
+    if max_tokens < 1 and settings.max_tokens is None:
+        raise UserError(
+            f"{settings.contexts}: leaves room for responses of {response_tokens} tokens, but the end of a message may "
+            f"take {END_TOKENS} of them; build the contexts with a larger --response-tokens"
+        )
     if not 1 <= max_tokens <= response_tokens:
         raise UserError(
             f"--max-tokens {max_tokens}: the contexts leave room for {response_tokens} tokens, see --response-tokens"

@@ -64,7 +64,7 @@ def test_a_refused_sample_is_counted_and_in_no_mean(rows, tokenizer) -> None:
 
 
 def test_too_many_refused_samples_end_the_evaluation(rows, tokenizer) -> None:
-    told = r"refuses 2 of 3 answers for ever, more than --max-refused 0\.01 allows"
+    told = r"refuses 2 of 3 answers for ever, and --max-refused 0\.01 allows 1, which are the answers to 1 prompt"
     with completion_server(filtered="number") as server, pytest.raises(UserError, match=told):
         evaluated(server.url, rows, tokenizer)
 

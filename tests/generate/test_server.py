@@ -60,6 +60,12 @@ def test_a_reply_that_is_no_answer_is_asked_for_again(fault, reason) -> None:
     assert len(asked.kept) == 1 and asked.traffic.retried == {reason: 1}
 
 
+def test_a_reply_that_never_becomes_an_answer_is_shown() -> None:
+    told = r"an answer that is no completion \('.+'\), after 3 retries"
+    with completion_server(dict.fromkeys(range(9), "garbage")) as server, pytest.raises(UserError, match=told):
+        Asked(server, CHAT)
+
+
 def test_a_wait_that_the_server_asks_for_may_be_a_date() -> None:
     with completion_server({0: "429"}, retry_after=formatdate(time.time() + 2, usegmt=True)) as server:
         asked = Asked(server, TEXT)
@@ -68,7 +74,7 @@ def test_a_wait_that_the_server_asks_for_may_be_a_date() -> None:
 
 def test_a_request_that_fails_to_the_end_tells_how_long_it_waited() -> None:
     with completion_server(dict.fromkeys(range(9), "529")) as server:
-        with pytest.raises(UserError, match=r"q0: HTTP 529, after 3 retries and 0 s of waiting"):
+        with pytest.raises(UserError, match=r"q0: HTTP 529( \(.*\))?, after 3 retries and 0 s of waiting"):
             Asked(server, TEXT)
         assert len(server.log) == 4
 

@@ -64,7 +64,7 @@ def test_more_refusals_than_allowed_end_the_run_with_the_first_reasons(contexts)
     with completion_server(filtered="short") as server:
         with pytest.raises(UserError) as error:
             sample(settings(contexts, server.url))
-        assert "more than --max-refused 0.01 allows: q0: HTTP 400: The prompt triggered" in str(error.value)
+        assert "allows 4, which are the answers to 1 prompt: q0: HTTP 400: The prompt triggered" in str(error.value)
         asked = len(server.log)
         assert "\n" not in str(error.value) and asked <= 5
         with pytest.raises(UserError, match=r"refuses \d of 24 answers for ever"):
@@ -96,7 +96,7 @@ def test_the_command_ends_with_one_line_and_exit_code_2(contexts) -> None:
 
 
 def test_no_refusal_is_allowed_with_a_limit_of_0(contexts) -> None:
-    told = r"refuses \d of 24 answers for ever, more than --max-refused 0 allows"
+    told = r"refuses \d of 24 answers for ever, and --max-refused 0 allows 0"
     with completion_server(filtered="short 5") as server, pytest.raises(UserError, match=told):
         sample(settings(contexts, server.url, max_refused=0.0))
 
