@@ -94,7 +94,7 @@ class PreparedManifest(_Record):
     effects: dict[EffectKind, EffectCount] = {}
     """What the template did to rows, among all that were read."""
     clock: str = ""
-    """What to do about a template that writes the date of the day; "" if it writes none."""
+    """What to do about a template that writes the date or the time; "" if it writes none."""
     unread_fields: dict[str, int] = {}
     """Rows that have a field which nothing reads, by its name."""
 

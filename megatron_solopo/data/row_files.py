@@ -253,7 +253,7 @@ def _line_rows(path: Path) -> Iterator[FileRow]:
 
 def _parse_line(number: int, raw: bytes) -> FileRow:
     try:
-        return FileRow(number, "line", json.loads(raw.decode("utf-8")))
+        return FileRow(number, "line", json.loads(raw.decode("utf-8"), object_pairs_hook=_object))
     except UnicodeDecodeError as error:
         problem = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
     except json.JSONDecodeError as error:
@@ -263,10 +263,20 @@ def _parse_line(number: int, raw: bytes) -> FileRow:
     return FileRow(number, "line", None, problem)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Python would take the last of two equal keys in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice in one object")
+    return found
+
+
 def _array_rows(path: Path) -> Iterator[FileRow]:
     """The items of a JSON array, one at a time. The whole text is in memory, the objects are not."""
     text = read_whole_text(path)
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     position, line, counted, number = text.index("[") + 1, 1, 0, 0
     separator = ","
     while True:

@@ -7,7 +7,7 @@ that token, such as the line break of ChatML, is kept: it is what transformers r
 import json
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product, zip_longest
@@ -24,8 +24,9 @@ from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
 
 EffectKind = Literal[
-    "answer_text", "prompt_text", "unread_arguments", "no_end_token", "end_token_inside", "white_space", "clock"
-]
+    "answer_text", "prompt_text", "unread_arguments", "no_end_token", "end_token_inside", "unknown_in_answer",
+    "unknown_in_prompt", "white_space", "clock"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,13 @@ MEANINGS: dict[EffectKind, Meaning] = {
     "end_token_inside": Meaning(
         "an answer has an end token inside, where generation stops", "take that token out of the answers"
     ),
+    "unknown_in_answer": Meaning(
+        "the tokenizer has no token for text of an answer, which is trained as its unknown token",
+        "take that text out of the answers, or use a tokenizer that knows it",
+    ),
+    "unknown_in_prompt": Meaning("the tokenizer has no token for text of a prompt", "", is_loss=False),
     "white_space": Meaning("the template trims white space around an answer or a thought", "", is_loss=False),
-    "clock": Meaning("the template writes the date of the day into the prompt", "", is_loss=False),
+    "clock": Meaning("the template writes the date or the time into the prompt", "", is_loss=False),
 }
 
 
@@ -114,8 +120,22 @@ def token_effects(
         yield Effect("end_token_inside", f"{name}: {content[max(0, place - 20) : place + 20]!r}")
 
 
+def unknown_effects(
+    kind: EffectKind, name: str, content: Content, ids: Sequence[int], ends: Collection[int], tokenizer: Tokenizer
+) -> Iterator[Effect]:
+    """Text that became the unknown token. Some models use that token as an end token too; then it says nothing."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in ends or unknown not in ids:
+        return
+    texts = [message["content"] for message in as_messages(content, "user")]
+    if not any(tokenizer.pieces([unknown])[0] in text for text in texts):
+        place = ids.index(unknown)
+        around = tokenizer.decode(ids[max(0, place - _LAST_TOKENS) : place + _LAST_TOKENS])
+        yield Effect(kind, f"{name}: {_short(texts[-1])} has the tokens {_short(around)}")
+
+
 def clock_effect(tokenizer: Tokenizer, prompt: Content, arguments: TemplateArguments) -> Iterator[Effect]:
-    """Whether a prompt differs from day to day."""
+    """Whether a prompt depends on the time at which it is rendered."""
     if FUNCTION not in (tokenizer.template_for(arguments) or ""):
         return
     today, other = (_on(day, tokenizer, prompt, arguments) for day in (None, OTHER_DAY))
@@ -125,7 +145,7 @@ def clock_effect(tokenizer: Tokenizer, prompt: Content, arguments: TemplateArgum
 
 
 def clock_warning(tokenizer: Tokenizer, arguments: TemplateArguments = NO_ARGUMENTS) -> str:
-    """What to do about a template that writes the date of the day; "" if it writes none.
+    """What to do about a template that writes the date or the time; "" if it writes none.
 
     The name of an argument that fixes the date is found by trial: on another day the prompt must be the same.
     """
@@ -135,7 +155,7 @@ def clock_warning(tokenizer: Tokenizer, arguments: TemplateArguments = NO_ARGUME
         return ""
     clock = Clock()
     today = tokenizer.render_chat(as_messages(prompt, "user"), True, arguments, clock)
-    begin = "the chat template writes the date of the day into prompts, which differ from day to day"
+    begin = "the chat template writes the date or the time of rendering into prompts, so that two runs differ"
     for name, date in product(filter(is_free, names_in(template)), dict.fromkeys(clock.told)):
         try:
             fixed = _on(OTHER_DAY, tokenizer, prompt, arguments.over({name: date}))

@@ -18,6 +18,7 @@ from megatron_solopo.data.template_effects import (
     prompt_effects,
     response_effects,
     token_effects,
+    unknown_effects,
 )
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
@@ -69,6 +70,9 @@ def tokenize_row(
         row.ids[name] += ends
         content = as_messages(response, "assistant")[0]["content"]
         row.effects += token_effects(name, content, row.ids[name], end_tokens, tokenizer)
+        row.effects += unknown_effects("unknown_in_answer", name, response, row.ids[name], end_tokens, tokenizer)
+    for name, prompt in prompts.items():
+        row.effects += unknown_effects("unknown_in_prompt", name, prompt, row.ids[name], end_tokens, tokenizer)
     if unread := arguments.names() if template == "plain" else unread_arguments(tokenizer, arguments):
         row.effects.append(Effect("unread_arguments", ", ".join(unread)))
     return row

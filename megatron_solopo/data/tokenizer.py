@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from sentencepiece import SentencePieceProcessor
 
 from megatron_solopo.architecture.model_directory import huggingface_directory
@@ -31,6 +31,8 @@ class Tokenizer(ABC):
 
     eos_token_id: int | None
     """The token that ends a text, or None if the tokenizer has none."""
+    unk_token_id: int | None
+    """The token of text that the tokenizer does not know, or None if it knows every text."""
     vocab_size: int
     """One more than the largest token id, added tokens included."""
     fingerprint: str
@@ -156,6 +158,7 @@ class _HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{path}: no loadable tokenizer: {' '.join(str(error).split())}") from error
         self._path = path
         self.eos_token_id = self._tokenizer.eos_token_id
+        self.unk_token_id = self._tokenizer.unk_token_id
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.fingerprint = sha256_json(self._identity())
         self._prefix = self._usual_prefix()
@@ -194,7 +197,12 @@ class _HuggingFaceTokenizer(Tokenizer):
             if not raised_in_template(error):
                 raise
             reason = " ".join(str(error).split())
-            raise UserError(f"the chat template of {self._path} refuses the messages: {reason}") from error
+            if isinstance(error, TemplateSyntaxError):
+                raise UserError(f"the chat template of {self._path} is broken: {reason}; mend the template") from error
+            way_out = ""
+            if "system" in reason.lower() and any(message["role"] == "system" for message in messages):
+                way_out = "; write the system text into the first user message, or use another template"
+            raise UserError(f"the chat template of {self._path} refuses the messages: {reason}{way_out}") from error
         return text
 
     def _encode(self, text: str) -> list[int]:
@@ -244,6 +252,7 @@ class _SentencePieceTokenizer(Tokenizer):
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path}: not a SentencePiece model: {' '.join(str(error).split())}") from error
         self.eos_token_id = self._known(self._processor.eos_id())
+        self.unk_token_id = self._known(self._processor.unk_id())
         self.vocab_size = self._processor.get_piece_size()
         self.fingerprint = sha256_file(path)
         bos = self._known(self._processor.bos_id())

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -6,7 +7,7 @@ from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.data.tokenize import tokenize_rows
 from megatron_solopo.errors import UserError
 from tests.data.sample_rows import as_messages, prepare, triplet, write_rows
-from tests.data.tiny_tokenizers import REWRITING, STRICT, write_hugging_face
+from tests.data.tiny_tokenizers import REWRITING, STRICT, write_hugging_face, write_word_level
 
 
 def refusal(tmp_path, rows, tokenizer, **options):
@@ -66,6 +67,48 @@ def test_rows_that_the_template_refuses_are_named(tmp_path, num_proc):
     message = refusal(tmp_path, rows, tokenizer, num_proc=num_proc)
     assert "1 of 4 rows cannot be tokenized" in message
     assert "line 3: the chat template of " in message and "System role not supported" in message
+
+
+def test_one_cause_in_many_rows_is_told_once_with_its_way_out(tmp_path):
+    tokenizer = str(write_hugging_face(tmp_path / "strict", chat_template=STRICT))
+    rows = [as_messages(triplet(i)) for i in range(8)]
+    for each in rows[1:]:
+        each["prompt_long"].insert(0, {"role": "system", "content": "be brief"})
+    message = refusal(tmp_path, rows, tokenizer)
+    assert "7 of 8 rows cannot be tokenized" in message and "lines 2, 3, 4, 5, 6, ...: the chat template" in message
+    assert message.count("System role not supported") == 1
+    assert message.endswith("write the system text into the first user message, or use another template")
+
+
+def test_a_template_with_a_mistake_is_blamed_itself(tmp_path):
+    tokenizer = str(write_hugging_face(tmp_path / "broken", chat_template="{% for m in messages %}{{ m.content }"))
+    message = refusal(tmp_path, [as_messages(triplet(i)) for i in range(3)], tokenizer)
+    assert f"the chat template of {tokenizer} is broken: " in message and "refuses" not in message
+
+
+@pytest.mark.parametrize("kind", ["word level", "sentencepiece"])
+def test_unknown_words_of_an_answer_are_refused_and_those_of_a_prompt_are_counted(tmp_path, kind, sentencepiece):
+    rows = [triplet(i, long_words=5) for i in range(3)]
+    tokenizer = sentencepiece if kind == "sentencepiece" else str(write_word_level(tmp_path / "words", rows))
+    bad = [*rows[:2], rows[2] | {"chosen": "\N{SNOWMAN}"}]
+    message = refusal(tmp_path, bad, tokenizer)
+    assert "has no token for text of an answer" in message and "row-2: chosen: '\N{SNOWMAN}' has the tokens" in message
+    path = write_rows(tmp_path / "bad.jsonl", bad)
+    effects = prepare(path, tmp_path / "warned", tokenizer, on_lost_content="warn").effects
+    assert effects["unknown_in_answer"].rows == 1
+    path = write_rows(tmp_path / "prompt.jsonl", [rows[0], rows[1] | {"prompt_long": "\N{SNOWMAN} is it?"}])
+    effects = prepare(path, tmp_path / "prompt", tokenizer).effects
+    assert effects["unknown_in_prompt"].rows == 1 and "unknown_in_answer" not in effects
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path, hugging_face):
+    text = json.dumps(triplet(0))
+    path = tmp_path / "twice.jsonl"
+    path.write_text(text[:-1] + ', "chosen": "another"}\n')
+    for content in (path.read_text(), f"[{path.read_text()}]"):
+        path.write_text(content)
+        with pytest.raises(UserError, match="the key 'chosen' is there twice"):
+            prepare(path, tmp_path / "out", hugging_face)
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path):

@@ -91,3 +91,13 @@ def write_sentencepiece(path: Path, identity: bool = True, bos: bool = True, mod
             **kept,
         )
     return path
+
+
+def write_word_level(path: Path, rows: list[dict[str, str]]) -> Path:
+    """A tokenizer that knows the words of some rows and calls all others `<unk>`."""
+    words = sorted({word for row in rows for text in row.values() for word in text.split()})
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL_TOKENS, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(path)
+    return path

@@ -180,7 +180,9 @@ def test_more_samples_are_asked_for_alone(contexts) -> None:
 
 def test_a_request_given_up_is_named_and_the_rest_is_kept(contexts) -> None:
     with completion_server({0: "500", 5: "500"}) as server:
-        with pytest.raises(UserError, match=r"2 requests got no answer: q\d: HTTP 500 \(.+\), after 0 retries") as error:
+        with pytest.raises(
+            UserError, match=r"2 requests got no answer: q\d: HTTP 500 \(.+\), after 0 retries"
+        ) as error:
             sample(settings(contexts, server.url, retries=0))
         assert "the same command asks for the rest" in str(error.value) and "\n" not in str(error.value)
         assert 60 - 8 <= len(received(contexts.with_name("responses.jsonl"))) <= 60 - 4
