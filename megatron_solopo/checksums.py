@@ -28,8 +28,12 @@ _BLOCK_BYTES = 1 << 22
 _THREADS = 4
 # The coarsest times of a file system (FAT) are this far apart.
 _SETTLED_NS = 2 * 10**9
-_WEIGHTS = ("*.safetensors", "*.bin")
-_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# Results that others write into a model's directory do not count.
+_SMALL_FILES = (
+    *("config.json", "generation_config.json", "*.safetensors.index.json", "tokenizer*.json", "vocab.*", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*.jinja", "*.model"),
+)
 
 
 class _Known(BaseModel):
@@ -102,10 +106,10 @@ def file_checksums(folder: Path, files: Mapping[str, LargeFile]) -> dict[str, st
 
 
 def directory_fingerprint(folder: Path) -> str:
-    """Return a hash of all files of a Hugging Face directory that can decide its answers: weights, tokenizer, code."""
+    """Return a hash of the files of a Hugging Face directory that decide its answers: weights, settings, tokenizer."""
     weights = {file.name: LargeFile.whole(file) for pattern in _WEIGHTS for file in folder.glob(pattern)}
     others = [file for pattern in _SMALL_FILES for file in folder.glob(pattern) if file.name != CHECKSUMS_FILE]
-    small = {file.name: sha256_file(file) for file in others}
+    small = {str(file.relative_to(folder)): sha256_file(file) for file in others}
     return sha256_json({"weights": file_checksums(folder, weights), "files": small})
 
 

@@ -76,9 +76,10 @@ def test_a_directory_that_cannot_be_written_is_said_once(
 def test_the_fingerprint_of_a_directory_is_that_of_the_files_that_decide(folder: Path) -> None:
     prints = {directory_fingerprint(folder)}
     (folder / "README.md").write_text("A model.")
+    (folder / "eval_results.json").write_text("{}")
     prints.add(directory_fingerprint(folder))
     assert len(prints) == 1 and (folder / CHECKSUMS_FILE).exists()
-    for name in ("tokenizer.json", "modeling_tiny.py", "c.safetensors"):
+    for name in ("tokenizer.json", "chat_template.jinja", "c.safetensors"):
         (folder / name).write_text("{}")
         prints.add(directory_fingerprint(folder))
     assert len(prints) == 4

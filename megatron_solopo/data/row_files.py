@@ -253,7 +253,7 @@ def _line_rows(path: Path) -> Iterator[FileRow]:
 
 def _parse_line(number: int, raw: bytes) -> FileRow:
     try:
-        return FileRow(number, "line", json.loads(raw.decode("utf-8"), object_pairs_hook=_object))
+        return FileRow(number, "line", _load(raw.decode("utf-8")))
     except UnicodeDecodeError as error:
         problem = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
     except json.JSONDecodeError as error:
@@ -261,6 +261,15 @@ def _parse_line(number: int, raw: bytes) -> FileRow:
     except (ValueError, RecursionError) as error:  # an integer of too many digits, too many brackets
         problem = f"not valid JSON: {error}"
     return FileRow(number, "line", None, problem)
+
+
+def _load(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+
+
+def _constant(name: str) -> None:
+    """Python reads NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -276,13 +285,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _array_rows(path: Path) -> Iterator[FileRow]:
     """The items of a JSON array, one at a time. The whole text is in memory, the objects are not."""
     text = read_whole_text(path)
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
     position, line, counted, number = text.index("[") + 1, 1, 0, 0
     separator = ","
     while True:
         position = _skip(text, position)
         line, counted = line + text.count("\n", counted, position), position
-        if text[position : position + 1] == "]":
+        if text[position : position + 1] == "]" and (separator != "," or number == 0):
             break
         if separator != ",":
             raise UserError(f"{path}:{line}: not valid JSON: expected ',' or ']' behind item {number} of the array")

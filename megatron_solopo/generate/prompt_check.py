@@ -11,10 +11,11 @@ _SPECIAL_TOKENS = 2
 """Special tokens at the start and the end, which a server may leave out."""
 _TEMPLATE_TOKENS = 64
 """Tokens of a chat template that a server's own may leave out, such as a default system message."""
-_OTHER_TOKENIZER = 0.5
-"""With another tokenizer, a text never has less than this share of the tokens."""
+_OTHER_TOKENIZER = 0.1
+"""Another tokenizer may need fewer tokens for a text, but not fewer than this share."""
+_ALIKE = 3
 _SPREAD = 1.25
-"""If prompts whose lengths differ by this factor have one length on the server, the server cuts them."""
+"""A server cuts if this many prompts have the greatest length that it ever read, and theirs differ by this factor."""
 
 
 class PromptCheck:
@@ -23,13 +24,14 @@ class PromptCheck:
     Args:
         server: Its URL, for the message.
         own_tokenizer: Whether our counts come from the tokenizer of the server's model. If not, only a cut to less
-            than half is told at once. A smaller cut is told once two prompts of different lengths were cut alike.
+            than a tenth is told at once. A smaller cut is told once three prompts of different lengths were cut alike.
     """
 
     def __init__(self, server: str, own_tokenizer: bool) -> None:
         self._server = server
         self._own_tokenizer = own_tokenizer
-        self._shortened: dict[int, tuple[int, int]] = {}
+        self._longest_read = 0
+        self._sent_for_longest: set[int] = set()
 
     def check(self, request: Request, read: int | None) -> None:
         """Raise UserError if the server read fewer tokens than the prompt has.
@@ -40,6 +42,8 @@ class PromptCheck:
         sent = request.prompt_tokens
         if read is None or sent is None:
             return
+        if read > self._longest_read:
+            self._longest_read, self._sent_for_longest = read, set()
         allowed = _SPECIAL_TOKENS if isinstance(request.prompt, str) else _TEMPLATE_TOKENS
         if read >= sent - allowed:
             return
@@ -52,6 +56,9 @@ class PromptCheck:
             )
 
     def _cut_alike(self, read: int, sent: int) -> bool:
-        least, most = self._shortened.get(read, (sent, sent))
-        self._shortened[read] = min(least, sent), max(most, sent)
-        return max(most, sent) > _SPREAD * min(least, sent)
+        """Whether the greatest length that the server ever read is that of several prompts that differ in length."""
+        if read < self._longest_read:
+            return False
+        self._sent_for_longest.add(sent)
+        known = self._sent_for_longest
+        return len(known) >= _ALIKE and max(known) > _SPREAD * min(known)

@@ -10,7 +10,6 @@ by their reason, and know no time limit on a whole request.
 """
 
 import asyncio
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -135,8 +134,8 @@ class OpenAIServer:
             if limit == "max_tokens" and not isinstance(request.prompt, str) and _wants_other_limit(error):
                 self._limit = "max_completion_tokens"
                 return await self._ask_once(request)
-            told = self._without_key(json.dumps(error.body or error.response.text))
-            raise failure(error.status_code, json.loads(told), _retry_after(error)) from None
+            told = self._without_key(error.body or error.response.text)
+            raise failure(error.status_code, told, _retry_after(error)) from None
         completion = read_completion(content, len(request.indices))
         if completion.model not in (None, self._asked["model"]):
             self.traffic.other_models[str(completion.model)] += 1
@@ -166,9 +165,13 @@ class OpenAIServer:
         content: bytes = (await create(**body)).content
         return content
 
-    def _without_key(self, text: str) -> str:
+    def _without_key(self, told: Any) -> Any:
         """Some servers repeat a wrong key in their reply, which is shown and recorded."""
-        return text if self._key is None else text.replace(self._key, "***")
+        if isinstance(told, dict):
+            return {name: self._without_key(value) for name, value in told.items()}
+        if isinstance(told, list):
+            return [self._without_key(value) for value in told]
+        return told.replace(self._key, "***") if isinstance(told, str) and self._key else told
 
     def _refuse_cut(self, completion: Completion, request: Request) -> None:
         """Raise UserError for a prompt or an answer that the server cut."""

@@ -268,6 +268,8 @@ def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[Role]) ->
         raise _damaged(cache, f"{name}.parquet") from None
     if table["id"].to_pylist() != dataset.ids(range(len(dataset))):
         raise UserError(f"{cache / name}.parquet: its ids are not those of data.path; delete {cache}")
+    if set(roles) - set(table.column_names):
+        raise _damaged(cache, f"{name}.parquet")
     columns: list[Tensor] = [torch.tensor(table[role].to_numpy(), dtype=torch.float32) for role in roles]
     logps = torch.stack(columns, dim=1)
     if not logps.isfinite().all():  # older versions wrote what they got

@@ -7,6 +7,7 @@ the data after that step. A save that a signal asks for in the middle of a step 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class Saver:
             return
         path, saved = self._found
         try:
-            note = check_reference(self._reference, saved, self._config.model)
+            note = on_rank_0(partial(check_reference, self._reference, saved, self._config.model))
         except UserError as error:
             raise UserError(
                 f"{path}: {error}; bring back {self._config.reference_cache} as it was when the run began, or set "

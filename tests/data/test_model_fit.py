@@ -41,7 +41,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fit")
     make_tokenizer(folder / "own")
     source = INPUTS / "triplets_high_word_numbers.jsonl"
-    prepare(PrepareSettings(input=source, output=folder / "data", tokenizer=str(folder / "own"), eval_count=1))
+    prepare(
+        PrepareSettings(
+            input=source, output=folder / "data", tokenizer=str(folder / "own"), eval_count=1, on_lost_content="warn"
+        )
+    )
     changed(folder, "swapped", lambda vocabulary: vocabulary.update(w5=6, w6=5))
     changed(folder, "longer", lambda vocabulary: vocabulary.update({"[PAD]": VOCAB_SIZE}))
     other_end = changed(folder, "other_end", lambda vocabulary: None)

@@ -7,7 +7,7 @@ from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.data.tokenize import tokenize_rows
 from megatron_solopo.errors import UserError
 from tests.data.sample_rows import as_messages, prepare, triplet, write_rows
-from tests.data.tiny_tokenizers import REWRITING, STRICT, write_hugging_face, write_word_level
+from tests.data.tiny_tokenizers import REWRITING, STRICT, write_hugging_face, write_sentencepiece, write_word_level
 
 
 def refusal(tmp_path, rows, tokenizer, **options):
@@ -87,9 +87,12 @@ def test_a_template_with_a_mistake_is_blamed_itself(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["word level", "sentencepiece"])
-def test_unknown_words_of_an_answer_are_refused_and_those_of_a_prompt_are_counted(tmp_path, kind, sentencepiece):
+def test_unknown_words_of_an_answer_are_refused_and_those_of_a_prompt_are_counted(tmp_path, kind):
     rows = [triplet(i, long_words=5) for i in range(3)]
-    tokenizer = sentencepiece if kind == "sentencepiece" else str(write_word_level(tmp_path / "words", rows))
+    if kind == "sentencepiece":
+        tokenizer = str(write_sentencepiece(tmp_path / "t.model", byte_fallback=False))
+    else:
+        tokenizer = str(write_word_level(tmp_path / "words", rows))
     bad = [*rows[:2], rows[2] | {"chosen": "\N{SNOWMAN}"}]
     message = refusal(tmp_path, bad, tokenizer)
     assert "has no token for text of an answer" in message and "row-2: chosen: '\N{SNOWMAN}' has the tokens" in message

@@ -105,7 +105,7 @@ def test_render_chat(tmp_path):
     user = [{"role": "user", "content": "who?"}]
     assert tokenizer.render_chat(user, False) == "<|im_start|>user\nwho?<|im_end|>\n"
     assert tokenizer.render_chat(user, True) == "<|im_start|>user\nwho?<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(UserError, match=r"strict refuses the messages: System role not supported$"):
+    with pytest.raises(UserError, match=r"strict refuses the messages: System role not supported; write the system"):
         tokenizer.render_chat([{"role": "system", "content": "be brief"}, *user], True)
     assert load_tokenizer(write_hugging_face(tmp_path / "none", chat_template=None)).render_chat(user, True) is None
     assert load_tokenizer(write_sentencepiece(tmp_path / "t.model")).render_chat(user, True) is None

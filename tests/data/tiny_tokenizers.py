@@ -75,7 +75,9 @@ def write_hugging_face(
     return path
 
 
-def write_sentencepiece(path: Path, identity: bool = True, bos: bool = True, model_type: str = "unigram") -> Path:
+def write_sentencepiece(
+    path: Path, identity: bool = True, bos: bool = True, model_type: str = "unigram", byte_fallback: bool = True
+) -> Path:
     """A `.model` file: identity keeps every space (Llama), else spaces collapse (the trainer's default)."""
     kept = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False} if identity else {}
     with path.open("wb") as stream:
@@ -84,7 +86,7 @@ def write_sentencepiece(path: Path, identity: bool = True, bos: bool = True, mod
             model_writer=stream,
             vocab_size=400,
             model_type=model_type,
-            byte_fallback=True,
+            byte_fallback=byte_fallback,
             hard_vocab_limit=model_type == "bpe",
             bos_id=1 if bos else -1,
             minloglevel=2,
