@@ -12,8 +12,8 @@ URL = "http://localhost:11434/v1"
 CHAT = [{"role": "user", "content": "?"}]
 
 
-def request(tokens: int | None, prompt: object = "?") -> Request:
-    return Request("q1", prompt, (0,), 1, prompt_tokens=tokens)
+def request(tokens: int | None, prompt: object = "?", question_id: str = "q1") -> Request:
+    return Request(question_id, prompt, (0,), 1, prompt_tokens=tokens)
 
 
 def test_a_cut_prompt_is_told_with_both_numbers_and_the_way_out() -> None:
@@ -50,7 +50,7 @@ def test_a_cut_is_found_with_another_tokenizer_too() -> None:
     for sent in (1000, 3000, 5000):
         check.check(request(sent), round(0.7 * sent))
     for sent in (6000, 7000):
-        check.check(request(sent), 4096)
+        check.check(request(sent, question_id=f"q{sent}"), 4096)
     with pytest.raises(UserError, match=r"read 4096 of the 8000 tokens .* tokenizer of its model in data build"):
         check.check(request(8000), 4096)
     with pytest.raises(UserError, match="read 90 of the 1000 tokens"):
@@ -60,6 +60,22 @@ def test_a_cut_is_found_with_another_tokenizer_too() -> None:
 def test_counts_of_another_tokenizer_that_happen_to_be_equal_are_no_cut() -> None:
     check = PromptCheck(URL, own_tokenizer=False)
     draw = random.Random(0)
-    for _ in range(20_000):
+    for number in range(20_000):
         sent = draw.randint(2000, 6000)
-        check.check(request(sent), round(sent * draw.uniform(0.25, 0.95)))
+        check.check(request(sent, question_id=str(number)), round(sent * draw.uniform(0.25, 0.95)))
+
+
+def test_counts_of_another_tokenizer_for_prompts_of_one_length_are_no_cut() -> None:
+    check = PromptCheck(URL, own_tokenizer=False)
+    draw = random.Random(0)
+    for number in range(20_000):
+        check.check(request(4096, question_id=str(number)), round(draw.gauss(3500, 20)))
+
+
+def test_a_cut_of_prompts_of_one_length_is_found_with_another_tokenizer() -> None:
+    check = PromptCheck(URL, own_tokenizer=False)
+    for number in range(4):
+        check.check(request(4096, question_id=str(number)), 2048)
+        check.check(request(4096, question_id=str(number)), 2048)
+    with pytest.raises(UserError, match="read 2048 of the 4096 tokens"):
+        check.check(request(4096, question_id="4"), 2048)

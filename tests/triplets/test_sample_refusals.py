@@ -109,11 +109,19 @@ def test_a_refusal_without_a_known_reason_is_recorded_only_behind_an_answer(cont
 
 
 def test_a_server_that_cuts_prompts_is_refused_before_a_response_is_kept(contexts) -> None:
-    with completion_server(prompt_tokens=128) as server:
-        with pytest.raises(UserError, match=r"read 128 of the 300 tokens of a prompt \(q0\), .* num_ctx"):
+    with completion_server(prompt_tokens=64) as server:
+        with pytest.raises(UserError, match=r"read 64 of the 300 tokens of a prompt \(q0\), .* num_ctx"):
             sample(settings(contexts, server.url))
         assert len(server.log) <= 3
     assert received(contexts) == []
+
+
+def test_a_smaller_cut_names_the_answers_that_were_kept_before_it_was_found(contexts) -> None:
+    with completion_server(prompt_tokens=128) as server, pytest.raises(UserError) as error:
+        sample(settings(contexts, server.url, concurrency=1))
+    kept = {each.question_id for each in received(contexts)}
+    assert 0 < len(kept) < 5
+    assert f"delete the answers to {', '.join(sorted(kept))}, whose prompts were cut alike" in str(error.value)
 
 
 def test_whether_the_prompts_were_read_whole_is_told(contexts) -> None:
