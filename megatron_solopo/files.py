@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,11 @@ def described_bytes(count: int) -> str:
 def counted(count: int, thing: str) -> str:
     """ "1 tensor", "2 tensors"."""
     return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
+def first_few(items: Sequence[object], most: int = 5) -> str:
+    """The first items in one line, and "..." if there are more than `most`."""
+    return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
 
 
 def sha256_text(text: str) -> str:

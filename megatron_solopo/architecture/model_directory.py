@@ -4,7 +4,9 @@ checkpoint/.metadata, metadata.json, common.pt, *.distcp   Megatron's files
 checkpoint/huggingface/                                    the model's small files, which an export needs
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 from megatron_solopo.errors import UserError
 
@@ -92,3 +94,11 @@ def _meant(path: Path) -> str:
 
 def _complete(path: Path, pattern: str) -> list[Path]:
     return [each for each in sorted(path.glob(pattern)) if is_megatron_checkpoint(each)]
+
+
+def parse_model_json(content: bytes, file: Path) -> Any:
+    """The JSON value of a file that came with a model. Raises UserError naming the file if it is none."""
+    try:
+        return json.loads(content)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}; take the file of the original model") from None

@@ -17,6 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from megatron_solopo.errors import UserError, first_problem
+from megatron_solopo.files import first_few
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SHOWN = 3
@@ -100,5 +101,4 @@ def _refused(path: Path, found: str, readers: str, remedy: str) -> UserError:
 
 
 def _first(names: Collection[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:_SHOWN]) + (", ..." if len(ordered) > _SHOWN else "")
+    return first_few(sorted(names), _SHOWN)

@@ -18,9 +18,8 @@ import torch
 
 from megatron_solopo.architecture.contradictions import CLASSES
 from megatron_solopo.architecture.huggingface_config import Architecture
-from megatron_solopo.architecture.model_directory import CONFIG
+from megatron_solopo.architecture.model_directory import CONFIG, parse_model_json
 from megatron_solopo.checkpoint.mapping import all_huggingface_shapes
-from megatron_solopo.errors import UserError
 
 # Each of these makes transformers run a file of the directory or of the hub.
 _CODE = ("auto_map", "custom_pipelines")
@@ -77,12 +76,7 @@ def _json_objects(folder: Path, files: Mapping[str, bytes]) -> Iterator[tuple[st
     """The settings files: config.json, tokenizer_config.json, processor_config.json and so on."""
     for name, content in files.items():
         if name == CONFIG or name.endswith("_config.json"):
-            try:
-                fields = json.loads(content)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise UserError(
-                    f"{folder / name}: not valid JSON: {error}; take the file of the original model"
-                ) from None
+            fields = parse_model_json(content, folder / name)
             if isinstance(fields, dict):
                 yield name, fields
 

@@ -9,7 +9,7 @@ JSON with the precision, shape and place of every tensor; then the bytes of the 
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from megatron_solopo.architecture.one_reading import INDEX, SINGLE, check_one_re
 from megatron_solopo.checkpoint.manifest import sync_file
 from megatron_solopo.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Index, all_huggingface_shapes
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import counted, write_json
+from megatron_solopo.files import counted, first_few, write_json
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """The supported precisions by their names in safetensors."""
@@ -35,7 +35,6 @@ _COMPARED_BYTES = 1 << 26
 _HEADER_MULTIPLE = 8
 _FLUSH_BYTES = 1 << 28
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SHOWN = 5
 _CONVERT_PICKLED = (
     "pytorch_model.bin is not read; in transformers, load it and save_pretrained(..., safe_serialization=True)"
 )
@@ -165,13 +164,8 @@ def check_tensor_names(
         if names:
             raise UserError(
                 f"{path}: {counted(len(names), f'{problem} tensor')} for a {architecture.model_type} model "
-                f"with {counted(architecture.num_layers, 'layer')}: {shown_names(sorted(names))}"
+                f"with {counted(architecture.num_layers, 'layer')}: {first_few(sorted(names))}"
             )
-
-
-def shown_names(names: Sequence[str]) -> str:
-    """The first few of them, in one line."""
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def not_finite(path: Path, name: str) -> UserError:

@@ -24,14 +24,13 @@ from megatron_solopo.checkpoint.huggingface_weights import (
     SafetensorsDirectory,
     all_finite,
     bitwise_equal,
-    shown_names,
 )
 from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, rules
 from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory
 from megatron_solopo.checkpoint.strict_load import TransformersError, load_strictly
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import counted
+from megatron_solopo.files import counted, first_few
 
 if TYPE_CHECKING:
     from megatron_solopo.model.head import ResponseModel
@@ -127,12 +126,12 @@ def _compare_tensors(
     damaged = [name for each in compared for name in each.damaged]
     total = casts.total()
     verb = "differs" if len(differing) == 1 else "differ"
-    what = f"{counted(len(differing), 'tensor')} {verb}: {shown_names(differing)}"
+    what = f"{counted(len(differing), 'tensor')} {verb}: {first_few(differing)}"
     rounded = ", ".join(sorted({_name(new) for old, new in casts if _rounds(old, new)}))
     found = f"{total - len(differing)} of {total} bitwise equal" + (f" after rounding to {rounded}" if rounded else "")
     report.add("tensors", found, f"{source.path} and {stored.path}: {what}" if differing else "")
     if damaged:
-        found = f"not finite (NaN or infinity): {shown_names(damaged)}"
+        found = f"not finite (NaN or infinity): {first_few(damaged)}"
         report.add("numbers", found, found)
     report.add("precision", "; ".join(sorted(f"{count} {_described(*cast)}" for cast, count in casts.items())))
     return rounded

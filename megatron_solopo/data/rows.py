@@ -31,7 +31,7 @@ from megatron_solopo.data.template_arguments import (
     check_tools,
 )
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import counted
+from megatron_solopo.files import counted, first_few
 
 Kind = Literal["triplet", "pair"]
 Form = Literal["text", "messages"]
@@ -130,8 +130,7 @@ class ValidationReport:
             return str(self.path)
         if len(numbers) == 1:
             return f"{self.path}:{numbers[0]}" if self.unit == "line" else f"{self.path}: row {numbers[0]}"
-        shown = ", ".join(map(str, numbers[:_PLACES_SHOWN])) + (", ..." if len(numbers) > _PLACES_SHOWN else "")
-        return f"{self.path}: {len(numbers)} rows ({self.unit}s {shown})"
+        return f"{self.path}: {len(numbers)} rows ({self.unit}s {first_few(numbers, _PLACES_SHOWN)})"
 
 
 def validate_file(path: Path) -> ValidationReport:

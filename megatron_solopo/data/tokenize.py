@@ -53,7 +53,7 @@ from megatron_solopo.data.template_effects import MEANINGS, EffectKind, clock_wa
 from megatron_solopo.data.tokenize_row import TokenizedRow, tokenize_row
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import atomic_path, check_replaceable, counted, remove, sha256_file, write_json
+from megatron_solopo.files import atomic_path, check_replaceable, counted, first_few, remove, sha256_file, write_json
 
 _SHOWN = 5
 # Rows of 128K tokens are 1.5 MB, so the writer holds few of them.
@@ -177,16 +177,13 @@ def _refuse_problems(settings: PrepareSettings, tokens: Dataset) -> None:
         lines: dict[str, list[int]] = {}
         for index in bad:
             lines.setdefault(problems[index], []).append(tokens[int(index)]["line"])
-        first = "; ".join(f"{_places(numbers)}: {problem}" for problem, numbers in list(lines.items())[:_SHOWN])
+        first = "; ".join(
+            f"line{'' if len(numbers) == 1 else 's'} {first_few(numbers)}: {problem}"
+            for problem, numbers in list(lines.items())[:_SHOWN]
+        )
         raise UserError(
             f"{settings.input}: {len(bad)} of {len(tokens)} rows cannot be tokenized by {settings.tokenizer}: {first}"
         )
-
-
-def _places(lines: list[int]) -> str:
-    if len(lines) == 1:
-        return f"line {lines[0]}"
-    return f"lines {', '.join(map(str, lines[:_SHOWN]))}{', ...' if len(lines) > _SHOWN else ''}"
 
 
 def _count_effects(tokens: Dataset) -> dict[EffectKind, EffectCount]:

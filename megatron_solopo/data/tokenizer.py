@@ -46,11 +46,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens."""
 
-    @abstractmethod
     def template_for(self, arguments: TemplateArguments) -> str | None:
         """The text of the chat template that is used with some arguments: there may be another one for tools."""
+        return None
 
-    @abstractmethod
     def render_chat(
         self,
         messages: list[dict[str, str]],
@@ -65,6 +64,7 @@ class Tokenizer(ABC):
 
         Raises UserError with the template's reason if it refuses the messages.
         """
+        return None
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
@@ -262,18 +262,6 @@ class _SentencePieceTokenizer(Tokenizer):
         """The text, without special tokens."""
         text: str = self._processor.decode(list(ids))
         return text
-
-    def template_for(self, arguments: TemplateArguments) -> str | None:
-        return None
-
-    def render_chat(
-        self,
-        messages: list[dict[str, str]],
-        add_generation_prompt: bool,
-        arguments: TemplateArguments = NO_ARGUMENTS,
-        clock: Clock | None = None,
-    ) -> str | None:
-        return None
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)

@@ -7,7 +7,6 @@ token ids        transformers prefers tokenizer.json, llama.cpp tokenizer.model,
                  vocab.json, tokenizer.model and added_tokens.json
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
+from megatron_solopo.architecture.model_directory import parse_model_json
 from megatron_solopo.errors import UserError
 
 _SETTINGS, _SPECIAL, _VOCABULARY = "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"
@@ -104,11 +104,17 @@ def _vocabularies(path: Path) -> Iterator[tuple[str, Mapping[str, int]]]:
     if added := _read_json(path / _SETTINGS).get("added_tokens_decoder"):
         yield _SETTINGS, {each["content"]: int(number) for number, each in added.items()}
     if (path / "tokenizer.model").is_file():
-        try:
-            processor = SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
-        except (OSError, RuntimeError):  # tiktoken's files have this ending too
+        if (processor := open_sentencepiece(path / "tokenizer.model")) is None:
             return
         yield "tokenizer.model", {processor.id_to_piece(i): i for i in range(len(processor)) if _is_text(processor, i)}
+
+
+def open_sentencepiece(file: Path) -> SentencePieceProcessor | None:
+    """A SentencePiece model, or None for another file: tiktoken's files have the ending `.model` too."""
+    try:
+        return SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError):
+        return None
 
 
 def _is_text(processor: SentencePieceProcessor, number: int) -> bool:
@@ -119,10 +125,7 @@ def _is_text(processor: SentencePieceProcessor, number: int) -> bool:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes()) if file.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}; take the file of the original model") from None
+    content = parse_model_json(file.read_bytes(), file) if file.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 

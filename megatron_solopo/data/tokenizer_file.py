@@ -20,6 +20,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from megatron_solopo.data.tokenizer_contradictions import open_sentencepiece
 from megatron_solopo.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -178,12 +179,7 @@ def _check_pieces(tokenizer: Any, processor: SentencePieceProcessor, path: Path)
 
 
 def _sentencepiece(path: Path) -> SentencePieceProcessor | None:
-    for file in sorted(path.glob("*.model")):
-        try:
-            return SentencePieceProcessor(model_file=str(file))
-        except (OSError, RuntimeError):  # tiktoken's files have this ending too
-            continue
-    return None
+    return next(filter(None, map(open_sentencepiece, sorted(path.glob("*.model")))), None)
 
 
 def _check_spaces(tokenizer: Any, path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from megatron_solopo.errors import UserError
+from megatron_solopo.files import counted, first_few
 from megatron_solopo.report.figure import LengthPoint
 from megatron_solopo.results.long_context import LongContextResults, read_long_context
 from megatron_solopo.results.preference import PreferenceResults, read_preference
@@ -149,9 +150,7 @@ def _read_steps(path: Path, notes: list[str]) -> list[RecordedStep]:
         except (ValueError, TypeError, KeyError):
             damaged.append(number)
     if damaged:
-        shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-        lines = "line" if len(damaged) == 1 else "lines"
-        notes.append(f"{path.name}: {len(damaged)} damaged {lines} left out ({shown}).")
+        notes.append(f"{path.name}: {counted(len(damaged), 'damaged line')} left out ({first_few(damaged)}).")
     return [steps[step] for step in sorted(steps)]
 
 

@@ -28,7 +28,7 @@ from megatron_solopo.data.template_arguments import TemplateArguments
 from megatron_solopo.data.template_effects import warn_about_clock
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import atomic_path, counted, remove
+from megatron_solopo.files import atomic_path, counted, first_few, remove
 from megatron_solopo.progress import bar_style
 from megatron_solopo.triplets.build_row import Built, Drop, MeasuredContext, RowBuilder
 from megatron_solopo.triplets.context_rows import to_line
@@ -122,8 +122,7 @@ class BuildReport:
         lines = [f"rows: {self.rows_read} questions read, {self.rows_written} rows written"]
         for reason, count in sorted(self.dropped.items()):
             places = [f"{each['id']} (line {each['line']})" for each in self.left_out if each["reason"] == reason]
-            more = ", ..." if len(places) > _SHOWN_DROPS else ""
-            lines.append(f"  dropped, {reason}: {count}: {', '.join(places[:_SHOWN_DROPS])}{more}")
+            lines.append(f"  dropped, {reason}: {count}: {first_few(places, _SHOWN_DROPS)}")
         lines.append(f"pool: {self.pool_documents} distinct documents")
         counts = {
             "short distractors of other questions": self.rows_with_distractors_of_others,
@@ -302,7 +301,7 @@ def _described(rows: list[BadRow]) -> str:
         return str(rows[0])
     first = rows[0]
     numbers = {row.number: f"{row.number} (id {row.id!r})" if row.id else str(row.number) for row in rows}
-    places = ", ".join(list(numbers.values())[:_SHOWN_PLACES]) + (", ..." if len(numbers) > _SHOWN_PLACES else "")
+    places = first_few(list(numbers.values()), _SHOWN_PLACES)
     where = f"{first.path}: {len(rows)} times, in {first.unit}{'' if len(numbers) == 1 else 's'} {places}"
     return ": ".join(filter(None, (where, first.field, first.reason)))
 

@@ -9,30 +9,16 @@ from typing import Any
 import pytest
 from tokenizers import models, pre_tokenizers
 
-from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.data.model_fit import Reader, check_readers
 from megatron_solopo.data.prepared import MANIFEST_NAME, load_prepared
 from megatron_solopo.data.settings import PrepareSettings
 from megatron_solopo.data.tokenize import prepare
 from megatron_solopo.errors import UserError
 from tests.prepared import make_tokenizer
-from tests.tiny_models import VOCAB_SIZE
+from tests.tiny_models import TINY, VOCAB_SIZE
 
 INPUTS = Path(__file__).parents[1] / "inputs"
-SHAPE = ModelShape(
-    model_type="llama",
-    num_layers=4,
-    hidden_size=32,
-    ffn_hidden_size=48,
-    num_attention_heads=4,
-    num_query_groups=2,
-    head_dim=8,
-    vocab_size=VOCAB_SIZE,
-    max_sequence_length=64,
-    add_qkv_bias=False,
-    qk_layernorm=False,
-    tied_embeddings=False,
-)
+SHAPE = replace(TINY, num_query_groups=2, max_sequence_length=64)
 
 
 @pytest.fixture(scope="module")
