@@ -1,5 +1,6 @@
 """The errors that a user can mend, and how they are worded."""
 
+import errno
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,6 +13,17 @@ class UserError(ValueError):
 
     The command line prints the line alone and ends with exit code 2. Every other exception keeps its traceback.
     """
+
+
+class OutOfSpaceError(UserError):
+    """A file system has no room for a file, or a quota is used up."""
+
+
+def is_out_of_space(error: Exception) -> bool:
+    """Whether a file system refused a write because it, or a quota, is full."""
+    return isinstance(error, OutOfSpaceError) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    )
 
 
 def describe_problem(detail: Any, whole: str) -> str:

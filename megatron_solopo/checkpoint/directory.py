@@ -95,7 +95,8 @@ def recover(root: Path) -> None:
         # The checkpoint was complete when this name was written.
         if (temporary := temporary_path(root, step_of(announced))).exists():
             replace(temporary, root / announced)
-        (root / _NEXT).replace(root / LATEST)
+        if (root / announced).is_dir():  # not so if its rename failed and the save was given up
+            (root / _NEXT).replace(root / LATEST)
     for pattern in _LEFTOVERS:
         for leftover in root.glob(pattern):
             remove(leftover)
@@ -149,19 +150,25 @@ def tidy(root: Path, config: CheckpointConfig) -> None:
     newest = read_pointer(root, LATEST)
     if config.best_metric is not None and newest is not None:
         _update_best(root, newest, config.best_metric, config.greater_is_better)
-    if config.keep_last is None:
-        return
-    protected = {read_pointer(root, BEST), newest}
-    # Checkpoints newer than `latest` belong to a course that a person has abandoned: this run neither counts nor
-    # removes them.
-    own = [path for path in checkpoints(root) if step_of(path.name) <= step_of(newest or "")]
-    for path in own[config.keep_last :]:
-        if path.name in protected or (config.keep_every is not None and step_of(path.name) % config.keep_every == 0):
-            continue
+    for path in surplus(root, config):
         hidden = path.with_name(f".{path.name}.deleted")
         remove(hidden)
         path.rename(hidden)
         remove(hidden)
+
+
+def surplus(root: Path, config: CheckpointConfig) -> list[Path]:
+    """The checkpoints that `config` does not keep, newest first."""
+    if config.keep_last is None:
+        return []
+    newest = read_pointer(root, LATEST)
+    protected = {read_pointer(root, BEST), newest}
+    # Checkpoints newer than `latest` belong to a course that a person has abandoned: this run neither counts nor
+    # removes them.
+    own = [path for path in checkpoints(root) if step_of(path.name) <= step_of(newest or "")]
+    if config.keep_every is not None:
+        protected |= {path.name for path in own if step_of(path.name) % config.keep_every == 0}
+    return [path for path in own[config.keep_last :] if path.name not in protected]
 
 
 def _update_best(root: Path, newest: str, metric: str, greater_is_better: bool) -> None:

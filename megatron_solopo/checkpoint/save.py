@@ -25,7 +25,7 @@ from megatron_solopo.checkpoint.directory import TRAINER_STATE, checkpoint_name,
 from megatron_solopo.checkpoint.manifest import FileEntry, sealed_files, write_manifest
 from megatron_solopo.checkpoint.model_files import write_files
 from megatron_solopo.checkpoint.sharded_state import SHARDING, model_state, optimizer_state_to_save
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import OutOfSpaceError, UserError
 from megatron_solopo.files import described_bytes, remove, write_json
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.megatron_internals import ShardedFiles
@@ -71,9 +71,10 @@ class ShardedSave:
         self._trainer_state, self._model_files = trainer_state, model_files
         model = model_state(chunks)
         state = model | {"optimizer": optimizer_state_to_save(optimizer, model)} | MEGATRON_LM_VERSION
-        needed = _sum_over_ranks(_bytes_to_write(state) + sum(map(len, model_files.values()))) + _SMALL_FILES_BYTES
+        small_files = sum(map(len, model_files.values()))
+        self._needed = _sum_over_ranks(_bytes_to_write(state) + small_files) + _SMALL_FILES_BYTES
         with self._removed_on_failure():
-            on_rank_0(lambda: self._make_folder(needed))
+            on_rank_0(self._make_folder)
         self._files = ShardedFiles(state, self._folder, dict(SHARDING), files_per_rank=_FILES_PER_RANK)
         with self._removed_on_failure():
             on_every_rank(lambda: self._files.stage(copy=background))
@@ -115,22 +116,24 @@ class ShardedSave:
         try:
             yield
         except UserError as error:
-            if dist.get_rank() == 0:
-                # Where nothing can be written, nothing can be removed either; the next run tries again.
-                with suppress(OSError):
-                    remove(self._folder)
-            raise UserError(f"{self.path} was not saved: {error}; what was saved before is intact") from None
+            room = on_rank_0(self._discard)
+            if isinstance(error, OutOfSpaceError):
+                error = OutOfSpaceError(f"{error} ({room}; make room, or set checkpoint.keep_last or run_dir)")
+            raise type(error)(f"{self.path} was not saved: {error}; what was saved before is intact") from None
 
-    def _make_folder(self, needed: int) -> None:
+    def _discard(self) -> str:
+        """On rank 0: remove what was written; returns how much room there is now, and how much a checkpoint takes."""
+        # Where nothing can be written, nothing can be removed either; the next run tries again.
+        with suppress(OSError):
+            remove(self._folder)
+        return f"it takes {described_bytes(self._needed)}, and its file system has {_described_room(self.path.parent)}"
+
+    def _make_folder(self) -> None:
         """On rank 0."""
         remove(self._folder)
         self._folder.parent.mkdir(parents=True, exist_ok=True)
-        free = _free_bytes(self._folder.parent)
-        if free < needed:
-            raise UserError(
-                f"it takes {described_bytes(needed)}, but {described_bytes(free)} are free on its file system (make "
-                "room, or set checkpoint.keep_last or run_dir)"
-            )
+        if _free_bytes(self._folder.parent) < self._needed:
+            raise OutOfSpaceError("there is too little room")
         self._folder.mkdir()
         # While it plans, Megatron writes a small file on rank 0, and the other ranks wait. If the disk refuses such a
         # file, let that happen here, where all ranks learn of it.
@@ -180,6 +183,14 @@ def _bytes_to_write(state: dict[str, Any]) -> int:
 
 def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
+
+
+def _described_room(root: Path) -> str:
+    """Free bytes of the file system of `root`, or that they are not known: an unmounted one does not tell."""
+    try:
+        return f"{described_bytes(_free_bytes(root))} free"
+    except OSError:
+        return "an unknown number of bytes free"
 
 
 def _sum_over_ranks(count: int) -> int:

@@ -109,6 +109,11 @@ class TrainingConfig(Section):
     max_skipped_steps_in_a_row: PositiveInt = 10
     """A step whose loss or gradient is NaN or infinite is skipped: it updates nothing. After this many skipped steps in
     a row, the run saves the state from before the first of them and ends with an error."""
+    manual_gc: bool | None = None
+    """Collect Python's garbage after the same steps on all ranks, and at no other moment, so that ranks do not wait for
+    each other. null: on if there is more than one process."""
+    manual_gc_interval: PositiveInt = 50
+    """Steps between two such collections."""
 
 
 class ParallelConfig(Section):
@@ -326,18 +331,20 @@ class CheckpointConfig(Section):
     """Megatron distributed checkpoints in `<run_dir>/checkpoints`."""
 
     save_steps: PositiveInt | None = None
-    """Save every this many steps, and at the end. null: only at the end."""
-    every_minutes: PositiveFloat | None = None
-    """Save also when this many minutes have passed since the last save."""
+    """Save every this many steps. null: the clock alone decides (`every_minutes`). The run is saved at its end too."""
+    every_minutes: PositiveFloat | None = 60.0
+    """Save also when this many minutes have passed since the last save began, by the clock of rank 0. null: never."""
     must_save_by: str | None = None
     """Save also before this moment, and continue. An ISO time such as 2030-01-31T18:00 (local unless it names a zone),
     or `slurm` for the end of the job's time limit. The run leaves twice the time of its slowest step and save, and five
     minutes until it has seen both."""
     async_save: bool = False
     """Continue to train while threads write a copy of the state. The copy needs host memory for this rank's share.
-    `latest` changes when all ranks have written. If a write fails, the run ends at the next step."""
-    keep_last: PositiveInt | None = None
-    """How many of the newest checkpoints stay. null: all. A new checkpoint is complete before an old one is removed."""
+    `latest` changes when all ranks have written."""
+    keep_last: PositiveInt | None = 3
+    """How many of the newest checkpoints stay. null: all. A new checkpoint is complete before an old one is removed, so
+    that the disk needs room for one more. If the disk is full, a warning is printed and the run goes on, as long as it
+    has an older checkpoint. The run ends if its last save fails."""
     keep_every: PositiveInt | None = None
     """Checkpoints of steps that are multiples of this stay too."""
     best_metric: str | None = None
@@ -396,6 +403,22 @@ class LoggingConfig(Section):
     """Send the metrics to this project of Weights & Biases. null: do not."""
 
 
+class ProfileConfig(Section):
+    """Profiles of a few steps, written to `<run_dir>/profile`."""
+
+    steps: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+    """First and last step to profile, such as [10, 12]. null: none. Each rank writes a trace (`trace.json.gz`, for
+    Perfetto), and on a GPU a snapshot of its memory (`memory.pickle`)."""
+    ranks: list[NonNegativeInt] = Field(default=[0])
+    """The ranks that are profiled. They are slower meanwhile, and the others wait for them."""
+
+    @model_validator(mode="after")
+    def _check_window(self) -> Self:
+        if self.steps is not None and self.steps[0] > self.steps[1]:
+            raise UserError(f"steps={self.steps}: the first step comes after the last")
+        return self
+
+
 class Config(Section):
     """One run."""
 
@@ -414,6 +437,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     logging: LoggingConfig = LoggingConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @property
     def reference_cache(self) -> Path:

@@ -1,8 +1,9 @@
 """Work that may fail on one rank and must then fail on all of them, so that no rank waits for one that has gone.
 
 A user's mistake (`UserError`) and an error of the operating system (`OSError`) become the same one-line `UserError` on
-every rank. Any other exception is a fault. It continues, with its type and its traceback, on the rank where it
-happened, and every other rank raises `RankFailedError`, which names that rank.
+every rank; it is an `OutOfSpaceError` if full file systems are all that failed. Any other exception is a fault. It
+continues, with its type and its traceback, on the rank where it happened, and every other rank raises
+`RankFailedError`, which names that rank.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_solopo.errors import UserError, describe_os_error
+from megatron_solopo.errors import OutOfSpaceError, UserError, describe_os_error, is_out_of_space
 
 _Result = TypeVar("_Result")
 
@@ -27,13 +28,14 @@ class _Failure:
     rank: int
     message: str
     is_fault: bool
+    is_out_of_space: bool = False
 
 
 def on_every_rank(action: Callable[[], _Result]) -> _Result:
     """Run `action` on every rank and return this rank's result.
 
     All ranks must call this function together; `action` itself must not communicate. If it fails on any rank, every
-    rank raises as the module describes. A fault comes before a user's mistake, then the lowest rank counts.
+    rank raises as the module describes. A fault comes first, a full file system last, then the lowest rank counts.
     """
     result, error = _attempt(action)
     failures: list[Any] = [None] * dist.get_world_size()
@@ -67,14 +69,18 @@ def _failure(error: Exception | None) -> _Failure | None:
     if error is None:
         return None
     if isinstance(error, UserError):
-        return _Failure(dist.get_rank(), str(error), is_fault=False)
+        return _Failure(dist.get_rank(), str(error), is_fault=False, is_out_of_space=is_out_of_space(error))
     if isinstance(error, OSError):
-        return _Failure(dist.get_rank(), describe_os_error(error), is_fault=False)
+        message = describe_os_error(error)
+        return _Failure(dist.get_rank(), message, is_fault=False, is_out_of_space=is_out_of_space(error))
     return _Failure(dist.get_rank(), f"{type(error).__name__}: {' '.join(str(error).split())}", is_fault=True)
 
 
 def _raise_first(failures: Sequence[_Failure | None], own_error: Exception | None) -> None:
-    known = sorted((each for each in failures if each is not None), key=lambda each: (not each.is_fault, each.rank))
+    known = sorted(
+        (each for each in failures if each is not None),
+        key=lambda each: (not each.is_fault, each.is_out_of_space, each.rank),
+    )
     if not known:
         return
     first, own = known[0], _failure(own_error)
@@ -85,4 +91,4 @@ def _raise_first(failures: Sequence[_Failure | None], own_error: Exception | Non
         raise RankFailedError(
             f"rank {first.rank} failed: {first.message}; its traceback is in that rank's output"
         ) from own_error
-    raise UserError(first.message) from None
+    raise (OutOfSpaceError if first.is_out_of_space else UserError)(first.message) from None

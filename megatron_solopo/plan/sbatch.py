@@ -33,7 +33,7 @@ _SCRIPT = """\
 #SBATCH --output=%x-%j.log
 
 # Settings. Variables in the environment of sbatch replace them. launch.sh explains them and starts the run. A job that
-# is interrupted continues from its latest checkpoint: set checkpoint.save_steps, or there may be none before the end.
+# is interrupted continues from its latest checkpoint: checkpoint.every_minutes sets how old that is at most.
 : "${{PYTHON:=python}}" "${{GPUS_PER_NODE:={gpus_per_node}}}" "${{MAX_RESTARTS:=0}}" "${{REQUEUE:=yes}}"
 source "$("$PYTHON" -c 'import megatron_solopo.plan as plan; print(plan.__path__[0])')/launch.sh"
 launch {config} "$@"

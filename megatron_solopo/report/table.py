@@ -1,6 +1,7 @@
 """The tables of the page: verdict and cost. They mark the best value of a column, and those that may be as good."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -75,6 +76,7 @@ def cost_table(runs: Sequence[RunRecord]) -> RunTable:
             False,
             lambda run: _text_of(_maximum(run, "peak_memory_bytes"), lambda value: f"{value / 2**30:.2f} GiB"),
         ),
+        ("wait for the slowest rank", False, _wait_for_slowest),
     ]
     return _table(runs, columns)
 
@@ -177,6 +179,15 @@ def _last(run: RunRecord, name: str) -> TableValue:
 
 def _text_of(value: float | None, text: Callable[[float], str]) -> TableValue:
     return _MISSING if value is None else TableValue(text(value), mean=value)
+
+
+def _wait_for_slowest(run: RunRecord) -> TableValue:
+    """The mean share of a step that replicas waited, and the rank that they waited for most often."""
+    share, ranks = _mean(run, "straggler_share"), run.series("straggler_rank")[1]
+    if share is None or not ranks:
+        return _MISSING
+    rank, count = Counter(ranks).most_common(1)[0]
+    return TableValue(f"{share:.1%} (rank {rank:.0f} in {count / len(ranks):.0%} of steps)", mean=share)
 
 
 def _process_hours(run: RunRecord) -> float | None:

@@ -6,7 +6,7 @@ skipped step are None. To add a detector, write a function and put it into `DETE
 """
 
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +23,9 @@ _SPIKE_LEAST_HISTORY = 20
 _SPIKE_SCORE = 8.0
 _TREND_STEPS = 25
 _TREND_SCORE = 3.0
+_STRAGGLER_STEPS = 20
+_STRAGGLER_LEAST_COUNT = 16
+_STRAGGLER_SHARE = 0.1
 _COLLAPSE_NAMES = ("solo_ra/gap_abs", "rewards/chosen", "nll_loss")
 _COLLAPSE_STEPS = 10
 _LEAST_FALL_OF_GAP = 0.2
@@ -112,7 +115,31 @@ def gap_closes_from_below(steps: Sequence[StepMetrics]) -> str | None:
     )
 
 
-DETECTORS: tuple[Detector, ...] = (loss_spike, both_rewards_falling, gap_closes_from_below, evaluation_not_finite)
+def same_rank_is_slowest(steps: Sequence[StepMetrics]) -> str | None:
+    """Warn if one rank is the slowest in 16 of the last 20 steps, and the other replicas wait a tenth of the time."""
+    known = [step for step in steps if step.get("straggler_rank") is not None][-_STRAGGLER_STEPS:]
+    if len(known) < _STRAGGLER_STEPS:
+        return None
+    rank, count = Counter(step["straggler_rank"] for step in known).most_common(1)[0]
+    share = statistics.median(
+        metric_values((step for step in known if step["straggler_rank"] == rank), "straggler_share")
+    )
+    if count < _STRAGGLER_LEAST_COUNT or share < _STRAGGLER_SHARE:
+        return None
+    return (
+        f"rank {rank} is the slowest in {count} of the last {len(known)} steps, and the other replicas wait for it "
+        f"{share:.0%} of the time; look at the clock, temperature and memory errors of its GPU, and of those in its "
+        f"replica; profile.ranks=[{rank}] shows what it does"
+    )
+
+
+DETECTORS: tuple[Detector, ...] = (
+    loss_spike,
+    both_rewards_falling,
+    gap_closes_from_below,
+    evaluation_not_finite,
+    same_rank_is_slowest,
+)
 
 
 class AlarmWarnings(Callback):

@@ -3,18 +3,21 @@
 The callbacks about metrics are in `train.metrics` and `train.alarms`. `train.trainer` builds the list of all.
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_solopo.checkpoint.directory import check_best_metric, tidy
-from megatron_solopo.config import CheckpointConfig
+from megatron_solopo.checkpoint.directory import check_best_metric, surplus, tidy
+from megatron_solopo.config import CheckpointConfig, TrainingConfig
 from megatron_solopo.errors import UserError, describe_os_error
+from megatron_solopo.files import counted, first_few
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.train.state import Metrics, TrainState
 
@@ -30,6 +33,9 @@ class Callback:
     def on_start(self, state: TrainState) -> None:
         """Before the first step; `state` is the one that the run continues from."""
 
+    def on_step_begin(self, step: int) -> None:
+        """Before a step."""
+
     def on_step_end(self, metrics: Metrics) -> None:
         """After a step and its evaluation, before the run may be saved."""
 
@@ -39,6 +45,9 @@ class Callback:
     def on_saved(self) -> None:
         """After a checkpoint is complete."""
 
+    def on_save_failed(self) -> None:
+        """After the disk was too full for a checkpoint, if the run goes on."""
+
     def on_success(self) -> None:
         """After the last step and its save."""
 
@@ -47,16 +56,20 @@ class Callback:
 
 
 def say(line: str) -> None:
-    """Print a line on the console of rank 0, above a progress bar if there is one."""
+    """Print a line on the console of rank 0, above a progress bar if there is one.
+
+    A console that takes no more lines, such as a log on a full disk, must not end a run.
+    """
     if dist.get_rank() == 0:
-        tqdm.write(line)
+        with suppress(OSError):
+            tqdm.write(line)
 
 
 class OnRank0(Callback):
     """Callbacks of rank 0 that write or print. If one of them fails, every rank raises its error at once.
 
     Otherwise the other ranks would wait for rank 0 in their next collective, until its timeout. This costs two small
-    broadcasts at the start, at the end and after every step.
+    broadcasts at the start, at the end, after every step and before every save.
     """
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
@@ -70,6 +83,10 @@ class OnRank0(Callback):
     def on_step_end(self, metrics: Metrics) -> None:
         """See `Callback`."""
         on_rank_0(lambda: self._tell(lambda callback: callback.on_step_end(metrics)))
+
+    def on_save_begin(self) -> None:
+        """See `Callback`."""
+        on_rank_0(lambda: self._tell(lambda callback: callback.on_save_begin()))
 
     def on_success(self) -> None:
         """See `Callback`."""
@@ -127,6 +144,10 @@ class SaveClock(Callback):
         self._slowest_save = max(self._slowest_save or 0.0, now - self._save_began)
         self._step_began = now
 
+    def on_save_failed(self) -> None:
+        """Leave the failed attempt out of the next step's time. The next save comes when it would after a save."""
+        self._step_began = self._now()
+
     def _timed_reason(self, now: float) -> str | None:
         minutes = self._config.every_minutes
         if minutes is not None and now - self._save_began >= 60 * minutes:
@@ -161,6 +182,35 @@ def deadline(config: CheckpointConfig) -> float | None:
     return float(end)
 
 
+class CollectGarbage(Callback):
+    """Lets all ranks collect Python's garbage together, after the same steps.
+
+    By itself each rank collects at other moments, and the others wait for it each time.
+    """
+
+    def __init__(self, config: TrainingConfig) -> None:
+        """On by default if there is more than one rank."""
+        self._is_manual = dist.get_world_size() > 1 if config.manual_gc is None else config.manual_gc
+        self._interval = config.manual_gc_interval
+        self._was_enabled = gc.isenabled()
+
+    def on_start(self, state: TrainState) -> None:
+        """Collect what the preparation left; from now on Python collects nothing by itself."""
+        if self._is_manual:
+            gc.disable()
+            gc.collect()
+
+    def on_step_end(self, metrics: Metrics) -> None:
+        """Collect after every so many steps."""
+        if self._is_manual and int(metrics["step"] or 0) % self._interval == 0:
+            gc.collect()
+
+    def close(self) -> None:
+        """Let Python collect by itself again."""
+        if self._is_manual and self._was_enabled:
+            gc.enable()
+
+
 class TidyCheckpoints(Callback):
     """After every save, updates the pointer to the best checkpoint and removes those that need not be kept."""
 
@@ -168,6 +218,14 @@ class TidyCheckpoints(Callback):
         """See `check_best_metric` for `metrics`, `evaluates` and the UserError that it raises."""
         check_best_metric(config, metrics, evaluates=evaluates)
         self._root, self._config = root, config
+
+    def on_start(self, state: TrainState) -> None:
+        """Say what the first save will remove, because the run may have begun when nothing was removed."""
+        if found := on_rank_0(lambda: [path.name for path in surplus(self._root, self._config)]):
+            say(
+                f"note: checkpoint.keep_last={self._config.keep_last}: the next save removes "
+                f"{counted(len(found), 'older checkpoint')}: {first_few(found)}"
+            )
 
     def on_saved(self) -> None:
         """Rank 0 does it; the others wait."""

@@ -7,8 +7,8 @@ import resource
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ from megatron_solopo.architecture.gpus import bf16_peak
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.config import LoggingConfig
 from megatron_solopo.data.packing import Pack
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import OutOfSpaceError, UserError, is_out_of_space
 from megatron_solopo.files import atomic_path, read_jsonl
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE
 from megatron_solopo.train.callbacks import Callback, say
 from megatron_solopo.train.state import Metrics, TrainState
+
+# Less than this share of a step, which replicas wait for the slowest rank, is no news.
+_SHOWN_STRAGGLER_SHARE = 0.05
 
 
 def training_flops(architecture: Architecture, packs: Sequence[Pack]) -> float:
@@ -95,6 +98,7 @@ class MetricsWriter(Callback):
         self._run_dir, self._logging, self._config, self._total_steps = run_dir, logging, config, total_steps
         self._sinks: list[Callable[[int, Mapping[str, float]], None]] = []
         self._tensorboard: Any = None
+        self._unwritten: list[str] = []
         self._first_step = 1
         self._started = 0.0
 
@@ -105,7 +109,7 @@ class MetricsWriter(Callback):
             keep_before(file, first_step)
         if self._logging.tensorboard:
             self._tensorboard = _tensorboard(self._run_dir, first_step)
-            self._sinks.append(partial(_add_scalars, self._tensorboard))
+            self._sinks.append(self._to_tensorboard)
         if self._logging.wandb_project:
             self._sinks.append(_wandb(self._run_dir, self._logging.wandb_project, self._config))
         begins = "continuing" if first_step > 1 else "starting"
@@ -117,11 +121,14 @@ class MetricsWriter(Callback):
 
     def on_step_end(self, metrics: Metrics) -> None:
         """Record one step."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(metrics, allow_nan=False) + "\n")
-            stream.flush()
-            # A checkpoint must never be ahead of its metrics, not even after a power loss.
-            os.fsync(stream.fileno())
+        self._unwritten.append(json.dumps(metrics, allow_nan=False) + "\n")
+        try:
+            self._write_lines()
+        except OSError as error:
+            if not is_out_of_space(error):
+                raise
+            if len(self._unwritten) == 1:
+                say(f"warning: {self.path}: {error.strerror}; the lines from this step on wait in memory for room")
         step = int(metrics["step"] or 0)
         for sink in self._sinks:
             sink(step, {name: value for name, value in metrics.items() if value is not None and name != "step"})
@@ -130,6 +137,44 @@ class MetricsWriter(Callback):
         remaining = (time.monotonic() - self._started) / done * (self._total_steps - step)
         if has_console_line(metrics, self._logging.console_steps, self._total_steps):
             say(console_line(metrics, self._total_steps, remaining))
+
+    def on_save_begin(self) -> None:
+        """Write the lines that wait for room: a checkpoint must never be ahead of its metrics."""
+        try:
+            self._write_lines()
+        except OSError as error:
+            if not is_out_of_space(error):
+                raise
+            raise OutOfSpaceError(f"{self.path}: {error.strerror}; no checkpoint is saved before the metrics") from None
+
+    def _to_tensorboard(self, step: int, values: Mapping[str, float]) -> None:
+        if self._tensorboard is None:
+            return
+        try:
+            _add_scalars(self._tensorboard, step, values)
+        except OSError as error:
+            if not is_out_of_space(error):
+                raise
+            # Its thread has ended, and it would raise this error for ever.
+            say(f"warning: {self._run_dir / 'tensorboard'}: {error.strerror}; it gets no more until the next start")
+            self._tensorboard = None
+
+    def _write_lines(self) -> None:
+        """Append the lines that are not in `metrics.jsonl` yet, all or none of them."""
+        if not self._unwritten:
+            return
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write("".join(self._unwritten))
+                stream.flush()
+                # Not even after a power loss may a checkpoint be ahead.
+                os.fsync(stream.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, size)
+            raise
+        self._unwritten.clear()
 
     def on_success(self) -> None:
         """Draw the run's course."""
@@ -163,6 +208,8 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
         parts.append(f"eval loss {metrics['eval_loss']:.4f} accuracy {metrics['eval_rewards/accuracies']:.2f}")
     parts.append(f"grad {metrics['grad_norm']:.3f} lr {metrics['learning_rate']:.2e}")
     parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    if (share := metrics.get("straggler_share")) is not None and share >= _SHOWN_STRAGGLER_SHARE:
+        parts.append(f"waits for rank {metrics['straggler_rank']} {share:.0%}")
     parts.append(f"ETA {timedelta(seconds=round(remaining_seconds))}")
     return " | ".join(parts)
 

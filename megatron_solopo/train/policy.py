@@ -38,6 +38,7 @@ def wrap_data_parallel(chunks: Sequence[ResponseModel], optimizer: OptimizerConf
     config.finalize_model_grads_func = _check_finite_and_finalize
     ddp_config = data_parallel_config(optimizer, fp8_param=bool(config.fp8_param))
     wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+    wrapped[0].before_reduction = lambda: None
     for chunk in chunks:  # now that there are buffers to add to
         fuse_weight_gradients(chunk)
     return wrapped
@@ -59,6 +60,7 @@ def _check_finite_and_finalize(model: Sequence[DistributedDataParallel], *argume
     After the reduction a NaN is on every rank, and its origin is lost. The result stays on the device, so that nothing
     waits for it here.
     """
+    model[0].before_reduction()
     sums = [buffer.grad_data.sum() for chunk in model for buffer in gradient_buffers(chunk)]
     model[0].gradient_was_finite = torch.stack(sums).isfinite().all()
     finalize_model_grads(list(model), *arguments, **keywords)
@@ -200,6 +202,7 @@ class Policy:
         topology: Topology,
         *,
         before_pack: Callable[[], None] | None = None,
+        before_reduction: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """Forward and backward over this rank's packs, then one optimizer step on all ranks together.
 
@@ -207,11 +210,13 @@ class Policy:
 
         Args:
             before_pack: see `run_schedule`; if it raises, the policy is unchanged.
+            before_reduction: called when this rank's own gradients are complete.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.chunks[0].before_reduction = before_reduction
         reports = run_schedule(self.chunks, packs, loss_function, topology, forward_only=False, before_pack=before_pack)
         # Megatron's step does both again, which changes nothing.
         self.optimizer.prepare_grads()

@@ -5,19 +5,20 @@ the data after that step. A save that a signal asks for in the middle of a step 
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo.checkpoint.directory import checkpoint_name, checkpoints, newest_checkpoint
+from megatron_solopo.checkpoint.directory import LATEST, checkpoint_name, checkpoints, newest_checkpoint, read_pointer
 from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.checkpoint.model_files import read_model_files
 from megatron_solopo.checkpoint.save import ShardedSave
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import OutOfSpaceError, UserError
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.train.callbacks import Callback, say
 from megatron_solopo.train.identity import RunIdentity, check_reference, summarise_reference
@@ -34,6 +35,7 @@ class _RunningSave:
     state: TrainState
     reason: str
     started: float
+    is_last: bool
 
 
 class Saver:
@@ -120,7 +122,7 @@ class Saver:
                 f"learning rate of step {state.step + 1}: {after:.3g} (it would have been {before:.3g})"
             )
 
-    def save(self, state: TrainState, reason: str, *, background: bool = False) -> Path | None:
+    def save(self, state: TrainState, reason: str, *, is_last: bool = True, background: bool = False) -> Path | None:
         """Write a checkpoint; the model and the optimizer must be those of `state`.
 
         Nothing is written if the newest checkpoint holds `state` already, or if no step has updated anything yet: that
@@ -128,6 +130,8 @@ class Saver:
         all ranks, as long as the next step's update has not begun.
 
         Args:
+            is_last: the run ends after this save. If it does not, a full disk is a warning, as long as there is an
+                older checkpoint.
             background: return while threads still write; `complete_if_written` and `finish` complete it.
 
         Returns the path of the complete checkpoint of `state`, or None if there is none (yet).
@@ -138,17 +142,18 @@ class Saver:
         self.finish()
         if self._last_saved != state and state.step > state.skipped.total:
             started = time.monotonic()
-            for callback in self._callbacks:
-                callback.on_save_begin()
-            save = ShardedSave(
-                self._root,
-                self._policy.chunks,
-                self._policy.optimizer,
-                asdict(state) | {"identity": self._identity.values, "reference": self._reference},
-                self._model_files,
-                background=background,
-            )
-            self._running = _RunningSave(save, state, reason, started)
+            with self._full_disk_is_a_warning(unless=is_last):
+                for callback in self._callbacks:
+                    callback.on_save_begin()
+                save = ShardedSave(
+                    self._root,
+                    self._policy.chunks,
+                    self._policy.optimizer,
+                    asdict(state) | {"identity": self._identity.values, "reference": self._reference},
+                    self._model_files,
+                    background=background,
+                )
+                self._running = _RunningSave(save, state, reason, started, is_last)
             if not background:
                 self.finish()
         return self._root / checkpoint_name(state.step) if self._last_saved == state else None
@@ -163,11 +168,29 @@ class Saver:
         if self._running is None:
             return
         running, self._running = self._running, None
-        path = running.save.complete()
-        self._last_saved = running.state
-        for callback in self._callbacks:
-            callback.on_saved()
-        say(f"saved {path} ({running.reason}; {time.monotonic() - running.started:.1f} s)")
+        with self._full_disk_is_a_warning(unless=running.is_last):
+            path = running.save.complete()
+            self._last_saved = running.state
+            for callback in self._callbacks:
+                callback.on_saved()
+            say(f"saved {path} ({running.reason}; {time.monotonic() - running.started:.1f} s)")
+
+    @contextmanager
+    def _full_disk_is_a_warning(self, *, unless: bool) -> Iterator[None]:
+        """Around an error that all ranks raise together: let the run go on if it can continue from an older one."""
+        try:
+            yield
+        except OutOfSpaceError as error:
+            older = None if unless else on_rank_0(self._newest_name)
+            if older is None:
+                raise
+            for callback in self._callbacks:
+                callback.on_save_failed()
+            say(f"warning: {error}; the run goes on, and {older} is the one to continue from")
+
+    def _newest_name(self) -> str | None:
+        name = read_pointer(self._root, LATEST)
+        return name if name and (self._root / name).is_dir() else None
 
     @property
     def is_running(self) -> bool:

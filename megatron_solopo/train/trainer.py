@@ -23,7 +23,14 @@ from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.train.alarms import AlarmWarnings
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE, TripletLosses, describe_skip, record_skip
-from megatron_solopo.train.callbacks import Callback, OnRank0, SaveClock, TidyCheckpoints, say
+from megatron_solopo.train.callbacks import (
+    Callback,
+    CollectGarbage,
+    OnRank0,
+    SaveClock,
+    TidyCheckpoints,
+    say,
+)
 from megatron_solopo.train.identity import RunIdentity
 from megatron_solopo.train.lock import run_lock
 from megatron_solopo.train.metrics import (
@@ -38,6 +45,7 @@ from megatron_solopo.train.metrics import (
 )
 from megatron_solopo.train.policy import Policy, StepResult, build_policy, check_schedule, describe_decay, load_frozen
 from megatron_solopo.train.preflight import Finding, Trial, check_surroundings, tries_largest_pack, try_largest_pack
+from megatron_solopo.train.profiling import StepProfiler
 from megatron_solopo.train.reference import reference_logprobs
 from megatron_solopo.train.run_data import single_pass, training_batches
 from megatron_solopo.train.saving import Saver
@@ -45,6 +53,7 @@ from megatron_solopo.train.session import Session, open_session
 from megatron_solopo.train.signals import Stopped
 from megatron_solopo.train.state import Metrics, SkippedSteps, TrainState
 from megatron_solopo.train.step import LossFunction, ReferenceLogprobs, objective_loss
+from megatron_solopo.train.straggler import WorkClock, find_straggler
 from megatron_solopo.train.watchdog import SAVE
 
 
@@ -132,6 +141,7 @@ class Trainer:
         self.saver = Saver(config, RunIdentity(config, datasets, session.max_steps), self.callbacks)
         self.state = self.state_before_skips = TrainState(0, self.loader.state_dict(), SkippedSteps())
         self.triplet_losses = TripletLosses()
+        self.work_clock = WorkClock(self.topology.device)
 
     def run(self) -> None:
         """Train to the last step; or save and raise Stopped, if a signal asked to stop."""
@@ -167,7 +177,8 @@ class Trainer:
             values = config.model_dump(mode="json")
             writer = MetricsWriter(run_dir, config.logging, values, total_steps=self.session.max_steps)
             writers = [writer, AlarmWarnings(writer.path)]
-        return [OnRank0(writers), tidy, self.save_clock]
+        profiler = StepProfiler(config.profile, run_dir, max_steps=self.session.max_steps)
+        return [OnRank0(writers), tidy, self.save_clock, CollectGarbage(config.training), profiler]
 
     def _prepare_reference(self) -> None:
         references: dict[str, ReferenceLogprobs] = {}
@@ -238,6 +249,8 @@ class Trainer:
         if self.state.unrecorded is not None:
             self._complete_step(self.state.unrecorded)
         while not self._is_finished():
+            for callback in self.callbacks:
+                callback.on_step_begin(self.state.step + 1)
             self._complete_step(self._train_step())
 
     def _complete_step(self, metrics: Metrics) -> None:
@@ -251,7 +264,8 @@ class Trainer:
         self.session.enter(SAVE, step)
         self.saver.complete_if_written()
         if reason := self.save_clock.reason_to_save(step, is_last=is_last):
-            self.saver.save(self.state, reason, background=self.config.checkpoint.async_save and not is_last)
+            background = self.config.checkpoint.async_save and not is_last
+            self.saver.save(self.state, reason, is_last=is_last, background=background)
 
     def _save(self, state: TrainState, reason: str) -> Path | None:
         self.session.enter(SAVE, state.step)
@@ -264,11 +278,16 @@ class Trainer:
         if not self.state.skipped.in_a_row:
             self.state_before_skips = self.state
         self.session.enter_or_stop("data", step)
+        self.work_clock.start()  # here all ranks have met
         batch = self.loader.next_batch()
         self.session.enter("forward and backward", step)
         self.triplet_losses.clear()
         result = self.policy.step(
-            batch.packs, self.losses["train"], self.topology, before_pack=self.session.before_pack
+            batch.packs,
+            self.losses["train"],
+            self.topology,
+            before_pack=self._before_pack,
+            before_reduction=self.work_clock.switch,
         )
         self.session.enter("metrics", step)
         sums = reduce_sums(result.reports, len(self.metric_names), self.topology)
@@ -281,6 +300,11 @@ class Trainer:
         metrics = {"step": step} | finite_or_none(measured) | counts
         self.state = TrainState(step, self.loader.state_dict(), skipped, unrecorded=metrics)
         return metrics
+
+    def _before_pack(self) -> None:
+        self.work_clock.switch()
+        self.session.before_pack()  # waits for other ranks
+        self.work_clock.switch()
 
     def _record_skip(self, step: int, skipped: SkippedSteps, batch: GlobalBatch, result: StepResult) -> None:
         """Say what was skipped. If it is one step too many, save the state before the skipped steps and give up."""
@@ -296,13 +320,22 @@ class Trainer:
             )
 
     def _costs(self, batch: GlobalBatch, result: StepResult, seconds: float) -> Metrics:
-        """What the step took: the time of the slowest rank, the memory of the fullest rank."""
+        """What the step took: its time, the memory of the fullest rank, the rank that the others waited for."""
         seconds, memory = reduce_over_ranks([seconds, peak_memory_bytes()], dist.ReduceOp.MAX, self.topology)
         # Every rank of a replica counts the replica's packs, so the sum counts each pack once per such rank.
         own_flops = (
             training_flops(self.session.model.architecture, batch.packs) / self.config.parallel.model_parallel_size
         )
-        (flops,) = reduce_over_ranks([own_flops], dist.ReduceOp.SUM, self.topology)
+        work = [0.0] * dist.get_world_size()
+        work[dist.get_rank()] = self.work_clock.seconds()
+        flops, *work = reduce_over_ranks([own_flops, *work], dist.ReduceOp.SUM, self.topology)
+        parallel = self.config.parallel
+        straggler = find_straggler(
+            work,
+            seconds,
+            ranks_per_replica_stage=parallel.tensor_model_parallel_size * parallel.context_parallel_size,
+            stages=parallel.pipeline_model_parallel_size,
+        )
         peak = peak_flops()
         return {
             "grad_norm": result.grad_norm,
@@ -316,6 +349,8 @@ class Trainer:
             "peak_memory_bytes": int(memory),
             "flops": flops,
             "num_processes": dist.get_world_size(),
+            "straggler_rank": None if straggler is None else straggler.rank,
+            "straggler_share": None if straggler is None else straggler.share,
         }
 
     def _must_evaluate(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_solopo.checkpoint import directory
 from megatron_solopo.checkpoint.directory import (
     candidates,
     check_best_metric,
@@ -130,10 +131,31 @@ def kept(root: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("iter_")) for path in root.glob("iter_*"))
 
 
-def test_all_stay_by_default(tmp_path: Path) -> None:
-    for step in range(1, 5):
-        save_measured(tmp_path, step, CheckpointConfig())
-    assert kept(tmp_path) == [1, 2, 3, 4] and read_pointer(tmp_path, "best") is None
+def test_three_stay_by_default_and_all_if_asked(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save_measured(tmp_path / "few", step, CheckpointConfig())
+        save_measured(tmp_path / "all", step, CheckpointConfig(keep_last=None))
+    assert kept(tmp_path / "few") == [3, 4, 5] and read_pointer(tmp_path / "few", "best") is None
+    assert kept(tmp_path / "all") == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_that_was_given_up_after_its_announcement_does_not_become_the_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file system refuses its name, and what was written of it is removed."""
+    publish(complete(tmp_path, 1), tmp_path / checkpoint_name(1))
+    temporary = complete(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(directory, "replace", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            publish(temporary, tmp_path / checkpoint_name(2))
+    shutil.rmtree(temporary)
+    recover(tmp_path)
+    assert read_pointer(tmp_path, "latest") == "iter_0000001" and names(tmp_path) == ["iter_0000001", "latest"]
+
+
+def full_disk(*arguments: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def test_the_newest_and_the_multiples_stay(tmp_path: Path) -> None:
@@ -156,7 +178,7 @@ def test_the_best_stays(greater: bool, best: int, stay: list[int], tmp_path: Pat
 
 def test_what_latest_names_stays_where_a_person_turned_back(tmp_path: Path) -> None:
     for step in range(1, 7):
-        save_measured(tmp_path, step, CheckpointConfig())
+        save_measured(tmp_path, step, CheckpointConfig(keep_last=None))
     (tmp_path / "latest").write_text("iter_0000002\n")
     save_measured(tmp_path, 3, CheckpointConfig(keep_last=2))
     assert kept(tmp_path) == [2, 3, 4, 5, 6], "the one before stays, in case the newest gets damaged"

@@ -5,8 +5,6 @@ Whole runs cover how a run continues under every parallel layout.
 
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,8 +16,9 @@ from megatron_solopo.checkpoint.directory import newest_checkpoint
 from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.checkpoint.manifest import read_manifest, sealed_files, write_manifest
 from megatron_solopo.checkpoint.save import ShardedSave
-from megatron_solopo.errors import UserError
+from megatron_solopo.errors import OutOfSpaceError, UserError
 from megatron_solopo.train.policy import Policy
+from tests.disks import mounted
 
 MODEL_FILES = {"config.json": b"{}", "additional_chat_templates/tool.jinja": b"x"}
 
@@ -132,18 +131,6 @@ def test_a_checkpoint_holds_no_state_of_kernels_and_loads_into_a_model_that_has_
     assert values(policy) == {0.5}
 
 
-@contextmanager
-def mounted(path: Path, options: str) -> Iterator[Path]:
-    path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True)
-    if made.returncode:
-        pytest.skip("mounting a small tmpfs needs root with CAP_SYS_ADMIN")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", path], check=True)
-
-
 @pytest.mark.parametrize("room_kib", [8, 100, 180, 400])
 def test_a_disk_that_fills_up_during_the_save_leaves_what_was_saved(policy, room_kib, tmp_path, monkeypatch) -> None:
     """Real ENOSPC, at several places of a save; what statfs says does not warn of it (a quota, another writer)."""
@@ -154,10 +141,11 @@ def test_a_disk_that_fills_up_during_the_save_leaves_what_was_saved(policy, room
         total = sum(file.stat().st_size for file in good.rglob("*") if file.is_file())
         assert total > 400 << 10, "so that none of the parametrized rooms suffices"
         monkeypatch.setattr(save_module, "_free_bytes", lambda path: 1 << 40)
-        with pytest.raises(UserError) as error:
+        with pytest.raises(OutOfSpaceError) as error:
             save(policy, disk, 2)
         message = str(error.value)
         assert message.startswith(f"{disk / 'iter_0000002'} was not saved: ") and "No space left on device" in message
+        assert "and its file system has 1024.00 GiB free" in message
         assert "\n" not in message and message.endswith("what was saved before is intact")
         assert sorted(path.name for path in disk.iterdir()) == ["iter_0000001", "latest", "other"]
         assert newest_checkpoint(disk, checksums=True, say=pytest.fail) == (good, {"seen": 4, "step": 1})
@@ -191,7 +179,7 @@ def test_a_save_in_the_background_holds_the_state_it_began_with(policy, tmp_path
 
 def test_too_little_room_is_told_before_anything_is_written(policy, tmp_path) -> None:
     with mounted(tmp_path / "disk", "size=1m") as disk:
-        with pytest.raises(UserError, match=r"it takes \d.* are free on its file system") as error:
+        with pytest.raises(UserError, match=r"it takes \d.* and its file system has .* free") as error:
             save(policy, disk, 1)
         assert str(disk / "iter_0000001") in str(error.value)
         assert list(disk.iterdir()) == []

@@ -216,6 +216,7 @@ def test_every_metric_is_on_disk_whatever_its_sign(found: dict[str, Any], folder
         assert other == pytest.approx({name: mine[name] for name in other}, rel=2e-4, abs=1e-5)
     missing = set(ours[0]) - set(theirs[0]) - {"pack_fill"}
     timing = {"step_time", "tokens_per_second", "mfu", "peak_memory_bytes", "flops", "num_processes"}
+    timing |= {"straggler_rank", "straggler_share"}
     of_our_trainer = {"grad_norm", "learning_rate", "skipped", "skipped_steps"} | timing
     assert missing == of_our_trainer | {name for name in missing if name.startswith("eval_")}
 

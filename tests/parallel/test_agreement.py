@@ -22,6 +22,11 @@ def missing_file() -> None:
     Path("/nowhere/at/all").read_bytes()
 
 
+def full_disk() -> None:
+    with Path("/dev/full").open("w") as stream:
+        stream.write("x")
+
+
 def out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
 
@@ -55,6 +60,11 @@ def on_two_ranks() -> dict[str, Any]:
         for name, action in ACTIONS.items()
     }
     found["results"] = {"every": on_every_rank(lambda: rank), "rank 0": on_rank_0(lambda: f"of rank {rank}")}
+    found["full disk"] = {
+        "on every rank": raised(lambda: on_every_rank(full_disk if rank == 1 else lambda: rank)),
+        "on rank 0": raised(lambda: on_rank_0(full_disk)),
+        "and a missing file": raised(lambda: on_every_rank(missing_file if rank == 1 else full_disk)),
+    }
     found["both"] = raised(lambda: on_every_rank(key_error if rank == 1 else user_error))
     return found
 
@@ -64,6 +74,15 @@ def test_results_are_returned() -> None:
         {"every": 0, "rank 0": "of rank 0"},
         {"every": 1, "rank 0": "of rank 0"},
     ]
+
+
+def test_a_full_disk_is_known_as_one_on_all_ranks_unless_something_else_failed_too() -> None:
+    for rank in two_ranks(__name__):
+        found = rank["full disk"]
+        for way in ("on every rank", "on rank 0"):
+            assert (found[way]["type"], found[way]["message"]) == ("OutOfSpaceError", "No space left on device")
+        assert found["and a missing file"]["type"] == "UserError"
+        assert found["and a missing file"]["message"].startswith("/nowhere/at/all: ")
 
 
 @pytest.mark.parametrize("way", ["on every rank", "on rank 0"])

@@ -76,6 +76,7 @@ def test_costs_are_sums_over_the_steps(runs: list[RunRecord]) -> None:
     assert cells["tokens"] == "10,800,000" and cells["model FLOPs"] == "492 PFLOP"
     assert cells["time of steps"] == "0:05:00" and cells["process-hours"] == "0.667"
     assert cells["tokens per second"] == "36,000" and cells["peak memory"] == "42.00 GiB"
+    assert cells["wait for the slowest rank"] == "4.0% (rank 3 in 80% of steps)"
     assert "MFU" not in cells, "not known on this device"
 
 

@@ -55,6 +55,8 @@ def step_line(step: int, seed: int, **changes: Any) -> dict[str, Any]:
         "tokens_per_second": 36_000 * (1 + noise),
         "mfu": None,
         "peak_memory_bytes": 42 * 2**30,
+        "straggler_rank": 6 if step % 5 == 0 else 3,
+        "straggler_share": 0.04,
     }
     if step % 40 == 0:
         line |= {"eval_loss": line["loss"] + 0.03, "eval_rewards/accuracies": line["rewards/accuracies"] - 0.02}

@@ -14,7 +14,7 @@ from tests.prepared import make_prepared
 from tests.tiny_models import make_model
 
 # What depends on the clock and the machine.
-_MEASURED = ("step_time", "tokens_per_second", "mfu", "peak_memory_bytes")
+_MEASURED = ("step_time", "tokens_per_second", "mfu", "peak_memory_bytes", "straggler_rank", "straggler_share")
 
 
 def make_inputs(folder: Path, *, rows: int = 15, eval_count: int = 5) -> Path:

@@ -17,6 +17,7 @@ from megatron_solopo.train.alarms import (
     gap_closes_from_below,
     loss_spike,
     metric_values,
+    same_rank_is_slowest,
 )
 from megatron_solopo.train.state import SkippedSteps, TrainState
 
@@ -53,6 +54,31 @@ def test_a_spike_is_told_with_its_height() -> None:
 def test_a_healthy_course_is_no_spike(losses: list[float | None]) -> None:
     steps = course(losses)
     assert [loss_spike(steps[: end + 1]) for end in range(len(steps))] == [None] * len(steps)
+
+
+def waits(ranks: Sequence[int | None], share: float | None) -> list[dict[str, Any]]:
+    return [{"straggler_rank": rank, "straggler_share": None if rank is None else share} for rank in ranks]
+
+
+def test_a_rank_that_is_the_slowest_again_and_again_is_named() -> None:
+    warning = same_rank_is_slowest(waits([5] * 9 + [1] * 4 + [5] * 7, 0.12))
+    assert warning and warning.startswith("rank 5 is the slowest in 16 of the last 20 steps") and "12% of" in warning
+    assert "profile.ranks=[5]" in warning and "\n" not in warning
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        waits([5] * 19, 0.5),  # too few
+        waits([5, 1] * 10, 0.5),  # now this one, now that one
+        waits([5] * 15 + [1] * 5, 0.5),
+        waits([5] * 20, 0.04),  # it costs little
+        waits([None] * 40, None),  # one replica
+    ],
+    ids=["young", "by turns", "three quarters", "cheap", "one replica"],
+)
+def test_ranks_that_are_late_by_chance_are_no_straggler(steps: list[dict[str, Any]]) -> None:
+    assert same_rank_is_slowest(steps) is None
 
 
 def test_earlier_spikes_do_not_hide_a_later_one() -> None:

@@ -21,7 +21,8 @@ def one_rank() -> Iterator[None]:
 class Run:
     """Steps of `step` seconds and saves of `save` seconds; `saves` maps the steps saved to why.
 
-    The first step begins at `start`, and the run was built `before_first_step` seconds earlier.
+    A save after the first step takes `failing_save` seconds and fails, if that is given. The first
+    step begins at `start`, and the run was built `before_first_step` seconds earlier.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Run:
         save: float,
         start: float = 1e9,
         before_first_step: float = 0,
+        failing_save: float | None = None,
     ) -> None:
         self.now = start - before_first_step
         self.saves: dict[int, str] = {}
@@ -42,6 +44,10 @@ class Run:
         clock.on_start(TrainState(0, {}, SkippedSteps()))
         for number in range(1, steps + 1):
             self.now += step
+            if failing_save is not None and number == 1:
+                clock.on_save_begin()
+                self.now += failing_save
+                clock.on_save_failed()
             if reason := clock.reason_to_save(number, is_last=number == steps):
                 clock.on_save_begin()
                 self.now += save
@@ -57,6 +63,21 @@ def test_steps_and_the_end() -> None:
 def test_minutes_since_the_last_save_began() -> None:
     run = Run(CheckpointConfig(every_minutes=1), steps=10, step=25, save=10)
     assert run.saves == dict.fromkeys((3, 5, 7, 9), "checkpoint.every_minutes=1") | {10: "the end"}
+
+
+def test_a_run_is_saved_every_hour_by_default() -> None:
+    run = Run(CheckpointConfig(), steps=10, step=25 * 60, save=10)
+    assert run.saves == dict.fromkeys((3, 6, 9), "checkpoint.every_minutes=60") | {10: "the end"}
+
+
+def test_a_save_that_failed_is_no_part_of_the_next_steps_time() -> None:
+    """Its time would move the last save before a deadline to an earlier step."""
+    config = CheckpointConfig(must_save_by="2030-01-31T18:00:00+00:00")
+    by = deadline(config)
+    assert by is not None
+    run = Run(config, steps=200, step=10, save=20, start=by - 1500, failing_save=500)
+    _, late, _ = run.saves
+    assert by - 2 * (10 + 20) - 10 <= run.saved_at[late] - 20 and run.saved_at[late] <= by
 
 
 def test_the_last_save_before_a_deadline_is_in_time_and_late() -> None:
@@ -106,7 +127,7 @@ def test_slurms_end_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ("keys", "words"),
     [
         ({"must_save_by": "tomorrow"}, "'tomorrow' is neither an ISO time"),
-        ({"keep_every": 2}, "keep_last"),
+        ({"keep_every": 2, "keep_last": None}, "keep_last"),
         ({"greater_is_better": True}, "best_metric"),
     ],
 )

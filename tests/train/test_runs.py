@@ -249,6 +249,8 @@ def test_metrics_hold_what_is_promised_once_per_step(found: dict[str, Any], fold
         "peak_memory_bytes",
         "flops",
         "num_processes",
+        "straggler_rank",
+        "straggler_share",
         *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies", "chosen_long")),
         *(f"logps/{name}" for name in ("chosen", "rejected", "chosen_long")),
     ]

@@ -31,7 +31,7 @@ from megatron_solopo.files import check_replaceable, read_jsonl, remove, write_j
 from tools.checks.chaos_phases import PHASES, WRITTEN_BY_RANK_0, Moment, run_rank
 from tools.reporting import environment
 
-MEASURED = ("step_time", "tokens_per_second", "mfu", "peak_memory_bytes")
+MEASURED = ("step_time", "tokens_per_second", "mfu", "peak_memory_bytes", "straggler_rank", "straggler_share")
 """Metrics of the machine, not of the computation."""
 STEPS_PER_LIFE, SAVES_PER_LIFE = 5, 2
 OWN_NAMES = ("undisturbed", "killed", "reference", "logs")
