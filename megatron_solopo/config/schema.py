@@ -105,7 +105,7 @@ class TrainingConfig(Section):
     """Evaluate the held-out split every this many steps, and at the end. null: never."""
     try_largest_pack: bool | None = None
     """Run forward and backward of the largest pack before the first step, so that a lack of memory shows at once. null:
-    only on GPUs. It takes as long as that pack takes in a step, once for each pipeline stage."""
+    only on GPUs. It takes as long as that pack takes in a step, once for each pack that a pipeline keeps."""
     max_skipped_steps_in_a_row: PositiveInt = 10
     """A step whose loss or gradient is NaN or infinite is skipped: it updates nothing. After this many skipped steps in
     a row, the run saves the state from before the first of them and ends with an error."""
@@ -125,6 +125,9 @@ class ParallelConfig(Section):
     """Stages that the layers are divided into (PP)."""
     virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None = None
     """Model chunks of each pipeline rank, for the interleaved schedule. null: one chunk and the plain schedule."""
+    pipeline_model_parallel_layout: str | None = None
+    """Layers of each pipeline stage: E embedding, t layer, L loss, | next stage, *N repeats. `Et*7|(t*8|)*2t*7L` has
+    four stages, and counts embedding and loss as a layer each. null: all stages have the same number of layers."""
     context_parallel_size: PositiveInt = 1
     """Ranks that share each sequence (CP)."""
     sequence_parallel: bool | None = None
