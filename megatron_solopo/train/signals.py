@@ -129,7 +129,8 @@ class StopSignals:
         """
         self._requests.finished = True
         if dist.get_rank() == 0:
-            tqdm.write(f"stopped by {stopped}; the same command continues from what is saved")
+            with suppress(OSError):  # the other ranks wait for this one, also if its console takes no more lines
+                tqdm.write(f"stopped by {stopped}; the same command continues from what is saved")
         dist.barrier(group=self._group)
 
 
