@@ -27,6 +27,7 @@ _MODULES = (
     "tests.train.test_step",
     "tests.train.test_model_fingerprint",
     "tests.train.test_signal_stages",
+    "tests.tools.test_pipeline_messages",
 )
 
 
