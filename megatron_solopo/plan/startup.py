@@ -45,7 +45,6 @@ class StartupCounts:
             "ranks": f"{self.ranks:,}",
             "files opened": f"{self.files_opened:,}",
             "bytes read": f"{self.bytes_read:,}",
-            "of weights": f"{self.weight_bytes:,}",
             "exchanges": f"{self.exchanges:,}",
             "bytes exchanged": f"{self.exchanged_bytes:,}",
             "store keys": f"{self.store_keys:,}",

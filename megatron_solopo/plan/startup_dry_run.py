@@ -12,24 +12,44 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
+import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory
 from megatron_solopo.config import Config
 from megatron_solopo.parallel import agreement
 from megatron_solopo.parallel.megatron_internals import simulated_rank
-from megatron_solopo.plan.startup import StartupCounts
-from megatron_solopo.train import preflight
+from megatron_solopo.plan.layouts import without_gpu
+from megatron_solopo.plan.startup import WORLDS, StartupCounts
+from megatron_solopo.train.preflight import check_surroundings
 from megatron_solopo.train.session import open_session
 from megatron_solopo.train.trainer import Trainer
 
 _GPUS_PER_HOST = 8
 _FEW_NUMBERS = 1024
 _IN_OPEN, _IN_ISDIR = 0x20, 0x40000000
+
+
+def count_startups(config: Config) -> list[StartupCounts]:
+    """Count the start in each of `WORLDS` that the layout of `config` divides, without the load of the weights.
+
+    Raises UserError as a real start does, for example where `model.path` holds no weights.
+    """
+    parallel = config.parallel
+    replica = (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
+    with TemporaryDirectory() as folder:
+        trial = without_gpu(config).model_copy(update={"run_dir": Path(folder)})
+        worlds = [ranks for ranks in WORLDS if ranks % replica == 0]
+        # The first start also imports libraries, and is not counted.
+        return [count_startup(trial, ranks, builds_model=False) for ranks in (*worlds[:1], *worlds)][1:]
 
 
 def count_startup(config: Config, ranks: int, *, builds_model: bool) -> StartupCounts:
@@ -42,7 +62,7 @@ def count_startup(config: Config, ranks: int, *, builds_model: bool) -> StartupC
     Raises UserError as a real start does.
     """
     rank = ranks - 1
-    store = dist.HashStore()
+    store = HashStore()
     counter = _Counter(_folders(config))
     places = {"LOCAL_RANK": str(rank % _GPUS_PER_HOST), "LOCAL_WORLD_SIZE": str(min(ranks, _GPUS_PER_HOST))}
     with ExitStack() as stack:
@@ -51,7 +71,7 @@ def count_startup(config: Config, ranks: int, *, builds_model: bool) -> StartupC
         stack.enter_context(simulated_rank(rank, ranks, store))
         stack.enter_context(counter.counting())
         session = stack.enter_context(open_session(config))
-        preflight.check_surroundings(config, session.model.architecture, session.topology, lambda _: None)
+        check_surroundings(config, session.model.architecture, session.topology, lambda _: None)
         if builds_model:
             Trainer(session).prepare()
         counter.stop()
@@ -102,7 +122,7 @@ class _Counter:
             (dist, "broadcast_object_list", self._broadcast_object_list),
             (dist, "all_reduce", self._all_reduce(dist.all_reduce)),
             (agreement, "_attempt_on_rank_0", self._attempt_on_rank_0),
-            (preflight.psutil, "disk_usage", lambda path: mock.Mock(free=1 << 60)),
+            (psutil, "disk_usage", lambda path: mock.Mock(free=1 << 60)),
             (SafetensorsDirectory, "read", self._read(SafetensorsDirectory.read)),
         ]
         with ExitStack() as stack:

@@ -1,5 +1,6 @@
 """Starts of large worlds: what one rank opens, reads and exchanges does not grow with the number of ranks."""
 
+import shutil
 from datetime import timedelta
 from threading import Thread
 from typing import Any
@@ -9,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_solopo.config import Config
+from megatron_solopo.plan.answer import startup_text
 from megatron_solopo.plan.startup import WORLDS, StartupCounts
-from megatron_solopo.plan.startup_dry_run import count_startup
+from megatron_solopo.plan.startup_dry_run import count_startup, count_startups
 from megatron_solopo.train.trainer import precompute_reference
 from tests.prepared import make_prepared, make_tokenizer
 from tests.tiny_models import make_model
@@ -38,7 +40,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture(scope="module")
 def counts(config: Config) -> list[StartupCounts]:
     """After one start that is not counted, because it imports libraries."""
-    return [count_startup(config, ranks, builds_model=True) for ranks in (8, *WORLDS)][1:]
+    counts = [count_startup(config, ranks, builds_model=True) for ranks in (8, *WORLDS)][1:]
+    shutil.rmtree(config.run_dir)
+    return counts
 
 
 def test_what_a_rank_exchanges_is_the_same_in_every_world(counts: list[StartupCounts]) -> None:
@@ -64,6 +68,18 @@ def test_store_and_connections_grow_slower_than_the_number_of_ranks(counts: list
     small, _, large = counts
     assert large.store_keys <= small.store_keys + 2
     assert large.gloo_groups[-2:] == (32, 32) and small.gloo_groups[-1] == 8, "those for signals"
+
+
+def test_a_plan_prints_the_counts_and_writes_nothing_into_the_run_directory(config: Config) -> None:
+    rows = startup_text(count_startups(config)).splitlines()[2:]
+    assert [row.split()[0] for row in rows] == ["8", "64", "1,024"]
+    assert rows[1].split()[1:5] == rows[2].split()[1:5], "files, bytes read, exchanges, bytes exchanged"
+    assert not config.run_dir.exists()
+
+
+def test_a_plan_says_why_nothing_is_counted() -> None:
+    assert startup_text("no weights") == "Start-up: not counted: no weights"
+    assert "no world of 8, 64, 1024 ranks is a multiple" in startup_text([])
 
 
 class CountingStore(dist.Store):
