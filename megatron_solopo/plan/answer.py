@@ -107,6 +107,23 @@ class PlannedRun:
                     found[f"{section}.{name}"] = value
         return [f"{key}={_as_yaml(value)}" for key, value in found.items()]
 
+    def host_bytes_per_node(self) -> dict[str, float]:
+        """Host memory on the fullest node, beyond the processes themselves, by what takes it.
+
+        Megatron numbers the ranks of one pipeline stage after the other, and a node has consecutive ranks.
+        """
+        stages, gpus, per_node = self.estimate.stages, self.layout.gpus, self.estimate.gpu.gpus_per_node
+        per_stage = gpus // len(stages)
+        nodes = [
+            [stages[rank // per_stage] for rank in range(first, min(first + per_node, gpus))]
+            for first in range(0, gpus, per_node)
+        ]
+        return {
+            "optimizer": max(sum(stage.host for stage in node) for node in nodes),
+            "save": max(sum(stage.save_host for stage in node) for node in nodes),
+            "resume": max(sum(stage.resume_host for stage in node) for node in nodes),
+        }
+
     def as_json(self) -> dict[str, Any]:
         """All figures, in bytes and seconds."""
         estimate, time = self.estimate, self.estimate.time
@@ -122,6 +139,7 @@ class PlannedRun:
                 | stage.parts
                 for stage in estimate.stages
             ],
+            "host_bytes_per_node": self.host_bytes_per_node(),
             "step_seconds": time.seconds,
             "busiest_stage_seconds": time.compute.parts,
             "pipeline_seconds": time.timeline.seconds,
@@ -160,6 +178,7 @@ class PlannedRun:
             "",
             "Memory, GiB per GPU of each pipeline rank",
             _table(memory),
+            self._host_line(),
             "",
             "Step, seconds",
             *self._time_lines(),
@@ -172,6 +191,13 @@ class PlannedRun:
             f"Overrides: {' '.join(self.overrides)}",
         ]
         return "\n".join(lines)
+
+    def _host_line(self) -> str:
+        found = {name: f"{size / GIB:,.1f}" for name, size in self.host_bytes_per_node().items()}
+        return (
+            f"Host memory, GiB on the fullest node: optimizer state {found['optimizer']}; "
+            f"a save {found['save']}, the same in the background; a resume {found['resume']}"
+        )
 
     def _time_lines(self) -> list[str]:
         time = self.estimate.time
