@@ -225,13 +225,6 @@ class Policy:
             reports, float(grad_norm), learning_rate, bool(broken), bool(self.chunks[0].gradient_was_finite)
         )
 
-    def evaluate(
-        self, packs: Sequence[Pack], loss_function: Callable[[Microbatch], LossFunction], topology: Topology
-    ) -> list[torch.Tensor]:
-        """Forward only; returns the packs' reports."""
-        with torch.no_grad():
-            return run_schedule(self.chunks, packs, loss_function, topology, forward_only=True)
-
 
 def load_model(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) -> list[ResponseModel]:
     """Build this rank's chunks of a model and load its weights.

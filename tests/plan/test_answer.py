@@ -27,10 +27,10 @@ def test_vanilla_long_training_costs_about_twice_and_its_reference_pass_is_count
     ours, vanilla = estimate(planner, cp=8), estimate(other, cp=8)
     assert 1.8 < vanilla.time.seconds / ours.time.seconds < 2.0
     runs = [PlannedRun(planner, ours, 2.0), PlannedRun(other, vanilla, 2.0)]
-    assert all(0 < run.reference_seconds < run.steps * run.estimate.time.seconds for run in runs)
+    assert all(0 < run.reference.seconds < run.steps * run.estimate.time.seconds for run in runs)
     assert runs[0].cost == pytest.approx(2.0 * 8 * runs[0].hours)
     simpo = make_planner("llama-3.1-8b", "objective.loss_type=simpo", gpus=8)
-    assert PlannedRun(simpo, estimate(simpo, cp=8), None).reference_seconds == 0
+    assert PlannedRun(simpo, estimate(simpo, cp=8), None).reference.seconds == 0
 
 
 def test_the_overrides_make_the_layout_of_the_configuration_given() -> None:
