@@ -28,7 +28,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -231,6 +231,24 @@ def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
         parameter._high_precision_init_val = value.to("cpu", copy=True)  # type: ignore[attr-defined]
 
 
+def broadcast_parameter(parameter: torch.nn.Parameter, owner: int, group: dist.ProcessGroup) -> None:
+    """Give a parameter, on all ranks of a group, the value that `assign` gave it on the one with number `owner`.
+
+    Versions: 0.16 and 0.19. Of an FP8 parameter the exact value is sent, see `assign`.
+    """
+    if group.size() == 1:
+        return
+    source, is_owner = dist.get_global_rank(group, owner), group.rank() == owner
+    if not hasattr(parameter, "get_high_precision_init_val"):
+        dist.broadcast(parameter.detach(), source, group)
+        return
+    exact = parameter.get_high_precision_init_val() if is_owner else torch.empty(parameter.shape, dtype=torch.bfloat16)
+    value = exact.to(parameter.device)
+    dist.broadcast(value, source, group)
+    if not is_owner:
+        assign(parameter, value)
+
+
 def release_exact_values(model: torch.nn.Module) -> None:
     """Free the host memory of the exact values (see `assign`), once the optimizer is built or there is none."""
     for parameter in model.parameters():
@@ -246,6 +264,24 @@ STATE_NAMES = ("param", "exp_avg", "exp_avg_sq")
 Versions: 0.16 and 0.19. Upstream: `_get_main_param_and_optimizer_states` in
 `megatron/core/optimizer/distrib_optimizer.py`.
 """
+
+
+def make_optimizer(config: OptimizerConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Megatron's optimizer, whose ranks learn of the parameter groups of their own model replica alone.
+
+    Versions: 0.16 and 0.19. Megatron gathers the keys of all ranks' groups on every rank, so that all ranks have the
+    same groups in the same order. That grows with the square of the number of ranks over all of them. The ranks of one
+    replica have all the keys that there are.
+    Upstream: `_get_param_groups` in `megatron/core/optimizer/__init__.py`.
+    """
+    replica, gather = parallel_state.get_model_parallel_group(), dist.all_gather_object
+
+    def gather_in_replica(found: list[Any], own: Any) -> None:
+        found[:] = [None] * replica.size()
+        gather(found, own, replica)
+
+    with mock.patch.object(dist, "all_gather_object", gather_in_replica):
+        return get_megatron_optimizer(config, chunks)
 
 
 def gradient_buffers(chunk: DistributedDataParallel) -> list[Any]:
@@ -443,10 +479,10 @@ class _PlanKeeper(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
 
 @contextmanager
-def simulated_rank(rank: int, world_size: int) -> Iterator[None]:
+def simulated_rank(rank: int, world_size: int, store: Any = None) -> Iterator[None]:
     """Within the block, this process is one of `world_size` ranks of which no other exists.
 
-    Collectives return at once and move nothing.
+    Collectives return at once and move nothing. Only the caller may read from the `store`, where one is given.
     Versions: 0.16 and 0.19. Megatron makes some of its groups on gloo by name, which waits for the other ranks. The
     fake backend is torch's own, made for its tests (`torch/testing/_internal/distributed/fake_pg.py`).
     Upstream: `megatron/core/parallel_state.py`.
@@ -457,7 +493,7 @@ def simulated_rank(rank: int, world_size: int) -> Iterator[None]:
     def without_gloo(*args: Any, **kwargs: Any) -> Any:
         return new_group(*args, **kwargs | {"backend": None})
 
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=store or FakeStore())
     try:
         with mock.patch.object(dist, "new_group", without_gloo):
             yield
