@@ -68,12 +68,16 @@ class Saver:
                 "set run_dir to another directory"
             )
         checksums = self._config.checkpoint.verify == "checksums"
-        self._found = newest_checkpoint(self._root, checksums=checksums, say=say)
+        notes: list[str] = []
+
+        def accept(path: Path, saved: dict[str, Any]) -> None:
+            notes.extend(self._identity.check(saved, path))
+            loader.load_state_dict(saved["loader"])
+
+        self._found = newest_checkpoint(self._root, checksums=checksums, say=say, accept=accept)
         if self._found is None:
             return TrainState(0, loader.state_dict(), SkippedSteps())
-        path, saved = self._found
-        notes = self._identity.check(saved, path)
-        loader.load_state_dict(saved["loader"])
+        _, saved = self._found
         for line in notes:
             say(line)
         skipped = SkippedSteps(**saved["skipped"])

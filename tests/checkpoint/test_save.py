@@ -19,6 +19,7 @@ from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.checkpoint.manifest import read_manifest, sealed_files, write_manifest
 from megatron_solopo.checkpoint.save import ShardedSave
 from megatron_solopo.errors import UserError
+from megatron_solopo.parallel.megatron_internals import dense_optimizer
 from megatron_solopo.train.policy import Policy
 
 MODEL_FILES = {"config.json": b"{}", "additional_chat_templates/tool.jinja": b"x"}
@@ -42,6 +43,18 @@ def save(policy: Policy, root: Path, step: int) -> Path:
 
 def newest(root: Path) -> tuple[Path, dict[str, int]] | None:
     return newest_checkpoint(root, checksums=True, say=pytest.fail)
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_that_is_not_finite_is_refused(policy: Policy, name: str, tmp_path: Path) -> None:
+    state = next(iter(dense_optimizer(policy.optimizer).optimizer.state.values()))
+    kept = state[name].clone()
+    state[name].view(-1)[-1] = torch.inf
+    path = save(policy, tmp_path, 1)
+    state[name].copy_(kept)
+    with pytest.raises(UserError, match=f"iter_0000001: the optimizer's {name} is not finite"):
+        load_checkpoint(path, policy.chunks, policy.optimizer)
+    next(iter(dense_optimizer(policy.optimizer).optimizer.state.values()))[name].copy_(kept)
 
 
 class Interrupted(BaseException):
