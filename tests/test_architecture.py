@@ -23,7 +23,7 @@ class Package:
 # "" is the package's own __init__; a dotted name is one module that lives apart from its package.
 PACKAGES = {
     **dict.fromkeys(("", "errors", "exits", "progress"), Package(0)),
-    **dict.fromkeys(("command_settings", "files"), Package(1)),
+    **dict.fromkeys(("command_settings", "files", "journal"), Package(1)),
     **dict.fromkeys(("checksums", "config", "results"), Package(2)),
     "architecture": Package(3),
     "run_directory": Package(4),
@@ -36,7 +36,7 @@ PACKAGES = {
     "model": Package(6, megatron=True),
     "checkpoint": Package(7, megatron=True),
     "train": Package(8, megatron=True),
-    **dict.fromkeys(("evaluate", "integrations", "plan.dry_run"), Package(9, megatron=True)),
+    **dict.fromkeys(("evaluate", "integrations", "plan.dry_run", "plan.startup_dry_run"), Package(9, megatron=True)),
     **dict.fromkeys(("cli", "launch"), Package(10)),
     "__main__": Package(11),
 }

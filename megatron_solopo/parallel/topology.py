@@ -16,6 +16,7 @@ from megatron_solopo.architecture.layout import (
     check_world_size,
     pack_multiple,
     packs_multiple,
+    packs_per_part,
     sequence_multiple,
     wanted_packs,
 )
@@ -24,7 +25,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import cpu
 
 # At most this many gloo groups are as large as the world: ten on CPUs, if all of it is data parallel. Beside NCCL there
-# are four: three of Megatron's, and one for signals.
+# are three of Megatron's.
 _WORLD_GROUPS = 10
 _OTHER_FILES = 1024
 
@@ -60,6 +61,11 @@ class Topology:
     def wanted_packs(self) -> int:
         """Number of a rank's packs that keeps the pipeline busy."""
         return wanted_packs(self.pipeline_group.size())
+
+    @property
+    def packs_per_part(self) -> int:
+        """Number of packs that a rank runs in one go in a pass over a data set."""
+        return packs_per_part(self.pipeline_group.size())
 
     @property
     def is_last_stage(self) -> bool:

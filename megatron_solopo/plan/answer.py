@@ -17,6 +17,8 @@ from megatron_solopo.plan.calibration import calibrate_efficiency
 from megatron_solopo.plan.layouts import Layout, make_layout, parse_sizes
 from megatron_solopo.plan.memory import GIB, RankCheck
 from megatron_solopo.plan.search import LayoutEstimate, Planner, SearchResult
+from megatron_solopo.plan.startup import WORLDS, StartupCounts
+from megatron_solopo.plan.timing import PassTime
 from megatron_solopo.plan.workload import read_workload
 
 _HOUR = 3600.0
@@ -57,18 +59,17 @@ class PlannedRun:
         triplets = training.num_train_epochs * self.planner.workload.num_triplets
         return training.max_steps or -int(-triplets // training.global_batch_size)
 
-    @property
-    def reference_seconds(self) -> float:
-        """Seconds for scoring every sequence once with the reference model; 0 if the loss needs none."""
+    @cached_property
+    def reference(self) -> PassTime:
+        """The time for scoring every sequence once with the reference model; nothing if the loss needs none."""
         if not self.layout.config.objective.needs_reference:
-            return 0.0
-        seconds_per_triplet = self.estimate.time.forward_seconds / self.estimate.batch.num_triplets
-        return seconds_per_triplet * self.planner.workload.num_triplets
+            return PassTime(0.0, 0.0)
+        return self.planner.time_reference(self.layout)
 
     @property
     def hours(self) -> float:
         """Wall clock, with the reference pass."""
-        return (self.steps * self.estimate.time.seconds + self.reference_seconds) / _HOUR
+        return (self.steps * self.estimate.time.seconds + self.reference.seconds) / _HOUR
 
     @property
     def gpu_hours(self) -> float:
@@ -151,7 +152,8 @@ class PlannedRun:
             "balance": estimate.batch.balance,
             "packs": estimate.batch.num_packs,
             "steps": self.steps,
-            "reference_seconds": self.reference_seconds,
+            "reference_seconds": self.reference.seconds,
+            "reference_bubble": self.reference.bubble,
             "hours": self.hours,
             "gpu_hours": self.gpu_hours,
             "cost": self.cost,
@@ -170,6 +172,7 @@ class PlannedRun:
             for stage in estimate.stages
         ]
         cost = "" if self.cost is None else f", cost {self.cost:,.0f}"
+        waiting = f" (pipeline stages wait {self.reference.bubble:.1%})" if self.reference.bubble else ""
         lines = [
             f"{layout.name} on {layout.gpus} x {gpu.device_name}; settings: {layout.savers}",
             f"{fits}; pipeline rank {estimate.fullest.pipeline_rank} is the fullest; "
@@ -185,7 +188,7 @@ class PlannedRun:
             f"Packing: {batch.num_packs} packs of {batch.num_triplets} triplets, {batch.pad_waste:.2%} padding, "
             f"balance {batch.balance:.3f} (1: all ranks have equal work)",
             f"Run: {self.steps:,} steps, {self.hours:,.2f} h with a reference pass of "
-            f"{self.reference_seconds / _HOUR:.2f} h, {self.gpu_hours:,.0f} GPU-hours{cost} "
+            f"{self.reference.seconds / _HOUR:.2f} h{waiting}, {self.gpu_hours:,.0f} GPU-hours{cost} "
             "(without checkpoints and evaluation)",
             f"Overrides: {' '.join(self.overrides)}",
         ]
@@ -195,7 +198,7 @@ class PlannedRun:
         found = {name: f"{size / GIB:,.1f}" for name, size in self.host_bytes_per_node().items()}
         return (
             f"Host memory, GiB on the fullest node: optimizer state {found['optimizer']}; "
-            f"a save {found['save']}, the same in the background; a resume {found['resume']}"
+            f"a save {found['save']}, which async_save keeps; a resume {found['resume']}"
         )
 
     def _time_lines(self) -> list[str]:
@@ -217,7 +220,7 @@ class PlannedRun:
             "MFU": f"{self.model_flops_utilization:.0%}",
             "bubble": f"{estimate.time.timeline.bubble:.0%}",
             "GiB": f"{estimate.fullest.total / GIB:.1f}",
-            "reference h": f"{self.reference_seconds / _HOUR:,.2f}",
+            "reference h": f"{self.reference.seconds / _HOUR:,.2f}",
             "hours": f"{self.hours:,.2f}",
             "GPU-hours": f"{self.gpu_hours:,.0f}",
         }
@@ -237,6 +240,8 @@ class PlanAnswer:
     """The other objective's best layout, if that is to be compared."""
     rank_checks: Sequence[RankCheck] = ()
     """The result of the dry run."""
+    startup: Sequence[StartupCounts] | str = ()
+    """What a start costs one rank in worlds of several sizes, or why it was not counted."""
 
     def as_text(self) -> str:
         """Tables for a terminal."""
@@ -263,7 +268,7 @@ class PlanAnswer:
             )
             parts.append(_table(objectives))
         if self.rank_checks:
-            parts.append(_dry_run_text(self.rank_checks))
+            parts += [_dry_run_text(self.rank_checks), startup_text(self.startup)]
         return "\n\n".join(parts)
 
     def as_json(self) -> str:
@@ -280,6 +285,7 @@ class PlanAnswer:
             "num_fitting": self.search.num_fitting,
             "refused": [vars(each) for each in self.search.refused],
             "dry_run": [check.as_json() for check in self.rank_checks],
+            "startup": self.startup if isinstance(self.startup, str) else [each.as_json() for each in self.startup],
         }
         return json.dumps(found, indent=2, allow_nan=False)
 
@@ -303,6 +309,19 @@ def _dry_run_text(checks: Sequence[RankCheck]) -> str:
         for check in checks
     ]
     return f"{title}\n{_table(rows)}"
+
+
+def startup_text(counts: Sequence[StartupCounts] | str) -> str:
+    """A table of the counts, or why there are none."""
+    if isinstance(counts, str):
+        return f"Start-up: not counted: {counts}"
+    if not counts:
+        return f"Start-up: not counted: no world of {', '.join(map(str, WORLDS))} ranks is a multiple of this layout"
+    title = (
+        "Start-up: what one rank other than rank 0 opens, reads and exchanges until its weights are loaded, in this "
+        "layout"
+    )
+    return f"{title}\n{_table(each.figures() for each in counts)}"
 
 
 def _table(rows: Iterable[Mapping[str, str]]) -> str:

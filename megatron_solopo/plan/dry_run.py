@@ -36,7 +36,7 @@ from megatron_solopo.parallel.megatron_internals import (
     simulated_rank,
 )
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.plan.layouts import DistinctRank, Layout, distinct_ranks, replace_settings
+from megatron_solopo.plan.layouts import DistinctRank, Layout, distinct_ranks, without_gpu
 from megatron_solopo.plan.memory import RankCheck, peak_activations, rank_state
 from megatron_solopo.plan.workload import PackShape
 from megatron_solopo.train.policy import build_optimizer, wrap_data_parallel
@@ -59,13 +59,7 @@ def dry_run(architecture: Architecture, layout: Layout, pack: PackShape, num_pac
 
     Raises RuntimeError or AssertionError of Megatron-Core if it cannot run the layout.
     """
-    # FP8, Transformer Engine and state in host memory need a GPU. They do not change any parameter.
-    config = replace_settings(
-        layout.config,
-        model={"fp8": None, "fp8_param": False, "first_last_layers_bf16": False, "implementation": "local"},
-        optimizer={"optimizer_offload_fraction": 0.0},
-        parallel={"cpu_offloading_num_layers": 0},
-    )
+    config = without_gpu(layout.config)
     on_cpu = replace(layout, config=config)
     sizes = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1
     num_packs = min(num_packs, packs_at_peak(*sizes))
@@ -275,6 +269,7 @@ def _run_schedule(
         run_microbatches(
             wrapped,
             [microbatch] * num_packs,
+            [microbatch.tokens_1t.shape[1]] * num_packs,
             lambda _: loss,
             forward_only=False,
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -24,6 +24,7 @@ from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.megatron_internals import (
     fuse_weight_gradients,
     gradient_buffers,
+    make_optimizer,
     release_exact_values,
 )
 from megatron_solopo.parallel.topology import Topology
@@ -77,7 +78,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
     """Adam over this rank's parameters, with fp32 master weights where the model is bfloat16."""
     model = chunks[0].module.config
     dtype = model.params_dtype
-    return get_megatron_optimizer(
+    return make_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=optimizer.lr,
@@ -224,13 +225,6 @@ class Policy:
         return StepResult(
             reports, float(grad_norm), learning_rate, bool(broken), bool(self.chunks[0].gradient_was_finite)
         )
-
-    def evaluate(
-        self, packs: Sequence[Pack], loss_function: Callable[[Microbatch], LossFunction], topology: Topology
-    ) -> list[torch.Tensor]:
-        """Forward only; returns the packs' reports."""
-        with torch.no_grad():
-            return run_schedule(self.chunks, packs, loss_function, topology, forward_only=True)
 
 
 def load_model(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) -> list[ResponseModel]:

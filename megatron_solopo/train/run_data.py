@@ -1,22 +1,20 @@
 """The prepared data of a run, checked against its objective and its model, and the batches that this rank reads."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch.distributed as dist
-from tqdm import tqdm
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.config import Config, Role
-from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, TripletDataset, sequential_batches
+from megatron_solopo.data.loader import GlobalBatchLoader, Packing, SinglePass, TripletDataset
 from megatron_solopo.data.model_fit import Reader, check_readers
-from megatron_solopo.data.prepared import PreparedManifest, load_prepared
+from megatron_solopo.data.prepared import PreparedData, PreparedManifest, load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
+from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.progress import bar_style
-
-_SINGLE_PASS_TRIPLETS_PER_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -32,40 +30,55 @@ class RunDatasets:
     """What could not be checked, one line each."""
 
 
-def load_run_datasets(config: Config, architecture: Architecture) -> RunDatasets:
-    """Open `data.path`, and check it against the config and against every model that reads it.
+def load_run_datasets(config: Config, architecture: Architecture, prepared: PreparedData | None = None) -> RunDatasets:
+    """Open `data.path`, and check it against the config and against every model that reads it. All ranks together.
+
+    Each rank maps the rows that it will read. Rank 0 alone loads tokenizers, and reads all tokens where an older
+    version of the data does not state what they are.
 
     Args:
         architecture: of `model.path`. That of `reference.model_path` is read here.
+        prepared: `data.path`, where the caller has opened it already.
 
-    Raises UserError if the data is incomplete, or does not fit the config:
+    Raises UserError on every rank if the data is incomplete, or does not fit the config:
 
     - it holds pairs, but the objective needs triplets;
     - a model cannot read it, see `data.model_fit`;
     - it has no held-out split, but `training.eval_steps` is set.
     """
-    prepared = load_prepared(config.data.path)
-    manifest = prepared.manifest
+    opened = prepared or on_every_rank(lambda: load_prepared(config.data.path))
+    manifest, checked, notes = on_rank_0(lambda: _check(config, architecture, opened))
+    columns = {"short": opened.prompt_column("short"), "long": opened.prompt_column("long")}
+    datasets = {"train": TripletDataset(opened.train, columns, architecture)}
+    if opened.eval is not None:
+        datasets["eval"] = TripletDataset(opened.eval, columns, architecture)
+    return RunDatasets(manifest, datasets, checked, tuple(notes))
+
+
+def _check(
+    config: Config, architecture: Architecture, prepared: PreparedData
+) -> tuple[PreparedManifest, str, list[str]]:
+    """On rank 0: the manifest with the hash of the tokens, what was checked, and what could not be."""
+    manifest = prepared.hashed_manifest()
     if manifest.kind == "pair" and config.objective.name == "solopo":
         raise UserError(
             f"{config.data.path}: holds plain pairs (prompt, chosen, rejected), but objective.name=solopo needs "
             "prompt_short and prompt_long; prepare triplets, or set objective.name=short_po"
         )
-    contexts = {role.context for role in config.objective.roles.all}
-    readers = _readers(config, architecture)
-    notes = check_readers(readers, prepared, config.data.path, contexts)
-    columns = {"short": prepared.prompt_column("short"), "long": prepared.prompt_column("long")}
-    datasets = {"train": TripletDataset(prepared.train, columns, architecture)}
-    if prepared.eval is not None:
-        datasets["eval"] = TripletDataset(prepared.eval, columns, architecture)
-    elif config.training.eval_steps is not None:
+    if prepared.eval is None and config.training.eval_steps is not None:
         raise UserError(
             f"training.eval_steps={config.training.eval_steps}, but {config.data.path} has no held-out split; "
             "prepare it with --eval-count, or remove the key"
         )
+    contexts = {role.context for role in config.objective.roles.all}
+    readers = _readers(config, architecture)
+    notes = check_readers(readers, prepared, config.data.path, contexts)
     unknown = f" ({counted(len(notes), 'tokenizer')} not known)" if notes else ""
-    checked = f"{counted(len(readers), 'model')}: tokenizer, vocabulary and positions fit the data{unknown}"
-    return RunDatasets(manifest, datasets, checked, tuple(notes))
+    return (
+        manifest,
+        f"{counted(len(readers), 'model')}: tokenizer, vocabulary and positions fit the data{unknown}",
+        notes,
+    )
 
 
 def _readers(config: Config, architecture: Architecture) -> list[Reader]:
@@ -107,26 +120,20 @@ def single_pass(
     config: Config,
     dataset: TripletDataset,
     topology: Topology,
-    label: str,
     roles: Sequence[Role] | None = None,
-    before_batch: Callable[[], None] | None = None,
-) -> Iterator[GlobalBatch]:
-    """Every triplet once, with a progress bar named `label` on rank 0.
-
-    A batch may repeat packs, so that all ranks have equally many; those are not `counted`.
+    done: NDArray[np.bool_] | None = None,
+) -> SinglePass:
+    """This rank's packs of a pass over every triplet; raises UserError if a triplet is larger than a pack.
 
     Args:
         roles: the sequences of a triplet that share a pack; None: those that the objective reads.
-        before_batch: called before every batch, by all ranks together.
+        done: see `SinglePass`.
     """
-    chunk_size = _SINGLE_PASS_TRIPLETS_PER_RANK * topology.data_group.size()
+    # A pipeline wants whole parts. Without one, packs are as large as they may be.
+    wanted = topology.packs_per_part if topology.pipeline_group.size() > 1 else 1
+    packing = replace(_packing(config, topology), wanted_packs=wanted)
     roles = config.objective.roles.all if roles is None else roles
-    batches = sequential_batches(dataset, roles, _packing(config, topology), chunk_size=chunk_size)
-    total = -(-len(dataset) // chunk_size)
-    for batch in tqdm(batches, label, total, unit="batch", disable=dist.get_rank() != 0, **bar_style("batches")):
-        if before_batch is not None:
-            before_batch()
-        yield batch
+    return SinglePass(dataset, roles, packing, packs_per_part=topology.packs_per_part, done=done)
 
 
 def _packing(config: Config, topology: Topology) -> Packing:

@@ -40,10 +40,11 @@ from megatron_solopo.train.metrics import (
 from megatron_solopo.train.policy import Policy, StepResult, build_policy, check_schedule, describe_decay, load_frozen
 from megatron_solopo.train.preflight import Finding, Trial, check_surroundings, tries_largest_pack, try_largest_pack
 from megatron_solopo.train.reference import reference_logprobs
-from megatron_solopo.train.run_data import single_pass, training_batches
+from megatron_solopo.train.run_data import training_batches
 from megatron_solopo.train.saving import Saver
 from megatron_solopo.train.session import Session, open_session
 from megatron_solopo.train.signals import Stopped
+from megatron_solopo.train.single_pass import run_single_pass
 from megatron_solopo.train.state import Metrics, SkippedSteps, TrainState
 from megatron_solopo.train.step import LossFunction, ReferenceLogprobs, objective_loss
 from megatron_solopo.train.watchdog import SAVE
@@ -110,7 +111,7 @@ def _reference_logprobs(session: Session, *, overwrite: bool = False, step: int 
         session.datasets,
         session.topology,
         overwrite=overwrite,
-        before_batch=lambda: session.enter_or_stop("reference pass", step),
+        points=session.points("reference pass", step),
     )
 
 
@@ -130,16 +131,15 @@ class Trainer:
         self.loader = training_batches(config, self.datasets["train"], self.topology)
         self.save_clock = SaveClock(config.checkpoint)
         self.callbacks = self._build_callbacks()
-        self.saver = Saver(config, RunIdentity(config, datasets, session.max_steps), self.callbacks)
+        session.enter("checksums of the weights", 0)
+        identity = RunIdentity(config, datasets, session.max_steps, session.watchdog.progress)
+        self.saver = Saver(config, identity, self.callbacks)
         self.state = self.state_before_skips = TrainState(0, self.loader.state_dict(), SkippedSteps())
         self.triplet_losses = TripletLosses()
 
     def run(self) -> None:
         """Train to the last step; or save and raise Stopped, if a signal asked to stop."""
-        self.state = self.state_before_skips = self.saver.find_checkpoint(self.loader)
-        self._prepare_reference()
-        self.policy = build_policy(self.config, self.session.model, self.topology, self.session.max_steps)
-        self.saver.restore(self.policy, self.state)
+        self.prepare()
         trial = None
         if not self._is_finished() and tries_largest_pack(self.config, self.topology):
             trial = _try_largest_pack(self.session, self.policy, self.loader)
@@ -154,6 +154,13 @@ class Trainer:
             raise
         finally:
             self._end_threads()
+
+    def prepare(self) -> None:
+        """Find the checkpoint to continue from, get the reference log-probs, and load the policy."""
+        self.state = self.state_before_skips = self.saver.find_checkpoint(self.loader)
+        self._prepare_reference()
+        self.policy = build_policy(self.config, self.session.model, self.topology, self.session.max_steps)
+        self.saver.restore(self.policy, self.state)
 
     def _build_callbacks(self) -> list[Callback]:
         config, run_dir = self.config, self.config.run_dir
@@ -325,17 +332,18 @@ class Trainer:
 
     def _evaluate(self) -> Metrics:
         """Mean metrics over the whole held-out split, with the prefix `eval_`."""
-        dataset, step = self.datasets["eval"], self.state.step
+        dataset = self.datasets["eval"]
         reports: list[Any] = []
-        for batch in single_pass(
+        run_single_pass(
             self.config,
+            self.policy.chunks,
             dataset,
             self.topology,
+            self.losses["eval"],
+            lambda pack, report: reports.append(report),
             "evaluation",
-            before_batch=lambda: self.session.enter_or_stop("evaluation", step),
-        ):
-            found = self.policy.evaluate(batch.packs, self.losses["eval"], self.topology)
-            reports += [report for report, counted in zip(found, batch.counted, strict=bool(found)) if counted]
+            points=self.session.points("evaluation", self.state.step),
+        )
         sums = reduce_sums(reports, len(self.metric_names), self.topology)
         means = {f"eval_{name}": total / len(dataset) for name, total in zip(self.metric_names, sums, strict=True)}
         return finite_or_none(means)
