@@ -198,14 +198,14 @@ class PlannedRun:
         found = {name: f"{size / GIB:,.1f}" for name, size in self.host_bytes_per_node().items()}
         return (
             f"Host memory, GiB on the fullest node: optimizer state {found['optimizer']}; "
-            f"a save {found['save']}, the same in the background; a resume {found['resume']}"
+            f"a save {found['save']}, which async_save keeps; a resume {found['resume']}"
         )
 
     def _time_lines(self) -> list[str]:
         time = self.estimate.time
         busiest = ", ".join(f"{name} {seconds:.3f}" for name, seconds in time.compute.parts.items())
         return [
-            f"  last pipeline rank, all packs: {busiest}",
+            f"  busiest pipeline rank, all packs: {busiest}",
             f"  pipeline {time.timeline.seconds:.3f}: {describe_bubble(time.timeline.bubble)}",
             f"  gradient reduction and parameter gather {time.data_traffic:.3f}, optimizer {time.optimizer:.3f}",
             f"  whole step {time.seconds:.3f}: {self.estimate.triplets_per_second:.3f} triplets/s",
