@@ -20,8 +20,6 @@ import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
@@ -413,8 +411,6 @@ class ShardedFiles:
     ) -> None:
         """Plan, on all ranks together; writes nothing but, with megatron-core 0.16, rank 0's `common.pt`."""
         filesystem_async._results_queue = queue.Queue()  # Megatron would start a process that holds a queue
-        tensors = (each.data for each in nested_values(state) if isinstance(each, ShardedBase))
-        self._live = {_storage(each) for each in tensors if isinstance(each, Tensor)}
         strategy = _PlanKeeper("torch_dist", 1, thread_count=files_per_rank)
         options: dict[str, Any] = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19
@@ -437,15 +433,10 @@ class ShardedFiles:
         """Names of the files that this rank writes."""
         return [name for _, name, _ in self._writer.write_buckets]
 
-    def stage(self, *, copy: bool) -> None:
-        """Bring the tensors to host memory. With `copy`, also copy those that are there: training will change them.
-
-        Of parts of tensors in host memory Megatron has made copies when it planned.
-        """
+    def stage(self) -> None:
+        """Bring to host memory the tensors that are not there."""
         for _, _, (_, tensors) in self._writer.write_buckets:
-            for place, (item, tensor) in enumerate(tensors):
-                is_live = copy and tensor.device.type == "cpu" and _storage(tensor) in self._live
-                tensors[place] = (item, tensor.clone() if is_live else tensor.to("cpu"))
+            tensors[:] = [(item, tensor.to("cpu")) for item, tensor in tensors]
 
     def write(self, number: int) -> list[Any]:
         """Write file `number` of `names` to the disk. Returns what `finish` needs; raises what the file system raises.
@@ -465,16 +456,12 @@ class ShardedFiles:
         return written
 
     def release(self) -> None:
-        """Free the tensors that `stage` has copied."""
+        """Free the tensors that `stage` has brought."""
         self._writer.write_buckets = []
 
     def finish(self, results: list[Any]) -> None:
         """On rank 0: write the list of pieces. `results` has one entry per rank, all that its `write` returned."""
         self._writer.finish(self._metadata, results)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 class _PlanKeeper(TorchDistSaveShardedStrategy):  # type: ignore[misc]

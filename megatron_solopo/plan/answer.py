@@ -198,7 +198,7 @@ class PlannedRun:
         found = {name: f"{size / GIB:,.1f}" for name, size in self.host_bytes_per_node().items()}
         return (
             f"Host memory, GiB on the fullest node: optimizer state {found['optimizer']}; "
-            f"a save {found['save']}, the same in the background; a resume {found['resume']}"
+            f"a save {found['save']}, which async_save keeps; a resume {found['resume']}"
         )
 
     def _time_lines(self) -> list[str]:
