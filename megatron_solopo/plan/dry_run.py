@@ -81,7 +81,7 @@ def _check_rank(
         microbatch = _build_microbatch(config, pack, groups)
         with megatron_on_meta():
             chunks = _build_chunks(architecture, config)
-            wrapped = wrap_data_parallel(chunks, config.optimizer)
+            wrapped = wrap_data_parallel(chunks, config.optimizer, config.parallel)
             optimizer = build_optimizer(wrapped, config.optimizer)
             _initialize_moments(optimizer)
             built = {

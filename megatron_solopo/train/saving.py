@@ -140,6 +140,7 @@ class Saver:
             started = time.monotonic()
             for callback in self._callbacks:
                 callback.on_save_begin()
+            self._policy.gather_parameters()
             save = ShardedSave(
                 self._root,
                 self._policy.chunks,
