@@ -25,6 +25,7 @@ _MODULES = (
     "tests.evaluate.test_long_context",
     "tests.evaluate.test_megatron_model",
     "tests.train.test_step",
+    "tests.tools.test_pipeline_messages",
 )
 
 

@@ -106,7 +106,7 @@ class TrainingConfig(Section):
     """Evaluate the held-out split every this many steps, and at the end. null: never."""
     try_largest_pack: bool | None = None
     """Run forward and backward of the largest pack before the first step, so that a lack of memory shows at once. null:
-    only on GPUs. It takes as long as that pack takes in a step, once for each pipeline stage."""
+    only on GPUs. It takes as long as that pack takes in a step, once for each pack that a pipeline keeps."""
     max_skipped_steps_in_a_row: PositiveInt = 10
     """A step whose loss or gradient is NaN or infinite is skipped: it updates nothing. After this many skipped steps in
     a row, the run saves the state from before the first of them and ends with an error."""

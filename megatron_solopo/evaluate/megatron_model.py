@@ -27,7 +27,7 @@ from megatron_solopo.generate.transformers import EncodedRequest, LocalModel, bu
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
-from megatron_solopo.parallel.megatron_internals import advance_cache
+from megatron_solopo.parallel.megatron_internals import advance_cache, without_shape_messages
 from megatron_solopo.parallel.topology import Topology
 
 _LEAST_STEP = 64
@@ -98,16 +98,19 @@ class MegatronModel(LocalModel):
             output = model(tokens_BT, None, None, inference_context=context, runtime_gather_output=True)
             return output, self._most_likely
 
+        config = self._model.config
+        batch, length = tokens_BT.shape
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter([None]),
             model=self._model,
             num_microbatches=1,
-            seq_length=tokens_BT.shape[1],
-            micro_batch_size=len(tokens_BT),
+            seq_length=length,
+            micro_batch_size=batch,
             forward_only=True,
+            **without_shape_messages(config, [(length, batch, config.hidden_size)]),
         )
-        next_B = reports[0] if reports else torch.empty(len(tokens_BT), dtype=torch.int64, device=tokens_BT.device)
+        next_B = reports[0] if reports else torch.empty(batch, dtype=torch.int64, device=tokens_BT.device)
         if self._topology.pipeline_group.size() > 1:
             dist.broadcast(next_B, self._topology.last_stage_rank, group=self._topology.pipeline_group)
         return next_B

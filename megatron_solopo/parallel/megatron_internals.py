@@ -19,22 +19,26 @@ from unittest import mock
 import megatron.core
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.enums import ModelType
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from packaging.version import Version
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_solopo.architecture.pipeline_schedule import receiving_order
 from megatron_solopo.parallel.cpu import is_cpu
 
 # --- the model ---
@@ -93,13 +97,68 @@ def pipeline_settings(*, interleaved: bool) -> dict[str, Any]:
     Versions: 0.16 and 0.19. `variable_seq_lengths` needs the all-to-all dispatcher of experts, even in a dense model
     (`megatron/core/transformer/transformer_config.py`). The interleaved schedule on two stages swaps forward and
     backward tensors under the other two values (https://github.com/NVIDIA/Megatron-LM/pull/1495).
+    `batch_p2p_sync` waits for the whole device after every message, against a fault that torch mended before 2.6
+    (https://github.com/pytorch/pytorch/pull/82450).
     """
     return {
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
+        "batch_p2p_sync": False,
     }
+
+
+Shape = tuple[int, int, int]
+
+
+class _KnownShapes(P2PCommunicator):  # type: ignore[misc]
+    """Messages between pipeline stages that both know the shape of each micro-batch, so that none is sent."""
+
+    def __init__(self, config: ModelParallelConfig, from_previous: Iterator[Shape], from_next: Iterator[Shape]) -> None:
+        super().__init__(parallel_state.get_pipeline_model_parallel_group(), config)
+        self._from_previous, self._from_next = from_previous, from_next
+
+    def _communicate(
+        self, *, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, **receiving: Any
+    ) -> tuple[Tensor | None, Tensor | None, Any]:
+        # The interleaved schedule frees an output while its message is on the way. Without shapes, nothing has waited
+        # until then. A second tensor keeps the memory as long as the message.
+        sent = [None if tensor is None else tensor.detach() for tensor in (tensor_send_next, tensor_send_prev)]
+        received: tuple[Tensor | None, Tensor | None, Any] = super()._communicate(
+            tensor_send_next=sent[0], tensor_send_prev=sent[1], **receiving
+        )
+        return received
+
+    def _communicate_shapes(
+        self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool
+    ) -> tuple[Shape, Shape]:
+        nothing = (0, 0, 0)
+        return (
+            next(self._from_previous) if recv_prev else nothing,
+            next(self._from_next) if recv_next else nothing,
+        )
+
+
+def without_shape_messages(config: ModelParallelConfig, shapes: Sequence[Shape]) -> dict[str, Any]:
+    """Return the arguments of Megatron's schedules under which pipeline stages send tensors alone.
+
+    Versions: 0.16 and 0.19. With `variable_seq_lengths`, Megatron's communicator sends the shape before every tensor
+    and waits for the whole device. It receives in the order of the schedule, so each stage can tell what comes next.
+    A communicator is taken only together with the process groups.
+    Upstream: `megatron/core/pipeline_parallel/p2p_communication.py` and `schedules.py`.
+
+    Args:
+        shapes: of the hidden states [positions of a rank, batch, H] of each micro-batch, in order.
+    """
+    size = config.pipeline_model_parallel_size
+    if size == 1:
+        return {}
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    arriving = [(shapes[number] for number in numbers) for numbers in receiving_order(rank, size, chunks, len(shapes))]
+    groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "embd", "pos_embd", "dp_cp"])
+    return {"p2p_communicator": _KnownShapes(config, *arriving), "pg_collection": groups}
 
 
 def advance_cache(context: StaticInferenceContext, num_tokens: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.pipeline_schedule import packs_at_peak
 from megatron_solopo.config import Config
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
@@ -66,9 +67,8 @@ def dry_run(architecture: Architecture, layout: Layout, pack: PackShape, num_pac
         parallel={"cpu_offloading_num_layers": 0},
     )
     on_cpu = replace(layout, config=config)
-    # The schedule fills the pipeline in its first round (the interleaved one in its second), then repeats itself.
-    rounds = 1 if config.parallel.virtual_pipeline_model_parallel_size is None else 2
-    num_packs = min(num_packs, rounds * config.parallel.pipeline_model_parallel_size)
+    sizes = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1
+    num_packs = min(num_packs, packs_at_peak(*sizes))
     return [_check_rank(architecture, on_cpu, rank, pack, num_packs) for rank in distinct_ranks(layout)]
 
 
@@ -201,11 +201,10 @@ def _fake_process_groups(config: Config, rank: int, size: int) -> Iterator[Topol
 
 
 def _build_chunks(architecture: Architecture, config: Config) -> list[ResponseModel]:
-    """This rank's model chunks. Their attention computes nothing, and the pipeline's messages have one known shape."""
+    """This rank's model chunks. Their attention computes nothing."""
     model = resolve_model(config.model, config.parallel, architecture=architecture)
     chunks = build_model(model, chunk_tokens=config.logprob.chunk_tokens, device=_META)
     for chunk in chunks:
-        chunk.config.variable_seq_lengths = False
         chunk.config.batch_p2p_comm = False
         set_rotary_frequencies(chunk, chunk.rotary_pos_emb.inv_freq.to(_META))
         for module in chunk.modules():
@@ -278,6 +277,5 @@ def _run_schedule(
             [microbatch] * num_packs,
             lambda _: loss,
             forward_only=False,
-            seq_length=microbatch.pack.padded_tokens,
         )
     return meter.most

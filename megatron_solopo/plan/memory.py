@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_solopo.architecture.gpus import Reserve
 from megatron_solopo.architecture.huggingface_config import ModelShape
+from megatron_solopo.architecture.pipeline_schedule import peak_in_flight, stage_order
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import (
     activation_rate,
@@ -18,7 +19,6 @@ from megatron_solopo.plan.activations import (
     working_bytes,
 )
 from megatron_solopo.plan.parameters import ModelChunk, chunk_parameters, model_chunks, parameter_buffers
-from megatron_solopo.plan.pipeline import peak_in_flight, stage_order
 from megatron_solopo.plan.workload import PackShape
 
 GIB = 2**30

@@ -1,20 +1,10 @@
-"""Megatron-Core's pipeline schedules: the order of passes on every stage, their timeline, what they keep in memory.
+"""The timeline of a pipeline: when each stage runs each pass, and how long it waits."""
 
-The schedules are plain 1F1B and the interleaved one of megatron/core/pipeline_parallel/schedules.py.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
-
-class ChunkPass(NamedTuple):
-    """A forward or backward pass of one micro-batch through one model chunk."""
-
-    is_forward: bool
-    chunk: int
-    microbatch: int
+from megatron_solopo.architecture.pipeline_schedule import ChunkPass, stage_order
 
 
 class TimedPass(NamedTuple):
@@ -41,44 +31,6 @@ class Timeline:
         """Share of all stages' time that is spent waiting, in [0, 1)."""
         busy = sum(span.end - span.start for spans in self.stages for span in spans)
         return 1 - busy / (self.seconds * len(self.stages))
-
-
-@cache
-def stage_order(rank: int, size: int, chunks: int, microbatches: int) -> tuple[ChunkPass, ...]:
-    """The passes of a pipeline rank in order.
-
-    Args:
-        chunks: model chunks per rank; with more than one, `microbatches` is a multiple of `size`.
-    """
-    total = chunks * microbatches
-    to_come = size - rank - 1
-    warm_up = min(to_come if chunks == 1 else 2 * to_come + (chunks - 1) * size, total)
-
-    def work(number: int, is_forward: bool) -> ChunkPass:
-        group, within = divmod(number, size * chunks)
-        chunk, place = divmod(within, size)
-        if chunks == 1:
-            return ChunkPass(is_forward, 0, number)
-        return ChunkPass(is_forward, chunk if is_forward else chunks - 1 - chunk, group * size + place)
-
-    order = [work(number, True) for number in range(warm_up)]
-    for number in range(total - warm_up):
-        order += [work(warm_up + number, True), work(number, False)]
-    return tuple(order + [work(number, False) for number in range(total - warm_up, total)])
-
-
-def peak_in_flight(order: Sequence[ChunkPass], bytes_of: Callable[[int, int], float]) -> float:
-    """Most bytes that forward passes keep at any moment; each keeps its bytes until its backward pass.
-
-    Args:
-        bytes_of: (chunk, microbatch) -> bytes that its forward pass keeps.
-    """
-    kept = most = 0.0
-    for work in order:
-        amount = bytes_of(work.chunk, work.microbatch)
-        kept += amount if work.is_forward else -amount
-        most = max(most, kept)
-    return most
 
 
 def simulate_schedule(

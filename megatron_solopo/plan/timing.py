@@ -13,11 +13,12 @@ from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import Efficiency, Gpu
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import padded_vocab_size
+from megatron_solopo.architecture.pipeline_schedule import ChunkPass
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import element_bytes, sequence_shards
 from megatron_solopo.plan.memory import RankState
 from megatron_solopo.plan.parameters import model_chunks
-from megatron_solopo.plan.pipeline import ChunkPass, Timeline, simulate_schedule
+from megatron_solopo.plan.pipeline import Timeline, simulate_schedule
 from megatron_solopo.plan.workload import PackShape
 
 _ATTENTION_BACKWARD = 2.5

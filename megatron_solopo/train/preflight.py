@@ -5,7 +5,7 @@
     run directory  a rank that does not see it, no room for one checkpoint    one small file
     groups         a group whose collective fails or does not end             one all-reduce of a number in each
     largest pack   too little memory                                          forward and backward of that pack, as many
-                                                                              times as there are pipeline stages
+                                                                              times as a pipeline keeps packs
 
 The first three always run. The last runs on a GPU, or as `training.try_largest_pack` says.
 """
@@ -27,6 +27,7 @@ from megatron.core import parallel_state
 
 from megatron_solopo import __version__
 from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.pipeline_schedule import packs_at_peak
 from megatron_solopo.checkpoint.fingerprint import sample_weights
 from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.data.loader import GlobalBatchLoader
@@ -217,8 +218,8 @@ def try_largest_pack(
     """Run forward and backward of the largest pack on every replica, with memory reserved for Adam's moments.
 
     It changes nothing: gradients are dropped, and no step draws random numbers. The largest pack is that of the next 20
-    global batches, or the largest single triplet of the data set if that is larger. A pipeline holds several packs at a
-    time, so it gets as many as it has stages.
+    global batches, or the largest single triplet of the data set if that is larger. A pipeline keeps several packs at a
+    time, so it gets as many as make each stage's peak.
 
     Args:
         num_rows: rows of the training split.
@@ -226,7 +227,7 @@ def try_largest_pack(
     Raises UserError on a rank with too little memory.
     """
     pack = loader.largest_pack(_PLANNED_BATCHES)
-    packs = [pack] * max(topology.packs_multiple, topology.pipeline_group.size())
+    packs = [pack] * trial_packs(config.training.global_batch_size, topology)
     roles = config.objective.roles.all
     loss = objective_loss(config.objective, ReferenceLogprobs(roles, torch.zeros(num_rows, len(roles))), topology)
     reset_peak_memory()
@@ -242,6 +243,12 @@ def try_largest_pack(
     measured = [time.monotonic() - started, float(peak_memory_bytes())]
     seconds, peak = reduce_over_ranks(measured, dist.ReduceOp.MAX, topology)
     return Trial(len(pack.tokens_T), seconds, int(peak))
+
+
+def trial_packs(global_batch_size: int, topology: Topology) -> int:
+    """Number of packs with which each pipeline stage keeps as much as in any step of the run."""
+    triplets = global_batch_size // topology.data_group.size()  # no pack is empty
+    return min(triplets, packs_at_peak(topology.pipeline_group.size(), topology.num_model_chunks))
 
 
 def _missing_moment_bytes(config: Config, policy: Policy) -> int:

@@ -12,12 +12,14 @@ from functools import partial
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.objective import compute_objective, metric_names
+from megatron_solopo.parallel.megatron_internals import without_shape_messages
 from megatron_solopo.parallel.topology import Topology
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -67,14 +69,11 @@ def run_microbatches(
     loss_function: Callable[[Microbatch], LossFunction],
     *,
     forward_only: bool,
-    seq_length: int = 1,
     before_each: Callable[[], None] | None = None,
 ) -> list[Tensor]:
     """`run_schedule` for packs that are already cut and on their device; `before_each` is its `before_pack`.
 
-    Args:
-        seq_length: positions of every pack; read only if `variable_seq_lengths` is off, because otherwise shapes travel
-            with the messages.
+    Every stage has all packs, so it knows the shapes of the hidden states that come from other stages.
     """
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
@@ -85,14 +84,18 @@ def run_microbatches(
     # Every virtual stage consumes the same packs again, each through an iterator of its own.
     iterators = [iter(microbatches) for _ in chunks]
     several = len(chunks) > 1
+    config = get_model_config(chunks[0])
+    sequence_shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    shapes = [(each.tokens_1t.shape[1] // sequence_shards, 1, config.hidden_size) for each in microbatches]
     reports: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if several else iterators[0],
         model=list(chunks) if several else chunks[0],
         num_microbatches=len(microbatches),
-        seq_length=seq_length,
+        seq_length=1,  # not read, and neither is the next: packs differ
         micro_batch_size=1,
         forward_only=forward_only,
+        **without_shape_messages(config, shapes),
     )
     return reports
 

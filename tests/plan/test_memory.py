@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.architecture.pipeline_schedule import peak_in_flight, stage_order
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import element_bytes
 from megatron_solopo.plan.memory import peak_activations, rank_state
 from megatron_solopo.plan.parameters import ModelChunk, model_chunks
-from megatron_solopo.plan.pipeline import peak_in_flight, stage_order
 from tests.distributed import run_distributed
 from tests.layouts import cp, pp, tp
 from tests.plan.memory_ranks import Case, MemoryInUse, run_cases, shapes

@@ -15,6 +15,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.train import preflight as preflight_module
 from megatron_solopo.train.trainer import preflight, train
 from tests.distributed import run_distributed
+from tests.layouts import pp
 from tests.tiny_models import TINY
 from tests.train.runs import make_inputs, recorded, small_config
 
@@ -56,6 +57,11 @@ def run_all(folder: Path) -> dict[str, Any]:
         found["full"] = refused(config(folder, "differs"))
     with mock.patch.object(preflight_module, "run_schedule", out_of_memory):
         found["memory"] = refused(config(folder, "differs"))
+    found["packs"] = {}
+    for chunks, batch in ((None, 8), (2, 8), (2, 4)):
+        with mock.patch.object(preflight_module, "run_schedule") as run:
+            preflight(config(folder, "packs", parallel=pp(2, chunks), training={"global_batch_size": batch}))
+        found["packs"][chunks, batch] = len(run.call_args.args[1])
     for name, tried in (("tried", True), ("untried", False)):
         train(config(folder, name, training={"try_largest_pack": tried}))
     return found | {"left": left}
@@ -93,6 +99,12 @@ def test_what_was_checked_is_told(found: list[dict[str, Any]]) -> None:
 def test_a_mistake_is_one_line_that_names_it(found: list[dict[str, Any]], what: str, parts: list[str]) -> None:
     for rank in found:
         assert all(part in rank[what] for part in parts) and "\n" not in rank[what], rank[what]
+
+
+def test_the_trial_runs_as_many_packs_as_make_the_peak_and_as_a_step_can_have(found: list[dict[str, Any]]) -> None:
+    """Two replicas. The interleaved schedule keeps two rounds of packs, but 2 triplets make 2 packs."""
+    for rank in found:
+        assert rank["packs"] == {(None, 8): 2, (2, 8): 4, (2, 4): 2}
 
 
 def test_the_trial_leaves_no_trace(found: list[dict[str, Any]], folder: Path) -> None:

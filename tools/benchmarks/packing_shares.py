@@ -18,9 +18,10 @@ import numpy as np
 
 from megatron_solopo.architecture.huggingface_config import ModelShape, read_architecture
 from megatron_solopo.architecture.layout import pack_multiple, sequence_multiple, wanted_packs
+from megatron_solopo.architecture.pipeline_schedule import ChunkPass
 from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.batch_plan import IntArray, TripletSize, padded_lengths, plan_global_batch, triplet_sizes
-from megatron_solopo.plan.pipeline import ChunkPass, simulate_schedule
+from megatron_solopo.plan.pipeline import simulate_schedule
 from tools.reporting import environment, table
 
 _MODELS = Path(__file__).resolve().parents[2] / "examples" / "plans" / "models"
