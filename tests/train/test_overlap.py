@@ -5,6 +5,7 @@ Four ranks add in the order of their ring, which depends on a bucket's size, and
 The gradient's norm is a sum over a rank's share, and other buckets make other shares.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,11 +28,13 @@ from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train import policy as policy_module
 from megatron_solopo.train.policy import Policy, build_policy
 from megatron_solopo.train.step import objective_loss
+from megatron_solopo.train.trainer import train as train_whole
 from tests.distributed import run_distributed
 from tests.layouts import cp, pp, tp
 from tests.parity.layouts import Layout, Plan, make_config, my_packs
 from tests.parity.test_parity import make_rows
 from tests.tiny_models import make_model
+from tests.train.runs import make_inputs, recorded, small_config
 
 ORPO = {"name": "solopo", "loss_type": "orpo", "beta": 0.1}
 STEPS = 3
@@ -233,3 +236,51 @@ def test_reductions_begin_within_backward(launched) -> None:
                 assert changed.early_reductions == [0, changed.groups, changed.groups], pair.name
                 assert changed.groups >= plain.groups
     assert size == 4 or any(changed.groups > 1 for results in ranks for _, changed in results.values())
+
+
+# Runs of four steps, with a save after each: what they change, and the run and the step that they continue from.
+RUNS: dict[str, tuple[dict[str, Any], tuple[str, int] | None]] = {"plain": ({}, None), "overlap": (OVERLAP, None)}
+if find_spec("einops"):
+    RUNS["instances-after-overlap"] = (TWO_INSTANCES, ("overlap", 2))
+    RUNS["plain-after-instances"] = ({}, ("instances-after-overlap", 3))
+else:
+    RUNS["plain-after-overlap"] = ({}, ("overlap", 2))
+
+
+def run_whole(folder: Path) -> None:
+    """On both ranks. The norm is a sum over shares, so clipping by it would change the last bits of the update."""
+    for name, (parallel, source) in RUNS.items():
+        if source is not None and dist.get_rank() == 0:
+            continue_from(folder / source[0], source[1], folder / name)
+        dist.barrier()
+        config = small_config(
+            folder,
+            name,
+            {"overlap_grad_reduce": False} | parallel,
+            objective=ORPO,
+            optimizer={"lr": 1e-3, "lr_warmup_iters": 1, "adam_eps": 1e-2, "clip_grad": 0.0},
+            checkpoint={"save_steps": 1},
+        )
+        with small_buckets():
+            train_whole(config)
+
+
+def continue_from(source: Path, step: int, target: Path) -> None:
+    """A copy of a run as it was after the save of a step."""
+    shutil.copytree(source, target)
+    for later in range(step + 1, 5):
+        shutil.rmtree(target / "checkpoints" / f"iter_{later:07d}")
+
+
+def test_a_save_and_an_evaluation_before_the_gather_see_whole_parameters(tmp_path: Path) -> None:
+    """Steps, evaluations and continued runs of the plain path and the overlapped one have the same bits."""
+    folder = make_inputs(tmp_path)
+    run_distributed(run_whole, 2, folder)
+
+    def seen(name: str) -> list[dict[str, Any]]:
+        return [{key: value for key, value in step.items() if key != "grad_norm"} for step in recorded(folder, name)]
+
+    wanted = seen("plain")
+    assert [step["step"] for step in wanted] == [1, 2, 3, 4] and "eval_loss" in wanted[-1]
+    for name in RUNS:
+        assert seen(name) == wanted, name
