@@ -135,6 +135,30 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def parse_json(text: str) -> Any:
+    """The JSON value of text that a user wrote.
+
+    Raises ValueError for text that is no JSON: json.JSONDecodeError with the place, where it is known. Also raises it
+    for what Python reads and JSON does not have: NaN, infinity, and a key that is there twice in one object.
+    """
+    return json.loads(text, object_pairs_hook=json_object, parse_constant=json_constant)
+
+
+def json_constant(name: str) -> None:
+    """Refuse NaN and Infinity: a `parse_constant` of json's decoders."""
+    raise ValueError(f"{name} is no JSON value")
+
+
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object: an `object_pairs_hook`. Raises ValueError for equal keys: Python takes the last in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice in one object")
+    return found
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return all objects of a JSON-lines file that this program appends to.
 

@@ -11,5 +11,9 @@ def pp(size: int, chunks: int | None = None, **more: Any) -> dict[str, Any]:
     return {"pipeline_model_parallel_size": size, "virtual_pipeline_model_parallel_size": chunks, **more}
 
 
+def stages(text: str) -> dict[str, Any]:
+    return {"pipeline_model_parallel_layout": text}
+
+
 def cp(size: int, **more: Any) -> dict[str, Any]:
     return {"context_parallel_size": size, **more}

@@ -11,7 +11,6 @@ A config that we cannot reproduce exactly is refused by name.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,7 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from megatron_solopo.architecture.contradictions import CLASSES, contradictions
-from megatron_solopo.architecture.model_directory import CONFIG, check_one_kind, huggingface_directory
+from megatron_solopo.architecture.model_directory import CONFIG, check_one_kind, huggingface_directory, parse_model_json
 from megatron_solopo.errors import UserError, describe_problem
 
 if TYPE_CHECKING:
@@ -173,10 +172,7 @@ def _read_fields(file: Path, key: str) -> dict[str, Any]:
             f"{file}: no such file; a model is a Hugging Face directory on disk, or a Megatron checkpoint with a "
             f"folder huggingface/; set {key} to one (`hf download NAME --local-dir DIR` fetches one)"
         )
-    try:
-        fields = json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from None
+    fields = parse_model_json(file.read_bytes(), file)
     if not isinstance(fields, dict):
         fields = {}
     model_type = fields.get("model_type")

@@ -1,9 +1,11 @@
 """Which parallel layouts and FP8 settings fit a model, and what sequences and packs are padded to. Arithmetic only."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from megatron_solopo.architecture.huggingface_config import ModelShape
+from megatron_solopo.architecture.pipeline_layout import stage_layers
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 
@@ -42,15 +44,6 @@ def wanted_packs(pipeline_model_parallel_size: int) -> int:
     return 4 * pipeline_model_parallel_size if pipeline_model_parallel_size > 1 else 1
 
 
-def pipeline_bubble(pipeline_model_parallel_size: int, num_model_chunks: int, num_packs: int) -> float:
-    """Share of time that a pipeline's ranks wait in a step of equal packs, in [0, 1).
-
-    (PP - 1) / (VPP x packs + PP - 1): Megatron-LM, arXiv 2104.04473, section 2.2, as a share of the whole step.
-    """
-    waiting = pipeline_model_parallel_size - 1
-    return waiting / (num_model_chunks * num_packs + waiting)
-
-
 def describe_bubble(bubble: float) -> str:
     """One line about the share of time that pipeline stages wait, with advice if it is large."""
     found = f"pipeline stages wait {bubble:.1%} of a step's time"
@@ -75,7 +68,6 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
             f"launch as many (torchrun --nproc-per-node {config.model_parallel_size} -m megatron_solopo ...) "
             "or change parallel.*"
         )
-
     instances = config.num_distributed_optimizer_instances
     ranks = world_size // (config.tensor_model_parallel_size * config.pipeline_model_parallel_size)
     if ranks % instances:
@@ -132,24 +124,31 @@ def check_layout(architecture: ModelShape, parallel: ParallelConfig) -> None:
     if parallel.uses_sequence_parallel and tp == 1:
         raise UserError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1")
     chunks = parallel.virtual_pipeline_model_parallel_size
-    stages = parallel.pipeline_model_parallel_size * (chunks or 1)
     if chunks is not None and parallel.pipeline_model_parallel_size == 1:
         raise UserError(
             f"parallel.virtual_pipeline_model_parallel_size={chunks} needs parallel.pipeline_model_parallel_size > 1"
         )
-    layers_per_stage = architecture.num_layers // stages
-    if parallel.recompute_granularity == "full" and parallel.recompute_num_layers > max(layers_per_stage, 1):
-        raise UserError(
-            f"parallel.recompute_num_layers={parallel.recompute_num_layers} is more than the {layers_per_stage} "
-            "layers of a pipeline stage"
-        )
-    if architecture.num_layers % stages:
-        raise UserError(
-            f"the model's {architecture.num_layers} layers do not divide into {stages} pipeline stages "
-            "(parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size)"
-        )
+    _check_recomputation(stage_layers(architecture.num_layers, parallel), parallel)
     _check_exchange_by_heads(architecture, parallel)
     _check_activation_offload(architecture, parallel)
+
+
+def _check_recomputation(layers: Sequence[int], parallel: ParallelConfig) -> None:
+    if parallel.recompute_granularity != "full":
+        return
+    count, problem = parallel.recompute_num_layers, ""
+    if count > max(layers):
+        problem = f"is more than the {max(layers)} layers of a pipeline stage"
+    elif parallel.recompute_method == "uniform":
+        # Megatron's last group would reach beyond the stage.
+        undivided = [number for number in layers if number % count]
+        if undivided:
+            problem = (
+                f"does not divide the {undivided[0]} layers of a pipeline stage, which "
+                "parallel.recompute_method=uniform needs"
+            )
+    if problem:
+        raise UserError(f"parallel.recompute_num_layers={count} {problem}")
 
 
 def _check_exchange_by_heads(architecture: ModelShape, parallel: ParallelConfig) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo.errors import UserError
+from megatron_solopo.files import json_object
 
 HUGGINGFACE_FOLDER = "huggingface"
 METADATA, FORMAT = ".metadata", "metadata.json"
@@ -43,6 +44,19 @@ def has_tokenizer(path: Path) -> bool:
     """Whether a model (Hugging Face directory or Megatron checkpoint) has a tokenizer."""
     folder = huggingface_directory(path)
     return any(all((folder / name).is_file() for name in form) for form in _TOKENIZER_FORMS)
+
+
+def missing_vocabulary(path: Path) -> str:
+    """Which file of the tokenizer in a Hugging Face directory is missing; "" if none is."""
+    if has_tokenizer(path):
+        return ""
+    for form in _TOKENIZER_FORMS:
+        there = [name for name in form if (path / name).is_file()]
+        if there:
+            absent = ", ".join(name for name in form if name not in there)
+            return f"has {there[0]} and no {absent}, which belong together; copy {absent} from the original model"
+    forms = ", ".join(" with ".join(form) for form in _TOKENIZER_FORMS)
+    return f"has no tokenizer ({forms}); copy its files from the original model"
 
 
 def check_huggingface_directory(path: Path, option: str) -> None:
@@ -97,8 +111,9 @@ def _complete(path: Path, pattern: str) -> list[Path]:
 
 
 def parse_model_json(content: bytes, file: Path) -> Any:
-    """The JSON value of a file that came with a model. Raises UserError naming the file if it is none."""
+    """The JSON value of a file that came with a model. Raises UserError naming the file if it is damaged."""
     try:
-        return json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        # transformers itself writes Infinity into some files.
+        return json.loads(content, object_pairs_hook=json_object)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON: {error}; take the file of the original model") from None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from megatron_solopo.architecture.model_directory import parse_model_json
 from megatron_solopo.errors import UserError, first_problem
 from megatron_solopo.files import first_few
 
@@ -38,7 +39,7 @@ def read_index(path: Path) -> dict[str, str] | None:
     if not file.is_file():
         return None
     try:
-        index = _Index.model_validate_json(file.read_bytes()).weight_map
+        index = _Index.model_validate(parse_model_json(file.read_bytes(), file)).weight_map
     except ValidationError as error:
         raise UserError(f"{file}: {first_problem(error, 'not an index of safetensors shards')}") from None
     for name, shard in index.items():

@@ -1,7 +1,6 @@
 """Options of a command, derived from its typed settings."""
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, get_args, get_origin
@@ -10,6 +9,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from megatron_solopo.command_settings import CommandSettings, alternatives, choices, describe_bounds, flag
+from megatron_solopo.files import parse_json
 
 PATH = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -105,8 +105,8 @@ class _Object(click.ParamType):  # type: ignore[type-arg]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
         try:
-            found = json.loads(value)
-        except ValueError as error:
+            found = parse_json(value)
+        except (ValueError, RecursionError) as error:
             self.fail(f"{value!r} is not valid JSON: {error}.", param, ctx)
         if not isinstance(found, dict):
             self.fail(f"{value!r} is not a JSON object, such as '{{\"enable_thinking\": false}}'.", param, ctx)

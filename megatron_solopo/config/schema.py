@@ -121,6 +121,9 @@ class ParallelConfig(Section):
     """Stages that the layers are divided into (PP)."""
     virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None = None
     """Model chunks of each pipeline rank, for the interleaved schedule. null: one chunk and the plain schedule."""
+    pipeline_model_parallel_layout: str | None = None
+    """Layers of each pipeline stage: E embedding, t layer, L loss, | next stage, *N repeats. `Et*7|(t*8|)*2t*7L` has
+    four stages, and counts embedding and loss as a layer each. null: all stages have the same number of layers."""
     context_parallel_size: PositiveInt = 1
     """Ranks that share each sequence (CP)."""
     sequence_parallel: bool | None = None

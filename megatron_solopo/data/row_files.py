@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_solopo.errors import UserError, describe_os_error
+from megatron_solopo.files import json_constant, json_object, parse_json
 
 Unit = Literal["line", "row"]
 EXPECTED = "expected JSON lines, a JSON array or parquet"
@@ -253,7 +254,7 @@ def _line_rows(path: Path) -> Iterator[FileRow]:
 
 def _parse_line(number: int, raw: bytes) -> FileRow:
     try:
-        return FileRow(number, "line", _load(raw.decode("utf-8")))
+        return FileRow(number, "line", parse_json(raw.decode("utf-8")))
     except UnicodeDecodeError as error:
         problem = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
     except json.JSONDecodeError as error:
@@ -263,29 +264,10 @@ def _parse_line(number: int, raw: bytes) -> FileRow:
     return FileRow(number, "line", None, problem)
 
 
-def _load(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
-
-
-def _constant(name: str) -> None:
-    """Python reads NaN and Infinity, which JSON does not have."""
-    raise ValueError(f"{name} is no JSON value")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Python would take the last of two equal keys in silence."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice in one object")
-    return found
-
-
 def _array_rows(path: Path) -> Iterator[FileRow]:
     """The items of a JSON array, one at a time. The whole text is in memory, the objects are not."""
     text = read_whole_text(path)
-    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+    decoder = json.JSONDecoder(object_pairs_hook=json_object, parse_constant=json_constant)
     position, line, counted, number = text.index("[") + 1, 1, 0, 0
     separator = ","
     while True:

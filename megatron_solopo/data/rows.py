@@ -31,7 +31,7 @@ from megatron_solopo.data.template_arguments import (
     check_tools,
 )
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import counted, first_few
+from megatron_solopo.files import counted, first_few, parse_json
 
 Kind = Literal["triplet", "pair"]
 Form = Literal["text", "messages"]
@@ -214,11 +214,13 @@ def _parse_arguments(value: dict[str, Any], row: PreferenceRow) -> TemplateArgum
     for name, check in ((KWARGS_FIELD, check_kwargs), (TOOLS_FIELD, check_tools)):
         try:
             given = value.get(name)
-            found[name] = check(json.loads(given) if isinstance(given, str) else given)
+            found[name] = check(parse_json(given) if isinstance(given, str) else given)
         except json.JSONDecodeError as error:
             row.reject(name, f"is text that is not valid JSON: {error.msg} at column {error.colno}")
         except UserError as error:
             row.reject(name, str(error))
+        except (ValueError, RecursionError) as error:  # a key that is there twice, too many brackets
+            row.reject(name, f"is text that is not valid JSON: {error}")
     return TemplateArguments(found.get(KWARGS_FIELD, {}), found.get(TOOLS_FIELD))
 
 

@@ -27,8 +27,8 @@ class PrepareSettings(CommandSettings):
     chat_template_kwargs: TemplateKwargs = Field(default={})
     """Arguments for the chat template, such as '{"enable_thinking": false}'. Those of a row win."""
     on_lost_content: Literal["refuse", "warn"] = "refuse"
-    """Rows that lose content in the template, or that do not end with an end token, are an error (refuse), or kept and
-    counted (warn)."""
+    """Rows that lose content in the template, do not end with an end token, or whose answers have words that the
+    tokenizer does not know, are an error (refuse), or kept and counted (warn)."""
     max_length: int | None = Field(default=None, ge=2)
     """Most tokens of a prompt together with a response."""
     overlong: Literal["refuse", "drop"] = "refuse"

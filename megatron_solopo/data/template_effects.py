@@ -25,7 +25,7 @@ from megatron_solopo.errors import UserError
 
 EffectKind = Literal[
     "answer_text", "prompt_text", "unread_arguments", "no_end_token", "end_token_inside", "unknown_in_answer",
-    "unknown_in_prompt", "white_space", "clock"
+    "unknown_in_prompt", "header_in_answer", "white_space", "clock"
 ]  # fmt: skip
 
 
@@ -65,6 +65,11 @@ MEANINGS: dict[EffectKind, Meaning] = {
         "take that text out of the answers, or use a tokenizer that knows it",
     ),
     "unknown_in_prompt": Meaning("the tokenizer has no token for text of a prompt", "", is_loss=False),
+    "header_in_answer": Meaning(
+        "the template ignores add_generation_prompt, so that the model learns to write the header of its own answer",
+        "",
+        is_loss=False,
+    ),
     "white_space": Meaning("the template trims white space around an answer or a thought", "", is_loss=False),
     "clock": Meaning("the template writes the date or the time into the prompt", "", is_loss=False),
 }
@@ -79,6 +84,7 @@ class Effect:
     """Short, for a reader."""
 
 
+_GENERATION_PROMPT = "add_generation_prompt"
 _SHOWN = 60
 _LAST_TOKENS = 8
 
@@ -101,6 +107,14 @@ def response_effects(name: str, response: Content, prompt: str, written: str) ->
         return
     kind: EffectKind = "white_space" if _has_parts(content, begin + written) else "answer_text"
     yield Effect(kind, f"{name}: {_short(content)} is trained as {_short(written)}")
+
+
+def header_effects(name: str, response: Content, written: str, template: str) -> Iterator[Effect]:
+    """Whether the start of an answer's turn is trained, since the template does not write it behind a prompt."""
+    content = as_messages(response, "assistant")[0]["content"]
+    header = written[: max(0, written.find(content.strip()))]
+    if header.strip() and _GENERATION_PROMPT not in template:
+        yield Effect("header_in_answer", f"{name} is trained from {_short(header)} on")
 
 
 def token_effects(

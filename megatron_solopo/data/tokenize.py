@@ -175,11 +175,14 @@ def _refuse_problems(settings: PrepareSettings, tokens: Dataset) -> None:
     bad = np.flatnonzero(problems != "")
     if len(bad):
         lines: dict[str, list[int]] = {}
+        shown: dict[str, str] = {}
         for index in bad:
-            lines.setdefault(problems[index], []).append(tokens[int(index)]["line"])
+            cause = problems[index].partition(";")[0]  # what follows may show the row
+            lines.setdefault(cause, []).append(tokens[int(index)]["line"])
+            shown.setdefault(cause, problems[index])
         first = "; ".join(
-            f"line{'' if len(numbers) == 1 else 's'} {first_few(numbers)}: {problem}"
-            for problem, numbers in list(lines.items())[:_SHOWN]
+            f"line{'' if len(numbers) == 1 else 's'} {first_few(numbers)}: {shown[cause]}"
+            for cause, numbers in list(lines.items())[:_SHOWN]
         )
         raise UserError(
             f"{settings.input}: {len(bad)} of {len(tokens)} rows cannot be tokenized by {settings.tokenizer}: {first}"

@@ -15,6 +15,7 @@ from megatron_solopo.data.template_effects import (
     MEANINGS,
     Effect,
     clock_effect,
+    header_effects,
     prompt_effects,
     response_effects,
     token_effects,
@@ -63,19 +64,29 @@ def tokenize_row(
     for name, tokens in row.ids.items():
         if not tokens:
             raise UserError(f"{name}: tokenizes to nothing")
+    for name, response in responses.items():
+        row.effects += unknown_effects("unknown_in_answer", name, response, row.ids[name], end_tokens, tokenizer)
     if row.ids["chosen"] == row.ids["rejected"]:
-        lost = next((f"; {effect.shown}" for effect in row.effects if MEANINGS[effect.kind].is_loss), "")
-        raise UserError(f"rejected: has the same tokens as chosen{lost}")
+        raise UserError(_described_equality(row.effects))
     for name, response in responses.items():
         row.ids[name] += ends
         content = as_messages(response, "assistant")[0]["content"]
         row.effects += token_effects(name, content, row.ids[name], end_tokens, tokenizer)
-        row.effects += unknown_effects("unknown_in_answer", name, response, row.ids[name], end_tokens, tokenizer)
     for name, prompt in prompts.items():
         row.effects += unknown_effects("unknown_in_prompt", name, prompt, row.ids[name], end_tokens, tokenizer)
     if unread := arguments.names() if template == "plain" else unread_arguments(tokenizer, arguments):
         row.effects.append(Effect("unread_arguments", ", ".join(unread)))
     return row
+
+
+def _described_equality(effects: list[Effect]) -> str:
+    """Why both responses have the same tokens. The cause stands before the semicolon, and is the same in every row."""
+    same = "rejected: has the same tokens as chosen"
+    cause = next((effect for effect in effects if effect.kind in ("answer_text", "unknown_in_answer")), None)
+    if cause is None:
+        return same
+    meaning = MEANINGS[cause.kind]
+    return f"{same}: {meaning.words}; {cause.shown}; {meaning.way_out}"
 
 
 def _render(
@@ -95,6 +106,7 @@ def _render(
             if name not in texts:
                 texts[name] = text
                 row.effects += response_effects(name, response, texts[prompt_name], text)
+                row.effects += header_effects(name, response, text, tokenizer.template_for(arguments) or "")
             elif texts[name] != text:
                 raise UserError(f"{name}: the chat template writes it differently behind {prompt_name}")
     row.effects += clock_effect(tokenizer, next(iter(prompts.values())), arguments)

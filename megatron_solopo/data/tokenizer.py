@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from sentencepiece import SentencePieceProcessor
 
-from megatron_solopo.architecture.model_directory import huggingface_directory
+from megatron_solopo.architecture.model_directory import huggingface_directory, missing_vocabulary
 from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
 from megatron_solopo.data.template_clock import FUNCTION, Clock, templates_see
 from megatron_solopo.data.tokenizer_contradictions import check_tokenizer_files
@@ -155,12 +155,15 @@ class _HuggingFaceTokenizer(Tokenizer):
             raise
         # Each kind of damaged file leads to another error, and the Rust library raises plain Exceptions.
         except Exception as error:
+            if missing := missing_vocabulary(path):
+                raise UserError(f"{path}: {missing}") from error
             raise UserError(f"{path}: no loadable tokenizer: {' '.join(str(error).split())}") from error
         self._path = path
         self.eos_token_id = self._tokenizer.eos_token_id
-        self.unk_token_id = self._tokenizer.unk_token_id
+        rules = self._rules()
+        self.unk_token_id = self._tokenizer.unk_token_id if rules is None else self._unknown_of(rules["model"])
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-        self.fingerprint = sha256_json(self._identity())
+        self.fingerprint = sha256_json(self._identity(rules))
         self._prefix = self._usual_prefix()
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -229,13 +232,25 @@ class _HuggingFaceTokenizer(Tokenizer):
         starts = (start for start in range(len(whole)) if whole[start : start + len(body)] == body)
         return whole[: next(starts, 0)]
 
-    def _identity(self) -> dict[str, Any]:
+    def _rules(self) -> dict[str, Any] | None:
+        """What decides the token ids, as tokenizer.json states it; None for a slow tokenizer."""
+        if not self._tokenizer.is_fast:
+            return None
+        rules: dict[str, Any] = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        for unused in ("truncation", "padding"):
+            rules.pop(unused, None)
+        return rules
+
+    def _unknown_of(self, model: dict[str, Any]) -> int | None:
+        """The unknown token of the model in tokenizer.json. Settings beside it may name another one, or none."""
+        if (token := model.get("unk_token")) is not None:
+            number: int | None = self._tokenizer.backend_tokenizer.token_to_id(token)
+            return number
+        return model.get("unk_id")
+
+    def _identity(self, rules: dict[str, Any] | None) -> dict[str, Any]:
         """A JSON value that differs if token ids can differ. It does not depend on the directory's name."""
-        if self._tokenizer.is_fast:
-            rules = json.loads(self._tokenizer.backend_tokenizer.to_str())
-            for unused in ("truncation", "padding"):
-                rules.pop(unused, None)
-        else:
+        if rules is None:
             files = [self._path / name for name in sorted(set(self._tokenizer.vocab_files_names.values()))]
             rules = {file.name: sha256_file(file) for file in files if file.is_file()}
         return {"rules": rules, "eos_token_id": self.eos_token_id, "class": type(self._tokenizer).__name__}

@@ -1,12 +1,16 @@
 """The model that an evaluation names: a run, a checkpoint, a Hugging Face directory, or a server's model."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
+from megatron_solopo.architecture.model_directory import (
+    CONFIG,
+    huggingface_directory,
+    is_megatron_checkpoint,
+    parse_model_json,
+)
 from megatron_solopo.errors import UserError
 from megatron_solopo.results.long_context import Backend
 from megatron_solopo.results.results_file import EVALUATION_FOLDER
@@ -71,6 +75,7 @@ def find_target(model: str, backend: Literal["auto", "megatron", "transformers"]
 
 def stored_dtype(path: Path) -> str:
     """The dtype in the model's `config.json` if it is bfloat16, else float32."""
-    config = json.loads((huggingface_directory(path) / "config.json").read_bytes())
+    file = huggingface_directory(path) / CONFIG
+    config = parse_model_json(file.read_bytes(), file)
     named = config.get("dtype", config.get("torch_dtype"))
     return "bfloat16" if named == "bfloat16" else "float32"

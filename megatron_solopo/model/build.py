@@ -70,6 +70,7 @@ def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "pipeline_model_parallel_layout": parallel.pipeline_model_parallel_layout,
         "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.uses_sequence_parallel,
         "cp_comm_type": parallel.cp_comm_type,

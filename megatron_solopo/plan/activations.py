@@ -124,7 +124,7 @@ def activation_rate(architecture: ModelShape, config: Config, chunk: ModelChunk,
     layer = layer_bytes(architecture, config, local=local)
     parallel = config.parallel
     layers = chunk.num_layers * layer.total
-    received = 0.0 if chunk.has_embedding or not local else layer.boundary
+    received = layer.boundary if local and not chunk.has_embedding and chunk.num_layers else 0.0
     if parallel.recompute_granularity == "selective":
         # The output projection keeps the attention output itself; only plain layers keep a second one.
         again = {"core_attn": layer.core_attention if local else 0.0, "mlp": layer.mlp}
@@ -177,8 +177,8 @@ def recomputed_bytes(
     if parallel.recompute_granularity == "full":
         count = parallel.recompute_num_layers
         if parallel.recompute_method == "uniform":
-            again = count * layer.total
-        elif count >= chunks[0].num_layers:
+            again = min(count, max(chunk.num_layers for chunk in chunks)) * layer.total
+        elif any(0 < chunk.num_layers <= count for chunk in chunks):
             again = layer.total
     elif parallel.recompute_granularity == "selective":
         again = max({"core_attn": layer.core_attention, "mlp": layer.mlp}[name] for name in parallel.recompute_modules)

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_solopo.architecture.gpus import Gpu, has_fp8
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import check_fp8, check_layout, check_world_size
+from megatron_solopo.architecture.pipeline_layout import parse_layout
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 
@@ -50,6 +51,17 @@ class Layout:
         return ",".join(f"{short}{size}" for short, size in self.sizes.items() if size is not None)
 
     @property
+    def extreme_ranks(self) -> list[int]:
+        """Pipeline ranks of which one needs most memory, and one most time.
+
+        The first stage keeps most packs, and the last has the head. Equal stages between them need less.
+        """
+        size = self.config.parallel.pipeline_model_parallel_size
+        if self.config.parallel.pipeline_model_parallel_layout is not None:
+            return list(range(size))
+        return sorted({0, size - 1})
+
+    @property
     def savers(self) -> str:
         """The settings besides the sizes that save memory or time, in words; "none" if there are none."""
         parallel, model, optimizer = self.config.parallel, self.config.model, self.config.optimizer
@@ -66,6 +78,8 @@ class Layout:
             found.append(f"offload {parallel.cpu_offloading_num_layers} layers")
         if parallel.context_parallel_size > 1:
             found.append(f"cp {parallel.cp_comm_type}")
+        if parallel.pipeline_model_parallel_layout is not None:
+            found.append(f"stages {parallel.pipeline_model_parallel_layout}")
         return ", ".join(found) or "none"
 
 
@@ -109,8 +123,14 @@ def candidate_sizes(architecture: ModelShape, gpus: int, gpu: Gpu) -> Iterator[d
 
 
 def make_layout(config: Config, sizes: dict[str, int | None], gpus: int) -> Layout:
-    """The configuration with these sizes; raises UserError if they do not divide the GPUs."""
+    """The configuration with these sizes; raises UserError if they do not divide the GPUs.
+
+    Its layout of stages stays if it has as many as these sizes.
+    """
     parallel: dict[str, Any] = {_SIZE_KEYS[short]: size for short, size in sizes.items()}
+    stages = config.parallel.pipeline_model_parallel_layout
+    if stages is not None and len(parse_layout(stages)) != (sizes["pp"] or 1) * (sizes["vpp"] or 1):
+        parallel["pipeline_model_parallel_layout"] = None
     # Tensor parallelism is never faster or smaller without sequence parallelism, so it always has it.
     parallel |= {"sequence_parallel": None, "cp_comm_type": "p2p", "cpu_offloading_num_layers": 0}
     changed = replace_settings(config, parallel=parallel)
@@ -185,12 +205,19 @@ class DistinctRank:
 def distinct_ranks(layout: Layout) -> list[DistinctRank]:
     """One rank of each kind, in Megatron's order of ranks (TP, CP, DP, PP).
 
-    Stages differ by what they hold (embedding, layers, head). Of the data-parallel and context-parallel ranks, the last
-    owns the padding at the buffers' ends. Tensor-parallel ranks are alike.
+    Stages differ by what they hold (embedding, number of layers, head). Of the data-parallel and context-parallel
+    ranks, the last owns the padding at the buffers' ends. Tensor-parallel ranks are alike.
     """
-    size = layout.config.parallel.pipeline_model_parallel_size
+    parallel = layout.config.parallel
+    size = parallel.pipeline_model_parallel_size
     per_stage = layout.gpus // size
-    stages = {0: "first stage", size // 2: "middle stage", size - 1: "last stage"} if size > 1 else {0: "only stage"}
+    ends = {0: "first stage", size - 1: "last stage"} if size > 1 else {0: "only stage"}
+    if parallel.pipeline_model_parallel_layout is None:
+        stages = {size // 2: "middle stage"} | ends
+    else:
+        held = parse_layout(parallel.pipeline_model_parallel_layout)
+        kinds = {held[stage::size]: stage for stage in reversed(range(size))}
+        stages = {stage: f"stage {stage}" for stage in kinds.values()} | ends
     found = []
     for stage, name in sorted(stages.items()):
         found.append(DistinctRank(stage * per_stage, f"{name}, first shard", True))

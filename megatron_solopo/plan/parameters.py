@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import padded_vocab_size
+from megatron_solopo.architecture.pipeline_layout import stage_layers
 from megatron_solopo.config import ModelConfig, ParallelConfig
 
 _PARAMETER_ALIGNMENT = 64
@@ -66,9 +67,9 @@ class ParameterBuffer:
 def model_chunks(architecture: ModelShape, parallel: ParallelConfig, pipeline_rank: int) -> list[ModelChunk]:
     """The chunks of a pipeline rank: chunk v of rank p is virtual stage v x PP + p."""
     size, count = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-    layers = architecture.num_layers // (size * count)
+    layers = stage_layers(architecture.num_layers, parallel)
     stages = [chunk * size + pipeline_rank for chunk in range(count)]
-    return [ModelChunk(stage * layers, layers, stage == 0, stage == size * count - 1) for stage in stages]
+    return [ModelChunk(sum(layers[:each]), layers[each], each == 0, each == size * count - 1) for each in stages]
 
 
 def chunk_parameters(

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_solopo.architecture.pipeline_layout import parse_layout
 from megatron_solopo.architecture.pipeline_schedule import ChunkPass, stage_order
+from megatron_solopo.config import ParallelConfig
 
 
 class TimedPass(NamedTuple):
@@ -60,6 +62,22 @@ def simulate_schedule(
             if len(spans[rank]) == len(orders[rank]):
                 waiting.remove(rank)
     return Timeline(tuple(tuple(each) for each in spans))
+
+
+def pipeline_bubble(parallel: ParallelConfig, num_packs: int) -> float:
+    """Share of time that a pipeline's ranks wait in a step of equal packs, in [0, 1).
+
+    Of equal stages it is (PP - 1) / (VPP x packs + PP - 1): Megatron-LM, arXiv 2104.04473, section 2.2, as a share of
+    the whole step. In a layout, embedding and loss count as a layer each. Backward takes twice as long as forward.
+    """
+    size, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    layout = parallel.pipeline_model_parallel_layout
+    work = [1] * (size * chunks) if layout is None else [len(stage) for stage in parse_layout(layout)]
+
+    def seconds(rank: int, each: ChunkPass) -> float:
+        return work[each.chunk * size + rank] * (1 if each.is_forward else 2)
+
+    return simulate_schedule(size, chunks, num_packs, seconds, message_seconds=0.0).bubble
 
 
 def _ready(

@@ -143,9 +143,8 @@ class Planner:
         for layout in row:
             check_supported(self.architecture, layout)
             packs = self.packer.pack(layout.config, layout.data_parallel_size).heaviest_rank
-            # The first stage has most packs in flight, and the last has the head. The stages between need less.
-            ends = {0, layout.config.parallel.pipeline_model_parallel_size - 1}
-            excess = max(self._memory(layout, rank, packs).total for rank in ends) / GIB - self.gpu.memory_gib
+            fullest = max(self._memory(layout, rank, packs).total for rank in layout.extreme_ranks)
+            excess = fullest / GIB - self.gpu.memory_gib
             if excess <= 0:
                 break
         return layout, excess
@@ -174,8 +173,7 @@ class Planner:
 
     def _quick_seconds(self, layout: Layout) -> float:
         packs = self.packer.pack(layout.config, layout.data_parallel_size).heaviest_rank
-        ranks = {0, layout.config.parallel.pipeline_model_parallel_size - 1}
-        return self._timer(layout).quick_seconds(packs, [self._state(layout, rank) for rank in ranks])
+        return self._timer(layout).quick_seconds(packs, [self._state(layout, rank) for rank in layout.extreme_ranks])
 
     def _timer(self, layout: Layout) -> StepTimer:
         return StepTimer(self.architecture, layout.config, layout.data_parallel_size, self.gpu, self.efficiency)
@@ -187,7 +185,8 @@ class Planner:
     def _state(self, layout: Layout, rank: int) -> RankState:
         """Most variants share the state: recomputation and the exchange of keys and values do not change it."""
         config = layout.config
-        key = (*layout.sizes.values(), rank, config.model.fp8, config.optimizer.optimizer_offload_fraction)
+        stages = config.parallel.pipeline_model_parallel_layout
+        key = (*layout.sizes.values(), stages, rank, config.model.fp8, config.optimizer.optimizer_offload_fraction)
         if key not in self._states:
             self._states[key] = rank_state(self.architecture, config, rank, layout.data_parallel_size)
         return self._states[key]

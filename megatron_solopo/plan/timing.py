@@ -17,7 +17,7 @@ from megatron_solopo.architecture.pipeline_schedule import ChunkPass
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import element_bytes, sequence_shards
 from megatron_solopo.plan.memory import RankState
-from megatron_solopo.plan.parameters import model_chunks
+from megatron_solopo.plan.parameters import ModelChunk, model_chunks
 from megatron_solopo.plan.pipeline import Timeline, simulate_schedule
 from megatron_solopo.plan.workload import PackShape
 
@@ -91,11 +91,13 @@ class StepTimer:
         """
         size = self.config.parallel.pipeline_model_parallel_size
         chunks = [model_chunks(self.architecture, self.config.parallel, rank) for rank in range(size)]
-        passes = [self._passes(pack) for pack in packs]
+        passes = [
+            [tuple(part.total for part in self._pass(pack, is_forward=way)) for way in (True, False)] for pack in packs
+        ]
 
         def seconds(rank: int, work: ChunkPass) -> float:
-            chunk, (layer, head) = chunks[rank][work.chunk], passes[work.microbatch][not work.is_forward]
-            return chunk.num_layers * layer + (head if chunk.has_head else 0.0)
+            chunk, (layer, again, head) = chunks[rank][work.chunk], passes[work.microbatch][not work.is_forward]
+            return chunk.num_layers * layer + self._computed_again(chunk) * again + chunk.has_head * head
 
         return StepTime(
             compute=self._busiest(packs),
@@ -110,24 +112,27 @@ class StepTimer:
         pipeline = self._with_bubble(self._busiest(packs).total, len(packs))
         return pipeline + max(self._reduction(state) + self._update(state) for state in states)
 
-    def _passes(self, pack: PackShape) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Seconds of (one layer, the head) for forward, and the same for backward."""
-        forward, backward = (
-            (self.layer(pack, is_forward=way).total, self.head(pack, is_forward=way).total) for way in (True, False)
-        )
-        return forward, backward
-
     def _busiest(self, packs: Sequence[PackShape], *, forward_only: bool = False) -> PackSeconds:
-        """All packs through the last pipeline rank, which has the head and as many layers as the others."""
-        size, chunks = self.config.parallel.pipeline_model_parallel_size, self._chunks
-        layers = self.architecture.num_layers // (size * chunks) * chunks
-        total = PackSeconds()
+        """All packs through the pipeline rank that they keep busy longest."""
+        sums = [PackSeconds()] * 3
         alike = Counter((pack.padded_tokens, pack.squares, pack.response_rows) for pack in packs)
         one = {(pack.padded_tokens, pack.squares, pack.response_rows): pack for pack in packs}
         for key, count in alike.items():
             for way in (True,) if forward_only else (True, False):
-                both = self.layer(one[key], is_forward=way).times(layers) + self.head(one[key], is_forward=way)
-                total += both.times(count)
+                found = self._pass(one[key], is_forward=way)
+                sums = [total + part.times(count) for total, part in zip(sums, found, strict=True)]
+        parallel = self.config.parallel
+        size = parallel.pipeline_model_parallel_size
+        # Of equal stages, the last one does most: it has the head.
+        ranks = range(size) if parallel.pipeline_model_parallel_layout is not None else [size - 1]
+        return max((self._of_rank(rank, *sums) for rank in ranks), key=lambda seconds: seconds.total)
+
+    def _of_rank(self, rank: int, layer: PackSeconds, again: PackSeconds, head: PackSeconds) -> PackSeconds:
+        """Seconds of a pipeline rank's chunks from those that `_pass` returns."""
+        total = PackSeconds()
+        for chunk in model_chunks(self.architecture, self.config.parallel, rank):
+            total += layer.times(chunk.num_layers) + again.times(self._computed_again(chunk))
+            total += head.times(chunk.has_head)
         return total
 
     @property
@@ -137,11 +142,11 @@ class StepTimer:
     def _with_bubble(self, busy: float, packs: int) -> float:
         return busy * (1 + (self.config.parallel.pipeline_model_parallel_size - 1) / (packs * self._chunks))
 
-    def layer(self, pack: PackShape, *, is_forward: bool) -> PackSeconds:
-        """One layer's pass over one pack. Backward includes what is computed again."""
-        forward = self._forward(pack)
+    def _pass(self, pack: PackShape, *, is_forward: bool) -> tuple[PackSeconds, PackSeconds, PackSeconds]:
+        """A pass over one pack: of one layer, of what one layer computes again before it, and of the head."""
+        forward, head = self._forward(pack), self.head(pack, is_forward=is_forward)
         if is_forward:
-            return forward
+            return forward, PackSeconds(), head
         backward = PackSeconds(
             gemm=2 * forward.gemm,
             attention=_ATTENTION_BACKWARD * forward.attention,
@@ -150,14 +155,18 @@ class StepTimer:
             tensor_traffic=1.5 * forward.tensor_traffic,
             context_traffic=self._context_traffic(pack, _ATTENTION_BACKWARD * forward.attention, backward=True),
         )
-        return backward + self._recomputed(forward)
+        return backward, self._recomputed(forward), head
+
+    def _computed_again(self, chunk: ModelChunk) -> int:
+        """Number of a chunk's layers to which `recompute_granularity` applies."""
+        parallel = self.config.parallel
+        is_block = parallel.recompute_granularity == "full" and parallel.recompute_method == "block"
+        return min(chunk.num_layers, parallel.recompute_num_layers) if is_block else chunk.num_layers
 
     def _recomputed(self, forward: PackSeconds) -> PackSeconds:
         parallel, a = self.config.parallel, self.architecture
         if parallel.recompute_granularity == "full":
-            layers = a.num_layers // (parallel.pipeline_model_parallel_size * self._chunks)
-            again = 1.0 if parallel.recompute_method == "uniform" else min(1.0, parallel.recompute_num_layers / layers)
-            return forward.times(again)
+            return forward
         found = PackSeconds()
         if parallel.recompute_granularity == "selective":
             if "core_attn" in parallel.recompute_modules:

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_solopo.architecture.layout import describe_bubble, pipeline_bubble
+from megatron_solopo.architecture.layout import describe_bubble
 from megatron_solopo.config import Config, save_config
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.microbatch import Microbatch
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.agreement import on_rank_0
+from megatron_solopo.plan.pipeline import pipeline_bubble
 from megatron_solopo.train.alarms import AlarmWarnings
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE, TripletLosses, describe_skip, record_skip
 from megatron_solopo.train.callbacks import Callback, OnRank0, SaveClock, TidyCheckpoints, say
@@ -212,8 +213,8 @@ class Trainer:
         )
 
     def _describe_pipeline(self) -> str:
-        stages, packs = self.topology.pipeline_group.size(), self.loader.next_packs()
-        bubble = pipeline_bubble(stages, self.topology.num_model_chunks, packs)
+        packs = self.loader.next_packs()
+        bubble = pipeline_bubble(self.config.parallel, packs)
         return f"{packs} packs per rank in the first step: {describe_bubble(bubble)}"
 
     def _end_threads(self) -> None:

@@ -180,7 +180,10 @@ def test_a_missing_config_is_refused(tmp_path: Path) -> None:
     ) and "model.path" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("text", [b"{ nope", b"", b"\xff\xfe\x00\x81", b'{"model_type": "llama"'])
+@pytest.mark.parametrize(
+    "text",
+    [b"{ nope", b"", b"\xff\xfe\x00\x81", b'{"model_type": "llama"', b'{"rope_theta": 1e4, "rope_theta": 1e6}'],
+)
 def test_broken_json_is_refused(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text)
     assert refusal(tmp_path).startswith("not valid JSON: ")

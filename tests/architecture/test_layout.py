@@ -15,7 +15,6 @@ from megatron_solopo.architecture.layout import (
     describe_bubble,
     pack_multiple,
     padded_vocab_size,
-    pipeline_bubble,
     sequence_multiple,
     wanted_packs,
 )
@@ -24,7 +23,7 @@ from megatron_solopo.data.loader import Packing
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.context import shard_indices
-from megatron_solopo.plan.pipeline import simulate_schedule
+from megatron_solopo.plan.pipeline import pipeline_bubble
 from tests.tiny_models import FAMILIES
 
 TP2, CP2, PP2 = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "context", "pipeline_model"))
@@ -169,14 +168,23 @@ def test_without_fp8_a_pack_divides_over_its_ranks_and_chunks(tensor: int, conte
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("rounds", [1, 4])
 def test_the_bubble_of_equal_packs_is_that_of_the_schedule(stages: int, chunks: int, rounds: int) -> None:
+    """(PP - 1) / (VPP x packs + PP - 1)."""
     packs = rounds * stages
-    simulated = simulate_schedule(stages, chunks, packs, lambda rank, work: 1 if work.is_forward else 2, 0)
-    assert pipeline_bubble(stages, chunks, packs) == pytest.approx(simulated.bubble)
+    parallel = sizes(pipeline=stages, chunks=chunks if chunks > 1 and stages > 1 else None)
+    expected = (stages - 1) / ((parallel.virtual_pipeline_model_parallel_size or 1) * packs + stages - 1)
+    assert pipeline_bubble(parallel, packs) == pytest.approx(expected)
+
+
+def test_uneven_stages_wait_for_the_longest() -> None:
+    uneven = sizes(pipeline=2, pipeline_model_parallel_layout="Et|t*4L")
+    assert pipeline_bubble(uneven, 1000) == pytest.approx((5 - 2) / (2 * 5), rel=0.01)
+    balanced = sizes(pipeline=4, pipeline_model_parallel_layout="Et*7|(t*8|)*2t*7L")
+    assert pipeline_bubble(balanced, 16) == pytest.approx(pipeline_bubble(sizes(pipeline=4), 16))
 
 
 @pytest.mark.parametrize(("stages", "packs", "is_warned"), [(1, 1, False), (8, 32, False), (8, 16, True), (2, 1, True)])
 def test_a_large_bubble_is_warned_of_and_the_wanted_packs_avoid_it(stages: int, packs: int, is_warned: bool) -> None:
-    said = describe_bubble(pipeline_bubble(stages, 1, packs))
+    said = describe_bubble(pipeline_bubble(sizes(pipeline=stages), packs))
     assert said.startswith("warning: ") is is_warned is ("training.global_batch_size" in said)
     assert is_warned or packs >= wanted_packs(stages)
 

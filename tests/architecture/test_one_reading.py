@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
-from megatron_solopo.architecture.one_reading import INDEX, SINGLE
+from megatron_solopo.architecture.one_reading import INDEX, SINGLE, read_index
 from megatron_solopo.checkpoint.conversion import import_model, verify_models
 from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory
 from megatron_solopo.errors import UserError
@@ -78,6 +78,12 @@ def test_two_readings_are_refused_with_both_readers(situation: str, folder: Path
         message = str(error.value)
         assert message.startswith(f"{folder / 'hf'}: holds ") and "\n" not in message
         assert all(word in message for word in words), message
+
+
+def test_a_tensor_that_is_twice_in_the_index_is_refused(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text('{"weight_map": {"norm": "a.safetensors", "norm": "b.safetensors"}}')
+    with pytest.raises(UserError, match=r"index\.json: not valid JSON: the key 'norm' is there twice"):
+        read_index(tmp_path)
 
 
 def test_quantization_that_only_vllm_reads_is_refused(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Options that are derived from typed settings."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 import pytest
@@ -33,6 +33,8 @@ class ExampleSettings(CommandSettings):
     """More files."""
     lengths: tuple[int, ...] = (8, 16)
     """Lengths in tokens."""
+    arguments: dict[str, Any] = Field(default={})
+    """Arguments for something else."""
 
     def contradictions(self):
         if self.overwrite and self.more:
@@ -93,7 +95,7 @@ def test_all_mistakes_are_told_by_their_flags(arguments, lines) -> None:
     assert isinstance(result.exception, UserError) and str(result.exception).splitlines() == lines
 
 
-@pytest.mark.parametrize("arguments", ["--mode slow", "--lengths 1,x", "--max-rows many"])
+@pytest.mark.parametrize("arguments", ["--mode slow", "--lengths 1,x", "--max-rows many", '--arguments {"a":1,"a":2}'])
 def test_a_value_of_another_type_is_a_mistake_on_the_command_line(arguments) -> None:
     _, result = invoke("--source", "a", *arguments.split())
     assert result.exit_code == 2 and f"Invalid value for '{arguments.split()[0]}'" in result.output

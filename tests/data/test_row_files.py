@@ -170,7 +170,7 @@ def test_validate_tells_an_unusable_file_from_bad_rows_by_its_exit_code(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"A text."), "is compressed; decompress it"),
+        (gzip.compress(b"A text.", mtime=0), "is compressed; decompress it"),
         ("A text.".encode("utf-16"), "is UTF-16 text; convert it: iconv"),
         (b"A text.\ncaf\xe9", "is not UTF-8 text: byte 0xe9 in line 2"),
     ],
@@ -186,7 +186,7 @@ def test_a_text_file_of_another_kind_is_named(content: bytes, message: str, tmp_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(LINES), "is compressed; decompress it"),
+        (gzip.compress(LINES, mtime=0), "is compressed; decompress it"),
         (b"\xef\xbb\xbf" + LINES, "begins with a byte-order mark; remove it: sed -i "),
         (b"PAR1", "is parquet; write it as JSON lines: "),
     ],

@@ -18,11 +18,12 @@ from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
 from tests.data.chat_templates import INPUTS, NAMES, ROWS, assistant, row, system, user, write_tokenizer
 from tests.data.sample_rows import prepare, write_rows
+from tests.data.tiny_tokenizers import write_hugging_face
 
 NO_THOUGHT = "begins every answer with '<think>\\n'"
 LEAVES_OUT = "leaves out text of an answer"
 NO_END = "does not end with an end token"
-SAME = "has the same tokens as chosen; chosen: '<think>"
+SAME = "has the same tokens as chosen: the template leaves out text of an answer; chosen: '<think>"
 # Every other pair is accepted and is what transformers renders.
 REFUSED = {
     **{("no_end_token", kind): NO_END for kind in ROWS},
@@ -241,3 +242,12 @@ def test_a_system_message_that_moves_is_in_the_prompt(tokenizers):
     tokenizer = load_tokenizer(tokenizers["system_in_last_turn"])
     prompt = [system("Be brief."), user("Hi"), assistant("Hello"), user("What is 2+2?")]
     assert render_response(prompt, [assistant(" It is 4. ")], tokenizer) == " It is 4.<|im_end|>"
+
+
+def test_a_template_that_ignores_add_generation_prompt_is_told(tmp_path):
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer = str(write_hugging_face(tmp_path / "tokenizer", chat_template=template))
+    manifest, texts = prepare_rows(tmp_path, [ROWS["plain"], ROWS["several_turns"] | {"id": "y"}], tokenizer)
+    assert texts["chosen"].startswith("<|im_start|>assistant\n")
+    assert manifest.effects.keys() == {"header_in_answer"} and manifest.effects["header_in_answer"].rows == 2
+    assert "note: 2 rows: the template ignores add_generation_prompt" in str(manifest)

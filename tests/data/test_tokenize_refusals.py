@@ -7,7 +7,14 @@ from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.data.tokenize import tokenize_rows
 from megatron_solopo.errors import UserError
 from tests.data.sample_rows import as_messages, prepare, triplet, write_rows
-from tests.data.tiny_tokenizers import REWRITING, STRICT, write_hugging_face, write_sentencepiece, write_word_level
+from tests.data.tiny_tokenizers import (
+    REWRITING,
+    STRICT,
+    write_hugging_face,
+    write_sentencepiece,
+    write_unigram,
+    write_word_level,
+)
 
 
 def refusal(tmp_path, rows, tokenizer, **options):
@@ -86,13 +93,16 @@ def test_a_template_with_a_mistake_is_blamed_itself(tmp_path):
     assert f"the chat template of {tokenizer} is broken: " in message and "refuses" not in message
 
 
-@pytest.mark.parametrize("kind", ["word level", "sentencepiece"])
+@pytest.mark.parametrize("kind", ["word level", "only tokenizer.json", "another name", "unigram", "sentencepiece"])
 def test_unknown_words_of_an_answer_are_refused_and_those_of_a_prompt_are_counted(tmp_path, kind):
     rows = [triplet(i, long_words=5) for i in range(3)]
     if kind == "sentencepiece":
         tokenizer = str(write_sentencepiece(tmp_path / "t.model", byte_fallback=False))
+    elif kind == "unigram":
+        tokenizer = str(write_unigram(tmp_path / "pieces"))
     else:
-        tokenizer = str(write_word_level(tmp_path / "words", rows))
+        named = {"word level": {"unk_token": "<unk>"}, "another name": {"unk_token": "<s>"}}.get(kind, {})
+        tokenizer = str(write_word_level(tmp_path / "words", rows, **named))
     bad = [*rows[:2], rows[2] | {"chosen": "\N{SNOWMAN}"}]
     message = refusal(tmp_path, bad, tokenizer)
     assert "has no token for text of an answer" in message and "row-2: chosen: '\N{SNOWMAN}' has the tokens" in message
@@ -104,6 +114,20 @@ def test_unknown_words_of_an_answer_are_refused_and_those_of_a_prompt_are_counte
     assert effects["unknown_in_prompt"].rows == 1 and "unknown_in_answer" not in effects
 
 
+def test_answers_that_are_equal_since_their_words_are_unknown_name_the_words_once(tmp_path):
+    rows = [triplet(i, long_words=5) for i in range(4)]
+    tokenizer = str(write_word_level(tmp_path / "words", rows))
+    unknown = ["\N{SNOWMAN}", "\N{UMBRELLA}", "\N{COMET}"]
+    bad = [row | {"chosen": word, "rejected": word * 2} for row, word in zip(rows, unknown, strict=False)]
+    message = refusal(tmp_path, [*bad, rows[3] | {"chosen": "row-3 row-3", "rejected": "row-3  row-3"}], tokenizer)
+    assert (
+        "lines 1, 2, 3: rejected: has the same tokens as chosen: the tokenizer has no token for text of an answer, "
+        "which is trained as its unknown token; chosen: '\N{SNOWMAN}' has the tokens '<unk>'; take that text out"
+        in message
+    )
+    assert message.endswith("; line 4: rejected: has the same tokens as chosen") and "\N{COMET}" not in message
+
+
 def test_a_key_that_is_there_twice_is_refused(tmp_path, hugging_face):
     text = json.dumps(triplet(0))
     path = tmp_path / "twice.jsonl"
@@ -112,6 +136,14 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path, hugging_face):
         path.write_text(content)
         with pytest.raises(UserError, match="the key 'chosen' is there twice"):
             prepare(path, tmp_path / "out", hugging_face)
+
+
+@pytest.mark.parametrize("name", ["tools", "chat_template_kwargs"])
+def test_a_key_that_is_there_twice_in_text_of_a_row_is_refused(tmp_path, hugging_face, name):
+    text = '[{"name": "w", "name": "v"}]' if name == "tools" else '{"lang": "en", "lang": "de"}'
+    path = write_rows(tmp_path / "twice.jsonl", [triplet(0) | {name: text}])
+    with pytest.raises(UserError, match=f"{name}: is text that is not valid JSON: the key '.*' is there twice"):
+        prepare(path, tmp_path / "out", hugging_face)
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path):

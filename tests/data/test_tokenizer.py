@@ -148,6 +148,7 @@ class UnknownOnly:
     """A tokenizer that knows no word of the alphabet's second half and drops them."""
 
     eos_token_id = 0
+    unk_token_id = None
 
     def encode(self, text, *, add_special_tokens):
         return [ord(character) for character in text if character < "m"]
@@ -164,3 +165,14 @@ def test_responses_that_tokenize_to_nothing_or_alike(chosen, rejected, reason):
     responses = {"chosen": chosen, "rejected": rejected}
     with pytest.raises(UserError, match=reason):
         tokenize_row({"prompt_short": "a"}, responses, UnknownOnly(), "plain", {0})
+
+
+def test_half_a_tokenizer_is_named(tmp_path):
+    path = write_hugging_face(tmp_path / "tokenizer")
+    vocabulary = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer \(tokenizer\.json, .*\); copy its files from the original"):
+        load_tokenizer(path)
+    (path / "vocab.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(UserError, match=r"has vocab\.json and no merges\.txt, which belong together; copy merges\.txt"):
+        load_tokenizer(path)

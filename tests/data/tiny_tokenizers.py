@@ -95,11 +95,22 @@ def write_sentencepiece(
     return path
 
 
-def write_word_level(path: Path, rows: list[dict[str, str]]) -> Path:
-    """A tokenizer that knows the words of some rows and calls all others `<unk>`."""
+def write_word_level(path: Path, rows: list[dict[str, str]], **settings: str) -> Path:
+    """A tokenizer that knows the words of some rows and calls all others `<unk>`.
+
+    settings: tokens that tokenizer_config.json names. tokenizer.json names `<unk>` in any case.
+    """
     words = sorted({word for row in rows for text in row.values() for word in text.split()})
     vocabulary = {word: number for number, word in enumerate([*SPECIAL_TOKENS, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **settings).save_pretrained(path)
+    return path
+
+
+def write_unigram(path: Path) -> Path:
+    """A Unigram tokenizer of single characters, whose settings name no unknown token."""
+    pieces = [(token, 0.0) for token in SPECIAL_TOKENS] + [(letter, -1.0) for letter in ALPHABET]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(path)
     return path

@@ -18,7 +18,7 @@ from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.packing import build_pack
 from megatron_solopo.parallel.context import shard_indices
 from tests.distributed import run_distributed
-from tests.layouts import cp, pp, tp
+from tests.layouts import cp, pp, stages, tp
 from tests.parity import plain
 from tests.parity.layouts import (
     ADAM_EPS,
@@ -93,6 +93,8 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout("tp2-chunked-recompute", UNEVEN, tp(2, recompute_granularity="full"), chunk_tokens=3),
         Layout("pp2", UNPACKED, pp(2)),
         Layout("pp2-vpp2", UNPACKED, pp(2, 2)),
+        Layout("pp2-uneven", UNPACKED, pp(2, **stages("Et|tttL"))),
+        Layout("pp2-vpp2-uneven", UNPACKED, pp(2, 2, **stages("E|tt|t|tL"))),
         Layout("pp2-vpp2-recompute", PACKED, pp(2, 2, recompute_granularity="full"), distributed_optimizer=True),
         Layout("cp2", PACKED, cp(2)),
         Layout("cp2-one-pack", ONE_PACK, cp(2, recompute_granularity="selective"), distributed_optimizer=True),
@@ -102,6 +104,7 @@ LAYOUTS: dict[int, list[Layout]] = {
     4: [
         Layout("tp4-fewer-kv-heads", PACKED, tp(4)),
         Layout("pp4", UNPACKED, pp(4)),
+        Layout("pp4-ends-alone", UNPACKED, pp(4, **stages("E|ttt|t|L"))),
         Layout("cp4", PACKED, cp(4)),
         Layout("cp4-padded-pack", PACKED, cp(4), pack_multiple=128),
         # Triplet 0 alone in a pack: three of the four ranks hold no response token, see `make_rows`.

@@ -12,7 +12,7 @@ from megatron_solopo.plan.activations import element_bytes
 from megatron_solopo.plan.memory import peak_activations, rank_state
 from megatron_solopo.plan.parameters import ModelChunk, model_chunks
 from tests.distributed import run_distributed
-from tests.layouts import cp, pp, tp
+from tests.layouts import cp, pp, stages, tp
 from tests.plan.memory_ranks import Case, MemoryInUse, run_cases, shapes
 from tests.tiny_models import FAMILIES
 
@@ -49,6 +49,8 @@ TWO = [
     Case("pp2", parallel=pp(2), model=BF16),
     Case("pp2-tied", parallel=pp(2), family="qwen2_tied"),
     Case("vpp2-tied", parallel=pp(2, 2), family="qwen2_tied", model=BF16),
+    Case("pp2-uneven", parallel=pp(2, **stages("Ettt|tL")), model=BF16),
+    Case("vpp2-uneven-block", parallel=pp(2, 2, **stages("E|tt|t|tL"), **FULL, recompute_method="block")),
     Case("pp2-full", parallel=pp(2, **FULL)),
     Case("pp2-core", parallel=pp(2, **CORE), model=BF16),
 ]
@@ -56,6 +58,7 @@ FOUR = [
     Case("tp4-more-than-kv-heads", parallel=tp(4), family="qwen3"),
     Case("tp2-pp2-tied", parallel=tp(2) | pp(2), family="qwen2_tied", model=BF16),
     Case("tp2-dp2", parallel=tp(2), family="qwen2", model=BF16),
+    Case("pp4-ends-alone", parallel=pp(4, **stages("E|ttt|t|L")), family="qwen2_tied"),
     Case("pp2-dp2-tied", parallel=pp(2), family="qwen2_tied"),
     Case("pp2-vpp2-cp2", parallel=pp(2, 2) | cp(2), model=BF16),
     Case("cp2-dp2", parallel=cp(2), family="qwen3", model=BF16),

@@ -121,3 +121,16 @@ def test_an_illegal_layout_that_is_asked_for_gets_one_line(model: str, sizes: di
     with pytest.raises(UserError, match=words) as error:
         planner.best_variant(make_layout(planner.config, asked, 64))
     assert "\n" not in str(error.value)
+
+
+def test_a_layout_of_stages_stays_where_its_number_of_stages_fits() -> None:
+    text = "Et*6|t*10|t*9|t*7L"
+    planner = make_planner("llama-3.1-8b", f"parallel.pipeline_model_parallel_layout={text}", gpus=8)
+    found = {
+        (pp, vpp): make_layout(planner.config, {"tp": 1, "pp": pp, "vpp": vpp, "cp": 1}, 8)
+        for pp, vpp in ((4, None), (2, 2), (8, None), (1, None))
+    }
+    kept = {sizes: layout.config.parallel.pipeline_model_parallel_layout for sizes, layout in found.items()}
+    assert kept == {(4, None): text, (2, 2): text, (8, None): None, (1, None): None}
+    assert f"stages {text}" in found[4, None].savers and found[4, None].extreme_ranks == [0, 1, 2, 3]
+    assert planner.estimate(found[4, None]).fullest.pipeline_rank == 1

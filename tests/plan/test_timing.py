@@ -43,6 +43,20 @@ def test_a_pipeline_waits_less_with_more_packs() -> None:
     assert bubbles == sorted(bubbles, reverse=True) and bubbles[0] == pytest.approx(3 / 11, abs=0.03)
 
 
+def test_a_stage_with_more_layers_takes_longer_and_holds_more() -> None:
+    planner = make_planner("llama-3.1-8b", gpus=4)
+    stages = {"pipeline_model_parallel_layout": "Et*6|t*10|t*9|t*7L"}
+    even, uneven = estimate(planner, pp=4), estimate(planner, pp=4, parallel=stages)
+    assert uneven.time.compute.gemm == pytest.approx(even.time.compute.gemm * 10 / 8) and uneven.time.compute.head == 0
+    busy = [sum(span.end - span.start for span in spans) for spans in uneven.time.timeline.stages]
+    assert [round(each / busy[0] * 6, 3) for each in busy[:3]] == [6, 10, 9] and busy[3] > busy[0] * 7 / 6
+    layer = even.stages[1].parameters / 8
+    assert [stage.parameters / layer for stage in uneven.stages[1:3]] == pytest.approx([10, 9], rel=1e-3)
+    block = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 7}
+    again = estimate(planner, pp=4, parallel=stages | block).time.compute
+    assert again.gemm == pytest.approx(even.time.compute.gemm / 8 * (10 + 7 / 3))
+
+
 def test_state_on_the_host_is_updated_at_its_memorys_pace() -> None:
     planner = make_planner(gpus=8)
     here, away = (estimate(planner, optimizer={"optimizer_offload_fraction": share}) for share in (0.0, 1.0))

@@ -21,6 +21,7 @@ from megatron_solopo.train.reference import reference_logprobs
 from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
+from tests.layouts import stages
 from tests.prepared import make_prepared
 from tests.train.runs import make_inputs
 
@@ -33,7 +34,8 @@ PP2 = {"pipeline_model_parallel_size": 2}
 VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 DP2: dict[str, Any] = {}
 # Written under the first and continued under the second; those of RESUMED were written under TP2.
-ACROSS = {"cp2-dp2": (CP2, DP2), "vpp2-cp2": (VPP2, CP2), "dp2-pp2": (DP2, PP2)}
+UNEVEN = PP2 | stages("Et|tttL")
+ACROSS = {"cp2-dp2": (CP2, DP2), "uneven-cp2": (VPP2 | stages("E|tt|t|tL"), CP2), "dp2-uneven": (DP2, UNEVEN)}
 RESUMED = {"tp2": TP2, "cp2": CP2, "pp2": PP2, "vpp2": VPP2, "dp2": DP2}
 
 

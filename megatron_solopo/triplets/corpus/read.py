@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_solopo.data.row_files import FileRow, Unit, first_bytes, read_file_rows, read_whole_text, unit_of
 from megatron_solopo.errors import UserError
+from megatron_solopo.files import parse_json
 from megatron_solopo.triplets.corpus.formats import (
     DistractorRecord,
     Document,
@@ -124,7 +125,7 @@ def _read_squad(path: Path) -> Iterator[tuple[int, Question | BadRow]]:
     """Read the released file: one object. Its questions are numbered. The number of a bad row is its article's."""
     text = read_whole_text(path)
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:

@@ -126,6 +126,9 @@ def test_a_broken_squad_file_and_a_missing_one_are_refused(tmp_path) -> None:
     path.write_text('{"data": [\n}')
     with pytest.raises(UserError, match=r"train\.json:2: not valid JSON"):
         read(path, "squad")
+    path.write_text('{"data": [], "data": [{}]}')
+    with pytest.raises(UserError, match=r"train\.json: not valid JSON: the key 'data' is there twice in one object"):
+        read(path, "squad")
     path.write_text('{"version": 1}')
     with pytest.raises(UserError, match=r"train\.json: data: expected a list of articles"):
         read(path, "squad")
@@ -171,8 +174,8 @@ def _mutated(draw: st.DrawFn) -> bytes:
 def test_no_row_is_lost_whatever_is_broken(tmp_path_factory, lines) -> None:
     """Thousands of broken rows: each line is a question or a named mistake, and nothing else is raised."""
     path = tmp_path_factory.mktemp("broken") / "rows.jsonl"
-    # An array's bracket in front would make another kind of file.
-    lines = [b'{"first": 1}', *lines]
+    # An array's bracket in front, or a zero byte among the first 16, would make another kind of file.
+    lines = [b'{"the first row": 1}', *lines]
     path.write_bytes(b"\n".join(lines))
     found = read(path)
     rows = {number for number, line in enumerate(lines, start=1) if line.strip()}
