@@ -292,6 +292,17 @@ def gather_parameters(chunk: DistributedDataParallel) -> None:
             group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
+def begin_gathering_ahead(chunk: DistributedDataParallel) -> None:
+    """With `align_param_gather`, begin to gather the parameters that the forward pass will wait for.
+
+    Versions: 0.16 and 0.19. Only the interleaved schedule does so. Upstream: `megatron/core/pipeline_parallel/`.
+    """
+    if chunk.ddp_config.align_param_gather:
+        for group in reversed(_bucket_groups(chunk)):
+            if not group.param_gather_dispatched:
+                group.start_param_sync()
+
+
 def run_forward_pre_hooks(module: torch.nn.Module) -> None:
     """Run what a module's call would run before its `forward`. Call this before reading its weight without a call.
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.layout import data_parallel_overlap
 from megatron_solopo.architecture.pipeline_schedule import packs_at_peak
 from megatron_solopo.config import Config
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
@@ -60,11 +61,15 @@ def dry_run(architecture: Architecture, layout: Layout, pack: PackShape, num_pac
     Raises RuntimeError or AssertionError of Megatron-Core if it cannot run the layout.
     """
     # FP8, Transformer Engine and state in host memory need a GPU. They do not change any parameter.
+    parallel = layout.config.parallel
+    ranks = layout.data_parallel_size * parallel.context_parallel_size
+    overlap = data_parallel_overlap(parallel, layout.config.optimizer, ranks, on_gpu=True).grad_reduce
     config = replace_settings(
         layout.config,
         model={"fp8": None, "fp8_param": False, "first_last_layers_bf16": False, "implementation": "local"},
         optimizer={"optimizer_offload_fraction": 0.0},
-        parallel={"cpu_offloading_num_layers": 0},
+        # No parameter is gathered without memory. On a GPU, the reduction's overlap decides the buffers' padding.
+        parallel={"cpu_offloading_num_layers": 0, "overlap_grad_reduce": overlap, "overlap_param_gather": False},
     )
     on_cpu = replace(layout, config=config)
     sizes = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1

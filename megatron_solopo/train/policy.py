@@ -25,6 +25,7 @@ from megatron_solopo.model.microbatch import Microbatch
 from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.megatron_internals import (
+    begin_gathering_ahead,
     fuse_weight_gradients,
     gather_parameters,
     own_gradient_sums,
@@ -42,7 +43,11 @@ def wrap_data_parallel(
     """Give each model chunk its gradient buffers and data-parallel communication."""
     config = chunks[0].config
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    ddp_config = data_parallel_config(optimizer, parallel, ranks, fp8_param=bool(config.fp8_param))
+    # Without this, a later pipeline stage or chunk would begin to gather when its first input is there.
+    gathers_ahead = len(chunks) > 1 or parallel_state.get_pipeline_model_parallel_rank() > 0
+    ddp_config = data_parallel_config(
+        optimizer, parallel, ranks, fp8_param=bool(config.fp8_param), gathers_ahead=gathers_ahead
+    )
     # Later chunks of the interleaved schedule are one bucket each: their communication overlaps with other chunks.
     wrapped = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
@@ -50,9 +55,9 @@ def wrap_data_parallel(
     ]
     # Without this function Megatron's schedules do not synchronize gradients over DP, of norms and of tied embeddings.
     config.finalize_model_grads_func = _finalize_and_check_finite
-    config.no_sync_func = _one_or_all([chunk.no_sync for chunk in wrapped])
-    if ddp_config.align_param_gather:
-        config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in wrapped])
+    config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(chunks) > 1 else wrapped[0].no_sync
+    if ddp_config.align_param_gather and len(chunks) > 1:  # for the interleaved schedule
+        config.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
     for chunk in wrapped:
         record_own_gradients(chunk)
     for chunk in chunks:  # now that there are buffers to add to
@@ -60,26 +65,21 @@ def wrap_data_parallel(
     return wrapped
 
 
-def _one_or_all(functions: list[Callable[..., Any]]) -> Any:
-    """As Megatron's schedules take the functions of a rank's chunks."""
-    return functions if len(functions) > 1 else functions[0]
-
-
 def data_parallel_config(
-    optimizer: OptimizerConfig, parallel: ParallelConfig, ranks: int, *, fp8_param: bool
+    optimizer: OptimizerConfig, parallel: ParallelConfig, ranks: int, *, fp8_param: bool, gathers_ahead: bool = False
 ) -> DistributedDataParallelConfig:
     """Megatron-Core's settings of the gradient buffers, for weights that are FP8 or not.
 
     Args:
         ranks: DP x CP, the ranks that share a gradient.
+        gathers_ahead: whether something else than a layer's forward begins the gather of its parameters.
     """
     overlap = data_parallel_overlap(parallel, optimizer, ranks, on_gpu=not is_cpu())
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=optimizer.grad_reduce_in_fp32,
         overlap_grad_reduce=overlap.grad_reduce,
         overlap_param_gather=overlap.param_gather,
-        # The interleaved schedule then gathers a chunk's parameters while earlier chunks run.
-        align_param_gather=overlap.param_gather and parallel.virtual_pipeline_model_parallel_size is not None,
+        align_param_gather=overlap.param_gather and gathers_ahead,
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
         num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
         fp8_param_gather=fp8_param,
@@ -246,6 +246,8 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         learning_rate = self.optimizer.param_groups[0]["lr"]
+        if len(self.chunks) == 1:  # the interleaved schedule does this itself
+            begin_gathering_ahead(self.chunks[0])
         reports = run_schedule(self.chunks, packs, loss_function, topology, forward_only=False, before_pack=before_pack)
         # Megatron's step does both again, which changes nothing.
         self.optimizer.prepare_grads()

@@ -126,14 +126,6 @@ def test_communication_overlaps_on_gpus_unless_the_config_says_otherwise(
     assert data_parallel_overlap(ParallelConfig(**parallel), optimizer, ranks, on_gpu=on_gpu) == expected
 
 
-def test_the_interleaved_schedule_gathers_the_next_chunk_ahead() -> None:
-    sizes = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    found = data_parallel_config(
-        OptimizerConfig(), ParallelConfig(overlap_param_gather=True, **sizes), 2, fp8_param=False
-    )
-    assert found.overlap_grad_reduce and found.overlap_param_gather and found.align_param_gather
-
-
 @pytest.mark.parametrize(
     ("settings", "overlap", "grads_dtype"),
     [
