@@ -44,6 +44,14 @@ def wanted_packs(pipeline_model_parallel_size: int) -> int:
     return 4 * pipeline_model_parallel_size if pipeline_model_parallel_size > 1 else 1
 
 
+def packs_per_part(pipeline_model_parallel_size: int) -> int:
+    """Packs that a rank runs in one go in a pass over a data set: 24 x PP, so that a pipeline waits less than 5 %.
+
+    A pass is divided into parts, because only between them all pipeline ranks can stop together.
+    """
+    return 24 * pipeline_model_parallel_size
+
+
 def describe_bubble(bubble: float) -> str:
     """One line about the share of time that pipeline stages wait, with advice if it is large."""
     found = f"pipeline stages wait {bubble:.1%} of a step's time"

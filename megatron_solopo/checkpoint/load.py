@@ -18,9 +18,8 @@ from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
 from megatron_solopo.checkpoint.sharded_state import (
     KERNEL_STATE,
     keyed,
-    load_optimizer_state,
+    load_optimizer,
     model_state,
-    optimizer_state_to_load,
     parameter_state,
 )
 from megatron_solopo.model.head import ResponseModel
@@ -37,11 +36,7 @@ def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optim
         initialize_adam_state(optimizer)
     _load_model(path, chunks)
     if optimizer is not None:
-        wanted = {"optimizer": optimizer_state_to_load(optimizer, model_state(chunks))}
-        # Megatron's check expects a request for the first replica of every tensor, but the rank that holds this replica
-        # may own nothing of the parameter.
-        state = dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
-        load_optimizer_state(optimizer, state["optimizer"])
+        load_optimizer(path, optimizer, model_state(chunks))
 
 
 def _load_model(path: Path, chunks: Sequence[DistributedDataParallel]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
@@ -24,7 +25,7 @@ from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER, MEG
 from megatron_solopo.checkpoint.directory import TRAINER_STATE, checkpoint_name, publish, temporary_path
 from megatron_solopo.checkpoint.manifest import FileEntry, sealed_files, write_manifest
 from megatron_solopo.checkpoint.model_files import write_files
-from megatron_solopo.checkpoint.sharded_state import SHARDING, model_state, optimizer_state_to_save
+from megatron_solopo.checkpoint.sharded_state import SHARDING, model_state, optimizer_state_to_save, share_replicas
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes, remove, write_json
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
@@ -70,6 +71,7 @@ class ShardedSave:
         self.path, self._folder = root / checkpoint_name(step), temporary_path(root, step)
         self._trainer_state, self._model_files = trainer_state, model_files
         model = model_state(chunks)
+        share_replicas(model, parallel_state.get_data_parallel_group(with_context_parallel=True))
         state = model | {"optimizer": optimizer_state_to_save(optimizer, model)} | MEGATRON_LM_VERSION
         needed = _sum_over_ranks(_bytes_to_write(state) + sum(map(len, model_files.values()))) + _SMALL_FILES_BYTES
         with self._removed_on_failure():

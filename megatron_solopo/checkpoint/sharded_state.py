@@ -5,44 +5,44 @@ the kernels' own state, so that every layer implementation reads the checkpoints
 delayed recipe are kept, because they come from the values of earlier steps.
 
 The optimizer's state is stored once per parameter and not per rank's share of a buffer. So it loads under another TP,
-PP, CP or DP. The first data-parallel rank gathers it in host memory and writes it. With Megatron's default, every rank
-would hold all of it, and would take 4 bytes per parameter on its GPU meanwhile.
+PP, CP or DP. Under the distributed optimizer a rank holds some elements of a parameter, in the order of the flattened
+parameter. They are cut into boxes of the parameter, at most three of a matrix, and every rank writes its own boxes
+without asking another. Whoever loads a checkpoint asks for the boxes that it holds, and a box may come from several of
+those that were written. Earlier versions stored parameters whole, which are boxes, too.
 
-To load, Megatron lets every data-parallel rank read the state of all parameters of its TP and PP rank: 12 bytes per
-parameter from the file system into host memory, of which the rank keeps a share. That is 768 GB on a node of eight GPUs
-for a model of 8 billion parameters without TP and PP. Here a rank reads only the parameters of which it owns a part,
-each of them whole.
+Data-parallel ranks have the same weights. They share the work of writing them (`share_replicas`).
 
 The optimizers differ: torch's Adam keeps `step` with every parameter, Transformer Engine's Adam keeps it with every
 group, and the hybrid optimizer keeps classes in its groups. Whatever one of them saved must load into the others, and
 must be readable without running code.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from megatron.core import parallel_state
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
 
 from megatron_solopo.parallel.megatron_internals import (
-    STATE_NAMES,
+    OwnedState,
     dense_optimizer,
-    load_parameter_state,
-    numbered_parameters,
-    places_without_padding,
+    hand_out_state,
+    load_counts,
+    owned_states,
 )
 
-SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-}
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 KERNEL_STATE = "_extra_state"
 _Chunk = TypeVar("_Chunk")
 
@@ -68,41 +68,141 @@ def model_state(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
     return {key: _chunk_state(chunk.module, metadata) for key, chunk in keyed(chunks).items()}
 
 
+def share_replicas(model: dict[str, Any], group: dist.ProcessGroup) -> None:
+    """Let each of several ranks with the same tensors write some of them, with about as many bytes each.
+
+    Args:
+        model: from `model_state`; changed in place.
+        group: the ranks, which hold equal tensors in equal order. All of them make the same choice without asking.
+    """
+    loads = [0] * group.size()
+    shared = [
+        each
+        for each in nested_values(model)
+        if isinstance(each, ShardedTensor | ShardedTensorFactory) and is_main_replica((*each.replica_id[:-1], 0))
+    ]
+    for each in sorted(shared, key=lambda each: -each.data.nbytes):
+        least = loads.index(min(loads))
+        loads[least] += each.data.nbytes
+        each.replica_id = (*each.replica_id[:-1], (group.rank() - least) % group.size())
+
+
 def optimizer_state_to_save(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's sharded state in a form that every other optimizer here reads, under any layout.
 
     Args:
         model: from `model_state`; it says where each parameter's state belongs.
     """
-    with places_without_padding(optimizer):
-        state = optimizer.sharded_state_dict(_by_parameter(model), is_loading=False, metadata=_metadata())
-    return without_classes(state)
+    part = dense_optimizer(optimizer)
+    if isinstance(part, DistributedOptimizer):
+        kind = {"param_state_sharding_type": SHARDING["distrib_optim_sharding_type"]}
+        return _without_classes(part.state_dict()) | kind | {"param_state": owned_boxes(part, model)}
+    return _without_classes(part.sharded_state_dict(_by_parameter(model), is_loading=False, metadata=_metadata()))
 
 
-def optimizer_state_to_load(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:
-    """Return the state that this rank must load from a checkpoint of any layout; `load_optimizer_state` takes it."""
+def load_optimizer(path: Path, optimizer: MegatronOptimizer, model: dict[str, Any]) -> None:
+    """Load the optimizer's state from a checkpoint of any layout, the step count of torch's Adam included.
+
+    Under the distributed optimizer a rank reads what it owns into the place where it keeps it. This takes host memory
+    for the largest stored piece alone.
+    """
     part = dense_optimizer(optimizer)
     if not isinstance(part, DistributedOptimizer):
-        state = optimizer.sharded_state_dict(_by_parameter(model), is_loading=True, metadata=_metadata())
-        return without_classes(state)
-    stored = {each.data: each for each in nested_values(extract_sharded_tensors_and_factories(_by_parameter(model))[0])}
-    owned = {
-        number: {name: _stored_state(stored[parameter], name) for name in STATE_NAMES}
-        for number, parameter in numbered_parameters(part).items()
-    }
-    return {"param_state": owned}  # the checkpoint's other values (counts, learning rates) load without a request
+        wanted = _without_classes(part.sharded_state_dict(_by_parameter(model), is_loading=True, metadata=_metadata()))
+        state = dist_checkpointing.load({"optimizer": wanted}, str(path))["optimizer"]
+        part.load_state_dict(_with_complete_groups(part, state))
+        return
+    state = dist_checkpointing.load_common_state_dict(str(path))["optimizer"]
+    load_counts(part, _with_complete_groups(part, state))
+    boxes = {"optimizer": {"param_state": owned_boxes(part, model)}}
+    # Megatron's check expects that all ranks together ask for every tensor of the checkpoint exactly once.
+    dist_checkpointing.load(boxes, str(path), validate_access_integrity=False)
+    hand_out_state(part)
 
 
-def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Load the optimizer's state, the step count of torch's Adam included."""
-    part = dense_optimizer(optimizer)
-    parameter_states = state.pop("param_state", {})  # absent on a rank that owns no parameter
-    if "param_groups" in state.get("optimizer", {}):
-        groups = [complete_group(part.optimizer, group) for group in state["optimizer"]["param_groups"]]
-        state = state | {"optimizer": state["optimizer"] | {"param_groups": groups}}
-    part.load_state_dict(state)
-    if isinstance(part, DistributedOptimizer):  # for any other optimizer, `load_state_dict` has loaded everything
-        load_parameter_state(part, parameter_states)
+def owned_boxes(optimizer: DistributedOptimizer, model: dict[str, Any]) -> dict[int, ShardedTensor]:
+    """Numbered boxes of the state that this rank owns. They share memory with it: reading and writing copy nothing.
+
+    Args:
+        model: from `model_state`; it says where each parameter's state belongs.
+    """
+    parameters = nested_values(extract_sharded_tensors_and_factories(_by_parameter(model))[0])
+    places = {each.data: each for each in parameters}
+    instance = optimizer.distributed_optimizer_instance_id
+    found = (box for owned in owned_states(optimizer) for box in _boxes(owned, places[owned.parameter], instance))
+    return dict(enumerate(found))
+
+
+def _boxes(owned: OwnedState, place: ShardedTensor | ShardedTensorFactory, instance: int) -> Iterator[ShardedTensor]:
+    """Cut a part of a flattened parameter into boxes, where `place` is the parameter's own place in a checkpoint."""
+    if isinstance(place, ShardedTensorFactory):  # a gated MLP's two weights, which are stored apart
+        whole = replace(place, data=torch.empty(place.data.shape, device="meta")).build()
+        tensors = [(each, each.data.storage_offset()) for each in whole]
+    else:
+        tensors = [(place, 0)]
+    for name, flat in owned.tensors.items():
+        for tensor, first in tensors:
+            start, end = (max(0, min(edge - first, math.prod(tensor.local_shape))) for edge in owned.edges)
+            position = first + start - owned.start
+            for offsets, sizes in boxes_of_range(tensor.local_shape, start, end):
+                data = flat[position : position + math.prod(sizes)]
+                position += len(data)
+                yield _box(f"optimizer.state.{name}.{tensor.key}", data, tensor, offsets, sizes, instance)
+
+
+def _box(
+    key: str, data: Tensor, tensor: ShardedTensor, offsets: tuple[int, ...], sizes: tuple[int, ...], instance: int
+) -> ShardedTensor:
+    """A box of a stored tensor, at `offsets` in this rank's part of it. It fits into no regular grid."""
+    stacked = tensor.prepend_axis_num  # the axes of a tensor that is stacked of those of all layers
+    sizes = (1,) * stacked + sizes
+    offsets = (0,) * stacked + offsets
+    return ShardedTensor(
+        key,
+        data.view(sizes),
+        data.dtype,
+        local_shape=sizes,
+        global_shape=tensor.global_shape,
+        global_offset=tuple(a + b for a, b in zip(tensor.global_offset, offsets, strict=True)),
+        axis_fragmentations=None,
+        replica_id=(*tensor.replica_id[:-1], instance),
+        allow_shape_mismatch=tensor.allow_shape_mismatch,
+    )
+
+
+def boxes_of_range(shape: Sequence[int], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield offsets and sizes of boxes that hold the elements [start, end) of a flattened tensor, in their order."""
+    if start >= end:
+        return
+    row = math.prod(shape[1:])
+    top, bottom = -(-start // row), end // row  # the rows that are whole
+    if top > bottom:
+        yield from _boxes_of_row(shape, bottom, start, end)
+        return
+    yield from _boxes_of_row(shape, top - 1, start, top * row)
+    if top < bottom:
+        rest = tuple(shape[1:])
+        yield (top, *(0 for _ in rest)), (bottom - top, *rest)
+    yield from _boxes_of_row(shape, bottom, bottom * row, end)
+
+
+def _boxes_of_row(
+    shape: Sequence[int], row: int, start: int, end: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Boxes of [start, end), which is within one row."""
+    first = row * math.prod(shape[1:])
+    for offsets, sizes in boxes_of_range(shape[1:], start - first, end - first):
+        yield (row, *offsets), (1, *sizes)
+
+
+def _with_complete_groups(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what every rank loads for itself, and complete the groups of another Adam."""
+    state = {key: value for key, value in state.items() if key != "param_state"}
+    groups = state.get("optimizer", {}).get("param_groups")
+    if groups is None:
+        return state
+    groups = [complete_group(optimizer.optimizer, group) for group in groups]
+    return state | {"optimizer": state["optimizer"] | {"param_groups": groups}}
 
 
 def complete_group(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> dict[str, Any]:
@@ -113,13 +213,8 @@ def complete_group(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> 
     return group
 
 
-def without_classes(state: dict[str, Any]) -> dict[str, Any]:
-    """Drop the classes in an optimizer's parameter groups, because no safe reader accepts them.
-
-    Also drop `param_state` where it is None: another data-parallel rank has gathered it.
-    """
-    if state.get("param_state", ...) is None:
-        state = {key: value for key, value in state.items() if key != "param_state"}
+def _without_classes(state: dict[str, Any]) -> dict[str, Any]:
+    """Drop the classes in an optimizer's parameter groups, because no safe reader accepts them."""
     groups = state.get("optimizer", {}).get("param_groups")
     if groups is None:
         return state
@@ -144,14 +239,3 @@ def _without_kernel_state(state: dict[str, Any]) -> dict[str, Any]:
 def _by_parameter(model: dict[str, Any]) -> dict[str, Any]:
     """The model's sharded state as Megatron's optimizers take it."""
     return dict(model["model"] if len(model) == 1 else model)
-
-
-def _stored_state(parameter: Any, name: str) -> Any:
-    """Where a parameter's state is stored, with an empty fp32 tensor in host memory to load it into."""
-    changes: dict[str, Any] = {
-        "key": f"optimizer.state.{name}.{parameter.key}",
-        "data": torch.empty(parameter.data.shape, dtype=torch.float32, device="cpu"),
-    }
-    if not isinstance(parameter, ShardedTensorFactory):
-        changes["dtype"] = torch.float32
-    return replace(parameter, **changes)

@@ -422,7 +422,7 @@ class WatchdogConfig(Section):
     """
 
     timeout_minutes: PositiveFloat = 10.0
-    """Limit of a micro-batch, an optimizer update, or a batch of an evaluation or of a reference pass."""
+    """Limit of a micro-batch of a step, an evaluation or a reference pass, and of an optimizer update."""
     start_timeout_minutes: PositiveFloat = 30.0
     """Limit of the first of each of these, when weights are read, kernels compiled and ranks connected."""
     save_timeout_minutes: PositiveFloat = 30.0

@@ -95,6 +95,9 @@ def triplet_sizes(
 RankPacks = list[list[list[int]]]
 """Triplet positions, indexed `[rank][pack][triplet]`."""
 
+_WINDOW = 1024
+"""Neighbouring triplets of a single pass that are packed together."""
+
 _SETTLED = 1000
 """Step 4 stops when it can lower the cost of the costliest rank by no more than 1/1000 of the mean cost."""
 
@@ -165,35 +168,78 @@ def packs_needed(
 
 
 def plan_single_pass(
-    sizes: Sequence[TripletSize],
+    sizes: TripletSizes,
     *,
     max_tokens: int,
     max_triplets: int | None,
     num_ranks: int,
     packs_multiple: int = 1,
     wanted_packs: int = 1,
-) -> tuple[RankPacks, list[list[bool]]]:
-    """Like `plan_global_batch`, for any number of triplets.
+) -> list[IntArray]:
+    """The packs of a pass over any number of triplets, as arrays of rows. Each row occurs once.
 
-    All ranks must run the same number of packs, even if there is only one triplet. A rank with too few packs repeats
-    the cheapest pack of the plan, which then does not count.
+    Neighbours in the data set share packs, so the time to plan grows with the number of triplets and no faster. What
+    has been done does not change the packs. So a pass that is continued runs the same packs as one that never stopped.
 
-    Returns:
-        Positions indexed `[rank][pack][triplet]`, and `[rank][pack]` whether the pack counts. In the packs that count,
-        each position occurs once.
+    Args:
+        wanted_packs: Every rank gets at least about this number of packs if there are enough triplets.
+        (The others: see `plan_global_batch`.)
 
     Raises UserError if a triplet is larger than `max_tokens`.
     """
-    _check_budget(sizes, max_tokens)
+    count, share = len(sizes), num_ranks * packs_multiple
+    packs = []
+    for start in range(0, count, _WINDOW):
+        rows = np.arange(start, min(start + _WINDOW, count))
+        window = sizes.select(rows)
+        _check_budget(window, max_tokens, start)
+        found = _best_fit_decreasing(window, max_tokens, max_triplets)
+        # A few packs more or less change little in a long pass. A short one is shared out evenly.
+        multiple = share if count <= _WINDOW else 1
+        wanted = -(-num_ranks * wanted_packs * len(rows) // count)
+        target = max(-(-len(found) // multiple) * multiple, _most_packs(len(rows), multiple, wanted))
+        packs += [rows[pack] for pack in _split(found, window, min(target, len(rows)))]
+    return packs
+
+
+@dataclass(frozen=True, eq=False)
+class PassPart:
+    """Packs of a single pass that run without a break, by the rank that runs them."""
+
+    packs: IntArray
+    """Numbers of packs, [ranks, places]."""
+    counted: NDArray[np.bool_]
+    """Whether each of them counts. A rank with too few packs repeats the cheapest one, which then does not count."""
+
+
+def share_out_pass(
+    costs: Sequence[int], *, num_ranks: int, packs_multiple: int = 1, packs_per_part: int = 1
+) -> list[PassPart]:
+    """Share out the packs of a single pass.
+
+    Args:
+        costs: Cost of each pack. The result holds positions in this sequence.
+        packs_per_part: Every part has at least about this number of packs on each rank, unless the pass has fewer.
+        (The others: see `plan_global_batch`.)
+
+    Within a part, packs at the same place of all ranks cost about the same, the costliest first. At every place, the
+    rank with the least cost so far gets the costliest pack.
+    """
     share = num_ranks * packs_multiple
-    packs = _best_fit_decreasing(sizes, max_tokens, max_triplets)
-    target = max(-(-len(packs) // share) * share, _most_packs(len(sizes), share, num_ranks * wanted_packs))
-    packs = _split(packs, sizes, min(target, len(sizes)))
-    cheapest = min(packs, key=lambda pack: (_cost(pack, sizes), pack))
-    ranks = _share_out(packs, sizes, max_tokens, max_triplets, num_ranks)
-    packs_per_rank = target // num_ranks
-    counted = [[place < len(rank) for place in range(packs_per_rank)] for rank in ranks]
-    return [rank + [cheapest] * (packs_per_rank - len(rank)) for rank in ranks], counted
+    num_parts = max(1, len(costs) // (num_ranks * packs_per_part))
+    length = max(share, -(-len(costs) // (num_parts * share)) * share)
+    parts = []
+    for start in range(0, len(costs), length):
+        order = sorted(range(start, min(start + length, len(costs))), key=lambda number: (-costs[number], number))
+        numbers = np.array([*order, *[order[-1]] * (-len(order) % share)]).reshape(-1, num_ranks)
+        counted = (np.arange(numbers.size) < len(order)).reshape(-1, num_ranks)
+        loads = np.zeros(num_ranks, dtype=np.int64)
+        for place, row in enumerate(numbers):
+            lightest = loads.argsort(kind="stable").argsort()
+            numbers[place], counted[place] = row[lightest], counted[place][lightest]
+            loads += [costs[number] for number in numbers[place]]
+        parts.append(PassPart(numbers.T, counted.T))
+    return parts
 
 
 def _most_packs(num_triplets: int, share: int, wanted: int) -> int:
@@ -201,8 +247,8 @@ def _most_packs(num_triplets: int, share: int, wanted: int) -> int:
     return min(-(-wanted // share), num_triplets // share) * share
 
 
-def _check_budget(sizes: Sequence[TripletSize], max_tokens: int) -> None:
-    for index, size in enumerate(sizes):
+def _check_budget(sizes: Sequence[TripletSize], max_tokens: int, first: int = 0) -> None:
+    for index, size in enumerate(sizes, first):
         if size.padded_tokens > max_tokens:
             raise UserError(
                 f"triplet {index} needs {size.padded_tokens} padded tokens, more than one pack's {max_tokens}; "

@@ -26,6 +26,7 @@ from megatron_solopo.data.batch_plan import (
     padded_lengths,
     plan_global_batch,
     plan_single_pass,
+    share_out_pass,
     triplet_sizes,
 )
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
@@ -43,8 +44,6 @@ class GlobalBatch:
 
     packs: list[Pack]
     """Every rank has the same number of packs."""
-    counted: list[bool]
-    """Whether each pack counts. All packs of `GlobalBatchLoader` count; see `sequential_batches`."""
     num_triplets: int
     """Triplets of the global batch."""
     num_tokens: int
@@ -52,7 +51,7 @@ class GlobalBatch:
     padded_tokens: int
     """Tokens of these triplets, with every sequence padded to its multiple."""
     num_packs: int
-    """Packs of all ranks, repeated ones included."""
+    """Packs of all ranks."""
     pack_fill: float
     """Tokens without padding over the token budget of all packs, in (0, 1]."""
 
@@ -282,19 +281,65 @@ class GlobalBatchLoader:
         return np.concatenate(parts)
 
 
-def sequential_batches(
-    dataset: TripletDataset, roles: Sequence[Role], packing: Packing, *, chunk_size: int
-) -> Iterator[GlobalBatch]:
-    """Every triplet once in dataset order, for evaluation and reference passes.
+@dataclass(frozen=True, eq=False)
+class PassBatch:
+    """This rank's packs of one part of a single pass, and what all data-parallel ranks count in it."""
 
-    `chunk_size` triplets make one batch. The last batch may be smaller. All ranks must run the same number of packs, so
-    a rank with too few packs repeats one that is not `counted`: run it, but leave its results out. Batch totals count
-    each triplet once. The other arguments and the errors are those of `GlobalBatchLoader`. Errors are raised by the
-    call, not by the first batch.
+    packs: list[Pack]
+    """Every rank has the same number of packs."""
+    counted: list[bool]
+    """Whether each pack counts. Run a pack that does not, but leave its results out."""
+    triplets_at: list[int]
+    """Triplets that all ranks count at each place of `packs`."""
+
+
+class SinglePass:
+    """Every triplet of a data set once, for evaluation and reference passes.
+
+    All ranks must run the same number of packs, so a rank with too few packs repeats one that does not count.
+
+    Args:
+        packs_per_part: packs that each rank runs in one go, see `architecture.layout.packs_per_part`.
+        done: [D], the triplets that need not run. A pack runs if one of its triplets must. None: all must.
+
+    Raises UserError as `GlobalBatchLoader` does.
     """
-    packer = _Packer(dataset, roles, packing)
-    chunks = (np.arange(start, min(start + chunk_size, len(dataset))) for start in range(0, len(dataset), chunk_size))
-    return (packer.single_pass_batch(rows) for rows in chunks)
+
+    def __init__(
+        self,
+        dataset: TripletDataset,
+        roles: Sequence[Role],
+        packing: Packing,
+        *,
+        packs_per_part: int,
+        done: NDArray[np.bool_] | None = None,
+    ) -> None:
+        self._packer = _Packer(dataset, roles, packing)
+        self._done = np.zeros(len(dataset), dtype=bool) if done is None else done
+        packs = self._packer.single_pass()
+        self._packs = [rows for rows in packs if not self._done[rows].all()]
+        self._parts = share_out_pass(
+            [int(self._packer.sizes.cost[rows].sum()) for rows in self._packs],
+            num_ranks=packing.dp_size,
+            packs_multiple=packing.packs_multiple,
+            packs_per_part=packs_per_part,
+        )
+
+    @property
+    def num_triplets(self) -> int:
+        """Triplets that are not done."""
+        return int((~self._done).sum())
+
+    def __iter__(self) -> Iterator[PassBatch]:
+        """The parts, one after the other. Reads the tokens of this rank's packs."""
+        rank = self._packer.packing.dp_rank
+        left = np.array([(~self._done[rows]).sum() for rows in self._packs])
+        for part in self._parts:
+            yield PassBatch(
+                packs=[self._packer.pack(self._packs[number]) for number in part.packs[rank]],
+                counted=part.counted[rank].tolist(),
+                triplets_at=(left[part.packs] * part.counted).sum(axis=0).tolist(),
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,8 +365,17 @@ class _Packer:
             )
 
     def training_batch(self, rows: IntArray) -> GlobalBatch:
-        plan = self.plan(rows)
-        return self._build(rows, plan, [True] * len(plan[self.packing.dp_rank]))
+        packing, plan = self.packing, self.plan(rows)
+        num_tokens = int(self.sizes.tokens[rows].sum())
+        num_packs = sum(len(packs) for packs in plan)
+        return GlobalBatch(
+            packs=[self.pack(rows[positions]) for positions in plan[packing.dp_rank]],
+            num_triplets=len(rows),
+            num_tokens=num_tokens,
+            padded_tokens=int(self.sizes.padded_tokens[rows].sum()),
+            num_packs=num_packs,
+            pack_fill=num_tokens / (num_packs * packing.max_tokens_per_pack),
+        )
 
     def plan(self, rows: IntArray) -> RankPacks:
         return plan_global_batch(self.sizes.select(rows), **self._limits())
@@ -339,9 +393,8 @@ class _Packer:
             num_ranks=packing.dp_size,
         )
 
-    def single_pass_batch(self, rows: IntArray) -> GlobalBatch:
-        plan, counted = plan_single_pass(self.sizes.select(rows), **self._limits())
-        return self._build(rows, plan, counted[self.packing.dp_rank])
+    def single_pass(self) -> list[IntArray]:
+        return plan_single_pass(self.sizes, **self._limits())
 
     def _limits(self) -> dict[str, Any]:
         return {
@@ -351,20 +404,6 @@ class _Packer:
             "packs_multiple": self.packing.packs_multiple,
             "wanted_packs": self.packing.wanted_packs,
         }
-
-    def _build(self, rows: IntArray, plan: RankPacks, counted: list[bool]) -> GlobalBatch:
-        packing = self.packing
-        num_tokens = int(self.sizes.tokens[rows].sum())
-        num_packs = sum(len(packs) for packs in plan)
-        return GlobalBatch(
-            packs=[self.pack(rows[positions]) for positions in plan[packing.dp_rank]],
-            counted=counted,
-            num_triplets=len(rows),
-            num_tokens=num_tokens,
-            padded_tokens=int(self.sizes.padded_tokens[rows].sum()),
-            num_packs=num_packs,
-            pack_fill=num_tokens / (num_packs * packing.max_tokens_per_pack),
-        )
 
 
 def _epoch_order(length: int, seed: int, epoch: int) -> IntArray:

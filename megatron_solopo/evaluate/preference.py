@@ -32,13 +32,9 @@ from megatron_solopo.results.preference import PreferenceResults, read_preferenc
 from megatron_solopo.results.results_file import EVALUATION_FOLDER, origin
 from megatron_solopo.run_directory import Subject
 from megatron_solopo.train.policy import load_frozen
-from megatron_solopo.train.reference import (
-    check_finite,
-    reference_dependencies,
-    reference_logprobs,
-    score_sequences,
-)
+from megatron_solopo.train.reference import reference_dependencies, reference_logprobs
 from megatron_solopo.train.run_data import RunDatasets
+from megatron_solopo.train.scoring import check_finite, score_sequences
 from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.step import ReferenceLogprobs
 

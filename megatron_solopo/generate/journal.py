@@ -1,15 +1,11 @@
-"""Responses on disk as they come, in a file that a killed program continues without losing or repeating one.
+"""Responses on disk as they come, in a journal that a killed program continues without losing or repeating one.
 
-JSON lines. The first is {"journal": ...} and holds everything that decides what a response may be. Each other line is a
-response, or tells that a server refused to give some. A response counts as received once its line has been appended and
-synced to the disk. A last line without a line break was being written when the program was killed: a program that
-continues the file cuts it off and asks for its response again. A program that only reads the file takes a last line
-that is whole, and refuses one that is not.
+Each line behind the header is a response, or tells that a server refused to give some. A last line without a line break
+was cut: a program that continues the file removes it and asks for its response again. A program that only reads the
+file takes a last line that is whole, and refuses one that is not.
 """
 
 import fcntl
-import json
-import os
 import re
 import sys
 from collections import defaultdict
@@ -21,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_solopo.errors import UserError, first_problem
+from megatron_solopo.journal import append_lines, complete_lines, header_line, parse_header
 
 _HEADER_BEGIN = b'{"journal": '
 _HASH = re.compile("[0-9a-f]{64}")
@@ -113,7 +110,7 @@ class Journal:
             _check_cut_header(path, command)
         self._stream.truncate(end)
         if not end:
-            self._append([json.dumps({"journal": header}, ensure_ascii=False)])
+            append_lines(self._stream, [header_line(header)])
 
     @property
     def count(self) -> int:
@@ -130,7 +127,7 @@ class Journal:
 
     def append(self, records: Sequence[StoredResponse | RefusedRequest]) -> None:
         """Write responses or refusals. They are on the disk when this returns."""
-        self._append([record.model_dump_json() for record in records])
+        append_lines(self._stream, [record.model_dump_json() for record in records])
         for record in records:
             self._remember(record)
 
@@ -140,11 +137,6 @@ class Journal:
             self._refused_indices[record.question_id].update(record.indices)
         else:
             self.received[record.question_id].add(record.index)
-
-    def _append(self, lines: Sequence[str]) -> None:
-        self._stream.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
 
     def __enter__(self) -> "Journal":
         return self
@@ -157,13 +149,7 @@ class Journal:
 
 def read_header(path: Path) -> dict[str, Any] | None:
     """The header of a journal; None for a file of responses that has none."""
-    first = next((line for _, line in _complete_lines(path)), b"{}")
-    try:
-        value = json.loads(first)
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, an integer of too many digits, too many brackets
-        return None
-    header = value.get("journal") if isinstance(value, dict) else None
-    return header if isinstance(header, dict) else None
+    return parse_header(next((line for _, line in _complete_lines(path)), b"{}"))
 
 
 def read_offsets(path: Path) -> Iterator[tuple[int, StoredResponse]]:
@@ -242,13 +228,8 @@ def _unanswered(refused: Sequence[RefusedRequest], received: Mapping[str, set[in
 
 
 def _complete_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    offset = 0
     try:
-        with path.open("rb") as stream:
-            for line in stream:
-                if line.endswith(b"\n"):
-                    yield offset, line
-                offset += len(line)
+        yield from complete_lines(path)
     except OSError as error:
         raise UserError(f"--responses {path}: {error.strerror}") from None
 

@@ -10,6 +10,7 @@ import inspect
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,8 @@ import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
@@ -243,7 +246,7 @@ def release_exact_values(model: torch.nn.Module) -> None:
 STATE_NAMES = ("param", "exp_avg", "exp_avg_sq")
 """Names of a parameter's state in a checkpoint: fp32 master weight, and Adam's two moments.
 
-Versions: 0.16 and 0.19. Upstream: `DistributedOptimizer.get_parameter_state_dp_zero` in
+Versions: 0.16 and 0.19. Upstream: `_get_main_param_and_optimizer_states` in
 `megatron/core/optimizer/distrib_optimizer.py`.
 """
 
@@ -329,43 +332,38 @@ def dense_optimizer(optimizer: MegatronOptimizer) -> Any:
     return part
 
 
-def numbered_parameters(optimizer: DistributedOptimizer) -> dict[int, Tensor]:
-    """Return the parameters that this rank updates at least in part, by their number in the loaded state.
+@dataclass(frozen=True)
+class OwnedState:
+    """The state of the part of a parameter that this rank updates."""
 
-    Versions: 0.16 and 0.19. `load_parameter_state_from_fully_reshardable` counts all parameters and looks up the
-    numbers of these alone. Upstream: `megatron/core/optimizer/distrib_optimizer.py`.
+    parameter: Tensor
+    """The whole parameter of the model."""
+    start: int
+    """First element of the part in the flattened parameter."""
+    tensors: dict[str, Tensor]
+    """By `STATE_NAMES`, [elements] each: the optimizer's own tensors, which may be changed in place."""
+
+    @property
+    def edges(self) -> tuple[int, int]:
+        """The part's first element in the flattened parameter, and the one behind its last."""
+        return self.start, self.start + len(self.tensors[STATE_NAMES[0]])
+
+
+def owned_states(optimizer: DistributedOptimizer) -> Iterator[OwnedState]:
+    """Yield the state of every parameter that this rank updates at least in part.
+
+    Versions: 0.16 and 0.19. Of this rank's share of a buffer, `gbuf_ranges` says which elements of which parameter it
+    holds. Megatron's own `fully_reshardable` gathers the shares of all data-parallel ranks on one of them. That takes
+    30 bytes per parameter of host memory there, and puts the state behind a bucket's padding in the wrong place
+    (https://github.com/NVIDIA/Megatron-LM/pull/5077).
+    Upstream: `_get_main_param_and_optimizer_states` in `megatron/core/optimizer/distrib_optimizer.py`.
     """
     buckets = (bucket for ranges in optimizer.gbuf_ranges for of_dtype in ranges.values() for bucket in of_dtype)
-    own = {parameter for bucket in buckets for parameter in bucket["param_map"]}
-    numbered = enumerate(parameter for buffer in optimizer.buffers for parameter in buffer.param_index_map)
-    return {number: parameter for number, parameter in numbered if parameter in own}
-
-
-@contextmanager
-def places_without_padding(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Within the block, `sharded_state_dict` of the optimizer reads every parameter's state at its right place.
-
-    Versions: 0.16 and 0.19; upstream has fixed it since (https://github.com/NVIDIA/Megatron-LM/pull/5077). Megatron
-    gathers a buffer's state without the padding between its buckets, but then cuts out the parameters at places that
-    count the padding. It would save wrong numbers behind the first bucket, and zeros at the end. Tied embeddings have
-    a bucket of their own under pipeline parallelism.
-    """
-    buffers = getattr(dense_optimizer(optimizer), "buffers", [])
-    kept = [buffer.param_index_map for buffer in buffers]
-    for buffer in buffers:
-        padding, before = 0, {}
-        for bucket in buffer.buckets:
-            before[bucket.bucket_id] = padding
-            padding += bucket.grad_data.numel() - bucket.numel_unpadded
-        buffer.param_index_map = {
-            parameter: (start - before[number], end - before[number], number)
-            for parameter, (start, end, number) in buffer.param_index_map.items()
-        }
-    try:
-        yield
-    finally:
-        for buffer, places in zip(buffers, kept, strict=True):
-            buffer.param_index_map = places
+    for bucket in buckets:
+        for parameter, ranges in bucket["param_map"].items():
+            state = optimizer._get_main_param_and_optimizer_states(parameter)
+            tensors = {name: state[name].detach().view(-1) for name in STATE_NAMES}
+            yield OwnedState(parameter, ranges["param"].start, tensors)
 
 
 def initialize_adam_state(optimizer: MegatronOptimizer) -> None:
@@ -386,22 +384,35 @@ def initialize_adam_state(optimizer: MegatronOptimizer) -> None:
             state.setdefault("step", torch.tensor(0.0))
 
 
-def load_parameter_state(optimizer: DistributedOptimizer, state: dict[int, dict[str, Tensor]]) -> None:
-    """Load master weights and moments by number and name, after `load_state_dict` of the optimizer.
+def load_counts(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:
+    """Load the groups and the count of steps; afterwards the tensors of `owned_states` wait to be overwritten.
 
-    Versions: 0.16 and 0.19. Megatron copies every entry of a parameter's state, but torch's Adam also keeps `step`
-    there, which a checkpoint holds with the group. So `step` is taken out and put back. It is put back as one tensor
-    per parameter: Megatron gives all parameters the same one, which would advance once per parameter.
-    The hybrid optimizer copies its groups over those of the optimizers in it, which count for themselves. So its own
-    groups must not hold `step`.
-    Upstream: `megatron/core/optimizer/distrib_optimizer.py`, `megatron/core/optimizer/cpu_offloading/`.
+    Versions: 0.16 and 0.19. Megatron gives all parameters of torch's Adam the same tensor as `step`, which would
+    advance once per parameter. torch casts the state of the hybrid optimizer to the precision of the weights.
+    Upstream: `megatron/core/optimizer/distrib_optimizer.py`.
+    """
+    optimizer.load_state_dict(state)
+    inner = optimizer.optimizer
+    for held in inner.state.values():
+        if "step" in held:
+            held["step"] = held["step"].clone()
+        if isinstance(inner, HybridDeviceOptimizer):
+            tensors = {name: each for name, each in held.items() if name != "step"}
+            held.update(
+                {name: torch.empty_like(each, dtype=torch.float32, device="cpu") for name, each in tensors.items()}
+            )
+
+
+def hand_out_state(optimizer: DistributedOptimizer) -> None:
+    """After the tensors of `owned_states` were loaded: let the optimizers inside the hybrid optimizer have them.
+
+    Versions: 0.16 and 0.19. The hybrid optimizer copies its groups over those of the optimizers in it, which count for
+    themselves. So its own groups must not hold `step`.
+    Upstream: `megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py`.
     """
     inner = optimizer.optimizer
-    steps = {parameter: held.pop("step") for parameter, held in inner.state.items() if "step" in held}
-    optimizer.load_parameter_state_from_fully_reshardable(state)
-    for parameter, step in steps.items():
-        inner.state[parameter]["step"] = step.clone()
     if isinstance(inner, HybridDeviceOptimizer):
+        inner._sync_hdo_state_to_sub_optimizers()
         for group in inner.param_groups:
             group.pop("step", None)
 
@@ -424,12 +435,22 @@ class ShardedFiles:
     ) -> None:
         """Plan, on all ranks together; writes nothing but, with megatron-core 0.16, rank 0's `common.pt`."""
         filesystem_async._results_queue = queue.Queue()  # Megatron would start a process that holds a queue
+        tensors = (each.data for each in nested_values(state) if isinstance(each, ShardedBase))
+        self._live = {_storage(each) for each in tensors if isinstance(each, Tensor)}
         strategy = _PlanKeeper("torch_dist", 1, thread_count=files_per_rank)
         options: dict[str, Any] = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19
             options["async_strategy"] = "mcore"
+        # Megatron's check would gather the description of all ranks' pieces on every rank. torch checks on rank 0 that
+        # the pieces of every tensor cover it and do not overlap.
         dist_checkpointing.save(
-            state, str(folder), strategy, async_sharded_save=True, content_metadata=content_metadata, **options
+            state,
+            str(folder),
+            strategy,
+            validate_access_integrity=False,
+            async_sharded_save=True,
+            content_metadata=content_metadata,
+            **options,
         )
         self._writer, self._metadata = strategy.writer, strategy.metadata
 
@@ -439,11 +460,14 @@ class ShardedFiles:
         return [name for _, name, _ in self._writer.write_buckets]
 
     def stage(self, *, copy: bool) -> None:
-        """Bring the tensors to host memory. With `copy`, also copy those that are there: training will change them."""
+        """Bring the tensors to host memory. With `copy`, also copy those that are there: training will change them.
+
+        Of parts of tensors in host memory Megatron has made copies when it planned.
+        """
         for _, _, (_, tensors) in self._writer.write_buckets:
             for place, (item, tensor) in enumerate(tensors):
-                staged = tensor.to("cpu")
-                tensors[place] = (item, staged.clone() if copy and staged is tensor else staged)
+                is_live = copy and tensor.device.type == "cpu" and _storage(tensor) in self._live
+                tensors[place] = (item, tensor.clone() if is_live else tensor.to("cpu"))
 
     def write(self, number: int) -> list[Any]:
         """Write file `number` of `names` to the disk. Returns what `finish` needs; raises what the file system raises.
@@ -469,6 +493,10 @@ class ShardedFiles:
     def finish(self, results: list[Any]) -> None:
         """On rank 0: write the list of pieces. `results` has one entry per rank, all that its `write` returned."""
         self._writer.finish(self._metadata, results)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class _PlanKeeper(TorchDistSaveShardedStrategy):  # type: ignore[misc]

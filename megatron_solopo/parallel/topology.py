@@ -17,6 +17,7 @@ from megatron_solopo.architecture.layout import (
     check_world_size,
     pack_multiple,
     packs_multiple,
+    packs_per_part,
     sequence_multiple,
     wanted_packs,
 )
@@ -61,6 +62,11 @@ class Topology:
     def wanted_packs(self) -> int:
         """Number of a rank's packs that keeps the pipeline busy."""
         return wanted_packs(self.pipeline_group.size())
+
+    @property
+    def packs_per_part(self) -> int:
+        """Number of packs that a rank runs in one go in a pass over a data set."""
+        return packs_per_part(self.pipeline_group.size())
 
     @property
     def is_last_stage(self) -> bool:

@@ -17,6 +17,7 @@ from megatron_solopo.plan.calibration import calibrate_efficiency
 from megatron_solopo.plan.layouts import Layout, make_layout, parse_sizes
 from megatron_solopo.plan.memory import GIB, RankCheck
 from megatron_solopo.plan.search import LayoutEstimate, Planner, SearchResult
+from megatron_solopo.plan.timing import PassTime
 from megatron_solopo.plan.workload import read_workload
 
 _HOUR = 3600.0
@@ -57,18 +58,17 @@ class PlannedRun:
         triplets = training.num_train_epochs * self.planner.workload.num_triplets
         return training.max_steps or -int(-triplets // training.global_batch_size)
 
-    @property
-    def reference_seconds(self) -> float:
-        """Seconds for scoring every sequence once with the reference model; 0 if the loss needs none."""
+    @cached_property
+    def reference(self) -> PassTime:
+        """The time for scoring every sequence once with the reference model; nothing if the loss needs none."""
         if not self.layout.config.objective.needs_reference:
-            return 0.0
-        seconds_per_triplet = self.estimate.time.forward_seconds / self.estimate.batch.num_triplets
-        return seconds_per_triplet * self.planner.workload.num_triplets
+            return PassTime(0.0, 0.0)
+        return self.planner.time_reference(self.layout)
 
     @property
     def hours(self) -> float:
         """Wall clock, with the reference pass."""
-        return (self.steps * self.estimate.time.seconds + self.reference_seconds) / _HOUR
+        return (self.steps * self.estimate.time.seconds + self.reference.seconds) / _HOUR
 
     @property
     def gpu_hours(self) -> float:
@@ -106,6 +106,23 @@ class PlannedRun:
                     found[f"{section}.{name}"] = value
         return [f"{key}={_as_yaml(value)}" for key, value in found.items()]
 
+    def host_bytes_per_node(self) -> dict[str, float]:
+        """Host memory on the fullest node, beyond the processes themselves, by what takes it.
+
+        Megatron numbers the ranks of one pipeline stage after the other, and a node has consecutive ranks.
+        """
+        stages, gpus, per_node = self.estimate.stages, self.layout.gpus, self.estimate.gpu.gpus_per_node
+        per_stage = gpus // len(stages)
+        nodes = [
+            [stages[rank // per_stage] for rank in range(first, min(first + per_node, gpus))]
+            for first in range(0, gpus, per_node)
+        ]
+        return {
+            "optimizer": max(sum(stage.host for stage in node) for node in nodes),
+            "save": max(sum(stage.save_host for stage in node) for node in nodes),
+            "resume": max(sum(stage.resume_host for stage in node) for node in nodes),
+        }
+
     def as_json(self) -> dict[str, Any]:
         """All figures, in bytes and seconds."""
         estimate, time = self.estimate, self.estimate.time
@@ -121,6 +138,7 @@ class PlannedRun:
                 | stage.parts
                 for stage in estimate.stages
             ],
+            "host_bytes_per_node": self.host_bytes_per_node(),
             "step_seconds": time.seconds,
             "busiest_stage_seconds": time.compute.parts,
             "pipeline_seconds": time.timeline.seconds,
@@ -134,7 +152,8 @@ class PlannedRun:
             "balance": estimate.batch.balance,
             "packs": estimate.batch.num_packs,
             "steps": self.steps,
-            "reference_seconds": self.reference_seconds,
+            "reference_seconds": self.reference.seconds,
+            "reference_bubble": self.reference.bubble,
             "hours": self.hours,
             "gpu_hours": self.gpu_hours,
             "cost": self.cost,
@@ -153,6 +172,7 @@ class PlannedRun:
             for stage in estimate.stages
         ]
         cost = "" if self.cost is None else f", cost {self.cost:,.0f}"
+        waiting = f" (pipeline stages wait {self.reference.bubble:.1%})" if self.reference.bubble else ""
         lines = [
             f"{layout.name} on {layout.gpus} x {gpu.device_name}; settings: {layout.savers}",
             f"{fits}; pipeline rank {estimate.fullest.pipeline_rank} is the fullest; "
@@ -160,6 +180,7 @@ class PlannedRun:
             "",
             "Memory, GiB per GPU of each pipeline rank",
             _table(memory),
+            self._host_line(),
             "",
             "Step, seconds",
             *self._time_lines(),
@@ -167,11 +188,18 @@ class PlannedRun:
             f"Packing: {batch.num_packs} packs of {batch.num_triplets} triplets, {batch.pad_waste:.2%} padding, "
             f"balance {batch.balance:.3f} (1: all ranks have equal work)",
             f"Run: {self.steps:,} steps, {self.hours:,.2f} h with a reference pass of "
-            f"{self.reference_seconds / _HOUR:.2f} h, {self.gpu_hours:,.0f} GPU-hours{cost} "
+            f"{self.reference.seconds / _HOUR:.2f} h{waiting}, {self.gpu_hours:,.0f} GPU-hours{cost} "
             "(without checkpoints and evaluation)",
             f"Overrides: {' '.join(self.overrides)}",
         ]
         return "\n".join(lines)
+
+    def _host_line(self) -> str:
+        found = {name: f"{size / GIB:,.1f}" for name, size in self.host_bytes_per_node().items()}
+        return (
+            f"Host memory, GiB on the fullest node: optimizer state {found['optimizer']}; "
+            f"a save {found['save']}, the same in the background; a resume {found['resume']}"
+        )
 
     def _time_lines(self) -> list[str]:
         time = self.estimate.time
@@ -193,7 +221,7 @@ class PlannedRun:
             "MFU": f"{self.model_flops_utilization:.0%}",
             "bubble": f"{estimate.time.timeline.bubble:.0%}",
             "GiB": f"{estimate.fullest.total / GIB:.1f}",
-            "reference h": f"{self.reference_seconds / _HOUR:,.2f}",
+            "reference h": f"{self.reference.seconds / _HOUR:,.2f}",
             "hours": f"{self.hours:,.2f}",
             "GPU-hours": f"{self.gpu_hours:,.0f}",
         }

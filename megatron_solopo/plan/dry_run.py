@@ -280,6 +280,7 @@ def _run_schedule(
         run_microbatches(
             wrapped,
             [microbatch] * num_packs,
+            [microbatch.tokens_1t.shape[1]] * num_packs,
             lambda _: loss,
             forward_only=False,
         )

@@ -33,6 +33,8 @@ _FP32 = 4
 _MOMENTS = 2 * _FP32
 _HOST_BYTES_PER_PARAMETER = 16
 """fp32 weight, two moments and the update, in pinned memory."""
+_COPIES_OF_A_PIECE = 2
+"""While a piece of a checkpoint is read: the file's bytes, and the tensor that is made of them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class RankState:
     """Elements of this rank's parameters without padding."""
     buckets: int
     """Parts in which gradients are reduced and parameters gathered."""
+    saved: int
+    """What it writes of a checkpoint: its optimizer state, and its share of the weights that several ranks have. Host
+    memory holds it while it is written."""
+    largest_piece: int
+    """The largest piece of it. To continue, a rank reads piece by piece into the memory of the GPU."""
 
     @property
     def total(self) -> int:
@@ -86,14 +93,21 @@ def rank_state(
     owned = sum(buffer.owned((data_rank or 0) % shards, shards) for buffer in buffers) if distributed else elements
     per_element = _MOMENTS + (0 if config.model.dtype == "float32" else _FP32)
     offloaded = config.optimizer.optimizer_offload_fraction
+    num_parameters = sum(parameter.numel for each in parameters for parameter in each)
+    # Without the distributed optimizer all ranks have the same state, and share the work of writing it. Only the
+    # distributed optimizer writes weights of a float32 model a second time.
+    written = owned if distributed else num_parameters / shards
+    saved_per_element = _MOMENTS + _FP32 if distributed else per_element
     return RankState(
         parameters=sum(buffer.numel * (1 if buffer.is_fp8 else width) for buffer in buffers),
         fp8_weights=_fp8_copies(architecture, config, chunks),
         gradients=elements * (_FP32 if config.optimizer.grad_reduce_in_fp32 else width),
         optimizer=round(owned * per_element * (1 - offloaded)),
         host=round(owned * _HOST_BYTES_PER_PARAMETER * offloaded),
-        num_parameters=sum(parameter.numel for each in parameters for parameter in each),
         buckets=sum(len(buffer.buckets) for buffer in buffers),
+        num_parameters=num_parameters,
+        saved=round(written * saved_per_element + num_parameters * width / ranks),
+        largest_piece=_FP32 * min(round(written), max(parameter.numel for each in parameters for parameter in each)),
     )
 
 
@@ -205,6 +219,10 @@ class StageMemory:
     """CUDA's context and fragmentation."""
     host: float
     """Pinned memory on the host. It is not part of the total."""
+    save_host: float
+    """Host memory of a save, while it lasts."""
+    resume_host: float
+    """Host memory of loading a checkpoint."""
     packs_in_flight: int
     """Passes through one model chunk. A rank of the interleaved schedule has several chunks."""
 
@@ -250,6 +268,8 @@ def stage_memory(
         communication=communication,
         reserve=reserve.context_gib * GIB + reserve.fragmentation * tensors,
         host=state.host,
+        save_host=state.saved,
+        resume_host=_COPIES_OF_A_PIECE * state.largest_piece,
         packs_in_flight=peak.packs_in_flight,
     )
 

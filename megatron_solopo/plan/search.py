@@ -12,7 +12,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.plan.layouts import Layout, candidate_sizes, check_supported, layout_variants, make_layout
 from megatron_solopo.plan.memory import GIB, RankState, StageMemory, rank_state, stage_memory
-from megatron_solopo.plan.timing import StepTime, StepTimer
+from megatron_solopo.plan.timing import PassTime, StepTime, StepTimer
 from megatron_solopo.plan.workload import BatchShape, Packer, PackShape, Workload
 
 _NUM_SIMULATED = 20
@@ -170,6 +170,10 @@ class Planner:
             self._timer(layout).time_step(batch.heaviest_rank, [self._state(layout, rank) for rank in ranks]),
             self.gpu,
         )
+
+    def time_reference(self, layout: Layout) -> PassTime:
+        """The time of the pass of the reference model over all triplets."""
+        return self._timer(layout).time_pass(self.packer.single_pass(layout.config, layout.data_parallel_size))
 
     def _quick_seconds(self, layout: Layout) -> float:
         packs = self.packer.pack(layout.config, layout.data_parallel_size).heaviest_rank

@@ -9,19 +9,29 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle, islice
+
+import numpy as np
 
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import Efficiency, Gpu
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.architecture.layout import data_parallel_overlap, padded_vocab_size
+from megatron_solopo.architecture.layout import (
+    data_parallel_overlap,
+    packs_multiple,
+    packs_per_part,
+    padded_vocab_size,
+)
 from megatron_solopo.architecture.pipeline_schedule import ChunkPass
 from megatron_solopo.config import Config
+from megatron_solopo.data.batch_plan import share_out_pass
 from megatron_solopo.plan.activations import element_bytes, sequence_shards
 from megatron_solopo.plan.memory import RankState
 from megatron_solopo.plan.parameters import ModelChunk, model_chunks
 from megatron_solopo.plan.pipeline import Timeline, simulate_schedule
-from megatron_solopo.plan.workload import PackShape
+from megatron_solopo.plan.workload import PackShape, PassShape
 
+_NANO = 1e9
 _ATTENTION_BACKWARD = 2.5
 """Times forward: five products instead of two, because flash attention computes the scores again."""
 
@@ -67,20 +77,27 @@ class DataTraffic:
 
 @dataclass(frozen=True)
 class StepTime:
-    """One optimizer step, and the forward pass of the reference model over as many triplets."""
+    """One optimizer step."""
 
     compute: PackSeconds
     """The busiest pipeline stage, summed over the packs."""
     timeline: Timeline
     data_traffic: "DataTraffic"
     optimizer: float
-    forward_seconds: float
-    """The same packs forward alone, through the whole pipeline."""
 
     @property
     def seconds(self) -> float:
         """Seconds of the step."""
         return self.timeline.seconds + self.data_traffic.exposed + self.optimizer
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """A pass over all triplets, forward only."""
+
+    seconds: float
+    bubble: float
+    """Share of the time that the busiest pipeline stage waits, in [0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +134,26 @@ class StepTimer:
             timeline=simulate_schedule(size, len(chunks[0]), len(packs), seconds, self._message(packs)),
             data_traffic=self._data_traffic(states, smallest),
             optimizer=max(self._update(state) for state in states),
-            forward_seconds=self._with_bubble(self._busiest(packs, forward_only=True).total, len(packs)),
         )
+
+    def time_pass(self, work: PassShape) -> PassTime:
+        """A pass of the reference model over all triplets: its parts, each with the time to fill the pipeline."""
+        size = self.config.parallel.pipeline_model_parallel_size
+        share = self.data_parallel_size * packs_multiple(size, self._chunks)
+        num_parts = max(1, work.num_packs // (self.data_parallel_size * packs_per_part(size)))
+        # All parts but the last are alike.
+        length = work.num_packs if num_parts == 1 else -(-work.num_packs // (num_parts * share)) * share
+        found = [self._busiest([pack], forward_only=True).total for pack in work.packs]
+        seconds = np.array(list(islice(cycle(found), length)))
+        (part,) = share_out_pass(
+            (seconds * _NANO).astype(np.int64).tolist(),
+            num_ranks=self.data_parallel_size,
+            packs_multiple=packs_multiple(size, self._chunks),
+            packs_per_part=length,
+        )
+        busy = float(seconds[part.packs].sum(axis=1).max())
+        whole = self._with_bubble(busy, part.packs.shape[1])
+        return PassTime(work.num_packs / length * whole, 1 - busy / whole)
 
     def quick_seconds(self, packs: Sequence[PackShape], states: Sequence[RankState]) -> float:
         """Seconds of a step without simulating the pipeline: the busiest stage's work plus a bubble by formula."""

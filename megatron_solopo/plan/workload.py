@@ -1,5 +1,6 @@
 """The lengths of a run's triplets, and how the packer of training shares them out under a layout."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from megatron_solopo.data.batch_plan import (
     check_batch_size,
     padded_lengths,
     plan_global_batch,
+    plan_single_pass,
     triplet_sizes,
 )
 from megatron_solopo.errors import UserError
 
 _SEED = 0
+_SAMPLE = 1024
+"""Most triplets that a pass over the data set is planned with."""
 _TOO_LONG = 2**31
 """Tokens of a sequence. Attention reads lengths as int32."""
 
@@ -80,6 +84,16 @@ class BatchShape:
     """Share of padding in all positions, in [0, 1)."""
     balance: float
     """Mean attention work of the data-parallel ranks divided by the greatest, in (0, 1]."""
+
+
+@dataclass(frozen=True, eq=False)
+class PassShape:
+    """A pass over the whole data set under a layout."""
+
+    packs: tuple[PackShape, ...]
+    """Those of a sample of the triplets."""
+    num_packs: int
+    """Packs of all triplets and all data-parallel ranks."""
 
 
 def prepared_workload(path: Path) -> Workload:
@@ -146,6 +160,33 @@ def stated_workload(text: str, num_triplets: int, sample: int) -> Workload:
     )
 
 
+@dataclass(frozen=True)
+class _PackingRules:
+    """How a layout packs; see `data.loader.Packing`."""
+
+    cp: int
+    sequence_multiple: int
+    pack_multiple: int
+    packs_multiple: int
+    max_tokens: int
+    """Of a pack's sequences, so that the padded pack stays within its budget."""
+
+    @classmethod
+    def of(cls, config: Config) -> "_PackingRules":
+        parallel = config.parallel
+        cp = parallel.context_parallel_size
+        pack_multiple = layout.pack_multiple(parallel.tensor_model_parallel_size, cp, config.model)
+        return cls(
+            cp,
+            layout.sequence_multiple(cp),
+            pack_multiple,
+            layout.packs_multiple(
+                parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+            ),
+            config.data.max_tokens_per_pack // pack_multiple * pack_multiple,
+        )
+
+
 class Packer:
     """Packs one sample batch of a workload under many layouts. Layouts that pack alike share the work."""
 
@@ -173,26 +214,43 @@ class Packer:
 
         Raises UserError in the same cases as the trainer: a triplet over the budget, a batch that does not divide.
         """
-        parallel = config.parallel
-        tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-        multiple, pack_multiple = layout.sequence_multiple(cp), layout.pack_multiple(tp, cp, config.model)
-        packs = layout.packs_multiple(
-            parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-        )
-        check_batch_size(config.training.global_batch_size, data_parallel_size, packs)
-        budget = config.data.max_tokens_per_pack
+        rules, budget = _PackingRules.of(config), config.data.max_tokens_per_pack
+        multiple, pack_multiple, cp = rules.sequence_multiple, rules.pack_multiple, rules.cp
+        check_batch_size(config.training.global_batch_size, data_parallel_size, rules.packs_multiple)
         if (largest := self.largest_triplet(multiple, pack_multiple)) > budget:
             raise UserError(
                 f"the largest triplet needs {largest:,} padded tokens (multiples of {pack_multiple}), more than "
                 f"data.max_tokens_per_pack={budget}; raise it to that"
             )
-        wanted = layout.wanted_packs(parallel.pipeline_model_parallel_size)
-        key = (multiple, budget // pack_multiple * pack_multiple, packs, wanted, data_parallel_size)
+        wanted = layout.wanted_packs(config.parallel.pipeline_model_parallel_size)
+        key = (multiple, rules.max_tokens, rules.packs_multiple, wanted, data_parallel_size)
         if (key, pack_multiple, cp) not in self._shapes:
             if key not in self._plans:
                 self._plans[key] = self._plan(*key)
             self._shapes[key, pack_multiple, cp] = self._batch(self._plans[key], multiple, pack_multiple, cp)
         return self._shapes[key, pack_multiple, cp]
+
+    def single_pass(self, config: Config, data_parallel_size: int) -> PassShape:
+        """The reference model's pass over all triplets, under a layout that `pack` accepts."""
+        rules = _PackingRules.of(config)
+        rows = np.random.default_rng(_SEED).permutation(len(self.workload.responses["chosen"]))[:_SAMPLE]
+        whole = self.workload.num_triplets / len(rows)
+        size = config.parallel.pipeline_model_parallel_size
+        wanted = layout.packs_per_part(size) if size > 1 else 1
+        share = {"num_ranks": data_parallel_size, "packs_multiple": rules.packs_multiple, "wanted_packs": wanted}
+        if whole > 1:  # the sample is a part of a long pass, which need not divide evenly
+            share = {"num_ranks": 1, "wanted_packs": math.ceil(data_parallel_size * wanted / whole)}
+        sizes = self._sizes(rules.sequence_multiple)
+        planned = plan_single_pass(
+            TripletSizes(sizes.padded_tokens[rows], sizes.tokens[rows], sizes.cost[rows]),
+            max_tokens=rules.max_tokens,
+            max_triplets=self.config.data.max_triplets_per_pack,
+            **share,
+        )
+        return PassShape(
+            tuple(self._shape(rows[pack], rules.sequence_multiple, rules.pack_multiple, rules.cp) for pack in planned),
+            math.ceil(len(planned) * whole),
+        )
 
     def _sizes(self, multiple: int) -> TripletSizes:
         if multiple not in self._sizes_by_multiple:

@@ -269,14 +269,6 @@ class Policy:
         for chunk in self.chunks:
             gather_parameters(chunk)
 
-    def evaluate(
-        self, packs: Sequence[Pack], loss_function: Callable[[Microbatch], LossFunction], topology: Topology
-    ) -> list[torch.Tensor]:
-        """Forward only; returns the packs' reports."""
-        self.gather_parameters()
-        with torch.no_grad():
-            return run_schedule(self.chunks, packs, loss_function, topology, forward_only=True)
-
 
 def load_model(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) -> list[ResponseModel]:
     """Build this rank's chunks of a model and load its weights.

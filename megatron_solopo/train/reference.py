@@ -3,38 +3,51 @@
     <cache>/reference.json  what the numbers depend on: tokens, weights, precision, roles
     <cache>/train.parquet   id and one float32 column per role
     <cache>/eval.parquet    the same, if there is a held-out split
+    <cache>/unfinished/     what an interrupted pass has computed, see `reference_journal`
 
 The numbers do not depend on TP, PP, CP or packing, so a cache made under one layout serves all.
 """
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import atomic_path, check_replaceable, check_writable, write_json
+from megatron_solopo.files import atomic_path, check_replaceable, check_writable, remove, write_json
 from megatron_solopo.model.build import precision_settings
-from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.identity import model_fingerprint
 from megatron_solopo.train.policy import load_frozen
-from megatron_solopo.train.run_data import RunDatasets, single_pass
-from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, run_schedule
+from megatron_solopo.train.reference_journal import (
+    UNFINISHED,
+    ReferenceJournal,
+    journal_name,
+    own_path,
+    read_headers,
+    read_journals,
+)
+from megatron_solopo.train.run_data import RunDatasets
+from megatron_solopo.train.scoring import check_finite, score_sequences
+from megatron_solopo.train.single_pass import PassPoints
+from megatron_solopo.train.step import ReferenceLogprobs
 
 _MANIFEST = "reference.json"
-_OWN_FILES = (_MANIFEST, "train.parquet", "eval.parquet")
-_SHOWN = 3
+_OWN_FILES = (_MANIFEST, "train.parquet", "eval.parquet", UNFINISHED)
+_REMEDY = "run `megatron-solopo reference --overwrite` with this config, or set reference.cache to another directory"
 _SCORING_VERSION = 1  # raise it when a change of the code gives other numbers for the same weights and data
 
 
@@ -46,23 +59,26 @@ def reference_logprobs(
     *,
     overwrite: bool = False,
     separate_roles: bool = False,
-    before_batch: Callable[[], None] | None = None,
+    points: PassPoints | None = None,
 ) -> dict[str, ReferenceLogprobs]:
     """Reference log-probabilities by split: read from the cache, or computed and written to it. All ranks together.
 
+    What is computed is kept as it comes. If the pass is interrupted in whatever way, the next call continues it.
+
     Args:
-        overwrite: compute again, over an existing cache.
+        overwrite: compute again, over an existing cache. An unfinished pass for the same data, weights and precision is
+            continued all the same.
         separate_roles: see `score_sequences`.
-        before_batch: called before every batch; if it raises, nothing is written.
+        points: see `run_single_pass`.
 
     Raises UserError naming what differs if the cache was made for other data, weights or precision. Also raises it,
-    and writes nothing, if a number is not finite.
+    and finishes no cache, if a number is not finite.
     """
     cache = config.reference_cache
     expected = reference_dependencies(config, model, datasets)
     if overwrite or not on_rank_0((cache / _MANIFEST).is_file):
-        on_rank_0(lambda: _check_cache_directory(cache))
-        computed = _compute(config, model, datasets, topology, separate_roles, before_batch)
+        journals = _open_journals(cache, expected, datasets, topology, overwrite)
+        computed = _compute(config, model, datasets, topology, separate_roles, points, journals)
         on_rank_0(lambda: _write(cache, expected, datasets, computed))
         return computed
     return cached_reference(config, model, datasets)
@@ -78,11 +94,6 @@ def cached_reference(config: Config, model: ResolvedModel, datasets: RunDatasets
     return on_every_rank(
         lambda: {name: _read(cache, name, dataset, expected["roles"]) for name, dataset in datasets.by_split.items()}
     )
-
-
-def _check_cache_directory(cache: Path) -> None:
-    check_replaceable(cache, _OWN_FILES, "reference.cache")
-    check_writable(cache, "reference.cache")
 
 
 def reference_dependencies(config: Config, model: ResolvedModel, datasets: RunDatasets) -> dict[str, Any]:
@@ -110,22 +121,27 @@ def _check(cache: Path, expected: dict[str, Any], data: dict[str, Any]) -> None:
             "or set reference.cache to the directory that holds them"
         )
     found = _read_manifest(cache)
-    remedy = "run `megatron-solopo reference --overwrite` with this config, or set reference.cache to another directory"
     if "tokens" not in found:
         raise UserError(
             f"{cache}: the cached reference log-probs are of an older version, which did not keep the hash of the "
-            f"tokens that they belong to; {remedy}"
+            f"tokens that they belong to; {_REMEDY}"
         )
-    differing = [key for key in expected if key not in ("tokens", "roles") and expected[key] != found[key]]
+    differing = _differences(expected, found, data)
     differing += ["roles"] if set(expected["roles"]) - set(found["roles"]) else []
-    if expected["tokens"] != found["tokens"]:
-        parts = [f"data.{key}" for key in data if data[key] != found["data"].get(key)]
-        same = "data (from the same file by the same tokenizer and template: does the chat template write the date?)"
-        differing = [*(parts or [same]), *differing]
     if differing:
         raise UserError(
-            f"{cache}: the cached reference log-probs are stale, made for another {', '.join(differing)}; {remedy}"
+            f"{cache}: the cached reference log-probs are stale, made for another {', '.join(differing)}; {_REMEDY}"
         )
+
+
+def _differences(expected: dict[str, Any], found: dict[str, Any], data: dict[str, Any]) -> list[str]:
+    """Names of what is not as expected, roles aside; `data` as in `_check`."""
+    differing = [key for key in expected if key not in ("tokens", "roles") and expected[key] != found.get(key)]
+    if expected["tokens"] == found.get("tokens"):
+        return differing
+    parts = [f"data.{key}" for key in data if data[key] != found.get("data", {}).get(key)]
+    same = "data (from the same file by the same tokenizer and template: does the chat template write the date?)"
+    return [*(parts or [same]), *differing]
 
 
 def _read_manifest(cache: Path) -> dict[str, Any]:
@@ -147,7 +163,8 @@ def _compute(
     datasets: RunDatasets,
     topology: Topology,
     separate_roles: bool,
-    before_batch: Callable[[], None] | None,
+    points: PassPoints | None,
+    journals: Mapping[str, ReferenceJournal],
 ) -> dict[str, ReferenceLogprobs]:
     reference = model.at(config.reference.model_path or model.path)
     chunks = load_frozen(reference, topology, chunk_tokens=config.logprob.chunk_tokens)
@@ -160,89 +177,44 @@ def _compute(
             topology,
             f"reference {split}",
             separate_roles=separate_roles,
-            before_batch=before_batch,
+            points=points,
+            journal=journals[split],
         )
         check_finite(computed[split], dataset, f"the reference model {reference.path}", config.model.dtype)
     return computed
 
 
-def check_finite(logprobs: ReferenceLogprobs, dataset: TripletDataset, model: str, dtype: str) -> None:
-    """Raise UserError, on every rank, if a log-probability is NaN or infinite.
+def _open_journals(
+    cache: Path, expected: dict[str, Any], datasets: RunDatasets, topology: Topology, overwrite: bool
+) -> dict[str, ReferenceJournal]:
+    """A journal for each split, with what earlier starts of the same pass have kept. All ranks together.
 
-    Args:
-        model: its kind and its path, for the message.
-        dtype: what it was computed in.
+    Raises UserError if an unfinished pass was for other data, weights or precision. With `overwrite`, it is removed.
     """
-    rows, roles = (~logprobs.logps.isfinite()).nonzero(as_tuple=True)
-    if not len(rows):
-        return
-    shown = ", ".join(
-        f"{role_name} of {row_id} ({value:g})"
-        for role_name, row_id, value in zip(
-            (logprobs.roles[role] for role in roles[:_SHOWN].tolist()),
-            dataset.ids(rows[:_SHOWN].numpy()),
-            logprobs.logps[rows, roles][:_SHOWN].tolist(),
-            strict=True,
-        )
-    )
-    raise UserError(
-        f"{model} gives log-probabilities that are not finite, for {len(rows)} of {logprobs.logps.numel()} sequences: "
-        f"{shown}{', ...' if len(rows) > _SHOWN else ''}; the rows are not the cause: the model has diverged, or its "
-        f"numbers exceed {dtype} (model.dtype); take another model"
-    )
+    data, folder = datasets.manifest.fingerprint_parts, cache / UNFINISHED
+    header = {key: value for key, value in expected.items() if key != "roles"} | {"data": data}
 
+    def begin() -> dict[str, tuple[str, dict[Role, NDArray[np.float32]]]]:
+        check_replaceable(cache, _OWN_FILES, "reference.cache")
+        check_writable(cache, "reference.cache")
+        for found in read_headers(folder):
+            if differing := _differences(expected, found, data):
+                if not overwrite:
+                    raise UserError(
+                        f"{folder}: an unfinished reference pass was made for another {', '.join(differing)}; {_REMEDY}"
+                    )
+                tqdm.write(f"note: removed {folder}: made for another {', '.join(differing)}", file=sys.stderr)
+                remove(folder)
+                break
+        return {
+            split: (journal_name(split), read_journals(folder, split, len(dataset)))
+            for split, dataset in datasets.by_split.items()
+        }
 
-def score_sequences(
-    config: Config,
-    chunks: list[ResponseModel],
-    dataset: TripletDataset,
-    topology: Topology,
-    label: str,
-    *,
-    separate_roles: bool = False,
-    before_batch: Callable[[], None] | None = None,
-) -> ReferenceLogprobs:
-    """Run every sequence that the objective reads through the model once; every rank returns all the numbers.
-
-    Args:
-        label: of the progress bar.
-        separate_roles: one pass for each role, so that a pack must hold the longest sequence and not the largest
-            triplet.
-        before_batch: called before every batch.
-    """
-    roles = config.objective.roles.all
-    passes = {f"{label}, {role}": (role,) for role in roles} if separate_roles else {label: roles}
-    logps = [
-        _score_pass(config, chunks, dataset, topology, pass_label, pass_roles, before_batch)
-        for pass_label, pass_roles in passes.items()
-    ]
-    return ReferenceLogprobs(roles, torch.cat(logps, dim=1))
-
-
-def _score_pass(
-    config: Config,
-    chunks: list[ResponseModel],
-    dataset: TripletDataset,
-    topology: Topology,
-    label: str,
-    roles: tuple[Role, ...],
-    before_batch: Callable[[], None] | None,
-) -> Tensor:
-    """Summed log-probabilities, fp32 [rows, len(roles)]."""
-    logps = torch.zeros(len(dataset), len(roles), device=topology.device)
-    visits = torch.zeros(len(dataset), device=topology.device)
-    for batch in single_pass(config, dataset, topology, label, roles, before_batch):
-        with torch.no_grad():
-            reports = run_schedule(chunks, batch.packs, logprob_report(topology), topology, forward_only=True)
-        for pack, counted, report in zip(batch.packs, batch.counted, reports, strict=bool(reports)):
-            if counted:
-                logps[pack.triplet_indices] = report
-                visits[pack.triplet_indices] += 1
-    for values in (logps, visits):
-        dist.all_reduce(values, group=topology.data_group)
-        dist.broadcast(values, topology.last_stage_rank, group=topology.pipeline_group)
-    assert bool((visits == 1).all()), "every triplet is scored exactly once"
-    return logps.cpu()
+    return {
+        split: ReferenceJournal(own_path(folder, name, topology), header, known, len(datasets.by_split[split]))
+        for split, (name, known) in on_rank_0(begin).items()
+    }
 
 
 def _write(

@@ -1,22 +1,19 @@
 """The prepared data of a run, checked against its objective and its model, and the batches that this rank reads."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch.distributed as dist
-from tqdm import tqdm
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.config import Config, Role
-from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, Packing, TripletDataset, sequential_batches
+from megatron_solopo.data.loader import GlobalBatchLoader, Packing, SinglePass, TripletDataset
 from megatron_solopo.data.model_fit import Reader, check_readers
 from megatron_solopo.data.prepared import PreparedManifest, load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.progress import bar_style
-
-_SINGLE_PASS_TRIPLETS_PER_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -107,26 +104,20 @@ def single_pass(
     config: Config,
     dataset: TripletDataset,
     topology: Topology,
-    label: str,
     roles: Sequence[Role] | None = None,
-    before_batch: Callable[[], None] | None = None,
-) -> Iterator[GlobalBatch]:
-    """Every triplet once, with a progress bar named `label` on rank 0.
-
-    A batch may repeat packs, so that all ranks have equally many; those are not `counted`.
+    done: NDArray[np.bool_] | None = None,
+) -> SinglePass:
+    """This rank's packs of a pass over every triplet; raises UserError if a triplet is larger than a pack.
 
     Args:
         roles: the sequences of a triplet that share a pack; None: those that the objective reads.
-        before_batch: called before every batch, by all ranks together.
+        done: see `SinglePass`.
     """
-    chunk_size = _SINGLE_PASS_TRIPLETS_PER_RANK * topology.data_group.size()
+    # A pipeline wants whole parts. Without one, packs are as large as they may be.
+    wanted = topology.packs_per_part if topology.pipeline_group.size() > 1 else 1
+    packing = replace(_packing(config, topology), wanted_packs=wanted)
     roles = config.objective.roles.all if roles is None else roles
-    batches = sequential_batches(dataset, roles, _packing(config, topology), chunk_size=chunk_size)
-    total = -(-len(dataset) // chunk_size)
-    for batch in tqdm(batches, label, total, unit="batch", disable=dist.get_rank() != 0, **bar_style("batches")):
-        if before_batch is not None:
-            before_batch()
-        yield batch
+    return SinglePass(dataset, roles, packing, packs_per_part=topology.packs_per_part, done=done)
 
 
 def _packing(config: Config, topology: Topology) -> Packing:

@@ -26,6 +26,7 @@ from megatron_solopo.train.policy import check_offload
 from megatron_solopo.train.preflight import check_same_start, start_facts
 from megatron_solopo.train.run_data import RunDatasets, load_run_datasets
 from megatron_solopo.train.signals import Stopped, StopSignals
+from megatron_solopo.train.single_pass import PassPoints
 from megatron_solopo.train.watchdog import Watchdog, watching
 
 
@@ -58,7 +59,7 @@ class Session:
         self.signals.check()
 
     def before_pack(self) -> None:
-        """Called within a step, before this stage's forward of a pack; raises Stopped if the run is to stop here.
+        """Called before this stage's forward of a pack; raises Stopped if the run is to stop here.
 
         It never stops where a step cannot be undone: pipeline stages have several packs in flight, and the scales of
         FP8's delayed recipe remember every forward.
@@ -66,6 +67,10 @@ class Session:
         self.watchdog.progress()
         if self.topology.pipeline_group.size() == 1 and not self.config.model.has_delayed_scales:
             self.signals.check_meanwhile()
+
+    def points(self, phase: str, step: int) -> PassPoints:
+        """Where a pass over a data set may stop, and how the watchdog sees it advance."""
+        return PassPoints(lambda: self.enter_or_stop(phase, step), self.before_pack)
 
 
 @contextmanager

@@ -4,9 +4,11 @@ SIGTERM, SIGUSR1 or SIGINT on any rank is a request to stop. At certain points a
 of a single number, and `StopSignals.check` raises `Stopped` on every rank.
 
     point                what stopping there loses
-    each micro-batch     training without pipeline stages: the gradients of the current step
+    each micro-batch     without pipeline stages: the gradients of the current step
     each step            training with pipeline stages, which have micro-batches in flight: nothing
-    each batch           evaluation and reference pass: what the pass has computed
+    each part            evaluation and reference pass with pipeline stages, see `single_pass`
+
+An evaluation that stops loses what it has computed. A reference pass loses nothing.
 
 Within a step no rank waits for the all-reduce: the ranks begin it at one micro-batch, and act on it at the next
 (`check_meanwhile`). So a run stops within two micro-batches (one step with PP > 1), and then it is saved. A second

@@ -6,9 +6,10 @@ We report the pack's triplets on each of its CP ranks, and return CP times the s
 CP. However the triplets are packed or distributed, the gradient is exactly that of the mean over the global batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -59,21 +60,30 @@ def run_schedule(
     Returns the third value of `loss_function(microbatch)(output)` for each pack, in order, on the last pipeline stage,
     and an empty list on the other stages.
     """
-    microbatches = [shard_pack(pack, topology) for pack in packs]
-    return run_microbatches(chunks, microbatches, loss_function, forward_only=forward_only, before_each=before_pack)
+    microbatches: Iterable[Microbatch] = (shard_pack(pack, topology) for pack in packs)
+    if not forward_only:  # a pass over a data set has many packs, so each moves to the device when its turn comes
+        microbatches = list(microbatches)
+    positions = [pack.padded_tokens // topology.context_group.size() for pack in packs]
+    return run_microbatches(
+        chunks, microbatches, positions, loss_function, forward_only=forward_only, before_each=before_pack
+    )
 
 
 def run_microbatches(
     chunks: Sequence[torch.nn.Module],
-    microbatches: Sequence[Microbatch],
+    microbatches: Iterable[Microbatch],
+    positions: Sequence[int],
     loss_function: Callable[[Microbatch], LossFunction],
     *,
     forward_only: bool,
     before_each: Callable[[], None] | None = None,
 ) -> list[Tensor]:
-    """`run_schedule` for packs that are already cut and on their device; `before_each` is its `before_pack`.
+    """`run_schedule` for packs that are already cut; `before_each` is its `before_pack`.
 
-    Every stage has all packs, so it knows the shapes of the hidden states that come from other stages.
+    Args:
+        microbatches: each is asked for when its turn comes.
+        positions: of each micro-batch on a context-parallel rank. So every stage knows the shapes of the hidden states
+            that come from other stages.
     """
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
@@ -82,16 +92,16 @@ def run_microbatches(
         return forward_microbatch(model, next(iterator), loss_function)
 
     # Every virtual stage consumes the same packs again, each through an iterator of its own.
-    iterators = [iter(microbatches) for _ in chunks]
+    iterators = tee(microbatches, len(chunks))
     several = len(chunks) > 1
     config = get_model_config(chunks[0])
     sequence_shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    shapes = [(each.tokens_1t.shape[1] // sequence_shards, 1, config.hidden_size) for each in microbatches]
+    shapes = [(length // sequence_shards, 1, config.hidden_size) for length in positions]
     reports: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iterators if several else iterators[0],
+        data_iterator=list(iterators) if several else iterators[0],
         model=list(chunks) if several else chunks[0],
-        num_microbatches=len(microbatches),
+        num_microbatches=len(positions),
         seq_length=1,  # not read, and neither is the next: packs differ
         micro_batch_size=1,
         forward_only=forward_only,

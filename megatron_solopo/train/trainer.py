@@ -40,10 +40,11 @@ from megatron_solopo.train.metrics import (
 from megatron_solopo.train.policy import Policy, StepResult, build_policy, check_schedule, describe_decay, load_frozen
 from megatron_solopo.train.preflight import Finding, Trial, check_surroundings, tries_largest_pack, try_largest_pack
 from megatron_solopo.train.reference import reference_logprobs
-from megatron_solopo.train.run_data import single_pass, training_batches
+from megatron_solopo.train.run_data import training_batches
 from megatron_solopo.train.saving import Saver
 from megatron_solopo.train.session import Session, open_session
 from megatron_solopo.train.signals import Stopped
+from megatron_solopo.train.single_pass import run_single_pass
 from megatron_solopo.train.state import Metrics, SkippedSteps, TrainState
 from megatron_solopo.train.step import LossFunction, ReferenceLogprobs, objective_loss
 from megatron_solopo.train.watchdog import SAVE
@@ -110,7 +111,7 @@ def _reference_logprobs(session: Session, *, overwrite: bool = False, step: int 
         session.datasets,
         session.topology,
         overwrite=overwrite,
-        before_batch=lambda: session.enter_or_stop("reference pass", step),
+        points=session.points("reference pass", step),
     )
 
 
@@ -325,17 +326,19 @@ class Trainer:
 
     def _evaluate(self) -> Metrics:
         """Mean metrics over the whole held-out split, with the prefix `eval_`."""
-        dataset, step = self.datasets["eval"], self.state.step
+        dataset = self.datasets["eval"]
         reports: list[Any] = []
-        for batch in single_pass(
+        self.policy.gather_parameters()  # ranks of unequal passes could not gather them on the way
+        run_single_pass(
             self.config,
+            self.policy.chunks,
             dataset,
             self.topology,
+            self.losses["eval"],
+            lambda pack, report: reports.append(report),
             "evaluation",
-            before_batch=lambda: self.session.enter_or_stop("evaluation", step),
-        ):
-            found = self.policy.evaluate(batch.packs, self.losses["eval"], self.topology)
-            reports += [report for report, counted in zip(found, batch.counted, strict=bool(found)) if counted]
+            points=self.session.points("evaluation", self.state.step),
+        )
         sums = reduce_sums(reports, len(self.metric_names), self.topology)
         means = {f"eval_{name}": total / len(dataset) for name, total in zip(self.metric_names, sums, strict=True)}
         return finite_or_none(means)

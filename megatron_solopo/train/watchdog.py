@@ -8,7 +8,7 @@ exits with code 1.
 
     limit                            for
     watchdog.start_timeout_minutes   the first phase of each kind: loading, first step, first evaluation
-    watchdog.timeout_minutes         later phases: one micro-batch, one batch of an evaluation or a reference pass
+    watchdog.timeout_minutes         later phases: one micro-batch of a step, an evaluation or a reference pass
     watchdog.save_timeout_minutes    a save
 
 `parallel.distributed_timeout_minutes` is a longer timeout, that of the process groups. It ends a collective with a

@@ -1,6 +1,7 @@
 """Plans of global batches: complete, within the budget, even, balanced and full."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_solopo.config import ObjectiveConfig
+from megatron_solopo.data import batch_plan
 from megatron_solopo.data.batch_plan import (
     TripletSize,
+    TripletSizes,
     padded_lengths,
     plan_global_batch,
     plan_single_pass,
+    share_out_pass,
     triplet_sizes,
 )
 from megatron_solopo.errors import UserError
@@ -71,39 +75,65 @@ def test_plan_is_complete_even_within_budget_and_deterministic(num_ranks, packs_
     assert plan == plan_global_batch(list(sizes), **arguments)
 
 
+def columns(sizes):
+    return TripletSizes(*(np.array(column, dtype=np.int64) for column in zip(*sizes, strict=True)))
+
+
 @settings(max_examples=200, deadline=None)
-@given(batches, st.integers(1, 5), st.integers(1, 3), limits)
-def test_single_pass_counts_each_triplet_once_for_any_number_of_them(sizes, num_ranks, packs_multiple, max_triplets):
-    plan, counted = plan_single_pass(
-        sizes, max_tokens=MAX_TOKENS, max_triplets=max_triplets, num_ranks=num_ranks, packs_multiple=packs_multiple
-    )
-    assert len({len(packs) for packs in plan}) == 1
-    assert len(plan[0]) % packs_multiple == 0
-    assert [len(flags) for flags in counted] == [len(packs) for packs in plan]
-    assert_legal(plan, sizes, max_triplets)
-    once = [
-        i
-        for packs, flags in zip(plan, counted, strict=True)
-        for pack, counts in zip(packs, flags, strict=True)
-        if counts
-        for i in pack
-    ]
-    assert sorted(once) == list(range(len(sizes)))
+@given(batches, st.integers(1, 5), st.integers(1, 3), limits, st.integers(1, 9), st.integers(1, 60))
+def test_single_pass_counts_each_triplet_once_for_any_number_of_them(
+    sizes, num_ranks, packs_multiple, max_triplets, wanted, window
+):
+    share = {"num_ranks": num_ranks, "packs_multiple": packs_multiple}
+    with mock.patch.object(batch_plan, "_WINDOW", window):
+        packs = plan_single_pass(
+            columns(sizes), max_tokens=MAX_TOKENS, max_triplets=max_triplets, wanted_packs=wanted, **share
+        )
+    assert sorted(row for pack in packs for row in pack.tolist()) == list(range(len(sizes)))
+    assert_legal([[pack.tolist() for pack in packs]], sizes, max_triplets)
+    costs = [sum(sizes[row].cost for row in pack) for pack in packs]
+    parts = share_out_pass(costs, packs_per_part=wanted, **share)
+    counted = [number for part in parts for number in part.packs[part.counted].tolist()]
+    assert sorted(counted) == list(range(len(packs)))
+    for part in parts:
+        assert part.packs.shape == part.counted.shape and part.packs.shape[0] == num_ranks
+        assert part.packs.shape[1] % packs_multiple == 0
+    assert sum(part.packs.size for part in parts) - len(packs) < num_ranks * packs_multiple, "few repetitions"
+
+
+def test_a_pass_of_nothing_has_no_parts():
+    assert share_out_pass([], num_ranks=4, packs_multiple=2, packs_per_part=40) == []
 
 
 def test_single_pass_repeats_nothing_where_an_even_plan_exists():
-    _, counted = plan_single_pass([size(10)] * 8, max_tokens=MAX_TOKENS, max_triplets=None, num_ranks=4)
-    assert all(all(flags) for flags in counted)
+    packs = plan_single_pass(columns([size(10)] * 8), max_tokens=MAX_TOKENS, max_triplets=None, num_ranks=4)
+    assert [len(pack) for pack in packs] == [2] * 4
 
 
-def test_single_pass_repeats_the_cheapest_pack_on_short_ranks():
-    plan, counted = plan_single_pass([size(900), size(7)], max_tokens=MAX_TOKENS, max_triplets=None, num_ranks=4)
-    assert sorted(zip((p[0] for p in plan), (c[0] for c in counted), strict=True)) == [
-        ([0], True),
-        ([1], False),
-        ([1], False),
-        ([1], True),
-    ]
+def test_a_rank_without_a_pack_repeats_the_cheapest():
+    (part,) = share_out_pass([900, 7], num_ranks=4)
+    assert part.packs.tolist() == [[0], [1], [1], [1]] and part.counted.tolist() == [[True], [True], [False], [False]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_of_a_pass_do_equal_work_place_by_place(seed):
+    sizes = lognormal_sizes(3000, seed)
+    packs = plan_single_pass(columns(sizes), max_tokens=65_536, max_triplets=None, num_ranks=4, wanted_packs=40)
+    costs = np.array([sum(sizes[row].cost for row in pack) for pack in packs])
+    parts = share_out_pass(costs.tolist(), num_ranks=4, packs_per_part=40)
+    assert len(parts) == len(packs) // 160 and all(part.packs.shape[1] >= 40 for part in parts[:-1])
+    loads = np.array([costs[part.packs].sum(axis=1) for part in parts])
+    uneven = loads.max(axis=1) / loads.mean(axis=1)
+    # A single triplet may cost more than several packs. With as many packs as the others, its rank has most work.
+    assert np.median(uneven) < 1.005 and uneven.max() < 1.05
+    for part in parts:
+        assert (costs[part.packs].max(axis=0) <= 1.2 * costs[part.packs].min(axis=0)).mean() > 0.9
+
+
+def test_the_packs_of_a_pass_fill_their_budget_when_nothing_else_is_wanted():
+    sizes = lognormal_sizes(3000, 0)
+    packs = plan_single_pass(columns(sizes), max_tokens=65_536, max_triplets=None, num_ranks=4, wanted_packs=1)
+    assert sum(s.tokens for s in sizes) / (len(packs) * 65_536) > 0.9
 
 
 @pytest.mark.parametrize(
@@ -156,9 +186,10 @@ def test_balance_without_packing():
 
 def test_a_triplet_over_the_budget_is_named():
     message = "triplet 2 needs 1001 padded tokens, more than one pack's 1000; .*data.max_tokens_per_pack"
-    for planner in (plan_global_batch, plan_single_pass):
+    sizes = [size(5), size(1000), size(1001)]
+    for planner, given_sizes in ((plan_global_batch, sizes), (plan_single_pass, columns(sizes))):
         with pytest.raises(UserError, match=message):
-            planner([size(5), size(1000), size(1001)], max_tokens=MAX_TOKENS, max_triplets=None, num_ranks=1)
+            planner(given_sizes, max_tokens=MAX_TOKENS, max_triplets=None, num_ranks=1)
 
 
 @pytest.mark.parametrize(("count", "num_ranks", "packs_multiple", "needed"), [(3, 4, 1, 4), (7, 4, 2, 8), (0, 2, 1, 2)])
@@ -180,8 +211,7 @@ def test_a_pipeline_gets_the_packs_that_it_wants_as_far_as_there_are_triplets(wa
     plan = plan_global_batch([size(10)] * 17, wanted_packs=wanted, **limits)
     assert [len(rank) for rank in plan] == [packs, packs]
     assert sorted(i for rank in plan for pack in rank for i in pack) == list(range(17))
-    single, counted = plan_single_pass([size(10)] * 17, wanted_packs=wanted, **limits)
-    assert [len(rank) for rank in single] == [packs, packs] and all(all(flags) for flags in counted)
+    assert len(plan_single_pass(columns([size(10)] * 17), wanted_packs=wanted, **limits)) == 2 * packs
 
 
 def test_packs_that_cannot_be_shared_evenly():

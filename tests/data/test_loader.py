@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.config import ObjectiveConfig
-from megatron_solopo.data.loader import GlobalBatchLoader, Packing, TripletDataset, sequential_batches
+from megatron_solopo.data.loader import GlobalBatchLoader, Packing, SinglePass, TripletDataset
 from megatron_solopo.errors import UserError
 from tests.tiny_models import TINY
 
@@ -40,7 +40,9 @@ TABLE = table_of(random_lengths(47))
 
 def split(changes):
     """The loader's own arguments, and its packing."""
-    own = {name: changes.pop(name) for name in ("global_batch_size", "seed", "chunk_size") if name in changes}
+    own = {
+        name: changes.pop(name) for name in ("global_batch_size", "seed", "packs_per_part", "done") if name in changes
+    }
     layout = {"sequence_multiple": 4, "max_tokens_per_pack": MAX_TOKENS, "dp_rank": 0, "dp_size": 1}
     return own, Packing(**layout | changes)
 
@@ -53,7 +55,7 @@ def loader(table=TABLE, roles=SOLOPO, **changes):
 
 def sequential(table=TABLE, roles=SOLOPO, **changes):
     own, packing = split(changes)
-    return sequential_batches(TripletDataset(table, COLUMNS, TINY), roles, packing, **{"chunk_size": 8} | own)
+    return SinglePass(TripletDataset(table, COLUMNS, TINY), roles, packing, **{"packs_per_part": 4} | own)
 
 
 def rows_of(batches):
@@ -173,7 +175,6 @@ def test_totals_are_of_all_ranks_and_known_to_each(dp_size):
     packs = [pack for batch in batches for pack in batch.packs]
     assert len({len(batch.packs) for batch in batches}) == 1
     for batch in batches:
-        assert batch.counted == [True] * len(batch.packs)
         assert batch.num_triplets == 8
         assert batch.num_packs == len(packs)
         assert batch.num_tokens == sum(pack.num_tokens for pack in packs)
@@ -253,26 +254,40 @@ def test_sizes_equal_the_packs_built_from_them():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 60), st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2]))
-def test_sequential_pass_counts_every_triplet_once(chunk_size, dp_size, packs_multiple):
-    ranks = [
-        list(sequential(chunk_size=chunk_size, dp_rank=rank, dp_size=dp_size, packs_multiple=packs_multiple))
+@given(st.integers(1, 60), st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2]), st.sets(st.integers(0, 46)))
+def test_a_pass_counts_every_triplet_that_is_not_done(packs_per_part, dp_size, packs_multiple, done_rows):
+    done = np.zeros(47, dtype=bool)
+    done[list(done_rows)] = True
+    passes = [
+        sequential(packs_per_part=packs_per_part, dp_rank=rank, dp_size=dp_size, packs_multiple=packs_multiple, done=d)
+        for d in (None, done)
         for rank in range(dp_size)
     ]
-    seen = []
-    for start, batches in zip(range(0, 47, chunk_size), zip(*ranks, strict=True), strict=True):
-        counted = [pack for batch in batches for pack, counts in zip(batch.packs, batch.counted, strict=True) if counts]
-        rows = sorted(row for pack in counted for row in pack.triplet_indices.tolist())
-        assert rows == list(range(start, min(start + chunk_size, 47)))
-        assert {len(batch.packs) for batch in batches} == {batches[0].num_packs // dp_size}
-        assert {batch.num_triplets for batch in batches} == {len(rows)}
-        assert {batch.num_tokens for batch in batches} == {sum(pack.num_tokens for pack in counted)}
-        seen += rows
-    assert seen == list(range(47))
+    whole, rest = passes[:dp_size], passes[dp_size:]
+    packs_of = {row: pack for each in whole for pack in counted_packs(each) for row in pack}
+    assert sorted(row for each in whole for pack in counted_packs(each) for row in pack) == list(range(47))
+    again = [pack for each in rest for pack in counted_packs(each)]
+    # The same packs, whole, so that their numbers are the same bits.
+    assert sorted(again) == sorted({packs_of[row] for row in set(range(47)) - done_rows})
+    for batches in zip(*rest, strict=True):
+        assert len({len(batch.packs) for batch in batches}) == 1 and len(batches[0].packs) % packs_multiple == 0
+        assert len({tuple(batch.triplets_at) for batch in batches}) == 1
+        assert len(batches[0].triplets_at) == len(batches[0].packs)
+    assert sum(sum(batch.triplets_at) for batch in rest[0]) == 47 - len(done_rows) == rest[0].num_triplets
+
+
+def counted_packs(one):
+    """The rows of every pack that counts on one rank."""
+    return [
+        tuple(pack.triplet_indices.tolist())
+        for batch in one
+        for pack, counts in zip(batch.packs, batch.counted, strict=True)
+        if counts
+    ]
 
 
 def test_one_triplet_on_four_ranks():
     batches = [next(iter(sequential(TABLE.select([5]), dp_rank=rank, dp_size=4))) for rank in range(4)]
     assert sorted(batch.counted for batch in batches) == [[False], [False], [False], [True]]
     assert {batch.packs[0].ids for batch in batches} == {("row-5",)}
-    assert {batch.num_triplets for batch in batches} == {1}
+    assert {tuple(batch.triplets_at) for batch in batches} == {(1,)}

@@ -144,71 +144,37 @@ def test_a_plain_parameter_takes_the_value_in_its_precision() -> None:
     assert parameter.tolist() == [1.0, 1.0] and not hasattr(parameter, "_high_precision_init_val")
 
 
-def test_every_parameter_has_its_number_and_its_state(group: Any) -> None:
+@pytest.mark.parametrize("bucket_size", [None, 1000])
+def test_every_part_of_a_parameter_has_its_own_state(group: Any, bucket_size: int | None) -> None:
+    """On one rank a part is the whole, also behind the padding of a bucket."""
     model = make_model()
-    chunk, optimizer = make_optimizer(model)
+    chunk, optimizer = make_optimizer(model, bucket_size)
     part = internals.dense_optimizer(optimizer)
     assert isinstance(part, DistributedOptimizer)
     (buffer,) = internals.gradient_buffers(chunk)
+    assert (len(buffer.buckets) > 2) is (bucket_size is not None)
     assert buffer.grad_data.numel() == buffer.param_data.numel() >= sum(p.numel() for p in model.parameters())
-    numbered = internals.numbered_parameters(part)
-    assert list(numbered) == list(range(len(list(model.parameters()))))
-    assert {id(parameter) for parameter in numbered.values()} == {id(each) for each in model.parameters()}
     internals.initialize_adam_state(optimizer)
-    state = sharded_state(model, part)
-    assert {tuple(names) for names in state.values()} == {internals.STATE_NAMES}
-
-
-def sharded_state(model: GPTModel, optimizer: DistributedOptimizer) -> dict[int, dict[str, Any]]:
-    metadata = SHARDING | {"dp_cp_group": optimizer.data_parallel_group}
-    state = optimizer.sharded_state_dict(model.sharded_state_dict(metadata=metadata), metadata=metadata)
-    found: dict[int, dict[str, Any]] = state["param_state"]
-    return found
-
-
-def test_megatron_still_reads_the_state_behind_a_buckets_padding_from_the_wrong_place(group: Any) -> None:
-    """Once this fails, upstream's fix has arrived, and `places_without_padding` would break what it mended."""
-    model = make_model()
-    chunk, optimizer = make_optimizer(model, bucket_size=1000)
-    part = internals.dense_optimizer(optimizer)
-    assert len(internals.gradient_buffers(chunk)[0].buckets) > 2
-    internals.initialize_adam_state(optimizer)
-    numbered = internals.numbered_parameters(part)
-    masters = [weight for group in part.optimizer.param_groups for weight in group["params"]]
-    for weight in masters:
-        weight.data.normal_()
-        part.optimizer.state[weight]["exp_avg"].copy_(weight)
-    with torch.no_grad():
-        expected = {number: part._get_main_param_and_optimizer_states(each) for number, each in numbered.items()}
-
-    def is_right(state: dict[int, dict[str, Any]]) -> list[bool]:
-        return [torch.equal(state[n]["exp_avg"].data.flatten(), expected[n]["exp_avg"].flatten()) for n in numbered]
-
-    assert not all(is_right(sharded_state(model, part)))
-    places = internals.gradient_buffers(chunk)[0].param_index_map
-    with internals.places_without_padding(optimizer):
-        assert all(is_right(sharded_state(model, part)))
-    assert internals.gradient_buffers(chunk)[0].param_index_map is places
+    found = {owned.parameter: owned for owned in internals.owned_states(part)}
+    assert set(found) == set(model.parameters())
+    for parameter, owned in found.items():
+        assert owned.edges == (0, parameter.numel()) and tuple(owned.tensors) == internals.STATE_NAMES
+        assert torch.equal(owned.tensors["param"], parameter.detach().flatten())
+        owned.tensors["exp_avg"].fill_(1.5)  # in place
+    assert all(float(state["exp_avg"].min()) == 1.5 for state in part.optimizer.state.values())
 
 
 def test_megatron_gives_all_parameters_one_count_of_steps(group: Any) -> None:
-    """And `load_parameter_state` gives each its own, with the moments."""
-    model = make_model()
-    _, optimizer = make_optimizer(model)
+    """And `load_counts` gives each its own."""
+    _, optimizer = make_optimizer(make_model())
     part = internals.dense_optimizer(optimizer)
     internals.initialize_adam_state(optimizer)
-    with internals.places_without_padding(optimizer):
-        moments = {
-            number: {name: place.data + 1.5 for name, place in places.items()}
-            for number, places in sharded_state(model, part).items()
-        }
     part.load_state_dict(part.state_dict())
     counts = [state["step"] for state in part.optimizer.state.values()]
     assert len({count.data_ptr() for count in counts}) == 1 < len(counts)
-    internals.load_parameter_state(part, moments)
+    internals.load_counts(part, part.state_dict())
     counts = [state["step"] for state in part.optimizer.state.values()]
     assert len({count.data_ptr() for count in counts}) == len(counts)
-    assert all(float(state["exp_avg"].min()) == 1.5 for state in part.optimizer.state.values())
 
 
 def test_megatron_makes_no_count_of_steps_for_torchs_adam(group: Any) -> None:
@@ -233,6 +199,23 @@ def test_a_hybrid_optimizer_makes_its_state_by_a_step_of_its_own(monkeypatch: py
     monkeypatch.setattr(optimizer, "dummy_step", lambda: taken.append(True))  # the real one takes parameters on a GPU
     internals.initialize_adam_state(SimpleNamespace(optimizer=optimizer, config=None))
     assert taken
+
+
+def test_the_hybrid_optimizers_state_is_read_in_full_precision_and_handed_out() -> None:
+    optimizer = hybrid()
+    (parameter,) = optimizer.param_groups[0]["params"]
+    part = SimpleNamespace(optimizer=optimizer, load_state_dict=lambda state: None)
+    optimizer.state[parameter] = {"exp_avg": torch.zeros(4, dtype=torch.bfloat16), "step": torch.tensor(3.0)}
+    internals.load_counts(part, {})
+    held = optimizer.state[parameter]
+    assert held["exp_avg"].dtype is torch.float32 and held["exp_avg"].shape == (4,) and held["step"] == 3
+    held["exp_avg"].fill_(1.001)
+    optimizer.param_groups[0]["step"] = 7  # would stand still, and be copied over the counts of those inside
+    internals.hand_out_state(part)
+    assert all("step" not in group for group in optimizer.param_groups)
+    (inside,) = optimizer.sub_optimizers
+    (state,) = inside.state.values()
+    assert torch.equal(state["exp_avg"], torch.full((4,), 1.001)) and state["step"] == 3
 
 
 def test_a_plan_is_written_by_this_process_and_read_by_megatron(group: Any, tmp_path: Path) -> None:

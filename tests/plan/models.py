@@ -27,10 +27,11 @@ def make_planner(
     gpus: int = 64,
     gpu: Gpu = GPUS["h100"],
     tokens: str = TOKENS,
+    num_triplets: int = 1000,
     **more: Any,
 ) -> Planner:
     config, architecture = load_example(model, *overrides)
-    return Planner(architecture, config, stated_workload(tokens, 1000, 512), gpu, gpus, **more)
+    return Planner(architecture, config, stated_workload(tokens, num_triplets, 512), gpu, gpus, **more)
 
 
 def estimate(planner: Planner, tp: int = 1, pp: int = 1, cp: int = 1, **sections: dict[str, Any]) -> LayoutEstimate:

@@ -27,10 +27,10 @@ def test_vanilla_long_training_costs_about_twice_and_its_reference_pass_is_count
     ours, vanilla = estimate(planner, cp=8), estimate(other, cp=8)
     assert 1.8 < vanilla.time.seconds / ours.time.seconds < 2.0
     runs = [PlannedRun(planner, ours, 2.0), PlannedRun(other, vanilla, 2.0)]
-    assert all(0 < run.reference_seconds < run.steps * run.estimate.time.seconds for run in runs)
+    assert all(0 < run.reference.seconds < run.steps * run.estimate.time.seconds for run in runs)
     assert runs[0].cost == pytest.approx(2.0 * 8 * runs[0].hours)
     simpo = make_planner("llama-3.1-8b", "objective.loss_type=simpo", gpus=8)
-    assert PlannedRun(simpo, estimate(simpo, cp=8), None).reference_seconds == 0
+    assert PlannedRun(simpo, estimate(simpo, cp=8), None).reference.seconds == 0
 
 
 def test_the_overrides_make_the_layout_of_the_configuration_given() -> None:
@@ -43,3 +43,19 @@ def test_the_overrides_make_the_layout_of_the_configuration_given() -> None:
     for each in planner.search().ranked:
         found = load_example("llama-3.1-8b", *given, *PlannedRun(planner, each, None).overrides)[0]
         assert found == each.layout.config
+
+
+def test_the_host_memory_of_saves_and_resumes_is_that_of_the_fullest_node() -> None:
+    """8 billion parameters: 12 bytes each of the optimizer's state, 2 of the weights, and nothing twice."""
+    planner = make_planner("llama-3.1-8b", gpus=8)
+    parameters = planner.architecture.num_parameters
+    one_node = PlannedRun(planner, estimate(planner, cp=8), None)
+    assert one_node.host_bytes_per_node()["save"] == pytest.approx(14 * parameters, rel=0.01)
+    assert "a save 104.7, the same in the background; a resume" in one_node.explanation()
+    two_nodes = make_planner("llama-3.1-8b", gpus=16)
+    spread = PlannedRun(two_nodes, estimate(two_nodes, cp=8), None).host_bytes_per_node()
+    assert spread["save"] == pytest.approx(7 * parameters, rel=0.01)
+    assert 0 < spread["resume"] <= one_node.host_bytes_per_node()["resume"]
+    staged = PlannedRun(two_nodes, estimate(two_nodes, pp=2, cp=8), None)
+    assert staged.host_bytes_per_node()["save"] == pytest.approx(7 * parameters, rel=0.1)
+    assert staged.as_json()["host_bytes_per_node"] == staged.host_bytes_per_node()

@@ -99,3 +99,18 @@ def test_fp8_speeds_up_matrix_products_alone() -> None:
     planner = make_planner(gpus=1)
     plain, fp8 = estimate(planner).time.compute, estimate(planner, model={"fp8": "hybrid"}).time.compute
     assert fp8.gemm < plain.gemm and fp8.attention == pytest.approx(plain.attention, rel=1e-3)
+
+
+def test_a_reference_pass_fills_the_pipeline_once_in_a_while() -> None:
+    """Triplets of a pack each on PP 8. Each costs its share of the time, and filling the pipeline comes on top."""
+    planners = {count: make_planner(gpus=8, num_triplets=count) for count in (150, 1000, 2000)}
+    layout = estimate(planners[1000], pp=8).layout
+    found = {count: planner.time_reference(layout) for count, planner in planners.items()}
+    assert found[150].bubble == pytest.approx(7 / 157)
+    # 5 parts of 192 packs or more.
+    assert found[1000].bubble == pytest.approx(7 / (1000 / 5 + 7), rel=0.01) and found[1000].bubble < 0.05
+    one = (1 - found[1000].bubble) * found[1000].seconds / 1000
+    assert (1 - found[150].bubble) * found[150].seconds / 150 == pytest.approx(one, rel=0.02)
+    assert found[2000].seconds == pytest.approx(2 * found[1000].seconds, rel=0.02)
+    spread = planners[1000].time_reference(estimate(planners[1000]).layout)
+    assert spread.bubble == 0 and spread.seconds == pytest.approx(1000 * one, rel=0.05)

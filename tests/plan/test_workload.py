@@ -1,5 +1,8 @@
 """Packs of a plan are those that training would build."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,9 +10,12 @@ from hypothesis import strategies as st
 
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.huggingface_config import ModelShape
+from megatron_solopo.architecture.layout import packs_per_part
 from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.batch_plan import plan_global_batch, triplet_sizes
+from megatron_solopo.data.loader import Packing, SinglePass, TripletDataset
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
+from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.context import shard_indices
 from megatron_solopo.plan.layouts import replace_settings
@@ -18,6 +24,7 @@ from tests.plan.models import load_example
 from tests.prepared import make_prepared
 
 NAMES = ("short", "long", "chosen", "rejected")
+BATCH = {"global_batch_size": 6}
 ROLES = ObjectiveConfig().roles.all
 LENGTHS = st.fixed_dictionaries({name: st.integers(1, 70) for name in NAMES})
 
@@ -123,3 +130,37 @@ def test_what_training_would_refuse_is_refused(keys, dp: int, words: str) -> Non
     config = replace_settings(config, **keys)
     with pytest.raises(UserError, match=words):
         Packer(stated_workload("short=3584,long=130560,response=512", 200, 200), config, model).pack(config, dp)
+
+
+@pytest.mark.parametrize(("dp", "parallel"), [(1, {}), (3, {}), (2, {"pipeline_model_parallel_size": 2})])
+def test_a_planned_pass_has_the_packs_that_the_reference_pass_runs(tmp_path: Path, dp: int, parallel: Any) -> None:
+    path = make_prepared(tmp_path / "prepared", rows=30, eval_count=1, seed=0)
+    config, model = load_example("llama-3.1-8b")
+    config = replace_settings(config, data={"max_tokens_per_pack": 400}, parallel=parallel, training=BATCH)
+    found = Packer(prepared_workload(path), config, model).single_pass(config, dp)
+    prompts = {"short": "prompt_short", "long": "prompt_long"}
+    pipeline = parallel.get("pipeline_model_parallel_size", 1)
+    packing = Packing(
+        sequence_multiple=1,
+        max_tokens_per_pack=400,
+        dp_rank=0,
+        dp_size=dp,
+        wanted_packs=packs_per_part(pipeline) if pipeline > 1 else 1,
+    )
+    real = SinglePass(TripletDataset(load_prepared(path).train, prompts, model), ROLES, packing, packs_per_part=1000)
+    (batch,) = real
+    assert abs(found.num_packs - dp * len(batch.packs)) < dp and found.num_packs == len(found.packs)
+    assert sum(pack.num_triplets for pack in found.packs) == 29
+
+
+def test_a_pass_is_planned_with_a_sample() -> None:
+    config, model = load_example("llama-3.1-8b")
+    config = replace_settings(config, parallel={"pipeline_model_parallel_size": 4})
+    lengths = "short=500:3000,long=8000:60000,response=100:500"
+    few, many = (
+        Packer(stated_workload(lengths, count, 4096), config, model).single_pass(config, 2) for count in (256, 100_000)
+    )
+    assert few.num_packs >= 2 * packs_per_part(4) and len(many.packs) <= 1024
+    sample = sum(pack.num_triplets for pack in many.packs)
+    assert many.num_packs == pytest.approx(100_000 / sample * len(many.packs), abs=1)
+    assert sum(pack.padded_tokens for pack in many.packs) / len(many.packs) > 0.85 * config.data.max_tokens_per_pack

@@ -113,7 +113,9 @@ def logprobs_of_both(folder: Path) -> tuple[list[float], list[float]]:
     with layout() as groups:
         policy = bench_ours.build_random_policy(config, model, groups, max_steps=1)
         series = bench_ours.Series("long_po", config, plan, 64, groups)
-        (ours,) = policy.evaluate(series.packs, bench_ours.logprob_report(groups), groups)
+        with torch.no_grad():
+            report = bench_ours.logprob_report(groups)
+            (ours,) = bench_ours.run_schedule(policy.chunks, series.packs, report, groups, forward_only=True)
     (triplet,) = plan.batch(64)
     model, theirs = random_model(plan, "sdpa"), []
     for response in ("chosen", "rejected"):

@@ -14,13 +14,14 @@ from tests.slurm.runs import write_config
 from tools.checks import chaos
 
 pytestmark = pytest.mark.timeout(600)  # under a minute on an idle machine
-PHASES = {"data", "forward", "backward", "optimizer", "save", "latest"}
+PHASES = {"reference", "data", "forward", "backward", "optimizer", "save", "latest"}
 
 
 def test_every_phase_is_drawn_as_often_as_the_others() -> None:
     moments = chaos.draw_moments(50, 2, seed=3)
     counts = Counter(moment.phase for moment in moments)
     assert set(counts) == PHASES and max(counts.values()) - min(counts.values()) <= 1
+    assert {moment.phase for moment in moments[: counts["reference"]]} == {"reference"}
     assert {moment.rank for moment in moments if moment.phase == "latest"} == {0}
     assert {moment.rank for moment in moments if moment.phase != "latest"} == {0, 1}
     assert chaos.draw_moments(50, 2, seed=3) == moments != chaos.draw_moments(50, 2, seed=4)

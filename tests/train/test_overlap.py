@@ -27,7 +27,7 @@ from megatron_solopo.parallel.megatron_internals import gradient_buffers
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train import policy as policy_module
 from megatron_solopo.train.policy import Policy, build_policy
-from megatron_solopo.train.step import objective_loss
+from megatron_solopo.train.step import objective_loss, run_schedule
 from megatron_solopo.train.trainer import train as train_whole
 from tests.distributed import run_distributed
 from tests.layouts import cp, pp, tp
@@ -164,7 +164,8 @@ def train(config: Config, layout: Layout, groups: Topology, policy: Policy) -> F
         found.reports += result.reports
         found.norms.append(result.grad_norm)
         if number == 1:  # between two steps
-            found.reports += policy.evaluate(packs, loss, groups)
+            with torch.no_grad():
+                found.reports += run_schedule(policy.chunks, packs, loss, groups, forward_only=True)
     gather_gradients(policy)
     policy.gather_parameters()
     for chunk in policy.chunks:

@@ -13,12 +13,14 @@ import torch.distributed as dist
 
 from megatron_solopo import exits
 from megatron_solopo.config import Config
-from megatron_solopo.train import policy, reference, signals, step, trainer
+from megatron_solopo.files import read_jsonl
+from megatron_solopo.train import policy, signals, step, trainer
 from megatron_solopo.train.signals import Stopped, StopSignals
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import exit_codes, run_distributed
 from tests.train.runs import at_call, make_inputs, recorded, small_config
 
+CACHE = {"reference.json", "train.parquet", "eval.parquet"}
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 TP2_DP2 = {"tensor_model_parallel_size": 2}
 LAYOUTS = {"pipeline": TP2_PP2, "data": TP2_DP2}
@@ -26,7 +28,7 @@ LAYOUTS = {"pipeline": TP2_PP2, "data": TP2_DP2}
 RUNS: dict[str, tuple[str, Any, str, int, int, int]] = {
     # With pipeline stages the step is finished; without, it is left before its first or its second micro-batch.
     "pipeline-step": ("pipeline", policy.Policy, "step", 3, 2, 3),
-    "pipeline-evaluation": ("pipeline", trainer, "single_pass", 1, 3, 2),
+    "pipeline-evaluation": ("pipeline", trainer, "run_single_pass", 1, 3, 2),
     "data-step": ("data", policy.Policy, "step", 3, 0, 2),
     "data-micro-batch": ("data", step, "forward_microbatch", 5, 3, 2),
 }
@@ -42,6 +44,11 @@ def stopped(config: Config, target: Any, name: str, number: int, rank: int) -> A
     return exit_.value.code
 
 
+def kept(cache: Path) -> int:
+    """Triplets of the training split in the journals of an unfinished pass."""
+    return sum(len(read_jsonl(path)) - 1 for path in (cache / "unfinished").glob("train-*.jsonl"))
+
+
 def run_all(folder: Path) -> dict[str, Any]:
     """Under both layouts: an undisturbed run, and runs that were stopped and started again."""
     found: dict[str, Any] = {"codes": {}, "saved": {}}
@@ -53,11 +60,17 @@ def run_all(folder: Path) -> dict[str, Any]:
         found["codes"][run] = stopped(config, target, name, number, rank)
         found["saved"][run] = sorted(path.name for path in (config.run_dir / "checkpoints").glob("*"))
         train(config)
-    own_cache = small_config(folder, "unused", TP2_PP2, reference={"cache": folder / "own"})
-    with at_call(reference, "run_schedule", 1, 1, ask_to_stop), pytest.raises(SystemExit) as exit_:
+    # With pipeline stages the pass stops behind a part; without, before one of its next packs.
+    for layout, parallel in LAYOUTS.items():
+        own_cache = small_config(folder, "unused", parallel, reference={"cache": folder / f"own-{layout}"})
+        with at_call(step, "forward_microbatch", 2, 1, ask_to_stop), pytest.raises(SystemExit) as exit_:
+            precompute_reference(own_cache, overwrite=False)
+        found["codes"][f"reference-{layout}"] = exit_.value.code
+        dist.barrier()
+        found[layout] = sorted(path.relative_to(folder).as_posix() for path in (folder / f"own-{layout}").rglob("*"))
+        found[f"{layout} kept"] = kept(folder / f"own-{layout}")
+        dist.barrier()
         precompute_reference(own_cache, overwrite=False)
-    found["codes"]["reference"] = exit_.value.code
-    found["left by the reference pass"] = (folder / "own").exists()
     return found
 
 
@@ -73,7 +86,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
 
 def test_every_rank_ends_with_the_same_code(found: list[dict[str, Any]]) -> None:
     for rank in found:
-        assert rank["codes"] == dict.fromkeys([*RUNS, "reference"], exits.STOPPED)
+        assert rank["codes"] == dict.fromkeys([*RUNS, *(f"reference-{layout}" for layout in LAYOUTS)], exits.STOPPED)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -87,8 +100,15 @@ def test_one_checkpoint_is_written_and_the_run_goes_on_bit_equal(
     assert recorded(folder, run) == whole
 
 
-def test_a_reference_pass_that_is_stopped_leaves_no_half_cache(found: list[dict[str, Any]]) -> None:
-    assert not any(rank["left by the reference pass"] for rank in found)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_reference_pass_that_is_stopped_keeps_what_it_has(
+    found: list[dict[str, Any]], folder: Path, layout: str
+) -> None:
+    assert all("reference.json" not in path and "parquet" not in path for path in found[0][layout])
+    # Ten triplets: a pipeline completes its part, two ranks without one have run one or two packs each.
+    few, many = (10, 10) if layout == "pipeline" else (2, 6)
+    assert few <= found[0][f"{layout} kept"] <= many
+    assert {path.name for path in (folder / f"own-{layout}").iterdir()} == CACHE
 
 
 def wait_in_a_collective(numbers: tuple[int, ...], pause: float, same_request: float, late: float) -> None:

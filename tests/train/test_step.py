@@ -62,8 +62,9 @@ def reads(loss_type: str, sizes: dict[str, Any], groups: Topology, path: Path) -
     packs = [build_pack([tokenized(make_row(), index)], roles, *multiples) for index in range(2)]
     loss = objective_loss(objective, ReferenceLogprobs(roles, torch.zeros(2, len(roles))), groups)
     microbatches = [shard_pack(pack, groups) for pack in packs]
+    positions = [each.tokens_1t.shape[1] for each in microbatches]
     with HostReads() as found:
-        run_microbatches(chunks, microbatches, loss, forward_only=False)
+        run_microbatches(chunks, microbatches, positions, loss, forward_only=False)
     return found.lines
 
 

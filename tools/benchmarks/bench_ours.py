@@ -24,7 +24,7 @@ from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.megatron_internals import assign
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
-from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss
+from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss, run_schedule
 from tools.benchmarks.bench_case import (
     NOT_TRIED,
     OURS,
@@ -89,7 +89,9 @@ class Series:
 
     def score_reference(self, policy: Policy) -> None:
         """The policy's own log-probs are the reference's, as at the start of every run: DPO's loss is then ln 2."""
-        reports = policy.evaluate(self.packs, logprob_report(self.topology), self.topology)
+        report = logprob_report(self.topology)
+        with torch.no_grad():
+            reports = run_schedule(policy.chunks, self.packs, report, self.topology, forward_only=True)
         references = ReferenceLogprobs(self.objective.roles.all, torch.cat(reports).float().cpu())
         self.loss = objective_loss(self.objective, references, self.topology)
 

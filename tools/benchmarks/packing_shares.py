@@ -6,6 +6,8 @@ Every row compares a simple rule with the rule that training uses, on the same b
 
 - padding: every sequence padded to 2 x CP x TP; or sequences to 2 x CP, and packs to what TP needs.
 - waiting: as few packs as the budget allows; or at least 4 x PP packs on each rank. `plan` simulates the schedule.
+- waiting in a pass: the pipeline runs empty behind every 16 triplets of a rank, with as few packs as the budget allows
+  or with 4 x PP packs; or it runs empty behind 24 x PP packs. The figure is the share of time that stages work.
 - uneven work: ranks share the sum of squared lengths; or they share FLOPs. The figure is the FLOPs of the rank with
   most work over the mean.
 """
@@ -17,10 +19,19 @@ import click
 import numpy as np
 
 from megatron_solopo.architecture.huggingface_config import ModelShape, read_architecture
-from megatron_solopo.architecture.layout import pack_multiple, sequence_multiple, wanted_packs
+from megatron_solopo.architecture.layout import pack_multiple, packs_per_part, sequence_multiple, wanted_packs
 from megatron_solopo.architecture.pipeline_schedule import ChunkPass
 from megatron_solopo.config import ObjectiveConfig
-from megatron_solopo.data.batch_plan import IntArray, TripletSize, padded_lengths, plan_global_batch, triplet_sizes
+from megatron_solopo.data.batch_plan import (
+    IntArray,
+    TripletSize,
+    TripletSizes,
+    padded_lengths,
+    plan_global_batch,
+    plan_single_pass,
+    share_out_pass,
+    triplet_sizes,
+)
 from megatron_solopo.plan.pipeline import simulate_schedule
 from tools.reporting import environment, table
 
@@ -32,7 +43,7 @@ _SEEDS = range(5)
 
 @click.command(help=__doc__)
 def main() -> None:
-    """Print the three tables."""
+    """Print the four tables."""
     click.echo("\n".join(f"{name}: {value}" for name, value in environment().items()))
     click.echo("\n## Padding\n\nLong sequences of 4K to 12K tokens, short ones of 0.5K to 1.5K; 4,096 triplets.\n")
     padding = [(tp, cp, *padding_shares(tp, cp)) for tp, cp in ((8, 16), (8, 8), (4, 4), (8, 1))]
@@ -44,11 +55,15 @@ def main() -> None:
     bubbles = [(pp, *bubble_shares(pp)) for pp in (2, 4, 8)]
     rows = [[f"{pp}", *(f"{packs}: {share:.1%}" for packs, share in found)] for pp, *found in bubbles]
     click.echo(table(["PP", "fewest packs: share", "wanted packs: share"], rows))
+    click.echo("\n## Waiting pipeline stages of a pass\n\n512 triplets on each data-parallel rank, forward only.\n")
+    cases = ((4, 8192), (8, 8192), (8, 32768))
+    rows = [[f"{pp}, {length // 1024}K", *map("{:.2f}".format, pass_shares(pp, length))] for pp, length in cases]
+    click.echo(table(["PP, tokens", "16 triplets", "16 triplets, wanted packs", "24 x PP packs"], rows))
     click.echo("\n## Uneven work\n\n64 triplets on 8 data-parallel ranks, log-uniform long contexts, five batches.\n")
-    cases = (("llama-3.1-8b", 4096, 32768), ("llama-3.1-70b", 8192, 32768))
+    models = (("llama-3.1-8b", 4096, 32768), ("llama-3.1-70b", 8192, 32768))
     rows = [
         [f"{name}, {low // 1024}K to {high // 1024}K", *(_range(found) for found in uneven_work(name, low, high))]
-        for name, low, high in cases
+        for name, low, high in models
     ]
     click.echo(table(["batch", "squared lengths", "FLOPs"], rows))
 
@@ -95,6 +110,40 @@ def bubble_shares(pp: int) -> tuple[tuple[int, float], tuple[int, float]]:
 
         found.append((len(seconds), simulate_schedule(pp, 1, len(seconds), pass_seconds, 0.0).bubble))
     return found[0], found[1]
+
+
+def pass_shares(pp: int, length: int) -> tuple[float, float, float]:
+    """Share of time that stages work in a pass: two ways to run empty every 16 triplets, and that of today's passes."""
+    model = read_architecture(_MODELS / "llama-3.1-70b")
+    chosen = _batch(model, np.full(512, length - 500), 1, seed=0)[0]
+    shares = []
+    for wanted in (1, wanted_packs(pp)):
+        rounds = []
+        for start in range(0, len(chosen), 16):
+            sizes = chosen[start : start + 16]
+            (packs,) = plan_global_batch(sizes, max_tokens=_BUDGET, max_triplets=None, num_ranks=1, wanted_packs=wanted)
+            rounds.append([sum(sizes[i].cost for i in pack) for pack in packs])
+        shares.append(_busy_share(rounds, pp))
+    sizes = TripletSizes(*(np.array(column) for column in zip(*chosen, strict=True)))
+    packs_of_pass = plan_single_pass(
+        sizes, max_tokens=_BUDGET, max_triplets=None, num_ranks=1, wanted_packs=packs_per_part(pp)
+    )
+    costs = [int(sizes.cost[pack].sum()) for pack in packs_of_pass]
+    parts = share_out_pass(costs, num_ranks=1, packs_per_part=packs_per_part(pp))
+    return shares[0], shares[1], _busy_share([[costs[number] for number in part.packs[0]] for part in parts], pp)
+
+
+def _busy_share(rounds: Sequence[Sequence[int]], pp: int) -> float:
+    """Work over time of a pipeline whose stages are alike, and which runs empty behind every round of packs."""
+    elapsed = 0
+    for packs in rounds:
+        free = [0] * pp
+        for seconds in packs:
+            arrived = 0
+            for stage in range(pp):
+                arrived = free[stage] = max(free[stage], arrived) + seconds
+        elapsed += free[-1]
+    return sum(map(sum, rounds)) / elapsed
 
 
 def uneven_work(name: str, low: int, high: int) -> tuple[list[float], list[float]]:

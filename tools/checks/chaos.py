@@ -4,8 +4,9 @@
         training.max_steps=150 checkpoint.save_steps=2
 
 One run goes undisturbed into <folder>/undisturbed. Another one, <folder>/killed, is started as often as it dies, by
-torchrun's own agent (`--max-restarts`); each time one of its ranks dies in one of the phases of a step: data, forward,
-backward, optimizer, save, and the writing of `latest`. Every number of the two runs' metrics that is not a time or a
+torchrun's own agent (`--max-restarts`). Each time one of its ranks dies: first in the reference pass, which every run
+does for itself, then in one of the phases of a step: data, forward, backward, optimizer, save, and the writing of
+`latest`. Every number of the two runs' metrics that is not a time or a
 size of memory must be the same to the last bit. Exit code 1 otherwise. One machine; ranks on CPU or its GPUs.
 """
 
@@ -28,27 +29,32 @@ from tqdm import tqdm
 
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import check_replaceable, read_jsonl, remove, write_json
-from tools.checks.chaos_phases import PHASES, WRITTEN_BY_RANK_0, Moment, run_rank
+from tools.checks.chaos_phases import BEFORE_THE_STEPS, PHASES, WRITTEN_BY_RANK_0, Moment, run_rank
 from tools.reporting import environment
 
 MEASURED = ("step_time", "tokens_per_second", "mfu", "peak_memory_bytes")
 """Metrics of the machine, not of the computation."""
-STEPS_PER_LIFE, SAVES_PER_LIFE = 5, 2
-OWN_NAMES = ("undisturbed", "killed", "reference", "logs")
+STEPS_PER_LIFE = 5
+TIMES_PER_LIFE = {"save": 2, "latest": 2, "reference": 2}
+OWN_NAMES = ("undisturbed", "killed", "logs")
 
 
 def draw_moments(kills: int, ranks: int, seed: int) -> list[Moment]:
-    """One per kill; every phase comes as often as any other, give or take one, in random order."""
+    """One per kill; every phase comes as often as any other, give or take one, in random order.
+
+    The reference pass comes first, because a run that has its numbers does not compute them again.
+    """
     generator = random.Random(seed)
     phases = [phase for _ in range(-(-kills // len(PHASES))) for phase in generator.sample(list(PHASES), len(PHASES))]
+    phases = sorted(phases[:kills], key=lambda phase: phase != BEFORE_THE_STEPS)
     return [
         Moment(
             phase,
             0 if phase == WRITTEN_BY_RANK_0 else generator.randrange(ranks),
-            generator.randint(1, SAVES_PER_LIFE if phase in ("save", "latest") else STEPS_PER_LIFE),
+            generator.randint(1, TIMES_PER_LIFE.get(phase, STEPS_PER_LIFE)),
             generator.random(),
         )
-        for phase in phases[:kills]
+        for phase in phases
     ]
 
 
@@ -69,7 +75,7 @@ def launch(name: str, folder: Path, ranks: int, arguments: list[str], moments: l
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=str(work), redirects=Std.ALL),
     )
-    own = [f"run_dir={folder / name}", f"reference.cache={folder / 'reference'}"]
+    own = [f"run_dir={folder / name}", "reference.cache=null"]
     os.environ["PYTHONWARNINGS"] = "ignore"  # of libraries, in every life
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # it reports every death

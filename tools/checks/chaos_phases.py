@@ -1,4 +1,4 @@
-"""The parts of a step as moments to die at: what `chaos.py` starts on every rank.
+"""The parts of a run as moments to die at: what `chaos.py` starts on every rank.
 
 It runs the real `megatron_solopo train`; functions of it are watched, and on the rank and at the moment chosen a thread
 sends SIGKILL to the process from within.
@@ -20,6 +20,7 @@ from typing import Any
 
 # phase -> the functions that it consists of, as module:name.
 PHASES = {
+    "reference": ("megatron_solopo.train.reference:score_sequences",),
     "data": ("megatron_solopo.data.loader:GlobalBatchLoader.next_batch",),
     "forward": ("megatron_solopo.model.head:ResponseModel.forward",),
     "backward": ("megatron.core.pipeline_parallel.schedules:backward_step",),
@@ -33,6 +34,7 @@ PHASES = {
 }
 PER_STEP = ("forward", "backward", "optimizer")
 WRITTEN_BY_RANK_0 = "latest"
+BEFORE_THE_STEPS = "reference"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Moment:
     phase: str
     rank: int
     occurrence: int
-    """The phase of this step since the start, or this save: from 1."""
+    """The phase of this step since the start, this save, or the reference pass of this split: from 1."""
     fraction: float
     """Where in the phase, of its usual duration; in [0, 1)."""
 
@@ -120,6 +122,8 @@ def run_rank(arguments: Sequence[str], moments: Sequence[Moment], usual: dict[st
 
 
 def _install(watch: Watch) -> None:
+    # A pass of these runs takes less time than a real one waits before it keeps numbers.
+    importlib.import_module("megatron_solopo.train.scoring")._SECONDS_BETWEEN_READINGS = 0.0
     for phase, names in PHASES.items():
         for name in names:
             module, _, attribute = name.partition(":")

@@ -24,8 +24,8 @@ from megatron_solopo.objective.preference import PREFERENCE_LOSSES, ResponseLogp
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import reduce_sums
 from megatron_solopo.train.policy import Policy, build_policy, load_model
-from megatron_solopo.train.reference import score_sequences
 from megatron_solopo.train.run_data import RunDatasets, training_batches
+from megatron_solopo.train.scoring import score_sequences
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss, run_schedule
 
 GAP = "solo_ra/gap_abs"
