@@ -42,7 +42,8 @@ def test_computation_hides_traffic_but_for_one_bucket_and_what_is_longer_than_it
     assert plain.hidden == 0 and plain.exposed == pytest.approx(found.exposed + found.hidden)
     half = estimate(planner, cp=8, parallel={"overlap_param_gather": False}).time.data_traffic
     assert 0 < found.exposed < half.exposed < plain.exposed
-    slow = replace(planner, gpu=planner.gpu.model_copy(update={"nvlink_gb_per_s": 0.005}))
+    apart = make_planner("llama-3.1-8b", gpus=16)
+    slow = replace(apart, gpu=apart.gpu.model_copy(update={"network_gb_per_s": 0.01}))
     longer = estimate(slow, cp=8).time.data_traffic
     assert longer.hidden < longer.exposed
 
