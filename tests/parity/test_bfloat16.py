@@ -1,9 +1,9 @@
 """bfloat16 gradients against float32 ones of the same (bfloat16) weights, within a bound that comes from the format.
 
-A bfloat16 number has 8 significant bits, so one rounding moves it by at most 2^-8 of itself. A layer rounds about twelve
-times on its way forward (two norms, queries with keys and values, rotation, scores, their softmax, their sum of values,
-projection, two products of the gated MLP, its activation, and the two residual sums that end in one) and as often
-backward. Rounding errors have no common direction, so n of them add up to 2^-8 sqrt(n) rather than to 2^-8 n.
+A bfloat16 number has 8 significant bits, so one rounding moves it by at most 2^-8 of itself. A layer rounds about
+twelve times on its way forward and as often backward: two norms, queries with keys and values, rotation, attention,
+its projection, three steps of the gated MLP and its product, two residual sums. Rounding errors have no common
+direction, so n of them add up to 2^-8 sqrt(n) rather than to 2^-8 n.
 """
 
 import functools
