@@ -9,21 +9,26 @@ PARALLEL ?= -n 2 --dist loadfile
 VENV := .venv
 VENV312 := .venv312
 VENV_LOWEST := .venv-lowest
+# Its Python code alone, apart from every environment: without its compiled half, Megatron-Core cannot import it.
+TRANSFORMER_ENGINE := .venv312-transformer-engine
+TRANSFORMER_ENGINE_PACKAGES := transformer_engine==2.20.2 einops ml_dtypes onnx onnx_ir onnxscript
 # What depends on the behaviour of other packages: tokenizers and templates, Arrow, configs, the servers' client,
 # pictures, and models of transformers (on one process).
 TESTS_OF_VERSIONS := tests/architecture tests/config tests/data tests/generate tests/report tests/triplets/corpus \
     tests/triplets/test_prompt.py tests/cli/test_doctor.py tests/cli/test_options.py
+# What runs with emulated kernels.
+EMULATED_GPU_TESTS := tests/emulated_gpu
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart musique test test-py312 test-lowest find-py312 lint format docs
+.PHONY: help quickstart musique test test-slow test-py312 test-emulated-gpu test-lowest find-py312 lint format docs
 
 # Distributed tests start several processes; one thread each keeps them from fighting over the cores.
-test test-py312 test-lowest: export OMP_NUM_THREADS := 1
+test test-slow test-py312 test-emulated-gpu test-lowest: export OMP_NUM_THREADS := 1
 
 help: ## show this list
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo
 	@echo "PYTHON=/path/to/python3.11-or-newer and PYTHON312=/path/to/python3.12 choose the interpreters."
 
@@ -37,9 +42,17 @@ test: $(VENV)/.installed ## set up, then run all tests
 	$(VENV)/bin/python -m pytest $(PARALLEL)
 	@echo "tests ran with $$($(VENV)/bin/python -V) in $(CURDIR)/$(VENV); style and types: make lint"
 
+test-slow: $(VENV)/.installed ## set up, then run the tests that start eight processes
+	$(VENV)/bin/python -m pytest -m slow
+
 test-py312: $(VENV312)/.installed ## set up, then run the parity tests on Python 3.12 and megatron-core 0.19.2
-	$(VENV312)/bin/python -m pytest -m parity
+	$(VENV312)/bin/python -m pytest -m "parity and not slow"
 	@echo "parity tests ran with $$($(VENV312)/bin/python -V) in $(CURDIR)/$(VENV312)"
+
+test-emulated-gpu: $(TRANSFORMER_ENGINE)/.installed ## set up, then run GPU code with Transformer Engine's kernels in plain PyTorch
+	PYTHONPATH=$(CURDIR)/tests/emulated_gpu/site:$(CURDIR):$(CURDIR)/$(TRANSFORMER_ENGINE) \
+	    $(VENV312)/bin/python -m pytest $(EMULATED_GPU_TESTS)
+	@echo "tests ran with Transformer Engine's Python code over emulated kernels: tests/emulated_gpu"
 
 test-lowest: $(VENV_LOWEST)/.installed ## set up, then test the lowest allowed version of every package
 	$(VENV_LOWEST)/bin/python -m pytest $(PARALLEL) $(TESTS_OF_VERSIONS)
@@ -108,3 +121,8 @@ $(VENV_LOWEST)/.installed: pyproject.toml setup.py
 $(VENV312)/.installed: pyproject.toml setup.py
 	@$(find_py312); \
 	$(call install,$(VENV312))
+
+$(TRANSFORMER_ENGINE)/.installed: $(VENV312)/.installed
+	$(VENV312)/bin/python -m pip install --no-deps --upgrade --target $(TRANSFORMER_ENGINE) \
+	    $(TRANSFORMER_ENGINE_PACKAGES); \
+	touch $@

@@ -1,10 +1,12 @@
 """Checksums of large files, kept beside them so that each file is read once.
 
 `file_checksums` keeps the checksum of every file in `CHECKSUMS_FILE`, in the files' folder, with the file's size and
-times. While those stay, nothing is read again. A file that was written in the last seconds is not kept, because a
-second change of it may leave its times as they are.
+times. If that folder cannot be written, it keeps them in the user's cache (XDG_CACHE_HOME, or `~/.cache`). While size
+and times stay, nothing is read again. A file that was written in the last seconds is not kept, because a second change
+of it may leave its times as they are.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,14 +20,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
 from megatron_solopo.errors import UserError, describe_os_error
-from megatron_solopo.files import sha256_file, sha256_json, write_json
+from megatron_solopo.files import sha256_file, sha256_json, sha256_text, write_json
 from megatron_solopo.progress import bar_style
 
 CHECKSUMS_FILE = ".weight_checksums.json"
 """Name of the file that keeps checksums in a model's directory. It is no part of the model."""
 _ALGORITHM: Literal["xxh3_128"] = "xxh3_128"
 _BLOCK_BYTES = 1 << 22
-_THREADS = 4
+FILES_AT_ONCE = 4
+"""Files that one process reads at the same time."""
 # The coarsest times of a file system (FAT) are this far apart.
 _SETTLED_NS = 2 * 10**9
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -36,7 +39,7 @@ _SMALL_FILES = (
 )
 
 
-class _Known(BaseModel):
+class KnownFile(BaseModel):
     """The checksum of a file, and how the file looked when it was read."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -55,7 +58,7 @@ class _Checksums(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     algorithm: Literal["xxh3_128"]
-    files: dict[str, _Known]
+    files: dict[str, KnownFile]
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,9 @@ class LargeFile:
     def bytes_to_read(self) -> int:
         return sum(length for _, _, length in self.places)
 
-    def known_as(self, checksum: str) -> _Known:
+    def known_as(self, checksum: str) -> KnownFile:
         status = self.path.stat()
-        return _Known(
+        return KnownFile(
             bytes=status.st_size,
             modified_ns=status.st_mtime_ns,
             changed_ns=status.st_ctime_ns,
@@ -85,24 +88,36 @@ class LargeFile:
         )
 
 
-# Of this process, for directories that cannot be written.
-_known_here: dict[Path, _Known] = {}
+# Of this process, for what cannot be kept anywhere.
+_known_here: dict[Path, KnownFile] = {}
 _said: set[Path] = set()
 
 
-def file_checksums(folder: Path, files: Mapping[str, LargeFile]) -> dict[str, str]:
+def file_checksums(
+    folder: Path, files: Mapping[str, LargeFile], read: Mapping[str, KnownFile] | None = None
+) -> dict[str, str]:
     """Return the XXH3 checksums of files in `folder`, by name. Reads only files whose size or times have changed.
 
-    If the folder cannot be written, the checksums are kept in this process alone, and a line says so.
+    Args:
+        read: what `read_checksums` has found of some files, in this process or in another.
 
     Raises UserError if a file becomes shorter while it is read.
     """
-    kept = _read_checksums(folder)
+    kept = _read_kept(folder)
+    new = dict(read or {})
     found = {name: known for name, file in files.items() if (known := _recall(file, kept.get(name))) is not None}
-    if unread := {name: file for name, file in files.items() if name not in found}:
-        found |= _read_files(unread, folder)
+    if unread := {name: file for name, file in files.items() if name not in found.keys() | new.keys()}:
+        new |= read_checksums(unread, folder)
+    if new:
+        found |= new
         _keep(folder, files, kept, found)
-    return {name: known.checksum for name, known in found.items()}
+    return {name: found[name].checksum for name in files}
+
+
+def unread_files(folder: Path, files: Mapping[str, LargeFile]) -> dict[str, LargeFile]:
+    """The files that `file_checksums` would have to read."""
+    kept = _read_kept(folder)
+    return {name: file for name, file in files.items() if _recall(file, kept.get(name)) is None}
 
 
 def directory_fingerprint(folder: Path) -> str:
@@ -113,7 +128,7 @@ def directory_fingerprint(folder: Path) -> str:
     return sha256_json({"weights": file_checksums(folder, weights), "files": small})
 
 
-def _recall(file: LargeFile, kept: _Known | None) -> _Known | None:
+def _recall(file: LargeFile, kept: KnownFile | None) -> KnownFile | None:
     """The checksum from an earlier reading, if the file has not changed since."""
     for known in (kept, _known_here.get(file.path.absolute())):
         if known is not None and file.known_as(known.checksum) == known:
@@ -121,18 +136,33 @@ def _recall(file: LargeFile, kept: _Known | None) -> _Known | None:
     return None
 
 
-def _read_files(files: dict[str, LargeFile], path: Path) -> dict[str, _Known]:
-    """Read files whole, several at a time."""
+def read_checksums(
+    files: Mapping[str, LargeFile], path: Path, progress: Callable[[], None] | None = None, *, show_bar: bool = True
+) -> dict[str, KnownFile]:
+    """Read files whole, several at a time.
+
+    Args:
+        path: what they belong to, for the progress bar.
+        progress: called after every few MiB, from several threads.
+    """
     total = sum(file.bytes_to_read for file in files.values())
     label = f"checksums of {path}"
     with (
-        tqdm(desc=label, total=total, unit="B", unit_scale=True, **bar_style("bytes")) as bar,
-        ThreadPoolExecutor(_THREADS) as pool,
+        tqdm(
+            desc=label, total=total, unit="B", unit_scale=True, disable=not show_bar or not files, **bar_style("bytes")
+        ) as bar,
+        ThreadPoolExecutor(FILES_AT_ONCE) as pool,
     ):
-        return dict(zip(files, pool.map(lambda file: _read_file(file, bar.update), files.values()), strict=True))
+
+        def advance(count: int) -> None:
+            bar.update(count)
+            if progress is not None:
+                progress()
+
+        return dict(zip(files, pool.map(lambda file: _read_file(file, advance), files.values()), strict=True))
 
 
-def _read_file(file: LargeFile, progress: Callable[[int], Any]) -> _Known:
+def _read_file(file: LargeFile, progress: Callable[[int], Any]) -> KnownFile:
     before = file.known_as("")  # a change while it is read is a change since
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(_BLOCK_BYTES))
@@ -149,15 +179,27 @@ def _read_file(file: LargeFile, progress: Callable[[int], Any]) -> _Known:
     return before.model_copy(update={"checksum": digest.hexdigest()})
 
 
-def _read_checksums(path: Path) -> dict[str, _Known]:
-    """What `CHECKSUMS_FILE` holds; nothing if it is missing or damaged, for then the weights are read."""
+def _read_kept(folder: Path) -> dict[str, KnownFile]:
+    """What was kept of a folder's files; nothing if it is missing or damaged, for then the files are read."""
+    return _read_checksums(_in_users_cache(folder)) | _read_checksums(folder / CHECKSUMS_FILE)
+
+
+def _read_checksums(file: Path) -> dict[str, KnownFile]:
     try:
-        return _Checksums.model_validate_json((path / CHECKSUMS_FILE).read_bytes()).files
+        return _Checksums.model_validate_json(file.read_bytes()).files
     except (OSError, ValidationError):
         return {}
 
 
-def _keep(path: Path, files: Mapping[str, LargeFile], kept: dict[str, _Known], found: dict[str, _Known]) -> None:
+def _in_users_cache(folder: Path) -> Path:
+    """The file for checksums of a folder that cannot be written."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return caches / "megatron-solopo" / "checksums" / f"{sha256_text(str(folder.resolve()))[:32]}.json"
+
+
+def _keep(
+    folder: Path, files: Mapping[str, LargeFile], kept: dict[str, KnownFile], found: dict[str, KnownFile]
+) -> None:
     now = time.time_ns()
     settled = {
         name: known for name, known in found.items() if now - max(known.modified_ns, known.changed_ns) > _SETTLED_NS
@@ -165,11 +207,18 @@ def _keep(path: Path, files: Mapping[str, LargeFile], kept: dict[str, _Known], f
     _known_here.update({files[name].path.absolute(): known for name, known in settled.items()})
     if not settled:
         return
-    content = _Checksums(algorithm=_ALGORITHM, files=kept | settled)
+    content = _Checksums(algorithm=_ALGORITHM, files=kept | settled).model_dump()
     try:
-        write_json(path / CHECKSUMS_FILE, content.model_dump())
+        write_json(folder / CHECKSUMS_FILE, content)
+        return
     except OSError as error:
-        if path.absolute() not in _said:
-            _said.add(path.absolute())
-            reason = describe_os_error(error)
-            sys.stderr.write(f"note: checksums of {path} are not kept ({reason}), so each start reads the weights\n")
+        reason = describe_os_error(error)
+    other = _in_users_cache(folder)
+    try:
+        write_json(other, content)
+        note = f"are kept in {other} ({reason})"
+    except OSError as error:
+        note = f"are not kept ({reason}; {describe_os_error(error)}), so each start reads the weights"
+    if folder.absolute() not in _said:
+        _said.add(folder.absolute())
+        sys.stderr.write(f"note: checksums of {folder} {note}\n")

@@ -25,6 +25,8 @@ _MODULES = (
     "tests.evaluate.test_long_context",
     "tests.evaluate.test_megatron_model",
     "tests.train.test_step",
+    "tests.train.test_model_fingerprint",
+    "tests.train.test_signal_stages",
     "tests.tools.test_pipeline_messages",
 )
 

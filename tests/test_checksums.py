@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from megatron_solopo import checksums
-from megatron_solopo.checksums import CHECKSUMS_FILE, LargeFile, directory_fingerprint, file_checksums
+from megatron_solopo.checksums import (
+    CHECKSUMS_FILE,
+    KnownFile,
+    LargeFile,
+    directory_fingerprint,
+    file_checksums,
+    read_checksums,
+    unread_files,
+)
 
 
 @pytest.fixture
@@ -62,15 +70,49 @@ def test_what_was_written_just_now_is_not_kept(folder: Path, monkeypatch: pytest
     assert not (folder / CHECKSUMS_FILE).exists() and not checksums._known_here.keys() & set(folder.iterdir())
 
 
+# Not even root creates a file there.
+READ_ONLY = Path("/proc/sys/kernel")
+IN_IT = {"ostype": LargeFile(READ_ONLY / "ostype", (("", 0, 5),))}
+
+
+@pytest.mark.parametrize("cache", ["cache", "/proc/sys/kernel"])
 def test_a_directory_that_cannot_be_written_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
     monkeypatch.setattr(checksums, "_SETTLED_NS", -(10**18))
-    folder = Path("/proc/sys/kernel")  # not even root creates a file there
-    files = {"ostype": LargeFile(folder / "ostype", (("", 0, 5),))}
-    assert file_checksums(folder, files) == file_checksums(folder, files)
+    monkeypatch.setattr(checksums, "_said", set())
+    monkeypatch.setattr(checksums, "_known_here", {})
+    assert file_checksums(READ_ONLY, IN_IT) == file_checksums(READ_ONLY, IN_IT)
     said = capsys.readouterr().err
-    assert said.count("note: checksums of /proc/sys/kernel are not kept") == 1 and said.count("\n") == 1
+    kept = "are not kept" if cache.startswith("/proc") else f"are kept in {tmp_path / cache}/megatron-solopo"
+    assert said.count(f"note: checksums of /proc/sys/kernel {kept}") == 1 and said.count("\n") == 1
+
+
+def test_the_next_process_does_not_read_a_directory_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(checksums, "_SETTLED_NS", -(10**18))
+    monkeypatch.setattr(checksums, "_known_here", {})
+    monkeypatch.setattr(
+        LargeFile,
+        "known_as",
+        lambda file, checksum: KnownFile(bytes=5, modified_ns=1, changed_ns=1, pieces="", checksum=checksum),
+    )  # its times change at each look
+    first = file_checksums(READ_ONLY, IN_IT)
+    monkeypatch.setattr(checksums, "_known_here", {})  # as another process finds it
+    assert unread_files(READ_ONLY, IN_IT) == {}
+    monkeypatch.setattr(checksums, "_read_file", None)  # it would be called
+    assert file_checksums(READ_ONLY, IN_IT) == first
+
+
+def test_progress_is_told_while_a_file_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksums, "_BLOCK_BYTES", 1000)
+    told: list[None] = []
+    found = read_checksums({"a": LargeFile.whole(folder / "a.safetensors")}, folder, lambda: told.append(None))
+    assert len(told) == 26, "25,601 bytes in pieces of 1,000"
+    assert found["a"].checksum == read(folder)["a.safetensors"]
 
 
 def test_the_fingerprint_of_a_directory_is_that_of_the_files_that_decide(folder: Path) -> None:

@@ -24,8 +24,8 @@ from megatron_solopo.checkpoint.manifest import (
     FileEntry,
     damages,
     edited,
+    file_shares,
     read_manifest,
-    share,
     shown,
     sync_directory,
     sync_file,
@@ -33,7 +33,7 @@ from megatron_solopo.checkpoint.manifest import (
 from megatron_solopo.config import CheckpointConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, remove, replace
-from megatron_solopo.parallel.agreement import on_rank_0
+from megatron_solopo.parallel.agreement import on_rank_0, over_ranks
 
 LATEST, BEST = "latest", "best"
 TRAINER_STATE = "trainer.json"
@@ -181,7 +181,13 @@ def _metric_of(path: Path, metric: str) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def newest_checkpoint(root: Path, *, checksums: bool, say: Callable[[str], Any]) -> tuple[Path, dict[str, Any]] | None:
+def newest_checkpoint(
+    root: Path,
+    *,
+    checksums: bool,
+    say: Callable[[str], Any],
+    accept: Callable[[Path, dict[str, Any]], None] = lambda path, state: None,
+) -> tuple[Path, dict[str, Any]] | None:
     """Path and trainer state of the newest good checkpoint, or None if nothing was saved yet.
 
     All ranks call it together, and each reads its share of the files. A damaged checkpoint is reported with its damaged
@@ -190,6 +196,8 @@ def newest_checkpoint(root: Path, *, checksums: bool, say: Callable[[str], Any])
     Args:
         checksums: read every file whole; False: compare sizes only.
         say: prints a line; called on rank 0 for every damaged or edited checkpoint.
+        accept: called with path and trainer state before any checkpoint is renamed. It raises if the checkpoint is
+            that of another run.
 
     Raises UserError on every rank, and renames nothing, if there are checkpoints but none of them is good.
     """
@@ -197,8 +205,10 @@ def newest_checkpoint(root: Path, *, checksums: bool, say: Callable[[str], Any])
     for path in on_rank_0(lambda: _recovered_candidates(root)):
         problem = _find_damage(path, checksums)
         if problem is None:
+            state = on_rank_0(partial(_trainer_state, path))
+            accept(path, state)
             on_rank_0(partial(_continue_from, path, damaged, say))
-            return path, on_rank_0(partial(_trainer_state, path))
+            return path, state
         damaged[path] = problem
     if damaged:
         raise UserError(
@@ -217,23 +227,39 @@ def _recovered_candidates(root: Path) -> list[Path]:
 
 def _find_damage(path: Path, checksums: bool) -> str | None:
     """What is wrong with a checkpoint, the same on every rank; None if it is good."""
-    files, problem = on_rank_0(lambda: _listed_files(path))
+    listed: dict[str, FileEntry] = {}
+    problem = on_rank_0(lambda: _list_files(path, listed))
     if problem is not None:
         return str(problem)
-    found: list[Any] = [None] * dist.get_world_size()
-    own = share(files, dist.get_rank(), dist.get_world_size())
-    dist.all_gather_object(found, damages(path, own, checksums=checksums))
-    return shown([damage for each in found for damage in each]) or None
+    found = damages(path, _scattered(listed), checksums=checksums)
+    if over_ranks(dist.ReduceOp.SUM, len(found)) == [0]:
+        return None
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    return shown([damage for each in everyone for damage in each])
 
 
-def _listed_files(path: Path) -> tuple[dict[str, FileEntry], str | None]:
-    """The files that the manifest lists, or why it cannot be read."""
+def _scattered(listed: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
+    """Give every rank its share of the files that rank 0 has listed.
+
+    The list grows with the number of ranks that saved. So no other rank gets all of it.
+    """
+    shares = file_shares(listed, dist.get_world_size()) if dist.get_rank() == 0 else None
+    own: list[Any] = [None]
+    dist.scatter_object_list(own, shares, src=0)
+    mine: dict[str, FileEntry] = own[0]
+    return mine
+
+
+def _list_files(path: Path, listed: dict[str, FileEntry]) -> str | None:
+    """Put the files of the manifest into `listed`; returns why it cannot be read, None if it can."""
     if not path.is_dir():
-        return {}, f"{path}: no such directory, but {path.parent / LATEST} names it"
+        return f"{path}: no such directory, but {path.parent / LATEST} names it"
     try:
-        return read_manifest(path), None
+        listed.update(read_manifest(path))
     except UserError as error:
-        return {}, str(error)
+        return str(error)
+    return None
 
 
 def _continue_from(path: Path, damaged: Mapping[Path, str], say: Callable[[str], Any]) -> None:

@@ -2,34 +2,40 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from megatron_solopo.architecture.model_directory import CONFIG, huggingface_directory, is_megatron_checkpoint
 from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory, Piece
-from megatron_solopo.checksums import LargeFile, file_checksums
+from megatron_solopo.checksums import KnownFile, LargeFile, file_checksums, unread_files
 from megatron_solopo.files import sha256_file, sha256_json
 
 _SAMPLE_BYTES = 4096
 
 
-def weights_fingerprint(path: Path) -> str:
+def weights_fingerprint(path: Path, read: Mapping[str, KnownFile] | None = None) -> str:
     """Return a hash of config.json and of all bytes of the weights.
 
     Args:
         path: a Hugging Face directory or a Megatron checkpoint. In a checkpoint the model's tensors count, and the
             optimizer's state does not.
+        read: what was read of the files of `unread_weights`.
 
     The same weights have different fingerprints as a Hugging Face directory and as a checkpoint, and under different
-    layouts. The first call reads all weights. Later calls read only files whose size or times have changed. If the
-    directory cannot be written, the checksums are kept in this process alone, and a line says so.
+    layouts. The first call reads all weights. Later calls read only files whose size or times have changed. Of
+    several ranks, only one should call it: see `train.identity.model_fingerprint`.
 
-    Raises UserError if the weights are missing or damaged. Of several ranks, only one should call it.
+    Raises UserError if the weights are missing or damaged.
     """
-    checksums = file_checksums(path, _weights_files(path))
+    checksums = file_checksums(path, _weights_files(path), read)
     return sha256_json({"config": sha256_file(huggingface_directory(path) / CONFIG), "weights": checksums})
+
+
+def unread_weights(path: Path) -> dict[str, LargeFile]:
+    """The files of a model's weights whose checksums are not known, by name."""
+    return unread_files(path, _weights_files(path))
 
 
 def _weights_files(path: Path) -> dict[str, LargeFile]:

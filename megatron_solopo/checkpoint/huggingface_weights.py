@@ -55,13 +55,14 @@ class StoredTensor:
 class SafetensorsDirectory:
     """The tensors of a Hugging Face directory, read one at a time."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises UserError if there are no safetensors weights, or if the index or a shard is missing or damaged.
+    def __init__(self, path: Path, entries: dict[str, StoredTensor] | None = None) -> None:
+        """Open every file and read its header, if the `entries` are not known.
 
-        Also raises it if another loader reads other weights, see `one_reading`.
+        Raises UserError if there are no safetensors weights, or if the index or a shard is missing or damaged. Also
+        raises it if another loader reads other weights, see `one_reading`.
         """
         self.path = path
-        self.entries = self._locate()
+        self.entries = self._locate() if entries is None else entries
 
     def _locate(self) -> dict[str, StoredTensor]:
         check_one_reading(self.path)

@@ -1,18 +1,19 @@
 """Fills this rank's model chunks and optimizer from a checkpoint of any layout, or from a Hugging Face directory."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import is_megatron_checkpoint
-from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory, all_finite, not_finite
+from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory, StoredTensor, all_finite, not_finite
 from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, rules, to_megatron
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
 from megatron_solopo.checkpoint.sharded_state import (
@@ -23,25 +24,32 @@ from megatron_solopo.checkpoint.sharded_state import (
     parameter_state,
 )
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.parallel.agreement import on_every_rank
-from megatron_solopo.parallel.megatron_internals import assign, initialize_adam_state
+from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
+from megatron_solopo.parallel.megatron_internals import (
+    assign,
+    broadcast_parameter,
+    initialize_adam_state,
+    optimizer_parts,
+)
 
 
 def load_checkpoint(path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer | None) -> None:
     """Load parameters, and the optimizer's state if one is given, under the current layout.
 
-    Raises UserError on every rank if a parameter is not finite.
+    Raises UserError on every rank if a parameter, or a number of the optimizer's state, is not finite.
     """
     if optimizer is not None:
         initialize_adam_state(optimizer)
     _load_model(path, chunks)
     if optimizer is not None:
         load_optimizer(path, optimizer, model_state(chunks))
+        on_every_rank(partial(_check_finite, path, _optimizer_tensors(optimizer)))
 
 
 def _load_model(path: Path, chunks: Sequence[DistributedDataParallel]) -> None:
     """A function of its own, so that the loaded copy is freed before the optimizer's state is read."""
-    state = dist_checkpointing.load(model_state(chunks), str(path))
+    # Megatron's check of all ranks' requests would send every request to every rank.
+    state = dist_checkpointing.load(model_state(chunks), str(path), validate_access_integrity=False)
     for key, chunk in keyed(chunks).items():
         named = ((name, value) for name, value in state[key].items() if isinstance(value, Tensor))
         on_every_rank(partial(_check_finite, path, named))
@@ -49,12 +57,16 @@ def _load_model(path: Path, chunks: Sequence[DistributedDataParallel]) -> None:
         assert not unexpected and all(name.endswith(KERNEL_STATE) for name in missing), (missing, unexpected)
 
 
-def check_weights(path: Path, architecture: Architecture) -> None:
+def check_weights(path: Path, architecture: Architecture) -> MegatronDirectory | SafetensorsDirectory:
     """Check the list of stored tensors. It reads headers, and both tensors of a tied pair that is stored twice.
+
+    Of several ranks, one should call it: it opens every file.
 
     Raises UserError naming tensors that are missing, unexpected or misshapen. Numbers are checked when they are loaded.
     """
-    (MegatronDirectory if is_megatron_checkpoint(path) else SafetensorsDirectory)(path).check(architecture)
+    directory = MegatronDirectory(path) if is_megatron_checkpoint(path) else SafetensorsDirectory(path)
+    directory.check(architecture)
+    return directory
 
 
 def load_weights(chunks: Sequence[ResponseModel], architecture: Architecture, path: Path) -> None:
@@ -63,37 +75,93 @@ def load_weights(chunks: Sequence[ResponseModel], architecture: Architecture, pa
     Args:
         path: a Hugging Face directory, or a checkpoint of `convert import` or of a run under any layout.
 
-    All ranks must call it together. Each rank checks the numbers that it reads.
+    All ranks must call it together. Ranks that hold the same parameters read different ones, check their numbers, and
+    send them to each other. So each number is read once for each rank that needs another part of its tensor.
 
     Raises UserError on every rank, naming missing, unexpected or misshapen tensors before any parameter is touched,
     or a tensor that is not finite, with its file.
     """
-    on_every_rank(lambda: check_weights(path, architecture))
+    entries = on_rank_0(lambda: _checked_entries(path, architecture))
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    owners = _owners([parameter for chunk in chunks for parameter in chunk.parameters()], replicas.size())
+    own = {parameter for parameter, owner in owners.items() if owner == replicas.rank()}
     if is_megatron_checkpoint(path):
-        loaded = dist_checkpointing.load(parameter_state(chunks), str(path))
-        on_every_rank(lambda: _assign_stored(path, chunks, architecture, loaded))
+        wanted = _state_of(chunks, own)
+        # Megatron's check of all ranks' requests would send every request to every rank.
+        loaded = dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
+        on_every_rank(lambda: _assign_stored(path, chunks, architecture, loaded, own))
     else:
-        on_every_rank(lambda: _assign_huggingface(path, chunks, architecture))
+        on_every_rank(lambda: _assign_huggingface(SafetensorsDirectory(path, entries), chunks, architecture, own))
+    for parameter, owner in owners.items():
+        broadcast_parameter(parameter, owner, replicas)
+
+
+def _checked_entries(path: Path, architecture: Architecture) -> dict[str, StoredTensor]:
+    """Where a Hugging Face directory holds its tensors; nothing for a Megatron checkpoint."""
+    directory = check_weights(path, architecture)
+    return directory.entries if isinstance(directory, SafetensorsDirectory) else {}
+
+
+def _owners(parameters: Sequence[torch.nn.Parameter], replicas: int) -> dict[torch.nn.Parameter, int]:
+    """The replica that reads each parameter: neighbours as far as possible, with about as many numbers for each."""
+    total, before, owners = sum(parameter.numel() for parameter in parameters), 0, {}
+    for parameter in parameters:
+        owners[parameter] = (2 * before + parameter.numel()) * replicas // (2 * total)
+        before += parameter.numel()
+    return owners
+
+
+def _state_of(chunks: Sequence[ResponseModel], own: Collection[torch.nn.Parameter]) -> dict[str, dict[str, Any]]:
+    """The sharded state of some parameters."""
+    names = {
+        key: {name for name, each in chunk.named_parameters() if each in own} for key, chunk in keyed(chunks).items()
+    }
+    return {
+        key: {name: value for name, value in state.items() if name in names[key]}
+        for key, state in parameter_state(chunks).items()
+    }
 
 
 def _assign_stored(
-    path: Path, chunks: Sequence[ResponseModel], architecture: Architecture, loaded: dict[str, dict[str, Tensor]]
+    path: Path,
+    chunks: Sequence[ResponseModel],
+    architecture: Architecture,
+    loaded: dict[str, dict[str, Tensor]],
+    own: Collection[torch.nn.Parameter],
 ) -> None:
     table = rules(architecture)
     for key, chunk in keyed(chunks).items():
         for (name, parameter), (global_name, _) in zip(chunk.named_parameters(), global_parameters(chunk), strict=True):
+            if parameter not in own:
+                continue
             if not all_finite(loaded[key][name]):
                 raise not_finite(MegatronDirectory(path).file_with_bad_numbers(table[global_name]), global_name)
             assign(parameter, loaded[key][name])
 
 
-def _assign_huggingface(path: Path, chunks: Sequence[ResponseModel], architecture: Architecture) -> None:
-    source, table = SafetensorsDirectory(path), rules(architecture)
+def _assign_huggingface(
+    source: SafetensorsDirectory,
+    chunks: Sequence[ResponseModel],
+    architecture: Architecture,
+    own: Collection[torch.nn.Parameter],
+) -> None:
+    table = rules(architecture)
     for chunk in chunks:
         group = chunk.pg_collection.tp
         share = {"rank": group.rank(), "size": group.size(), "padded_vocab": chunk.vocab_size}
         for name, parameter in global_parameters(chunk):
-            assign(parameter, to_megatron(table[name], architecture, source.read_finite, **share))
+            if parameter in own:
+                assign(parameter, to_megatron(table[name], architecture, source.read_finite, **share))
+
+
+def _optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[tuple[str, Tensor]]:
+    """Yield this rank's share of master weights and moments, with a name for messages."""
+    for part in optimizer_parts(optimizer):
+        for weight in (weight for group in part.optimizer.param_groups for weight in group["params"]):
+            yield "the optimizer's master weight", weight.detach()
+            for name, value in part.optimizer.state[weight].items():
+                if isinstance(value, Tensor):
+                    yield f"the optimizer's {name}", value
 
 
 def _check_finite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

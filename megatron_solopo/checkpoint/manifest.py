@@ -7,6 +7,7 @@ not protect against somebody who forges files. People may edit the model's small
 template, rope scaling): such a change is reported, but is no damage.
 """
 
+import heapq
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -86,16 +87,15 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
     return content.files
 
 
-def share(files: Mapping[str, FileEntry], rank: int, ranks: int) -> dict[str, FileEntry]:
-    """Return the files that one of several ranks checks. Ranks share all files, with about as many bytes each."""
-    loads = [0] * ranks
-    mine = {}
+def file_shares(files: Mapping[str, FileEntry], ranks: int) -> list[dict[str, FileEntry]]:
+    """Return the files that each of several ranks checks, with about as many bytes for each."""
+    shares: list[dict[str, FileEntry]] = [{} for _ in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
     for name, entry in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
-        least = loads.index(min(loads))
-        loads[least] += entry.bytes
-        if least == rank:
-            mine[name] = entry
-    return mine
+        load, least = loads[0]
+        shares[least][name] = entry
+        heapq.heapreplace(loads, (load + entry.bytes, least))
+    return shares
 
 
 def damages(folder: Path, files: Mapping[str, FileEntry], *, checksums: bool) -> list[str]:

@@ -16,7 +16,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedTensor,
+    apply_factories,
+    is_main_replica,
+)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
@@ -55,15 +60,15 @@ class ShardedSave:
         trainer_state: dict[str, Any],
         model_files: Mapping[str, bytes],
         *,
-        background: bool = False,
+        copies: "HostCopies | None" = None,
     ) -> None:
         """Begin `root/iter_<step>`.
 
         Args:
             trainer_state: JSON values, equal on every rank, among them `step`.
             model_files: the config, tokenizer and so on that travel with the weights; those of rank 0 are written.
-            background: on return the training state may change, because copies of it are being written. Otherwise this
-                rank's files are written on return.
+            copies: save in the background. On return the training state may change, because what is written has been
+                copied there. It must live until the save is complete. None: this rank's files are written on return.
 
         Raises UserError on every rank, and leaves nothing behind, if a rank finds no room or cannot write.
         """
@@ -76,12 +81,14 @@ class ShardedSave:
         needed = _sum_over_ranks(_bytes_to_write(state) + sum(map(len, model_files.values()))) + _SMALL_FILES_BYTES
         with self._removed_on_failure():
             on_rank_0(lambda: self._make_folder(needed))
+        if copies is not None:
+            copies.take(state)
         self._files = ShardedFiles(state, self._folder, dict(SHARDING), files_per_rank=_FILES_PER_RANK)
         with self._removed_on_failure():
-            on_every_rank(lambda: self._files.stage(copy=background))
+            on_every_rank(self._files.stage)
         self._pool = ThreadPoolExecutor(1)
         self._written = self._pool.submit(self._write)
-        if not background:
+        if copies is None:
             self._written.exception()  # waits; `complete` raises it on all ranks
 
     def is_written(self) -> bool:
@@ -169,6 +176,29 @@ class ShardedSave:
         files |= sealed_files(self._folder, [name for name in present if name not in files])
         write_manifest(self._folder, files)
         publish(self._folder, self.path)
+
+
+class HostCopies:
+    """Host memory for what this rank writes in the background. It is kept for the next save.
+
+    To fill fresh memory takes five times as long as to fill memory that this process has had before, and a step waits.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Copy the tensors that this rank writes, and put the copies into `state`."""
+        apply_factories(state)
+        for each in nested_values(state):
+            # Quantized weights take another way: they are copied when they are dequantized.
+            is_plain = isinstance(each, ShardedTensor) and type(each.data) in (Tensor, torch.nn.Parameter)
+            if is_plain and is_main_replica(each.replica_id):
+                place = (each.key, each.global_offset)
+                held = self._tensors.get(place)
+                if held is None or (held.shape, held.dtype) != (each.data.shape, each.data.dtype):
+                    held = self._tensors[place] = torch.empty_like(each.data, device="cpu", requires_grad=False)
+                each.data = held.copy_(each.data.detach())
 
 
 def _bytes_to_write(state: dict[str, Any]) -> int:

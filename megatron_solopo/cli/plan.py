@@ -14,6 +14,7 @@ from megatron_solopo.plan import PlanSettings
 if TYPE_CHECKING:
     from megatron_solopo.plan.answer import PlannedRun
     from megatron_solopo.plan.memory import RankCheck
+    from megatron_solopo.plan.startup import StartupCounts
 
 
 @click.command()
@@ -47,7 +48,8 @@ def plan(settings: PlanSettings, path: Path, overrides: tuple[str, ...], as_json
         click.echo("\n".join(f"{each.name}: {each.reason}" for each in search.refused))
     answer = make_answer(planner, search, settings)
     if settings.dry_run:
-        answer = replace(answer, rank_checks=check_ranks(answer.chosen))
+        checks = check_ranks(answer.chosen)
+        answer = replace(answer, rank_checks=checks, startup=count_starts(answer.chosen))
     click.echo(answer.as_json() if as_json else answer.as_text())
     if settings.emit_sbatch is not None:
         write_sbatch(answer.chosen, settings.emit_sbatch)
@@ -69,3 +71,13 @@ def check_ranks(chosen: "PlannedRun") -> "list[RankCheck]":
     largest = max(packs, key=lambda pack: pack.padded_tokens)
     architecture = read_architecture(chosen.planner.config.model.path)
     return dry_run(architecture, chosen.layout, largest, len(packs))
+
+
+def count_starts(chosen: "PlannedRun") -> "list[StartupCounts] | str":
+    """Count what a start of the chosen layout costs a rank; or say why it cannot start, where a plan needs less."""
+    from megatron_solopo.plan.startup_dry_run import count_startups
+
+    try:
+        return count_startups(chosen.layout.config)
+    except UserError as error:
+        return str(error)

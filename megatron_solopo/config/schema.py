@@ -378,7 +378,7 @@ class CheckpointConfig(Section):
     or `slurm` for the end of the job's time limit. The run leaves twice the time of its slowest step and save, and five
     minutes until it has seen both."""
     async_save: bool = False
-    """Continue to train while threads write a copy of the state. The copy needs host memory for this rank's share.
+    """Continue to train while threads write a copy of the state. The run keeps host memory for what a rank writes.
     `latest` changes when all ranks have written. If a write fails, the run ends at the next step."""
     keep_last: PositiveInt | None = None
     """How many of the newest checkpoints stay. null: all. A new checkpoint is complete before an old one is removed."""

@@ -121,18 +121,21 @@ class _DataTokenizer:
     def is_that_of(self, reader: Reader) -> bool:
         """Whether a model's tokenizer is the data's; for a reference model, whether all tokens are the same."""
         tokenizer = self._load(reader.path)
-        if tokenizer.fingerprint == self._fingerprint:
+        if tokenizer.has_fingerprint(self._fingerprint):
             return True
         own = self._find() if reader.is_reference else None
         return own is not None and same_tokens(own, tokenizer, self._largest)
 
     def _find(self) -> Tokenizer | None:
+        """The data's tokenizer; None if no place has it any more. Raises UserError for one that is damaged."""
         for place in self._places:
             try:
                 tokenizer = self._load(place)
-            except UserError:  # this place has no tokenizer, or not any more
+            except UserError:
+                if place.is_file() or has_tokenizer(place):
+                    raise
                 continue
-            if tokenizer.fingerprint == self._fingerprint:
+            if tokenizer.has_fingerprint(self._fingerprint):
                 return tokenizer
         return None
 

@@ -9,7 +9,7 @@ directories of older versions lack the column.
 
 The fingerprint is a hash of the tokens, not of what they were made from: a chat template may write today's date, for
 example. Directories of format version 1 state a hash of what they were made from instead. Their tokens are read and
-hashed when they are opened.
+hashed where the fingerprint is needed.
 """
 
 import json
@@ -141,6 +141,13 @@ class PreparedData:
         """The column of a context's prompt. A pair has one prompt for both contexts."""
         return "prompt_short" if self.manifest.kind == "pair" else f"prompt_{context}"
 
+    def hashed_manifest(self) -> PreparedManifest:
+        """The manifest with the fingerprint of the tokens. Reads every token of a directory of format version 1."""
+        if self.manifest.format_version != 1:
+            return self.manifest
+        fingerprint = token_fingerprint(self.manifest.kind, self.train, self.eval)
+        return self.manifest.model_copy(update={"fingerprint": fingerprint})
+
     def largest_token_id(self) -> int:
         """The largest token id in both splits. Reads every token if an older version wrote the directory."""
         if self.manifest.largest_token_id is not None:
@@ -151,15 +158,14 @@ class PreparedData:
 def load_prepared(path: Path) -> PreparedData:
     """Open a directory that `megatron-solopo data prepare` wrote.
 
-    It reads no tokens, except those of a directory of format version 1: see the module.
+    It reads no tokens. Under format version 1, the manifest's fingerprint is not that of the tokens: see
+    `PreparedData.hashed_manifest`.
 
     Raises UserError if the directory is missing, incomplete or of another format.
     """
     manifest = _read_manifest(path)
     train = _load_split(path, "train", manifest.train, manifest)
     held_out = _load_split(path, "eval", manifest.eval, manifest) if manifest.eval else None
-    if manifest.format_version == 1:
-        manifest = manifest.model_copy(update={"fingerprint": token_fingerprint(manifest.kind, train, held_out)})
     return PreparedData(manifest, train, held_out)
 
 

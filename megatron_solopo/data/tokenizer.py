@@ -15,8 +15,8 @@ from sentencepiece import SentencePieceProcessor
 from megatron_solopo.architecture.model_directory import huggingface_directory, missing_vocabulary
 from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
 from megatron_solopo.data.template_clock import FUNCTION, Clock, templates_see
-from megatron_solopo.data.tokenizer_contradictions import check_tokenizer_files
-from megatron_solopo.data.tokenizer_file import load_by_file
+from megatron_solopo.data.tokenizer_contradictions import TokenizerFile, check_tokenizer_files
+from megatron_solopo.data.tokenizer_file import CLASSES_OF_THE_FILE, load_by_file
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
 
@@ -37,10 +37,16 @@ class Tokenizer(ABC):
     """One more than the largest token id, added tokens included."""
     fingerprint: str
     """Hex SHA-256 of everything that decides token ids. The chat template is not part of it."""
+    former_fingerprints: frozenset[str] = frozenset()
+    """What older versions may have stated for the same tokenizer."""
     chat_template: str | None
     """The text of the chat template, or None if the tokenizer has none."""
     _prefix: list[int]
     """The usual tokens before a text (BOS)."""
+
+    def has_fingerprint(self, stated: str) -> bool:
+        """Whether `stated` is the fingerprint of this tokenizer, by this or an older version."""
+        return stated == self.fingerprint or stated in self.former_fingerprints
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -145,9 +151,10 @@ class _HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         try:
-            check_tokenizer_files(path)
+            file = TokenizerFile(path)
+            check_tokenizer_files(path, file)
             self._tokenizer: Any = load_by_file(
-                path, local_files_only=True, trust_remote_code=False, model_max_length=_NO_LIMIT
+                path, file, local_files_only=True, trust_remote_code=False, model_max_length=_NO_LIMIT
             )
             has_template = bool(self._tokenizer.chat_template)
             self.chat_template = self._tokenizer.get_chat_template() if has_template else None
@@ -163,7 +170,11 @@ class _HuggingFaceTokenizer(Tokenizer):
         rules = self._rules()
         self.unk_token_id = self._tokenizer.unk_token_id if rules is None else self._unknown_of(rules["model"])
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-        self.fingerprint = sha256_json(self._identity(rules))
+        identity = self._identity(rules)
+        self.fingerprint = sha256_json(identity)
+        self.former_fingerprints = frozenset(
+            sha256_json(identity | {"class": name}) for name in self._class_names() if "class" not in identity
+        )
         self._prefix = self._usual_prefix()
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -250,10 +261,17 @@ class _HuggingFaceTokenizer(Tokenizer):
 
     def _identity(self, rules: dict[str, Any] | None) -> dict[str, Any]:
         """A JSON value that differs if token ids can differ. It does not depend on the directory's name."""
-        if rules is None:
-            files = [self._path / name for name in sorted(set(self._tokenizer.vocab_files_names.values()))]
-            rules = {file.name: sha256_file(file) for file in files if file.is_file()}
+        if rules is not None:
+            # The rules decide alone. transformers' name for their class changes between its versions.
+            return {"rules": rules, "eos_token_id": self.eos_token_id}
+        files = [self._path / name for name in sorted(set(self._tokenizer.vocab_files_names.values()))]
+        rules = {file.name: sha256_file(file) for file in files if file.is_file()}
         return {"rules": rules, "eos_token_id": self.eos_token_id, "class": type(self._tokenizer).__name__}
+
+    def _class_names(self) -> set[str]:
+        """Names that versions of transformers give the class."""
+        name = type(self._tokenizer).__name__.removesuffix("Fast")
+        return {name, f"{name}Fast", *CLASSES_OF_THE_FILE}
 
 
 class _SentencePieceTokenizer(Tokenizer):

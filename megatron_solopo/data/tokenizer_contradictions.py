@@ -8,6 +8,7 @@ token ids        transformers prefers tokenizer.json, llama.cpp tokenizer.model,
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,34 @@ _COMPARED = ("bos_token", "eos_token", "unk_token")
 _SHOWN = 60
 
 
-def check_tokenizer_files(path: Path) -> None:
+class TokenizerFile:
+    """tokenizer.json of a directory, which may be large: it is parsed at most once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / _VOCABULARY
+
+    @property
+    def exists(self) -> bool:
+        """Whether the directory has the file."""
+        return self.path.is_file()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the file alone. Raises what the Rust library raises for a damaged file."""
+        return Tokenizer.from_file(str(self.path))
+
+
+def check_tokenizer_files(path: Path, file: TokenizerFile | None = None) -> None:
     """Raise UserError with both statements if two files of a Hugging Face directory contradict each other.
+
+    Args:
+        file: tokenizer.json of the directory, where the caller reads it too.
 
     Also raises it for a damaged settings file.
     """
-    for check in (_check_templates, _check_special_tokens, _check_ids):
-        check(path)
+    _check_templates(path)
+    _check_special_tokens(path)
+    _check_ids(path, file or TokenizerFile(path))
 
 
 def _check_templates(path: Path) -> None:
@@ -76,11 +98,11 @@ def _check_special_tokens(path: Path) -> None:
             )
 
 
-def _check_ids(path: Path) -> None:
-    others = list(_vocabularies(path)) if (path / _VOCABULARY).is_file() else []
+def _check_ids(path: Path, tokenizer_file: TokenizerFile) -> None:
+    others = list(_vocabularies(path)) if tokenizer_file.exists else []
     if not others:
         return
-    ids = Tokenizer.from_file(str(path / _VOCABULARY)).get_vocab(with_added_tokens=True)
+    ids = tokenizer_file.tokenizer.get_vocab(with_added_tokens=True)
     for file, vocabulary in others:
         for token, number in vocabulary.items():
             if ids.get(token, number) != number:

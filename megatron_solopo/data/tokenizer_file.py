@@ -20,7 +20,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from megatron_solopo.data.tokenizer_contradictions import open_sentencepiece
+from megatron_solopo.data.tokenizer_contradictions import TokenizerFile, open_sentencepiece
 from megatron_solopo.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -41,7 +41,7 @@ SAMPLES = (
 _ASCII_SAMPLES = 3
 """So many samples are ASCII and have single spaces."""
 _SHOWN_TOKENS = 5
-_CLASSES_OF_THE_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")
+CLASSES_OF_THE_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Names under which transformers loads the file as it is, unless config.json has another opinion."""
 _NAME_THE_CLASS = (
     "name the class of the model's own tokenizer as tokenizer_class in tokenizer_config.json, or add its "
@@ -59,7 +59,7 @@ class _Difference:
     """Whether the text comes back changed, although the file alone keeps it."""
 
 
-def load_by_file(path: Path, **options: Any) -> Any:
+def load_by_file(path: Path, file: TokenizerFile, **options: Any) -> Any:
     """Load a transformers tokenizer whose tokens are those of the directory's tokenizer.json, where it has that file.
 
     If `AutoTokenizer` only splits text in another way, the file is loaded as it is. A warning says so. What the file
@@ -67,6 +67,7 @@ def load_by_file(path: Path, **options: Any) -> Any:
     its SentencePiece model does, and must keep the spaces.
 
     Args:
+        file: tokenizer.json of the directory.
         options: For `from_pretrained`.
 
     Raises UserError if `AutoTokenizer` loses text, or if no class loads the file as it is.
@@ -75,8 +76,7 @@ def load_by_file(path: Path, **options: Any) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    file = path / TOKENIZER_FILE
-    if not file.is_file() or not tokenizer.is_fast:
+    if not file.exists or not tokenizer.is_fast:
         _check_without_file(tokenizer, path)
         return tokenizer
     difference = _difference(tokenizer, _read(file, tokenizer))
@@ -85,7 +85,7 @@ def load_by_file(path: Path, **options: Any) -> Any:
     if difference.loses_text:
         raise UserError(f"{_described(tokenizer, path, difference)}; {_way_out(path)}")
     as_it_is = PreTrainedTokenizerFast.from_pretrained(path, **options)
-    if (left := _difference(as_it_is, _read(file, as_it_is))) is not None:
+    if (left := _difference(as_it_is, _read(TokenizerFile(path), as_it_is))) is not None:
         raise UserError(f"{_described(as_it_is, path, left)}; {_way_out(path)}")
     _warn(
         path,
@@ -95,9 +95,9 @@ def load_by_file(path: Path, **options: Any) -> Any:
     return as_it_is
 
 
-def _read(file: Path, tokenizer: Any) -> Tokenizer:
+def _read(file: TokenizerFile, tokenizer: Any) -> Tokenizer:
     """The tokenizer of the file alone, with the tokens that other files of the directory add."""
-    alone = Tokenizer.from_file(str(file))
+    alone = file.tokenizer  # nobody reads it after this
     # The file may ask for both.
     alone.no_truncation()
     alone.no_padding()
@@ -144,8 +144,8 @@ def _described(tokenizer: Any, path: Path, difference: _Difference, measure: str
 def _way_out(path: Path) -> str:
     file = path / "tokenizer_config.json"
     settings = json.loads(file.read_bytes()) if file.is_file() else {}
-    if settings.get("tokenizer_class") not in _CLASSES_OF_THE_FILE:
-        return f'set "tokenizer_class": "{_CLASSES_OF_THE_FILE[0]}" in tokenizer_config.json'
+    if settings.get("tokenizer_class") not in CLASSES_OF_THE_FILE:
+        return f'set "tokenizer_class": "{CLASSES_OF_THE_FILE[0]}" in tokenizer_config.json'
     return "keep the tokenizer's files in a directory without config.json, whose model_type decides here"
 
 

@@ -30,7 +30,7 @@ from megatron_solopo.evaluate.scores import EvaluatedResponse, ScoredResponse, m
 from megatron_solopo.evaluate.target import Target, find_target, stored_dtype
 from megatron_solopo.evaluation_settings import LongContextSettings
 from megatron_solopo.files import atomic_path, check_writable, read_jsonl, remove
-from megatron_solopo.generate.journal import Journal, read_refusals
+from megatron_solopo.generate.journal import Journal, read_header, read_refusals
 from megatron_solopo.generate.model import Answer, Model, Request
 from megatron_solopo.generate.refusals import Refusals
 from megatron_solopo.parallel.agreement import on_rank_0
@@ -193,7 +193,10 @@ def _answer(
         """On rank 0: open the journal; returns the ids of the samples that have no answer."""
         if settings.overwrite:
             remove(path)
-        journals.append(Journal(path, journal_header(settings, target, tokenizer), _COMMAND, settings.retry_refused))
+        header, kept = journal_header(settings, target, tokenizer), read_header(path) if path.is_file() else None
+        if kept is not None and tokenizer.has_fingerprint(stated := kept.get("tokenizer", "")):
+            header["tokenizer"] = stated
+        journals.append(Journal(path, header, _COMMAND, settings.retry_refused))
         return {spec.id for spec in samples.specs if not journals[0].done(spec.id)}
 
     unanswered = on_rank_0(begin) if dist.is_initialized() else begin()

@@ -22,7 +22,6 @@ from megatron_solopo.model.head import attach_response_head
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.model.resolve import ResolvedModel, uses_transformer_engine
 from megatron_solopo.objective import metric_names
-from megatron_solopo.parallel.agreement import on_every_rank
 from megatron_solopo.parallel.megatron_internals import pipeline_settings, set_rotary_frequencies
 from megatron_solopo.parallel.topology import Topology, current
 from megatron_solopo.train.callbacks import say
@@ -121,7 +120,7 @@ class PreferenceTask:
         self.model = ResolvedModel(
             config.model, config.parallel, self.architecture, uses_transformer_engine(config.model)
         )
-        self.datasets = on_every_rank(lambda: load_run_datasets(config, self.architecture))
+        self.datasets = load_run_datasets(config, self.architecture)
         for note in self.datasets.notes:
             say(note)
         self.metric_names = metric_names(config.objective)

@@ -3,12 +3,16 @@
 A user's mistake (`UserError`) and an error of the operating system (`OSError`) become the same one-line `UserError` on
 every rank. Any other exception is a fault. It continues, with its type and its traceback, on the rank where it
 happened, and every other rank raises `RankFailedError`, which names that rank.
+
+What a rank sends and receives does not grow with the number of ranks. A list with an entry of every rank on every rank
+would grow with its square over all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_solopo.errors import UserError, describe_os_error
@@ -36,9 +40,7 @@ def on_every_rank(action: Callable[[], _Result]) -> _Result:
     rank raises as the module describes. A fault comes before a user's mistake, then the lowest rank counts.
     """
     result, error = _attempt(action)
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, _failure(error))
-    _raise_first(failures, error)
+    _raise_agreed(_first_failure(_failure(error)), error)
     return result  # type: ignore[return-value]
 
 
@@ -48,12 +50,25 @@ def on_rank_0(action: Callable[[], _Result]) -> _Result:
     Ranks may see a shared file system differently, so one rank looks for all of them. All ranks must call this
     function together.
     """
-    result, error = _attempt(action) if dist.get_rank() == 0 else (None, None)
-    shared: list[Any] = [result, _failure(error)]
-    dist.broadcast_object_list(shared, src=0)
-    _raise_first(shared[1:], error)
-    found: _Result = shared[0]
-    return found
+    result, error = _attempt_on_rank_0(action)
+    found, failure = from_rank(0, (result, _failure(error)))
+    _raise_agreed(failure, error)
+    return found  # type: ignore[no-any-return]
+
+
+def from_rank(source: int, value: Any) -> Any:
+    """Return on every rank what rank `source` has. All ranks call this function together; it must not fail on one."""
+    shared = [value]
+    dist.broadcast_object_list(shared, src=source)
+    return shared[0]
+
+
+def over_ranks(operation: Any, *values: int) -> list[int]:
+    """Reduce whole numbers of all ranks of the world. All ranks call this function together."""
+    device = torch.cuda.current_device() if dist.get_backend() == dist.Backend.NCCL else "cpu"
+    tensor = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, op=operation)
+    return [int(value) for value in tensor.tolist()]
 
 
 def _attempt(action: Callable[[], _Result]) -> tuple[_Result | None, Exception | None]:
@@ -61,6 +76,10 @@ def _attempt(action: Callable[[], _Result]) -> tuple[_Result | None, Exception |
         return action(), None
     except Exception as error:  # the caller raises it, or what stands for it, once every rank knows of it
         return None, error
+
+
+def _attempt_on_rank_0(action: Callable[[], _Result]) -> tuple[_Result | None, Exception | None]:
+    return _attempt(action) if dist.get_rank() == 0 else (None, None)
 
 
 def _failure(error: Exception | None) -> _Failure | None:
@@ -73,11 +92,24 @@ def _failure(error: Exception | None) -> _Failure | None:
     return _Failure(dist.get_rank(), f"{type(error).__name__}: {' '.join(str(error).split())}", is_fault=True)
 
 
-def _raise_first(failures: Sequence[_Failure | None], own_error: Exception | None) -> None:
-    known = sorted((each for each in failures if each is not None), key=lambda each: (not each.is_fault, each.rank))
-    if not known:
+def _first_failure(own: _Failure | None) -> _Failure | None:
+    """Of all ranks' failures the one to report: a fault before a user's mistake, then the lowest rank's."""
+    rank, nobody = dist.get_rank(), dist.get_world_size()
+    fault, failed = over_ranks(
+        dist.ReduceOp.MIN,
+        rank if own is not None and own.is_fault else nobody,
+        rank if own is not None else nobody,
+    )
+    if failed == nobody:
+        return None
+    first: _Failure = from_rank(failed if fault == nobody else fault, own)
+    return first
+
+
+def _raise_agreed(first: _Failure | None, own_error: Exception | None) -> None:
+    if first is None:
         return
-    first, own = known[0], _failure(own_error)
+    own = _failure(own_error)
     if own is not None and own.is_fault:
         assert own_error is not None
         raise own_error

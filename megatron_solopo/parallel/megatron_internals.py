@@ -21,8 +21,6 @@ import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
@@ -31,7 +29,7 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -234,6 +232,24 @@ def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
         parameter._high_precision_init_val = value.to("cpu", copy=True)  # type: ignore[attr-defined]
 
 
+def broadcast_parameter(parameter: torch.nn.Parameter, owner: int, group: dist.ProcessGroup) -> None:
+    """Give a parameter, on all ranks of a group, the value that `assign` gave it on the one with number `owner`.
+
+    Versions: 0.16 and 0.19. Of an FP8 parameter the exact value is sent, see `assign`.
+    """
+    if group.size() == 1:
+        return
+    source, is_owner = dist.get_global_rank(group, owner), group.rank() == owner
+    if not hasattr(parameter, "get_high_precision_init_val"):
+        dist.broadcast(parameter.detach(), source, group)
+        return
+    exact = parameter.get_high_precision_init_val() if is_owner else torch.empty(parameter.shape, dtype=torch.bfloat16)
+    value = exact.to(parameter.device)
+    dist.broadcast(value, source, group)
+    if not is_owner:
+        assign(parameter, value)
+
+
 def release_exact_values(model: torch.nn.Module) -> None:
     """Free the host memory of the exact values (see `assign`), once the optimizer is built or there is none."""
     for parameter in model.parameters():
@@ -249,6 +265,24 @@ STATE_NAMES = ("param", "exp_avg", "exp_avg_sq")
 Versions: 0.16 and 0.19. Upstream: `_get_main_param_and_optimizer_states` in
 `megatron/core/optimizer/distrib_optimizer.py`.
 """
+
+
+def make_optimizer(config: OptimizerConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Megatron's optimizer, whose ranks learn of the parameter groups of their own model replica alone.
+
+    Versions: 0.16 and 0.19. Megatron gathers the keys of all ranks' groups on every rank, so that all ranks have the
+    same groups in the same order. That grows with the square of the number of ranks over all of them. The ranks of one
+    replica have all the keys that there are.
+    Upstream: `_get_param_groups` in `megatron/core/optimizer/__init__.py`.
+    """
+    replica, gather = parallel_state.get_model_parallel_group(), dist.all_gather_object
+
+    def gather_in_replica(found: list[Any], own: Any) -> None:
+        found[:] = [None] * replica.size()
+        gather(found, own, replica)
+
+    with mock.patch.object(dist, "all_gather_object", gather_in_replica):
+        return get_megatron_optimizer(config, chunks)
 
 
 def gradient_buffers(chunk: DistributedDataParallel) -> list[Any]:
@@ -435,8 +469,6 @@ class ShardedFiles:
     ) -> None:
         """Plan, on all ranks together; writes nothing but, with megatron-core 0.16, rank 0's `common.pt`."""
         filesystem_async._results_queue = queue.Queue()  # Megatron would start a process that holds a queue
-        tensors = (each.data for each in nested_values(state) if isinstance(each, ShardedBase))
-        self._live = {_storage(each) for each in tensors if isinstance(each, Tensor)}
         strategy = _PlanKeeper("torch_dist", 1, thread_count=files_per_rank)
         options: dict[str, Any] = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19
@@ -459,15 +491,10 @@ class ShardedFiles:
         """Names of the files that this rank writes."""
         return [name for _, name, _ in self._writer.write_buckets]
 
-    def stage(self, *, copy: bool) -> None:
-        """Bring the tensors to host memory. With `copy`, also copy those that are there: training will change them.
-
-        Of parts of tensors in host memory Megatron has made copies when it planned.
-        """
+    def stage(self) -> None:
+        """Bring to host memory the tensors that are not there."""
         for _, _, (_, tensors) in self._writer.write_buckets:
-            for place, (item, tensor) in enumerate(tensors):
-                is_live = copy and tensor.device.type == "cpu" and _storage(tensor) in self._live
-                tensors[place] = (item, tensor.clone() if is_live else tensor.to("cpu"))
+            tensors[:] = [(item, tensor.to("cpu")) for item, tensor in tensors]
 
     def write(self, number: int) -> list[Any]:
         """Write file `number` of `names` to the disk. Returns what `finish` needs; raises what the file system raises.
@@ -487,16 +514,12 @@ class ShardedFiles:
         return written
 
     def release(self) -> None:
-        """Free the tensors that `stage` has copied."""
+        """Free the tensors that `stage` has brought."""
         self._writer.write_buckets = []
 
     def finish(self, results: list[Any]) -> None:
         """On rank 0: write the list of pieces. `results` has one entry per rank, all that its `write` returned."""
         self._writer.finish(self._metadata, results)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 class _PlanKeeper(TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -514,10 +537,10 @@ class _PlanKeeper(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
 
 @contextmanager
-def simulated_rank(rank: int, world_size: int) -> Iterator[None]:
+def simulated_rank(rank: int, world_size: int, store: Any = None) -> Iterator[None]:
     """Within the block, this process is one of `world_size` ranks of which no other exists.
 
-    Collectives return at once and move nothing.
+    Collectives return at once and move nothing. Only the caller may read from the `store`, where one is given.
     Versions: 0.16 and 0.19. Megatron makes some of its groups on gloo by name, which waits for the other ranks. The
     fake backend is torch's own, made for its tests (`torch/testing/_internal/distributed/fake_pg.py`).
     Upstream: `megatron/core/parallel_state.py`.
@@ -528,7 +551,7 @@ def simulated_rank(rank: int, world_size: int) -> Iterator[None]:
     def without_gloo(*args: Any, **kwargs: Any) -> Any:
         return new_group(*args, **kwargs | {"backend": None})
 
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=store or FakeStore())
     try:
         with mock.patch.object(dist, "new_group", without_gloo):
             yield

@@ -26,7 +26,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import cpu
 
 # At most this many gloo groups are as large as the world: ten on CPUs, if all of it is data parallel. Beside NCCL there
-# are four: three of Megatron's, and one for signals.
+# are three of Megatron's.
 _WORLD_GROUPS = 10
 _OTHER_FILES = 1024
 

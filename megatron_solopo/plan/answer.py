@@ -17,6 +17,7 @@ from megatron_solopo.plan.calibration import calibrate_efficiency
 from megatron_solopo.plan.layouts import Layout, make_layout, parse_sizes
 from megatron_solopo.plan.memory import GIB, RankCheck
 from megatron_solopo.plan.search import LayoutEstimate, Planner, SearchResult
+from megatron_solopo.plan.startup import WORLDS, StartupCounts
 from megatron_solopo.plan.timing import PassTime
 from megatron_solopo.plan.workload import read_workload
 
@@ -198,7 +199,7 @@ class PlannedRun:
         found = {name: f"{size / GIB:,.1f}" for name, size in self.host_bytes_per_node().items()}
         return (
             f"Host memory, GiB on the fullest node: optimizer state {found['optimizer']}; "
-            f"a save {found['save']}, the same in the background; a resume {found['resume']}"
+            f"a save {found['save']}, which async_save keeps; a resume {found['resume']}"
         )
 
     def _time_lines(self) -> list[str]:
@@ -241,6 +242,8 @@ class PlanAnswer:
     """The other objective's best layout, if that is to be compared."""
     rank_checks: Sequence[RankCheck] = ()
     """The result of the dry run."""
+    startup: Sequence[StartupCounts] | str = ()
+    """What a start costs one rank in worlds of several sizes, or why it was not counted."""
 
     def as_text(self) -> str:
         """Tables for a terminal."""
@@ -267,7 +270,7 @@ class PlanAnswer:
             )
             parts.append(_table(objectives))
         if self.rank_checks:
-            parts.append(_dry_run_text(self.rank_checks))
+            parts += [_dry_run_text(self.rank_checks), startup_text(self.startup)]
         return "\n\n".join(parts)
 
     def as_json(self) -> str:
@@ -284,6 +287,7 @@ class PlanAnswer:
             "num_fitting": self.search.num_fitting,
             "refused": [vars(each) for each in self.search.refused],
             "dry_run": [check.as_json() for check in self.rank_checks],
+            "startup": self.startup if isinstance(self.startup, str) else [each.as_json() for each in self.startup],
         }
         return json.dumps(found, indent=2, allow_nan=False)
 
@@ -307,6 +311,19 @@ def _dry_run_text(checks: Sequence[RankCheck]) -> str:
         for check in checks
     ]
     return f"{title}\n{_table(rows)}"
+
+
+def startup_text(counts: Sequence[StartupCounts] | str) -> str:
+    """A table of the counts, or why there are none."""
+    if isinstance(counts, str):
+        return f"Start-up: not counted: {counts}"
+    if not counts:
+        return f"Start-up: not counted: no world of {', '.join(map(str, WORLDS))} ranks is a multiple of this layout"
+    title = (
+        "Start-up: what one rank other than rank 0 opens, reads and exchanges until its weights are loaded, in this "
+        "layout"
+    )
+    return f"{title}\n{_table(each.figures() for each in counts)}"
 
 
 def _table(rows: Iterable[Mapping[str, str]]) -> str:

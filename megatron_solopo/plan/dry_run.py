@@ -37,7 +37,7 @@ from megatron_solopo.parallel.megatron_internals import (
     simulated_rank,
 )
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.plan.layouts import DistinctRank, Layout, distinct_ranks, replace_settings
+from megatron_solopo.plan.layouts import DistinctRank, Layout, distinct_ranks, without_gpu
 from megatron_solopo.plan.memory import RankCheck, peak_activations, rank_state
 from megatron_solopo.plan.workload import PackShape
 from megatron_solopo.train.policy import build_optimizer, wrap_data_parallel
@@ -60,16 +60,13 @@ def dry_run(architecture: Architecture, layout: Layout, pack: PackShape, num_pac
 
     Raises RuntimeError or AssertionError of Megatron-Core if it cannot run the layout.
     """
-    # FP8, Transformer Engine and state in host memory need a GPU. They do not change any parameter.
     parallel = layout.config.parallel
     ranks = layout.data_parallel_size * parallel.context_parallel_size
     overlap = data_parallel_overlap(parallel, layout.config.optimizer, ranks, on_gpu=True).grad_reduce
     config = replace_settings(
-        layout.config,
-        model={"fp8": None, "fp8_param": False, "first_last_layers_bf16": False, "implementation": "local"},
-        optimizer={"optimizer_offload_fraction": 0.0},
+        without_gpu(layout.config),
         # No parameter is gathered without memory. On a GPU, the reduction's overlap decides the buffers' padding.
-        parallel={"cpu_offloading_num_layers": 0, "overlap_grad_reduce": overlap, "overlap_param_gather": False},
+        parallel={"overlap_grad_reduce": overlap, "overlap_param_gather": False},
     )
     on_cpu = replace(layout, config=config)
     sizes = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1

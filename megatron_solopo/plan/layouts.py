@@ -224,3 +224,13 @@ def distinct_ranks(layout: Layout) -> list[DistinctRank]:
         if per_stage > 1:
             found.append(DistinctRank((stage + 1) * per_stage - 1, f"{name}, last shard", False))
     return found
+
+
+def without_gpu(config: Config) -> Config:
+    """The config without FP8, Transformer Engine and state in host memory, which need a GPU and change no parameter."""
+    return replace_settings(
+        config,
+        model={"fp8": None, "fp8_param": False, "first_last_layers_bf16": False, "implementation": "local"},
+        optimizer={"optimizer_offload_fraction": 0.0},
+        parallel={"cpu_offloading_num_layers": 0},
+    )

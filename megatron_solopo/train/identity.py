@@ -5,20 +5,22 @@ the tokens. Numbers that any layout may compute again, the reference log-probs, 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from megatron_solopo.architecture.model_directory import huggingface_directory
-from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
+from megatron_solopo.checkpoint.fingerprint import unread_weights, weights_fingerprint
+from megatron_solopo.checksums import FILES_AT_ONCE, KnownFile, read_checksums
 from megatron_solopo.config import Config, ModelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
 from megatron_solopo.model.build import precision_settings
-from megatron_solopo.parallel.agreement import on_rank_0
+from megatron_solopo.parallel.agreement import from_rank, on_every_rank, on_rank_0
 from megatron_solopo.train.policy import decay_iters
 from megatron_solopo.train.run_data import RunDatasets
 from megatron_solopo.train.step import ReferenceLogprobs
@@ -39,9 +41,25 @@ _SAMPLED_ROWS = 64
 _TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 0.5)}
 
 
-def model_fingerprint(path: Path) -> str:
-    """`weights_fingerprint`, computed by rank 0 for all ranks, which call this together."""
-    return on_rank_0(partial(weights_fingerprint, path))
+def model_fingerprint(path: Path, progress: Callable[[], None] = lambda: None) -> str:
+    """`weights_fingerprint` on every rank; all ranks call it together, and each reads some of the files.
+
+    Args:
+        progress: called on every rank, at the latest when all ranks have read a few files each.
+    """
+    unread = list(on_rank_0(partial(unread_weights, path)).items())
+    read: dict[str, KnownFile] = {}
+    ranks = dist.get_world_size()
+    for start in range(0, len(unread), ranks * FILES_AT_ONCE):
+        part = unread[start : start + ranks * FILES_AT_ONCE]
+        # Neighbours share a host, so the readers are far from each other.
+        readers = [number * ranks // len(part) for number in range(len(part))]
+        own = dict(item for item, reader in zip(part, readers, strict=True) if reader == dist.get_rank())
+        found = on_every_rank(partial(read_checksums, own, path, progress, show_bar=dist.get_rank() == 0))
+        for reader in sorted(set(readers)):
+            read |= from_rank(reader, found)
+        progress()
+    return on_rank_0(partial(weights_fingerprint, path, read))
 
 
 class RunIdentity:
@@ -51,11 +69,14 @@ class RunIdentity:
         values: JSON values by the key that sets each, as a checkpoint keeps them.
     """
 
-    def __init__(self, config: Config, datasets: RunDatasets, max_steps: int) -> None:
+    def __init__(
+        self, config: Config, datasets: RunDatasets, max_steps: int, progress: Callable[[], None] = lambda: None
+    ) -> None:
         """Read the weights if their checksums are not known yet.
 
         Args:
             max_steps: the run's last step.
+            progress: called again and again while weights are read.
         """
         self._config, self._max_steps = config, max_steps
         self._data = datasets.manifest
@@ -72,11 +93,12 @@ class RunIdentity:
             "model.dtype": config.model.dtype,
             "model.fp8": precision_settings(config.model) or None,
             _CONFIG: on_rank_0(lambda: sha256_file(huggingface_directory(config.model.path) / "config.json")),
-            _WEIGHTS: model_fingerprint(config.model.path),
+            _WEIGHTS: model_fingerprint(config.model.path, progress),
             _TOKENS: datasets.manifest.fingerprint,
         }
         if config.objective.needs_reference:
-            self.values[_REFERENCE] = model_fingerprint(config.reference.model_path or config.model.path)
+            path = config.reference.model_path or config.model.path
+            self.values[_REFERENCE] = model_fingerprint(path, progress)
 
     def check(self, saved: Mapping[str, Any], checkpoint: Path) -> list[str]:
         """Compare with what a checkpoint of this run keeps; returns lines to say.

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -28,6 +28,7 @@ from megatron_solopo.parallel.megatron_internals import (
     begin_gathering_ahead,
     fuse_weight_gradients,
     gather_parameters,
+    make_optimizer,
     own_gradient_sums,
     record_own_gradients,
     release_exact_values,
@@ -110,7 +111,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
     """Adam over this rank's parameters, with fp32 master weights where the model is bfloat16."""
     model = chunks[0].module.config
     dtype = model.params_dtype
-    return get_megatron_optimizer(
+    return make_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=optimizer.lr,

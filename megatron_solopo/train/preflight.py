@@ -10,6 +10,7 @@
 The first three always run. The last runs on a GPU, or as `training.try_largest_pack` says.
 """
 
+import os
 import platform
 import socket
 import time
@@ -32,14 +33,14 @@ from megatron_solopo.checkpoint.fingerprint import sample_weights
 from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
+from megatron_solopo.data.prepared import PreparedManifest
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
-from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
+from megatron_solopo.parallel.agreement import from_rank, on_every_rank, on_rank_0, over_ranks
 from megatron_solopo.parallel.megatron_internals import optimizer_parts
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import peak_memory_bytes, reduce_over_ranks, reset_peak_memory
 from megatron_solopo.train.policy import Policy
-from megatron_solopo.train.run_data import RunDatasets
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss, run_schedule
 
 Finding = tuple[str, str]
@@ -52,31 +53,37 @@ _MOMENT_BYTES = 8
 _PLANNED_BATCHES = 20
 
 
-def start_facts(config: Config, datasets: RunDatasets) -> dict[str, str]:
-    """What must be the same on every rank, by the key or the package that decides it."""
-    facts = {key: repr(value) for key, value in _dotted(config.model_dump(mode="json"))}
-    facts["data.path (its content)"] = datasets.manifest.fingerprint
-    facts["model.path (its weights)"] = sample_weights(config.model.path)
+def start_facts(config: Config, data: PreparedManifest) -> dict[str, str | None]:
+    """What must be the same on every rank, by the key or the package that decides it; None: this rank does not look.
+
+    Ranks of one host see the same files, so one of them looks into the weights.
+    """
+    facts: dict[str, str | None] = {key: repr(value) for key, value in _dotted(config.model_dump(mode="json"))}
+    facts["data.path (its content)"] = data.fingerprint
+    is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
+    facts["model.path (its weights)"] = sample_weights(config.model.path) if is_first_of_host else None
     facts["python"] = platform.python_version()
     facts["megatron-solopo"] = __version__
     return facts | {name: _version(name) for name in _PACKAGES}
 
 
-def check_same_start(facts: Mapping[str, str]) -> None:
+def check_same_start(facts: Mapping[str, str | None]) -> None:
     """Raise UserError, on every rank, naming what differs between rank 0 and another rank, with both values.
 
     It uses no other group than the world, because the sizes of the other groups are among what it compares.
     """
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), dict(facts)))
-    first_host, first = everyone[0]
-    for rank, (host, found) in enumerate(everyone):
-        for key in sorted(first.keys() | found.keys()):
-            if first.get(key) != found.get(key):
+    first_host, first = from_rank(0, (socket.gethostname(), dict(facts)))
+
+    def compare() -> None:
+        for key, value in sorted(facts.items()):
+            if value is not None and first.get(key) != value:
                 raise UserError(
-                    f"the ranks do not start alike: {key} is {first.get(key)} on rank 0 ({first_host}), but "
-                    f"{found.get(key)} on rank {rank} ({host}); start every rank with the same config and environment"
+                    f"the ranks do not start alike: {key} is {first.get(key)} on rank 0 ({first_host}), but {value} on "
+                    f"rank {dist.get_rank()} ({socket.gethostname()}); start every rank with the same config and "
+                    "environment"
                 )
+
+    on_every_rank(compare)
 
 
 def check_surroundings(
@@ -111,22 +118,28 @@ def _check_run_dir(run_dir: Path, num_parameters: int) -> str:
     probe = on_rank_0(lambda: _write_probe(run_dir))
     seen = _appears(Path(probe))
     free = on_every_rank(lambda: psutil.disk_usage(str(run_dir)).free if seen else 0)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (socket.gethostname(), seen, free))
+    (blind,) = over_ranks(dist.ReduceOp.SUM, not seen)
     on_rank_0(lambda: Path(probe).unlink(missing_ok=True))
-    blind = [f"rank {rank} ({host})" for rank, (host, sees, _) in enumerate(everyone) if not sees]
     if blind:
         raise UserError(
-            f"run_dir={run_dir}: {', '.join(blind)} cannot see what rank 0 writes there; set run_dir to a directory "
+            f"run_dir={run_dir}: {_blind_ranks(seen)} cannot see what rank 0 writes there; set run_dir to a directory "
             "that all hosts share"
         )
-    least, needed = min(each[2] for each in everyone), num_parameters * _FP32_WEIGHT_AND_MOMENTS_BYTES
+    (least,) = over_ranks(dist.ReduceOp.MIN, free)
+    needed = num_parameters * _FP32_WEIGHT_AND_MOMENTS_BYTES
     if least < needed:
         raise UserError(
             f"run_dir={run_dir}: {described_bytes(least)} free, but one checkpoint takes {described_bytes(needed)}; "
             "make room, or set run_dir to another directory"
         )
     return f"seen by all, {described_bytes(least)} free, {described_bytes(needed)} per checkpoint"
+
+
+def _blind_ranks(seen: bool) -> str:
+    """The ranks that have not seen a file, with their hosts. All ranks call it together, after a failure alone."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, None if seen else socket.gethostname())
+    return ", ".join(f"rank {rank} ({host})" for rank, host in enumerate(everyone) if host is not None)
 
 
 def _write_probe(run_dir: Path) -> str:

@@ -28,7 +28,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, remove, write_json
 from megatron_solopo.model.build import precision_settings
 from megatron_solopo.model.resolve import ResolvedModel
-from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
+from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.identity import model_fingerprint
 from megatron_solopo.train.policy import load_frozen
@@ -91,7 +91,7 @@ def cached_reference(config: Config, model: ResolvedModel, datasets: RunDatasets
     """
     cache, expected = config.reference_cache, reference_dependencies(config, model, datasets)
     on_rank_0(lambda: _check(cache, expected, datasets.manifest.fingerprint_parts))
-    return on_every_rank(
+    return on_rank_0(
         lambda: {name: _read(cache, name, dataset, expected["roles"]) for name, dataset in datasets.by_split.items()}
     )
 

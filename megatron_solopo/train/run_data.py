@@ -10,9 +10,10 @@ from megatron_solopo.architecture.huggingface_config import Architecture, read_a
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.loader import GlobalBatchLoader, Packing, SinglePass, TripletDataset
 from megatron_solopo.data.model_fit import Reader, check_readers
-from megatron_solopo.data.prepared import PreparedManifest, load_prepared
+from megatron_solopo.data.prepared import PreparedData, PreparedManifest, load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
+from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.topology import Topology
 
 
@@ -29,40 +30,55 @@ class RunDatasets:
     """What could not be checked, one line each."""
 
 
-def load_run_datasets(config: Config, architecture: Architecture) -> RunDatasets:
-    """Open `data.path`, and check it against the config and against every model that reads it.
+def load_run_datasets(config: Config, architecture: Architecture, prepared: PreparedData | None = None) -> RunDatasets:
+    """Open `data.path`, and check it against the config and against every model that reads it. All ranks together.
+
+    Each rank maps the rows that it will read. Rank 0 alone loads tokenizers, and reads all tokens where an older
+    version of the data does not state what they are.
 
     Args:
         architecture: of `model.path`. That of `reference.model_path` is read here.
+        prepared: `data.path`, where the caller has opened it already.
 
-    Raises UserError if the data is incomplete, or does not fit the config:
+    Raises UserError on every rank if the data is incomplete, or does not fit the config:
 
     - it holds pairs, but the objective needs triplets;
     - a model cannot read it, see `data.model_fit`;
     - it has no held-out split, but `training.eval_steps` is set.
     """
-    prepared = load_prepared(config.data.path)
-    manifest = prepared.manifest
+    opened = prepared or on_every_rank(lambda: load_prepared(config.data.path))
+    manifest, checked, notes = on_rank_0(lambda: _check(config, architecture, opened))
+    columns = {"short": opened.prompt_column("short"), "long": opened.prompt_column("long")}
+    datasets = {"train": TripletDataset(opened.train, columns, architecture)}
+    if opened.eval is not None:
+        datasets["eval"] = TripletDataset(opened.eval, columns, architecture)
+    return RunDatasets(manifest, datasets, checked, tuple(notes))
+
+
+def _check(
+    config: Config, architecture: Architecture, prepared: PreparedData
+) -> tuple[PreparedManifest, str, list[str]]:
+    """On rank 0: the manifest with the hash of the tokens, what was checked, and what could not be."""
+    manifest = prepared.hashed_manifest()
     if manifest.kind == "pair" and config.objective.name == "solopo":
         raise UserError(
             f"{config.data.path}: holds plain pairs (prompt, chosen, rejected), but objective.name=solopo needs "
             "prompt_short and prompt_long; prepare triplets, or set objective.name=short_po"
         )
-    contexts = {role.context for role in config.objective.roles.all}
-    readers = _readers(config, architecture)
-    notes = check_readers(readers, prepared, config.data.path, contexts)
-    columns = {"short": prepared.prompt_column("short"), "long": prepared.prompt_column("long")}
-    datasets = {"train": TripletDataset(prepared.train, columns, architecture)}
-    if prepared.eval is not None:
-        datasets["eval"] = TripletDataset(prepared.eval, columns, architecture)
-    elif config.training.eval_steps is not None:
+    if prepared.eval is None and config.training.eval_steps is not None:
         raise UserError(
             f"training.eval_steps={config.training.eval_steps}, but {config.data.path} has no held-out split; "
             "prepare it with --eval-count, or remove the key"
         )
+    contexts = {role.context for role in config.objective.roles.all}
+    readers = _readers(config, architecture)
+    notes = check_readers(readers, prepared, config.data.path, contexts)
     unknown = f" ({counted(len(notes), 'tokenizer')} not known)" if notes else ""
-    checked = f"{counted(len(readers), 'model')}: tokenizer, vocabulary and positions fit the data{unknown}"
-    return RunDatasets(manifest, datasets, checked, tuple(notes))
+    return (
+        manifest,
+        f"{counted(len(readers), 'model')}: tokenizer, vocabulary and positions fit the data{unknown}",
+        notes,
+    )
 
 
 def _readers(config: Config, architecture: Architecture) -> list[Reader]:

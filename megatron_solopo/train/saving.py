@@ -14,7 +14,7 @@ from typing import Any
 from megatron_solopo.checkpoint.directory import checkpoint_name, checkpoints, newest_checkpoint
 from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.checkpoint.model_files import read_model_files
-from megatron_solopo.checkpoint.save import ShardedSave
+from megatron_solopo.checkpoint.save import HostCopies, ShardedSave
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.errors import UserError
@@ -53,6 +53,7 @@ class Saver:
         self._policy: Policy | None = None
         self._found: tuple[Path, dict[str, Any]] | None = None
         self._running: _RunningSave | None = None
+        self._copies = HostCopies()
         self._last_saved: TrainState | None = None
 
     def find_checkpoint(self, loader: GlobalBatchLoader) -> TrainState:
@@ -68,12 +69,16 @@ class Saver:
                 "set run_dir to another directory"
             )
         checksums = self._config.checkpoint.verify == "checksums"
-        self._found = newest_checkpoint(self._root, checksums=checksums, say=say)
+        notes: list[str] = []
+
+        def accept(path: Path, saved: dict[str, Any]) -> None:
+            notes.extend(self._identity.check(saved, path))
+            loader.load_state_dict(saved["loader"])
+
+        self._found = newest_checkpoint(self._root, checksums=checksums, say=say, accept=accept)
         if self._found is None:
             return TrainState(0, loader.state_dict(), SkippedSteps())
-        path, saved = self._found
-        notes = self._identity.check(saved, path)
-        loader.load_state_dict(saved["loader"])
+        _, saved = self._found
         for line in notes:
             say(line)
         skipped = SkippedSteps(**saved["skipped"])
@@ -147,7 +152,7 @@ class Saver:
                 self._policy.optimizer,
                 asdict(state) | {"identity": self._identity.values, "reference": self._reference},
                 self._model_files,
-                background=background,
+                copies=self._copies if background else None,
             )
             self._running = _RunningSave(save, state, reason, started)
             if not background:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -17,10 +16,12 @@ from tqdm import tqdm
 from megatron_solopo import exits
 from megatron_solopo.checkpoint.load import check_weights
 from megatron_solopo.config import Config, check_not_by_hand
+from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import check_writable
 from megatron_solopo.model.resolve import ResolvedModel, check_precision, resolve_model
 from megatron_solopo.parallel import topology as process_groups
+from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import check_offload
 from megatron_solopo.train.preflight import check_same_start, start_facts
@@ -95,32 +96,53 @@ def open_session(config: Config) -> Iterator[Session]:
             process_groups.destroy(topology)
 
 
-def _check_reference(config: Config, model: ResolvedModel, path: Path) -> None:
-    """Check another reference model as the policy is checked: config.json, layout, precision, list of tensors."""
-    try:
-        reference = model.at(path)
-        check_precision(reference, config.optimizer)
-        check_weights(path, reference.architecture)
-    except UserError as error:
-        raise UserError(f"reference.model_path={path}: {error}") from None
-
-
 def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, RunDatasets]:
-    """Check model, layout, data and directories, the cheapest first, then join the process groups.
+    """Check model, layout and directories, join the ranks, check together what is large, then make the other groups.
 
-    Raises UserError if something does not fit, or is not the same on all ranks.
+    Before the join a rank reads small files alone. What takes long or opens many files is checked by rank 0 for all.
+
+    Raises UserError on every rank if something does not fit, or is not the same on all ranks.
     """
     model = resolve_model(config.model, config.parallel)
     check_offload(config.optimizer, model)
     check_precision(model, config.optimizer)
-    check_weights(model.path, model.architecture)
-    if config.objective.needs_reference and config.reference.model_path not in (None, model.path):
-        _check_reference(config, model, config.reference.model_path)
-    datasets = load_run_datasets(config, model.architecture)
+    reference = _resolve_reference(config, model)
+    prepared = load_prepared(config.data.path)
     check_writable(config.run_dir, "run_dir")
     check_not_by_hand(config.run_dir / "config.yaml")
-    facts = start_facts(config, datasets)
-    topology = process_groups.initialize(config.parallel, config.seed, lambda: check_same_start(facts))
+    found: list[RunDatasets] = []
+
+    def check() -> None:
+        on_rank_0(lambda: _check_weights(model, reference))
+        check_same_start(on_every_rank(lambda: start_facts(config, prepared.manifest)))
+        found.append(load_run_datasets(config, model.architecture, prepared))
+
+    topology = process_groups.initialize(config.parallel, config.seed, check)
+    (datasets,) = found
     for note in datasets.notes if dist.get_rank() == 0 else ():
         tqdm.write(note, file=sys.stderr)  # stdout may be a file of results
     return model, topology, datasets
+
+
+def _resolve_reference(config: Config, model: ResolvedModel) -> ResolvedModel | None:
+    """Check another reference model as the policy is checked, by its config.json. None if there is no other one."""
+    path = config.reference.model_path
+    if not config.objective.needs_reference or path in (None, model.path):
+        return None
+    try:
+        reference = model.at(path)
+        check_precision(reference, config.optimizer)
+    except UserError as error:
+        raise UserError(f"reference.model_path={path}: {error}") from None
+    return reference
+
+
+def _check_weights(model: ResolvedModel, reference: ResolvedModel | None) -> None:
+    """Check the lists of stored tensors."""
+    check_weights(model.path, model.architecture)
+    if reference is None:
+        return
+    try:
+        check_weights(reference.path, reference.architecture)
+    except UserError as error:
+        raise UserError(f"reference.model_path={reference.path}: {error}") from None

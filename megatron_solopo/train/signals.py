@@ -11,7 +11,8 @@ of a single number, and `StopSignals.check` raises `Stopped` on every rank.
 An evaluation that stops loses what it has computed. A reference pass loses nothing.
 
 Within a step no rank waits for the all-reduce: the ranks begin it at one micro-batch, and act on it at the next
-(`check_meanwhile`). So a run stops within two micro-batches (one step with PP > 1), and then it is saved. A second
+(`check_meanwhile`). So a run stops within two micro-batches (one step with PP > 1), and then it is saved. Beside NCCL,
+more than 32 ranks reduce in stages, and each stage takes one more micro-batch (`stages_of`). A second
 signal, 2 seconds or more after the first, ends the process at once with code 128 + its number. A save that is being
 written then stays under its temporary name. Within 2 seconds a second signal counts as the same request, because
 launchers deliver one request twice: to the process group, then to each rank.
@@ -31,6 +32,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Self
 
@@ -42,6 +44,7 @@ from megatron_solopo import exits
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SAME_REQUEST_SECONDS = 2.0
+_LARGEST_GROUP = 32
 
 
 class Stopped(Exception):
@@ -56,8 +59,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._requests = _Requests()
-        self._group: Any = None
-        self._agreeing: tuple[torch.Tensor, dist.Work] | None = None
+        self._stages: list[Any] = []
+        self._agreeing: _Agreement | None = None
 
     def __enter__(self) -> Self:
         pipe, write_end = socket.socketpair()
@@ -78,34 +81,42 @@ class StopSignals:
 
     def join(self) -> None:
         """Let the ranks of the world agree from now on. All ranks call it together."""
-        backend = dist.get_backend()
         # On gloo, so that no host waits for its GPU.
-        self._group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+        self._stages = [dist.group.WORLD] if dist.get_backend() == "gloo" else _gloo_groups()
         self._requests.ranks_have_met = True
 
     def check(self) -> None:
         """Raise Stopped on every rank if any rank was asked to stop. All ranks call it together."""
-        self.check_meanwhile()
+        self._finish_agreement()
+        self._begin_agreement()
         self._finish_agreement()
 
     def check_meanwhile(self) -> None:
-        """As `check`, but without waiting: it knows only the requests that came before the last check."""
-        assert self._group is not None, "join comes first"
-        self._finish_agreement()
+        """As `check`, but without waiting: it knows only the requests that came before an earlier check."""
+        if self._agreeing is None or self._complete_stage():
+            self._begin_agreement()
+
+    def _begin_agreement(self) -> None:
+        assert self._stages, "join comes first"
         # The greatest request wins: who, and which signal.
         received = self._requests.received
         mine = 0 if received is None else (dist.get_rank() + 1) * 256 + received
-        request = torch.tensor(mine, dtype=torch.int64, device="cpu")
-        self._agreeing = request, dist.all_reduce(request, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._agreeing = _Agreement(torch.tensor(mine, dtype=torch.int64, device="cpu"), self._stages)
+
+    def _complete_stage(self) -> bool:
+        """Wait for the running stage and begin the next one; returns whether it was the last. Raises Stopped then."""
+        assert self._agreeing is not None
+        if not self._agreeing.complete_stage():
+            return False
+        request, self._agreeing = int(self._agreeing.request), None
+        if request:
+            rank, number = divmod(request, 256)
+            raise Stopped(f"{signal.Signals(number).name} on rank {rank - 1}")
+        return True
 
     def _finish_agreement(self) -> None:
-        if self._agreeing is None:
-            return
-        (request, work), self._agreeing = self._agreeing, None
-        work.wait()
-        if request > 0:
-            rank, number = divmod(int(request), 256)
-            raise Stopped(f"{signal.Signals(number).name} on rank {rank - 1}")
+        while self._agreeing is not None:
+            self._complete_stage()
 
     def conclude(self) -> None:
         """At the end of the work, wait for the last agreement and ignore it. All ranks call it together."""
@@ -113,14 +124,14 @@ class StopSignals:
             self._finish_agreement()
 
     def leave(self) -> None:
-        """Release the group before it is destroyed. Each rank calls it by itself.
+        """Release the groups before they are destroyed. Each rank calls it by itself.
 
         After a failure another rank may never join the last agreement. To free the group, torch would wait for it, at
         worst until the group's timeout. So the group then stays until the process ends.
         """
-        if self._agreeing is not None and not self._agreeing[1].is_completed():
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
-        self._agreeing = self._group = None
+        if self._agreeing is not None and not self._agreeing.work.is_completed():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._agreeing.group))
+        self._agreeing, self._stages = None, []
 
     def finish(self, stopped: Stopped) -> None:
         """Say that all is saved, and ignore signals from now on. All ranks call it together.
@@ -130,7 +141,54 @@ class StopSignals:
         self._requests.finished = True
         if dist.get_rank() == 0:
             tqdm.write(f"stopped by {stopped}; the same command continues from what is saved")
-        dist.barrier(group=self._group)
+        for group in self._stages:  # in every stage, so that each rank waits for all
+            dist.barrier(group=group)
+
+
+class _Agreement:
+    """The maximum of a number over all ranks, in stages. Each stage is an all-reduce in the background."""
+
+    def __init__(self, request: torch.Tensor, stages: Sequence[Any]) -> None:
+        self.request = request
+        self._left = list(stages)
+        self._begin_stage()
+
+    def _begin_stage(self) -> None:
+        self.group = self._left.pop(0)
+        self.work = dist.all_reduce(self.request, dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+    def complete_stage(self) -> bool:
+        """Wait for the running stage and begin the next one; returns whether it was the last."""
+        self.work.wait()
+        if not self._left:
+            return True
+        self._begin_stage()
+        return False
+
+
+def stages_of(ranks: int) -> list[list[list[int]]]:
+    """Groups of ranks, in stages: what is reduced in one group of every stage is reduced over all ranks.
+
+    The ranks form a grid with as few dimensions as keep a group at 32 ranks. A gloo group of n ranks takes n^2
+    connections, and each of its ranks reads n addresses for n others: 8 MB at 1,024 ranks, 8 GB from one store in all.
+    """
+    sizes, left = list[int](), ranks
+    while left > 1:
+        sizes.append(max((size for size in range(2, _LARGEST_GROUP + 1) if left % size == 0), default=left))
+        left //= sizes[-1]
+    grid = torch.arange(ranks).reshape(sizes)
+    return [grid.movedim(axis, -1).reshape(-1, size).tolist() for axis, size in enumerate(sizes)]
+
+
+def _gloo_groups() -> list[Any]:
+    """This rank's group of every stage."""
+    return [
+        next(group for members, group in made if dist.get_rank() in members)
+        for made in (
+            [(ranks, dist.new_group(ranks, backend="gloo")) for ranks in stage]
+            for stage in stages_of(dist.get_world_size()) or [[[0]]]
+        )
+    ]
 
 
 class _Requests:

@@ -131,16 +131,15 @@ class Trainer:
         self.loader = training_batches(config, self.datasets["train"], self.topology)
         self.save_clock = SaveClock(config.checkpoint)
         self.callbacks = self._build_callbacks()
-        self.saver = Saver(config, RunIdentity(config, datasets, session.max_steps), self.callbacks)
+        session.enter("checksums of the weights", 0)
+        identity = RunIdentity(config, datasets, session.max_steps, session.watchdog.progress)
+        self.saver = Saver(config, identity, self.callbacks)
         self.state = self.state_before_skips = TrainState(0, self.loader.state_dict(), SkippedSteps())
         self.triplet_losses = TripletLosses()
 
     def run(self) -> None:
         """Train to the last step; or save and raise Stopped, if a signal asked to stop."""
-        self.state = self.state_before_skips = self.saver.find_checkpoint(self.loader)
-        self._prepare_reference()
-        self.policy = build_policy(self.config, self.session.model, self.topology, self.session.max_steps)
-        self.saver.restore(self.policy, self.state)
+        self.prepare()
         trial = None
         if not self._is_finished() and tries_largest_pack(self.config, self.topology):
             trial = _try_largest_pack(self.session, self.policy, self.loader)
@@ -155,6 +154,13 @@ class Trainer:
             raise
         finally:
             self._end_threads()
+
+    def prepare(self) -> None:
+        """Find the checkpoint to continue from, get the reference log-probs, and load the policy."""
+        self.state = self.state_before_skips = self.saver.find_checkpoint(self.loader)
+        self._prepare_reference()
+        self.policy = build_policy(self.config, self.session.model, self.topology, self.session.max_steps)
+        self.saver.restore(self.policy, self.state)
 
     def _build_callbacks(self) -> list[Callback]:
         config, run_dir = self.config, self.config.run_dir

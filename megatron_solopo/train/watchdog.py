@@ -70,22 +70,29 @@ class RollCall:
         behind     its pulse goes on, but it has entered fewer phases than others
         all alike  a collective does not end although all ranks have entered it: the network, or a GPU
 
+    No rank keeps a list of the others, which would be read by every rank and grow with their number.
+
     Args:
         store: the store of the process group, as a clone that no other thread uses.
-        hosts: the host of every rank.
+        ranks: number of ranks.
+        neighbours: the ranks of this host, if they are known.
         pulse_seconds: the time between two posts.
     """
 
-    def __init__(self, store: Any, rank: int, hosts: Sequence[str], pulse_seconds: float) -> None:
-        self._store, self._rank, self._hosts, self._pulse_seconds = store, rank, hosts, pulse_seconds
-        self.place = Place(0, 0, "starting", socket.gethostname())
+    def __init__(
+        self, store: Any, rank: int, ranks: int, pulse_seconds: float, *, host: str, neighbours: Sequence[int]
+    ) -> None:
+        self._store, self._rank, self._ranks, self._pulse_seconds = store, rank, ranks, pulse_seconds
+        self._neighbours = neighbours
+        self.place = Place(0, 0, "starting", host)
         self._left = False
         self._moved = threading.Event()
         self._lock = threading.Lock()  # a store serves one thread at a time
         self._poster: threading.Thread | None = None
 
     def start(self) -> None:
-        """Post until `leave`."""
+        """Post now, and until `leave`."""
+        self._moved.set()
         self._poster = threading.Thread(target=self._post_forever, name="roll call", daemon=True)
         self._poster.start()
 
@@ -111,10 +118,12 @@ class RollCall:
         found: str | None = self._try_for_a_while(self._common_verdict)
         if found is not None:
             return found
-        mine = self._hosts[self._rank]
-        elsewhere = [rank for rank, host in enumerate(self._hosts) if host != mine]
-        others = f"; ranks on other hosts: {self._named(elsewhere)}" if elsewhere else ""
-        return f"the store that the ranks met in does not answer: {mine} is cut off from it, or it is gone{others}"
+        elsewhere = [rank for rank in range(self._ranks) if rank not in self._neighbours]
+        others = f"; ranks on other hosts: {_listed(elsewhere)}" if elsewhere else ""
+        return (
+            f"the store that the ranks met in does not answer: {self.place.host} is cut off from it, or it is gone"
+            f"{others}"
+        )
 
     def _try_for_a_while(self, action: Any) -> Any:
         """The result of `action()`, or None if it fails or takes too long, as a store behind a cut link does."""
@@ -168,7 +177,7 @@ class RollCall:
 
     def _places(self) -> list[Place | None]:
         """The place of every rank, None if it has not posted yet."""
-        keys = [f"place/{rank}" for rank in range(len(self._hosts))]
+        keys = [f"place/{rank}" for rank in range(self._ranks)]
         return [Place(**json.loads(self._store.get(key))) if self._store.check([key]) else None for key in keys]
 
     def _verdict(self, before: Sequence[Place | None], after: Sequence[Place | None]) -> str:
@@ -187,19 +196,16 @@ class RollCall:
         )
 
     def _where(self, ranks: Iterable[int], places: Sequence[Place | None]) -> str:
-        return ", ".join(f"{self._named([rank])} {_described(places[rank])}" for rank in ranks)
+        return ", ".join(f"{_listed([rank])} {_described(places[rank])}" for rank in ranks)
 
-    def _named(self, ranks: Sequence[int]) -> str:
-        """As in "ranks 4-7 (node2), rank 9 (node3)"."""
-        named = []
-        for host, of_host in groupby(ranks, key=lambda rank: self._hosts[rank]):
-            for span in _spans(list(of_host)):
-                named.append(f"{'rank' if span.isdigit() else 'ranks'} {span} ({host})")
-        return ", ".join(named)
+
+def _listed(ranks: Sequence[int]) -> str:
+    """As in "ranks 4-7, rank 9"."""
+    return ", ".join(f"{'rank' if span.isdigit() else 'ranks'} {span}" for span in _spans(ranks))
 
 
 def _described(place: Place | None) -> str:
-    return "never began" if place is None else f"last at step {place.step}, {place.phase}"
+    return "never began" if place is None else f"({place.host}) last at step {place.step}, {place.phase}"
 
 
 def _spans(ranks: Sequence[int]) -> list[str]:
@@ -310,11 +316,13 @@ def watching(config: WatchdogConfig, run_dir: Path) -> Iterator[Watchdog]:
 
 
 def _roll_call(config: WatchdogConfig) -> RollCall:
-    hosts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
     torch_store: Any = dist.distributed_c10d._get_default_store()  # its types lack `clone`
     store = PrefixStore("roll_call", torch_store).clone()  # type: ignore[attr-defined]
     pulse = min(_LARGEST_PULSE_SECONDS, 60 * config.timeout_minutes / 10)
-    call = RollCall(store, dist.get_rank(), hosts, pulse)
+    rank, of_host = dist.get_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first = rank - int(os.environ.get("LOCAL_RANK", "0")) if of_host > 1 else rank
+    call = RollCall(
+        store, rank, dist.get_world_size(), pulse, host=socket.gethostname(), neighbours=range(first, first + of_host)
+    )
     call.start()
     return call

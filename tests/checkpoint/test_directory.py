@@ -211,6 +211,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(policy, patte
     assert newest_checkpoint(tmp_path, checksums=True, say=pytest.fail) == (good, {"step": 1})
 
 
+def test_nothing_is_renamed_for_a_run_that_the_checkpoint_is_not_of(policy, tmp_path) -> None:
+    good, bad = save(policy, tmp_path, 1), save(policy, tmp_path, 2)
+    truncate(next(bad.glob("*.distcp")))
+    before = [(path, path.read_bytes()) for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+
+    def refuse(path: Path, state: dict[str, int]) -> None:
+        assert (path, state) == (good, {"step": 1})
+        raise UserError("another run's")
+
+    with pytest.raises(UserError, match="another run's"):
+        newest_checkpoint(tmp_path, checksums=True, say=pytest.fail, accept=refuse)
+    assert [(path, path.read_bytes()) for path in sorted(tmp_path.rglob("*")) if path.is_file()] == before
+
+
 def test_without_a_good_checkpoint_nothing_is_touched(policy, tmp_path) -> None:
     for step in (1, 2):
         truncate(next(save(policy, tmp_path, step).glob("*.distcp")))

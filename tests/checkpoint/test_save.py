@@ -17,8 +17,9 @@ from megatron_solopo.checkpoint import save as save_module
 from megatron_solopo.checkpoint.directory import newest_checkpoint
 from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.checkpoint.manifest import read_manifest, sealed_files, write_manifest
-from megatron_solopo.checkpoint.save import ShardedSave
+from megatron_solopo.checkpoint.save import HostCopies, ShardedSave
 from megatron_solopo.errors import UserError
+from megatron_solopo.parallel.megatron_internals import dense_optimizer
 from megatron_solopo.train.policy import Policy
 
 MODEL_FILES = {"config.json": b"{}", "additional_chat_templates/tool.jinja": b"x"}
@@ -42,6 +43,18 @@ def save(policy: Policy, root: Path, step: int) -> Path:
 
 def newest(root: Path) -> tuple[Path, dict[str, int]] | None:
     return newest_checkpoint(root, checksums=True, say=pytest.fail)
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_that_is_not_finite_is_refused(policy: Policy, name: str, tmp_path: Path) -> None:
+    state = next(iter(dense_optimizer(policy.optimizer).optimizer.state.values()))
+    kept = state[name].clone()
+    state[name].view(-1)[-1] = torch.inf
+    path = save(policy, tmp_path, 1)
+    state[name].copy_(kept)
+    with pytest.raises(UserError, match=f"iter_0000001: the optimizer's {name} is not finite"):
+        load_checkpoint(path, policy.chunks, policy.optimizer)
+    next(iter(dense_optimizer(policy.optimizer).optimizer.state.values()))[name].copy_(kept)
 
 
 class Interrupted(BaseException):
@@ -170,7 +183,7 @@ def test_a_save_in_the_background_that_fails_is_told_when_it_is_completed(policy
         good = save(policy, disk, 1)
         (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - (180 << 10)))
         monkeypatch.setattr(save_module, "_free_bytes", lambda path: 1 << 40)
-        begun = ShardedSave(disk, policy.chunks, policy.optimizer, {"step": 2}, {}, background=True)
+        begun = ShardedSave(disk, policy.chunks, policy.optimizer, {"step": 2}, {}, copies=HostCopies())
         with pytest.raises(UserError, match=r"iter_0000002 was not saved: .*No space left on device"):
             begun.complete()
         assert sorted(path.name for path in disk.iterdir()) == ["iter_0000001", "latest", "other"]
@@ -179,7 +192,7 @@ def test_a_save_in_the_background_that_fails_is_told_when_it_is_completed(policy
 
 def test_a_save_in_the_background_holds_the_state_it_began_with(policy, tmp_path) -> None:
     before = [p.detach().clone() for chunk in policy.chunks for p in chunk.parameters()]
-    begun = ShardedSave(tmp_path, policy.chunks, policy.optimizer, {"step": 1}, {}, background=True)
+    begun = ShardedSave(tmp_path, policy.chunks, policy.optimizer, {"step": 1}, {}, copies=HostCopies())
     with torch.no_grad():
         for chunk in policy.chunks:
             for parameter in chunk.parameters():
@@ -187,6 +200,18 @@ def test_a_save_in_the_background_holds_the_state_it_began_with(policy, tmp_path
     load_checkpoint(begun.complete(), policy.chunks, policy.optimizer)
     after = [p.detach() for chunk in policy.chunks for p in chunk.parameters()]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_a_save_in_the_background_uses_the_host_memory_of_the_one_before(policy, tmp_path) -> None:
+    copies = HostCopies()
+    ShardedSave(tmp_path, policy.chunks, policy.optimizer, {"step": 1}, {}, copies=copies).complete()
+    addresses = {place: tensor.data_ptr() for place, tensor in copies._tensors.items()}
+    fill(policy, 0.5)
+    path = ShardedSave(tmp_path, policy.chunks, policy.optimizer, {"step": 2}, {}, copies=copies).complete()
+    assert addresses and {place: tensor.data_ptr() for place, tensor in copies._tensors.items()} == addresses
+    fill(policy, 0.25)
+    load_checkpoint(path, policy.chunks, policy.optimizer)
+    assert values(policy) == {0.5}
 
 
 def test_too_little_room_is_told_before_anything_is_written(policy, tmp_path) -> None:

@@ -25,7 +25,7 @@ from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint import save as save_module
 from megatron_solopo.checkpoint import sharded_state
 from megatron_solopo.checkpoint.load import load_checkpoint
-from megatron_solopo.checkpoint.save import ShardedSave
+from megatron_solopo.checkpoint.save import HostCopies, ShardedSave
 from megatron_solopo.checkpoint.sharded_state import complete_group
 from megatron_solopo.config import Config, parse_config
 from megatron_solopo.model.resolve import resolve_model
@@ -81,8 +81,8 @@ def trained(folder: Path, sizes: dict[str, int]) -> Iterator[Policy]:
         yield build_policy(config, resolve_model(config.model, config.parallel), groups, max_steps=10)
 
 
-def save(root: Path, policy: Policy) -> Path:
-    return ShardedSave(root, policy.chunks, policy.optimizer, {"step": 1}, {}).complete()
+def save(root: Path, policy: Policy, copies: HostCopies | None = None) -> Path:
+    return ShardedSave(root, policy.chunks, policy.optimizer, {"step": 1}, {}, copies=copies).complete()
 
 
 def saved_and_loaded(folder: Path, name: str) -> dict[str, Any]:
@@ -90,8 +90,8 @@ def saved_and_loaded(folder: Path, name: str) -> dict[str, Any]:
         wanted = invent(policy)
         paths: list[Path] = []
         peaks = [
-            peak_tensor_bytes(lambda root=root, background=background: paths.append(begun(root, policy, background)))
-            for root, background in ((folder / name, False), (folder / f"{name} in the background", True))
+            peak_tensor_bytes(lambda root=root, copies=copies: paths.append(save(root, policy, copies)))
+            for root, copies in ((folder / name, None), (folder / f"{name} in the background", HostCopies()))
         ]
         for tensor in held(policy):
             tensor.zero_()
@@ -110,10 +110,6 @@ def saved_and_loaded(folder: Path, name: str) -> dict[str, Any]:
             found["as Megatron loads"] = same(ours, held(policy))
             found["in the background"] = on_rank_0(partial(differences, *paths))
         return found
-
-
-def begun(root: Path, policy: Policy, background: bool) -> Path:
-    return ShardedSave(root, policy.chunks, policy.optimizer, {"step": 1}, {}, background=background).complete()
 
 
 def save_as_before(root: Path, policy: Policy) -> Path:

@@ -14,6 +14,7 @@ from megatron_solopo.data.prepared import MANIFEST_NAME, load_prepared
 from megatron_solopo.data.settings import PrepareSettings
 from megatron_solopo.data.tokenize import prepare
 from megatron_solopo.errors import UserError
+from megatron_solopo.files import sha256_json
 from tests.prepared import make_tokenizer
 from tests.tiny_models import TINY, VOCAB_SIZE
 
@@ -131,3 +132,35 @@ def test_a_sequence_beyond_the_positions_is_refused(folder: Path, is_reference: 
 def test_a_tokenizer_that_is_not_there_is_said_in_one_line(folder: Path, is_reference: bool) -> None:
     (note,) = check(folder, "none", is_reference=is_reference)
     assert f"{folder / 'none'} has no tokenizer files" in note and "could not be checked" in note
+
+
+def test_a_damaged_tokenizer_of_the_data_is_named(folder: Path, tmp_path: Path) -> None:
+    """It was passed over. The reference model was then said to have another tokenizer."""
+    readers = [Reader(folder / "none", SHAPE), Reader(folder / "other_end", SHAPE, is_reference=True)]
+    file = folder / "own" / "tokenizer.json"
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(whole[:-20])
+        with pytest.raises(UserError, match=f"{folder / 'own'}: no loadable tokenizer"):
+            check_readers(readers, load_prepared(folder / "data"), folder / "data", ("short", "long"))
+        file.rename(tmp_path / file.name)
+        with pytest.raises(UserError, match="which is not the tokenizer of the reference model"):
+            check_readers(readers, load_prepared(folder / "data"), folder / "data", ("short", "long"))
+    finally:
+        file.write_bytes(whole)
+
+
+def test_data_of_an_older_version_knows_its_tokenizer(folder: Path) -> None:
+    """Older versions had the name of transformers' class among what makes a tokenizer."""
+    file = folder / "data" / MANIFEST_NAME
+    whole = json.loads(file.read_text())
+    rules = json.loads((folder / "own" / "tokenizer.json").read_text())
+    rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
+    older = sha256_json({"rules": rules, "eos_token_id": 0, "class": "PreTrainedTokenizerFast"})
+    assert older != whole["fingerprint_parts"]["tokenizer"]
+    try:
+        file.write_text(json.dumps(whole | {"fingerprint_parts": whole["fingerprint_parts"] | {"tokenizer": older}}))
+        assert check(folder, "own", is_reference=False) == []
+        assert "not the tokenizer of the model" in refused(folder, "swapped", is_reference=False)
+    finally:
+        file.write_text(json.dumps(whole))

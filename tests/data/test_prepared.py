@@ -38,7 +38,7 @@ def test_a_directory_of_format_1_has_the_fingerprint_of_its_tokens(tmp_path, tri
     written = prepare(triplets, tmp_path / "out", hugging_face, eval_count=3)
     older = written.fingerprint_parts | {"format_version": 1}
     spoil_manifest(tmp_path / "out", format_version=1, fingerprint=sha256_json(older), fingerprint_parts=older)
-    read = load_prepared(tmp_path / "out").manifest
+    read = load_prepared(tmp_path / "out").hashed_manifest()
     assert read.fingerprint == written.fingerprint and read.fingerprint_parts == older
 
 

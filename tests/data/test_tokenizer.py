@@ -1,9 +1,11 @@
 import json
 
 import pytest
+import tokenizers as tokenizers_library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_solopo.data import tokenizer_contradictions, tokenizer_file
 from megatron_solopo.data.tokenize_row import tokenize_row
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
@@ -84,6 +86,38 @@ def test_truncation_stored_in_the_tokenizer_is_not_applied(tmp_path):
     tokenizer = load_tokenizer(write_hugging_face(tmp_path / "hf", max_length=4))
     text = "the river " * 50
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_this_package_parses_a_tokenizer_file_once(tmp_path, monkeypatch):
+    path = write_hugging_face(tmp_path / "a")
+    vocabulary = json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
+    (path / "vocab.json").write_text(json.dumps(vocabulary))  # compared with tokenizer.json
+    parsed = []
+
+    class Counting:
+        @staticmethod
+        def from_file(file):
+            parsed.append(file)
+            return tokenizers_library.Tokenizer.from_file(file)
+
+    for module in (tokenizer_contradictions, tokenizer_file):
+        monkeypatch.setattr(module, "Tokenizer", Counting)
+    load_tokenizer(path)
+    assert parsed == [str(path / "tokenizer.json")]
+
+
+def test_fingerprint_does_not_know_the_name_of_the_class(tmp_path):
+    path = write_hugging_face(tmp_path / "a")
+    first = load_tokenizer(path)
+    named = type(first._tokenizer)
+    name = named.__name__
+    try:
+        named.__name__ = "AnotherName"  # as in another version of transformers
+        other = load_tokenizer(path)
+    finally:
+        named.__name__ = name
+    assert other.fingerprint == first.fingerprint and other.has_fingerprint(first.fingerprint)
+    assert not other.has_fingerprint("0" * 64)
 
 
 def test_fingerprint_follows_the_tokens_not_the_place_or_the_template(tmp_path):

@@ -222,11 +222,8 @@ def test_a_plan_is_written_by_this_process_and_read_by_megatron(group: Any, tmp_
     model = make_model()
     state = {"model": model.sharded_state_dict(metadata=SHARDING)}
     files = internals.ShardedFiles(state, tmp_path, {}, files_per_rank=2)
-    files.stage(copy=True)
+    files.stage()
     wanted = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()  # the copies are on their way to the disk
     results = [found for number in range(len(files.names)) for found in files.write(number)]
     assert sorted(files.names) == sorted(path.name for path in tmp_path.glob("*.distcp"))
     files.finish([results])
@@ -239,7 +236,7 @@ def test_a_file_that_cannot_be_written_raises_what_the_file_system_raises(group:
     files = internals.ShardedFiles(
         {"model": make_model().sharded_state_dict(metadata=SHARDING)}, tmp_path, {}, files_per_rank=1
     )
-    files.stage(copy=False)
+    files.stage()
     (tmp_path / files.names[0]).mkdir()
     with pytest.raises(IsADirectoryError):
         files.write(0)

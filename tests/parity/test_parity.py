@@ -118,6 +118,10 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout("pp2-dp2", TWO_RANKS_UNEVEN, pp(2)),
         Layout("cp2-dp2", TWO_RANKS, cp(2), distributed_optimizer=True),
     ],
+    8: [
+        Layout("tp2-pp2-cp2", UNPACKED, tp(2, **pp(2), **cp(2))),
+        Layout("tp2-pp2-vpp2-cp2", UNPACKED, tp(2, **pp(2, 2), **cp(2)), distributed_optimizer=True),
+    ],
 }
 
 
@@ -126,6 +130,8 @@ def cases(world_size: int) -> list[Case]:
     layouts = LAYOUTS[world_size]
     found = [Case("qwen2_tied", DPO_BOTH, layout) for layout in layouts]
     found += [Case("llama3", ORPO_NLL, layout) for layout in layouts if layout.name != "pp2-vpp2-recompute"]
+    if world_size == 8:
+        return [*found, Case("qwen3", DPO_BOTH, layouts[-1], reference="policy")]
     found += [Case("qwen3", DPO_BOTH, layouts[0], reference="policy")]
     found += [Case("qwen3", objective, layouts[0], reference="policy") for objective in PLAIN_DPO]
     # Norms of queries and keys: with and without sequence parallelism, whole heads and split groups.
@@ -138,7 +144,12 @@ def cases(world_size: int) -> list[Case]:
     return found
 
 
-ALL_CASES = [(world_size, case) for world_size in LAYOUTS for case in cases(world_size)]
+def marked(world_size: int, *values: Any) -> Any:
+    """Parameters of a test. Eight ranks are slow."""
+    return pytest.param(*values, marks=[pytest.mark.slow] if world_size == 8 else [])
+
+
+ALL_CASES = [marked(world_size, world_size, case) for world_size in LAYOUTS for case in cases(world_size)]
 
 
 def make_rows(count: int, seed: int) -> list[Row]:
@@ -241,7 +252,7 @@ def test_ranks_without_a_response_token_are_among_the_cases(context: int, tensor
             assert int(here.sum()) == (len(roles) if rank == 0 else 0)
 
 
-@pytest.mark.parametrize("world_size", LAYOUTS)
+@pytest.mark.parametrize("world_size", [marked(size, size) for size in LAYOUTS])
 def test_every_metric_is_the_same_under_every_layout(world_size: int, results: Any) -> None:
     """Against the first case of one rank, which `test_equals_transformers_on_one_process` checks."""
     objective = ObjectiveConfig(**DPO_BOTH)
@@ -253,7 +264,7 @@ def test_every_metric_is_the_same_under_every_layout(world_size: int, results: A
             assert metrics == pytest.approx(reference, rel=1e-4, abs=1e-5), case.name
 
 
-@pytest.mark.parametrize("world_size", LAYOUTS)
+@pytest.mark.parametrize("world_size", [marked(size, size) for size in LAYOUTS])
 def test_dpo_starts_at_ln_2_when_the_reference_is_the_policy(world_size: int, results: Any) -> None:
     own = [case for case in cases(world_size) if case.reference == "policy"]
     assert own

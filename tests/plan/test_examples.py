@@ -52,6 +52,8 @@ def test_a_kept_plan_is_what_the_command_writes_today(name: str, tmp_path: Path)
     kept = str((LAUNCH / name).relative_to(ROOT))
     assert command == f"$ megatron-solopo {' '.join(ARGUMENTS[name])} --dry-run --emit-sbatch {kept}"
     assert text == result.stdout.rstrip("\n")
+    dry_run, startup = dry_run.split("\n\n")
+    assert startup.startswith("Start-up: not counted: ") and "prepared directory" in startup
     ranks = dry_run.splitlines()[3:]
     assert len(ranks) >= 2 and all("  equal  " in f"{line}  " for line in ranks)
     assert load_config(LAUNCH / name / "config.yaml") == load_config(folder / "config.yaml")

@@ -144,12 +144,12 @@ def threads_left(folder: Path) -> dict[str, Any]:
                 end(session)
         except BaseException as error:
             raised = type(error)
-        found[end.__name__] = raised, ours_since(before), session.signals._agreeing, session.signals._group
+        found[end.__name__] = raised, ours_since(before), session.signals._agreeing, session.signals._stages
     return found
 
 
 def test_a_session_leaves_no_thread_and_no_collective_however_it_ends(tmp_path: Path) -> None:
-    expected = {end.__name__: (raised, [], None, None) for end, raised in ENDS.items()}
+    expected = {end.__name__: (raised, [], None, []) for end, raised in ENDS.items()}
     assert run_distributed(threads_left, 2, make_run_inputs(tmp_path)) == [expected] * 2
 
 
@@ -193,7 +193,7 @@ def test_a_store_that_does_not_answer_delays_the_end_by_a_few_pulses_alone() -> 
         def set(self, key: str, value: str) -> None:
             answers.wait()
 
-    call = RollCall(Silent(), 0, ["node0"], 0.05)
+    call = RollCall(Silent(), 0, 1, 0.05, host="node0", neighbours=[0])
     call.start()
     time.sleep(0.2)
     started = time.monotonic()

@@ -65,7 +65,8 @@ def load(root: Path, chosen: str, *, old_manifest: bool = False) -> run_data.Run
         "data": {"path": str(output), "max_tokens_per_pack": 400},
         "training": {"global_batch_size": 1},
     }
-    return run_data.load_run_datasets(parse_config(sections, source="test"), read_architecture(root / "model"))
+    with layout():
+        return run_data.load_run_datasets(parse_config(sections, source="test"), read_architecture(root / "model"))
 
 
 def test_an_unused_token_past_the_embedding_is_no_mistake(padded: Path) -> None:

@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import shutil
+import statistics
 import tempfile
 import time
 import warnings
@@ -25,7 +26,7 @@ from transformers import LlamaConfig
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.load import load_checkpoint
-from megatron_solopo.checkpoint.save import ShardedSave
+from megatron_solopo.checkpoint.save import HostCopies, ShardedSave
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
@@ -41,7 +42,8 @@ _COLUMNS = {
     "background": "in the background, peak MiB",
     "resume": "resume, peak MiB",
     "save_seconds": "save s",
-    "blocked_seconds": "blocked s",
+    "first_blocked_seconds": "blocked s, first",
+    "blocked_seconds": "blocked s, later",
     "written": "written MiB",
 }
 
@@ -50,7 +52,7 @@ def main() -> None:
     """Save, save in the background, load; rank 0 prints a line for every rank."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3, help="saves of each kind; times are medians of these")
+    parser.add_argument("--repeats", type=int, default=5, help="saves of each kind, at least 2; times are medians")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are written (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="file for the figures of all ranks")
     options = parser.parse_args()
@@ -83,13 +85,14 @@ def _print(ranks: list[dict[str, float]]) -> None:
 def _measure(folder: Path, layers: int, repeats: int, groups: Topology) -> dict[str, float]:
     chunks, optimizer = _make_policy(folder, layers, groups)
     found: dict[str, list[float]] = {name: [] for name in ("save", "background", "save_seconds", "blocked_seconds")}
+    copies = HostCopies()
     for step in range(repeats):
         for background in (False, True):
             root = folder / f"{step}{background}"
             dist.barrier()
             memory = _PeakMemory()
             started = time.monotonic()
-            save = ShardedSave(root, chunks, optimizer, {"step": 1}, {}, background=background)
+            save = ShardedSave(root, chunks, optimizer, {"step": 1}, {}, copies=copies if background else None)
             blocked = time.monotonic() - started
             path = save.complete()
             found["background" if background else "save"].append(memory.peak())
@@ -103,8 +106,17 @@ def _measure(folder: Path, layers: int, repeats: int, groups: Topology) -> dict[
     memory = _PeakMemory()
     load_checkpoint(folder / "0True" / "iter_0000001", chunks, optimizer)
     parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-    medians = {name: sorted(values)[len(values) // 2] for name, values in found.items()}
-    return {"parameters": parameters, "resume": memory.peak(), "written": written} | medians
+    first, *later = found["blocked_seconds"]
+    return {
+        "parameters": parameters,
+        "save": max(found["save"]),
+        "background": max(found["background"]),
+        "resume": memory.peak(),
+        "save_seconds": statistics.median(found["save_seconds"]),
+        "first_blocked_seconds": first,
+        "blocked_seconds": statistics.median(later),
+        "written": written,
+    }
 
 
 def _make_policy(folder: Path, layers: int, groups: Topology) -> tuple[Any, Any]:
