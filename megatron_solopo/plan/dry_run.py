@@ -37,7 +37,7 @@ from megatron_solopo.parallel.megatron_internals import (
     simulated_rank,
 )
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.plan.layouts import DistinctRank, Layout, distinct_ranks, without_gpu
+from megatron_solopo.plan.layouts import DistinctRank, Layout, distinct_ranks, replace_settings, without_gpu
 from megatron_solopo.plan.memory import RankCheck, peak_activations, rank_state
 from megatron_solopo.plan.workload import PackShape
 from megatron_solopo.train.policy import build_optimizer, wrap_data_parallel
