@@ -13,9 +13,9 @@ from typing import Any
 
 TIMEOUT_SECONDS = 280  # below pytest's own, so that the missing ranks are named
 
-# The server imports torch and megatron once; every rank is then a fork of it.
+# The server imports what ranks need once; every rank is then a fork of it.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["megatron_solopo.train.step", "megatron_solopo.checkpoint.load"])
+_CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:

@@ -282,7 +282,7 @@ def make_optimizer(config: OptimizerConfig, chunks: list[DistributedDataParallel
         gather(found, own, replica)
 
     with mock.patch.object(dist, "all_gather_object", gather_in_replica):
-        return get_megatron_optimizer(config, chunks)
+        return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
 
 
 def gradient_buffers(chunk: DistributedDataParallel) -> list[Any]:

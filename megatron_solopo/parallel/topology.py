@@ -25,8 +25,8 @@ from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import cpu
 
-# At most this many gloo groups are as large as the world: ten on CPUs, if all of it is data parallel. Beside NCCL there
-# are three of Megatron's.
+# At most this many gloo groups on CPUs are as large as the world, if all of it is data parallel. Beside NCCL there are
+# none.
 _WORLD_GROUPS = 10
 _OTHER_FILES = 1024
 
@@ -126,6 +126,8 @@ def _split(
         num_distributed_optimizer_instances=config.num_distributed_optimizer_instances,
         # Annotated as an int, but used in a timedelta: fractions work.
         distributed_timeout_minutes=config.distributed_timeout_minutes,
+        # Megatron would gather the optimizer's state over them for a save. Here each rank writes its own.
+        create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)
     return _of_existing_groups(device, config.virtual_pipeline_model_parallel_size or 1, owns_world)
@@ -206,8 +208,8 @@ def _join(device: torch.device, world_size: int, timeout: timedelta) -> None:
 def _allow_sockets(world_size: int) -> None:
     """Raise this process's limit of open files, 1,024 by default, to what it needs or as far as it may.
 
-    Every gloo group connects all of its ranks with each other, also beside NCCL. torch's TORCH_GLOO_LAZY_INIT would
-    connect only ranks that talk, but it hung in several trials on 4 and 8 ranks with torch 2.13.
+    Every gloo group connects all of its ranks with each other. torch's TORCH_GLOO_LAZY_INIT would connect only ranks
+    that talk, but it hung in several trials on 4 and 8 ranks with torch 2.13.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OTHER_FILES + _WORLD_GROUPS * world_size

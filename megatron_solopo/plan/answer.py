@@ -206,7 +206,7 @@ class PlannedRun:
         time = self.estimate.time
         busiest = ", ".join(f"{name} {seconds:.3f}" for name, seconds in time.compute.parts.items())
         return [
-            f"  last pipeline rank, all packs: {busiest}",
+            f"  busiest pipeline rank, all packs: {busiest}",
             f"  pipeline {time.timeline.seconds:.3f}: {describe_bubble(time.timeline.bubble)}",
             f"  gradient reduction and parameter gather {time.data_traffic.exposed:.3f}, and "
             f"{time.data_traffic.hidden:.3f} beside computation; optimizer {time.optimizer:.3f}",

@@ -19,7 +19,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
@@ -56,7 +56,7 @@ def make_optimizer(model: GPTModel, bucket_size: int | None = None) -> tuple[Dis
         use_distributed_optimizer=True, overlap_grad_reduce=bucket_size is not None, bucket_size=bucket_size
     )
     chunk = DistributedDataParallel(model.config, config, model)
-    return chunk, get_megatron_optimizer(OptimizerConfig(lr=0.1, use_distributed_optimizer=True), [chunk])
+    return chunk, internals.make_optimizer(OptimizerConfig(lr=0.1, use_distributed_optimizer=True), [chunk])
 
 
 class Doubled(internals.OutputOverride):
