@@ -19,6 +19,7 @@ from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
 from megatron_solopo.checkpoint.sharded_state import (
     KERNEL_STATE,
     keyed,
+    load_kernel_state,
     load_optimizer,
     model_state,
     parameter_state,
@@ -53,6 +54,7 @@ def _load_model(path: Path, chunks: Sequence[DistributedDataParallel]) -> None:
     for key, chunk in keyed(chunks).items():
         named = ((name, value) for name, value in state[key].items() if isinstance(value, Tensor))
         on_every_rank(partial(_check_finite, path, named))
+        load_kernel_state(chunk.module, state[key])
         missing, unexpected = chunk.module.load_state_dict(state[key], strict=False)
         assert not unexpected and all(name.endswith(KERNEL_STATE) for name in missing), (missing, unexpected)
 

@@ -2,7 +2,8 @@
 
 The model's state has Megatron's keys: `model`, or `model0`, `model1`, ... with virtual pipeline stages. It leaves out
 the kernels' own state, so that every layer implementation reads the checkpoints of the others. Only the scales of FP8's
-delayed recipe are kept, because they come from the values of earlier steps.
+delayed recipe are kept, because they come from the values of earlier steps. They are stored as plain tensors:
+Transformer Engine makes a pickle of them, which it refuses to load since 2.18.
 
 The optimizer's state is stored once per parameter and not per rank's share of a buffer. So it loads under another TP,
 PP, CP or DP. Under the distributed optimizer a rank holds some elements of a parameter, in the order of the flattened
@@ -36,9 +37,11 @@ from torch import Tensor
 
 from megatron_solopo.parallel.megatron_internals import (
     OwnedState,
+    delayed_scales,
     dense_optimizer,
     hand_out_state,
     load_counts,
+    load_delayed_scales,
     owned_states,
 )
 
@@ -66,6 +69,18 @@ def model_state(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
     """The sharded state of the trained model, as it is saved."""
     metadata = _metadata()
     return {key: _chunk_state(chunk.module, metadata) for key, chunk in keyed(chunks).items()}
+
+
+def load_kernel_state(module: Any, state: dict[str, Any]) -> None:
+    """Give the layers of a model chunk the scales of FP8's delayed recipe, and take them out of `state`.
+
+    Args:
+        state: of the chunk, loaded. A pickle, as older versions stored it, stays there for Transformer Engine.
+    """
+    for name in [name for name, value in state.items() if name.endswith(KERNEL_STATE) and isinstance(value, dict)]:
+        scales = state.pop(name)
+        if scales:  # a layer that had not computed has none
+            load_delayed_scales(_owner(module, name), module.config, scales)
 
 
 def share_replicas(model: dict[str, Any], group: dist.ProcessGroup) -> None:
@@ -228,8 +243,16 @@ def _metadata() -> dict[str, Any]:
 
 def _chunk_state(module: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = module.sharded_state_dict(metadata=metadata)
-    has_delayed_scales = module.config.fp8 and module.config.fp8_recipe == "delayed"
-    return state if has_delayed_scales else _without_kernel_state(state)
+    kept = _without_kernel_state(state)
+    if module.config.fp8 and module.config.fp8_recipe == "delayed":
+        for name in state.keys() - kept.keys():
+            kept[name] = replace(state[name], data=delayed_scales(_owner(module, name)))
+    return kept
+
+
+def _owner(module: Any, name: str) -> Any:
+    """The layer whose kernels' state has this name."""
+    return module.get_submodule(name.removesuffix(KERNEL_STATE).removesuffix("."))
 
 
 def _without_kernel_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.enums import ModelType
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -35,6 +36,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
 from packaging.version import Version
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -255,6 +257,35 @@ def release_exact_values(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if hasattr(parameter, "clear_high_precision_init_val"):
             parameter.clear_high_precision_init_val()
+
+
+_SCALES = [(side, name) for side in ("scaling_fwd", "scaling_bwd") for name in ("scale", "amax_history")]
+
+
+def delayed_scales(layer: torch.nn.Module) -> dict[str, Tensor]:
+    """Copy a Transformer Engine layer's scales of FP8's delayed recipe, and the largest values that they come from.
+
+    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20. Empty before the layer has computed in FP8.
+    Upstream: `get_extra_state` in Transformer Engine's `pytorch/module/base.py`, which makes a pickle of them.
+    """
+    states: dict[str, Any] = getattr(layer, "fp8_meta", {})
+    found = {f"{side}.{name}": getattr(states.get(side), name, None) for side, name in _SCALES}
+    return {name: value.detach().to("cpu", copy=True) for name, value in found.items() if value is not None}
+
+
+def load_delayed_scales(layer: Any, config: TransformerConfig, scales: dict[str, Tensor]) -> None:
+    """Give a Transformer Engine layer what `delayed_scales` copied.
+
+    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20.
+    Upstream: `set_extra_state` in Transformer Engine's `pytorch/module/base.py`.
+    """
+    recipe = get_fp8_recipe(config)
+    # A layer counts its products when it first computes; each has three FP8 tensors in the forward pass.
+    layer.fp8_meta |= {"recipe": recipe, "num_gemms": len(scales["scaling_fwd.scale"]) // 3}
+    layer.init_fp8_meta_tensors(recipe)
+    for name, value in scales.items():
+        side, _, attribute = name.partition(".")
+        getattr(layer.fp8_meta[side], attribute).copy_(value)
 
 
 # --- the optimizer and its state ---

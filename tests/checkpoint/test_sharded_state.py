@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
@@ -294,8 +295,18 @@ def test_a_group_of_another_adam_is_completed() -> None:
 @pytest.mark.parametrize(("fp8", "recipe", "kept"), [(None, "delayed", False), ("hybrid", "blockwise", False),
                                                      ("hybrid", "delayed", True)])  # fmt: skip
 def test_scales_made_of_earlier_steps_are_saved_and_no_other_kernel_state(fp8, recipe, kept) -> None:
-    module = SimpleNamespace(
-        config=SimpleNamespace(fp8=fp8, fp8_recipe=recipe),
-        sharded_state_dict=lambda metadata: {"linear.weight": 1, "linear._extra_state": 2},
-    )
-    assert ("linear._extra_state" in sharded_state._chunk_state(module, {})) is kept
+    layer = torch.nn.Identity()
+    layer.fp8_meta = {
+        side: SimpleNamespace(scale=torch.ones(size), amax_history=torch.zeros(2, size))
+        for side, size in (("scaling_fwd", 3), ("scaling_bwd", 2))
+    }
+    module = torch.nn.ModuleDict({"linear": layer})
+    module.config = SimpleNamespace(fp8=fp8, fp8_recipe=recipe)
+    stored = ShardedObject("linear._extra_state", b"a pickle", (1,), (0,))
+    module.sharded_state_dict = lambda metadata: {"linear.weight": 1, "linear._extra_state": stored}
+    state = sharded_state._chunk_state(module, {})
+    assert ("linear._extra_state" in state) is kept
+    if kept:  # tensors, which a safe reader accepts
+        data = state["linear._extra_state"].data
+        assert data["scaling_fwd.scale"].tolist() == [1, 1, 1] and data["scaling_bwd.amax_history"].shape == (2, 2)
+        assert len(data) == 4 and all(isinstance(value, torch.Tensor) for value in data.values())
