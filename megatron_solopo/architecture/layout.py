@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.pipeline_layout import stage_layers
@@ -75,6 +76,36 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
             f"launch as many (torchrun --nproc-per-node {config.model_parallel_size} -m megatron_solopo ...) "
             "or change parallel.*"
         )
+    instances = config.num_distributed_optimizer_instances
+    ranks = world_size // (config.tensor_model_parallel_size * config.pipeline_model_parallel_size)
+    if ranks % instances:
+        raise UserError(
+            f"parallel.num_distributed_optimizer_instances={instances} does not divide the {ranks} ranks (DP x CP) "
+            "that share the optimizer's state; set it to a divisor"
+        )
+
+
+class DataParallelOverlap(NamedTuple):
+    """Which data-parallel communication runs beside computation."""
+
+    grad_reduce: bool
+    param_gather: bool
+
+
+def data_parallel_overlap(
+    parallel: ParallelConfig, optimizer: OptimizerConfig, ranks: int, *, on_gpu: bool
+) -> DataParallelOverlap:
+    """What `overlap_grad_reduce` and `overlap_param_gather` mean where they are null.
+
+    Args:
+        ranks: DP x CP, the ranks that share a gradient.
+    """
+    reduce, gather = parallel.overlap_grad_reduce, parallel.overlap_param_gather
+    if reduce is None:
+        reduce = bool(gather) or (on_gpu and ranks > 1)
+    if gather is None:
+        gather = reduce and optimizer.use_distributed_optimizer
+    return DataParallelOverlap(reduce, gather)
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
@@ -129,17 +160,23 @@ def _check_recomputation(layers: Sequence[int], parallel: ParallelConfig) -> Non
 
 
 def _check_exchange_by_heads(architecture: ModelShape, parallel: ParallelConfig) -> None:
-    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-    if parallel.cp_comm_type != "a2a":
+    tp, kind = parallel.tensor_model_parallel_size, parallel.cp_comm_type
+    if kind == "p2p":
         return
+    sizes = parallel.hierarchical_context_parallel_sizes
+    ranks, key = (
+        (sizes[0], "the first of parallel.hierarchical_context_parallel_sizes")
+        if sizes
+        else (parallel.context_parallel_size, "parallel.context_parallel_size")
+    )
     for what, count in (
         ("attention heads", architecture.num_attention_heads // tp),
         ("key-value heads", max(architecture.num_query_groups // tp, 1)),
     ):
-        if count % cp:
+        if count % ranks:
             raise UserError(
-                f"parallel.cp_comm_type=a2a: the {count} {what} of a tensor-parallel rank do not divide by "
-                f"parallel.context_parallel_size={cp}; set parallel.cp_comm_type=p2p"
+                f"parallel.cp_comm_type={kind}: the {count} {what} of a tensor-parallel rank do not divide by {key}="
+                f"{ranks}; set parallel.cp_comm_type=p2p"
             )
 
 

@@ -4,6 +4,7 @@ The keys of parallelism and of the optimizer have Megatron-Core's names; those o
 below a key is its documentation.
 """
 
+import math
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -132,9 +133,25 @@ class ParallelConfig(Section):
     """Ranks that share each sequence (CP)."""
     sequence_parallel: bool | None = None
     """Divide activations outside attention among the tensor-parallel ranks. null: on if TP is above 1."""
-    cp_comm_type: Literal["p2p", "a2a"] = "p2p"
+    cp_comm_type: Literal["p2p", "a2a", "a2a+p2p"] = "p2p"
     """How context-parallel ranks exchange keys and values in Transformer Engine's attention. p2p: in a ring. a2a: by
-    heads; the heads of a tensor-parallel rank must then be a multiple of CP."""
+    heads; the heads of a tensor-parallel rank must then be a multiple of CP. a2a+p2p: by heads among near ranks, in a
+    ring between such groups. Plain PyTorch's attention always gathers them."""
+    hierarchical_context_parallel_sizes: list[Annotated[int, Field(ge=2)]] | None = None
+    """For `cp_comm_type: a2a+p2p`: how many ranks exchange heads, and how many such groups form a ring. Their product
+    is CP. The heads of a tensor-parallel rank must be a multiple of the first."""
+    tp_comm_overlap: bool = False
+    """Overlap tensor-parallel communication with matrix products. true is refused: Transformer Engine's buffers for it
+    hold one number of tokens, and packs differ in length."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce the gradients of later layers while backward computes those of earlier layers. null: on GPUs if several
+    ranks share a gradient (DP x CP above 1)."""
+    overlap_param_gather: bool | None = None
+    """Gather the updated parameters of later layers while forward computes earlier layers. It needs
+    `overlap_grad_reduce` and `optimizer.use_distributed_optimizer`. null: on where both are."""
+    num_distributed_optimizer_instances: PositiveInt = 1
+    """Copies of the optimizer's state. Each copy is divided among DP x CP / copies consecutive ranks, so parameters are
+    gathered within fewer nodes. Gradients are also reduced between the copies."""
     distributed_timeout_minutes: PositiveFloat = 60.0
     """Minutes until a collective fails (gloo) or ends the process (NCCL). The limits of `watchdog` should be shorter,
     because the watchdog names the ranks that are missing."""
@@ -150,6 +167,30 @@ class ParallelConfig(Section):
     """What `recompute_granularity: selective` computes again."""
     cpu_offloading_num_layers: NonNegativeInt = 0
     """Layers whose activations stay in host memory until the backward pass. It needs a GPU and Transformer Engine."""
+
+    @model_validator(mode="after")
+    def _check_context_exchange(self) -> Self:
+        kind, sizes, cp = self.cp_comm_type, self.hierarchical_context_parallel_sizes, self.context_parallel_size
+        if kind != "a2a+p2p":
+            if sizes is not None:
+                raise UserError(f"hierarchical_context_parallel_sizes={sizes} has no effect with cp_comm_type={kind}")
+        elif sizes is None or len(sizes) != 2 or math.prod(sizes) != cp:
+            raise UserError(
+                "cp_comm_type=a2a+p2p needs hierarchical_context_parallel_sizes=[heads,ring], two numbers above 1 "
+                f"whose product is context_parallel_size={cp}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_overlap(self) -> Self:
+        if self.tp_comm_overlap:
+            raise UserError(
+                "tp_comm_overlap=true cannot work: Transformer Engine's user buffers hold exactly one number of "
+                "tokens, and packs differ in length; set it to false"
+            )
+        if self.overlap_param_gather and self.overlap_grad_reduce is False:
+            raise UserError("overlap_param_gather=true needs overlap_grad_reduce=true, which divides the parameters")
+        return self
 
     @property
     def uses_sequence_parallel(self) -> bool:
@@ -441,6 +482,20 @@ class Config(Section):
     watchdog: WatchdogConfig = WatchdogConfig()
     logging: LoggingConfig = LoggingConfig()
     profile: ProfileConfig = ProfileConfig()
+
+    @model_validator(mode="after")
+    def _check_distributed_optimizer(self) -> Self:
+        if self.optimizer.use_distributed_optimizer:
+            return self
+        if self.parallel.overlap_param_gather:
+            raise UserError("parallel.overlap_param_gather=true needs optimizer.use_distributed_optimizer=true")
+        instances = self.parallel.num_distributed_optimizer_instances
+        if instances > 1:
+            raise UserError(
+                f"parallel.num_distributed_optimizer_instances={instances} needs "
+                "optimizer.use_distributed_optimizer=true"
+            )
+        return self
 
     @property
     def reference_cache(self) -> Path:

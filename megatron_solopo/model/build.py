@@ -74,6 +74,7 @@ def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
         "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.uses_sequence_parallel,
         "cp_comm_type": parallel.cp_comm_type,
+        "hierarchical_context_parallel_sizes": parallel.hierarchical_context_parallel_sizes,
         "deallocate_pipeline_outputs": True,
         **pipeline_settings(interleaved=parallel.virtual_pipeline_model_parallel_size is not None),
     }

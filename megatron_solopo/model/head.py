@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_ent
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_solopo.parallel.megatron_internals import OutputOverride, add_base_class
+from megatron_solopo.parallel.megatron_internals import OutputOverride, add_base_class, run_forward_pre_hooks
 
 
 @dataclass
@@ -54,6 +54,7 @@ class ResponseHead(OutputOverride):
 
     def override(self: Any, hidden_states: Tensor, packed_seq_params: PackedResponses) -> Tensor:
         tied = self.share_embeddings_and_output_weights
+        run_forward_pre_hooks(self.output_layer)  # it is not called here, but its weight must be complete
         rows, labels = packed_seq_params.response_rows, packed_seq_params.response_labels
         assert rows is not None and labels is not None
         tensor_group = self.pg_collection.tp

@@ -4,6 +4,9 @@ import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.core.utils import get_te_version
+from packaging.version import Version
+
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.layout import check_fp8, check_layout
 from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
@@ -14,6 +17,9 @@ from megatron_solopo.parallel.megatron_internals import (
     has_transformer_engine,
     installed_version,
 )
+
+# Upstream: `get_attention_backend` in `transformer_engine/pytorch/attention/dot_product_attention/utils.py`.
+_HIERARCHICAL_PACKING_SINCE = Version("2.18")
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,21 @@ def resolve_model(
     """
     architecture = architecture or read_architecture(settings.path)
     check_layout(architecture, parallel)
-    return ResolvedModel(settings, parallel, architecture, uses_transformer_engine(settings))
+    model = ResolvedModel(settings, parallel, architecture, uses_transformer_engine(settings))
+    _check_context_exchange(model)
+    return model
+
+
+def _check_context_exchange(model: ResolvedModel) -> None:
+    """Older versions disable every kernel that could exchange packed sequences by heads and in a ring."""
+    if model.parallel.cp_comm_type != "a2a+p2p" or not model.uses_transformer_engine:
+        return
+    installed = get_te_version()
+    if installed < _HIERARCHICAL_PACKING_SINCE:
+        raise UserError(
+            f"parallel.cp_comm_type=a2a+p2p needs transformer-engine {_HIERARCHICAL_PACKING_SINCE} or newer for packed "
+            f"sequences; {installed} is installed. Set parallel.cp_comm_type=p2p"
+        )
 
 
 def uses_transformer_engine(settings: ModelConfig) -> bool:

@@ -123,7 +123,7 @@ def _adapt_device_and_random_state() -> None:
 def _adapt_streams() -> None:
     cuda: Any = torch.cuda
     cuda.Stream, cuda.Event = _Stream, _Event
-    cuda.current_stream = lambda *args: _Stream()
+    cuda.current_stream = cuda.default_stream = lambda *args: _Stream()
     cuda.stream = lambda stream: contextlib.nullcontext()
 
 

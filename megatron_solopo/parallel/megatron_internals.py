@@ -11,6 +11,7 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,63 @@ def gradient_buffers(chunk: DistributedDataParallel) -> list[Any]:
     Versions: 0.16 and 0.19. Upstream: `megatron/core/distributed/distributed_data_parallel.py`.
     """
     return [*chunk.buffers, *chunk.expert_parallel_buffers]
+
+
+def record_own_gradients(chunk: DistributedDataParallel) -> None:
+    """Let every bucket group keep the sum of its gradients from right before they are reduced, as `own_gradient_sum`.
+
+    Versions: 0.16 and 0.19. With `overlap_grad_reduce` the reduction starts within the backward pass, at moments that
+    only the group knows. Upstream: `megatron/core/distributed/param_and_grad_buffer.py`.
+    """
+    for group in _bucket_groups(chunk):
+        group.start_grad_sync = partial(_record_and_start, group, group.start_grad_sync)
+
+
+def _record_and_start(group: Any, start: Callable[..., None], *arguments: Any, **keywords: Any) -> None:
+    group.own_gradient_sum = torch.stack([bucket.grad_data.sum() for bucket in group.buckets]).sum()
+    start(*arguments, **keywords)
+
+
+def own_gradient_sums(chunk: DistributedDataParallel) -> list[Tensor]:
+    """Return the sums that `record_own_gradients` has kept since the last reduction, on the device."""
+    return [group.own_gradient_sum for group in _bucket_groups(chunk)]
+
+
+def _bucket_groups(chunk: DistributedDataParallel) -> list[Any]:
+    return [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]
+
+
+def gather_parameters(chunk: DistributedDataParallel) -> None:
+    """Gather the parameters that a forward pass with `overlap_param_gather` would gather, unless it has done so.
+
+    Versions: 0.16 and 0.19. Megatron's `start_param_sync(force_sync=True)` gathers also what is there already, and in
+    0.16 it leaves the transposes of FP8 parameters as they were.
+    Upstream: `megatron/core/distributed/distributed_data_parallel.py`.
+    """
+    if chunk.ddp_config.overlap_param_gather:
+        for group in reversed(_bucket_groups(chunk)):  # the order of the forward pass
+            group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def begin_gathering_ahead(chunk: DistributedDataParallel) -> None:
+    """With `align_param_gather`, begin to gather the parameters that the forward pass will wait for.
+
+    Versions: 0.16 and 0.19. Only the interleaved schedule does so. Upstream: `megatron/core/pipeline_parallel/`.
+    """
+    if chunk.ddp_config.align_param_gather:
+        for group in reversed(_bucket_groups(chunk)):
+            if not group.param_gather_dispatched:
+                group.start_param_sync()
+
+
+def run_forward_pre_hooks(module: torch.nn.Module) -> None:
+    """Run what a module's call would run before its `forward`. Call this before reading its weight without a call.
+
+    Versions: 0.16 and 0.19. With `overlap_param_gather`, such a hook waits until the module's parameters are gathered.
+    Upstream: `megatron/core/distributed/distributed_data_parallel.py`.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> Sequence[Any]:

@@ -5,6 +5,7 @@ import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -95,6 +96,7 @@ def initialize(config: ParallelConfig, seed: int, check: Callable[[], None] | No
             "files; let srun start torchrun, one task per node"
         )
     check_world_size(config, world_size)
+    _check_hierarchical_groups(config)
     if not cpu.is_cpu():
         _prepare_cuda(config)
     device = _device()
@@ -120,6 +122,8 @@ def _split(
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        hierarchical_context_parallel_sizes=config.hierarchical_context_parallel_sizes,
+        num_distributed_optimizer_instances=config.num_distributed_optimizer_instances,
         # Annotated as an int, but used in a timedelta: fractions work.
         distributed_timeout_minutes=config.distributed_timeout_minutes,
         # Megatron would gather the optimizer's state over them for a save. Here each rank writes its own.
@@ -158,6 +162,18 @@ def destroy(topology: Topology) -> None:
     parallel_state.destroy_model_parallel()
     if topology.owns_world:
         dist.destroy_process_group()
+
+
+def _check_hierarchical_groups(config: ParallelConfig) -> None:
+    """Megatron-Core makes groups within groups with the package einops, which it does not install."""
+    instances, sizes = config.num_distributed_optimizer_instances, config.hierarchical_context_parallel_sizes
+    if (instances > 1 or sizes) and find_spec("einops") is None:
+        key = (
+            f"num_distributed_optimizer_instances={instances}"
+            if instances > 1
+            else f"hierarchical_context_parallel_sizes={sizes}"
+        )
+        raise UserError(f"parallel.{key} needs the package einops; install it with `pip install einops`")
 
 
 def _prepare_cuda(config: ParallelConfig) -> None:

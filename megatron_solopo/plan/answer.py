@@ -144,7 +144,8 @@ class PlannedRun:
             "busiest_stage_seconds": time.compute.parts,
             "pipeline_seconds": time.timeline.seconds,
             "pipeline_bubble": time.timeline.bubble,
-            "data_traffic_seconds": time.data_traffic,
+            "data_traffic_seconds": time.data_traffic.exposed,
+            "hidden_data_traffic_seconds": time.data_traffic.hidden,
             "optimizer_seconds": time.optimizer,
             "triplets_per_second": estimate.triplets_per_second,
             "mfu": self.model_flops_utilization,
@@ -207,7 +208,8 @@ class PlannedRun:
         return [
             f"  busiest pipeline rank, all packs: {busiest}",
             f"  pipeline {time.timeline.seconds:.3f}: {describe_bubble(time.timeline.bubble)}",
-            f"  gradient reduction and parameter gather {time.data_traffic:.3f}, optimizer {time.optimizer:.3f}",
+            f"  gradient reduction and parameter gather {time.data_traffic.exposed:.3f}, and "
+            f"{time.data_traffic.hidden:.3f} beside computation; optimizer {time.optimizer:.3f}",
             f"  whole step {time.seconds:.3f}: {self.estimate.triplets_per_second:.3f} triplets/s",
         ]
 

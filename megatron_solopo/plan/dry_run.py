@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.layout import data_parallel_overlap
 from megatron_solopo.architecture.pipeline_schedule import packs_at_peak
 from megatron_solopo.config import Config
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
@@ -36,7 +37,7 @@ from megatron_solopo.parallel.megatron_internals import (
     simulated_rank,
 )
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.plan.layouts import DistinctRank, Layout, distinct_ranks, without_gpu
+from megatron_solopo.plan.layouts import DistinctRank, Layout, distinct_ranks, replace_settings, without_gpu
 from megatron_solopo.plan.memory import RankCheck, peak_activations, rank_state
 from megatron_solopo.plan.workload import PackShape
 from megatron_solopo.train.policy import build_optimizer, wrap_data_parallel
@@ -59,7 +60,14 @@ def dry_run(architecture: Architecture, layout: Layout, pack: PackShape, num_pac
 
     Raises RuntimeError or AssertionError of Megatron-Core if it cannot run the layout.
     """
-    config = without_gpu(layout.config)
+    parallel = layout.config.parallel
+    ranks = layout.data_parallel_size * parallel.context_parallel_size
+    overlap = data_parallel_overlap(parallel, layout.config.optimizer, ranks, on_gpu=True).grad_reduce
+    config = replace_settings(
+        without_gpu(layout.config),
+        # No parameter is gathered without memory. On a GPU, the reduction's overlap decides the buffers' padding.
+        parallel={"overlap_grad_reduce": overlap, "overlap_param_gather": False},
+    )
     on_cpu = replace(layout, config=config)
     sizes = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1
     num_packs = min(num_packs, packs_at_peak(*sizes))
@@ -75,7 +83,7 @@ def _check_rank(
         microbatch = _build_microbatch(config, pack, groups)
         with megatron_on_meta():
             chunks = _build_chunks(architecture, config)
-            wrapped = wrap_data_parallel(chunks, config.optimizer)
+            wrapped = wrap_data_parallel(chunks, config.optimizer, config.parallel)
             optimizer = build_optimizer(wrapped, config.optimizer)
             _initialize_moments(optimizer)
             built = {

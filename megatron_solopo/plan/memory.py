@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_solopo.architecture.gpus import Reserve
 from megatron_solopo.architecture.huggingface_config import ModelShape
+from megatron_solopo.architecture.layout import data_parallel_overlap
 from megatron_solopo.architecture.pipeline_schedule import peak_in_flight, stage_order
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import (
@@ -18,7 +19,13 @@ from megatron_solopo.plan.activations import (
     uses_local_layers,
     working_bytes,
 )
-from megatron_solopo.plan.parameters import ModelChunk, chunk_parameters, model_chunks, parameter_buffers
+from megatron_solopo.plan.parameters import (
+    ModelChunk,
+    chunk_parameters,
+    model_chunks,
+    overlap_bucket_size,
+    parameter_buffers,
+)
 from megatron_solopo.plan.workload import PackShape
 
 GIB = 2**30
@@ -42,6 +49,8 @@ class RankState:
     host: int
     num_parameters: int
     """Elements of this rank's parameters without padding."""
+    buckets: int
+    """Parts in which gradients are reduced and parameters gathered."""
     saved: int
     """What it writes of a checkpoint: its optimizer state, and its share of the weights that several ranks have. Host
     memory holds it while it is written."""
@@ -67,14 +76,21 @@ def rank_state(
         data_rank: its place among the DP x CP ranks that share the optimizer state. None means the fullest one.
     """
     distributed = config.optimizer.use_distributed_optimizer
-    shards = data_parallel_size * config.parallel.context_parallel_size
+    ranks = data_parallel_size * config.parallel.context_parallel_size
+    shards = ranks // config.parallel.num_distributed_optimizer_instances
+    overlaps = data_parallel_overlap(config.parallel, config.optimizer, ranks, on_gpu=True).grad_reduce
+    bucket_size = overlap_bucket_size(data_parallel_size) if overlaps and pipeline_rank == 0 else None
     chunks = model_chunks(architecture, config.parallel, pipeline_rank)
     parameters = [chunk_parameters(architecture, config.model, config.parallel, chunk) for chunk in chunks]
-    buffers = [buffer for each in parameters for buffer in parameter_buffers(each, shards, distributed)]
+    buffers = [
+        buffer
+        for number, each in enumerate(parameters)
+        for buffer in parameter_buffers(each, shards, distributed, None if number else bucket_size)
+    ]
     width = element_bytes(config)
     elements = sum(buffer.numel for buffer in buffers)
     # Padding lies at the ends of buckets. So the first rank's shard is full wherever any rank's shard is.
-    owned = sum(buffer.owned(data_rank or 0, shards) for buffer in buffers) if distributed else elements
+    owned = sum(buffer.owned((data_rank or 0) % shards, shards) for buffer in buffers) if distributed else elements
     per_element = _MOMENTS + (0 if config.model.dtype == "float32" else _FP32)
     offloaded = config.optimizer.optimizer_offload_fraction
     num_parameters = sum(parameter.numel for each in parameters for parameter in each)
@@ -88,8 +104,9 @@ def rank_state(
         gradients=elements * (_FP32 if config.optimizer.grad_reduce_in_fp32 else width),
         optimizer=round(owned * per_element * (1 - offloaded)),
         host=round(owned * _HOST_BYTES_PER_PARAMETER * offloaded),
+        buckets=sum(len(buffer.buckets) for buffer in buffers),
         num_parameters=num_parameters,
-        saved=round(written * saved_per_element + num_parameters * width / shards),
+        saved=round(written * saved_per_element + num_parameters * width / ranks),
         largest_piece=_FP32 * min(round(written), max(parameter.numel for each in parameters for parameter in each)),
     )
 

@@ -1,9 +1,9 @@
 """Parameters of every pipeline stage, and the buffers that Megatron lays them out in. The sizes are exact.
 
 The layout follows megatron/core/distributed/param_and_grad_buffer.py. Parameters come in reverse order. Under the
-distributed optimizer, each is aligned to 64 elements, and each bucket is padded to a multiple of lcm(ranks, 128). This
-trainer does not overlap the reduction, so a buffer is one bucket. Only embeddings that are shared with the last stage
-have a bucket of their own.
+distributed optimizer, each is aligned to 64 elements, and each bucket is padded to a multiple of lcm(ranks, 128). The
+first chunk of the first stage has several buckets if their reduction overlaps with backward; another chunk has one.
+Embeddings that are shared with the last stage have a bucket of their own.
 """
 
 import math
@@ -116,18 +116,28 @@ def _in_bfloat16(architecture: ModelShape, model: ModelConfig, layer: int) -> bo
     return model.first_last_layers_bf16 and not first <= layer < last
 
 
-def parameter_buffers(parameters: Sequence[ParameterShard], ranks: int, distributed: bool) -> list[ParameterBuffer]:
+def overlap_bucket_size(data_parallel_size: int) -> int:
+    """Parameters after which Megatron ends a bucket whose reduction overlaps with backward."""
+    return max(40_000_000, 1_000_000 * data_parallel_size)
+
+
+def parameter_buffers(
+    parameters: Sequence[ParameterShard], ranks: int, distributed: bool, bucket_size: int | None = None
+) -> list[ParameterBuffer]:
     """The buffers of a model chunk, one for each precision.
 
     Args:
-        ranks: data-parallel size x context-parallel size. The distributed optimizer shards over these ranks.
+        ranks: the number of ranks that share the optimizer's state.
         distributed: whether the distributed optimizer is in use.
+        bucket_size: elements after which a bucket ends. None: a buffer is one bucket.
     """
     groups = [[p for p in parameters if p.is_fp8 is fp8] for fp8 in (False, True)]
-    return [_buffer(group, ranks, distributed) for group in groups if group]
+    return [_buffer(group, ranks, distributed, bucket_size) for group in groups if group]
 
 
-def _buffer(parameters: Sequence[ParameterShard], ranks: int, distributed: bool) -> ParameterBuffer:
+def _buffer(
+    parameters: Sequence[ParameterShard], ranks: int, distributed: bool, bucket_size: int | None
+) -> ParameterBuffer:
     alignment = _PARAMETER_ALIGNMENT if distributed else 1
     bucket_alignment = math.lcm(ranks, _BUCKET_ALIGNMENT) if distributed else 1
     spans: list[tuple[int, int]] = []
@@ -142,7 +152,7 @@ def _buffer(parameters: Sequence[ParameterShard], ranks: int, distributed: bool)
             bucket_start = start
         end = start + parameter.numel
         spans.append((start, end))
-        if own_bucket:
+        if own_bucket or (bucket_size is not None and end - bucket_start >= bucket_size):
             end = _round_up(end, bucket_alignment)
             buckets.append((bucket_start, end))
             bucket_start = end

@@ -190,7 +190,15 @@ class Planner:
         """Most variants share the state: recomputation and the exchange of keys and values do not change it."""
         config = layout.config
         stages = config.parallel.pipeline_model_parallel_layout
-        key = (*layout.sizes.values(), stages, rank, config.model.fp8, config.optimizer.optimizer_offload_fraction)
+        key = (
+            *layout.sizes.values(),
+            stages,
+            rank,
+            config.model.fp8,
+            config.optimizer.optimizer_offload_fraction,
+            config.parallel.num_distributed_optimizer_instances,
+            config.parallel.overlap_grad_reduce,
+        )
         if key not in self._states:
             self._states[key] = rank_state(self.architecture, config, rank, layout.data_parallel_size)
         return self._states[key]

@@ -1,7 +1,8 @@
 """Seconds of a step: matrix products, attention by true lengths, memory-bound work, traffic, pipeline, optimizer.
 
 Every pack is timed by itself. Then the pipeline's schedule is simulated with the packs of the heaviest data-parallel
-rank. This trainer does not overlap the gradient reduction and the parameter gather, so they are added whole.
+rank. Of the gradient reduction and the parameter gather, the part is added that computation cannot hide. Kernels are
+taken not to slow each other down.
 """
 
 from collections import Counter
@@ -15,7 +16,12 @@ import numpy as np
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import Efficiency, Gpu
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.architecture.layout import packs_multiple, packs_per_part, padded_vocab_size
+from megatron_solopo.architecture.layout import (
+    data_parallel_overlap,
+    packs_multiple,
+    packs_per_part,
+    padded_vocab_size,
+)
 from megatron_solopo.architecture.pipeline_schedule import ChunkPass
 from megatron_solopo.config import Config
 from megatron_solopo.data.batch_plan import share_out_pass
@@ -60,19 +66,29 @@ class PackSeconds:
 
 
 @dataclass(frozen=True)
+class DataTraffic:
+    """Seconds of the gradient reduction and the parameter gather."""
+
+    exposed: float
+    """What a step waits for."""
+    hidden: float
+    """What runs beside computation."""
+
+
+@dataclass(frozen=True)
 class StepTime:
     """One optimizer step."""
 
     compute: PackSeconds
     """The busiest pipeline stage, summed over the packs."""
     timeline: Timeline
-    data_traffic: float
+    data_traffic: "DataTraffic"
     optimizer: float
 
     @property
     def seconds(self) -> float:
         """Seconds of the step."""
-        return self.timeline.seconds + self.data_traffic + self.optimizer
+        return self.timeline.seconds + self.data_traffic.exposed + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,8 @@ class StepTimer:
             [tuple(part.total for part in self._pass(pack, is_forward=way)) for way in (True, False)] for pack in packs
         ]
 
+        smallest = min(packs, key=lambda pack: pack.padded_tokens)
+
         def seconds(rank: int, work: ChunkPass) -> float:
             chunk, (layer, again, head) = chunks[rank][work.chunk], passes[work.microbatch][not work.is_forward]
             return chunk.num_layers * layer + self._computed_again(chunk) * again + chunk.has_head * head
@@ -114,7 +132,7 @@ class StepTimer:
         return StepTime(
             compute=self._busiest(packs),
             timeline=simulate_schedule(size, len(chunks[0]), len(packs), seconds, self._message(packs)),
-            data_traffic=max(self._reduction(state) for state in states),
+            data_traffic=self._data_traffic(states, smallest),
             optimizer=max(self._update(state) for state in states),
         )
 
@@ -140,7 +158,8 @@ class StepTimer:
     def quick_seconds(self, packs: Sequence[PackShape], states: Sequence[RankState]) -> float:
         """Seconds of a step without simulating the pipeline: the busiest stage's work plus a bubble by formula."""
         pipeline = self._with_bubble(self._busiest(packs).total, len(packs))
-        return pipeline + max(self._reduction(state) + self._update(state) for state in states)
+        smallest = min(packs, key=lambda pack: pack.padded_tokens)
+        return pipeline + self._data_traffic(states, smallest).exposed + max(map(self._update, states))
 
     def _busiest(self, packs: Sequence[PackShape], *, forward_only: bool = False) -> PackSeconds:
         """All packs through the pipeline rank that they keep busy longest."""
@@ -263,12 +282,18 @@ class StepTimer:
             return 0.0
         queries = a.num_attention_heads * a.head_dim / tp
         keys = max(a.num_query_groups / tp, 1) * a.head_dim
-        if parallel.cp_comm_type == "a2a":
+        heads = cp if parallel.cp_comm_type == "a2a" else (parallel.hierarchical_context_parallel_sizes or [1])[0]
+        by_heads = 0.0
+        if heads > 1:
             sent = e * pack.padded_tokens / cp * (2 * queries + 2 * keys)
-            return self._collective(sent, cp, tp * cp)
-        ring = self._collective(2 * e * pack.padded_tokens * keys, cp, tp * cp, messages=cp - 1)
+            by_heads = self._collective(sent, heads, tp * heads)
+        if heads == cp:
+            return by_heads
+        rounds = cp // heads  # of a ring in which each rank holds its share of the heads
+        sent = 2 * e * pack.padded_tokens * keys / heads
+        ring = self._collective(sent, rounds, tp * cp, messages=rounds - 1)
         exchange = ring * (2 if backward else 1)  # gradients of keys and values go round too
-        return max(0.0, exchange - self.efficiency.overlap_of_context * attention)
+        return by_heads + max(0.0, exchange - self.efficiency.overlap_of_context * attention)
 
     def _message(self, packs: Sequence[PackShape]) -> float:
         """Seconds that the hidden states of the largest pack take from one pipeline stage to the next."""
@@ -281,16 +306,49 @@ class StepTimer:
         gpus = self.data_parallel_size * parallel.model_parallel_size
         return self.efficiency.message_seconds + size / self._bandwidth(gpus <= self.gpu.gpus_per_node)
 
-    def _reduction(self, state: RankState) -> float:
-        """Seconds of the reduce-scatter of gradients and the gather of parameters over DP x CP."""
+    def _data_traffic(self, states: Sequence[RankState], pack: PackShape) -> DataTraffic:
+        """What the slowest pipeline rank waits for.
+
+        With overlap, the first stage reduces beside the backward pass of the last pack, and gathers beside the forward
+        pass of the first. One bucket is never hidden. A later stage has time until the first one ends or begins.
+
+        Args:
+            pack: the smallest, which hides least.
+        """
+        parallel = self.config.parallel
+        ranks = self.data_parallel_size * parallel.context_parallel_size
+        overlap = data_parallel_overlap(parallel, self.config.optimizer, ranks, on_gpu=True)
+        found = []
+        for rank, state in enumerate(states):
+            reduce, gather = self._reduction(state)
+            exposed = 0.0
+            for seconds, overlaps, is_forward in (
+                (reduce, overlap.grad_reduce, False),
+                (gather, overlap.param_gather, True),
+            ):
+                beside = self._of_rank(rank, *self._pass(pack, is_forward=is_forward)).total if overlaps else 0.0
+                least = 0.0 if rank and overlaps else seconds / (state.buckets if overlaps else 1)
+                exposed += max(least, seconds - beside * max(rank, 1) / (self._chunks if rank else 1))
+            found.append(DataTraffic(exposed, reduce + gather - exposed))
+        return max(found, key=lambda traffic: traffic.exposed)
+
+    def _reduction(self, state: RankState) -> tuple[float, float]:
+        """Seconds of the reduction of gradients, and of the gather of parameters, over DP x CP."""
         parallel = self.config.parallel
         size = self.data_parallel_size * parallel.context_parallel_size
+        tp, instances = parallel.tensor_model_parallel_size, parallel.num_distributed_optimizer_instances
         if size == 1:
-            return 0.0
-        span = parallel.tensor_model_parallel_size * size
+            return 0.0, 0.0
         if not self.config.optimizer.use_distributed_optimizer:
-            return 2 * self._collective(state.gradients, size, span)
-        return self._collective(state.gradients, size, span) + self._collective(state.parameters, size, span)
+            return 2 * self._collective(state.gradients, size, tp * size), 0.0
+        inside = size // instances
+        reduce, gather = (
+            self._collective(bytes_, inside, tp * inside) if inside > 1 else 0.0
+            for bytes_ in (state.gradients, state.parameters)
+        )
+        if instances > 1:  # an all-reduce of every rank's shard between the copies of the optimizer
+            reduce += 2 * self._collective(state.gradients / inside, instances, tp * size)
+        return reduce, gather
 
     def _update(self, state: RankState) -> float:
         """Seconds in which Adam reads and writes its state once. The offloaded share crosses PCIe to the host."""

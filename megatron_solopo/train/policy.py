@@ -8,23 +8,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_solopo.architecture.layout import data_parallel_overlap
 from megatron_solopo.checkpoint.load import load_weights
-from megatron_solopo.config import Config, OptimizerConfig
+from megatron_solopo.config import Config, OptimizerConfig, ParallelConfig
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.microbatch import Microbatch
 from megatron_solopo.model.resolve import ResolvedModel
+from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.megatron_internals import (
+    begin_gathering_ahead,
     fuse_weight_gradients,
-    gradient_buffers,
+    gather_parameters,
     make_optimizer,
+    own_gradient_sums,
+    record_own_gradients,
     release_exact_values,
 )
 from megatron_solopo.parallel.topology import Topology
@@ -32,39 +38,66 @@ from megatron_solopo.train.metrics import reduce_over_ranks
 from megatron_solopo.train.step import LossFunction, run_schedule
 
 
-def wrap_data_parallel(chunks: Sequence[ResponseModel], optimizer: OptimizerConfig) -> list[DistributedDataParallel]:
-    """Give each model chunk its gradient buffers and data-parallel gradient reduction (in fp32)."""
+def wrap_data_parallel(
+    chunks: Sequence[ResponseModel], optimizer: OptimizerConfig, parallel: ParallelConfig
+) -> list[DistributedDataParallel]:
+    """Give each model chunk its gradient buffers and data-parallel communication."""
     config = chunks[0].config
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    # Without this, a later pipeline stage or chunk would begin to gather when its first input is there.
+    gathers_ahead = len(chunks) > 1 or parallel_state.get_pipeline_model_parallel_rank() > 0
+    ddp_config = data_parallel_config(
+        optimizer, parallel, ranks, fp8_param=bool(config.fp8_param), gathers_ahead=gathers_ahead
+    )
+    # Later chunks of the interleaved schedule are one bucket each: their communication overlaps with other chunks.
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
     # Without this function Megatron's schedules do not synchronize gradients over DP, of norms and of tied embeddings.
-    config.finalize_model_grads_func = _check_finite_and_finalize
-    ddp_config = data_parallel_config(optimizer, fp8_param=bool(config.fp8_param))
-    wrapped = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+    config.finalize_model_grads_func = _finalize_and_check_finite
+    config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(chunks) > 1 else wrapped[0].no_sync
+    if ddp_config.align_param_gather and len(chunks) > 1:  # for the interleaved schedule
+        config.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
+    for chunk in wrapped:
+        record_own_gradients(chunk)
     wrapped[0].before_reduction = lambda: None
     for chunk in chunks:  # now that there are buffers to add to
         fuse_weight_gradients(chunk)
     return wrapped
 
 
-def data_parallel_config(optimizer: OptimizerConfig, *, fp8_param: bool) -> DistributedDataParallelConfig:
-    """Megatron-Core's settings of the gradient buffers, for weights that are FP8 or not."""
+def data_parallel_config(
+    optimizer: OptimizerConfig, parallel: ParallelConfig, ranks: int, *, fp8_param: bool, gathers_ahead: bool = False
+) -> DistributedDataParallelConfig:
+    """Megatron-Core's settings of the gradient buffers, for weights that are FP8 or not.
+
+    Args:
+        ranks: DP x CP, the ranks that share a gradient.
+        gathers_ahead: whether something else than a layer's forward begins the gather of its parameters.
+    """
+    overlap = data_parallel_overlap(parallel, optimizer, ranks, on_gpu=not is_cpu())
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=optimizer.grad_reduce_in_fp32,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=overlap.grad_reduce,
+        overlap_param_gather=overlap.param_gather,
+        align_param_gather=overlap.param_gather and gathers_ahead,
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
         fp8_param_gather=fp8_param,
     )
 
 
-def _check_finite_and_finalize(model: Sequence[DistributedDataParallel], *arguments: Any, **keywords: Any) -> None:
-    """Remember whether this rank's own gradient is finite, then let Megatron reduce it.
+def _finalize_and_check_finite(model: Sequence[DistributedDataParallel], *arguments: Any, **keywords: Any) -> None:
+    """Let Megatron reduce the gradient, and remember whether this rank's own one was finite.
 
     After the reduction a NaN is on every rank, and its origin is lost. The result stays on the device, so that nothing
     waits for it here.
     """
     model[0].before_reduction()
-    sums = [buffer.grad_data.sum() for chunk in model for buffer in gradient_buffers(chunk)]
-    model[0].gradient_was_finite = torch.stack(sums).isfinite().all()
     finalize_model_grads(list(model), *arguments, **keywords)
+    sums = [own for chunk in model for own in own_gradient_sums(chunk)]
+    model[0].gradient_was_finite = torch.stack(sums).isfinite().all()
 
 
 def check_offload(optimizer: OptimizerConfig, model: ResolvedModel) -> None:
@@ -94,6 +127,7 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optimizer: Optimi
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=optimizer.use_distributed_optimizer,
+            overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
             fp8_recipe=model.fp8_recipe if model.fp8 else None,
             **offload_settings(optimizer, dtype),
         ),
@@ -218,6 +252,8 @@ class Policy:
         self.optimizer.zero_grad()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.chunks[0].before_reduction = before_reduction
+        if len(self.chunks) == 1:  # the interleaved schedule does this itself
+            begin_gathering_ahead(self.chunks[0])
         reports = run_schedule(self.chunks, packs, loss_function, topology, forward_only=False, before_pack=before_pack)
         # Megatron's step does both again, which changes nothing.
         self.optimizer.prepare_grads()
@@ -230,6 +266,14 @@ class Policy:
         return StepResult(
             reports, float(grad_norm), learning_rate, bool(broken), bool(self.chunks[0].gradient_was_finite)
         )
+
+    def gather_parameters(self) -> None:
+        """Complete the parameters on every rank, also those that the next step would gather in its forward pass.
+
+        All ranks call it together before they read parameters outside of a training step.
+        """
+        for chunk in self.chunks:
+            gather_parameters(chunk)
 
 
 def load_model(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) -> list[ResponseModel]:
@@ -253,7 +297,7 @@ def load_frozen(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) 
 def build_policy(config: Config, model: ResolvedModel, topology: Topology, max_steps: int) -> Policy:
     """Load the model and make it ready for its first step."""
     loaded = load_model(model, topology, chunk_tokens=config.logprob.chunk_tokens)
-    chunks = wrap_data_parallel(loaded, config.optimizer)
+    chunks = wrap_data_parallel(loaded, config.optimizer, config.parallel)
     optimizer = build_optimizer(chunks, config.optimizer)
     for chunk in chunks:
         release_exact_values(chunk)

@@ -30,7 +30,7 @@ from megatron_solopo import __version__
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.pipeline_schedule import packs_at_peak
 from megatron_solopo.checkpoint.fingerprint import sample_weights
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.data.prepared import PreparedManifest
@@ -103,7 +103,7 @@ def check_surroundings(
         ("run directory", _check_run_dir(config.run_dir, architecture.num_parameters)),
     ]
     sizes = []
-    for name, group in _groups(topology):
+    for name, group in _groups(config.parallel, topology):
         enter_check(f"preflight: a collective over the {name} ranks")
         total = torch.ones(1, device=topology.device)
         dist.all_reduce(total, group=group)
@@ -159,7 +159,7 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def _groups(topology: Topology) -> Iterator[tuple[str, Any]]:
+def _groups(config: ParallelConfig, topology: Topology) -> Iterator[tuple[str, Any]]:
     """Yield the groups that this rank uses in a step, in the same order on all their ranks."""
     yield "all", dist.group.WORLD
     yield "tensor-parallel", topology.tensor_group
@@ -167,6 +167,16 @@ def _groups(topology: Topology) -> Iterator[tuple[str, Any]]:
     yield "context-parallel", topology.context_group
     yield "data-parallel", topology.data_group
     yield "data- and context-parallel", parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if config.hierarchical_context_parallel_sizes:
+        heads, ring = parallel_state.get_hierarchical_context_parallel_groups()
+        yield "context-parallel, by heads", heads
+        yield "context-parallel, in a ring", ring
+    if config.num_distributed_optimizer_instances > 1:
+        yield (
+            "optimizer instance",
+            parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True),
+        )
+        yield "between optimizer instances", parallel_state.get_inter_distributed_optimizer_instance_group()
     yield "model-parallel", parallel_state.get_model_parallel_group()
     embedding = parallel_state.get_embedding_group(check_initialized=False)
     if embedding is not None and dist.get_rank() in dist.get_process_group_ranks(embedding):
@@ -241,9 +251,8 @@ def try_largest_pack(
         del moments
     except torch.OutOfMemoryError as error:
         raise UserError(_too_large(config, pack, str(error))) from None
-    finally:
-        for chunk in policy.chunks:
-            chunk.zero_grad_buffer()
+    for chunk in policy.chunks:
+        chunk.zero_grad_buffer()
     measured = [time.monotonic() - started, float(peak_memory_bytes())]
     seconds, peak = reduce_over_ranks(measured, dist.ReduceOp.MAX, topology)
     return Trial(len(pack.tokens_T), seconds, int(peak))

@@ -150,6 +150,7 @@ class Saver:
             with self._full_disk_is_a_warning(unless=is_last):
                 for callback in self._callbacks:
                     callback.on_save_begin()
+                self._policy.gather_parameters()
                 save = ShardedSave(
                     self._root,
                     self._policy.chunks,

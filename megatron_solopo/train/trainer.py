@@ -369,6 +369,7 @@ class Trainer:
         """Mean metrics over the whole held-out split, with the prefix `eval_`."""
         dataset = self.datasets["eval"]
         reports: list[Any] = []
+        self.policy.gather_parameters()  # ranks of unequal passes could not gather them on the way
         run_single_pass(
             self.config,
             self.policy.chunks,

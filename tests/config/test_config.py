@@ -147,6 +147,45 @@ def test_a_beta_for_orpo_is_refused_and_told_its_name_here(tmp_path: Path) -> No
     assert load(tmp_path, "", ("objective.loss_type=orpo", "objective.orpo_lambda=0.2")).objective.beta == 0.1
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("parallel.tp_comm_overlap=true",), ["tp_comm_overlap=true", "packs differ in length", "false"]),
+        (
+            ("parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=false"),
+            ["overlap_param_gather=true", "overlap_grad_reduce=true"],
+        ),
+        (
+            ("parallel.overlap_param_gather=true", "optimizer.use_distributed_optimizer=false"),
+            ["parallel.overlap_param_gather=true", "optimizer.use_distributed_optimizer=true"],
+        ),
+        (
+            ("parallel.num_distributed_optimizer_instances=2", "optimizer.use_distributed_optimizer=false"),
+            ["parallel.num_distributed_optimizer_instances=2", "optimizer.use_distributed_optimizer=true"],
+        ),
+        (
+            ("parallel.context_parallel_size=8", "parallel.cp_comm_type=a2a+p2p"),
+            ["cp_comm_type=a2a+p2p", "hierarchical_context_parallel_sizes", "context_parallel_size=8"],
+        ),
+        (
+            (
+                "parallel.context_parallel_size=8",
+                "parallel.cp_comm_type=a2a+p2p",
+                "parallel.hierarchical_context_parallel_sizes=[2,2]",
+            ),
+            ["whose product is context_parallel_size=8"],
+        ),
+        (
+            ("parallel.hierarchical_context_parallel_sizes=[2,2]",),
+            ["hierarchical_context_parallel_sizes=[2, 2]", "no effect", "cp_comm_type=p2p"],
+        ),
+    ],
+)
+def test_communication_that_cannot_work_is_refused_with_the_reason(tmp_path: Path, overrides, words) -> None:
+    (line,) = mistakes(tmp_path, "", overrides)
+    assert all(word in line for word in words)
+
+
 def test_an_offloaded_optimizer_must_be_the_distributed_one(tmp_path: Path) -> None:
     overrides = ("optimizer.optimizer_offload_fraction=0.5", "optimizer.use_distributed_optimizer=false")
     (line,) = mistakes(tmp_path, "", overrides)

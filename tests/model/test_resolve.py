@@ -7,10 +7,12 @@ from typing import Any
 
 import megatron.core
 import pytest
+from packaging.version import Version
 
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
+from megatron_solopo.model import resolve
 from megatron_solopo.model.build import precision_settings, transformer_config
 from megatron_solopo.model.resolve import ResolvedModel, check_precision
 from tests.tiny_models import FAMILIES
@@ -49,6 +51,19 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **answers: str | None) -> None:
     functions = {name: answer(answers.get(name, "")) for name in AVAILABILITY if answers.get(name, "") is not None}
     monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", SimpleNamespace(**functions))
+
+
+@pytest.mark.parametrize(("version", "accepted"), [("2.17.1", False), ("2.18.0", True)])
+def test_packs_are_exchanged_by_heads_and_in_a_ring_since_2_18(architecture, monkeypatch, version, accepted) -> None:
+    exchange = {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [2, 2]}
+    parallel = ParallelConfig(context_parallel_size=4, **exchange)
+    monkeypatch.setattr(resolve, "uses_transformer_engine", lambda settings: True)
+    monkeypatch.setattr(resolve, "get_te_version", lambda: Version(version))
+    if accepted:
+        resolve.resolve_model(settings(), parallel, architecture=architecture)
+        return
+    with pytest.raises(UserError, match=r"a2a\+p2p needs transformer-engine 2\.18 or newer.*2\.17\.1 is installed"):
+        resolve.resolve_model(settings(), parallel, architecture=architecture)
 
 
 @pytest.mark.parametrize(

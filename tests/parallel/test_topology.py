@@ -89,6 +89,27 @@ def test_a_wrong_world_size_is_refused_before_any_process_waits(monkeypatch) -> 
     assert not dist.is_initialized()
 
 
+def test_copies_of_the_optimizer_must_divide_the_ranks(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="num_distributed_optimizer_instances=3 does not divide the 2 ranks"):
+        topology.initialize(ParallelConfig(**TP2, num_distributed_optimizer_instances=3), seed=1)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_distributed_optimizer_instances": 2},
+        {"cp_comm_type": "a2a+p2p", "context_parallel_size": 4, "hierarchical_context_parallel_sizes": [2, 2]},
+    ],
+)
+def test_groups_within_groups_need_einops(monkeypatch, keys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(topology, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package einops; install it with `pip install einops`"):
+        topology.initialize(ParallelConfig(**keys), seed=1)
+    assert not dist.is_initialized()
+
+
 def test_lone_tasks_of_a_slurm_step_are_refused(monkeypatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(UserError) as error:

@@ -96,7 +96,7 @@ def _train(config: Config, groups: Topology) -> MemoryInUse:
     chunks = build_model(model, chunk_tokens=config.logprob.chunk_tokens, device=groups.device)
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         torch.nn.init.normal_(parameter, std=0.05)
-    wrapped = wrap_data_parallel(chunks, config.optimizer)
+    wrapped = wrap_data_parallel(chunks, config.optimizer, config.parallel)
     optimizer = build_optimizer(wrapped, config.optimizer)
     policy = Policy(wrapped, optimizer, build_scheduler(optimizer, config.optimizer, 2))
     roles = config.objective.roles.all

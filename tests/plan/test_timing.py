@@ -32,7 +32,37 @@ def test_work_is_shared_and_traffic_appears_with_the_group() -> None:
 
 def test_a_group_wider_than_a_node_moves_at_the_networks_pace() -> None:
     inside, across = (estimate(make_planner(gpus=gpus)).time.data_traffic for gpus in (8, 16))
-    assert across > 5 * inside > 0
+    assert across.exposed + across.hidden > 5 * (inside.exposed + inside.hidden) > 0
+
+
+def test_computation_hides_traffic_but_for_one_bucket_and_what_is_longer_than_it() -> None:
+    planner = make_planner("llama-3.1-8b", gpus=8)
+    found = estimate(planner, cp=8).time.data_traffic
+    plain = estimate(planner, cp=8, parallel={"overlap_grad_reduce": False}).time.data_traffic
+    assert plain.hidden == 0 and plain.exposed == pytest.approx(found.exposed + found.hidden)
+    half = estimate(planner, cp=8, parallel={"overlap_param_gather": False}).time.data_traffic
+    assert 0 < found.exposed < half.exposed < plain.exposed
+    apart = make_planner("llama-3.1-8b", gpus=16)
+    slow = replace(apart, gpu=apart.gpu.model_copy(update={"network_gb_per_s": 0.01}))
+    longer = estimate(slow, cp=8).time.data_traffic
+    assert longer.hidden < longer.exposed
+
+
+def test_copies_of_the_optimizer_gather_within_a_node_and_hold_more() -> None:
+    planner = make_planner("llama-3.1-8b", gpus=16)
+    plain = {"overlap_grad_reduce": False}
+    one = estimate(planner, tp=2, parallel=plain)
+    two = estimate(planner, tp=2, parallel=plain | {"num_distributed_optimizer_instances": 2})
+    assert two.time.data_traffic.exposed < one.time.data_traffic.exposed
+    assert two.stages[0].optimizer == pytest.approx(2 * one.stages[0].optimizer, rel=1e-3)
+
+
+def test_an_exchange_by_heads_within_a_node_shortens_the_ring() -> None:
+    planner = make_planner("llama-3.1-8b", gpus=16)
+    slow = replace(planner, gpu=planner.gpu.model_copy(update={"network_gb_per_s": 0.1}))
+    both = {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [8, 2]}
+    ring, nested = (estimate(slow, cp=16, parallel=each).time.compute.context_traffic for each in ({}, both))
+    assert 0 < nested < ring / 4
 
 
 def test_a_pipeline_waits_less_with_more_packs() -> None:

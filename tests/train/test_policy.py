@@ -7,6 +7,7 @@ import pytest
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
+from megatron_solopo.architecture.layout import data_parallel_overlap
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.resolve import resolve_model
@@ -98,11 +99,31 @@ def test_state_is_not_offloaded_from_a_gpu_that_is_not_used(tmp_path: Path) -> N
 
 
 def test_gradient_buffers_follow_the_config() -> None:
-    plain = data_parallel_config(OptimizerConfig(), fp8_param=False)
+    plain = data_parallel_config(OptimizerConfig(), ParallelConfig(), 1, fp8_param=False)
     assert plain.grad_reduce_in_fp32 and plain.use_distributed_optimizer and not plain.fp8_param_gather
     other = OptimizerConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=False)
-    changed = data_parallel_config(other, fp8_param=True)
+    changed = data_parallel_config(other, ParallelConfig(), 1, fp8_param=True)
     assert not changed.grad_reduce_in_fp32 and not changed.use_distributed_optimizer and changed.fp8_param_gather
+
+
+@pytest.mark.parametrize(
+    ("parallel", "distributed", "ranks", "on_gpu", "expected"),
+    [
+        ({}, True, 8, True, (True, True)),
+        ({}, False, 8, True, (True, False)),
+        ({}, True, 1, True, (False, False)),
+        ({}, True, 8, False, (False, False)),
+        ({"overlap_grad_reduce": False}, True, 8, True, (False, False)),
+        ({"overlap_grad_reduce": True}, True, 8, False, (True, True)),
+        ({"overlap_param_gather": False}, True, 8, True, (True, False)),
+        ({"overlap_param_gather": True}, True, 8, False, (True, True)),
+    ],
+)
+def test_communication_overlaps_on_gpus_unless_the_config_says_otherwise(
+    parallel, distributed, ranks, on_gpu, expected
+) -> None:
+    optimizer = OptimizerConfig(use_distributed_optimizer=distributed)
+    assert data_parallel_overlap(ParallelConfig(**parallel), optimizer, ranks, on_gpu=on_gpu) == expected
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ def reads(loss_type: str, sizes: dict[str, Any], groups: Topology, path: Path) -
     objective = ObjectiveConfig.model_validate({"loss_type": loss_type, "nll_coefficient": 0.1})
     roles = objective.roles.all
     resolved = resolve_model(ModelConfig(path=path), ParallelConfig(**sizes))
-    chunks = wrap_data_parallel(build_model(resolved, chunk_tokens=16, device=groups.device), OptimizerConfig())
+    chunks = wrap_data_parallel(
+        build_model(resolved, chunk_tokens=16, device=groups.device), OptimizerConfig(), resolved.parallel
+    )
     multiples = groups.sequence_multiple, groups.pack_multiple()
     packs = [build_pack([tokenized(make_row(), index)], roles, *multiples) for index in range(2)]
     loss = objective_loss(objective, ReferenceLogprobs(roles, torch.zeros(2, len(roles))), groups)

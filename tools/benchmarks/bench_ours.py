@@ -64,7 +64,7 @@ def build_random_policy(config: Config, model: ResolvedModel, topology: Topology
     chunk_tokens = config.logprob.chunk_tokens
     chunks = build_model(model, chunk_tokens=chunk_tokens, device=topology.device)
     fill_with_random_weights(chunks, model.architecture)
-    wrapped = wrap_data_parallel(chunks, config.optimizer)
+    wrapped = wrap_data_parallel(chunks, config.optimizer, config.parallel)
     optimizer = build_optimizer(wrapped, config.optimizer)
     return Policy(wrapped, optimizer, build_scheduler(optimizer, config.optimizer, max_steps))
 

@@ -200,7 +200,7 @@ def measure_times(short: int, long: int, response_tokens: int, repeats: int) -> 
     wall, cpu, flops = ({objective.name: [] for objective in OBJECTIVES} for _ in range(3))
     with one_process() as groups:
         config = OptimizerConfig()
-        chunks = wrap_data_parallel([make_model(architecture, groups)], config)
+        chunks = wrap_data_parallel([make_model(architecture, groups)], config, ParallelConfig())
         optimizer = build_optimizer(chunks, config)
         policy = Policy(chunks, optimizer, build_scheduler(optimizer, config, max_steps=2 * (repeats + 1)))
         for index in range(repeats + 1):
