@@ -16,6 +16,8 @@ _IGNORED_WARNINGS = (
     r"full scope is deprecated\. Use empty cuda_graph_scope",
     # The optimizer asks every tensor for its gradient, also those that have none.
     r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+    # On GPUs this package sets the variable. On a CPU it has no effect.
+    r"When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
 )
 
 
