@@ -97,14 +97,19 @@ def read_headers(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_journals(folder: Path, split: str, num_rows: int) -> dict[Role, NDArray[np.float32]]:
-    """What the journals of a split hold, as in `ReferenceJournal.known`. Damaged lines are counted and left out."""
+    """What the journals of a split hold, as in `ReferenceJournal.known`.
+
+    Damaged lines, and all lines behind a damaged header, are counted and left out.
+    """
     found: dict[Role, NDArray[np.float32]] = {}
     damaged = 0
     for path in sorted(folder.glob(f"{split}-*.jsonl")):
-        for offset, line in complete_lines(path):
-            if not offset:
-                damaged += parse_header(line) is None
-                continue
+        lines = [line for _, line in complete_lines(path)]
+        if lines and parse_header(lines[0]) is None:
+            # Nothing says of which weights and data these numbers are.
+            damaged += len(lines)
+            continue
+        for line in lines[1:]:
             record = _parse(line, num_rows)
             damaged += record is None
             row, logps = record or (0, {})

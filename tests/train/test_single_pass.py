@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_solopo import progress
+from megatron_solopo import journal, progress
 from megatron_solopo.config import Config
 from megatron_solopo.data import loader
 from megatron_solopo.data.batch_plan import share_out_pass
@@ -279,6 +280,15 @@ def test_other_journals_are_refused_and_damaged_lines_counted(
     assert "4 damaged lines of train; their triplets are computed again" in told
     assert "removed" in told and "made for another weights" in told
     assert "No space left on device" in found["full"]
+
+
+def test_numbers_behind_a_damaged_header_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = b'{"row": 1, "short_chosen": -3.5}\n'
+    (tmp_path / "train-good-0000.jsonl").write_bytes(journal.header_line({"weights": "mine"}).encode() + b"\n" + row)
+    (tmp_path / "train-torn-0000.jsonl").write_bytes(b"\0" * 20 + b"\n" + row.replace(b"1", b"0"))
+    (known,) = reference_journal.read_journals(tmp_path, "train", 2).values()
+    assert np.isnan(known[0]) and known[1] == -3.5
+    assert "2 damaged lines of train; their triplets are computed again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(0.0, True), (3600.0, False)])

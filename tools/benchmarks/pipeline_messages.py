@@ -154,7 +154,7 @@ def _model(parallel: ParallelConfig, groups: Topology) -> Any:
                 seeded = torch.Generator().manual_seed(7) if weight.shape[0] == _MODEL["vocab_size"] else generator
                 weight.add_(torch.randn(weight.shape, generator=seeded).to(weight) / 10)
                 assert "norm" in name or weight.dim() > 1
-    return wrap_data_parallel(chunks, OptimizerConfig(use_distributed_optimizer=False))
+    return wrap_data_parallel(chunks, OptimizerConfig(use_distributed_optimizer=False), parallel)
 
 
 def _packs(groups: Topology) -> list[Pack]:

@@ -135,7 +135,7 @@ def _make_policy(folder: Path, layers: int, groups: Topology) -> tuple[Any, Any]
         ModelConfig(path=folder / "model", dtype="bfloat16"), ParallelConfig(), architecture=architecture
     )
     settings = OptimizerConfig()
-    chunks = wrap_data_parallel(build_model(model, chunk_tokens=8, device=groups.device), settings)
+    chunks = wrap_data_parallel(build_model(model, chunk_tokens=8, device=groups.device), settings, ParallelConfig())
     optimizer = build_optimizer(chunks, settings)
     initialize_adam_state(optimizer)
     for state in dense_optimizer(optimizer).optimizer.state.values():
