@@ -284,13 +284,15 @@ def _best_fit_decreasing(sizes: Sequence[TripletSize], max_tokens: int, max_trip
 def _split(packs: list[list[int]], sizes: Sequence[TripletSize], target: int) -> list[list[int]]:
     """Halve the costliest pack that holds two or more triplets until there are `target` packs."""
     packs = list(packs)
+    costs = [_cost(pack, sizes) for pack in packs]
     while len(packs) < target:
-        divisible = [number for number, pack in enumerate(packs) if len(pack) > 1]
-        costliest = max(divisible, key=lambda number: _cost(packs[number], sizes))
+        divisible = [cost if len(pack) > 1 else -1 for pack, cost in zip(packs, costs, strict=True)]
+        costliest = divisible.index(max(divisible))
         halves: tuple[list[int], list[int]] = ([], [])
         for position in sorted(packs[costliest], key=lambda i: (-sizes[i].cost, i)):
             min(halves, key=lambda half: _cost(half, sizes)).append(position)
         packs[costliest : costliest + 1] = halves
+        costs[costliest : costliest + 1] = [_cost(half, sizes) for half in halves]
     return packs
 
 

@@ -58,16 +58,15 @@ def test_pipeline_stages_are_compared_with_their_own_kind() -> None:
 
 def test_waits_are_no_work() -> None:
     clock = WorkClock(torch.device("cpu"))
-    clock.start()
-    clock.switch()
-    time.sleep(0.2)
-    clock.switch()
-    clock.switch()
-    assert 0 <= clock.seconds() < 0.1
-    clock.start()
-    time.sleep(0.05)
-    clock.switch()
-    assert 0.05 <= clock.seconds() < 0.15
+    # Two steps. In the first the rank works for 1 s, waits for 20 s, and works for 2 s.
+    with mock.patch.object(time, "perf_counter", side_effect=[10.0, 11.0, 31.0, 33.0, 40.0, 45.0]):
+        clock.start()
+        for _ in range(3):
+            clock.switch()
+        assert clock.seconds() == 3
+        clock.start()
+        clock.switch()
+        assert clock.seconds() == 5
 
 
 def test_the_console_names_the_rank_only_where_it_costs_something() -> None:
