@@ -45,9 +45,10 @@ def wanted_packs(pipeline_model_parallel_size: int) -> int:
 
 
 def packs_per_part(pipeline_model_parallel_size: int) -> int:
-    """Packs that a rank runs in one go in a pass over a data set: 24 x PP, so that a pipeline waits less than 5 %.
+    """The most packs that a rank runs in one go in a pass over a data set: 24 x PP.
 
-    A pass is divided into parts, because only between them all pipeline ranks can stop together.
+    A pass is divided into equal parts, because only between them all pipeline ranks can stop together. A part of a long
+    pass has nearly this number of packs, and its pipeline waits about 4 % of the time.
     """
     return 24 * pipeline_model_parallel_size
 

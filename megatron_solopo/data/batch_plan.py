@@ -212,6 +212,13 @@ class PassPart:
     """Whether each of them counts. A rank with too few packs repeats the cheapest one, which then does not count."""
 
 
+def packs_in_part(num_packs: int, *, num_ranks: int, packs_multiple: int, packs_per_part: int) -> int:
+    """Packs of all ranks in each part of a single pass but the last; the arguments are those of `share_out_pass`."""
+    share = num_ranks * packs_multiple
+    num_parts = max(1, -(-num_packs // (num_ranks * packs_per_part)))
+    return max(share, -(-num_packs // (num_parts * share)) * share)
+
+
 def share_out_pass(
     costs: Sequence[int], *, num_ranks: int, packs_multiple: int = 1, packs_per_part: int = 1
 ) -> list[PassPart]:
@@ -219,15 +226,16 @@ def share_out_pass(
 
     Args:
         costs: Cost of each pack. The result holds positions in this sequence.
-        packs_per_part: Every part has at least about this number of packs on each rank, unless the pass has fewer.
+        packs_per_part: No part has more packs on each rank, rounded up to `packs_multiple`. Parts are about equal.
         (The others: see `plan_global_batch`.)
 
     Within a part, packs at the same place of all ranks cost about the same, the costliest first. At every place, the
     rank with the least cost so far gets the costliest pack.
     """
     share = num_ranks * packs_multiple
-    num_parts = max(1, len(costs) // (num_ranks * packs_per_part))
-    length = max(share, -(-len(costs) // (num_parts * share)) * share)
+    length = packs_in_part(
+        len(costs), num_ranks=num_ranks, packs_multiple=packs_multiple, packs_per_part=packs_per_part
+    )
     parts = []
     for start in range(0, len(costs), length):
         order = sorted(range(start, min(start + length, len(costs))), key=lambda number: (-costs[number], number))

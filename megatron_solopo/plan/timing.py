@@ -24,7 +24,7 @@ from megatron_solopo.architecture.layout import (
 )
 from megatron_solopo.architecture.pipeline_schedule import ChunkPass
 from megatron_solopo.config import Config
-from megatron_solopo.data.batch_plan import share_out_pass
+from megatron_solopo.data.batch_plan import packs_in_part, share_out_pass
 from megatron_solopo.plan.activations import element_bytes, sequence_shards
 from megatron_solopo.plan.memory import RankState
 from megatron_solopo.plan.parameters import ModelChunk, model_chunks
@@ -139,10 +139,13 @@ class StepTimer:
     def time_pass(self, work: PassShape) -> PassTime:
         """A pass of the reference model over all triplets: its parts, each with the time to fill the pipeline."""
         size = self.config.parallel.pipeline_model_parallel_size
-        share = self.data_parallel_size * packs_multiple(size, self._chunks)
-        num_parts = max(1, work.num_packs // (self.data_parallel_size * packs_per_part(size)))
-        # All parts but the last are alike.
-        length = work.num_packs if num_parts == 1 else -(-work.num_packs // (num_parts * share)) * share
+        in_part = packs_in_part(
+            work.num_packs,
+            num_ranks=self.data_parallel_size,
+            packs_multiple=packs_multiple(size, self._chunks),
+            packs_per_part=packs_per_part(size),
+        )
+        length = min(work.num_packs, in_part)
         found = [self._busiest([pack], forward_only=True).total for pack in work.packs]
         seconds = np.array(list(islice(cycle(found), length)))
         (part,) = share_out_pass(

@@ -98,11 +98,18 @@ def test_single_pass_counts_each_triplet_once_for_any_number_of_them(
     for part in parts:
         assert part.packs.shape == part.counted.shape and part.packs.shape[0] == num_ranks
         assert part.packs.shape[1] % packs_multiple == 0
+        assert part.packs.shape[1] <= -(-wanted // packs_multiple) * packs_multiple
     assert sum(part.packs.size for part in parts) - len(packs) < num_ranks * packs_multiple, "few repetitions"
 
 
 def test_a_pass_of_nothing_has_no_parts():
     assert share_out_pass([], num_ranks=4, packs_multiple=2, packs_per_part=40) == []
+
+
+@pytest.mark.parametrize(("packs", "parts", "longest"), [(1536, 1, 192), (1537, 2, 97), (3071, 2, 192), (3073, 3, 129)])
+def test_a_part_of_a_pass_is_never_longer_than_asked(packs, parts, longest):
+    found = share_out_pass([1] * packs, num_ranks=8, packs_per_part=192)
+    assert [len(found), max(part.packs.shape[1] for part in found)] == [parts, longest]
 
 
 def test_single_pass_repeats_nothing_where_an_even_plan_exists():
@@ -121,7 +128,7 @@ def test_ranks_of_a_pass_do_equal_work_place_by_place(seed):
     packs = plan_single_pass(columns(sizes), max_tokens=65_536, max_triplets=None, num_ranks=4, wanted_packs=40)
     costs = np.array([sum(sizes[row].cost for row in pack) for pack in packs])
     parts = share_out_pass(costs.tolist(), num_ranks=4, packs_per_part=40)
-    assert len(parts) == len(packs) // 160 and all(part.packs.shape[1] >= 40 for part in parts[:-1])
+    assert len(parts) == -(-len(packs) // 160) and all(20 <= part.packs.shape[1] <= 40 for part in parts[:-1])
     loads = np.array([costs[part.packs].sum(axis=1) for part in parts])
     uneven = loads.max(axis=1) / loads.mean(axis=1)
     # A single triplet may cost more than several packs. With as many packs as the others, its rank has most work.

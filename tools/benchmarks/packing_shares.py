@@ -7,7 +7,8 @@ Every row compares a simple rule with the rule that training uses, on the same b
 - padding: every sequence padded to 2 x CP x TP; or sequences to 2 x CP, and packs to what TP needs.
 - waiting: as few packs as the budget allows; or at least 4 x PP packs on each rank. `plan` simulates the schedule.
 - waiting in a pass: the pipeline runs empty behind every 16 triplets of a rank, with as few packs as the budget allows
-  or with 4 x PP packs; or it runs empty behind 24 x PP packs. The figure is the share of time that stages work.
+  or with 4 x PP packs; or it runs empty behind 24 x PP packs at most. The figure is the share of time that
+  stages work.
 - uneven work: ranks share the sum of squared lengths; or they share FLOPs. The figure is the FLOPs of the rank with
   most work over the mean.
 """
@@ -58,7 +59,7 @@ def main() -> None:
     click.echo("\n## Waiting pipeline stages of a pass\n\n512 triplets on each data-parallel rank, forward only.\n")
     cases = ((4, 8192), (8, 8192), (8, 32768))
     rows = [[f"{pp}, {length // 1024}K", *map("{:.2f}".format, pass_shares(pp, length))] for pp, length in cases]
-    click.echo(table(["PP, tokens", "16 triplets", "16 triplets, wanted packs", "24 x PP packs"], rows))
+    click.echo(table(["PP, tokens", "16 triplets", "16 triplets, wanted packs", "at most 24 x PP packs"], rows))
     click.echo("\n## Uneven work\n\n64 triplets on 8 data-parallel ranks, log-uniform long contexts, five batches.\n")
     models = (("llama-3.1-8b", 4096, 32768), ("llama-3.1-70b", 8192, 32768))
     rows = [
