@@ -198,7 +198,10 @@ def _help_text(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    """Text of a table's cell. Within code, a table shows `|` and `<` as they are."""
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    parts[::2] = [part.replace("|", "\\|").replace("<", "&lt;") for part in parts[::2]]
+    return "".join(parts)
 
 
 GENERATED: dict[str, Callable[[], str]] = {

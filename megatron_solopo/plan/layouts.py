@@ -1,7 +1,9 @@
 """The layouts to consider for a model on a number of GPUs, the memory savers to try on each, and which ranks differ."""
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -20,6 +22,8 @@ _SIZE_KEYS = {
     "cp": "context_parallel_size",
 }
 _MAX_MODEL_CHUNKS = 4
+_RING = {"cp_comm_type": "p2p", "hierarchical_context_parallel_sizes": None}
+_BY_HEADS = {"cp_comm_type": "a2a", "hierarchical_context_parallel_sizes": None}
 _RECOMPUTE: tuple[dict[str, Any], ...] = (
     {"recompute_granularity": None},
     {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
@@ -48,7 +52,7 @@ class Layout:
     @property
     def name(self) -> str:
         """The sizes in a word, such as `tp8,pp4,vpp2,cp4,dp8`."""
-        return ",".join(f"{short}{size}" for short, size in self.sizes.items() if size is not None)
+        return sizes_name(self.sizes)
 
     @property
     def extreme_ranks(self) -> list[int]:
@@ -81,6 +85,11 @@ class Layout:
         if parallel.pipeline_model_parallel_layout is not None:
             found.append(f"stages {parallel.pipeline_model_parallel_layout}")
         return ", ".join(found) or "none"
+
+
+def sizes_name(sizes: Mapping[str, int | None]) -> str:
+    """Parallel sizes in a word, such as `tp8,pp4,vpp2,cp4`."""
+    return ",".join(f"{short}{size}" for short, size in sizes.items() if size is not None)
 
 
 def replace_settings(config: Config, **sections: dict[str, Any]) -> Config:
@@ -125,14 +134,18 @@ def candidate_sizes(architecture: ModelShape, gpus: int, gpu: Gpu) -> Iterator[d
 def make_layout(config: Config, sizes: dict[str, int | None], gpus: int) -> Layout:
     """The configuration with these sizes; raises UserError if they do not divide the GPUs.
 
-    Its layout of stages stays if it has as many as these sizes.
+    Its layout of stages stays if it has as many as these sizes, and its hierarchy of context parallelism if it has as
+    many ranks.
     """
     parallel: dict[str, Any] = {_SIZE_KEYS[short]: size for short, size in sizes.items()}
     stages = config.parallel.pipeline_model_parallel_layout
     if stages is not None and len(parse_layout(stages)) != (sizes["pp"] or 1) * (sizes["vpp"] or 1):
         parallel["pipeline_model_parallel_layout"] = None
     # Tensor parallelism is never faster or smaller without sequence parallelism, so it always has it.
-    parallel |= {"sequence_parallel": None, "cp_comm_type": "p2p", "cpu_offloading_num_layers": 0}
+    parallel |= {"sequence_parallel": None, "cpu_offloading_num_layers": 0}
+    hierarchy = config.parallel.hierarchical_context_parallel_sizes
+    if hierarchy is None or math.prod(hierarchy) != sizes["cp"]:
+        parallel |= _RING
     changed = replace_settings(config, parallel=parallel)
     check_world_size(changed.parallel, gpus)
     return Layout(changed, gpus // changed.parallel.model_parallel_size)
@@ -145,15 +158,17 @@ def check_supported(architecture: ModelShape, layout: Layout) -> None:
     check_fp8(architecture, config.model, config.parallel, config.optimizer)
 
 
-def _can_exchange_by_heads(architecture: ModelShape, config: Config) -> bool:
-    """Whether context-parallel ranks can exchange keys and values by heads (`cp_comm_type: a2a`)."""
-    if config.parallel.context_parallel_size == 1:
-        return False
-    try:
-        check_layout(architecture, replace_settings(config, parallel={"cp_comm_type": "a2a"}).parallel)
-    except UserError:
-        return False
-    return True
+def _exchanges(architecture: ModelShape, config: Config) -> Iterator[dict[str, Any]]:
+    """How context-parallel ranks can exchange keys and values: a ring, the config's hierarchy if any, and by heads."""
+    found: list[dict[str, Any]] = [_RING]
+    if config.parallel.hierarchical_context_parallel_sizes is not None:
+        found.append({})
+    if config.parallel.context_parallel_size > 1:
+        found.append(_BY_HEADS)
+    for exchange in found:
+        with suppress(UserError):
+            check_layout(architecture, replace_settings(config, parallel=exchange).parallel)
+            yield exchange
 
 
 def layout_variants(architecture: ModelShape, layout: Layout, gpu: Gpu, vary: Sequence[str]) -> list[list[Layout]]:
@@ -172,16 +187,15 @@ def layout_variants(architecture: ModelShape, layout: Layout, gpu: Gpu, vary: Se
     if "fp8" in vary and can_fp8:
         precisions = [{"fp8": None, "fp8_param": False, "first_last_layers_bf16": False}, {"fp8": "hybrid"}]
     recompute = list(_RECOMPUTE) if "recompute" in vary else [{}]
-    exchanges = ["p2p"]
-    if "cp_comm" in vary and _can_exchange_by_heads(architecture, config):
-        exchanges.append("a2a")
+    # If the model allows none, the caller's check says why.
+    exchanges = (list(_exchanges(architecture, config)) if "cp_comm" in vary else []) or [{}]
     offloads: list[dict[str, Any]] = [{}]
     if "offload" in vary and config.optimizer.use_distributed_optimizer and config.model.dtype == "bfloat16":
         offloads = [{"optimizer_offload_fraction": share} for share in (0.0, 1.0)]
     rows = []
     for precision, exchange, offload in product(precisions, exchanges, offloads):
         row = [
-            replace_settings(config, model=precision, parallel={"cp_comm_type": exchange} | saver, optimizer=offload)
+            replace_settings(config, model=precision, parallel=exchange | saver, optimizer=offload)
             for saver in recompute
         ]
         rows.append([Layout(each, layout.data_parallel_size) for each in row])

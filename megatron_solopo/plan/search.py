@@ -7,10 +7,17 @@ from typing import Any
 
 from megatron_solopo.architecture.gpus import Efficiency, Gpu, Reserve
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.architecture.layout import FP8_MULTIPLES, check_layout
+from megatron_solopo.architecture.layout import FP8_MULTIPLES
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
-from megatron_solopo.plan.layouts import Layout, candidate_sizes, check_supported, layout_variants, make_layout
+from megatron_solopo.plan.layouts import (
+    Layout,
+    candidate_sizes,
+    check_supported,
+    layout_variants,
+    make_layout,
+    sizes_name,
+)
 from megatron_solopo.plan.memory import GIB, RankState, StageMemory, rank_state, stage_memory
 from megatron_solopo.plan.timing import PassTime, StepTime, StepTimer
 from megatron_solopo.plan.workload import BatchShape, Packer, PackShape, Workload
@@ -110,7 +117,11 @@ class Planner:
         fitting: list[tuple[float, Layout]] = []
         refused: list[RefusedLayout] = []
         for sizes in candidate_sizes(self.architecture, self.gpus, self.gpu):
-            layout = make_layout(self.config, sizes, self.gpus)
+            try:
+                layout = make_layout(self.config, sizes, self.gpus)
+            except UserError as error:
+                refused.append(RefusedLayout(sizes_name(sizes), str(error), None))
+                continue
             found, reasons = self._fitting_variants(layout)
             fitting += [(self._quick_seconds(variant), variant) for variant in found]
             if not found:
@@ -125,7 +136,6 @@ class Planner:
         found: list[Layout] = []
         refused: list[RefusedLayout] = []
         try:
-            check_layout(self.architecture, layout.config.parallel)
             for row in layout_variants(self.architecture, layout, self.gpu, self.vary):
                 variant, excess = self._first_that_fits(row)
                 if excess <= 0:

@@ -61,6 +61,26 @@ def test_the_exchange_by_heads_is_tried_where_heads_allow_it() -> None:
         assert {each.config.parallel.cp_comm_type for row in rows for each in row} == exchanges
 
 
+def test_a_configured_hierarchy_is_tried_where_it_fits_beside_the_others() -> None:
+    keys = ("context_parallel_size=8", "cp_comm_type=a2a+p2p", "hierarchical_context_parallel_sizes=[2,4]")
+    planner = make_planner("llama-3.1-8b", *(f"parallel.{key}" for key in keys), gpus=64)
+    for tp, cp, exchanges in ((1, 8, {"a2a+p2p", "p2p", "a2a"}), (8, 8, {"p2p"}), (1, 16, {"p2p"}), (1, 1, {"p2p"})):
+        layout = make_layout(planner.config, {"tp": tp, "pp": 1, "vpp": None, "cp": cp}, 64)
+        rows = layout_variants(planner.architecture, layout, planner.gpu, SAVERS)
+        assert {each.config.parallel.cp_comm_type for row in rows for each in row} == exchanges
+    asked = make_layout(planner.config, {"tp": 1, "pp": 1, "vpp": None, "cp": 8}, 64)
+    rows = layout_variants(planner.architecture, asked, planner.gpu, ())
+    assert {each.config.parallel.cp_comm_type for row in rows for each in row} == {"a2a+p2p"}
+
+
+def test_sizes_that_cannot_hold_the_optimizer_instances_are_refused_and_others_fit() -> None:
+    found = make_planner("llama-3.1-8b", "parallel.num_distributed_optimizer_instances=4", gpus=64).search()
+    reasons = {each.name: each.reason for each in found.refused}
+    assert "does not divide the 2 ranks (DP x CP)" in reasons["tp8,pp4,cp1"]
+    ranks = [64 // (layout.sizes["tp"] * layout.sizes["pp"]) for layout in (each.layout for each in found.ranked)]
+    assert ranks and all(number % 4 == 0 for number in ranks)
+
+
 def test_variants_of_a_row_take_less_memory_and_more_time_one_after_the_other() -> None:
     planner = make_planner("llama-3.1-70b", gpus=64)
     layout = make_layout(planner.config, {"tp": 8, "pp": 2, "vpp": None, "cp": 4}, 64)
