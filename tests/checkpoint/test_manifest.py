@@ -11,9 +11,9 @@ from megatron_solopo.checkpoint.manifest import (
     MANIFEST,
     check_listed,
     damages,
+    file_shares,
     read_manifest,
     sealed_files,
-    share,
     write_manifest,
 )
 from megatron_solopo.errors import UserError
@@ -112,6 +112,6 @@ def test_what_people_may_edit_is_told_and_no_damage(folder: Path) -> None:
 
 def test_ranks_share_the_files_by_size(folder: Path) -> None:
     files = read_manifest(folder)
-    shares = [share(files, rank, 3) for rank in range(3)]
+    shares = file_shares(files, 3)
     assert sorted(name for each in shares for name in each) == sorted(CONTENT)
     assert [list(each) for each in shares][:2] == [["rng/rank_0"], ["a.distcp"]]
