@@ -242,7 +242,7 @@ def test_a_plan_knows_what_ranks_write() -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_save_takes_no_more_memory_than_a_rank_owns(name: str) -> None:
-    descriptions = 128 << 10  # of tensors, which ranks send each other
+    descriptions = 256 << 10  # of tensors, which ranks send each other; a gathered optimizer takes 1.7 MB here
     for rank in two_ranks(__name__):
         assert all(0 < peak <= rank[name]["owned"] + descriptions for peak in rank[name]["peaks"])
 

@@ -58,6 +58,7 @@ def nan_in_the_gradient(original: Any, this: Policy, *arguments: Any, **keywords
 
 def never_seen(original: Any, this: Policy, *arguments: Any, **keywords: Any) -> StepResult:
     """What a skip must be equal to: nothing is computed at all."""
+    keywords["before_reduction"]()
     return StepResult([], math.nan, 0.0, skipped=True, gradient_was_finite=True)
 
 
