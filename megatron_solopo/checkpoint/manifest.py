@@ -7,7 +7,6 @@ not protect against somebody who forges files. People may edit the model's small
 template, rope scaling): such a change is reported, but is no damage.
 """
 
-import heapq
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
+from megatron_solopo.parallel.agreement import least_loaded
 
 MANIFEST = "manifest.json"
 _ALGORITHM: Literal["xxh3_128"] = "xxh3_128"
@@ -90,11 +90,9 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
 def file_shares(files: Mapping[str, FileEntry], ranks: int) -> list[dict[str, FileEntry]]:
     """Return the files that each of several ranks checks, with about as many bytes for each."""
     shares: list[dict[str, FileEntry]] = [{} for _ in range(ranks)]
-    loads = [(0, rank) for rank in range(ranks)]
-    for name, entry in sorted(files.items(), key=lambda item: (-item[1].bytes, item[0])):
-        load, least = loads[0]
-        shares[least][name] = entry
-        heapq.heapreplace(loads, (load + entry.bytes, least))
+    by_name = sorted(files)
+    for name, rank in zip(by_name, least_loaded([files[name].bytes for name in by_name], ranks), strict=True):
+        shares[rank][name] = files[name]
     return shares
 
 

@@ -35,6 +35,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_solopo.parallel.agreement import least_loaded
 from megatron_solopo.parallel.megatron_internals import (
     OwnedState,
     delayed_scales,
@@ -90,16 +91,13 @@ def share_replicas(model: dict[str, Any], group: dist.ProcessGroup) -> None:
         model: from `model_state`; changed in place.
         group: the ranks, which hold equal tensors in equal order. All of them make the same choice without asking.
     """
-    loads = [0] * group.size()
     shared = [
         each
         for each in nested_values(model)
         if isinstance(each, ShardedTensor | ShardedTensorFactory) and is_main_replica((*each.replica_id[:-1], 0))
     ]
-    for each in sorted(shared, key=lambda each: -each.data.nbytes):
-        least = loads.index(min(loads))
-        loads[least] += each.data.nbytes
-        each.replica_id = (*each.replica_id[:-1], (group.rank() - least) % group.size())
+    for each, writer in zip(shared, least_loaded([each.data.nbytes for each in shared], group.size()), strict=True):
+        each.replica_id = (*each.replica_id[:-1], (group.rank() - writer) % group.size())
 
 
 def optimizer_state_to_save(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:

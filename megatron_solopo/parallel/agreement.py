@@ -9,7 +9,8 @@ What a rank sends and receives does not grow with the number of ranks. A list wi
 would grow with its square over all of them.
 """
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -123,3 +124,15 @@ def _raise_agreed(first: _Failure | None, own_error: Exception | None) -> None:
             f"rank {first.rank} failed: {first.message}; its traceback is in that rank's output"
         ) from own_error
     raise (OutOfSpaceError if first.is_out_of_space else UserError)(first.message) from None
+
+
+def least_loaded(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Give each of several things to a rank, the largest first, always to the rank with the least so far.
+
+    Ranks that call it with equal sizes make the same choice without asking each other.
+    """
+    loads, chosen = [(0, rank) for rank in range(ranks)], [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        load, chosen[number] = loads[0]
+        heapq.heapreplace(loads, (load + sizes[number], chosen[number]))
+    return chosen
