@@ -7,6 +7,7 @@ Embeddings that are shared with the last stage have a bucket of their own.
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,10 +58,13 @@ class ParameterBuffer:
     def owned(self, rank: int, size: int) -> int:
         """Elements without padding whose optimizer state belongs to one of `size` data-parallel ranks."""
         total = 0
+        begins, stops = zip(*self.spans, strict=True) if self.spans else ((), ())
         for start, end in self.buckets:
             shard = (end - start) // size
             low, high = start + rank * shard, start + (rank + 1) * shard
-            total += sum(max(0, min(high, stop) - max(low, begin)) for begin, stop in self.spans)
+            # The spans are in order, so those that overlap with the shard are neighbours.
+            within = self.spans[bisect_right(stops, low) : bisect_left(begins, high)]
+            total += sum(min(high, stop) - max(low, begin) for begin, stop in within)
         return total
 
 
