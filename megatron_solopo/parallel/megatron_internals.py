@@ -21,6 +21,8 @@ import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
@@ -496,11 +498,14 @@ class ShardedFiles:
     """
 
     def __init__(
-        self, state: dict[str, Any], folder: Path, content_metadata: dict[str, Any], *, files_per_rank: int
+        self, state: dict[str, Any], folder: Path, content_metadata: dict[str, Any], plans: "SavePlans"
     ) -> None:
-        """Plan, on all ranks together; writes nothing but, with megatron-core 0.16, rank 0's `common.pt`."""
+        """Plan, on all ranks together; writes nothing but, with megatron-core 0.16, rank 0's `common.pt`.
+
+        Args:
+            plans: of the save before, if all ranks write the same pieces again; of no save otherwise.
+        """
         filesystem_async._results_queue = queue.Queue()  # Megatron would start a process that holds a queue
-        strategy = _PlanKeeper("torch_dist", 1, thread_count=files_per_rank)
         options: dict[str, Any] = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19
             options["async_strategy"] = "mcore"
@@ -509,13 +514,14 @@ class ShardedFiles:
         dist_checkpointing.save(
             state,
             str(folder),
-            strategy,
+            plans,
             validate_access_integrity=False,
             async_sharded_save=True,
             content_metadata=content_metadata,
             **options,
         )
-        self._writer, self._metadata = strategy.writer, strategy.metadata
+        self._writer, self._metadata = plans.writer, plans.metadata
+        plans.keep(state)
 
     @property
     def names(self) -> list[str]:
@@ -553,15 +559,55 @@ class ShardedFiles:
         self._writer.finish(self._metadata, results)
 
 
-class _PlanKeeper(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """Keeps the plan that Megatron would turn into functions to call later."""
+class SavePlans(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """What the ranks have planned for a save. The next save takes it over, if no rank writes other pieces.
+
+    A plan holds no values. Rank 0 gathers the plans of all ranks, checks them, and makes the list of all pieces.
+    Versions: 0.16 and 0.19. Megatron takes a plan over from the third save on, and never looks whether pieces have
+    changed. The list of pieces would hold the plans of all ranks, too. Megatron uses them only to take over the plan of
+    a checkpoint that it has loaded, and does without them where they are absent.
+    Upstream: `megatron/core/dist_checkpointing/strategies/` (`torch.py`, `state_dict_saver.py`).
+    """
 
     writer: Any
     metadata: Any
 
+    def __init__(self, files_per_rank: int) -> None:
+        super().__init__("torch_dist", 1, thread_count=files_per_rank, cached_metadata=True)
+        self._pieces: list[tuple[Any, ...]] | None = None
+
+    def are_of(self, state: dict[str, Any]) -> bool:
+        """Whether this rank's part of the plans is for the pieces of `state`."""
+        return self._pieces == _pieces(state)
+
+    def forget(self) -> None:
+        """The next save plans anew. All ranks must forget, if one must."""
+        self._pieces = None
+        self.cached_central_plan = self.cached_local_plan = self.cached_global_metadata = None
+        self.validated_cache_reuse = False
+
+    def keep(self, state: dict[str, Any]) -> None:
+        """The plans are those of `state`; the next save takes them over."""
+        self._pieces = _pieces(state)
+        self.cached_global_metadata, self.validated_cache_reuse = self.metadata, True
+
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *strategy: Any) -> Any:
+        # Megatron would turn the plan into functions to call later.
         self.writer, self.metadata = writer, planned[1]
+        if self.metadata is not None:  # rank 0
+            vars(self.metadata).pop("all_local_plans", None)
         return super()._get_save_and_finalize_callbacks(writer, planned, *strategy)
+
+
+def _pieces(state: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Everything of a sharded state that a plan depends on, in its order."""
+    apply_factories(state)
+    return [
+        (each.key, each.global_shape, each.global_offset, each.replica_id)
+        + ((each.local_shape, each.dtype) if isinstance(each, ShardedTensor) else ())
+        for each in nested_values(state)
+        if isinstance(each, ShardedTensor | ShardedObject)
+    ]
 
 
 # --- one rank without memory and without the other ranks ---

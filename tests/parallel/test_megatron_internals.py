@@ -221,7 +221,7 @@ def test_the_hybrid_optimizers_state_is_read_in_full_precision_and_handed_out() 
 def test_a_plan_is_written_by_this_process_and_read_by_megatron(group: Any, tmp_path: Path) -> None:
     model = make_model()
     state = {"model": model.sharded_state_dict(metadata=SHARDING)}
-    files = internals.ShardedFiles(state, tmp_path, {}, files_per_rank=2)
+    files = internals.ShardedFiles(state, tmp_path, {}, internals.SavePlans(2))
     files.stage()
     wanted = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     results = [found for number in range(len(files.names)) for found in files.write(number)]
@@ -234,7 +234,7 @@ def test_a_plan_is_written_by_this_process_and_read_by_megatron(group: Any, tmp_
 
 def test_a_file_that_cannot_be_written_raises_what_the_file_system_raises(group: Any, tmp_path: Path) -> None:
     files = internals.ShardedFiles(
-        {"model": make_model().sharded_state_dict(metadata=SHARDING)}, tmp_path, {}, files_per_rank=1
+        {"model": make_model().sharded_state_dict(metadata=SHARDING)}, tmp_path, {}, internals.SavePlans(1)
     )
     files.stage()
     (tmp_path / files.names[0]).mkdir()
