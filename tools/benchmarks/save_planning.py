@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +26,9 @@ warnings.filterwarnings("ignore")
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 from tqdm import tqdm
 
@@ -72,22 +76,33 @@ def main(path: Path, ranks: int, overrides: tuple[str, ...]) -> None:
 
 def _plan_on_rank_0(state: Any, folder: Path, sent: list[bytes]) -> list[dict[str, str]]:
     rows, plans = [], new_plans()
-    for number in range(2):
+    for save in range(2):
         with _gathered(lambda _: None, sent):
-            seconds, files = _plan(state, folder / str(number), plans)
-        metadata = files._metadata
-        stored = pickle.dumps(metadata)
-        chunks = [len(getattr(each, "chunks", ())) for each in metadata.state_dict_metadata.values()]
+            seconds, files = _plan(state, folder / str(save), plans)
+        chunks = [len(getattr(each, "chunks", ())) for each in files._metadata.state_dict_metadata.values()]
+        written = [_written(number, plan) for number, plan in enumerate(map(pickle.loads, sent), 1)]
+        own: Any = plans.cached_local_plan
+        files.finish([_written(0, own), *written])
+        started = time.monotonic()
+        FileSystemReader(folder / str(save)).read_metadata()
+        reading = time.monotonic() - started
         rows.append(
             {
-                "save": str(number + 1),
+                "save": str(save + 1),
                 "rank 0 plans s": f"{seconds:.2f}",
                 "pieces": f"{sum(chunks):,}",
                 "of one key": f"{max(chunks):,}",
-                "bytes of the list of pieces": f"{len(stored):,}",
+                "bytes of .metadata": f"{(folder / str(save) / '.metadata').stat().st_size:,}",
+                "a rank reads it in s": f"{reading:.2f}",
             }
         )
     return rows
+
+
+def _written(rank: int, plan: SavePlan) -> list[WriteResult]:
+    """What a rank would tell of the files that it has written."""
+    place = _StorageInfo(f"__{rank}_0.distcp", 1 << 34, 1 << 30)
+    return [WriteResult(item.index, place.length, replace(place)) for item in plan.items]
 
 
 def _plan(state: Any, folder: Path, plans: SavePlans) -> tuple[float, ShardedFiles]:
