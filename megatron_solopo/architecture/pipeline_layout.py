@@ -22,10 +22,12 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
     """
     size, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     count, text = size * chunks, parallel.pipeline_model_parallel_layout
+    # In quotes, because a shell reads |, * and brackets itself.
+    example = f", for example to '{balanced_layout(num_layers, count)}'" if 1 < count <= num_layers else ""
     if text is None:
         if num_layers % count == 0:
             return (num_layers // count,) * count
-        advice = f"; set {_KEY}, for example to {balanced_layout(num_layers, count)}" if count <= num_layers else ""
+        advice = f"; set {_KEY}{example}" if example else ""
         raise UserError(
             f"the model's {num_layers} layers do not divide into {count} pipeline stages "
             f"(parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size){advice}"
@@ -38,11 +40,14 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
         sizes = f"parallel.pipeline_model_parallel_size={size} x virtual_pipeline_model_parallel_size={chunks}"
         problem = f"has {len(stages)} stages, but {sizes} is {count}"
     elif letters != f"E{'t' * num_layers}L":
-        problem = f"must be E, then the model's {num_layers} layers t, then L; it has {letters.count('t')} t"
+        problem = (
+            f"must be E (embedding), then the model's {num_layers} layers t, then L (loss), with | between stages; it "
+            f"has {letters.count('E')} E, {letters.count('t')} t and {letters.count('L')} L"
+        )
     elif "" in stages:
         problem = "has an empty stage"
     if problem:
-        raise UserError(f"{_KEY}={text} {problem}")
+        raise UserError(f"{_KEY}={text} {problem}; set it to null" + (f", or{example[1:]}" if example else ""))
     return tuple(stage.count("t") for stage in stages)
 
 

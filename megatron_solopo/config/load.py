@@ -86,8 +86,38 @@ def check_not_by_hand(path: Path) -> None:
 
 
 def _explain(detail: Any) -> str:
-    hint = _nearest(detail["loc"]) if detail["type"] == "extra_forbidden" else ""
+    hint = _nearest(detail["loc"]) if detail["type"] == "extra_forbidden" else _legal(detail)
     return describe_problem(detail, "the whole file") + hint
+
+
+def _legal(detail: Any) -> str:
+    """An example of a legal value, and what null means, for a value that the schema refuses."""
+    if detail["type"] in ("missing", "value_error"):  # our own validators say what is legal
+        return ""
+    section: Any = Config
+    for depth, name in enumerate(detail["loc"], 1):
+        field = section.model_fields[name]
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        section = field.annotation
+    else:
+        return ""
+    example = field.examples[0] if field.examples else field.get_default()
+    if example is None or (field.is_required() and not field.examples):
+        return ""
+    key = ".".join(map(str, detail["loc"][:depth]))
+    null = re.search(r"null: ([^.]*)\.", field.description or "")
+    return f"; for example {key}={_on_a_command_line(example)}" + (
+        f", or null ({' '.join(null[1].split())})" if null else ""
+    )
+
+
+def _on_a_command_line(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _nearest(location: tuple[str | int, ...]) -> str:
