@@ -6,7 +6,7 @@ OmegaConf reads and merges these layers; the schema checks the result.
 import difflib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,10 @@ def _legal(detail: Any) -> str:
     if detail["type"] in ("missing", "value_error"):  # our own validators say what is legal
         return ""
     section: Any = Config
-    for depth, name in enumerate(detail["loc"], 1):
-        field = section.model_fields[name]
+    names: list[str] = []
+    while len(names) < len(detail["loc"]):
+        names.append(detail["loc"][len(names)])
+        field = section.model_fields[names[-1]]
         if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             break
         section = field.annotation
@@ -105,14 +107,13 @@ def _legal(detail: Any) -> str:
     example = field.examples[0] if field.examples else field.get_default()
     if example is None or (field.is_required() and not field.examples):
         return ""
-    key = ".".join(map(str, detail["loc"][:depth]))
     null = re.search(r"null: ([^.]*)\.", field.description or "")
-    return f"; for example {key}={_on_a_command_line(example)}" + (
-        f", or null ({' '.join(null[1].split())})" if null else ""
-    )
+    also = f", or null ({' '.join(null[1].split())})" if null else ""
+    return f"; for example {'.'.join(names)}={as_override(example)}{also}"
 
 
-def _on_a_command_line(value: Any) -> str:
+def as_override(value: Any) -> str:
+    """A value as a person writes it behind `key=`."""
     if isinstance(value, list):
         return f"[{','.join(map(str, value))}]"
     if isinstance(value, bool):
@@ -130,6 +131,15 @@ def _nearest(location: tuple[str | int, ...]) -> str:
     if nearest:
         return f"; did you mean {' or '.join('.'.join(key) for key in nearest)}?"
     return f"; legal here: {', '.join(same_section)}"
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a configuration's dictionary, each with its key, such as `objective.alpha`."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

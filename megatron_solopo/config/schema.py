@@ -128,7 +128,9 @@ class ParallelConfig(Section):
     """Model chunks of each pipeline rank, for the interleaved schedule. null: one chunk and the plain schedule."""
     pipeline_model_parallel_layout: str | None = Field(default=None, examples=["'Et*7|(t*8|)*2t*7L'"])
     """Layers of each pipeline stage: E embedding, t layer, L loss, | next stage, *N repeats. `Et*7|(t*8|)*2t*7L` has
-    four stages, and counts embedding and loss as a layer each. null: all stages have the same number of layers."""
+    four stages, and counts embedding and loss as a layer each. On a command line, put the whole override in quotes:
+    `'parallel.pipeline_model_parallel_layout=Et*3|t*3L'`. Otherwise the shell takes `|` for a pipe. null: all stages
+    have the same number of layers."""
     context_parallel_size: PositiveInt = 1
     """Ranks that share each sequence (CP)."""
     sequence_parallel: bool | None = Field(default=None, examples=[True])

@@ -128,9 +128,8 @@ def _check(cache: Path, expected: dict[str, Any], data: dict[str, Any]) -> None:
         )
     differing = _differences(expected, found, data)
     if missing := set(expected["roles"]) - set(found["roles"]):
-        differing.append(
-            f"objective (without {', '.join(sorted(missing))}, which objective.name or objective.align needs)"
-        )
+        names = ", ".join(sorted(missing))
+        differing.append(f"objective (without {names}, which objective.name or objective.align needs)")
     if differing:
         raise UserError(
             f"{cache}: the cached reference log-probs are stale, made for another {', '.join(differing)}; {_REMEDY}"
@@ -154,10 +153,9 @@ def _both_values(key: str, expected: Any, found: Any) -> str:
         return key
     if isinstance(expected, dict):
         # The fields of FP8. Without FP8 there are none.
-        before = found or {"fp8": None}
-        now = expected or {"fp8": None}
-        names = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
-        return ", ".join(_both_values(name, now[name], before[name]) for name in names)
+        old, new = found or {"fp8": None}, expected or {"fp8": None}
+        names = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
+        return ", ".join(_both_values(name, new[name], old[name]) for name in names)
     shown = key if key == "scoring_version" else f"model.{key}"
     before, now = ("null" if value is None else value for value in (found, expected))
     return f"{key} ({before}; this run has {shown}={now})"

@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_solopo.config import Config, ObjectiveConfig, ParallelConfig, load_config, parse_config, save_config
-from megatron_solopo.config.load import _on_a_command_line
+from megatron_solopo.config.load import as_override
 from megatron_solopo.errors import UserError
 
 MINIMAL = {
@@ -174,7 +174,7 @@ def test_every_example_of_the_schema_is_legal(tmp_path: Path) -> None:
     for section, field in Config.model_fields.items():
         for name, key in getattr(field.annotation, "model_fields", {}).items():
             for example in key.examples or ():
-                override = f"{section}.{name}={_on_a_command_line(example).strip(chr(39))}"
+                override = f"{section}.{name}={as_override(example).strip(chr(39))}"
                 loaded = load(tmp_path, "", (*needed.get(name, ()), override))
                 assert getattr(getattr(loaded, section), name) is not None
 
