@@ -72,6 +72,13 @@ def model_state(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
     return {key: _chunk_state(chunk.module, metadata) for key, chunk in keyed(chunks).items()}
 
 
+def state_to_save(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """The sharded state of model and optimizer. It shares their memory, and replicas share the work of writing it."""
+    model = model_state(chunks)
+    share_replicas(model, parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return model | {"optimizer": optimizer_state_to_save(optimizer, model)}
+
+
 def load_kernel_state(module: Any, state: dict[str, Any]) -> None:
     """Give the layers of a model chunk the scales of FP8's delayed recipe, and take them out of `state`.
 

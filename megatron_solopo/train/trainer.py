@@ -252,7 +252,7 @@ class Trainer:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             sys.stderr.write(f"[rank {dist.get_rank()}] {reason}; waiting for this rank's files of the running save\n")
             self.session.watchdog.wait_for_own_save()
-            self.saver.abandon()
+        self.saver.abandon()
         for callback in self.callbacks:
             callback.close()
 
@@ -266,6 +266,7 @@ class Trainer:
         if self.state.unrecorded is not None:
             self._complete_step(self.state.unrecorded)
         while not self._is_finished():
+            self.saver.reserve_host_memory(self.state)
             for callback in self.callbacks:
                 callback.on_step_begin(self.state.step + 1)
             self._complete_step(self._train_step())

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import Config, ObjectiveConfig
 from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
@@ -58,7 +59,8 @@ def run_all(folder: Path) -> dict[str, Any]:
     full = mock.Mock(free=1000 + rank)
     with mock.patch.object(preflight_module.psutil, "disk_usage", lambda path: full):
         found["full"] = refused(config(folder, "differs"))
-    one = checkpoint_bytes(config(folder, "short"), TINY.num_parameters)
+    short = config(folder, "short")
+    one = found["one"] = checkpoint_bytes(short, read_architecture(short.model.path).num_parameters)
     found["short of room"] = []
     # The second one has its checkpoint already: the two steps of the run make two.
     with (
@@ -68,7 +70,7 @@ def run_all(folder: Path) -> dict[str, Any]:
     ):
         found["room"] = [preflight(config(folder, "short", profile={"ranks": [1]}))]
         (folder / "short" / "checkpoints" / "iter_0000001").mkdir(parents=True, exist_ok=True)
-        found["room"].append(preflight(config(folder, "short")))
+        found["room"].append(preflight(short))
     with mock.patch.object(preflight_module, "run_schedule", out_of_memory):
         found["memory"] = refused(config(folder, "differs"))
     found["packs"] = {}
@@ -106,7 +108,7 @@ def test_room_for_one_checkpoint_and_not_for_all_is_a_warning_with_the_bytes(fou
         assert "per checkpoint" in row and "for the 2 that the run has at most at once" in row
     (line,) = found[0]["short of room"]  # not of the second: the checkpoint that is there needs no room
     assert line.startswith("warning: run_dir=") and "lower checkpoint.keep_last" in line and "\n" not in line
-    one = TINY.num_parameters * 16
+    one = found[0]["one"]
     assert f"{described_bytes(2 * one - 1)} free, {described_bytes(one)} per checkpoint" in line
     assert f"take {described_bytes(2 * one)} (2 checkpoints at most at once)" in line
 
