@@ -355,6 +355,8 @@ def make_planner(config: Config, settings: PlanSettings) -> Planner:
     check_fp8_of(gpu, config.model)
     efficiency = Efficiency() if settings.calibration is None else calibrate_efficiency(settings.calibration, gpu)
     architecture = read_architecture(config.model.path)
+    if architecture.experts is not None:
+        raise UserError(f"{config.model.path}: plan does not know models with experts yet ({architecture.model_type})")
     planner = Planner(architecture, config, workload, gpu, gpus, efficiency, vary=settings.vary)
     if (longest := workload.longest(planner.packer.roles)) > architecture.max_sequence_length:
         raise UserError(
