@@ -133,6 +133,11 @@ class ParallelConfig(Section):
     have the same number of layers."""
     context_parallel_size: PositiveInt = 1
     """Ranks that share each sequence (CP)."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks that share the experts of each layer (EP). They are ranks of TP, CP and DP, which keep their roles outside
+    the experts."""
+    expert_tensor_parallel_size: PositiveInt | None = None
+    """Ranks that share each expert. null: as many as TP."""
     sequence_parallel: bool | None = Field(default=None, examples=[True])
     """Divide activations outside attention among the tensor-parallel ranks. null: on if TP is above 1."""
     cp_comm_type: Literal["p2p", "a2a", "a2a+p2p"] = "p2p"
@@ -202,9 +207,22 @@ class ParallelConfig(Section):
         return self.tensor_model_parallel_size > 1 if self.sequence_parallel is None else self.sequence_parallel
 
     @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that share one replica of the model: TP x PP x CP."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+class MoEConfig(Section):
+    """The routers of a mixture of experts. No token is dropped, and routers compute in float32."""
+
+    router_trainable: bool = False
+    """Train the routers, too. Preference pairs are few, and a router that moves sends tokens to experts that have not
+    learned them."""
 
 
 class Role(StrEnum):
@@ -480,6 +498,7 @@ class Config(Section):
     data: DataConfig
     training: TrainingConfig
     parallel: ParallelConfig = ParallelConfig()
+    moe: MoEConfig = MoEConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     logprob: LogprobConfig = LogprobConfig()
     reference: ReferenceConfig = ReferenceConfig()

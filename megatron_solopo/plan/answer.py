@@ -379,6 +379,8 @@ def make_planner(config: Config, settings: PlanSettings, stated: Sequence[str] =
     check_fp8_of(gpu, config.model)
     efficiency = Efficiency() if settings.calibration is None else calibrate_efficiency(settings.calibration, gpu)
     architecture = read_architecture(config.model.path)
+    if architecture.experts is not None:
+        raise UserError(f"{config.model.path}: plan does not know models with experts yet ({architecture.model_type})")
     stages = config.parallel.pipeline_model_parallel_layout
     if stages is not None and (wrong := wrong_letters(architecture.num_layers, stages)):
         raise UserError(f"parallel.pipeline_model_parallel_layout={stages} {wrong}; set it to null, or correct it")
