@@ -21,7 +21,7 @@ from megatron_solopo.checkpoint.manifest import read_manifest, sealed_files, wri
 from megatron_solopo.checkpoint.save import ShardedSave
 from megatron_solopo.checkpoint.sharded_state import state_to_save
 from megatron_solopo.errors import OutOfSpaceError, UserError
-from megatron_solopo.parallel.megatron_internals import ShardedFiles, dense_optimizer
+from megatron_solopo.parallel.megatron_internals import ShardedFiles, optimizer_parts
 from megatron_solopo.train.policy import Policy
 from tests.disks import mounted
 
@@ -55,14 +55,14 @@ def newest(root: Path) -> tuple[Path, dict[str, int]] | None:
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
 def test_a_moment_that_is_not_finite_is_refused(policy: Policy, name: str, tmp_path: Path) -> None:
-    state = next(iter(dense_optimizer(policy.optimizer).optimizer.state.values()))
+    state = next(iter(optimizer_parts(policy.optimizer)[0].optimizer.state.values()))
     kept = state[name].clone()
     state[name].view(-1)[-1] = torch.inf
     path = save(policy, tmp_path, 1)
     state[name].copy_(kept)
     with pytest.raises(UserError, match=f"iter_0000001: the optimizer's {name} is not finite"):
         load_checkpoint(path, policy.chunks, policy.optimizer)
-    next(iter(dense_optimizer(policy.optimizer).optimizer.state.values()))[name].copy_(kept)
+    next(iter(optimizer_parts(policy.optimizer)[0].optimizer.state.values()))[name].copy_(kept)
 
 
 class Interrupted(BaseException):

@@ -32,7 +32,7 @@ from megatron_solopo.checkpoint.sharded_state import complete_group
 from megatron_solopo.config import Config, parse_config
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel.agreement import on_rank_0
-from megatron_solopo.parallel.megatron_internals import SavePlans, dense_optimizer, initialize_adam_state
+from megatron_solopo.parallel.megatron_internals import SavePlans, initialize_adam_state, optimizer_parts
 from megatron_solopo.plan.memory import rank_state
 from megatron_solopo.train.policy import Policy, build_policy
 from tests.ranks import layout, two_ranks
@@ -142,12 +142,12 @@ def save_as_before(root: Path, policy: Policy) -> Path:
 
     def gathered(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
         metadata = sharded_state._metadata() | {"distrib_optim_fully_reshardable_mem_efficient": True}
-        part = dense_optimizer(optimizer)
+        part = optimizer_parts(optimizer)[0]
         part.data_parallel_group_gloo = part.data_parallel_group  # Megatron made another group then
         state = optimizer.sharded_state_dict(sharded_state._by_parameter(model), is_loading=False, metadata=metadata)
-        return {key: value for key, value in state.items() if value is not None}
+        return {"optimizer": {key: value for key, value in state.items() if value is not None}}
 
-    alone = mock.patch.object(sharded_state, "share_replicas", lambda model, group: None)
+    alone = mock.patch.object(sharded_state, "share_replicas", lambda model: None)
     with alone, mock.patch.object(sharded_state, "optimizer_state_to_save", gathered):
         path = save(root, policy)
     assert written(path, 0) and not written(path, 1)

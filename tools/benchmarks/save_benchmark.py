@@ -35,7 +35,7 @@ from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.agreement import on_rank_0
-from megatron_solopo.parallel.megatron_internals import dense_optimizer, initialize_adam_state
+from megatron_solopo.parallel.megatron_internals import initialize_adam_state, optimizer_parts
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import build_optimizer, wrap_data_parallel
 
@@ -158,7 +158,7 @@ def _make_policy(folder: Path, layers: int, groups: Topology) -> tuple[Any, Any]
     chunks = wrap_data_parallel(build_model(model, chunk_tokens=8, device=groups.device), settings, ParallelConfig())
     optimizer = build_optimizer(chunks, settings)
     initialize_adam_state(optimizer)
-    for state in dense_optimizer(optimizer).optimizer.state.values():
+    for state in optimizer_parts(optimizer)[0].optimizer.state.values():
         state["exp_avg"].normal_()
     return chunks, optimizer
 

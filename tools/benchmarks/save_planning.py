@@ -42,9 +42,9 @@ from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.megatron_internals import (
     SavePlans,
     ShardedFiles,
-    dense_optimizer,
     initialize_adam_state,
     megatron_on_meta,
+    optimizer_parts,
     simulated_rank,
 )
 from megatron_solopo.plan.layouts import replace_settings, without_gpu
@@ -125,8 +125,9 @@ def _state(config: Config, architecture: Architecture, rank: int, ranks: int) ->
         wrapped = wrap_data_parallel(chunks, config.optimizer, config.parallel)
         optimizer = build_optimizer(wrapped, config.optimizer)
         initialize_adam_state(optimizer)
-        for moments in dense_optimizer(optimizer).optimizer.state.values():
-            moments["step"] = torch.tensor(1.0, device="cpu")  # it is read
+        for part in optimizer_parts(optimizer):
+            for moments in part.optimizer.state.values():
+                moments["step"] = torch.tensor(1.0, device="cpu")  # it is read
         yield state_to_save(wrapped, optimizer)
 
 
