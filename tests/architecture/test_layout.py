@@ -132,8 +132,8 @@ def test_another_world_size_is_refused_with_sizes_and_keys(world_size, sizes) ->
     assert f"--nproc-per-node {config.model_parallel_size} " in message
 
 
-# Transformer Engine's documentation of its recipes, and Megatron-Core's padding for them.
-TOKENS_PER_RANK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+# What cuBLAS asks for, as in Megatron-Core's `get_fp8_align_size`.
+TOKENS_PER_RANK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 16}
 ROLES = ObjectiveConfig().roles.all
 SIZES = st.sampled_from([1, 2, 4, 8])
 LENGTHS = st.lists(st.tuples(*[st.integers(1, 90)] * 4), min_size=1, max_size=3)
@@ -160,6 +160,12 @@ def test_every_rank_holds_a_multiple_of_tokens(context: int, tensor: int, recipe
     assert pack.cu_seqlens_S1[:-1].tolist() == plain.cu_seqlens_S1[:-1].tolist()
     assert pack.response_rows_N.tolist() == plain.response_rows_N.tolist()
     assert pack.tokens_T[: plain.padded_tokens].tolist() == plain.tokens_T.tolist()
+
+
+def test_only_sequence_parallelism_gathers_whole_blocks_of_tokens() -> None:
+    blockwise = model(fp8="hybrid", fp8_recipe="blockwise")
+    assert pack_multiple(1, 8, blockwise) == 8 * 16
+    assert pack_multiple(8, 8, blockwise) == 8 * 8 * 128
 
 
 @pytest.mark.parametrize(
