@@ -11,7 +11,8 @@ torchrun (2.13) and this launcher differ:
                           unless --signals-to-handle names it
     ranks exit with 85    reports a failure and exits 1; with             exits 85 and never restarts
                           --max-restarts it starts them again
-    a rank fails          exits 1                                         exits with its code, or 128 + n for signal n
+    a rank fails          exits 1                                         exits with its code, or 128 + n for signal n,
+                                                                          and a line names the rank and the signal
     the endpoint's node   exits 1 with a traceback                        exits 1 with one line
     is gone
     ranks restart         use a store that still holds the addresses of   use a new store
@@ -21,8 +22,9 @@ torchrun (2.13) and this launcher differ:
 
 import os
 import signal
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -50,13 +52,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         run.run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = _root_cause(error.failures)
         if failure.exitcode != exits.STOPPED:
             sys.stderr.write(f"{error}\n")
+        if failure.exitcode < 0:
+            sys.stderr.write(f"error: {_describe_death(rank, failure)}\n")
         sys.exit(failure.exitcode if failure.exitcode >= 0 else exits.of_signal(-failure.exitcode))
     except RendezvousError as error:
         # The launcher that holds the endpoint has ended, or its node has.
         sys.exit(f"error: lost the other launchers at {options.rdzv_endpoint}: {error}")
+
+
+def _root_cause(failures: Mapping[int, Any]) -> tuple[int, Any]:
+    """The rank that failed first, and its failure.
+
+    A rank that loses its connection to a dead one fails in the same second. Then the one that a signal has ended is the
+    cause, unless the signal is one that launchers send.
+    """
+    first = min(failures.items(), key=lambda item: item[1].timestamp)
+    sent = {-number for number in _FORWARDED}
+    ended = [
+        (rank, failure)
+        for rank, failure in failures.items()
+        if failure.exitcode < 0 and failure.exitcode not in sent and failure.timestamp <= first[1].timestamp + 1
+    ]
+    return ended[0] if ended else first
+
+
+def _describe_death(rank: int, failure: Any) -> str:
+    """One line about a rank that a signal has ended."""
+    number = -failure.exitcode
+    place = f"rank {rank} ({socket.gethostname()}, pid {failure.pid})"
+    line = f"{place} was ended by signal {number} ({failure.signal_name()})"
+    if number == signal.SIGKILL:
+        line += (
+            ". Most likely the host or the job ran out of memory, and the kernel's out-of-memory killer ended it (see "
+            "`dmesg -T | grep -i oom`); or somebody sent kill -9. If it was memory: ask for more host memory, or run "
+            "fewer ranks per host"
+        )
+    return f"{line}. Other ranks fail after it. The same command continues from the newest checkpoint"
 
 
 class _Agent(LocalElasticAgent):
