@@ -37,6 +37,8 @@ from torch.distributed.launcher import api
 from megatron_solopo import exits
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_asked: list[int] = []
+"""The signals that asked this launcher to stop."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,17 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _root_cause(failures: Mapping[int, Any]) -> tuple[int, Any]:
     """The rank that failed first, and its failure.
 
-    A rank that loses its connection to a dead one fails in the same second. Then the one that a signal has ended is the
-    cause, unless the signal is one that launchers send.
+    In the same second, other ranks fail because they lost that one, or stop because this launcher ends them. So a rank
+    that a signal of somebody else has ended is the cause, or else one with an exit code of its own. Where this launcher
+    was asked to stop, ranks that have stopped are not to blame.
     """
-    first = min(failures.items(), key=lambda item: item[1].timestamp)
-    sent = {-number for number in _FORWARDED}
-    ended = [
-        (rank, failure)
-        for rank, failure in failures.items()
-        if failure.exitcode < 0 and failure.exitcode not in sent and failure.timestamp <= first[1].timestamp + 1
-    ]
-    return ended[0] if ended else first
+    first = min(failures.values(), key=lambda failure: failure.timestamp).timestamp
+    together = {rank: failure for rank, failure in failures.items() if failure.timestamp <= first + 1}
+    return min(together.items(), key=lambda item: (_innocence(item[1].exitcode), item[1].timestamp))
+
+
+def _innocence(exitcode: int) -> int:
+    if exitcode == exits.STOPPED:
+        return -1 if _asked else 2
+    if -exitcode in _FORWARDED or exitcode in map(exits.of_signal, _FORWARDED):
+        return 2
+    return 0 if exitcode < 0 else 1
 
 
 def _describe_death(rank: int, failure: Any) -> str:
@@ -98,13 +104,14 @@ class _Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
-        if any(failure.exitcode == exits.STOPPED for failure in result.failures.values()):
+        if result.failures and _root_cause(result.failures)[1].exitcode == exits.STOPPED:
             self._remaining_restarts = 0
         return result
 
 
 def _forward(number: int, frame: object) -> None:
     """Pass the signal on to the ranks. They decide together, and this process waits for them."""
+    _asked.append(number)
     ranks = [process for process in psutil.Process().children() if "RANK" in _environment(process)]
     for process in ranks:
         os.kill(process.pid, number)

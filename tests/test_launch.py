@@ -78,7 +78,7 @@ def test_a_failure_is_started_again_and_its_code_comes_back(tmp_path: Path) -> N
     _, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 7
     assert started(tmp_path) == ["0-0", "0-1", "1-0", "1-1"]
-    assert "rank.py FAILED" in errors
+    assert "rank.py FAILED" in errors, errors
 
 
 def test_ranks_that_start_again_meet_each_other_not_the_dead(tmp_path: Path) -> None:
@@ -120,9 +120,17 @@ def failed(exitcode: int, timestamp: int) -> SimpleNamespace:
     return SimpleNamespace(exitcode=exitcode, timestamp=timestamp)
 
 
-def test_the_cause_is_the_death_and_not_those_who_noticed_it_or_were_ended_later() -> None:
+def test_the_cause_is_the_death_and_not_those_who_noticed_it_or_were_ended_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     died = failed(-11, 11)
     assert launcher._root_cause({0: failed(1, 10), 1: died, 2: failed(-15, 10)}) == (1, died)
     first = failed(2, 10)
+    own = failed(7, 10)
+    assert launcher._root_cause({0: failed(85, 10), 1: own}) == (1, own), "rank 0 stopped since the launcher ended it"
+    assert launcher._root_cause({0: failed(143, 10), 1: own}) == (1, own)
     ended_by_the_launcher = failed(-9, 40)
     assert launcher._root_cause({0: ended_by_the_launcher, 1: first, 2: failed(-15, 10)}) == (1, first)
+    monkeypatch.setattr(launcher, "_asked", [signal.SIGTERM])
+    stopped = failed(85, 10)
+    assert launcher._root_cause({0: failed(-6, 10), 1: stopped}) == (1, stopped), "it was asked to stop, and has saved"
