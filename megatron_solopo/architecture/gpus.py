@@ -94,9 +94,8 @@ def read_gpus(path: Path | None) -> dict[str, Gpu]:
         raise UserError(f"{path}: expected GPU types and their fields, {', '.join(Gpu.model_fields)}")
     types = {str(name).lower(): _parse(path, str(name), fields) for name, fields in given.items()}
     if len(types) < len(given):
-        raise UserError(
-            f"{path}: a type is there twice; types have no upper and lower case: {', '.join(map(str, given))}"
-        )
+        names = ", ".join(map(str, given))
+        raise UserError(f"{path}: a type is there twice, since upper and lower case are the same: {names}")
     return GPUS | types
 
 
