@@ -46,7 +46,7 @@ def batches() -> list[list[dict[str, Any]]]:
     def tokens(count: int) -> list[int]:
         return [generator.randrange(VOCAB_SIZE) for _ in range(count)]
 
-    lengths = [(3, 257, 2, 5), (47, 640, 31, 1), (64, 511, 17, 40), (31, 123, 9, 9)]
+    lengths = [(3, 129, 2, 5), (47, 320, 31, 1), (64, 255, 17, 40), (31, 61, 9, 9)]
     names = ("prompt_short", "prompt_long", "chosen", "rejected")
     return [
         [
