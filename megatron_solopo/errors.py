@@ -1,6 +1,7 @@
 """The errors that a user can mend, and how they are worded."""
 
 import errno
+import json
 from typing import Any
 
 from pydantic import ValidationError
@@ -45,10 +46,16 @@ def describe_problem(detail: Any, whole: str) -> str:
         if not isinstance(cause, UserError):
             raise cause
         return f"{key or whole}: {cause}"
-    value = f"={detail['input']!r}"
+    value = f"={_shown(detail['input'])}"
     # A long value would hide the reason, and a file that is no JSON would be shown whole.
     shown = value if key and len(value) <= _LONGEST_VALUE else ""
-    return f"{key or whole}{shown}: {detail['msg']}"
+    reason = "Input should be a path" if detail["type"] == "path_type" else detail["msg"]
+    return f"{key or whole}{shown}: {reason}"
+
+
+def _shown(value: object) -> str:
+    """As Python shows it, but null, true and false as YAML and JSON write them."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def first_problem(error: ValidationError, whole: str) -> str:

@@ -11,6 +11,10 @@ def pp(size: int, chunks: int | None = None, **more: Any) -> dict[str, Any]:
     return {"pipeline_model_parallel_size": size, "virtual_pipeline_model_parallel_size": chunks, **more}
 
 
+def ep(size: int, **more: Any) -> dict[str, Any]:
+    return {"expert_model_parallel_size": size, **more}
+
+
 def stages(text: str) -> dict[str, Any]:
     return {"pipeline_model_parallel_layout": text}
 

@@ -4,10 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_solopo.architecture.huggingface_config import ModelShape
 
+ROUTER = "mlp.gate.weight"
+IDLE_EXPERT = 1
+"""Its logits are 0 in every layer, so that other experts have larger ones for almost every token."""
 VOCAB_SIZE = 131  # prime: divisible by no tensor-parallel size
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -28,6 +41,7 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 _YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+_EXPERTS: dict[str, Any] = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama2": LlamaConfig(**_SHAPE | {"num_key_value_heads": 4}),
     "llama3": LlamaConfig(**_SHAPE, rope_parameters=_LLAMA3_ROPE),
@@ -40,6 +54,12 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "qwen2_tied": Qwen2Config(**_SHAPE | {"tie_word_embeddings": True}),
     "qwen2_yarn": Qwen2Config(**_SHAPE | {"max_position_embeddings": 256}, rope_parameters=_YARN_ROPE),
     "qwen3": Qwen3Config(**_SHAPE, head_dim=16),
+    "qwen3_moe": Qwen3MoeConfig(**_SHAPE, **_EXPERTS, head_dim=16, norm_topk_prob=True),
+    # Layers 0 and 3 are dense.
+    "qwen2_moe": Qwen2MoeConfig(
+        **_SHAPE, **_EXPERTS, shared_expert_intermediate_size=16, norm_topk_prob=False, mlp_only_layers=[0, 3]
+    ),
+    "mixtral": MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
 }
 
 TINY = ModelShape(
@@ -66,5 +86,7 @@ def make_model(path: Path, family: str, seed: int = 0) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.15)
+            if name.endswith(ROUTER):
+                parameter[IDLE_EXPERT] = 0.0
     model.save_pretrained(path)
     return path

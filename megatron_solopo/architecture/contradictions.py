@@ -10,8 +10,11 @@ from typing import Any
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 """transformers' class for each supported model_type."""
 _ROPE = ("rope_parameters", "rope_scaling")
@@ -27,6 +30,9 @@ def contradictions(fields: Mapping[str, Any]) -> Iterator[str]:
     """
     yield from _thetas(fields)
     yield from _rotations(fields)
+    experts = {name: fields[name] for name in ("num_experts", "num_local_experts") if fields.get(name) is not None}
+    if len(set(experts.values())) > 1:
+        yield f"{_both(experts)}; loaders differ in the one that they read: remove the wrong one"
     dtypes = {name: str(fields[name]).removeprefix("torch.") for name in ("dtype", "torch_dtype") if fields.get(name)}
     if len(set(dtypes.values())) > 1:
         yield f"{_both(dtypes)}; transformers 5 reads the first, transformers 4 the second: remove the wrong one"

@@ -22,11 +22,16 @@ class Flops:
         return self.linear + self.attention + self.head
 
 
-def layer_weights(architecture: ModelShape) -> int:
-    """Number of weights in the matrices of one layer."""
-    a = architecture
+def linear_weights(architecture: ModelShape) -> int:
+    """Number of weights in the layers' matrices that multiply each token: of the experts, the router's choice."""
+    a, experts = architecture, architecture.experts
     queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    return a.hidden_size * (2 * queries + 2 * keys) + 3 * a.hidden_size * a.ffn_hidden_size
+    attention = a.num_layers * a.hidden_size * (2 * queries + 2 * keys)
+    if experts is None:
+        return attention + a.num_layers * 3 * a.hidden_size * a.ffn_hidden_size
+    columns = experts.topk * experts.ffn_hidden_size + experts.shared_ffn_hidden_size
+    sparse = experts.num_layers * a.hidden_size * (3 * columns + experts.num_experts)
+    return attention + sparse + (a.num_layers - experts.num_layers) * 3 * a.hidden_size * a.ffn_hidden_size
 
 
 def forward_flops(architecture: ModelShape, tokens: float, squares: float, responses: float) -> Flops:
@@ -39,7 +44,7 @@ def forward_flops(architecture: ModelShape, tokens: float, squares: float, respo
     """
     a = architecture
     return Flops(
-        linear=2.0 * a.num_layers * layer_weights(a) * tokens,
+        linear=2.0 * linear_weights(a) * tokens,
         attention=2.0 * a.num_layers * a.num_attention_heads * a.head_dim * squares,
         head=2.0 * a.hidden_size * a.vocab_size * responses,
     )

@@ -30,6 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from megatron_solopo.architecture.contradictions import CLASSES, contradictions
+from megatron_solopo.architecture.experts import ExpertShape
 from megatron_solopo.architecture.model_directory import CONFIG, check_one_kind, huggingface_directory, parse_model_json
 from megatron_solopo.errors import UserError, describe_problem
 
@@ -41,12 +42,13 @@ MODEL_TYPES = tuple(CLASSES)
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense decoder-only transformer: RMSNorm, SwiGLU, rotary embedding, grouped-query attention."""
+    """A decoder-only transformer: RMSNorm, SwiGLU, rotary embedding, grouped-query attention, perhaps experts."""
 
     model_type: str
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Feed-forward columns of a dense layer."""
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
@@ -56,16 +58,37 @@ class ModelShape:
     add_qkv_bias: bool
     qk_layernorm: bool
     tied_embeddings: bool
+    experts: ExpertShape | None = field(default=None, kw_only=True)
+    """None: all layers are dense."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts."""
+        return self.experts is not None and self.experts.layers[layer]
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model. Tied embeddings count once."""
+        return self._num_parameters(None if self.experts is None else self.experts.num_experts)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that compute a token: of the experts, those of the `topk` that the router chooses."""
+        return self._num_parameters(None if self.experts is None else self.experts.topk)
+
+    def _num_parameters(self, experts_per_layer: int | None) -> int:
         queries, keys = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
         attention = 2 * self.hidden_size * (queries + keys) + (queries + 2 * keys if self.add_qkv_bias else 0)
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_layernorm else 0)
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        dense_layers, feed_forward = self.num_layers, 0
+        if self.experts is not None and experts_per_layer is not None:
+            shared = self.experts.shared_ffn_hidden_size
+            columns = experts_per_layer * self.experts.ffn_hidden_size + shared
+            router = self.experts.num_experts * self.hidden_size + (self.hidden_size if shared else 0)
+            feed_forward = self.experts.num_layers * (3 * self.hidden_size * columns + router)
+            dense_layers -= self.experts.num_layers
+        feed_forward += dense_layers * 3 * self.hidden_size * self.ffn_hidden_size
+        return self.num_layers * (attention + norms) + feed_forward + embeddings + self.hidden_size
 
 
 @dataclass(frozen=True)
@@ -158,9 +181,10 @@ def read_architecture(path: Path, key: str = "model.path") -> Architecture:
         vocab_size=config.vocab_size,
         max_sequence_length=config.max_sequence_length,
         layernorm_epsilon=config.rms_norm_eps,
-        add_qkv_bias=config.model_type == "qwen2",
-        qk_layernorm=config.model_type == "qwen3",
+        add_qkv_bias=config.model_type in ("qwen2", "qwen2_moe") and config.qkv_bias is not False,
+        qk_layernorm=config.model_type in ("qwen3", "qwen3_moe"),
         tied_embeddings=config.tie_word_embeddings,
+        experts=config.experts,
         rotary_fields={name: fields[name] for name in _ROTARY_FIELDS if fields.get(name) is not None},
     )
 
@@ -206,6 +230,25 @@ def _with_defaults(file: Path, fields: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(config, name) for name in _Config.model_fields if hasattr(config, name)}
 
 
+# What a config must say of the experts, by model_type. What it leaves out has a default in transformers.
+_EXPERT_FIELDS = {
+    "mixtral": ("num_local_experts", "num_experts_per_tok"),
+    "qwen2_moe": (
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "norm_topk_prob",
+        "decoder_sparse_step",
+    ),
+    "qwen3_moe": (
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "decoder_sparse_step",
+    ),
+}
 _ROTARY_FIELDS = ("max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters")
 _ROPE_NEEDS = {
     "default": (),
@@ -297,12 +340,44 @@ class _Config(BaseModel):
     layer_types: list[Literal["full_attention"]] | None = None
     use_sliding_window: bool | None = None
     sliding_window: int | None = None
+    qkv_bias: bool | None = None
+    num_experts: _Count | None = None
+    num_local_experts: _Count | None = None
+    num_experts_per_tok: _Count | None = None
+    moe_intermediate_size: _Count | None = None
+    shared_expert_intermediate_size: _Count | None = None
+    norm_topk_prob: bool | None = None
+    decoder_sparse_step: _Count | None = None
+    mlp_only_layers: list[Annotated[int, Field(ge=0)]] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _drop_empty_rope(cls, fields: dict[str, Any]) -> dict[str, Any]:
         empty = [name for name in ("rope_scaling", "rope_parameters") if fields.get(name) == {}]
         return {name: value for name, value in fields.items() if name not in empty}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_experts(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Old and new versions of transformers name the number of experts differently."""
+        count = fields.get("num_experts", fields.get("num_local_experts"))
+        return fields if count is None else fields | {"num_experts": count, "num_local_experts": count}
+
+    @property
+    def experts(self) -> ExpertShape | None:
+        """None for the families without experts."""
+        if self.model_type not in _EXPERT_FIELDS:
+            return None
+        assert self.num_experts is not None and self.num_experts_per_tok is not None
+        step, dense = self.decoder_sparse_step or 1, self.mlp_only_layers or []
+        return ExpertShape(
+            num_experts=self.num_experts,
+            topk=self.num_experts_per_tok,
+            ffn_hidden_size=self.moe_intermediate_size or self.intermediate_size,
+            renormalizes=self.norm_topk_prob is not False,
+            layers=tuple((layer + 1) % step == 0 and layer not in dense for layer in range(self.num_hidden_layers)),
+            shared_ffn_hidden_size=self.shared_expert_intermediate_size or 0,
+        )
 
     @property
     def rope(self) -> _Rope:
@@ -324,8 +399,9 @@ class _Config(BaseModel):
     @model_validator(mode="after")
     def _check_defaults(self) -> Self:
         """Find what has a default that differs between families, or is derived from other fields."""
-        uses_window = self.model_type == "mistral" or self.use_sliding_window
+        uses_window = self.model_type in ("mistral", "mixtral") or self.use_sliding_window
         for name, is_open in (
+            *((name, getattr(self, name) is None) for name in _EXPERT_FIELDS.get(self.model_type, ())),
             ("head_dim", self.model_type == "qwen3" and self.head_dim is None),
             ("sliding_window", uses_window and "sliding_window" not in self.model_fields_set),
             (
@@ -339,7 +415,7 @@ class _Config(BaseModel):
 
     @model_validator(mode="after")
     def _check_support(self) -> Self:
-        has_window = self.model_type in ("llama", "mistral") or self.use_sliding_window
+        has_window = self.model_type in ("llama", "mistral", "mixtral") or self.use_sliding_window
         if has_window and self.sliding_window is not None:
             raise UserError(
                 f"sliding_window={self.sliding_window} is not supported; supported: null "
@@ -358,6 +434,13 @@ class _Config(BaseModel):
             raise UserError(f"num_key_value_heads={groups} must divide num_attention_heads={heads}")
         if width < 1 or width % 2:
             raise UserError(f"head_dim={width} is not supported; supported: even numbers")
+        if (shape := self.experts) is not None:
+            if shape.topk > shape.num_experts:
+                raise UserError(f"num_experts_per_tok={shape.topk} is more than the {shape.num_experts} experts")
+            if shape.topk == 1 and shape.renormalizes:
+                raise UserError("num_experts_per_tok=1 is not supported with norm_topk_prob=true: no router can learn")
+            if not any(shape.layers):
+                raise UserError("decoder_sparse_step and mlp_only_layers leave no layer with experts")
         if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
             raise UserError(
                 f"layer_types names {len(self.layer_types)} layers, but num_hidden_layers={self.num_hidden_layers}"

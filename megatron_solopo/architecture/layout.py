@@ -77,6 +77,13 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
             f"launch as many (torchrun --nproc-per-node {config.model_parallel_size} -m megatron_solopo ...) "
             "or change parallel.*"
         )
+    experts = config.expert_model_parallel_size * config.expert_tensor_size
+    if (world_size // config.pipeline_model_parallel_size) % experts:
+        raise UserError(
+            f"parallel.expert_model_parallel_size={config.expert_model_parallel_size} x expert_tensor_parallel_size="
+            f"{config.expert_tensor_size} does not divide the {world_size // config.pipeline_model_parallel_size} "
+            "ranks of a pipeline stage (TP x CP x DP); change one of them or the number of processes"
+        )
     instances = config.num_distributed_optimizer_instances
     ranks = world_size // (config.tensor_model_parallel_size * config.pipeline_model_parallel_size)
     if ranks % instances:
@@ -118,9 +125,11 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
 def check_layout(architecture: ModelShape, parallel: ParallelConfig) -> None:
     """Refuse a layout that does not divide the model; raises UserError naming both numbers and the key."""
     tp = parallel.tensor_model_parallel_size
+    experts = architecture.experts
     for what, count in (
         ("attention heads", architecture.num_attention_heads),
-        ("feed-forward columns", architecture.ffn_hidden_size),
+        ("feed-forward columns", 0 if experts and experts.in_all_layers else architecture.ffn_hidden_size),
+        ("feed-forward columns of the shared expert", experts.shared_ffn_hidden_size if experts else 0),
     ):
         if count % tp:
             raise UserError(f"parallel.tensor_model_parallel_size={tp} does not divide the model's {count} {what}")
@@ -137,9 +146,36 @@ def check_layout(architecture: ModelShape, parallel: ParallelConfig) -> None:
         raise UserError(
             f"parallel.virtual_pipeline_model_parallel_size={chunks} needs parallel.pipeline_model_parallel_size > 1"
         )
+    _check_experts(architecture, parallel)
     _check_recomputation(stage_layers(architecture.num_layers, parallel), parallel)
     _check_exchange_by_heads(architecture, parallel)
     _check_activation_offload(architecture, parallel)
+
+
+def _check_experts(architecture: ModelShape, parallel: ParallelConfig) -> None:
+    experts, ep, etp = architecture.experts, parallel.expert_model_parallel_size, parallel.expert_tensor_size
+    tp = parallel.tensor_model_parallel_size
+    problem = ""
+    if experts is None:
+        for key, value, default in (("expert_model", ep, 1), ("expert_tensor", etp, tp)):
+            if value != default:
+                problem = f"{key}_parallel_size={value} needs a model with experts; {architecture.model_type} has none"
+    elif experts.num_experts % ep:
+        problem = f"expert_model_parallel_size={ep} does not divide the model's {experts.num_experts} experts"
+    elif experts.ffn_hidden_size % etp:
+        problem = (
+            f"expert_tensor_parallel_size={etp} does not divide the {experts.ffn_hidden_size} feed-forward columns of "
+            "an expert; set it to 1"
+        )
+    elif ep == 1 and etp != tp:
+        problem = (
+            f"expert_tensor_parallel_size={etp} needs expert_model_parallel_size > 1 or the value of "
+            f"tensor_model_parallel_size={tp}, because the gradients of experts would not be summed over other ranks"
+        )
+    elif tp > 1 and not parallel.uses_sequence_parallel:
+        problem = "sequence_parallel=false is not supported for a model with experts and tensor_model_parallel_size > 1"
+    if problem:
+        raise UserError(f"parallel.{problem}")
 
 
 def _check_recomputation(layers: Sequence[int], parallel: ParallelConfig) -> None:

@@ -22,28 +22,40 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
     """
     size, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     count, text = size * chunks, parallel.pipeline_model_parallel_layout
+    # In quotes, because a shell reads |, * and brackets itself.
+    example = f", for example to '{balanced_layout(num_layers, count)}'" if 1 < count <= num_layers else ""
     if text is None:
         if num_layers % count == 0:
             return (num_layers // count,) * count
-        advice = f"; set {_KEY}, for example to {balanced_layout(num_layers, count)}" if count <= num_layers else ""
+        advice = f"; set {_KEY}{example}" if example else ""
         raise UserError(
             f"the model's {num_layers} layers do not divide into {count} pipeline stages "
             f"(parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size){advice}"
         )
-    stages = parse_layout(text)
-    letters, problem = "".join(stages), ""
+    stages, problem = parse_layout(text), ""
     if size == 1:
         problem = "needs parallel.pipeline_model_parallel_size > 1"
     elif len(stages) != count:
         sizes = f"parallel.pipeline_model_parallel_size={size} x virtual_pipeline_model_parallel_size={chunks}"
         problem = f"has {len(stages)} stages, but {sizes} is {count}"
-    elif letters != f"E{'t' * num_layers}L":
-        problem = f"must be E, then the model's {num_layers} layers t, then L; it has {letters.count('t')} t"
+    elif wrong := wrong_letters(num_layers, text):
+        problem = wrong
     elif "" in stages:
         problem = "has an empty stage"
     if problem:
-        raise UserError(f"{_KEY}={text} {problem}")
+        raise UserError(f"{_KEY}={text} {problem}; set it to null" + (f", or{example[1:]}" if example else ""))
     return tuple(stage.count("t") for stage in stages)
+
+
+def wrong_letters(num_layers: int, text: str) -> str:
+    """Why a layout is that of another model, whatever the parallel sizes; "" if it is not."""
+    letters = "".join(parse_layout(text))
+    if letters == f"E{'t' * num_layers}L":
+        return ""
+    return (
+        f"must be E (embedding), then the model's {num_layers} layers t, then L (loss), with | between stages; it has "
+        f"{letters.count('E')} E, {letters.count('t')} t and {letters.count('L')} L"
+    )
 
 
 @cache

@@ -24,7 +24,7 @@ from megatron_solopo.architecture.model_directory import (
 from megatron_solopo.checkpoint.export_files import absent_counterparts, export_files
 from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory, SafetensorsWriter, all_finite
 from megatron_solopo.checkpoint.manifest import check_listed, sealed_files, write_manifest
-from megatron_solopo.checkpoint.mapping import Rule, all_huggingface_shapes, huggingface_blocks, rules
+from megatron_solopo.checkpoint.mapping import Rule, all_huggingface_shapes, huggingface_blocks, place, rules
 from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory
 from megatron_solopo.checkpoint.megatron_writer import write_megatron
 from megatron_solopo.checkpoint.model_files import MODEL_FILES_MANIFEST, read_model_files, source_dtypes, write_files
@@ -92,8 +92,9 @@ def export_model(
         with _bar("export", total) as progress, ThreadPoolExecutor(THREADS) as pool:
 
             def export(rule: Rule) -> None:
-                read = stored.rows_of(rule)
-                for name, row, block in huggingface_blocks(rule, architecture, read, stored.dtype(rule).itemsize):
+                where = place(rule, architecture)
+                read, itemsize = stored.rows_of(where), stored.dtype(where).itemsize
+                for name, row, block in huggingface_blocks(rule, architecture, read, itemsize):
                     if not all_finite(block):
                         raise UserError(
                             f"{checkpoint}: {name} is not finite (NaN or infinity); the checkpoint is damaged or its "

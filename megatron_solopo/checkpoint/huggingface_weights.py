@@ -9,10 +9,11 @@ JSON with the precision, shape and place of every tensor; then the bytes of the 
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.architecture.model_directory import CONFIG, parse_model_json
 from megatron_solopo.architecture.one_reading import INDEX, SINGLE, check_one_reading, read_index
 from megatron_solopo.checkpoint.manifest import sync_file
 from megatron_solopo.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Index, all_huggingface_shapes
@@ -38,6 +40,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CONVERT_PICKLED = (
     "pytorch_model.bin is not read; in transformers, load it and save_pretrained(..., safe_serialization=True)"
 )
+# How transformers 5 names the tensors that hold all experts of a layer.
+_ALL_EXPERTS = re.compile(r"(.+\.)mlp\.experts\.(gate_up_proj|down_proj)")
 DERIVED = ("rotary_emb.inv_freq",)
 """Ends of names. Old checkpoints store these tensors, although they follow from the config."""
 
@@ -50,6 +54,12 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     """Its name in safetensors: BF16, F32 and so on."""
+    stored_as: str | None = None
+    """Its name in the file; None: the name that we know it by."""
+    expert: int | None = None
+    """For one of the experts that share a tensor: its number, which is its place on that tensor's first axis."""
+    first_row: int = 0
+    """Its first row among the expert's rows there."""
 
 
 class SafetensorsDirectory:
@@ -62,7 +72,7 @@ class SafetensorsDirectory:
         raises it if another loader reads other weights, see `one_reading`.
         """
         self.path = path
-        self.entries = self._locate() if entries is None else entries
+        self.entries = self._name_experts(self._locate()) if entries is None else entries
 
     def _locate(self) -> dict[str, StoredTensor]:
         check_one_reading(self.path)
@@ -96,6 +106,35 @@ class SafetensorsDirectory:
                 name: StoredTensor(file, tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()
             }
 
+    def _name_experts(self, entries: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Give each expert the names of published checkpoints, where one tensor holds all experts of a layer.
+
+        transformers 5 holds experts so in memory, `gate_up_proj` [experts, gate and up, H] and `down_proj` [experts, H,
+        columns], and names Mixtral's router `mlp.gate`.
+        """
+        if not any(_ALL_EXPERTS.fullmatch(name) for name in entries):
+            return entries
+        config = parse_model_json((self.path / CONFIG).read_bytes(), self.path / CONFIG)
+        is_mixtral = isinstance(config, dict) and config.get("model_type") == "mixtral"
+        block, *projections = (
+            ("block_sparse_moe", "w1", "w3", "w2") if is_mixtral else ("mlp", "gate_proj", "up_proj", "down_proj")
+        )
+        named: dict[str, StoredTensor] = {}
+        for name, entry in entries.items():
+            found = _ALL_EXPERTS.fullmatch(name)
+            if found is None or len(entry.shape) != 3:
+                named[name.replace(".mlp.gate.", f".{block}.gate.")] = replace(entry, stored_as=name)
+                continue
+            count, rows, columns = entry.shape
+            parts = projections[:2] if found[2] == "gate_up_proj" else projections[2:]
+            for expert in range(count):
+                for number, projection in enumerate(parts):
+                    height = rows // len(parts)
+                    named[f"{found[1]}{block}.experts.{expert}.{projection}.weight"] = StoredTensor(
+                        entry.file, (height, columns), entry.dtype, name, expert, number * height
+                    )
+        return named
+
     @contextmanager
     def _open(self, file: str) -> Iterator[safe_open]:
         """Open a file; raises UserError if safetensors refuses its header or its size."""
@@ -108,8 +147,16 @@ class SafetensorsDirectory:
 
     def read(self, name: str, index: Index = (slice(None),)) -> Tensor:
         """Read a tensor or a part of it on the CPU, in its stored precision."""
-        with self._open(self.entries[name].file) as shard:
-            part: Tensor = shard.get_slice(name)[index]  # type: ignore[no-untyped-call]
+        entry = self.entries[name]
+        with self._open(entry.file) as shard:
+            stored = shard.get_slice(entry.stored_as or name)  # type: ignore[no-untyped-call]
+            part: Tensor
+            if entry.expert is None:
+                part = stored[index]
+            else:
+                start, stop, _ = index[0].indices(entry.shape[0])
+                rows = slice(entry.first_row + start, entry.first_row + stop)
+                part = stored[(slice(entry.expert, entry.expert + 1), rows, *index[1:])][0]
             return part
 
     def read_finite(self, name: str, index: Index = (slice(None),)) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -14,7 +15,7 @@ from torch import Tensor
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import is_megatron_checkpoint
 from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory, StoredTensor, all_finite, not_finite
-from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, rules, to_megatron
+from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, place, rules, to_megatron
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
 from megatron_solopo.checkpoint.sharded_state import (
     KERNEL_STATE,
@@ -30,7 +31,9 @@ from megatron_solopo.parallel.megatron_internals import (
     assign,
     broadcast_parameter,
     initialize_adam_state,
+    is_expert,
     optimizer_parts,
+    replica_group,
 )
 
 
@@ -84,9 +87,8 @@ def load_weights(chunks: Sequence[ResponseModel], architecture: Architecture, pa
     or a tensor that is not finite, with its file.
     """
     entries = on_rank_0(lambda: _checked_entries(path, architecture))
-    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    owners = _owners([parameter for chunk in chunks for parameter in chunk.parameters()], replicas.size())
-    own = {parameter for parameter, owner in owners.items() if owner == replicas.rank()}
+    owners = _owners(chunks)
+    own = {parameter for parameter, (owner, replicas) in owners.items() if owner == replicas.rank()}
     if is_megatron_checkpoint(path):
         wanted = _state_of(chunks, own)
         # Megatron's check of all ranks' requests would send every request to every rank.
@@ -94,7 +96,7 @@ def load_weights(chunks: Sequence[ResponseModel], architecture: Architecture, pa
         on_every_rank(lambda: _assign_stored(path, chunks, architecture, loaded, own))
     else:
         on_every_rank(lambda: _assign_huggingface(SafetensorsDirectory(path, entries), chunks, architecture, own))
-    for parameter, owner in owners.items():
+    for parameter, (owner, replicas) in owners.items():
         broadcast_parameter(parameter, owner, replicas)
 
 
@@ -104,13 +106,20 @@ def _checked_entries(path: Path, architecture: Architecture) -> dict[str, Stored
     return directory.entries if isinstance(directory, SafetensorsDirectory) else {}
 
 
-def _owners(parameters: Sequence[torch.nn.Parameter], replicas: int) -> dict[torch.nn.Parameter, int]:
-    """The replica that reads each parameter: neighbours as far as possible, with about as many numbers for each."""
-    total, before, owners = sum(parameter.numel() for parameter in parameters), 0, {}
-    for parameter in parameters:
-        owners[parameter] = (2 * before + parameter.numel()) * replicas // (2 * total)
-        before += parameter.numel()
-    return owners
+def _owners(chunks: Sequence[ResponseModel]) -> dict[torch.nn.Parameter, tuple[int, dist.ProcessGroup]]:
+    """The number of the replica that reads each parameter, and the group of ranks that hold it.
+
+    A replica reads neighbours as far as possible, and each has about as many numbers.
+    """
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    owners: dict[torch.nn.Parameter, tuple[int, dist.ProcessGroup]] = {}
+    for alike in ([each for each in parameters if is_expert(each) is kind] for kind in (False, True)):
+        total, before = sum(parameter.numel() for parameter in alike), 0
+        for parameter in alike:
+            group = replica_group(parameter)
+            owners[parameter] = (2 * before + parameter.numel()) * group.size() // (2 * total), group
+            before += parameter.numel()
+    return {parameter: owners[parameter] for parameter in parameters}
 
 
 def _state_of(chunks: Sequence[ResponseModel], own: Collection[torch.nn.Parameter]) -> dict[str, dict[str, Any]]:
@@ -137,7 +146,8 @@ def _assign_stored(
             if parameter not in own:
                 continue
             if not all_finite(loaded[key][name]):
-                raise not_finite(MegatronDirectory(path).file_with_bad_numbers(table[global_name]), global_name)
+                where = place(table[global_name], architecture)
+                raise not_finite(MegatronDirectory(path).file_with_bad_numbers(where), global_name)
             assign(parameter, loaded[key][name])
 
 
@@ -149,10 +159,10 @@ def _assign_huggingface(
 ) -> None:
     table = rules(architecture)
     for chunk in chunks:
-        group = chunk.pg_collection.tp
-        share = {"rank": group.rank(), "size": group.size(), "padded_vocab": chunk.vocab_size}
         for name, parameter in global_parameters(chunk):
             if parameter in own:
+                group = chunk.pg_collection.expt_tp if table[name].is_expert else chunk.pg_collection.tp
+                share = {"rank": group.rank(), "size": group.size(), "padded_vocab": chunk.vocab_size}
                 assign(parameter, to_megatron(table[name], architecture, source.read_finite, **share))
 
 
@@ -173,10 +183,12 @@ def _check_finite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def global_parameters(chunk: ResponseModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield this chunk's parameters by their names in the mapping table, with layers counted over the whole model.
+    """Yield this chunk's parameters by their names in the mapping table. Layers and experts count over the whole model.
 
     With tied embeddings, the last pipeline stage's own copy appears under the embedding's name.
     """
+    own_experts = (chunk.config.num_moe_experts or 0) // chunk.config.expert_model_parallel_size
+    first_expert = own_experts * parallel_state.get_expert_model_parallel_rank()
     for name, parameter in chunk.named_parameters():
         if name.startswith("decoder.layers."):
             local, rest = name.removeprefix("decoder.layers.").split(".", 1)
@@ -184,4 +196,4 @@ def global_parameters(chunk: ResponseModel) -> Iterator[tuple[str, torch.nn.Para
             name = f"decoder.layers.{layer}.{rest}"
         if name == OUTPUT and chunk.share_embeddings_and_output_weights:
             name = EMBEDDING
-        yield canonical_name(name), parameter
+        yield canonical_name(name, first_expert), parameter

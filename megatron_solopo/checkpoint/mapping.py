@@ -9,14 +9,18 @@ they are fused, and the dimension that tensor parallelism cuts.
     qkv       for each key-value group: its query heads, its key head, its value head
     gate_up   [gate; up]; each tensor-parallel rank holds its share of both
 
+Every expert has rules of its own, so whoever converts a model holds one expert at a time. The experts' tensor-parallel
+group cuts them.
+
 A fused parameter has as many rows as its parts together. Every reader (a rank's share, a piece of a checkpoint, a
 Hugging Face tensor) therefore asks for a range of rows.
 
 To add a model family:
 
 1. Name it in `architecture.huggingface_config`, and state there how its config differs.
-2. If it has other tensors, add a tuple of rules below, and select it in `rules`. Families differ in three places
-   today: Qwen2 adds biases, Qwen3 adds norms of queries and keys, and untied embeddings add an output layer.
+2. If it has other tensors, add a tuple of rules below, and select it in `rules`. Families differ in four places
+   today: Qwen2 adds biases, Qwen3 adds norms of queries and keys, untied embeddings add an output layer, and Mixtral
+   has its own names of experts.
 3. If a tensor has a new size, name the size in `_sizes`. If tensors are fused in a new way, add a `Fusion`.
 4. Add a tiny model to the tests: every family is converted there and back, and compared with transformers.
 """
@@ -25,7 +29,8 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,17 +50,23 @@ HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 # The allocator reuses the memory of blocks of this size. Fresh pages for every block double the time.
 _BLOCK_BYTES = 1 << 24
-# Transformer Engine fuses each norm into the linear layer behind it and renames its weight. Megatron's checkpoints
-# always use the fused name.
+# Transformer Engine fuses the norms of a dense layer into the linear layers behind them and renames their weights.
+# Megatron's checkpoints always use the fused names.
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+# Megatron's names of an expert's weight: in a checkpoint, and in a layer that computes all its experts in one kernel.
+_STORED_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
+_GROUPED_EXPERT = re.compile(r"(.*mlp\.experts)\.(linear_fc[12])\.weight(\d+)")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter. In the table, `{}` in a name stands for the layer number, counted from 0."""
+    """One Megatron parameter. In the table, `{}` in a name stands for the layer number, counted from 0.
+
+    The second `{}` in the names of experts stands for the expert's number, counted from 0 over all ranks.
+    """
 
     megatron: str
     huggingface: tuple[str, ...]
@@ -64,26 +75,69 @@ class Rule:
     fusion: Fusion = "copy"
     shard_dim: int | None = None
 
-    def in_layer(self, layer: int) -> "Rule":
-        """The rule with the layer number filled in."""
-        names = tuple(name.format(layer) for name in self.huggingface)
-        return Rule(self.megatron.format(layer), names, self.shapes, self.fusion, self.shard_dim)
-
     @property
-    def stored_at(self) -> tuple[str, int | None]:
-        """Key in a Megatron checkpoint, and the layer where the layers are stacked there in one tensor."""
-        name = self.megatron
-        for fused, plain in _FUSED_NORMS.items():
-            if name.endswith(f".{plain}"):
-                name = name.removesuffix(plain) + fused
-        found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-        return (name, None) if found is None else (f"decoder.layers.{found[2]}", int(found[1]))
+    def is_expert(self) -> bool:
+        """Whether it belongs to one of the experts that a router chooses."""
+        return ".local_experts." in self.megatron
+
+    def at(self, *numbers: int) -> "Rule":
+        """The rule with the numbers of the layer and the expert filled in."""
+        names = tuple(name.format(*numbers) for name in self.huggingface)
+        return Rule(self.megatron.format(*numbers), names, self.shapes, self.fusion, self.shard_dim)
+
+
+class Place(NamedTuple):
+    """Where a Megatron checkpoint holds a parameter."""
+
+    key: str
+    position: tuple[int, ...] = ()
+    """Its place on the leading axes of a tensor that stacks the parameter of all layers, of all experts, or of both."""
+    stack: tuple[int, ...] = ()
+    """The sizes of these axes."""
+
+
+def place(rule: Rule, architecture: ModelShape) -> Place:
+    """Where a Megatron checkpoint holds a parameter. Layers are stacked where all have the same parameters."""
+    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", rule.megatron)
+    if found is None:
+        return Place(rule.megatron)
+    layer, name = int(found[1]), found[2]
+    for fused, plain in _FUSED_NORMS.items():
+        is_fused = plain.startswith("input") or not architecture.has_experts(layer)
+        if name == plain and is_fused:
+            name = fused
+    experts = architecture.experts
+    expert = _STORED_EXPERT.fullmatch(name)
+    position: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
+    if experts is None or experts.in_all_layers:
+        prefix, position, stack = "decoder.layers.", (layer,), (architecture.num_layers,)
+    else:
+        prefix = f"decoder.layers.{layer}."
+    if expert is not None:
+        assert experts is not None
+        name = f"mlp.experts.experts.{expert[2]}"
+        position, stack = (*position, int(expert[1])), (*stack, experts.num_experts)
+    return Place(prefix + name, position, stack)
 
 
 # The prefixes of a layer's parameters.
 _MEGATRON, _HF = "decoder.layers.{}.", "model.layers.{}."
 _QUERY, _KEY, _VALUE = (f"{_HF}self_attn.{name}_proj." for name in "qkv")
-_GATE, _UP, _DOWN = (f"{_HF}mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_EXPERT = _MEGATRON + "mlp.experts.local_experts.{}."
+
+
+def _gated(megatron: str, huggingface: str, projections: tuple[str, ...], width: str) -> tuple[Rule, ...]:
+    """The rules of a gated feed-forward with `width` columns."""
+    gate, up, down = (f"{huggingface}{name}.weight" for name in projections)
+    shape = f"{width} hidden"
+    return (
+        Rule(megatron + "linear_fc1.weight", (gate, up), (shape, shape), "gate_up", 0),
+        Rule(megatron + "linear_fc2.weight", (down,), (f"hidden {width}",), shard_dim=1),
+    )
+
+
 # fmt: off
 _OUTER = (
     Rule(EMBEDDING, (HF_EMBEDDING,), ("vocab hidden",), "vocab", 0),
@@ -96,9 +150,17 @@ _LAYER = (
     Rule(_MEGATRON + "self_attention.linear_proj.weight", (_HF + "self_attn.o_proj.weight",), ("hidden queries",),
          shard_dim=1),
     Rule(_MEGATRON + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), ("hidden",)),
-    Rule(_MEGATRON + "mlp.linear_fc1.weight", (_GATE, _UP), ("ffn hidden", "ffn hidden"), "gate_up", 0),
-    Rule(_MEGATRON + "mlp.linear_fc2.weight", (_DOWN,), ("hidden ffn",), shard_dim=1),
 )
+_DENSE = _gated(_MEGATRON + "mlp.", _HF + "mlp.", _PROJECTIONS, "ffn")
+_ROUTER = (Rule(_MEGATRON + "mlp.router.weight", (_HF + "mlp.gate.weight",), ("experts hidden",)),)
+_EXPERTS = _gated(_EXPERT, _HF + "mlp.experts.{}.", _PROJECTIONS, "expert_ffn")
+_SHARED_EXPERT = (
+    *_gated(_MEGATRON + "mlp.shared_experts.", _HF + "mlp.shared_expert.", _PROJECTIONS, "shared_ffn"),
+    Rule(_MEGATRON + "mlp.shared_experts.gate_weight", (_HF + "mlp.shared_expert_gate.weight",), ("one hidden",)),
+)
+_MIXTRAL = _HF + "block_sparse_moe."
+_MIXTRAL_ROUTER = (Rule(_MEGATRON + "mlp.router.weight", (_MIXTRAL + "gate.weight",), ("experts hidden",)),)
+_MIXTRAL_EXPERTS = _gated(_EXPERT, _MIXTRAL + "experts.{}.", ("w1", "w3", "w2"), "expert_ffn")
 _OUTPUT_LAYER = (Rule(OUTPUT, (HF_OUTPUT,), ("vocab hidden",), "vocab", 0),)
 _QKV_BIAS = (
     Rule(_MEGATRON + "self_attention.linear_qkv.bias", (_QUERY + "bias", _KEY + "bias", _VALUE + "bias"),
@@ -111,17 +173,44 @@ _QK_NORM = (
 # fmt: on
 
 
+@lru_cache(maxsize=4)
 def rules(architecture: ModelShape) -> dict[str, Rule]:
-    """Every parameter of the model by its Megatron name. Layers are counted over the whole model."""
-    per_layer = _LAYER + (_QKV_BIAS if architecture.add_qkv_bias else ())
-    per_layer += _QK_NORM if architecture.qk_layernorm else ()
-    table = _OUTER + (() if architecture.tied_embeddings else _OUTPUT_LAYER)
-    table += tuple(rule.in_layer(layer) for layer in range(architecture.num_layers) for rule in per_layer)
+    """Every parameter of the model by its Megatron name. Layers and experts are counted over the whole model."""
+    every_layer = _LAYER + (_QKV_BIAS if architecture.add_qkv_bias else ())
+    every_layer += _QK_NORM if architecture.qk_layernorm else ()
+    table = [*_OUTER, *(() if architecture.tied_embeddings else _OUTPUT_LAYER)]
+    for layer in range(architecture.num_layers):
+        table += (rule.at(layer) for rule in every_layer)
+        table += _feed_forward(architecture, layer)
     return {rule.megatron: rule for rule in table}
 
 
-def canonical_name(name: str) -> str:
-    """Return a parameter's name in the table, for the name that any layer implementation gives it."""
+def _feed_forward(architecture: ModelShape, layer: int) -> Iterator[Rule]:
+    """The rules of a layer's feed-forward: dense, or a router with its experts."""
+    experts = architecture.experts
+    if experts is None or not architecture.has_experts(layer):
+        yield from (rule.at(layer) for rule in _DENSE)
+        return
+    is_mixtral = architecture.model_type == "mixtral"
+    yield from (rule.at(layer) for rule in (_MIXTRAL_ROUTER if is_mixtral else _ROUTER))
+    for expert in range(experts.num_experts):
+        yield from (rule.at(layer, expert) for rule in (_MIXTRAL_EXPERTS if is_mixtral else _EXPERTS))
+    if experts.shared_ffn_hidden_size:
+        yield from (rule.at(layer) for rule in _SHARED_EXPERT)
+
+
+def canonical_name(name: str, first_expert: int = 0) -> str:
+    """Return a parameter's name in the table, for the name that any layer implementation gives it.
+
+    Args:
+        first_expert: the number of this rank's first expert. Layers count their own from 0.
+    """
+    if grouped := _GROUPED_EXPERT.fullmatch(name):
+        name = f"{grouped[1]}.local_experts.{grouped[3]}.{grouped[2]}.weight"
+    prefix, is_expert, rest = name.partition("local_experts.")
+    if is_expert:
+        local, _, rest = rest.partition(".")
+        return f"{prefix}local_experts.{int(local) + first_expert}.{rest}"
     for fused, plain in _FUSED_NORMS.items():
         if name.endswith(fused):
             return name.removesuffix(fused) + plain
@@ -151,7 +240,8 @@ def megatron_shape(rule: Rule, architecture: ModelShape) -> tuple[int, ...]:
 
 
 def _sizes(architecture: ModelShape) -> dict[str, int]:
-    return {
+    sizes = {
+        "one": 1,
         "vocab": architecture.vocab_size,
         "hidden": architecture.hidden_size,
         "ffn": architecture.ffn_hidden_size,
@@ -159,6 +249,13 @@ def _sizes(architecture: ModelShape) -> dict[str, int]:
         "queries": architecture.num_attention_heads * architecture.head_dim,
         "keys": architecture.num_query_groups * architecture.head_dim,
     }
+    if (experts := architecture.experts) is not None:
+        sizes |= {
+            "experts": experts.num_experts,
+            "expert_ffn": experts.ffn_hidden_size,
+            "shared_ffn": experts.shared_ffn_hidden_size,
+        }
+    return sizes
 
 
 def megatron_rows(rule: Rule, architecture: ModelShape, read: ReadTensor, rows: slice, *others: slice) -> Tensor:

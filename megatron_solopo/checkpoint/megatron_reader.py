@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import METADATA, check_megatron_checkpoint
 from megatron_solopo.checkpoint.huggingface_weights import DTYPES, all_finite, check_tensor_names
-from megatron_solopo.checkpoint.mapping import ReadRows, Rule, megatron_shape, rules
+from megatron_solopo.checkpoint.mapping import Place, ReadRows, Rule, megatron_shape, place, rules
 from megatron_solopo.errors import UserError
 
 THREADS = 2
@@ -229,12 +229,12 @@ class MegatronDirectory:
                 problem = "is missing" if sizes[piece.file] < 0 else f"is cut short at {sizes[piece.file]:,} bytes"
                 raise UserError(f"{piece.file}: {problem} and should hold {piece.key}; the checkpoint is damaged")
 
-    def file_with_bad_numbers(self, rule: Rule) -> Path:
+    def file_with_bad_numbers(self, place: Place) -> Path:
         """The first file with a piece of a parameter that is not finite. Reads all of its pieces."""
-        key, layer = rule.stored_at
         for piece in self.pieces():
-            is_of_layer = layer is None or piece.offsets[0] <= layer < piece.offsets[0] + piece.shape[0]
-            if piece.key == key and is_of_layer and not all_finite(piece.read()):
+            axes = zip(place.position, piece.offsets, piece.shape, strict=False)
+            holds_some = all(first <= number < first + count for number, first, count in axes)
+            if piece.key == place.key and holds_some and not all_finite(piece.read()):
                 return piece.file
         return self.path
 
@@ -245,8 +245,9 @@ class MegatronDirectory:
         """
         expected = {}
         for rule in rules(architecture).values():
-            key, layer = rule.stored_at
-            expected[key] = self._expected_shape(rule, architecture, layer)
+            where = place(rule, architecture)
+            if where.key not in expected:
+                expected[where.key] = (*where.stack, *self._expected_shape(rule, architecture, where.key))
         check_tensor_names(self.path, self.tensors, expected, architecture)
         for key, shape in expected.items():
             found, dtype = tuple(self.tensors[key].size), self.tensors[key].properties.dtype
@@ -255,29 +256,25 @@ class MegatronDirectory:
             if dtype not in DTYPES.values():
                 raise UserError(f"{self.path}: {key} is stored as {dtype}; supported: {', '.join(DTYPES)}")
 
-    def _expected_shape(self, rule: Rule, architecture: Architecture, layer: int | None) -> tuple[int, ...]:
+    def _expected_shape(self, rule: Rule, architecture: Architecture, key: str) -> tuple[int, ...]:
         shape = megatron_shape(rule, architecture)
-        if layer is not None:
-            return (architecture.num_layers, *shape)
-        stored = self.tensors.get(rule.stored_at[0])
+        stored = self.tensors.get(key)
         padded = rule.fusion == "vocab" and stored is not None and stored.size[0] > shape[0]
         return (stored.size[0], *shape[1:]) if padded and stored is not None else shape
 
-    def dtype(self, rule: Rule) -> torch.dtype:
+    def dtype(self, place: Place) -> torch.dtype:
         """The precision that a parameter is stored in."""
-        found: torch.dtype = self.tensors[rule.stored_at[0]].properties.dtype
+        found: torch.dtype = self.tensors[place.key].properties.dtype
         return found
 
-    def rows_of(self, rule: Rule) -> ReadRows:
+    def rows_of(self, place: Place) -> ReadRows:
         """Return a function that reads rows of one parameter in their stored precision."""
-        key, layer = rule.stored_at
-        others = list(self.tensors[key].size)[1 if layer is None else 2 :]
+        stacked = len(place.position)
+        others = list(self.tensors[place.key].size)[stacked + 1 :]
 
         def read(start: int, end: int) -> Tensor:
-            offsets, sizes = [start, *[0] * len(others)], [end - start, *others]
-            if layer is None:
-                return self._read(key, offsets, sizes)
-            return self._read(key, [layer, *offsets], [1, *sizes])[0]
+            offsets, sizes = [*place.position, start, *[0] * len(others)], [end - start, *others]
+            return self._read(place.key, offsets, [*[1] * stacked, *sizes]).view(sizes)
 
         return read
 

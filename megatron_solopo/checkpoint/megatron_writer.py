@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import BytesIOWriteData, SavePlan, Ten
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import FORMAT, MEGATRON_LM_VERSION
 from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory
-from megatron_solopo.checkpoint.mapping import Rule, megatron_rows, megatron_shape, row_blocks, rules
+from megatron_solopo.checkpoint.mapping import Place, Rule, megatron_rows, megatron_shape, place, row_blocks, rules
 from megatron_solopo.checkpoint.megatron_reader import THREADS
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import write_json
@@ -88,7 +88,8 @@ def write_megatron(
 def _pieces(source: SafetensorsDirectory, architecture: Architecture) -> Iterator[_Piece]:
     dtypes: dict[str, tuple[str, str]] = {}
     for rule in rules(architecture).values():
-        key, _ = rule.stored_at
+        where = place(rule, architecture)
+        key = where.key
         for name in rule.huggingface:
             dtype, first = dtypes.setdefault(key, (source.entries[name].dtype, name))
             if source.entries[name].dtype != dtype:
@@ -96,20 +97,18 @@ def _pieces(source: SafetensorsDirectory, architecture: Architecture) -> Iterato
                     f"{source.path}: {first} is stored as {dtype}, but {name} as {source.entries[name].dtype}; "
                     "Megatron stores them in one tensor, so store them in one precision"
                 )
-        yield from _cut(rule, architecture, DTYPES[dtypes[key][0]])
+        yield from _cut(rule, where, architecture, DTYPES[dtypes[key][0]])
 
 
-def _cut(rule: Rule, architecture: Architecture, dtype: torch.dtype) -> Iterator[_Piece]:
-    key, layer = rule.stored_at
+def _cut(rule: Rule, where: Place, architecture: Architecture, dtype: torch.dtype) -> Iterator[_Piece]:
     shape = megatron_shape(rule, architecture)
-    whole = shape if layer is None else (architecture.num_layers, *shape)
+    whole = (*where.stack, *shape)
     for rows in row_blocks(rule, architecture, dtype.itemsize):
-        offsets, sizes = (rows.start, *[0] * (len(shape) - 1)), (rows.stop - rows.start, *shape[1:])
-        if layer is not None:
-            offsets, sizes = (layer, *offsets), (1, *sizes)
+        offsets = (*where.position, rows.start, *[0] * (len(shape) - 1))
+        sizes = (*[1] * len(where.position), rows.stop - rows.start, *shape[1:])
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(whole))
-        index = MetadataIndex(key, chunk.offsets)
+        index = MetadataIndex(where.key, chunk.offsets)
         item = WriteItem(index, WriteItemType.SHARD, tensor_data=data)
         yield _Piece(rule, rows, item, chunk.sizes.numel() * dtype.itemsize)
 

@@ -13,24 +13,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedBase,
-    ShardedTensor,
-    apply_factories,
-    is_main_replica,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER, MEGATRON_LM_VERSION
 from megatron_solopo.checkpoint.directory import TRAINER_STATE, checkpoint_name, publish, temporary_path
+from megatron_solopo.checkpoint.host_copies import HostCopies
 from megatron_solopo.checkpoint.manifest import FileEntry, sealed_files, write_manifest
 from megatron_solopo.checkpoint.model_files import write_files
-from megatron_solopo.checkpoint.sharded_state import SHARDING, model_state, optimizer_state_to_save, share_replicas
+from megatron_solopo.checkpoint.sharded_state import SHARDING, state_to_save
 from megatron_solopo.errors import OutOfSpaceError, UserError
 from megatron_solopo.files import described_bytes, remove, write_json
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
@@ -60,24 +55,26 @@ class ShardedSave:
         trainer_state: dict[str, Any],
         model_files: Mapping[str, bytes],
         *,
-        copies: "HostCopies | None" = None,
+        copies: HostCopies | None = None,
+        in_background: bool = False,
     ) -> None:
         """Begin `root/iter_<step>`.
 
         Args:
             trainer_state: JSON values, equal on every rank, among them `step`.
             model_files: the config, tokenizer and so on that travel with the weights; those of rank 0 are written.
-            copies: save in the background. On return the training state may change, because what is written has been
-                copied there. It must live until the save is complete. None: this rank's files are written on return.
+            copies: where to copy what is written. It must live until the save is complete. None: what is not in host
+                memory is copied there for this save alone.
+            in_background: return while threads still write. The training state may change then, because `copies` holds
+                what is written. False: this rank's files are written on return.
 
         Raises UserError on every rank, and leaves nothing behind, if a rank finds no room or cannot write.
         """
+        assert copies is not None or not in_background, "the training state changes beside a save in the background"
         step = trainer_state["step"]
         self.path, self._folder = root / checkpoint_name(step), temporary_path(root, step)
         self._trainer_state, self._model_files = trainer_state, model_files
-        model = model_state(chunks)
-        share_replicas(model, parallel_state.get_data_parallel_group(with_context_parallel=True))
-        state = model | {"optimizer": optimizer_state_to_save(optimizer, model)} | MEGATRON_LM_VERSION
+        state = state_to_save(chunks, optimizer) | MEGATRON_LM_VERSION
         small_files = sum(map(len, model_files.values()))
         self._needed = _sum_over_ranks(_bytes_to_write(state) + small_files) + _SMALL_FILES_BYTES
         with self._removed_on_failure():
@@ -89,7 +86,7 @@ class ShardedSave:
             on_every_rank(self._files.stage)
         self._pool = ThreadPoolExecutor(1)
         self._written = self._pool.submit(self._write)
-        if copies is None:
+        if not in_background:
             self._written.exception()  # waits; `complete` raises it on all ranks
 
     def is_written(self) -> bool:
@@ -179,29 +176,6 @@ class ShardedSave:
         files |= sealed_files(self._folder, [name for name in present if name not in files])
         write_manifest(self._folder, files)
         publish(self._folder, self.path)
-
-
-class HostCopies:
-    """Host memory for what this rank writes in the background. It is kept for the next save.
-
-    To fill fresh memory takes five times as long as to fill memory that this process has had before, and a step waits.
-    """
-
-    def __init__(self) -> None:
-        self._tensors: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-
-    def take(self, state: dict[str, Any]) -> None:
-        """Copy the tensors that this rank writes, and put the copies into `state`."""
-        apply_factories(state)
-        for each in nested_values(state):
-            # Quantized weights take another way: they are copied when they are dequantized.
-            is_plain = isinstance(each, ShardedTensor) and type(each.data) in (Tensor, torch.nn.Parameter)
-            if is_plain and is_main_replica(each.replica_id):
-                place = (each.key, each.global_offset)
-                held = self._tensors.get(place)
-                if held is None or (held.shape, held.dtype) != (each.data.shape, each.data.dtype):
-                    held = self._tensors[place] = torch.empty_like(each.data, device="cpu", requires_grad=False)
-                each.data = held.copy_(each.data.detach())
 
 
 def _bytes_to_write(state: dict[str, Any]) -> int:

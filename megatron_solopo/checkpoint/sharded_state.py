@@ -13,6 +13,9 @@ those that were written. Earlier versions stored parameters whole, which are box
 
 Data-parallel ranks have the same weights. They share the work of writing them (`share_replicas`).
 
+Where ranks share experts, Megatron has an optimizer for the dense parameters and one for the experts. All step
+together, so the counts and settings of the first are stored for all. So a checkpoint loads under another EP.
+
 The optimizers differ: torch's Adam keeps `step` with every parameter, Transformer Engine's Adam keeps it with every
 group, and the hybrid optimizer keeps classes in its groups. Whatever one of them saved must load into the others, and
 must be readable without running code.
@@ -25,7 +28,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
@@ -39,15 +41,20 @@ from megatron_solopo.parallel.agreement import least_loaded
 from megatron_solopo.parallel.megatron_internals import (
     OwnedState,
     delayed_scales,
-    dense_optimizer,
     hand_out_state,
+    is_expert,
     load_counts,
     load_delayed_scales,
+    optimizer_parts,
     owned_states,
+    replica_group,
 )
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 KERNEL_STATE = "_extra_state"
+OPTIMIZER, _EXPERT_OPTIMIZER = "optimizer", "expert_optimizer"
+# What an optimizer's group keeps of its own, whatever was stored.
+_OWN_KEYS = ("params", "is_expert_parallel")
 _Chunk = TypeVar("_Chunk")
 
 
@@ -72,6 +79,13 @@ def model_state(chunks: Sequence[DistributedDataParallel]) -> dict[str, Any]:
     return {key: _chunk_state(chunk.module, metadata) for key, chunk in keyed(chunks).items()}
 
 
+def state_to_save(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """The sharded state of model and optimizer. It shares their memory, and replicas share the work of writing it."""
+    model = model_state(chunks)
+    share_replicas(model)
+    return model | optimizer_state_to_save(optimizer, model)
+
+
 def load_kernel_state(module: Any, state: dict[str, Any]) -> None:
     """Give the layers of a model chunk the scales of FP8's delayed recipe, and take them out of `state`.
 
@@ -84,65 +98,89 @@ def load_kernel_state(module: Any, state: dict[str, Any]) -> None:
             load_delayed_scales(_owner(module, name), module.config, scales)
 
 
-def share_replicas(model: dict[str, Any], group: dist.ProcessGroup) -> None:
+def share_replicas(model: dict[str, Any]) -> None:
     """Let each of several ranks with the same tensors write some of them, with about as many bytes each.
+
+    These ranks hold equal tensors in equal order. All of them make the same choice without asking.
 
     Args:
         model: from `model_state`; changed in place.
-        group: the ranks, which hold equal tensors in equal order. All of them make the same choice without asking.
     """
     shared = [
         each
         for each in nested_values(model)
         if isinstance(each, ShardedTensor | ShardedTensorFactory) and is_main_replica((*each.replica_id[:-1], 0))
     ]
-    for each, writer in zip(shared, least_loaded([each.data.nbytes for each in shared], group.size()), strict=True):
-        each.replica_id = (*each.replica_id[:-1], (group.rank() - writer) % group.size())
+    for alike in ([each for each in shared if is_expert(each.data) is kind] for kind in (False, True)):
+        if not alike:
+            continue
+        group = replica_group(alike[0].data)
+        for each, writer in zip(alike, least_loaded([each.data.nbytes for each in alike], group.size()), strict=True):
+            each.replica_id = (*each.replica_id[:-1], (group.rank() - writer) % group.size())
 
 
 def optimizer_state_to_save(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's sharded state in a form that every other optimizer here reads, under any layout.
+    """The optimizers' sharded state, by its keys in a checkpoint. Every other optimizer here reads it, in any layout.
 
     Args:
         model: from `model_state`; it says where each parameter's state belongs.
     """
-    part = dense_optimizer(optimizer)
-    if isinstance(part, DistributedOptimizer):
+    parts = optimizer_parts(optimizer)
+    if isinstance(parts[0], DistributedOptimizer):
         kind = {"param_state_sharding_type": SHARDING["distrib_optim_sharding_type"]}
-        return _without_classes(part.state_dict()) | kind | {"param_state": owned_boxes(part, model)}
-    return _without_classes(part.sharded_state_dict(_by_parameter(model), is_loading=False, metadata=_metadata()))
+        return {OPTIMIZER: _without_classes(parts[0].state_dict()) | kind | {"param_state": owned_boxes(parts, model)}}
+    return {
+        key: _without_classes(part.sharded_state_dict(_by_parameter(model), is_loading=False, metadata=_metadata()))
+        for key, part in zip((OPTIMIZER, _EXPERT_OPTIMIZER), parts, strict=False)
+    }
 
 
 def load_optimizer(path: Path, optimizer: MegatronOptimizer, model: dict[str, Any]) -> None:
-    """Load the optimizer's state from a checkpoint of any layout, the step count of torch's Adam included.
+    """Load the optimizers' state from a checkpoint of any layout, the step count of torch's Adam included.
 
     Under the distributed optimizer a rank reads what it owns into the place where it keeps it. This takes host memory
     for the largest stored piece alone.
     """
-    part = dense_optimizer(optimizer)
-    if not isinstance(part, DistributedOptimizer):
-        wanted = _without_classes(part.sharded_state_dict(_by_parameter(model), is_loading=True, metadata=_metadata()))
-        state = dist_checkpointing.load({"optimizer": wanted}, str(path))["optimizer"]
-        part.load_state_dict(_with_complete_groups(part, state))
+    parts = optimizer_parts(optimizer)
+    if not isinstance(parts[0], DistributedOptimizer):
+        for part in parts:
+            _load_whole(path, part, model)
         return
-    state = dist_checkpointing.load_common_state_dict(str(path))["optimizer"]
-    load_counts(part, _with_complete_groups(part, state))
-    boxes = {"optimizer": {"param_state": owned_boxes(part, model)}}
+    state = dist_checkpointing.load_common_state_dict(str(path))[OPTIMIZER]
+    for part in parts:
+        load_counts(part, _with_complete_groups(part, state))
+    boxes = {OPTIMIZER: {"param_state": owned_boxes(parts, model)}}
     # Megatron's check expects that all ranks together ask for every tensor of the checkpoint exactly once.
     dist_checkpointing.load(boxes, str(path), validate_access_integrity=False)
-    hand_out_state(part)
+    for part in parts:
+        hand_out_state(part)
 
 
-def owned_boxes(optimizer: DistributedOptimizer, model: dict[str, Any]) -> dict[int, ShardedTensor]:
+def _load_whole(path: Path, part: Any, model: dict[str, Any]) -> None:
+    """Load the state of an optimizer that holds the whole state of its parameters."""
+    wanted = part.sharded_state_dict(_by_parameter(model), is_loading=True, metadata=_metadata())
+    # Megatron would merge these groups with the stored ones, which another layout may have divided otherwise.
+    wanted.get("optimizer", wanted).pop("param_groups")
+    # Several optimizers ask for parts, but Megatron's check expects that all of a checkpoint is asked for at once.
+    state = dist_checkpointing.load({OPTIMIZER: wanted}, str(path), validate_access_integrity=False)[OPTIMIZER]
+    part.load_state_dict(_with_complete_groups(part, state))
+
+
+def owned_boxes(optimizers: Sequence[DistributedOptimizer], model: dict[str, Any]) -> dict[int, ShardedTensor]:
     """Numbered boxes of the state that this rank owns. They share memory with it: reading and writing copy nothing.
 
     Args:
+        optimizers: from `optimizer_parts`.
         model: from `model_state`; it says where each parameter's state belongs.
     """
     parameters = nested_values(extract_sharded_tensors_and_factories(_by_parameter(model))[0])
     places = {each.data: each for each in parameters}
-    instance = optimizer.distributed_optimizer_instance_id
-    found = (box for owned in owned_states(optimizer) for box in _boxes(owned, places[owned.parameter], instance))
+    found = (
+        box
+        for part in optimizers
+        for owned in owned_states(part)
+        for box in _boxes(owned, places[owned.parameter], part.distributed_optimizer_instance_id)
+    )
     return dict(enumerate(found))
 
 
@@ -209,13 +247,23 @@ def _boxes_of_row(
 
 
 def _with_complete_groups(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what every rank loads for itself, and complete the groups of another Adam."""
+    """Leave out what every rank loads for itself, and give each of the optimizer's groups what its like was stored as.
+
+    A checkpoint of another layout, or of another Adam, may have stored experts' groups apart, and has other keys.
+    """
     state = {key: value for key, value in state.items() if key != "param_state"}
-    groups = state.get("optimizer", {}).get("param_groups")
-    if groups is None:
-        return state
-    groups = [complete_group(optimizer.optimizer, group) for group in groups]
-    return state | {"optimizer": state["optimizer"] | {"param_groups": groups}}
+    inner = state.get("optimizer", state)  # Adam of float32 weights has no shell around it
+    stored_as = {_multipliers(group): group for group in reversed(inner["param_groups"])}
+    groups = []
+    for group in optimizer.optimizer.state_dict()["param_groups"]:
+        own = {name: group[name] for name in _OWN_KEYS if name in group}
+        groups.append(complete_group(optimizer.optimizer, stored_as[_multipliers(group)] | own))
+    inner = inner | {"param_groups": groups}
+    return state | {"optimizer": inner} if "optimizer" in state else inner
+
+
+def _multipliers(group: dict[str, Any]) -> tuple[float, float]:
+    return group["wd_mult"], group["lr_mult"]
 
 
 def complete_group(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from megatron_solopo.checkpoint.huggingface_weights import (
     all_finite,
     bitwise_equal,
 )
-from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, rules
+from megatron_solopo.checkpoint.mapping import Rule, huggingface_blocks, place, rules
 from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory
 from megatron_solopo.checkpoint.strict_load import TransformersError, load_strictly
 from megatron_solopo.config import ModelConfig, ParallelConfig
@@ -117,7 +117,8 @@ def _compare_tensors(
     """Add what it finds; returns the precisions that the checkpoint was rounded to, or an empty string."""
     casts = Counter[tuple[torch.dtype, torch.dtype]]()
     for rule in rules(architecture).values():
-        casts.update((stored.dtype(rule), DTYPES[source.entries[name].dtype]) for name in rule.huggingface)
+        dtype = stored.dtype(place(rule, architecture))
+        casts.update((dtype, DTYPES[source.entries[name].dtype]) for name in rule.huggingface)
     with ThreadPoolExecutor(THREADS) as pool:
         compared = list(
             pool.map(lambda rule: _compare(rule, source, stored, architecture, progress), rules(architecture).values())
@@ -153,7 +154,8 @@ def _compare(
     architecture: Architecture,
     progress: Callable[[int], Any],
 ) -> _Compared:
-    found, read, itemsize = _Compared(), stored.rows_of(rule), stored.dtype(rule).itemsize
+    found, where = _Compared(), place(rule, architecture)
+    read, itemsize = stored.rows_of(where), stored.dtype(where).itemsize
     for name, row, block in huggingface_blocks(rule, architecture, read, itemsize):
         other = source.read(name, (slice(row, row + len(block)),))
         same = bitwise_equal(to_dtype(name, block, other.dtype), other)

@@ -23,6 +23,7 @@ CheckStatus = Literal["ok", "warn", "missing", "fail"]
 
 _GIB = 1024**3
 _CHECKPOINT_BYTES_PER_PARAMETER = 14  # bfloat16 weights, float32 master weights and two Adam moments
+_CHECKPOINTS = 4  # checkpoint.keep_last is 3, and one more is being written
 _LOW_DISK_GIB = 10
 _TESTED_PYTHONS = ((3, 11), (3, 12))
 
@@ -280,12 +281,16 @@ def _machine() -> Iterator[Check]:
         yield Check("memory", "ok", f"{memory.available / _GIB:.1f} GiB free of {memory.total / _GIB:.1f} GiB")
     free = shutil.disk_usage(Path.cwd()).free
     billions = free / _CHECKPOINT_BYTES_PER_PARAMETER / 1e9
-    found = f"{free / _GIB:.1f} GiB free in {Path.cwd()}: one checkpoint of up to {billions:.1f} billion parameters"
+    found = (
+        f"{free / _GIB:.1f} GiB free in {Path.cwd()}: one checkpoint of up to {billions:.2g} billion parameters, or "
+        f"the {_CHECKPOINTS} of checkpoint.keep_last=3 and a running save for up to "
+        f"{billions / _CHECKPOINTS:.2g} billion"
+    )
     if free >= _LOW_DISK_GIB * _GIB:
         yield Check("disk", "ok", found)
     else:
-        cost = f"a checkpoint takes {_CHECKPOINT_BYTES_PER_PARAMETER} bytes per parameter"
-        yield Check("disk", "warn", found, cost, "set run_dir to a larger file system")
+        cost = f"a checkpoint takes {_CHECKPOINT_BYTES_PER_PARAMETER} bytes per parameter, and a run keeps several"
+        yield Check("disk", "warn", found, cost, "set run_dir to a larger file system, or lower checkpoint.keep_last")
 
 
 def _version(distribution: str) -> str | None:

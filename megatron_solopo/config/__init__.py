@@ -1,6 +1,6 @@
 """The configuration of a run: its schema, and how a file becomes one."""
 
-from megatron_solopo.config.load import check_not_by_hand, load_config, parse_config, save_config
+from megatron_solopo.config.load import check_not_by_hand, dotted, load_config, parse_config, save_config
 from megatron_solopo.config.schema import (
     CheckpointConfig,
     Config,
@@ -23,6 +23,7 @@ from megatron_solopo.config.schema import (
     TrainingConfig,
     WatchdogConfig,
 )
+from megatron_solopo.config.without_effect import Surroundings, warning_without_effect
 
 __all__ = [
     "CheckpointConfig",
@@ -43,10 +44,13 @@ __all__ = [
     "Response",
     "Role",
     "Roles",
+    "Surroundings",
     "TrainingConfig",
     "WatchdogConfig",
     "check_not_by_hand",
+    "dotted",
     "load_config",
     "parse_config",
     "save_config",
+    "warning_without_effect",
 ]

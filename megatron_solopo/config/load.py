@@ -6,7 +6,7 @@ OmegaConf reads and merges these layers; the schema checks the result.
 import difflib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,39 @@ def check_not_by_hand(path: Path) -> None:
 
 
 def _explain(detail: Any) -> str:
-    hint = _nearest(detail["loc"]) if detail["type"] == "extra_forbidden" else ""
+    hint = _nearest(detail["loc"]) if detail["type"] == "extra_forbidden" else _legal(detail)
     return describe_problem(detail, "the whole file") + hint
+
+
+def _legal(detail: Any) -> str:
+    """An example of a legal value, and what null means, for a value that the schema refuses."""
+    if detail["type"] in ("missing", "value_error"):  # our own validators say what is legal
+        return ""
+    section: Any = Config
+    names: list[str] = []
+    while len(names) < len(detail["loc"]):
+        names.append(detail["loc"][len(names)])
+        field = section.model_fields[names[-1]]
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        section = field.annotation
+    else:
+        return ""
+    example = field.examples[0] if field.examples else field.get_default()
+    if example is None or (field.is_required() and not field.examples):
+        return ""
+    null = re.search(r"null: ([^.]*)\.", field.description or "")
+    also = f", or null ({' '.join(null[1].split())})" if null else ""
+    return f"; for example {'.'.join(names)}={as_override(example)}{also}"
+
+
+def as_override(value: Any) -> str:
+    """A value as a person writes it behind `key=`."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _nearest(location: tuple[str | int, ...]) -> str:
@@ -100,6 +131,15 @@ def _nearest(location: tuple[str | int, ...]) -> str:
     if nearest:
         return f"; did you mean {' or '.join('.'.join(key) for key in nearest)}?"
     return f"; legal here: {', '.join(same_section)}"
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a configuration's dictionary, each with its key, such as `objective.alpha`."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -86,31 +86,31 @@ class DataConfig(Section):
 
     path: _Path
     """Directory that `megatron-solopo data prepare` wrote."""
-    max_tokens_per_pack: PositiveInt
+    max_tokens_per_pack: PositiveInt = Field(examples=[32768])
     """Most tokens of one pack (micro-batch). The padding of each sequence counts. Context parallelism divides the pack
     afterwards. A pipeline gets smaller packs if it would wait otherwise."""
-    max_triplets_per_pack: PositiveInt | None = None
+    max_triplets_per_pack: PositiveInt | None = Field(default=None, examples=[4])
     """Most triplets of one pack. null: no limit. 1: no packing."""
 
 
 class TrainingConfig(Section):
     """Length of the run, batch size, and what happens between steps."""
 
-    global_batch_size: PositiveInt
+    global_batch_size: PositiveInt = Field(examples=[64])
     """Triplets per optimizer step, over all ranks."""
-    max_steps: PositiveInt | None = None
+    max_steps: PositiveInt | None = Field(default=None, examples=[1000])
     """Optimizer steps of the run. null: `num_train_epochs` decides."""
     num_train_epochs: PositiveFloat = 1.0
     """How often the run reads the data, if `max_steps` is null."""
-    eval_steps: PositiveInt | None = None
+    eval_steps: PositiveInt | None = Field(default=None, examples=[100])
     """Evaluate the held-out split every this many steps, and at the end. null: never."""
-    try_largest_pack: bool | None = None
+    try_largest_pack: bool | None = Field(default=None, examples=[True])
     """Run forward and backward of the largest pack before the first step, so that a lack of memory shows at once. null:
     only on GPUs. It takes as long as that pack takes in a step, once for each pack that a pipeline keeps."""
     max_skipped_steps_in_a_row: PositiveInt = 10
     """A step whose loss or gradient is NaN or infinite is skipped: it updates nothing. After this many skipped steps in
     a row, the run saves the state from before the first of them and ends with an error."""
-    manual_gc: bool | None = None
+    manual_gc: bool | None = Field(default=None, examples=[True])
     """Collect Python's garbage after the same steps on all ranks, and at no other moment, so that ranks do not wait for
     each other. null: on if there is more than one process."""
     manual_gc_interval: PositiveInt = 50
@@ -124,29 +124,38 @@ class ParallelConfig(Section):
     """Ranks that share each layer (TP)."""
     pipeline_model_parallel_size: PositiveInt = 1
     """Stages that the layers are divided into (PP)."""
-    virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None = None
+    virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None = Field(default=None, examples=[2])
     """Model chunks of each pipeline rank, for the interleaved schedule. null: one chunk and the plain schedule."""
-    pipeline_model_parallel_layout: str | None = None
+    pipeline_model_parallel_layout: str | None = Field(default=None, examples=["'Et*7|(t*8|)*2t*7L'"])
     """Layers of each pipeline stage: E embedding, t layer, L loss, | next stage, *N repeats. `Et*7|(t*8|)*2t*7L` has
-    four stages, and counts embedding and loss as a layer each. null: all stages have the same number of layers."""
+    four stages, and counts embedding and loss as a layer each. On a command line, put the whole override in quotes:
+    `'parallel.pipeline_model_parallel_layout=Et*3|t*3L'`. Otherwise the shell takes `|` for a pipe. null: all stages
+    have the same number of layers."""
     context_parallel_size: PositiveInt = 1
     """Ranks that share each sequence (CP)."""
-    sequence_parallel: bool | None = None
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks that share the experts of each layer (EP). They are ranks of TP, CP and DP, which keep their roles outside
+    the experts."""
+    expert_tensor_parallel_size: PositiveInt | None = None
+    """Ranks that share each expert. null: as many as TP."""
+    sequence_parallel: bool | None = Field(default=None, examples=[True])
     """Divide activations outside attention among the tensor-parallel ranks. null: on if TP is above 1."""
     cp_comm_type: Literal["p2p", "a2a", "a2a+p2p"] = "p2p"
     """How context-parallel ranks exchange keys and values in Transformer Engine's attention. p2p: in a ring. a2a: by
     heads; the heads of a tensor-parallel rank must then be a multiple of CP. a2a+p2p: by heads among near ranks, in a
     ring between such groups. Plain PyTorch's attention always gathers them."""
-    hierarchical_context_parallel_sizes: list[Annotated[int, Field(ge=2)]] | None = None
+    hierarchical_context_parallel_sizes: list[Annotated[int, Field(ge=2)]] | None = Field(
+        default=None, examples=[[4, 2]]
+    )
     """For `cp_comm_type: a2a+p2p`: how many ranks exchange heads, and how many such groups form a ring. Their product
     is CP. The heads of a tensor-parallel rank must be a multiple of the first."""
     tp_comm_overlap: bool = False
     """Overlap tensor-parallel communication with matrix products. true is refused: Transformer Engine's buffers for it
     hold one number of tokens, and packs differ in length."""
-    overlap_grad_reduce: bool | None = None
+    overlap_grad_reduce: bool | None = Field(default=None, examples=[True])
     """Reduce the gradients of later layers while backward computes those of earlier layers. null: on GPUs if several
     ranks share a gradient (DP x CP above 1)."""
-    overlap_param_gather: bool | None = None
+    overlap_param_gather: bool | None = Field(default=None, examples=[True])
     """Gather the updated parameters of later layers while forward computes earlier layers. It needs
     `overlap_grad_reduce` and `optimizer.use_distributed_optimizer`. null: on where both are."""
     num_distributed_optimizer_instances: PositiveInt = 1
@@ -198,9 +207,22 @@ class ParallelConfig(Section):
         return self.tensor_model_parallel_size > 1 if self.sequence_parallel is None else self.sequence_parallel
 
     @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that share one replica of the model: TP x PP x CP."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+class MoEConfig(Section):
+    """The routers of a mixture of experts. No token is dropped, and routers compute in float32."""
+
+    router_trainable: bool = False
+    """Train the routers, too. Preference pairs are few, and a router that moves sends tokens to experts that have not
+    learned them."""
 
 
 class Role(StrEnum):
@@ -261,7 +283,7 @@ class ObjectiveConfig(Section):
     losses take only 0."""
     nll_coefficient: NonNegativeFloat = 0.0
     """Weight of an added negative log-likelihood per token of the chosen response."""
-    alpha: NonNegativeFloat | None = None
+    alpha: NonNegativeFloat | None = Field(default=None, examples=[3])
     """Weight of the alignment. null: the paper's values, 3 for dpo and 1 for simpo and orpo; 1 for the losses that are
     not in the paper."""
     align: Literal["chosen", "both"] = "chosen"
@@ -344,7 +366,7 @@ class OptimizerConfig(Section):
     """Steps until the learning rate reaches `lr`."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the decay from `lr` to `min_lr`."""
-    lr_decay_iters: PositiveInt | None = None
+    lr_decay_iters: PositiveInt | None = Field(default=None, examples=[1000])
     """Steps until the learning rate has fallen to `min_lr`, where it stays. null: the length of the run. A run that
     continues with another length needs this key."""
     weight_decay: NonNegativeFloat = 0.0
@@ -374,11 +396,11 @@ class OptimizerConfig(Section):
 class CheckpointConfig(Section):
     """Megatron distributed checkpoints in `<run_dir>/checkpoints`."""
 
-    save_steps: PositiveInt | None = None
+    save_steps: PositiveInt | None = Field(default=None, examples=[100])
     """Save every this many steps. null: the clock alone decides (`every_minutes`). The run is saved at its end too."""
     every_minutes: PositiveFloat | None = 60.0
     """Save also when this many minutes have passed since the last save began, by the clock of rank 0. null: never."""
-    must_save_by: str | None = None
+    must_save_by: str | None = Field(default=None, examples=["2030-01-31T18:00"])
     """Save also before this moment, and continue. An ISO time such as 2030-01-31T18:00 (local unless it names a zone),
     or `slurm` for the end of the job's time limit. The run leaves twice the time of its slowest step and save, and five
     minutes until it has seen both."""
@@ -389,7 +411,7 @@ class CheckpointConfig(Section):
     """How many of the newest checkpoints stay. null: all. A new checkpoint is complete before an old one is removed, so
     that the disk needs room for one more. If the disk is full, a warning is printed and the run goes on, as long as it
     has an older checkpoint. The run ends if its last save fails."""
-    keep_every: PositiveInt | None = None
+    keep_every: PositiveInt | None = Field(default=None, examples=[1000])
     """Checkpoints of steps that are multiples of this stay too."""
     best_metric: str | None = None
     """A metric of `metrics.jsonl`, such as eval_loss. `checkpoints/best` names the checkpoint whose step has the lowest
@@ -450,16 +472,18 @@ class LoggingConfig(Section):
 class ProfileConfig(Section):
     """Profiles of a few steps, written to `<run_dir>/profile`."""
 
-    steps: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+    steps: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = Field(
+        default=None, examples=[[10, 12]]
+    )
     """First and last step to profile, such as [10, 12]. null: none. Each rank writes a trace (`trace.json.gz`, for
     Perfetto), and on a GPU a snapshot of its memory (`memory.pickle`)."""
-    ranks: list[NonNegativeInt] = Field(default=[0])
+    ranks: list[NonNegativeInt] = Field(default=[0], min_length=1)
     """The ranks that are profiled. They are slower meanwhile, and the others wait for them."""
 
     @model_validator(mode="after")
     def _check_window(self) -> Self:
         if self.steps is not None and self.steps[0] > self.steps[1]:
-            raise UserError(f"steps={self.steps}: the first step comes after the last")
+            raise UserError(f"steps={self.steps}: the first step comes after the last; for example [10,12]")
         return self
 
 
@@ -474,6 +498,7 @@ class Config(Section):
     data: DataConfig
     training: TrainingConfig
     parallel: ParallelConfig = ParallelConfig()
+    moe: MoEConfig = MoEConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     logprob: LogprobConfig = LogprobConfig()
     reference: ReferenceConfig = ReferenceConfig()

@@ -128,15 +128,16 @@ def _check_output(path: Path, config: Config, fingerprint: str, split: Split) ->
     if not path.exists():
         return
     found, objective, reference = read_preference(path), config.objective, _reference_model(config)
-    same = {
-        "model": Path(found.model).resolve() == config.model.path.resolve(),
-        "data": found.data_fingerprint == fingerprint,
-        "split": found.split == split,
-        "loss type": (found.loss_type, found.beta) == (objective.loss_type, objective.beta),
-        "precision": found.precision == config.model.dtype,
-        "reference model": None in (found.reference, reference) or found.reference == reference,
+    both: dict[str, tuple[object, object]] = {
+        "model": (Path(found.model).resolve(), config.model.path.resolve()),
+        "data": (found.data_fingerprint, fingerprint),
+        "split": (found.split, split),
+        "loss type": (f"{found.loss_type}, beta {found.beta}", f"{objective.loss_type}, beta {objective.beta}"),
+        "precision": (found.precision, config.model.dtype),
     }
-    others = [name for name, is_same in same.items() if not is_same]
+    if None not in (found.reference, reference):
+        both["reference model"] = (found.reference, reference)
+    others = [f"{name} ({old}, now {new})" for name, (old, new) in both.items() if old != new]
     if others:
         raise UserError(
             f"{path}: holds an evaluation of another {', '.join(others)}, which would be lost; set --output"

@@ -59,10 +59,31 @@ def transformer_config(model: ResolvedModel) -> TransformerConfig:
         bias_dropout_fusion=fuses,
         apply_rope_fusion=fuses,
         masked_softmax_fusion=False,
+        **_expert_settings(model),
         **precision_settings(model.settings),
         **_layout_settings(model.parallel),
         **_memory_settings(model.parallel),
     )
+
+
+def _expert_settings(model: ResolvedModel) -> dict[str, Any]:
+    """The fields of Megatron-Core's TransformerConfig for a mixture of experts. No token is ever dropped."""
+    experts = model.architecture.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.topk,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_layer_freq": 1 if experts.in_all_layers else [int(has_experts) for has_experts in experts.layers],
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": experts.shared_ffn_hidden_size > 0,
+        # A softmax over the chosen experts alone is that over all of them, divided by the sum of the chosen.
+        "moe_router_pre_softmax": not experts.renormalizes,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": model.uses_transformer_engine,
+    }
 
 
 def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
@@ -72,6 +93,8 @@ def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "pipeline_model_parallel_layout": parallel.pipeline_model_parallel_layout,
         "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
         "sequence_parallel": parallel.uses_sequence_parallel,
         "cp_comm_type": parallel.cp_comm_type,
         "hierarchical_context_parallel_sizes": parallel.hierarchical_context_parallel_sizes,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -16,11 +17,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_solopo.parallel.context import gathered_order
+from megatron_solopo.parallel.megatron_internals import allow_router_without_transformer_engine
 
 
 class PackedAttention(torch.nn.Module):
@@ -143,12 +147,47 @@ def layer_spec(config: TransformerConfig, *, transformer_engine: bool, vp_stage:
         vp_stage: number of the virtual pipeline stage, or None where a rank has one chunk.
     """
     if transformer_engine:
+        if config.num_moe_experts is not None:
+            return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    kinds = {has_experts: _plain_layer(config, has_experts) for has_experts in set(layers_with_experts(config))}
+    layers = [kinds[each] for each in layers_with_experts(config)[first : first + count]]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=SequenceParallelRMSNorm)
+
+
+def layers_with_experts(config: TransformerConfig) -> list[bool]:
+    """For each layer of the whole model, whether it has experts."""
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    pattern = config.moe_layer_freq
+    return [bool(each) for each in pattern] if isinstance(pattern, list) else [True] * config.num_layers
+
+
+def routers(chunk: torch.nn.Module) -> list[TopKRouter]:
+    """The routers of a model chunk's experts, in the order of its layers."""
+    return [module for module in chunk.modules() if isinstance(module, TopKRouter)]
+
+
+def _plain_layer(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
+    """A layer of plain PyTorch."""
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if has_experts else None,
+        moe_grouped_gemm=False,
+        normalization="RMSNorm",
+        qk_layernorm=config.qk_layernorm,
+    )
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=SequenceParallelRMSNorm)
+    if has_experts:
+        allow_router_without_transformer_engine()
+        # Here Transformer Engine fuses the norm into nothing, so checkpoints store it under its own name.
+        names = layer.submodules.sharded_state_dict_keys_map
+        layer.submodules.sharded_state_dict_keys_map = {
+            name: stored for name, stored in names.items() if name != "pre_mlp_layernorm."
+        }
+    return layer

@@ -56,6 +56,7 @@ def adapt_if_needed() -> None:
     _adapt_streams()
     _adapt_tensors()
     _share_gloo_device()
+    _let_gloo_exchange_what_experts_need()
 
 
 def _hide_gpu_libraries() -> None:
@@ -162,6 +163,46 @@ def _share_gloo_device() -> None:
         initialize(self, store, rank, size, options)
 
     group_class.__init__ = initialize_shared
+
+
+def _let_gloo_exchange_what_experts_need() -> None:
+    """Adapt three collectives. NCCL takes split sizes as tensors, and lists of tensors of different lengths."""
+    library: Any = dist
+    all_to_all_single, all_gather, reduce_scatter = dist.all_to_all_single, dist.all_gather, dist.reduce_scatter
+
+    def listed(sizes: Any) -> Any:
+        return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+    def exchange(
+        output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **more: Any
+    ) -> Any:
+        return all_to_all_single(output, input, listed(output_split_sizes), listed(input_split_sizes), **more)
+
+    def gather(tensor_list: list[Any], tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+        lengths = [len(each) for each in tensor_list] if tensor.dim() else []
+        if len(set(lengths)) < 2:
+            return all_gather(tensor_list, tensor, group, async_op)
+        padded = [_padded(tensor, max(lengths)) for _ in lengths]
+        all_gather(padded, _padded(tensor, max(lengths)), group)
+        for target, found in zip(tensor_list, padded, strict=True):
+            target.copy_(found[: len(target)])
+        return None
+
+    def scatter(output: Any, input_list: list[Any], op: Any = dist.ReduceOp.SUM, group: Any = None, **more: Any) -> Any:
+        lengths = [len(each) for each in input_list] if output.dim() else []
+        if len(set(lengths)) < 2:
+            return reduce_scatter(output, input_list, op, group, **more)
+        padded = _padded(output, max(lengths))
+        reduce_scatter(padded, [_padded(each, max(lengths)) for each in input_list], op, group)
+        output.copy_(padded[: len(output)])
+        return None
+
+    library.all_to_all_single, library.all_gather, library.reduce_scatter = exchange, gather, scatter
+
+
+def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """A copy with more rows, which hold zeros."""
+    return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])
 
 
 @functools.cache

@@ -37,6 +37,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 from packaging.version import Version
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -162,6 +163,16 @@ def without_shape_messages(config: ModelParallelConfig, shapes: Sequence[Shape])
     arriving = [(shapes[number] for number in numbers) for numbers in receiving_order(rank, size, chunks, len(shapes))]
     groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "embd", "pos_embd", "dp_cp"])
     return {"p2p_communicator": _KnownShapes(config, *arriving), "pg_collection": groups}
+
+
+def allow_router_without_transformer_engine() -> None:
+    """Let the router of experts compute without Transformer Engine's matrix product.
+
+    Versions: 0.16, whose router reads a name that exists only beside Transformer Engine. 0.19 has it as None.
+    Upstream: `te_general_gemm` in `megatron/core/transformer/moe/moe_utils.py`.
+    """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def advance_cache(context: StaticInferenceContext, num_tokens: int) -> None:
@@ -381,20 +392,33 @@ def run_forward_pre_hooks(module: torch.nn.Module) -> None:
         hook(module, ())
 
 
+def is_expert(parameter: Tensor) -> bool:
+    """Whether a parameter belongs to an expert that not all ranks of its pipeline stage hold.
+
+    Versions: 0.16 and 0.19. With `expert_model_parallel_size` of 1, experts count as dense.
+    Upstream: `megatron/core/tensor_parallel/layers.py`.
+    """
+    return not getattr(parameter, "allreduce", True)
+
+
+def replica_group(parameter: Tensor) -> dist.ProcessGroup:
+    """The ranks that hold the same numbers of a parameter, this one among them."""
+    group: dist.ProcessGroup = (
+        parallel_state.get_expert_data_parallel_group()
+        if is_expert(parameter)
+        else parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    return group
+
+
 def optimizer_parts(optimizer: MegatronOptimizer) -> Sequence[Any]:
-    """Return the optimizers that Megatron has chained, or the one that it has not.
+    """Return the optimizers that Megatron has chained, or the one that it has not: for dense parameters, then experts.
 
     Versions: 0.16 and 0.19. Which of the two Megatron returns depends on the model and on its settings.
     Upstream: `get_megatron_optimizer` in `megatron/core/optimizer/__init__.py`.
     """
     parts: Sequence[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
     return parts
-
-
-def dense_optimizer(optimizer: MegatronOptimizer) -> Any:
-    """Return the only optimizer of a dense model."""
-    (part,) = optimizer_parts(optimizer)
-    return part
 
 
 @dataclass(frozen=True)
@@ -438,15 +462,15 @@ def initialize_adam_state(optimizer: MegatronOptimizer) -> None:
     The hybrid optimizer has no `init_state_fn`. Its `dummy_step` changes the parameters, which must be loaded after it.
     Upstream: `megatron/core/optimizer/__init__.py`, `megatron/core/optimizer/cpu_offloading/hybrid_optimizer.py`.
     """
-    part = dense_optimizer(optimizer)
-    if isinstance(part.optimizer, HybridDeviceOptimizer):
-        part.optimizer.dummy_step()
-        return
-    part.init_state_fn(part.optimizer, part.config)
-    # The Adam of Transformer Engine and that of Apex count steps per group and have no such state.
-    if isinstance(part.optimizer, torch.optim.Optimizer) and type(part.optimizer).__module__.startswith("torch."):
-        for state in part.optimizer.state.values():
-            state.setdefault("step", torch.tensor(0.0))
+    for part in optimizer_parts(optimizer):
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            part.optimizer.dummy_step()
+            continue
+        part.init_state_fn(part.optimizer, part.config)
+        # The Adam of Transformer Engine and that of Apex count steps per group and have no such state.
+        if isinstance(part.optimizer, torch.optim.Optimizer) and type(part.optimizer).__module__.startswith("torch."):
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
 
 
 def load_counts(optimizer: DistributedOptimizer, state: dict[str, Any]) -> None:

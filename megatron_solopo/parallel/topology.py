@@ -122,6 +122,8 @@ def _split(
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_size,
         hierarchical_context_parallel_sizes=config.hierarchical_context_parallel_sizes,
         num_distributed_optimizer_instances=config.num_distributed_optimizer_instances,
         # Annotated as an int, but used in a timedelta: fractions work.

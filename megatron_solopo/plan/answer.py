@@ -1,6 +1,7 @@
 """What a plan says: the length, cost and utilization of a run, as tables for a terminal and as JSON for programs."""
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +11,14 @@ from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import Efficiency, check_fp8_of, find_gpu, read_gpus
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.layout import describe_bubble
-from megatron_solopo.config import Config
+from megatron_solopo.architecture.pipeline_layout import wrong_letters
+from megatron_solopo.config import Config, dotted
 from megatron_solopo.errors import UserError
+from megatron_solopo.files import described_bytes
 from megatron_solopo.plan import PlanSettings
 from megatron_solopo.plan.calibration import calibrate_efficiency
-from megatron_solopo.plan.layouts import Layout, make_layout, parse_sizes
+from megatron_solopo.plan.disk import checkpoint_bytes, most_checkpoints
+from megatron_solopo.plan.layouts import Layout, as_yaml, left_out, make_layout, parse_sizes
 from megatron_solopo.plan.memory import GIB, RankCheck
 from megatron_solopo.plan.search import LayoutEstimate, Planner, SearchResult
 from megatron_solopo.plan.startup import WORLDS, StartupCounts
@@ -24,18 +28,16 @@ from megatron_solopo.plan.workload import read_workload
 _HOUR = 3600.0
 _OTHER_OBJECTIVE = {"solopo": "long_po", "long_po": "solopo"}
 # Overrides always state these keys. They state others only if the plan has changed them.
-_ALWAYS_STATED = {
-    "parallel": (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "context_parallel_size",
-        "cp_comm_type",
-        "recompute_granularity",
-    ),
-    "model": ("fp8",),
-    "optimizer": ("optimizer_offload_fraction",),
-}
+_ALWAYS_STATED = (
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.virtual_pipeline_model_parallel_size",
+    "parallel.context_parallel_size",
+    "parallel.cp_comm_type",
+    "parallel.recompute_granularity",
+    "model.fp8",
+    "optimizer.optimizer_offload_fraction",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +100,17 @@ class PlannedRun:
 
     @property
     def overrides(self) -> list[str]:
-        """Dotted keys that turn the planner's configuration into this layout's."""
-        found = {}
-        for section, stated in _ALWAYS_STATED.items():
-            given = getattr(self.planner.config, section).model_dump()
-            for name, value in getattr(self.layout.config, section).model_dump().items():
-                if name in stated or value != given[name]:
-                    found[f"{section}.{name}"] = value
-        return [f"{key}={_as_yaml(value)}" for key, value in found.items()]
+        """Dotted keys that turn the file of the configuration into this layout's configuration.
+
+        Those of the command line are among them.
+        """
+        given = dict(dotted(self.planner.config.model_dump(mode="json")))
+        stated = (*_ALWAYS_STATED, *self.planner.stated)
+        return [
+            f"{key}={as_yaml(value)}"
+            for key, value in dotted(self.layout.config.model_dump(mode="json"))
+            if value != given[key] or any(f"{key}.".startswith(f"{each}.") for each in stated)
+        ]
 
     def host_bytes_per_node(self) -> dict[str, float]:
         """Host memory on the fullest node, beyond the processes themselves, by what takes it.
@@ -140,6 +145,8 @@ class PlannedRun:
                 for stage in estimate.stages
             ],
             "host_bytes_per_node": self.host_bytes_per_node(),
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "most_checkpoints": most_checkpoints(self.layout.config.checkpoint, self.steps),
             "step_seconds": time.seconds,
             "busiest_stage_seconds": time.compute.parts,
             "pipeline_seconds": time.timeline.seconds,
@@ -159,6 +166,7 @@ class PlannedRun:
             "gpu_hours": self.gpu_hours,
             "cost": self.cost,
             "overrides": self.overrides,
+            "left_out": left_out(self.planner.config, self.layout),
         }
 
     def explanation(self) -> str:
@@ -182,6 +190,7 @@ class PlannedRun:
             "Memory, GiB per GPU of each pipeline rank",
             _table(memory),
             self._host_line(),
+            self._disk_line(),
             "",
             "Step, seconds",
             *self._time_lines(),
@@ -191,8 +200,10 @@ class PlannedRun:
             f"Run: {self.steps:,} steps, {self.hours:,.2f} h with a reference pass of "
             f"{self.reference.seconds / _HOUR:.2f} h{waiting}, {self.gpu_hours:,.0f} GPU-hours{cost} "
             "(without checkpoints and evaluation)",
-            f"Overrides: {' '.join(self.overrides)}",
+            f"Overrides: {shlex.join(self.overrides)}",
         ]
+        if left := left_out(self.planner.config, self.layout):
+            lines.insert(1, f"note: {layout.name} leaves out {', '.join(left)}, which the configuration states")
         return "\n".join(lines)
 
     def _host_line(self) -> str:
@@ -200,6 +211,21 @@ class PlannedRun:
         return (
             f"Host memory, GiB on the fullest node: optimizer state {found['optimizer']}; "
             f"a save {found['save']}, which async_save keeps; a resume {found['resume']}"
+        )
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint on disk."""
+        return checkpoint_bytes(self.layout.config, self.planner.architecture.num_parameters)
+
+    def _disk_line(self) -> str:
+        keep_last, one = self.layout.config.checkpoint.keep_last, self.checkpoint_bytes
+        most = most_checkpoints(self.layout.config.checkpoint, self.steps)
+        if most is None:
+            return f"Disk: {described_bytes(one)} per checkpoint; checkpoint.keep_last=null keeps all"
+        return (
+            f"Disk: {described_bytes(one)} per checkpoint, {described_bytes(most * one)} for {most} at once "
+            f"(checkpoint.keep_last={json.dumps(keep_last)}, and the one that is being written)"
         )
 
     def _time_lines(self) -> list[str]:
@@ -339,14 +365,12 @@ def _table(rows: Iterable[Mapping[str, str]]) -> str:
     return "\n".join(aligned)
 
 
-def _as_yaml(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{','.join(value)}]"
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+def make_planner(config: Config, settings: PlanSettings, stated: Sequence[str] = ()) -> Planner:
+    """Read the GPU's figures, the lengths, the model's config.json and, if given, the calibration.
 
-
-def make_planner(config: Config, settings: PlanSettings) -> Planner:
-    """Read the GPU's figures, the lengths, the model's config.json and, if given, the calibration."""
+    Args:
+        stated: see `Planner`.
+    """
     gpu = find_gpu(settings.gpu, read_gpus(settings.gpu_file))
     workload = read_workload(config, settings.tokens, settings.triplets)
     gpus = settings.gpus
@@ -355,7 +379,12 @@ def make_planner(config: Config, settings: PlanSettings) -> Planner:
     check_fp8_of(gpu, config.model)
     efficiency = Efficiency() if settings.calibration is None else calibrate_efficiency(settings.calibration, gpu)
     architecture = read_architecture(config.model.path)
-    planner = Planner(architecture, config, workload, gpu, gpus, efficiency, vary=settings.vary)
+    if architecture.experts is not None:
+        raise UserError(f"{config.model.path}: plan does not know models with experts yet ({architecture.model_type})")
+    stages = config.parallel.pipeline_model_parallel_layout
+    if stages is not None and (wrong := wrong_letters(architecture.num_layers, stages)):
+        raise UserError(f"parallel.pipeline_model_parallel_layout={stages} {wrong}; set it to null, or correct it")
+    planner = Planner(architecture, config, workload, gpu, gpus, efficiency, vary=settings.vary, stated=stated)
     if (longest := workload.longest(planner.packer.roles)) > architecture.max_sequence_length:
         raise UserError(
             f"{workload.source}: sequences of up to {longest:,} tokens, but the model {config.model.path} has "

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import yaml
+
 from megatron_solopo.architecture.gpus import Gpu, has_fp8
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import check_fp8, check_layout, check_world_size
@@ -149,6 +151,32 @@ def make_layout(config: Config, sizes: dict[str, int | None], gpus: int) -> Layo
     changed = replace_settings(config, parallel=parallel)
     check_world_size(changed.parallel, gpus)
     return Layout(changed, gpus // changed.parallel.model_parallel_size)
+
+
+_NOT_KEPT = (
+    "pipeline_model_parallel_layout",
+    "sequence_parallel",
+    "cpu_offloading_num_layers",
+    "hierarchical_context_parallel_sizes",
+    "cp_comm_type",
+)
+"""What `make_layout` and the search may replace besides the sizes."""
+
+
+def left_out(given: Config, layout: Layout) -> list[str]:
+    """The keys with values that a configuration states and its layout does not have."""
+    fields = type(given.parallel).model_fields
+    found = []
+    for name in _NOT_KEPT:
+        value = getattr(given.parallel, name)
+        if value != fields[name].default and value != getattr(layout.config.parallel, name):
+            found.append(f"parallel.{name}={as_yaml(value)}")
+    return found
+
+
+def as_yaml(value: Any) -> str:
+    """A value as an override states it behind `key=`."""
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
 def check_supported(architecture: ModelShape, layout: Layout) -> None:

@@ -94,6 +94,8 @@ class Planner:
     efficiency: Efficiency = field(default_factory=Efficiency)
     reserve: Reserve = field(default_factory=Reserve)
     vary: Sequence[str] = ()
+    stated: Sequence[str] = ()
+    """Dotted keys of the command line. A plan's overrides state them again."""
     packer: Packer = field(init=False)
     _states: dict[tuple[Any, ...], RankState] = field(default_factory=dict, init=False)
 

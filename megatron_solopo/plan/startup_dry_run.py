@@ -71,7 +71,7 @@ def count_startup(config: Config, ranks: int, *, builds_model: bool) -> StartupC
         stack.enter_context(simulated_rank(rank, ranks, store))
         stack.enter_context(counter.counting())
         session = stack.enter_context(open_session(config))
-        check_surroundings(config, session.model.architecture, session.topology, lambda _: None)
+        check_surroundings(config, session.model.architecture, session.topology, session.max_steps, lambda _: None)
         if builds_model:
             Trainer(session).prepare()
         counter.stop()

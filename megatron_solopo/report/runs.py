@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from megatron_solopo.config import dotted
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted, first_few
 from megatron_solopo.report.figure import LengthPoint
@@ -126,14 +127,7 @@ def _read_config(path: Path, notes: list[str]) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError):
         notes.append(f"{path.name} cannot be read: its settings are not known.")
         return {}
-    return dict(_by_dotted_key(loaded)) if isinstance(loaded, dict) else {}
-
-
-def _by_dotted_key(section: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
-    for key, value in section.items():
-        items += _by_dotted_key(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return items
+    return dict(dotted(loaded)) if isinstance(loaded, dict) else {}
 
 
 def _read_steps(path: Path, notes: list[str]) -> list[RecordedStep]:

@@ -21,6 +21,7 @@ from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.model.layers import routers
 from megatron_solopo.model.microbatch import Microbatch
 from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.cpu import is_cpu
@@ -297,6 +298,9 @@ def load_frozen(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) 
 def build_policy(config: Config, model: ResolvedModel, topology: Topology, max_steps: int) -> Policy:
     """Load the model and make it ready for its first step."""
     loaded = load_model(model, topology, chunk_tokens=config.logprob.chunk_tokens)
+    for chunk in loaded:
+        for router in routers(chunk):
+            router.requires_grad_(config.moe.router_trainable)
     chunks = wrap_data_parallel(loaded, config.optimizer, config.parallel)
     optimizer = build_optimizer(chunks, config.optimizer)
     for chunk in chunks:

@@ -2,7 +2,8 @@
 
     check          what it finds                                              cost
     same start     another config, data, model or library on one rank         one exchange of a few KiB per rank
-    run directory  a rank that does not see it, no room for one checkpoint    one small file
+    run directory  a rank that does not see it, no room for one checkpoint,   one small file
+                   or (a warning) for all that checkpoint.keep_last keeps
     groups         a group whose collective fails or does not end             one all-reduce of a number in each
     largest pack   too little memory                                          forward and backward of that pack, as many
                                                                               times as a pipeline keeps packs
@@ -29,8 +30,9 @@ from megatron.core import parallel_state
 from megatron_solopo import __version__
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.pipeline_schedule import packs_at_peak
+from megatron_solopo.checkpoint.directory import checkpoints
 from megatron_solopo.checkpoint.fingerprint import sample_weights
-from megatron_solopo.config import Config, ParallelConfig
+from megatron_solopo.config import Config, ParallelConfig, dotted
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.data.prepared import PreparedManifest
@@ -39,6 +41,8 @@ from megatron_solopo.files import described_bytes
 from megatron_solopo.parallel.agreement import from_rank, on_every_rank, on_rank_0, over_ranks
 from megatron_solopo.parallel.megatron_internals import optimizer_parts
 from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.plan.disk import checkpoint_bytes, most_checkpoints
+from megatron_solopo.train.callbacks import say
 from megatron_solopo.train.metrics import peak_memory_bytes, reduce_over_ranks, reset_peak_memory
 from megatron_solopo.train.policy import Policy
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss, run_schedule
@@ -48,7 +52,6 @@ Finding = tuple[str, str]
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "numpy")
 _SHARED_WITHIN_SECONDS = 10.0
-_FP32_WEIGHT_AND_MOMENTS_BYTES = 12
 _MOMENT_BYTES = 8
 _PLANNED_BATCHES = 20
 
@@ -58,7 +61,7 @@ def start_facts(config: Config, data: PreparedManifest) -> dict[str, str | None]
 
     Ranks of one host see the same files, so one of them looks into the weights.
     """
-    facts: dict[str, str | None] = {key: repr(value) for key, value in _dotted(config.model_dump(mode="json"))}
+    facts: dict[str, str | None] = {key: repr(value) for key, value in dotted(config.model_dump(mode="json"))}
     facts["data.path (its content)"] = data.fingerprint
     is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
     facts["model.path (its weights)"] = sample_weights(config.model.path) if is_first_of_host else None
@@ -87,11 +90,12 @@ def check_same_start(facts: Mapping[str, str | None]) -> None:
 
 
 def check_surroundings(
-    config: Config, architecture: Architecture, topology: Topology, enter_check: Callable[[str], None]
+    config: Config, architecture: Architecture, topology: Topology, max_steps: int, enter_check: Callable[[str], None]
 ) -> list[Finding]:
     """Check the run directory and the process groups.
 
     Args:
+        max_steps: the run's last step.
         enter_check: gets the name of every check that begins, so that the watchdog can name one that hangs.
 
     Raises UserError, on every rank, for a directory that is not shared or too full. An all-reduce with a wrong sum
@@ -100,7 +104,7 @@ def check_surroundings(
     enter_check("preflight: run directory")
     rows = [
         ("same start", f"config, data, model and packages are the same on {dist.get_world_size()} ranks"),
-        ("run directory", _check_run_dir(config.run_dir, architecture.num_parameters)),
+        ("run directory", _check_run_dir(config, checkpoint_bytes(config, architecture.num_parameters), max_steps)),
     ]
     sizes = []
     for name, group in _groups(config.parallel, topology):
@@ -113,8 +117,12 @@ def check_surroundings(
     return [*rows, ("groups", ", ".join(sizes))]
 
 
-def _check_run_dir(run_dir: Path, num_parameters: int) -> str:
-    """Check that all ranks see the same directory, and that one checkpoint fits into it."""
+def _check_run_dir(config: Config, needed: int, max_steps: int) -> str:
+    """Check that all ranks see the same directory, and that a checkpoint of `needed` bytes fits into it.
+
+    Too little room for all checkpoints that stay is a warning: the run goes on without those that do not fit.
+    """
+    run_dir = config.run_dir
     probe = on_rank_0(lambda: _write_probe(run_dir))
     seen = _appears(Path(probe))
     free = on_every_rank(lambda: psutil.disk_usage(str(run_dir)).free if seen else 0)
@@ -126,13 +134,26 @@ def _check_run_dir(run_dir: Path, num_parameters: int) -> str:
             "that all hosts share"
         )
     (least,) = over_ranks(dist.ReduceOp.MIN, free)
-    needed = num_parameters * _FP32_WEIGHT_AND_MOMENTS_BYTES
     if least < needed:
         raise UserError(
             f"run_dir={run_dir}: {described_bytes(least)} free, but one checkpoint takes {described_bytes(needed)}; "
             "make room, or set run_dir to another directory"
         )
-    return f"seen by all, {described_bytes(least)} free, {described_bytes(needed)} per checkpoint"
+    found = f"{described_bytes(least)} free, {described_bytes(needed)} per checkpoint"
+    most = most_checkpoints(config.checkpoint, max_steps)
+    if most is None:
+        return f"seen by all, {found}, and checkpoint.keep_last=null keeps all"
+    present = on_rank_0(lambda: len(checkpoints(run_dir / "checkpoints")))
+    total, more = most * needed, max(most - present, 1) * needed
+    at_once = f"{described_bytes(total)} for the {most} that the run has at most at once"
+    if least < more:
+        there = f", of which {present} are there" if present else ""
+        say(
+            f"warning: run_dir={run_dir}: {found}, but checkpoint.keep_last={config.checkpoint.keep_last} and one that "
+            f"is being written take {described_bytes(total)} ({most} checkpoints at most at once{there}); make room, "
+            "lower checkpoint.keep_last, or set run_dir to another directory"
+        )
+    return f"seen by all, {found}, {at_once}"
 
 
 def _blind_ranks(seen: bool) -> str:
@@ -181,14 +202,6 @@ def _groups(config: ParallelConfig, topology: Topology) -> Iterator[tuple[str, A
     embedding = parallel_state.get_embedding_group(check_initialized=False)
     if embedding is not None and dist.get_rank() in dist.get_process_group_ranks(embedding):
         yield "embedding", embedding
-
-
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _version(package: str) -> str:

@@ -127,7 +127,9 @@ def _check(cache: Path, expected: dict[str, Any], data: dict[str, Any]) -> None:
             f"tokens that they belong to; {_REMEDY}"
         )
     differing = _differences(expected, found, data)
-    differing += ["roles"] if set(expected["roles"]) - set(found["roles"]) else []
+    if missing := set(expected["roles"]) - set(found["roles"]):
+        names = ", ".join(sorted(missing))
+        differing.append(f"objective (without {names}, which objective.name or objective.align needs)")
     if differing:
         raise UserError(
             f"{cache}: the cached reference log-probs are stale, made for another {', '.join(differing)}; {_REMEDY}"
@@ -135,13 +137,28 @@ def _check(cache: Path, expected: dict[str, Any], data: dict[str, Any]) -> None:
 
 
 def _differences(expected: dict[str, Any], found: dict[str, Any], data: dict[str, Any]) -> list[str]:
-    """Names of what is not as expected, roles aside; `data` as in `_check`."""
-    differing = [key for key in expected if key not in ("tokens", "roles") and expected[key] != found.get(key)]
+    """What is not as expected, roles aside, with both values where they are readable; `data` as in `_check`."""
+    keys = [key for key in expected if key not in ("tokens", "roles") and expected[key] != found.get(key)]
+    differing = [_both_values(key, expected[key], found.get(key)) for key in keys]
     if expected["tokens"] == found.get("tokens"):
         return differing
     parts = [f"data.{key}" for key in data if data[key] != found.get("data", {}).get(key)]
     same = "data (from the same file by the same tokenizer and template: does the chat template write the date?)"
     return [*(parts or [same]), *differing]
+
+
+def _both_values(key: str, expected: Any, found: Any) -> str:
+    """A difference with the value of the cache, and the config's key with the value of this run."""
+    if key == "weights":  # the values are hashes
+        return key
+    if isinstance(expected, dict):
+        # The fields of FP8. Without FP8 there are none.
+        old, new = found or {"fp8": None}, expected or {"fp8": None}
+        names = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
+        return ", ".join(_both_values(name, new[name], old[name]) for name in names)
+    shown = key if key == "scoring_version" else f"model.{key}"
+    before, now = ("null" if value is None else value for value in (found, expected))
+    return f"{key} ({before}; this run has {shown}={now})"
 
 
 def _read_manifest(cache: Path) -> dict[str, Any]:

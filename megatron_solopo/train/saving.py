@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_solopo.checkpoint.directory import LATEST, checkpoint_name, checkpoints, newest_checkpoint, read_pointer
+from megatron_solopo.checkpoint.host_copies import HostCopies
 from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.checkpoint.model_files import read_model_files
-from megatron_solopo.checkpoint.save import HostCopies, ShardedSave
+from megatron_solopo.checkpoint.save import ShardedSave
+from megatron_solopo.checkpoint.sharded_state import state_to_save
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.errors import OutOfSpaceError, UserError
@@ -55,7 +57,8 @@ class Saver:
         self._policy: Policy | None = None
         self._found: tuple[Path, dict[str, Any]] | None = None
         self._running: _RunningSave | None = None
-        self._copies = HostCopies()
+        self._copies = HostCopies() if config.checkpoint.async_save else None
+        self._has_reserved = False
         self._last_saved: TrainState | None = None
 
     def find_checkpoint(self, loader: GlobalBatchLoader) -> TrainState:
@@ -157,12 +160,24 @@ class Saver:
                     self._policy.optimizer,
                     asdict(state) | {"identity": self._identity.values, "reference": self._reference},
                     self._model_files,
-                    copies=self._copies if background else None,
+                    copies=self._copies,
+                    in_background=background,
                 )
                 self._running = _RunningSave(save, state, reason, started, is_last)
             if not background:
                 self.finish()
         return self._root / checkpoint_name(state.step) if self._last_saved == state else None
+
+    def reserve_host_memory(self, state: TrainState) -> None:
+        """Let a thread allocate what saves in the background keep, once there is a state to save.
+
+        Cheap after the first time. It asks no other rank.
+        """
+        if self._copies is None or self._has_reserved or state.step == state.skipped.total:
+            return
+        assert self._policy is not None, "restore comes first"
+        self._has_reserved = True
+        self._copies.reserve(state_to_save(self._policy.chunks, self._policy.optimizer))
 
     def complete_if_written(self) -> None:
         """Complete a save in the background if the files of all ranks are written. Raises as `save` does."""
@@ -204,7 +219,9 @@ class Saver:
         return self._running is not None
 
     def abandon(self) -> None:
-        """After a failure: wait for this rank's files of an incomplete save, and for no other rank."""
+        """End this rank's threads: after a failure, wait for its files of an incomplete save, and for no other rank."""
+        if self._copies is not None:
+            self._copies.close()
         if self._running is not None:
             self._running.save.abandon()
             self._running = None

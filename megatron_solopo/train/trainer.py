@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_solopo.architecture.layout import describe_bubble
-from megatron_solopo.config import Config, save_config
+from megatron_solopo.config import Config, Surroundings, save_config, warning_without_effect
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.microbatch import Microbatch
@@ -102,8 +103,16 @@ def precompute_reference(config: Config, *, overwrite: bool) -> Path:
 
 
 def _check_surroundings(session: Session) -> list[Finding]:
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    surroundings = Surroundings(dist.get_world_size(), ranks, session.model.uses_transformer_engine)
+    if (warning := warning_without_effect(session.config, surroundings)) is not None:
+        say(warning)
     return check_surroundings(
-        session.config, session.model.architecture, session.topology, lambda check: session.enter(check, 0)
+        session.config,
+        session.model.architecture,
+        session.topology,
+        session.max_steps,
+        lambda check: session.enter(check, 0),
     )
 
 
@@ -243,7 +252,7 @@ class Trainer:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             sys.stderr.write(f"[rank {dist.get_rank()}] {reason}; waiting for this rank's files of the running save\n")
             self.session.watchdog.wait_for_own_save()
-            self.saver.abandon()
+        self.saver.abandon()
         for callback in self.callbacks:
             callback.close()
 
@@ -257,6 +266,7 @@ class Trainer:
         if self.state.unrecorded is not None:
             self._complete_step(self.state.unrecorded)
         while not self._is_finished():
+            self.saver.reserve_host_memory(self.state)
             for callback in self.callbacks:
                 callback.on_step_begin(self.state.step + 1)
             self._complete_step(self._train_step())

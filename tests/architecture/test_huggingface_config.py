@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.errors import UserError
 from tests.tiny_models import FAMILIES, make_model
 
@@ -24,10 +24,26 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
 
 REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("llama2", {"model_type": "gpt2"}, ["model_type='gpt2'", "llama, mistral, qwen2, qwen3"]),
-    ("llama2", {"model_type": "no_such_model"}, ["model_type='no_such_model'", "llama, mistral, qwen2, qwen3"]),
-    ("llama2", {"model_type": None}, ["model_type=None", "llama, mistral, qwen2, qwen3"]),
-    ("llama2", {"model_type": ["llama"]}, ["model_type=['llama']", "llama, mistral, qwen2, qwen3"]),
+    (
+        "llama2",
+        {"model_type": "gpt2"},
+        ["model_type='gpt2'", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+    ),
+    (
+        "llama2",
+        {"model_type": "no_such_model"},
+        ["model_type='no_such_model'", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+    ),
+    (
+        "llama2",
+        {"model_type": None},
+        ["model_type=None", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+    ),
+    (
+        "llama2",
+        {"model_type": ["llama"]},
+        ["model_type=['llama']", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+    ),
     (
         "llama2",
         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -125,6 +141,24 @@ def test_the_rotation_is_the_models_own(family: str, tmp_path: Path) -> None:
     assert found.softmax_scale == pytest.approx(rotary.attention_scaling**2 / found.head_dim**0.5)
 
 
+def check_feed_forwards(found: Architecture, model: Any) -> None:
+    """Every layer is dense or has experts, as the model has built it. Its experts are those that were read."""
+    for number, layer in enumerate(model.model.layers):
+        assert found.has_experts(number) is hasattr(layer.mlp, "experts")
+        if not found.has_experts(number):
+            assert layer.mlp.gate_proj.weight.shape == (found.ffn_hidden_size, found.hidden_size)
+            continue
+        experts = found.experts
+        assert experts is not None
+        weights = layer.mlp.experts.down_proj
+        assert weights.shape == (experts.num_experts, found.hidden_size, experts.ffn_hidden_size)
+        assert layer.mlp.gate.top_k == experts.topk
+        # Mixtral always renormalizes, and has no switch for it.
+        assert getattr(layer.mlp.gate, "norm_topk_prob", True) is experts.renormalizes
+        shared = layer.mlp.shared_expert.up_proj.weight if hasattr(layer.mlp, "shared_expert") else ()
+        assert len(shared) == experts.shared_ffn_hidden_size
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sizes_are_those_of_the_models_weights(family: str, tmp_path: Path) -> None:
     found = read_architecture(write(tmp_path, family, {}))
@@ -133,7 +167,8 @@ def test_the_sizes_are_those_of_the_models_weights(family: str, tmp_path: Path) 
     queries, keys = found.num_attention_heads * found.head_dim, found.num_query_groups * found.head_dim
     assert layer.self_attn.q_proj.weight.shape == (queries, found.hidden_size)
     assert layer.self_attn.k_proj.weight.shape == (keys, found.hidden_size)
-    assert layer.mlp.gate_proj.weight.shape == (found.ffn_hidden_size, found.hidden_size)
+    check_feed_forwards(found, model)
+    assert found.num_parameters == sum(each.numel() for each in model.parameters())
     assert len(model.model.embed_tokens.weight) == found.vocab_size
     assert len(model.model.layers) == found.num_layers
     assert layer.input_layernorm.variance_epsilon == found.layernorm_epsilon

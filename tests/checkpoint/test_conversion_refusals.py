@@ -41,7 +41,10 @@ def scaled_rope(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda hf: change_config(hf, model_type="gpt2"), ["model_type='gpt2'", "llama, mistral, qwen2, qwen3"]),
+        (
+            lambda hf: change_config(hf, model_type="gpt2"),
+            ["model_type='gpt2'", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+        ),
         (lambda hf: change_config(hf, rope_parameters=scaled_rope("dynamic")), ["rope_type='dynamic'", "llama3, yarn"]),
         (lambda hf: change(hf / WEIGHTS, lambda each: each.pop(QUERY)), ["1 missing tensor for", QUERY]),
         (

@@ -11,6 +11,7 @@ from megatron_solopo.architecture.huggingface_config import Architecture, read_a
 from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.checkpoint.mapping import Rule, canonical_name, rules, to_megatron
 from tests.conversions import join_shards
+from tests.parity.plain import published
 from tests.tiny_models import FAMILIES, VOCAB_SIZE
 
 TENSOR_PARALLEL = (1, 2, 4)
@@ -26,7 +27,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     for name, parameter in model.named_parameters():
         weights[name] = torch.arange(count, count + parameter.numel()).view(parameter.shape)
         count += parameter.numel()
-    return read_architecture(path), weights
+    return read_architecture(path), published(weights, model.config.model_type)
 
 
 def shards(rule: Rule, architecture: Architecture, weights: dict[str, Tensor], size: int) -> list[Tensor]:
@@ -110,12 +111,14 @@ def test_qkv_lies_group_by_group(family) -> None:
 @pytest.mark.parametrize("size", TENSOR_PARALLEL)
 def test_each_rank_holds_matching_shares_of_gate_and_up(family, size: int) -> None:
     architecture, weights = family
-    rule = rules(architecture)["decoder.layers.0.mlp.linear_fc1.weight"]
-    columns = architecture.ffn_hidden_size // size
-    gate, up = (weights[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up"))
-    for rank, part in enumerate(shards(rule, architecture, weights, size)):
-        own = slice(rank * columns, (rank + 1) * columns)
-        assert torch.equal(part, torch.cat([gate[own], up[own]]))
+    gated = [rule for rule in rules(architecture).values() if rule.fusion == "gate_up"]
+    assert len(gated) >= architecture.num_layers
+    for rule in gated:
+        gate, up = (weights[name] for name in rule.huggingface)
+        columns = len(gate) // size
+        for rank, part in enumerate(shards(rule, architecture, weights, size)):
+            own = slice(rank * columns, (rank + 1) * columns)
+            assert torch.equal(part, torch.cat([gate[own], up[own]]))
 
 
 def test_the_vocabulary_is_padded_with_zeros(family) -> None:
@@ -137,4 +140,11 @@ def test_the_vocabulary_is_padded_with_zeros(family) -> None:
 def test_transformer_engines_fused_norms_have_a_name_in_the_table(family, name: str, expected: str) -> None:
     architecture, _ = family
     assert canonical_name(f"decoder.layers.3.{name}") == f"decoder.layers.3.{expected}"
-    assert canonical_name(f"decoder.layers.3.{name}") in rules(architecture)
+    if not architecture.has_experts(3):
+        assert canonical_name(f"decoder.layers.3.{name}") in rules(architecture)
+
+
+@pytest.mark.parametrize("name", ["mlp.experts.local_experts.2.linear_fc1.weight", "mlp.experts.linear_fc1.weight2"])
+def test_experts_are_counted_over_all_ranks(name: str) -> None:
+    found = canonical_name(f"decoder.layers.1.{name}", first_expert=8)
+    assert found == "decoder.layers.1.mlp.experts.local_experts.10.linear_fc1.weight"

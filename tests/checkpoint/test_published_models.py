@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.checkpoint import megatron_writer
 from megatron_solopo.checkpoint.huggingface_weights import StoredTensor
-from megatron_solopo.checkpoint.mapping import all_huggingface_shapes, megatron_shape, rules
+from megatron_solopo.checkpoint.mapping import all_huggingface_shapes, megatron_shape, place, rules
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
@@ -121,9 +121,8 @@ def test_the_checkpoint_has_the_keys_and_shapes_that_megatron_asks_for(model, mo
     objects = {each.unique_key for each in asked if isinstance(each, ShardedObject)}
     expected = {}
     for rule in rules(architecture).values():
-        key, layer = rule.stored_at
-        shape = megatron_shape(rule, architecture)
-        expected[key] = shape if layer is None else (architecture.num_layers, *shape)
+        where = place(rule, architecture)
+        expected[where.key] = (*where.stack, *megatron_shape(rule, architecture))
     padded = {key: (-(-shape[0] // 128) * 128, *shape[1:]) for key, shape in expected.items() if "decoder" not in key}
     assert tensors == expected | padded
     assert set(megatron_writer._extra_states(architecture)) == objects

@@ -5,7 +5,9 @@ Whole runs cover how a run continues under every parallel layout.
 
 import shutil
 import subprocess
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,13 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_solopo.checkpoint import save as save_module
 from megatron_solopo.checkpoint.directory import newest_checkpoint
+from megatron_solopo.checkpoint.host_copies import HostCopies
 from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.checkpoint.manifest import read_manifest, sealed_files, write_manifest
-from megatron_solopo.checkpoint.save import HostCopies, ShardedSave
+from megatron_solopo.checkpoint.save import ShardedSave
+from megatron_solopo.checkpoint.sharded_state import state_to_save
 from megatron_solopo.errors import OutOfSpaceError, UserError
-from megatron_solopo.parallel.megatron_internals import dense_optimizer
+from megatron_solopo.parallel.megatron_internals import ShardedFiles, optimizer_parts
 from megatron_solopo.train.policy import Policy
 from tests.disks import mounted
 
@@ -40,20 +44,25 @@ def save(policy: Policy, root: Path, step: int) -> Path:
     return ShardedSave(root, policy.chunks, policy.optimizer, state, MODEL_FILES).complete()
 
 
+def begin(policy: Policy, root: Path, step: int, copies: HostCopies) -> ShardedSave:
+    state = {"step": step}
+    return ShardedSave(root, policy.chunks, policy.optimizer, state, {}, copies=copies, in_background=True)
+
+
 def newest(root: Path) -> tuple[Path, dict[str, int]] | None:
     return newest_checkpoint(root, checksums=True, say=pytest.fail)
 
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
 def test_a_moment_that_is_not_finite_is_refused(policy: Policy, name: str, tmp_path: Path) -> None:
-    state = next(iter(dense_optimizer(policy.optimizer).optimizer.state.values()))
+    state = next(iter(optimizer_parts(policy.optimizer)[0].optimizer.state.values()))
     kept = state[name].clone()
     state[name].view(-1)[-1] = torch.inf
     path = save(policy, tmp_path, 1)
     state[name].copy_(kept)
     with pytest.raises(UserError, match=f"iter_0000001: the optimizer's {name} is not finite"):
         load_checkpoint(path, policy.chunks, policy.optimizer)
-    next(iter(dense_optimizer(policy.optimizer).optimizer.state.values()))[name].copy_(kept)
+    next(iter(optimizer_parts(policy.optimizer)[0].optimizer.state.values()))[name].copy_(kept)
 
 
 class Interrupted(BaseException):
@@ -171,7 +180,9 @@ def test_a_save_in_the_background_that_fails_is_told_when_it_is_completed(policy
         good = save(policy, disk, 1)
         (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free - (180 << 10)))
         monkeypatch.setattr(save_module, "_free_bytes", lambda path: 1 << 40)
-        begun = ShardedSave(disk, policy.chunks, policy.optimizer, {"step": 2}, {}, copies=HostCopies())
+        begun = ShardedSave(
+            disk, policy.chunks, policy.optimizer, {"step": 2}, {}, copies=HostCopies(), in_background=True
+        )
         with pytest.raises(UserError, match=r"iter_0000002 was not saved: .*No space left on device"):
             begun.complete()
         assert sorted(path.name for path in disk.iterdir()) == ["iter_0000001", "latest", "other"]
@@ -180,7 +191,9 @@ def test_a_save_in_the_background_that_fails_is_told_when_it_is_completed(policy
 
 def test_a_save_in_the_background_holds_the_state_it_began_with(policy, tmp_path) -> None:
     before = [p.detach().clone() for chunk in policy.chunks for p in chunk.parameters()]
-    begun = ShardedSave(tmp_path, policy.chunks, policy.optimizer, {"step": 1}, {}, copies=HostCopies())
+    begun = ShardedSave(
+        tmp_path, policy.chunks, policy.optimizer, {"step": 1}, {}, copies=HostCopies(), in_background=True
+    )
     with torch.no_grad():
         for chunk in policy.chunks:
             for parameter in chunk.parameters():
@@ -190,16 +203,64 @@ def test_a_save_in_the_background_holds_the_state_it_began_with(policy, tmp_path
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
-def test_a_save_in_the_background_uses_the_host_memory_of_the_one_before(policy, tmp_path) -> None:
-    copies = HostCopies()
-    ShardedSave(tmp_path, policy.chunks, policy.optimizer, {"step": 1}, {}, copies=copies).complete()
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_save_uses_the_host_memory_of_the_one_before(policy, in_background, tmp_path, monkeypatch) -> None:
+    copies, staged = HostCopies(), []
+    begin(policy, tmp_path, 1, copies).complete()
     addresses = {place: tensor.data_ptr() for place, tensor in copies._tensors.items()}
     fill(policy, 0.5)
-    path = ShardedSave(tmp_path, policy.chunks, policy.optimizer, {"step": 2}, {}, copies=copies).complete()
+    stage = ShardedFiles.stage
+
+    def staging(files: ShardedFiles) -> None:
+        stage(files)
+        staged.extend(tensor.data_ptr() for _, _, (_, tensors) in files._writer.write_buckets for _, tensor in tensors)
+
+    monkeypatch.setattr(ShardedFiles, "stage", staging)
+    path = ShardedSave(
+        tmp_path, policy.chunks, policy.optimizer, {"step": 2}, {}, copies=copies, in_background=in_background
+    ).complete()
+    assert addresses and {place: tensor.data_ptr() for place, tensor in copies._tensors.items()} == addresses
+    assert sorted(staged) == sorted(addresses.values())
+    fill(policy, 0.25)
+    load_checkpoint(path, policy.chunks, policy.optimizer)
+    assert values(policy) == {0.5}
+
+
+def test_reserved_host_memory_is_all_that_a_save_fills(policy, tmp_path, monkeypatch) -> None:
+    copies, may_fill, fill_memory = HostCopies(), threading.Event(), HostCopies._fill
+
+    def late(self: HostCopies, wanted: Any) -> None:
+        may_fill.wait()
+        fill_memory(self, wanted)
+
+    monkeypatch.setattr(HostCopies, "_fill", late)
+    copies.reserve(state_to_save(policy.chunks, policy.optimizer))
+    assert not copies._tensors, "it returns before the memory is there"
+    may_fill.set()
+    copies.wait()
+    addresses = {place: tensor.data_ptr() for place, tensor in copies._tensors.items()}
+    fill(policy, 0.5)
+    path = begin(policy, tmp_path, 1, copies).complete()
     assert addresses and {place: tensor.data_ptr() for place, tensor in copies._tensors.items()} == addresses
     fill(policy, 0.25)
     load_checkpoint(path, policy.chunks, policy.optimizer)
     assert values(policy) == {0.5}
+
+
+def test_a_reservation_ends_in_the_middle_and_leaves_no_thread(policy, monkeypatch) -> None:
+    copies, before, asked = HostCopies(), set(threading.enumerate()), threading.Event()
+    memory = HostCopies._memory
+
+    def slow(self: HostCopies, *wanted: Any) -> Any:
+        asked.set()
+        assert self._closed.wait(60)
+        return memory(self, *wanted)
+
+    monkeypatch.setattr(HostCopies, "_memory", slow)
+    copies.reserve(state_to_save(policy.chunks, policy.optimizer))
+    assert asked.wait(60)
+    copies.close()
+    assert set(threading.enumerate()) == before and len(copies._tensors) == 1
 
 
 def test_too_little_room_is_told_before_anything_is_written(policy, tmp_path) -> None:

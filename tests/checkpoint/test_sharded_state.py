@@ -23,15 +23,15 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
-from megatron_solopo.checkpoint import save as save_module
 from megatron_solopo.checkpoint import sharded_state
+from megatron_solopo.checkpoint.host_copies import HostCopies
 from megatron_solopo.checkpoint.load import load_checkpoint
-from megatron_solopo.checkpoint.save import HostCopies, ShardedSave
+from megatron_solopo.checkpoint.save import ShardedSave
 from megatron_solopo.checkpoint.sharded_state import complete_group
 from megatron_solopo.config import Config, parse_config
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel.agreement import on_rank_0
-from megatron_solopo.parallel.megatron_internals import dense_optimizer, initialize_adam_state
+from megatron_solopo.parallel.megatron_internals import initialize_adam_state, optimizer_parts
 from megatron_solopo.plan.memory import rank_state
 from megatron_solopo.train.policy import Policy, build_policy
 from tests.ranks import layout, two_ranks
@@ -83,7 +83,9 @@ def trained(folder: Path, sizes: dict[str, int]) -> Iterator[Policy]:
 
 
 def save(root: Path, policy: Policy, copies: HostCopies | None = None) -> Path:
-    return ShardedSave(root, policy.chunks, policy.optimizer, {"step": 1}, {}, copies=copies).complete()
+    return ShardedSave(
+        root, policy.chunks, policy.optimizer, {"step": 1}, {}, copies=copies, in_background=copies is not None
+    ).complete()
 
 
 def saved_and_loaded(folder: Path, name: str) -> dict[str, Any]:
@@ -118,13 +120,13 @@ def save_as_before(root: Path, policy: Policy) -> Path:
 
     def gathered(optimizer: Any, model: dict[str, Any]) -> dict[str, Any]:
         metadata = sharded_state._metadata() | {"distrib_optim_fully_reshardable_mem_efficient": True}
-        part = dense_optimizer(optimizer)
+        part = optimizer_parts(optimizer)[0]
         part.data_parallel_group_gloo = part.data_parallel_group  # Megatron made another group then
         state = optimizer.sharded_state_dict(sharded_state._by_parameter(model), is_loading=False, metadata=metadata)
-        return {key: value for key, value in state.items() if value is not None}
+        return {"optimizer": {key: value for key, value in state.items() if value is not None}}
 
-    alone = mock.patch.object(save_module, "share_replicas", lambda model, group: None)
-    with alone, mock.patch.object(save_module, "optimizer_state_to_save", gathered):
+    alone = mock.patch.object(sharded_state, "share_replicas", lambda model: None)
+    with alone, mock.patch.object(sharded_state, "optimizer_state_to_save", gathered):
         path = save(root, policy)
     assert written(path, 0) and not written(path, 1)
     return path

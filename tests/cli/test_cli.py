@@ -108,7 +108,10 @@ def test_train_refuses(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "gpt_neox"}, ["model_type='gpt_neox'", "llama, mistral, qwen2, qwen3"]),
+        (
+            {"model_type": "gpt_neox"},
+            ["model_type='gpt_neox'", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+        ),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             ["rope_type='dynamic'", "default, linear, llama3, yarn"],

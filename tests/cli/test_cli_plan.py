@@ -1,6 +1,7 @@
 """`megatron-solopo plan` as a user runs it."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -72,6 +73,30 @@ def test_a_plan_of_prepared_data_with_everything_written(tmp_path: Path) -> None
     subprocess.run(["bash", "-n", str(launch / "submit.sbatch")], check=True)
 
 
+def test_overrides_state_what_the_command_line_stated_and_what_is_left_out_is_named() -> None:
+    eight = ["--config", str(PLANS / "llama-3.1-8b.yaml"), "--tokens", TOKENS, "--gpus", "8", "--gpu", "h200"]
+    stages = "Et*7|(t*9|)*2t*7L"
+    given = [
+        f"parallel.pipeline_model_parallel_layout={stages}",
+        "parallel.sequence_parallel=false",
+        "objective.beta=0.2",
+    ]
+    kept = plan(*eight, *given, "--explain", "pp=4,cp=2", "--vary", "recompute")
+    assert kept.exit_code == 0, kept.output
+    (line,) = [line for line in kept.stdout.splitlines() if line.startswith("Overrides: ")]
+    overrides = shlex.split(line.removeprefix("Overrides: "))
+    assert f"'parallel.pipeline_model_parallel_layout={stages}'" in line, "in quotes for a shell"
+    config = load_config(PLANS / "llama-3.1-8b.yaml", overrides)
+    assert config.parallel.pipeline_model_parallel_layout == stages and config.objective.beta == 0.2
+    left = "note: tp1,pp4,cp2,dp1 leaves out parallel.sequence_parallel=false, which the configuration states"
+    assert left in kept.stdout.splitlines()
+
+    dropped = json.loads(plan(*eight, *given, "--explain", "pp=2,cp=4", "--json").stdout)["chosen"]
+    assert dropped["left_out"] == [f"parallel.pipeline_model_parallel_layout={stages}", given[1]]
+    assert "parallel.pipeline_model_parallel_layout=null" in dropped["overrides"]
+    assert load_config(PLANS / "llama-3.1-8b.yaml", dropped["overrides"]).objective.beta == 0.2
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would turn this whole process to the CPU")
 def test_the_dry_run_of_the_command_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGATRON_SOLOPO_DEVICE", "cpu")  # what the command sets, undone afterwards
@@ -95,6 +120,10 @@ def test_the_dry_run_of_the_command_agrees(monkeypatch: pytest.MonkeyPatch) -> N
         (["--gpus", "64", "--gpu", "h100", "model.path=nowhere"], "nowhere/config.json: no such file"),
         (["--gpus", "64", "--gpu", "h100", "--vary", "luck"], "unknown luck"),
         (["--gpus", "64", "--gpu", "h100", "--explain", "tp=2,tp=4"], "'tp=2,tp=4': tp is stated twice"),
+        (
+            ["--gpus", "64", "--gpu", "h100", "parallel.pipeline_model_parallel_layout=Et*2|t*2L"],
+            "must be E (embedding), then the model's 80 layers t, then L (loss), with | between stages; it has 1 E",
+        ),
         (["--gpus", "64", "--gpu", "h100", "--triplets", "100"], "training.global_batch_size=128: more than the 100"),
         (["--gpus", "64", "--gpu", "a100", "model.fp8=hybrid"], "A100 has no such FP8; set model.fp8 to null"),
         (

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_solopo.cli import doctor
 from megatron_solopo.cli.doctor import Check, Diagnosis, diagnose
+from megatron_solopo.config import CheckpointConfig
 
 
 def by_name(report: Diagnosis) -> dict[str, Check]:
@@ -222,7 +223,10 @@ def test_a_driver_that_does_not_start_is_reported_with_its_reason() -> None:
 def test_little_disk_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=14 * 10**8))
     (disk,) = (check for check in doctor._machine() if check.name == "disk")
-    assert disk.status == "warn" and "up to 0.1 billion parameters" in disk.found and "run_dir" in disk.remedy
+    assert disk.status == "warn" and "up to 0.1 billion parameters" in disk.found
+    assert "the 4 of checkpoint.keep_last=3 and a running save for up to 0.025 billion" in disk.found
+    assert CheckpointConfig().keep_last + 1 == doctor._CHECKPOINTS
+    assert "checkpoint.keep_last" in disk.remedy and "run_dir" in disk.remedy
 
 
 def test_supported_versions_are_those_of_pyproject() -> None:

@@ -7,6 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_solopo.config import Config, ObjectiveConfig, ParallelConfig, load_config, parse_config, save_config
+from megatron_solopo.config.load import as_override
 from megatron_solopo.errors import UserError
 
 MINIMAL = {
@@ -133,6 +134,49 @@ def test_an_unknown_key_like_no_other_lists_the_legal_ones(tmp_path: Path) -> No
 def test_a_wrong_value_names_key_value_and_what_is_legal(tmp_path: Path, override: str, key: str, legal: str) -> None:
     (line,) = mistakes(tmp_path, "", (override,))
     assert line.startswith(f"{tmp_path / 'config.yaml'} and the command line: ") and key in line and legal in line
+
+
+@pytest.mark.parametrize(
+    ("override", "example"),
+    [
+        ("checkpoint.every_minutes=1h", "for example checkpoint.every_minutes=60, or null (never)"),
+        ("checkpoint.keep_last=0", "for example checkpoint.keep_last=3, or null (all)"),
+        ("checkpoint.must_save_by=18:00", "for example checkpoint.must_save_by=2030-01-31T18:00"),
+        ("profile.steps=10", "for example profile.steps=[10,12], or null (none)"),
+        ("profile.steps=[0,2]", "for example profile.steps=[10,12], or null (none)"),
+        ("profile.steps=[12,10]", "for example [10,12]"),
+        ("profile.ranks=all", "for example profile.ranks=[0]"),
+        ("profile.ranks=[]", "for example profile.ranks=[0]"),
+        ("parallel.recompute_modules=mlp", "for example parallel.recompute_modules=[core_attn]"),
+        (
+            "parallel.pipeline_model_parallel_layout=3",
+            "pipeline_model_parallel_layout='Et*7|(t*8|)*2t*7L', or null (all",
+        ),
+        ("training.global_batch_size=0", "for example training.global_batch_size=64"),
+    ],
+)
+def test_a_wrong_value_is_answered_by_a_legal_one(tmp_path: Path, override: str, example: str) -> None:
+    (line,) = mistakes(tmp_path, "", (override,))
+    assert example in line and override.split("=")[0].split(".")[1] in line
+
+
+@pytest.mark.parametrize("path", ["", "3"])
+def test_a_path_that_is_none_is_called_so_in_plain_words(tmp_path: Path, path: str) -> None:
+    (line,) = mistakes(tmp_path, "", (f"model.path={path}",))
+    assert line.endswith(f"model.path={path or 'null'}: Input should be a path")
+
+
+def test_every_example_of_the_schema_is_legal(tmp_path: Path) -> None:
+    """Each with the keys that it needs besides."""
+    needed = {
+        "hierarchical_context_parallel_sizes": ("parallel.cp_comm_type=a2a+p2p", "parallel.context_parallel_size=8"),
+    }
+    for section, field in Config.model_fields.items():
+        for name, key in getattr(field.annotation, "model_fields", {}).items():
+            for example in key.examples or ():
+                override = f"{section}.{name}={as_override(example).strip(chr(39))}"
+                loaded = load(tmp_path, "", (*needed.get(name, ()), override))
+                assert getattr(getattr(loaded, section), name) is not None
 
 
 @pytest.mark.parametrize("override", ["seed=true", "objective.alpha=true", "training.global_batch_size=true"])

@@ -191,9 +191,9 @@ def test_a_run_is_evaluated_in_its_own_directory(folder: Path, refused: dict[str
 
 def test_another_evaluation_is_not_lost(refused: dict[str, str]) -> None:
     assert refused.pop("again") == "accepted"
-    assert "evaluation of another split, which would be lost; set --output" in refused["split"]
-    assert "evaluation of another loss type, which" in refused["loss"]
-    assert "evaluation of another precision, which" in refused["precision"]
+    assert "evaluation of another split (eval, now train), which would be lost; set --output" in refused["split"]
+    assert "evaluation of another loss type (dpo, beta 0.1, now " in refused["loss"]
+    assert "evaluation of another precision (float32, now bfloat16), which" in refused["precision"]
     assert "must end in .json" in refused["suffix"]
     assert "expected results of evaluate preference" in refused["foreign"]
     assert "has no held-out split" in refused["no split"] and "--split train" in refused["no split"]

@@ -149,7 +149,7 @@ def test_every_part_of_a_parameter_has_its_own_state(group: Any, bucket_size: in
     """On one rank a part is the whole, also behind the padding of a bucket."""
     model = make_model()
     chunk, optimizer = make_optimizer(model, bucket_size)
-    part = internals.dense_optimizer(optimizer)
+    part = internals.optimizer_parts(optimizer)[0]
     assert isinstance(part, DistributedOptimizer)
     (buffer,) = internals.gradient_buffers(chunk)
     assert (len(buffer.buckets) > 2) is (bucket_size is not None)
@@ -167,7 +167,7 @@ def test_every_part_of_a_parameter_has_its_own_state(group: Any, bucket_size: in
 def test_megatron_gives_all_parameters_one_count_of_steps(group: Any) -> None:
     """And `load_counts` gives each its own."""
     _, optimizer = make_optimizer(make_model())
-    part = internals.dense_optimizer(optimizer)
+    part = internals.optimizer_parts(optimizer)[0]
     internals.initialize_adam_state(optimizer)
     part.load_state_dict(part.state_dict())
     counts = [state["step"] for state in part.optimizer.state.values()]
@@ -179,7 +179,7 @@ def test_megatron_gives_all_parameters_one_count_of_steps(group: Any) -> None:
 
 def test_megatron_makes_no_count_of_steps_for_torchs_adam(group: Any) -> None:
     _, optimizer = make_optimizer(make_model())
-    part = internals.dense_optimizer(optimizer)
+    part = internals.optimizer_parts(optimizer)[0]
     part.init_state_fn(part.optimizer, part.config)
     assert all("step" not in state for state in part.optimizer.state.values())
     internals.initialize_adam_state(optimizer)

@@ -1,7 +1,7 @@
 """Trains on N ranks, case by case, and hands back what a plain run can be compared with."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology
+from megatron_solopo.parallel.megatron_internals import replica_group
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.train.policy import build_policy, load_model
+from megatron_solopo.train.policy import Policy, build_policy, load_model
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss, run_schedule
 from tests.conversions import join_shards
 from tests.parity.plain import Row
@@ -34,7 +35,9 @@ PACKED: Plan = [[[0, 2], [1, 3]]]
 ONE_PACK: Plan = [[[0, 1, 2, 3]]]
 UNPACKED: Plan = [[[0], [1], [2], [3]]]
 UNEVEN: Plan = [[[3], [0, 1, 2]]]
+ONE_EACH: Plan = [[[0]], [[1]], [[2]], [[3]]]
 TWO_RANKS: Plan = [[[0, 2]], [[1, 3]]]
+TWO_BY_TWO: Plan = [[[0], [2]], [[1], [3]]]
 TWO_RANKS_UNEVEN: Plan = [[[1]], [[3, 0, 2]]]
 
 
@@ -51,6 +54,7 @@ class Layout:
     pack_multiple: int = 1
     model: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
+    moe: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ class Case:
     """Folder of the reference weights; `policy` for the policy's own."""
 
     @property
+    def trains_routers(self) -> bool:
+        """Whether the routers of experts learn, too."""
+        return bool(self.layout.moe.get("router_trainable"))
+
+    @property
     def name(self) -> str:
         settings = "-".join(str(value) for value in self.objective.values() if isinstance(value, str))
         return f"{self.family}-{settings}-{self.layout.name}-{self.reference}"
@@ -73,16 +82,22 @@ class Case:
 class RankResult:
     """What one rank saw of one case."""
 
-    tensor_rank: int
     is_counted: bool
     """Whether this rank's metrics enter the sum over ranks (one rank per data-parallel replica)."""
     grad_norms: list[float] = field(default_factory=list)
     metric_sums: list[Tensor] = field(default_factory=list)
     """Per step, fp64 [M]: this rank's sums over triplets; zeros on ranks without the loss."""
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    """Of the first step, by Megatron name in the mapping table: this rank's shard, in the first replica only."""
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    """After the last step, likewise."""
+    gradients: "Shards" = field(default_factory=dict)
+    """Of the first step."""
+    parameters: "Shards" = field(default_factory=dict)
+    """After the last step."""
+
+
+Shards = dict[str, tuple[int, Tensor]]
+"""By Megatron name in the mapping table: this rank's number in the tensor-parallel group, and its shard.
+
+A shard is there only in the first of the replicas that hold it.
+"""
 
 
 def run_cases(models: Path, cases: Sequence[Case], batches: Sequence[Sequence[Row]]) -> dict[str, RankResult]:
@@ -118,6 +133,7 @@ def make_config(model: Path, objective: Mapping[str, Any], layout: Layout) -> Co
                 "use_distributed_optimizer": layout.distributed_optimizer,
             }
             | dict(layout.optimizer),
+            "moe": dict(layout.moe),
             "logprob": {"chunk_tokens": layout.chunk_tokens},
         },
         source="test",
@@ -134,20 +150,30 @@ def _train(
         references = live_reference(config, reference, groups, packs, num_rows=sum(map(len, batches)))
     policy = build_policy(config, resolve_model(config.model, config.parallel), groups, max_steps=len(batches))
     loss = objective_loss(config.objective, references, groups)
-    result = RankResult(groups.tensor_group.rank(), _is_counted(groups))
-    in_first_replica = groups.data_group.rank() == 0 and groups.context_group.rank() == 0
+    result = RankResult(_is_counted(groups))
     for step_packs in packs:
         step = policy.step(step_packs, loss, groups)
         result.grad_norms.append(step.grad_norm)
         zeros = torch.zeros(len(metric_names(config.objective)), dtype=torch.float64)
         result.metric_sums.append(sum((report.double().cpu() for report in step.reports), zeros))
-        if in_first_replica and not result.gradients and not layout.distributed_optimizer:
-            for chunk in policy.chunks:
-                result.gradients |= {name: p.main_grad.clone() for name, p in global_parameters(chunk.module)}
-    if in_first_replica:
-        for chunk in policy.chunks:
-            result.parameters |= {name: p.detach().clone() for name, p in global_parameters(chunk.module)}
+        if not result.gradients and not layout.distributed_optimizer:
+            result.gradients = _shards(
+                policy, lambda parameter: parameter.main_grad if parameter.requires_grad else None
+            )
+    result.parameters = _shards(policy, lambda parameter: parameter.detach())
     return result
+
+
+def _shards(policy: Policy, value: Callable[[Any], Tensor | None]) -> Shards:
+    found: Shards = {}
+    for chunk in policy.chunks:
+        groups = chunk.module.pg_collection
+        for name, parameter in global_parameters(chunk.module):
+            held = value(parameter)
+            if held is not None and replica_group(parameter).rank() == 0:
+                tensor_group = groups.expt_tp if ".local_experts." in name else groups.tp
+                found[name] = tensor_group.rank(), held.clone()
+    return found
 
 
 def live_reference(
@@ -196,15 +222,17 @@ def mean_metrics(results: Sequence[RankResult], step: int, objective: Any, num_t
     return {name: float(value) / num_triplets for name, value in zip(metric_names(objective), total, strict=True)}
 
 
-def huggingface_tensors(shares: Sequence[tuple[int, dict[str, Tensor]]], model: Path) -> dict[str, Tensor]:
-    """Join tensor-parallel shards into whole Hugging Face tensors; a share is a tensor rank and its shards by name."""
+def huggingface_tensors(shares: Sequence[Shards], model: Path) -> dict[str, Tensor]:
+    """Join the shards of all ranks into whole Hugging Face tensors. A parameter that no rank has is left out."""
     architecture = read_architecture(model)
     shards: dict[str, dict[int, Tensor]] = {}
-    for rank, tensors in shares:
-        for name, tensor in tensors.items():
+    for tensors in shares:
+        for name, (rank, tensor) in tensors.items():
             shards.setdefault(name, {})[rank] = tensor
     joined: dict[str, Tensor] = {}
     for name, rule in rules(architecture).items():
+        if name not in shards:
+            continue
         parts = [shards[name][rank] for rank in sorted(shards[name])]
         joined |= join_shards(rule, architecture, parts)
     return joined

@@ -40,6 +40,39 @@ def response_logprob(model: torch.nn.Module, prompt: Sequence[int], response: Se
     return predictions.gather(1, torch.tensor(response)[:, None]).sum()
 
 
+def trained(model: torch.nn.Module, routers: bool) -> list[torch.nn.Parameter]:
+    """The parameters to train: all, or all but those that choose among experts."""
+    return [each for name, each in model.named_parameters() if routers or not name.endswith("mlp.gate.weight")]
+
+
+def published(tensors: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """Tensors by their names in published checkpoints, where every expert has its own.
+
+    transformers 5 holds the experts of a layer in two tensors, [experts, gate and up, H] and [experts, H, columns].
+    """
+    block, gate, up, down = (
+        ("block_sparse_moe", "w1", "w3", "w2")
+        if model_type == "mixtral"
+        else ("mlp", "gate_proj", "up_proj", "down_proj")
+    )
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        prefix, is_expert, kind = name.partition("mlp.experts.")
+        if not is_expert or tensor.dim() != 3:
+            found[name.replace(".mlp.gate.", f".{block}.gate.")] = tensor
+            continue
+        for number, expert in enumerate(tensor):
+            parts = zip((gate, up), expert.chunk(2), strict=True) if kind == "gate_up_proj" else [(down, expert)]
+            found |= {f"{prefix}{block}.experts.{number}.{part}.weight": value for part, value in parts}
+    return found
+
+
+def parameters(path: Path) -> dict[str, Tensor]:
+    """A model's parameters by their names in published checkpoints."""
+    model = load(path)
+    return published({name: each.detach() for name, each in model.named_parameters()}, model.config.model_type)
+
+
 def _reward(loss_type: str, beta: float, logp: Tensor, length: int, reference: Tensor) -> Tensor:
     if loss_type == "simpo":
         return beta * logp / length
@@ -111,19 +144,31 @@ def triplet_loss(o: Mapping[str, Any], model: torch.nn.Module, reference: torch.
 
 
 def train(
-    o: Mapping[str, Any], policy: Path, reference: Path, batches: Sequence[Sequence[Row]], lr: float, eps: float
+    o: Mapping[str, Any],
+    policy: Path,
+    reference: Path,
+    batches: Sequence[Sequence[Row]],
+    lr: float,
+    eps: float,
+    *,
+    routers: bool = True,
 ) -> list[PlainStep]:
-    """AdamW steps (betas 0.9, 0.95, no decay, no clipping), one per batch."""
+    """AdamW steps (betas 0.9, 0.95, no decay, no clipping), one per batch, of all parameters or all but routers."""
     model, frozen = load(policy), load(reference)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
+    learning = trained(model, routers)
+    optimizer = torch.optim.AdamW(learning, lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
+    of_learning = {id(each) for each in learning}
     steps = []
     for batch in batches:
-        optimizer.zero_grad()
+        model.zero_grad()
         loss = torch.stack([triplet_loss(o, model, frozen, row) for row in batch]).mean()
         loss.backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and id(p) in of_learning
+        }
         norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in gradients.values()))
         optimizer.step()
-        parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-        steps.append(PlainStep(loss.item(), gradients, norm, parameters))
+        values = {name: p.detach().clone() for name, p in model.named_parameters()}
+        kind = model.config.model_type
+        steps.append(PlainStep(loss.item(), published(gradients, kind), norm, published(values, kind)))
     return steps

@@ -52,6 +52,8 @@ def test_the_host_memory_of_saves_and_resumes_is_that_of_the_fullest_node() -> N
     one_node = PlannedRun(planner, estimate(planner, cp=8), None)
     assert one_node.host_bytes_per_node()["save"] == pytest.approx(14 * parameters, rel=0.01)
     assert "a save 104.7, which async_save keeps; a resume" in one_node.explanation()
+    assert one_node.checkpoint_bytes == pytest.approx(one_node.host_bytes_per_node()["save"], rel=1e-3)
+    assert "Disk: 104.70 GiB per checkpoint, 418.81 GiB for 4 at once (checkpoint.keep_last=3" in one_node.explanation()
     two_nodes = make_planner("llama-3.1-8b", gpus=16)
     spread = PlannedRun(two_nodes, estimate(two_nodes, cp=8), None).host_bytes_per_node()
     assert spread["save"] == pytest.approx(7 * parameters, rel=0.01)

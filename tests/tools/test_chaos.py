@@ -21,7 +21,11 @@ def test_every_phase_is_drawn_as_often_as_the_others() -> None:
     moments = chaos.draw_moments(50, 2, seed=3)
     counts = Counter(moment.phase for moment in moments)
     assert set(counts) == PHASES and max(counts.values()) - min(counts.values()) <= 1
-    assert {moment.phase for moment in moments[: counts["reference"]]} == {"reference"}
+    passes = moments[: counts["reference"]]
+    assert {moment.phase for moment in passes} == {"reference"}
+    # Each life continues the pass: so many kills must find something left of it.
+    assert [moment.occurrence for moment in passes] == [1] * (len(passes) - 1) + [2]
+    assert sum(moment.fraction for moment in passes) < 1
     assert {moment.rank for moment in moments if moment.phase == "latest"} == {0}
     assert {moment.rank for moment in moments if moment.phase != "latest"} == {0, 1}
     assert chaos.draw_moments(50, 2, seed=3) == moments != chaos.draw_moments(50, 2, seed=4)

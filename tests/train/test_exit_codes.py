@@ -13,7 +13,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_solopo import exits
+from megatron_solopo.config import Config
 from megatron_solopo.parallel import topology
+from megatron_solopo.parallel.megatron_internals import ShardedFiles
 from megatron_solopo.train.policy import Policy
 from megatron_solopo.train.saving import Saver
 from megatron_solopo.train.session import Session, open_session
@@ -153,17 +155,21 @@ def test_a_session_leaves_no_thread_and_no_collective_however_it_ends(tmp_path: 
     assert run_distributed(threads_left, 2, make_run_inputs(tmp_path)) == [expected] * 2
 
 
-def fail_during_a_save(folder: Path) -> tuple[list[str], bool]:
-    """The second step fails during the first one's save; returns the threads left, and whether the save still runs."""
-    before, savers = set(threading.enumerate()), []
-    config = small_config(
+def saving_config(folder: Path, name: str, max_steps: int) -> Config:
+    return small_config(
         folder,
-        "failed",
+        name,
         {},
+        training={"global_batch_size": 4, "max_steps": max_steps},
         objective={"loss_type": "simpo"},
         checkpoint={"async_save": True, "save_steps": 1},
         logging={"tensorboard": True},
     )
+
+
+def fail_during_a_save(folder: Path) -> tuple[list[str], bool]:
+    """The second step fails during the first one's save; returns the threads left, and whether the save still runs."""
+    before, savers = set(threading.enumerate()), []
     save = Saver.save
 
     def watched(saver: Saver, *arguments: Any, **keywords: Any) -> None:
@@ -177,13 +183,34 @@ def fail_during_a_save(folder: Path) -> tuple[list[str], bool]:
     with pytest.MonkeyPatch.context() as patch, at_call(Policy, "step", 2, 0, fail):
         patch.setattr(Saver, "save", watched)
         with pytest.raises(RuntimeError, match="a bug"):
-            train(config)
+            train(saving_config(folder, "failed", 4))
     return ours_since(before), savers[0].is_running
 
 
-def test_a_save_in_the_background_ends_before_a_run_that_fails(tmp_path: Path) -> None:
-    left, is_running = run_distributed(fail_during_a_save, 1, make_run_inputs(tmp_path))[0]
-    assert left == [] and not is_running
+def save_to_the_end(folder: Path) -> tuple[list[str], list[set[int]]]:
+    """Returns the threads left, and where the tensors were that each save wrote. The last one runs in no background."""
+    before, places = set(threading.enumerate()), []
+    stage = ShardedFiles.stage
+
+    def watched(files: ShardedFiles) -> None:
+        stage(files)
+        places.append({each.data_ptr() for _, _, (_, pairs) in files._writer.write_buckets for _, each in pairs})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardedFiles, "stage", watched)
+        train(saving_config(folder, "whole", 3))
+    return ours_since(before), places
+
+
+def saves_in_the_background(folder: Path) -> tuple[Any, Any]:
+    return fail_during_a_save(folder), save_to_the_end(folder)
+
+
+def test_saves_in_the_background_leave_no_thread_and_keep_one_copy(tmp_path: Path) -> None:
+    failed, (left, places) = run_distributed(saves_in_the_background, 1, make_run_inputs(tmp_path))[0]
+    assert failed == ([], False) and left == []
+    first, second, last = places
+    assert first and first == second == last
 
 
 def test_a_store_that_does_not_answer_delays_the_end_by_a_few_pulses_alone() -> None:

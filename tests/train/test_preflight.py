@@ -8,11 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import Config, ObjectiveConfig
 from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
+from megatron_solopo.files import described_bytes
+from megatron_solopo.plan.disk import checkpoint_bytes
 from megatron_solopo.train import preflight as preflight_module
+from megatron_solopo.train import trainer as trainer_module
 from megatron_solopo.train.trainer import preflight, train
 from tests.distributed import run_distributed
 from tests.layouts import pp
@@ -55,6 +59,18 @@ def run_all(folder: Path) -> dict[str, Any]:
     full = mock.Mock(free=1000 + rank)
     with mock.patch.object(preflight_module.psutil, "disk_usage", lambda path: full):
         found["full"] = refused(config(folder, "differs"))
+    short = config(folder, "short")
+    one = found["one"] = checkpoint_bytes(short, read_architecture(short.model.path).num_parameters)
+    found["short of room"] = []
+    # The second one has its checkpoint already: the two steps of the run make two.
+    with (
+        mock.patch.object(preflight_module.psutil, "disk_usage", lambda path: mock.Mock(free=2 * one - 1)),
+        mock.patch.object(preflight_module, "say", found["short of room"].append),
+        mock.patch.object(trainer_module, "say", found.setdefault("without effect", []).append),
+    ):
+        found["room"] = [preflight(config(folder, "short", profile={"ranks": [1]}))]
+        (folder / "short" / "checkpoints" / "iter_0000001").mkdir(parents=True, exist_ok=True)
+        found["room"].append(preflight(short))
     with mock.patch.object(preflight_module, "run_schedule", out_of_memory):
         found["memory"] = refused(config(folder, "differs"))
     found["packs"] = {}
@@ -84,6 +100,23 @@ def test_what_was_checked_is_told(found: list[dict[str, Any]]) -> None:
     assert "tensor-parallel 2" in rows["groups"] and "all 4" in rows["groups"] and "embedding 2" in rows["groups"]
     assert "tokens" in rows["largest pack"] and "peak memory" in rows["largest pack"]
     assert found[0]["left"] == [], "nothing stays in the run directory"
+
+
+def test_room_for_one_checkpoint_and_not_for_all_is_a_warning_with_the_bytes(found: list[dict[str, Any]]) -> None:
+    first, second = (dict(rows)["run directory"] for rows in found[0]["room"])
+    for row in (first, second):
+        assert "per checkpoint" in row and "for the 2 that the run has at most at once" in row
+    (line,) = found[0]["short of room"]  # not of the second: the checkpoint that is there needs no room
+    assert line.startswith("warning: run_dir=") and "lower checkpoint.keep_last" in line and "\n" not in line
+    one = found[0]["one"]
+    assert f"{described_bytes(2 * one - 1)} free, {described_bytes(one)} per checkpoint" in line
+    assert f"take {described_bytes(2 * one)} (2 checkpoints at most at once)" in line
+
+
+def test_a_key_without_effect_is_named_before_the_first_step(found: list[dict[str, Any]]) -> None:
+    first, second = found[0]["without effect"]
+    assert first.startswith("warning: no effect in this run: reference.cache=") and "\n" not in first
+    assert first == f"{second}, profile.ranks=[1] (profile.steps=null)"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import topology
-from megatron_solopo.train.reference import cached_reference
+from megatron_solopo.train.reference import _both_values, cached_reference
 from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.trainer import precompute_reference
 from tests.distributed import run_distributed
@@ -45,6 +45,9 @@ def run_all(folder: Path) -> dict[str, str]:
     for name in ("dated", "other", "renamed"):
         data = {"path": folder / name, "max_tokens_per_pack": 200}
         found[name] = read(small_config(folder, "run", {}, data=data))
+    model = {"path": plain.model.path, "dtype": "bfloat16"}
+    found["bfloat16"] = read(small_config(folder, "run", {}, model=model))
+    found["both"] = read(small_config(folder, "run", {}, objective={"align": "both"}))
     return found
 
 
@@ -89,6 +92,17 @@ def test_a_cache_of_yesterdays_tokens_is_refused(found: Mapping[str, str]) -> No
 
 def test_other_data_are_refused_with_what_differs(found: Mapping[str, str]) -> None:
     assert "made for another data.source, data.seed; " in found["other"]
+
+
+def test_a_cache_of_another_precision_or_objective_names_both_values_and_the_key(found: Mapping[str, str]) -> None:
+    assert "made for another dtype (float32; this run has model.dtype=bfloat16); run " in found["bfloat16"]
+    assert "objective (without long_rejected, which objective.name or objective.align needs)" in found["both"]
+
+
+def test_other_fp8_settings_are_named_with_both_values() -> None:
+    both = {"fp8": "hybrid", "fp8_recipe": "delayed"}, {"fp8": "hybrid", "fp8_recipe": "blockwise"}
+    assert _both_values("fp8", *both) == "fp8_recipe (blockwise; this run has model.fp8_recipe=delayed)"
+    assert _both_values("fp8", {}, both[0]) == "fp8 (hybrid; this run has model.fp8=null)"
 
 
 @pytest.mark.parametrize("spoil", SPOILS)

@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ import torch.distributed as dist
 from transformers import LlamaConfig
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.checkpoint.host_copies import HostCopies
 from megatron_solopo.checkpoint.load import load_checkpoint
-from megatron_solopo.checkpoint.save import HostCopies, ShardedSave
+from megatron_solopo.checkpoint.save import ShardedSave
+from megatron_solopo.checkpoint.sharded_state import state_to_save
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.agreement import on_rank_0
-from megatron_solopo.parallel.megatron_internals import dense_optimizer, initialize_adam_state
+from megatron_solopo.parallel.megatron_internals import initialize_adam_state, optimizer_parts
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import build_optimizer, wrap_data_parallel
 
@@ -42,6 +45,8 @@ _COLUMNS = {
     "background": "in the background, peak MiB",
     "resume": "resume, peak MiB",
     "save_seconds": "save s",
+    "reserving_seconds": "blocked s, reserving memory",
+    "reserved_seconds": "thread s, reserving memory",
     "first_blocked_seconds": "blocked s, first",
     "blocked_seconds": "blocked s, later",
     "written": "written MiB",
@@ -78,45 +83,60 @@ def _print(ranks: list[dict[str, float]]) -> None:
     print("| rank | " + " | ".join(_COLUMNS.values()) + " |")
     print("| ---: " * (len(_COLUMNS) + 1) + "|")
     for rank, figures in enumerate(ranks):
-        shown = (f"{figures[name] / (1 if 'seconds' in name else _MIB):,.1f}" for name in _COLUMNS)
+        shown = (f"{figures[name] / (1 if 'seconds' in name else _MIB):,.2f}" for name in _COLUMNS)
         print(f"| {rank} | {' | '.join(shown)} |")
 
 
 def _measure(folder: Path, layers: int, repeats: int, groups: Topology) -> dict[str, float]:
     chunks, optimizer = _make_policy(folder, layers, groups)
-    found: dict[str, list[float]] = {name: [] for name in ("save", "background", "save_seconds", "blocked_seconds")}
-    copies = HostCopies()
-    for step in range(repeats):
-        for background in (False, True):
-            root = folder / f"{step}{background}"
-            dist.barrier()
-            memory = _PeakMemory()
-            started = time.monotonic()
-            save = ShardedSave(root, chunks, optimizer, {"step": 1}, {}, copies=copies if background else None)
-            blocked = time.monotonic() - started
-            path = save.complete()
-            found["background" if background else "save"].append(memory.peak())
-            if background:
-                found["blocked_seconds"].append(blocked)
-            else:
-                found["save_seconds"].append(time.monotonic() - started)
-            written = sum(file.stat().st_size for file in path.glob(f"__{dist.get_rank()}_*.distcp"))
-            if step or not background:
-                on_rank_0(lambda root=root: shutil.rmtree(root))
+    saves = [_save(folder / "at once", chunks, optimizer, None) for _ in range(repeats)]
+    copies, memory, started = HostCopies(), _PeakMemory(), time.monotonic()
+    # As training does after its first update: a thread fills the memory, and steps go on.
+    copies.reserve(state_to_save(chunks, optimizer))
+    reserving = time.monotonic() - started
+    copies.wait()
+    reserved, kept = time.monotonic() - started, memory.peak()
+    first, *later = [_save(folder / "background", chunks, optimizer, copies) for _ in range(repeats)]
+    copies.close()
     memory = _PeakMemory()
-    load_checkpoint(folder / "0True" / "iter_0000001", chunks, optimizer)
-    parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-    first, *later = found["blocked_seconds"]
+    load_checkpoint(folder / "background" / "iter_0000001", chunks, optimizer)
     return {
-        "parameters": parameters,
-        "save": max(found["save"]),
-        "background": max(found["background"]),
+        "parameters": sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
+        "save": max(each.peak for each in saves),
+        "background": kept + max(each.peak for each in (first, *later)),
         "resume": memory.peak(),
-        "save_seconds": statistics.median(found["save_seconds"]),
-        "first_blocked_seconds": first,
-        "blocked_seconds": statistics.median(later),
-        "written": written,
+        "save_seconds": statistics.median(each.seconds for each in saves),
+        "reserving_seconds": reserving,
+        "reserved_seconds": reserved,
+        "first_blocked_seconds": first.blocked,
+        "blocked_seconds": statistics.median(each.blocked for each in later),
+        "written": first.written,
     }
+
+
+@dataclass(frozen=True)
+class _Save:
+    """What a save took on this rank, in seconds and bytes."""
+
+    seconds: float
+    blocked: float
+    """Until training could go on."""
+    peak: int
+    written: int
+
+
+def _save(root: Path, chunks: Any, optimizer: Any, copies: HostCopies | None) -> _Save:
+    """Save once; in the background, if there are `copies`."""
+    on_rank_0(lambda: shutil.rmtree(root, ignore_errors=True))
+    memory, started = _PeakMemory(), time.monotonic()
+    in_background = copies is not None
+    save = ShardedSave(root, chunks, optimizer, {"step": 1}, {}, copies=copies, in_background=in_background)
+    blocked = time.monotonic() - started
+    path = save.complete()
+    seconds, peak = time.monotonic() - started, memory.peak()
+    written = sum(file.stat().st_size for file in path.glob(f"__{dist.get_rank()}_*.distcp"))
+    dist.barrier()  # the next save removes the folder
+    return _Save(seconds, blocked, peak, written)
 
 
 def _make_policy(folder: Path, layers: int, groups: Topology) -> tuple[Any, Any]:
@@ -138,7 +158,7 @@ def _make_policy(folder: Path, layers: int, groups: Topology) -> tuple[Any, Any]
     chunks = wrap_data_parallel(build_model(model, chunk_tokens=8, device=groups.device), settings, ParallelConfig())
     optimizer = build_optimizer(chunks, settings)
     initialize_adam_state(optimizer)
-    for state in dense_optimizer(optimizer).optimizer.state.values():
+    for state in optimizer_parts(optimizer)[0].optimizer.state.values():
         state["exp_avg"].normal_()
     return chunks, optimizer
 

@@ -35,27 +35,28 @@ from tools.reporting import environment
 MEASURED = ("step_time", "tokens_per_second", "mfu", "peak_memory_bytes", "straggler_rank", "straggler_share")
 """Metrics of the machine, not of the computation."""
 STEPS_PER_LIFE = 5
-TIMES_PER_LIFE = {"save": 2, "latest": 2, "reference": 2}
+TIMES_PER_LIFE = {"save": 2, "latest": 2}
 OWN_NAMES = ("undisturbed", "killed", "logs")
 
 
 def draw_moments(kills: int, ranks: int, seed: int) -> list[Moment]:
     """One per kill; every phase comes as often as any other, give or take one, in random order.
 
-    The reference pass comes first, because a run that has its numbers does not compute them again.
+    The reference pass comes first, because a run that has its numbers does not compute them again. Each life continues
+    the pass, so its kills share the duration of one pass. Of several, the last one falls in the held-out split.
     """
     generator = random.Random(seed)
     phases = [phase for _ in range(-(-kills // len(PHASES))) for phase in generator.sample(list(PHASES), len(PHASES))]
     phases = sorted(phases[:kills], key=lambda phase: phase != BEFORE_THE_STEPS)
-    return [
-        Moment(
-            phase,
-            0 if phase == WRITTEN_BY_RANK_0 else generator.randrange(ranks),
-            generator.randint(1, TIMES_PER_LIFE.get(phase, STEPS_PER_LIFE)),
-            generator.random(),
-        )
-        for phase in phases
-    ]
+    in_pass = phases.count(BEFORE_THE_STEPS)
+    moments = []
+    for number, phase in enumerate(phases, 1):
+        rank = 0 if phase == WRITTEN_BY_RANK_0 else generator.randrange(ranks)
+        occurrence, fraction = generator.randint(1, TIMES_PER_LIFE.get(phase, STEPS_PER_LIFE)), generator.random()
+        if phase == BEFORE_THE_STEPS:
+            occurrence, fraction = (2 if 1 < in_pass == number else 1), fraction / in_pass
+        moments.append(Moment(phase, rank, occurrence, fraction))
+    return moments
 
 
 def launch(name: str, folder: Path, ranks: int, arguments: list[str], moments: list[Moment], usual: Any) -> float:

@@ -1,0 +1,34 @@
+"""How much disk the checkpoints of a run take."""
+
+from megatron_solopo.config import CheckpointConfig, Config, ModelConfig, OptimizerConfig
+
+_FP32_BYTES = 4
+_MOMENT_BYTES = 8
+_WIDTHS = {"float32": 4, "bfloat16": 2}
+
+
+def checkpoint_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) -> int:
+    """Bytes of a checkpoint per parameter: weights, Adam's moments, and master weights where they are kept apart."""
+    has_masters = optimizer.use_distributed_optimizer or model.dtype != "float32"
+    return _WIDTHS[model.dtype] + _MOMENT_BYTES + (_FP32_BYTES if has_masters else 0)
+
+
+def checkpoint_bytes(config: Config, num_parameters: int) -> int:
+    """Bytes of one checkpoint, but for a few small files."""
+    return num_parameters * checkpoint_bytes_per_parameter(config.model, config.optimizer)
+
+
+def most_checkpoints(config: CheckpointConfig, max_steps: int) -> int | None:
+    """The most checkpoints that the disk holds at one time: those that stay, and one that is being written.
+
+    The best one (`best_metric`) counts as one more. No run has more checkpoints than saves. None: all stay, and the
+    clock alone knows how many.
+    """
+    is_timed = config.every_minutes is not None or config.must_save_by is not None
+    saves = 1 if config.save_steps is None else -(-max_steps // config.save_steps)
+    if config.keep_last is None:
+        return None if is_timed else saves
+    kept = config.keep_last + 1 + (config.best_metric is not None)
+    if config.keep_every is not None:
+        kept += max_steps // config.keep_every
+    return min(kept, max_steps if is_timed else saves)
