@@ -82,7 +82,7 @@ def gather_one_by_one() -> None:
 
 
 def keep_fused_functions_in_float32() -> None:
-    """What torch.compile fuses rounds to bfloat16 at its end alone; line by line it would round after each operation."""
+    """What torch.compile fuses rounds to bfloat16 at its end alone. Line by line it would round each operation."""
     from megatron.core.fusions import fused_bias_swiglu
 
     for name in ("swiglu", "bias_swiglu", "weighted_swiglu", "swiglu_back", "bias_swiglu_back"):
