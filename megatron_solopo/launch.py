@@ -11,7 +11,8 @@ torchrun (2.13) and this launcher differ:
                           unless --signals-to-handle names it
     ranks exit with 85    reports a failure and exits 1; with             exits 85 and never restarts
                           --max-restarts it starts them again
-    a rank fails          exits 1                                         exits with its code, or 128 + n for signal n
+    a rank fails          exits 1                                         exits with its code, or 128 + n for signal n,
+                                                                          and a line names the rank and the signal
     the endpoint's node   exits 1 with a traceback                        exits 1 with one line
     is gone
     ranks restart         use a store that still holds the addresses of   use a new store
@@ -21,8 +22,9 @@ torchrun (2.13) and this launcher differ:
 
 import os
 import signal
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -35,6 +37,8 @@ from torch.distributed.launcher import api
 from megatron_solopo import exits
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_asked: list[int] = []
+"""The signals that asked this launcher to stop."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,13 +54,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         run.run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = _root_cause(error.failures)
         if failure.exitcode != exits.STOPPED:
             sys.stderr.write(f"{error}\n")
+        if failure.exitcode < 0:
+            sys.stderr.write(f"error: {_describe_death(rank, failure)}\n")
         sys.exit(failure.exitcode if failure.exitcode >= 0 else exits.of_signal(-failure.exitcode))
     except RendezvousError as error:
         # The launcher that holds the endpoint has ended, or its node has.
         sys.exit(f"error: lost the other launchers at {options.rdzv_endpoint}: {error}")
+
+
+def _root_cause(failures: Mapping[int, Any]) -> tuple[int, Any]:
+    """The rank that failed first, and its failure.
+
+    In the same second, other ranks fail because they lost that one, or stop because this launcher ends them. So a rank
+    that a signal of somebody else has ended is the cause, or else one with an exit code of its own. Where this launcher
+    was asked to stop, ranks that have stopped are not to blame.
+    """
+    first = min(failures.values(), key=lambda failure: failure.timestamp).timestamp
+    together = {rank: failure for rank, failure in failures.items() if failure.timestamp <= first + 1}
+    return min(together.items(), key=lambda item: (_innocence(item[1].exitcode), item[1].timestamp))
+
+
+def _innocence(exitcode: int) -> int:
+    if exitcode == exits.STOPPED:
+        return -1 if _asked else 2
+    if -exitcode in _FORWARDED or exitcode in map(exits.of_signal, _FORWARDED):
+        return 2
+    return 0 if exitcode < 0 else 1
+
+
+def _describe_death(rank: int, failure: Any) -> str:
+    """One line about a rank that a signal has ended."""
+    number = -failure.exitcode
+    place = f"rank {rank} ({socket.gethostname()}, pid {failure.pid})"
+    line = f"{place} was ended by signal {number} ({failure.signal_name()})"
+    if number == signal.SIGKILL:
+        line += (
+            ". Most likely the host or the job ran out of memory, and the kernel's out-of-memory killer ended it (see "
+            "`dmesg -T | grep -i oom`); or somebody sent kill -9. If it was memory: ask for more host memory, or run "
+            "fewer ranks per host"
+        )
+    return f"{line}. Other ranks fail after it. The same command continues from the newest checkpoint"
 
 
 class _Agent(LocalElasticAgent):
@@ -64,13 +104,14 @@ class _Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
-        if any(failure.exitcode == exits.STOPPED for failure in result.failures.values()):
+        if result.failures and _root_cause(result.failures)[1].exitcode == exits.STOPPED:
             self._remaining_restarts = 0
         return result
 
 
 def _forward(number: int, frame: object) -> None:
     """Pass the signal on to the ranks. They decide together, and this process waits for them."""
+    _asked.append(number)
     ranks = [process for process in psutil.Process().children() if "RANK" in _environment(process)]
     for process in ranks:
         os.kill(process.pid, number)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from megatron_solopo.cli.main import cli
 from megatron_solopo.config import Config, load_config, parse_config
@@ -144,6 +145,14 @@ class TestSite:
         assert re.search(r"\| `data.path` \| path \| \*\*required\*\* \| \w", text)
         shown = pytest.importorskip("markdown").markdown(text, extensions=["tables"])
         assert "<code>Et*7|(t*8|)*2t*7L</code>" in shown and "&amp;lt;" not in shown
+
+    @pytest.mark.parametrize("page", ["configuration", "command_line"])
+    def test_a_page_says_the_command_that_prints_it(self, page: str, documentation: Any) -> None:
+        text = (ROOT / "docs" / "reference" / f"{page}.md").read_text(encoding="utf-8")
+        (command,) = re.findall(r"`python -m tools\.documentation ([^`]*)`", text)
+        printed = CliRunner().invoke(documentation.main, shlex.split(command))
+        assert printed.exit_code == 0 and printed.stdout == documentation.GENERATED[page.replace("_", " ")]() + "\n"
+        assert f"<!-- generated: {shlex.split(command)[0]} -->" in text
 
     def test_the_command_line_reference_holds_every_option(self, documentation: Any) -> None:
         text = documentation.command_line_reference()

@@ -4,6 +4,7 @@
 
 - A page with the line `<!-- generated: configuration -->` or `<!-- generated: command line -->` gets what
   `configuration_reference` or `command_line_reference` returns in its place.
+  `python -m tools.documentation configuration` prints it.
 - A page of `INCLUDED` is the document itself, so its text has one home. Links between documents are changed to links
   between pages. A link to a file that is not on the site becomes the path of that file.
 """
@@ -208,3 +209,19 @@ GENERATED: dict[str, Callable[[], str]] = {
     "configuration": configuration_reference,
     "command line": command_line_reference,
 }
+
+
+@click.command()
+@click.argument("name", type=click.Choice(list(GENERATED)))
+def main(name: str) -> None:
+    """Print a page that is generated, in Markdown.
+
+    \b
+    Examples:
+      python -m tools.documentation configuration
+    """
+    click.echo(GENERATED[name]())
+
+
+if __name__ == "__main__":
+    main()

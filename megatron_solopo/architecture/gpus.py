@@ -9,11 +9,14 @@ Peaks are dense (no sparsity) and per GPU; links are per direction. Users add ty
 size that public training reports show. They are assumptions until a benchmark of the GPU replaces them.
 """
 
+import io
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from yaml import YAMLError
 
 from megatron_solopo.config import ModelConfig
 from megatron_solopo.errors import UserError, first_problem
@@ -75,14 +78,25 @@ def read_gpus(path: Path | None) -> dict[str, Gpu]:
     if path is None:
         return GPUS
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file (--gpu-file)") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    try:
+        # OmegaConf refuses a key that is there twice; PyYAML takes the last.
+        loaded = OmegaConf.load(io.StringIO(text))
+    # OmegaConf raises OSError for a file that holds a bare number or word.
+    except (YAMLError, OmegaConfBaseException, OSError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    given = OmegaConf.to_container(loaded)
     if not isinstance(given, dict):
         raise UserError(f"{path}: expected GPU types and their fields, {', '.join(Gpu.model_fields)}")
-    return GPUS | {str(name).lower(): _parse(path, str(name), fields) for name, fields in given.items()}
+    types = {str(name).lower(): _parse(path, str(name), fields) for name, fields in given.items()}
+    if len(types) < len(given):
+        names = ", ".join(map(str, given))
+        raise UserError(f"{path}: a type is there twice, since upper and lower case are the same: {names}")
+    return GPUS | types
 
 
 def _parse(path: Path, name: str, fields: Any) -> Gpu:

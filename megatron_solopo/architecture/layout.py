@@ -172,10 +172,18 @@ def _check_experts(architecture: ModelShape, parallel: ParallelConfig) -> None:
             f"expert_tensor_parallel_size={etp} needs expert_model_parallel_size > 1 or the value of "
             f"tensor_model_parallel_size={tp}, because the gradients of experts would not be summed over other ranks"
         )
-    elif tp > 1 and not parallel.uses_sequence_parallel:
-        problem = "sequence_parallel=false is not supported for a model with experts and tensor_model_parallel_size > 1"
     if problem:
         raise UserError(f"parallel.{problem}")
+
+
+def check_training(architecture: ModelShape, parallel: ParallelConfig) -> None:
+    """Refuse a layout that generates but does not train; raises UserError naming the key."""
+    tp = parallel.tensor_model_parallel_size
+    if architecture.experts is not None and tp > 1 and not parallel.uses_sequence_parallel:
+        raise UserError(
+            f"parallel.sequence_parallel=false with tensor_model_parallel_size={tp} is not supported for a model with "
+            "experts, because every rank would send all tokens; set it to true"
+        )
 
 
 def _check_recomputation(layers: Sequence[int], parallel: ParallelConfig) -> None:

@@ -7,6 +7,7 @@ it with zeros when it loads under some tensor parallelism.
 """
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 # Transformer Engine keeps state of its kernels beside the weights of every linear layer. With its default strictness,
 # Megatron-LM's `--load` asks for that state under every layer specification, so an import stores an empty one. Our own
 # loader does not ask for it, so a run's checkpoints hold none (see `sharded_state`).
-_EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_EXTRA_STATES = re.compile(r"decoder\..*\.linear_[a-z0-9]+\.weight")
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,16 @@ def _extra_states(architecture: Architecture) -> dict[str, bytes]:
     """Empty states of kernels by key, in the form of Megatron's sharded objects."""
     buffer = io.BytesIO()
     torch.save([None], buffer)
-    count = architecture.num_layers
-    names = [f"decoder.layers.{name}._extra_state" for name in _EXTRA_STATES]
-    return {f"{name}/shard_{layer}_{count}": buffer.getvalue() for name in names for layer in range(count)}
+    places = (
+        place(rule, architecture) for rule in rules(architecture).values() if _EXTRA_STATES.fullmatch(rule.megatron)
+    )
+    return {_extra_state_key(each): buffer.getvalue() for each in places}
+
+
+def _extra_state_key(weight: Place) -> str:
+    """Megatron's key of the state of a linear layer, with its place among the layers and experts that are stacked."""
+    position, stack = (".".join(map(str, numbers)) for numbers in (weight.position or (0,), weight.stack or (1,)))
+    return f"{weight.key.removesuffix('weight')}_extra_state/shard_{position}_{stack}"
 
 
 def _bytes_item(key: str, content: bytes) -> WriteItem:

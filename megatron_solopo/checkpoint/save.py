@@ -29,11 +29,11 @@ from megatron_solopo.checkpoint.sharded_state import SHARDING, state_to_save
 from megatron_solopo.errors import OutOfSpaceError, UserError
 from megatron_solopo.files import described_bytes, remove, write_json
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
-from megatron_solopo.parallel.megatron_internals import ShardedFiles
+from megatron_solopo.parallel.megatron_internals import SavePlans, ShardedFiles
 
 _FORMAT = CheckpointingConfig("torch_dist", 1)
 # Each rank writes this many files, each in a thread of its own.
-_FILES_PER_RANK = 2
+FILES_PER_RANK = 2
 # For everything that is not a tensor: Megatron's lists of pieces, and the file system's own data.
 _SMALL_FILES_BYTES = 1 << 20
 _RESERVE_BYTES = 1 << 16
@@ -57,6 +57,7 @@ class ShardedSave:
         *,
         copies: HostCopies | None = None,
         in_background: bool = False,
+        plans: SavePlans | None = None,
     ) -> None:
         """Begin `root/iter_<step>`.
 
@@ -67,6 +68,8 @@ class ShardedSave:
                 memory is copied there for this save alone.
             in_background: return while threads still write. The training state may change then, because `copies` holds
                 what is written. False: this rank's files are written on return.
+            plans: those of this run's save before, which this one takes over where no rank writes other pieces. They
+                become those of this save. All ranks have them, or none.
 
         Raises UserError on every rank, and leaves nothing behind, if a rank finds no room or cannot write.
         """
@@ -81,7 +84,10 @@ class ShardedSave:
             on_rank_0(self._make_folder)
         if copies is not None:
             copies.take(state)
-        self._files = ShardedFiles(state, self._folder, dict(SHARDING), files_per_rank=_FILES_PER_RANK)
+        plans = plans or new_plans()
+        if _sum_over_ranks(0 if plans.are_of(state) else 1):
+            plans.forget()
+        self._files = ShardedFiles(state, self._folder, dict(SHARDING), plans)
         with self._removed_on_failure():
             on_every_rank(self._files.stage)
         self._pool = ThreadPoolExecutor(1)
@@ -150,7 +156,7 @@ class ShardedSave:
     def _write(self) -> tuple[list[Any], dict[str, FileEntry]]:
         """In the thread: write this rank's files; returns Megatron's results and the manifest's entries."""
         names = self._files.names
-        with ThreadPoolExecutor(_FILES_PER_RANK) as pool:
+        with ThreadPoolExecutor(FILES_PER_RANK) as pool:
             results = [each for file in pool.map(self._write_file, range(len(names))) for each in file]
         self._files.release()
         return results, sealed_files(self._folder, names)
@@ -176,6 +182,11 @@ class ShardedSave:
         files |= sealed_files(self._folder, [name for name in present if name not in files])
         write_manifest(self._folder, files)
         publish(self._folder, self.path)
+
+
+def new_plans() -> SavePlans:
+    """Plans of no save, for all saves of a run."""
+    return SavePlans(FILES_PER_RANK)
 
 
 def _bytes_to_write(state: dict[str, Any]) -> int:

@@ -26,6 +26,13 @@ from megatron_solopo.cli.report import report
 from megatron_solopo.errors import UserError, describe_os_error
 
 _LATER_RANKS_WAIT_SECONDS = 5.0
+# What gloo and NCCL say of a rank that is gone.
+_LOST_CONNECTION = ("onnection reset by peer", "onnection closed by peer", "Broken pipe", "remote process exited")
+_OTHER_RANK = (
+    "This rank lost its connection to another rank, which ended before. Look for that rank's message above and on the "
+    "other hosts. If it has none, it was killed: a launcher shows exitcode -9 (SIGKILL), and the likely cause is the "
+    "kernel's out-of-memory killer (`dmesg -T | grep -i oom`)."
+)
 # Click 8.2 and later raise this where a group is named without a command; earlier versions show the help.
 _NoCommand: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
@@ -87,6 +94,10 @@ class _Commands(click.Group):
                 traceback.print_exc()
             _report(describe_os_error(error) if isinstance(error, OSError) else str(error))
             ctx.exit(2)
+        except RuntimeError as error:
+            if any(words in str(error) for words in _LOST_CONNECTION):
+                error.add_note(_OTHER_RANK)
+            raise
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -223,6 +223,19 @@ class MoEConfig(Section):
     router_trainable: bool = False
     """Train the routers, too. Preference pairs are few, and a router that moves sends tokens to experts that have not
     learned them."""
+    aux_loss_coefficient: NonNegativeFloat = 0.0
+    """Weight of the load-balancing loss of each layer with experts (Switch Transformer, as in transformers). It is
+    computed for every sequence, and its mean over the sequences of a step is added. It needs `router_trainable`."""
+    z_loss_coefficient: NonNegativeFloat = 0.0
+    """Weight of the squared log-sum-exp of router logits (ST-MoE), mean over the tokens of a sequence, then over
+    sequences. It needs `router_trainable`."""
+
+    @model_validator(mode="after")
+    def _check_losses(self) -> Self:
+        for name in ("aux_loss_coefficient", "z_loss_coefficient"):
+            if getattr(self, name) and not self.router_trainable:
+                raise UserError(f"{name}={getattr(self, name)} needs router_trainable=true; set one of the two")
+        return self
 
 
 class Role(StrEnum):

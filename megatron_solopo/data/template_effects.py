@@ -61,7 +61,7 @@ MEANINGS: dict[EffectKind, Meaning] = {
         "an answer has an end token inside, where generation stops", "take that token out of the answers"
     ),
     "unknown_in_answer": Meaning(
-        "the tokenizer has no token for text of an answer, which is trained as its unknown token",
+        "the tokenizer has no token for text of an answer, which is trained as its unknown token or left out",
         "take that text out of the answers, or use a tokenizer that knows it",
     ),
     "unknown_in_prompt": Meaning("the tokenizer has no token for text of a prompt", "", is_loss=False),
@@ -137,11 +137,20 @@ def token_effects(
 def unknown_effects(
     kind: EffectKind, name: str, content: Content, ids: Sequence[int], ends: Collection[int], tokenizer: Tokenizer
 ) -> Iterator[Effect]:
-    """Text that became the unknown token. Some models use that token as an end token too; then it says nothing."""
+    """Text that became the unknown token, or no token at all.
+
+    Some models use the unknown token as an end token too; then it says nothing.
+    """
+    texts = [message["content"] for message in as_messages(content, "user")]
+    characters = sorted({each for text in texts for each in text if each.isprintable() and not each.isspace()})
+    if suspects := [each for each in characters if tokenizer.drops(each)]:
+        text = tokenizer.decode(ids)
+        if dropped := [each for each in suspects if each not in text]:
+            yield Effect(kind, f"{name}: {_short(texts[-1])} has no tokens for {_short(''.join(dropped))}")
+            return
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in ends or unknown not in ids:
         return
-    texts = [message["content"] for message in as_messages(content, "user")]
     if not any(tokenizer.pieces([unknown])[0] in text for text in texts):
         place = ids.index(unknown)
         around = tokenizer.decode(ids[max(0, place - _LAST_TOKENS) : place + _LAST_TOKENS])

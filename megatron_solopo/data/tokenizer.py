@@ -24,6 +24,8 @@ from megatron_solopo.files import sha256_file, sha256_json
 _ANCHORS = (".", "0", "a", "(", "A", "\n")
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"
 _NO_LIMIT = 1 << 60
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What bytes that are no text decode to."""
 
 
 class Tokenizer(ABC):
@@ -81,6 +83,18 @@ class Tokenizer(ABC):
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The piece of text that each token stands for, as the tokenizer's own files write it."""
         return [self._piece(token_id) for token_id in ids]
+
+    def drops(self, character: str) -> bool:
+        """Whether a character leaves no trace in the tokens: a BPE model without an unknown token has none for it."""
+        if character not in self._dropped:
+            text = self.decode(self._encode(character))
+            self._dropped[character] = not text.strip() or (REPLACEMENT in text and character != REPLACEMENT)
+        return self._dropped[character]
+
+    @cached_property
+    def _dropped(self) -> dict[str, bool]:
+        """What `drops` has found."""
+        return {}
 
     def _count(self, text: str) -> int:
         return len(self._encode(text))

@@ -35,6 +35,8 @@ class PackedResponses(PackedSeqParams):  # type: ignore[misc]
     """int64 [N]: the predicted tokens."""
     gathering: "RowGathering | None" = None
     """How sequence-parallel ranks gather those rows; None without tensor parallelism."""
+    places: Any = None
+    """`routing.TokenPlaces` of this rank's positions, where routers of experts are watched."""
 
 
 class ResponseHead(OutputOverride):

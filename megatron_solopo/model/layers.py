@@ -17,9 +17,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
@@ -165,9 +166,10 @@ def layers_with_experts(config: TransformerConfig) -> list[bool]:
     return [bool(each) for each in pattern] if isinstance(pattern, list) else [True] * config.num_layers
 
 
-def routers(chunk: torch.nn.Module) -> list[TopKRouter]:
-    """The routers of a model chunk's experts, in the order of its layers."""
-    return [module for module in chunk.modules() if isinstance(module, TopKRouter)]
+def layers_and_routers(chunk: torch.nn.Module) -> list[tuple[TransformerLayer, TopKRouter]]:
+    """The layers of a model chunk that have experts, each with its router."""
+    layers = (module for module in chunk.modules() if isinstance(module, TransformerLayer))
+    return [(layer, layer.mlp.router) for layer in layers if isinstance(layer.mlp, MoELayer)]
 
 
 def _plain_layer(config: TransformerConfig, has_experts: bool) -> ModuleSpec:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.model.head import PackedResponses, RowGathering, plan_gathering
+from megatron_solopo.model.routing import token_places
 from megatron_solopo.parallel.context import shard_indices, sum_over_context
 from megatron_solopo.parallel.topology import Topology
 
@@ -39,11 +40,14 @@ class Microbatch:
         return sum_over_context(local_S.index_add(0, self.response_sequences_N, token_logprobs_N), context_group)
 
 
-def shard_pack(pack: Pack, topology: Topology) -> Microbatch:
+def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False) -> Microbatch:
     """Cut a pack for this rank's place in the context-parallel group and move it to its device.
 
     Labels were shifted when the pack was built. So a response token counts on the rank that holds its predictor.
     Tensors are copied from pinned memory, so that the host does not wait for the device.
+
+    Args:
+        with_places: for a model with experts in training, whose routers are watched.
     """
     tensor_group = topology.tensor_group
 
@@ -61,6 +65,10 @@ def shard_pack(pack: Pack, topology: Topology) -> Microbatch:
     if tensor_group.size() > 1:
         plan = plan_gathering(rows[here], len(indices) // tensor_group.size(), tensor_group.size(), tensor_group.rank())
         gathering = RowGathering(moved(plan.sent_rows), moved(plan.kept_rows))
+    places = None
+    if with_places:
+        shards = indices.chunk(tensor_group.size())  # experts need sequence parallelism
+        places = token_places(pack, shards[tensor_group.rank()], topology.context_group.size()).to(topology.device)
     # An upper bound is enough. Megatron keeps a table of rotary angles for each bound that it has seen, and powers of
     # two are few.
     max_seqlen = 1 << (pack.max_sequence_length - 1).bit_length()
@@ -78,6 +86,7 @@ def shard_pack(pack: Pack, topology: Topology) -> Microbatch:
             response_rows=moved(rows[here]),
             response_labels=moved(pack.response_labels_N[here]),
             gathering=gathering,
+            places=places,
         ),
         response_sequences_N=moved(pack.response_sequences_N[here]),
         response_lengths_S=moved(pack.response_lengths_S),

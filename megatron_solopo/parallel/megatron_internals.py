@@ -8,6 +8,7 @@ The adaptation of `torch.cuda` to a CPU is in `parallel/cpu.py`.
 
 import inspect
 import queue
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
@@ -40,6 +43,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils
 from packaging.version import Version
 from torch import Tensor
+from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_solopo.architecture.pipeline_schedule import receiving_order
@@ -520,26 +525,31 @@ class ShardedFiles:
     """
 
     def __init__(
-        self, state: dict[str, Any], folder: Path, content_metadata: dict[str, Any], *, files_per_rank: int
+        self, state: dict[str, Any], folder: Path, content_metadata: dict[str, Any], plans: "SavePlans"
     ) -> None:
-        """Plan, on all ranks together; writes nothing but, with megatron-core 0.16, rank 0's `common.pt`."""
+        """Plan, on all ranks together; writes nothing but, with megatron-core 0.16, rank 0's `common.pt`.
+
+        Args:
+            plans: of the save before, if all ranks write the same pieces again; of no save otherwise.
+        """
         filesystem_async._results_queue = queue.Queue()  # Megatron would start a process that holds a queue
-        strategy = _PlanKeeper("torch_dist", 1, thread_count=files_per_rank)
         options: dict[str, Any] = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # 0.19
             options["async_strategy"] = "mcore"
         # Megatron's check would gather the description of all ranks' pieces on every rank. torch checks on rank 0 that
         # the pieces of every tensor cover it and do not overlap.
-        dist_checkpointing.save(
-            state,
-            str(folder),
-            strategy,
-            validate_access_integrity=False,
-            async_sharded_save=True,
-            content_metadata=content_metadata,
-            **options,
-        )
-        self._writer, self._metadata = strategy.writer, strategy.metadata
+        with _check_by_layer():
+            dist_checkpointing.save(
+                state,
+                str(folder),
+                plans,
+                validate_access_integrity=False,
+                async_sharded_save=True,
+                content_metadata=content_metadata,
+                **options,
+            )
+        self._writer, self._metadata = plans.writer, plans.metadata
+        plans.keep(state)
 
     @property
     def names(self) -> list[str]:
@@ -577,15 +587,93 @@ class ShardedFiles:
         self._writer.finish(self._metadata, results)
 
 
-class _PlanKeeper(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """Keeps the plan that Megatron would turn into functions to call later."""
+class SavePlans(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """What the ranks have planned for a save. The next save takes it over, if no rank writes other pieces.
+
+    A plan holds no values. Rank 0 gathers the plans of all ranks, checks them, and makes the list of all pieces.
+    Versions: 0.16 and 0.19. Megatron takes a plan over from the third save on, and never looks whether pieces have
+    changed. The list of pieces would hold the plans of all ranks, too. Megatron uses them only to take over the plan of
+    a checkpoint that it has loaded, and does without them where they are absent.
+    Upstream: `megatron/core/dist_checkpointing/strategies/` (`torch.py`, `state_dict_saver.py`).
+    """
 
     writer: Any
     metadata: Any
 
+    def __init__(self, files_per_rank: int) -> None:
+        super().__init__("torch_dist", 1, thread_count=files_per_rank, cached_metadata=True)
+        self._pieces: list[tuple[Any, ...]] | None = None
+
+    def are_of(self, state: dict[str, Any]) -> bool:
+        """Whether this rank's part of the plans is for the pieces of `state`."""
+        return self._pieces == _pieces(state)
+
+    def forget(self) -> None:
+        """The next save plans anew. All ranks must forget, if one must."""
+        self._pieces = None
+        self.cached_central_plan = self.cached_local_plan = self.cached_global_metadata = None
+        self.validated_cache_reuse = False
+
+    def keep(self, state: dict[str, Any]) -> None:
+        """The plans are those of `state`; the next save takes them over."""
+        self._pieces = _pieces(state)
+        self.cached_global_metadata, self.validated_cache_reuse = self.metadata, True
+
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *strategy: Any) -> Any:
+        # Megatron would turn the plan into functions to call later.
         self.writer, self.metadata = writer, planned[1]
+        if self.metadata is not None:  # rank 0
+            vars(self.metadata).pop("all_local_plans", None)
         return super()._get_save_and_finalize_callbacks(writer, planned, *strategy)
+
+
+@contextmanager
+def _check_by_layer() -> Iterator[None]:
+    """Within the block, torch checks the pieces of each layer for themselves.
+
+    Versions: torch 2.6 to 2.13. Megatron stores the tensors of all layers as one, with an axis of layers. Before pull
+    request 166820 of November 2025, torch compares every piece of a tensor with every other one. Since then it compares
+    those that meet along the longest axis, and pieces of all layers do: 26 million times for 58,676 pieces.
+    Upstream: `torch/distributed/checkpoint/default_planner.py`.
+    """
+    check = default_planner._validate_global_plan
+    with mock.patch.object(default_planner, "_validate_global_plan", lambda plan, found: check(plan, by_layer(found))):
+        yield
+
+
+def by_layer(metadata: Metadata) -> Metadata:
+    """Describe each layer of a stacked tensor as a tensor, if every layer has pieces and every piece is of one layer.
+
+    The pieces cover a stacked tensor and do not overlap if and only if those of each layer do so.
+    """
+    found: dict[str, Any] = {}
+    for key, entry in metadata.state_dict_metadata.items():
+        found |= _layers(key, entry) if isinstance(entry, TensorStorageMetadata) else {key: entry}
+    return Metadata(found)
+
+
+def _layers(key: str, entry: TensorStorageMetadata) -> dict[str, TensorStorageMetadata]:
+    layers: dict[int, list[ChunkStorageMetadata]] = defaultdict(list)
+    if len(entry.size) > 1 and all(chunk.sizes[0] == 1 for chunk in entry.chunks):
+        for chunk in entry.chunks:
+            layers[chunk.offsets[0]].append(ChunkStorageMetadata(chunk.offsets[1:], chunk.sizes[1:]))
+    if not layers or layers.keys() != set(range(entry.size[0])):
+        return {key: entry}
+    size = entry.size[1:]
+    return {
+        f"{key}[{number}]": TensorStorageMetadata(entry.properties, size, chunks) for number, chunks in layers.items()
+    }
+
+
+def _pieces(state: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Everything of a sharded state that a plan depends on, in its order."""
+    apply_factories(state)
+    return [
+        (each.key, each.global_shape, each.global_offset, each.replica_id)
+        + ((each.local_shape, each.dtype) if isinstance(each, ShardedTensor) else ())
+        for each in nested_values(state)
+        if isinstance(each, ShardedTensor | ShardedObject)
+    ]
 
 
 # --- one rank without memory and without the other ranks ---

@@ -173,14 +173,15 @@ class PlannedRun:
         """The layout in full: memory by stage and part, time by what takes it, packing, the run."""
         estimate, layout, gpu, batch = self.estimate, self.layout, self.estimate.gpu, self.estimate.batch
         over = estimate.excess_gib
-        fits = f"fits into {gpu.memory_gib} GiB" if over <= 0 else f"does NOT fit: {over:.1f} GiB over {gpu.memory_gib}"
+        excess = f"does NOT fit: {_figure(over, 1)} GiB over {gpu.memory_gib}"
+        fits = f"fits into {gpu.memory_gib} GiB" if over <= 0 else excess
         memory = [
             {"rank": str(stage.pipeline_rank)}
-            | {name: f"{size / GIB:.2f}" for name, size in stage.parts.items()}
-            | {"total": f"{stage.total / GIB:.2f}", "host": f"{stage.host / GIB:.2f}"}
+            | {name: _figure(size / GIB, 2) for name, size in stage.parts.items()}
+            | {"total": _figure(stage.total / GIB, 2), "host": _figure(stage.host / GIB, 2)}
             for stage in estimate.stages
         ]
-        cost = "" if self.cost is None else f", cost {self.cost:,.0f}"
+        cost = "" if self.cost is None else f", cost {_figure(self.cost, 0)}"
         waiting = f" (pipeline stages wait {self.reference.bubble:.1%})" if self.reference.bubble else ""
         lines = [
             f"{layout.name} on {layout.gpus} x {gpu.device_name}; settings: {layout.savers}",
@@ -197,8 +198,8 @@ class PlannedRun:
             "",
             f"Packing: {batch.num_packs} packs of {batch.num_triplets} triplets, {batch.pad_waste:.2%} padding, "
             f"balance {batch.balance:.3f} (1: all ranks have equal work)",
-            f"Run: {self.steps:,} steps, {self.hours:,.2f} h with a reference pass of "
-            f"{self.reference.seconds / _HOUR:.2f} h{waiting}, {self.gpu_hours:,.0f} GPU-hours{cost} "
+            f"Run: {self.steps:,} steps, {_figure(self.hours, 2)} h with a reference pass of "
+            f"{_figure(self.reference.seconds / _HOUR, 2)} h{waiting}, {_figure(self.gpu_hours, 0)} GPU-hours{cost} "
             "(without checkpoints and evaluation)",
             f"Overrides: {shlex.join(self.overrides)}",
         ]
@@ -207,7 +208,7 @@ class PlannedRun:
         return "\n".join(lines)
 
     def _host_line(self) -> str:
-        found = {name: f"{size / GIB:,.1f}" for name, size in self.host_bytes_per_node().items()}
+        found = {name: _figure(size / GIB, 1) for name, size in self.host_bytes_per_node().items()}
         return (
             f"Host memory, GiB on the fullest node: optimizer state {found['optimizer']}; "
             f"a save {found['save']}, which async_save keeps; a resume {found['resume']}"
@@ -230,29 +231,29 @@ class PlannedRun:
 
     def _time_lines(self) -> list[str]:
         time = self.estimate.time
-        busiest = ", ".join(f"{name} {seconds:.3f}" for name, seconds in time.compute.parts.items())
+        busiest = ", ".join(f"{name} {_figure(seconds, 3)}" for name, seconds in time.compute.parts.items())
         return [
             f"  busiest pipeline rank, all packs: {busiest}",
-            f"  pipeline {time.timeline.seconds:.3f}: {describe_bubble(time.timeline.bubble)}",
-            f"  gradient reduction and parameter gather {time.data_traffic.exposed:.3f}, and "
-            f"{time.data_traffic.hidden:.3f} beside computation; optimizer {time.optimizer:.3f}",
-            f"  whole step {time.seconds:.3f}: {self.estimate.triplets_per_second:.3f} triplets/s",
+            f"  pipeline {_figure(time.timeline.seconds, 3)}: {describe_bubble(time.timeline.bubble)}",
+            f"  gradient reduction and parameter gather {_figure(time.data_traffic.exposed, 3)}, and "
+            f"{_figure(time.data_traffic.hidden, 3)} beside computation; optimizer {_figure(time.optimizer, 3)}",
+            f"  whole step {_figure(time.seconds, 3)}: {_figure(self.estimate.triplets_per_second, 3)} triplets/s",
         ]
 
     def figures(self) -> dict[str, str]:
         """The most important figures for a table, by the column's title."""
         estimate = self.estimate
         found = {
-            "step s": f"{estimate.time.seconds:,.2f}",
-            "triplets/s": f"{estimate.triplets_per_second:,.3f}",
+            "step s": _figure(estimate.time.seconds, 2),
+            "triplets/s": _figure(estimate.triplets_per_second, 3),
             "MFU": f"{self.model_flops_utilization:.0%}",
             "bubble": f"{estimate.time.timeline.bubble:.0%}",
-            "GiB": f"{estimate.fullest.total / GIB:.1f}",
-            "reference h": f"{self.reference.seconds / _HOUR:,.2f}",
-            "hours": f"{self.hours:,.2f}",
-            "GPU-hours": f"{self.gpu_hours:,.0f}",
+            "GiB": _figure(estimate.fullest.total / GIB, 1),
+            "reference h": _figure(self.reference.seconds / _HOUR, 2),
+            "hours": _figure(self.hours, 2),
+            "GPU-hours": _figure(self.gpu_hours, 0),
         }
-        return found if self.cost is None else found | {"cost": f"{self.cost:,.0f}"}
+        return found if self.cost is None else found | {"cost": _figure(self.cost, 0)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,6 +319,13 @@ class PlanAnswer:
         return json.dumps(found, indent=2, allow_nan=False)
 
 
+def _figure(value: float, decimals: int) -> str:
+    """A number with some decimals, or with two significant digits where they would show fewer. Zero is 0."""
+    if 0 < abs(value) < 10.0 ** (1 - decimals):
+        return f"{value:.2g}"
+    return f"{value:,.{decimals}f}" if value else "0"
+
+
 def _dry_run_text(checks: Sequence[RankCheck]) -> str:
     title = (
         "Dry run: bytes that Megatron-Core allocates on each kind of rank, compared with the estimate.\n"
@@ -330,9 +338,9 @@ def _dry_run_text(checks: Sequence[RankCheck]) -> str:
             "elements": f"{check.num_parameters:,}",
             **{name: f"{size:,}" for name, size in check.built.items()},
             "estimate": check.difference or "equal",
-            "saved GiB": "" if check.saved_bytes is None else f"{check.saved_bytes / GIB:.2f}",
-            "estimated": "" if check.estimated_saved_bytes is None else f"{check.estimated_saved_bytes / GIB:.2f}",
-            "s": f"{check.seconds:.1f}",
+            "saved GiB": "" if check.saved_bytes is None else _figure(check.saved_bytes / GIB, 2),
+            "estimated": "" if check.estimated_saved_bytes is None else _figure(check.estimated_saved_bytes / GIB, 2),
+            "s": _figure(check.seconds, 1),
         }
         for check in checks
     ]

@@ -21,9 +21,10 @@ from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.layers import routers
+from megatron_solopo.model.layers import layers_and_routers
 from megatron_solopo.model.microbatch import Microbatch
 from megatron_solopo.model.resolve import ResolvedModel
+from megatron_solopo.model.routing import RouterWatch
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.megatron_internals import (
     begin_gathering_ahead,
@@ -230,6 +231,8 @@ class Policy:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    router_watch: RouterWatch | None = None
+    """None for a model without experts."""
 
     def step(
         self,
@@ -248,6 +251,8 @@ class Policy:
             before_pack: see `run_schedule`; if it raises, the policy is unchanged.
             before_reduction: called when this rank's own gradients are complete.
         """
+        if self.router_watch is not None:
+            self.router_watch.reset()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -299,10 +304,11 @@ def build_policy(config: Config, model: ResolvedModel, topology: Topology, max_s
     """Load the model and make it ready for its first step."""
     loaded = load_model(model, topology, chunk_tokens=config.logprob.chunk_tokens)
     for chunk in loaded:
-        for router in routers(chunk):
+        for _, router in layers_and_routers(chunk):
             router.requires_grad_(config.moe.router_trainable)
     chunks = wrap_data_parallel(loaded, config.optimizer, config.parallel)
     optimizer = build_optimizer(chunks, config.optimizer)
     for chunk in chunks:
         release_exact_values(chunk)
-    return Policy(chunks, optimizer, build_scheduler(optimizer, config.optimizer, max_steps))
+    watch = RouterWatch(loaded, config.moe) if model.architecture.experts else None
+    return Policy(chunks, optimizer, build_scheduler(optimizer, config.optimizer, max_steps), watch)

@@ -16,7 +16,7 @@ from megatron_solopo.checkpoint.directory import LATEST, checkpoint_name, checkp
 from megatron_solopo.checkpoint.host_copies import HostCopies
 from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.checkpoint.model_files import read_model_files
-from megatron_solopo.checkpoint.save import ShardedSave
+from megatron_solopo.checkpoint.save import ShardedSave, new_plans
 from megatron_solopo.checkpoint.sharded_state import state_to_save
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
@@ -59,6 +59,7 @@ class Saver:
         self._running: _RunningSave | None = None
         self._copies = HostCopies() if config.checkpoint.async_save else None
         self._has_reserved = False
+        self._plans = new_plans()
         self._last_saved: TrainState | None = None
 
     def find_checkpoint(self, loader: GlobalBatchLoader) -> TrainState:
@@ -162,6 +163,7 @@ class Saver:
                     self._model_files,
                     copies=self._copies,
                     in_background=background,
+                    plans=self._plans,
                 )
                 self._running = _RunningSave(save, state, reason, started, is_last)
             if not background:

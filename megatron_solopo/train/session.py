@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_solopo import exits
+from megatron_solopo.architecture.layout import check_training
 from megatron_solopo.checkpoint.load import check_weights
 from megatron_solopo.config import Config, check_not_by_hand
 from megatron_solopo.data.prepared import load_prepared
@@ -104,6 +105,7 @@ def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, RunDatasets
     Raises UserError on every rank if something does not fit, or is not the same on all ranks.
     """
     model = resolve_model(config.model, config.parallel)
+    check_training(model.architecture, config.parallel)
     check_offload(config.optimizer, model)
     check_precision(model, config.optimizer)
     reference = _resolve_reference(config, model)

@@ -60,7 +60,8 @@ def run_schedule(
     Returns the third value of `loss_function(microbatch)(output)` for each pack, in order, on the last pipeline stage,
     and an empty list on the other stages.
     """
-    microbatches: Iterable[Microbatch] = (shard_pack(pack, topology) for pack in packs)
+    watches_routers = not forward_only and get_model_config(chunks[0]).num_moe_experts is not None
+    microbatches: Iterable[Microbatch] = (shard_pack(pack, topology, with_places=watches_routers) for pack in packs)
     if not forward_only:  # a pass over a data set has many packs, so each moves to the device when its turn comes
         microbatches = list(microbatches)
     positions = [pack.padded_tokens // topology.context_group.size() for pack in packs]

@@ -314,10 +314,19 @@ class Trainer:
         if result.skipped:
             self._record_skip(step, skipped, batch, result)
         counts = {"skipped": int(result.skipped), "skipped_steps": skipped.total}
-        measured = means | self._costs(batch, result, time.monotonic() - started)
+        measured = means | self._router_metrics() | self._costs(batch, result, time.monotonic() - started)
         metrics = {"step": step} | finite_or_none(measured) | counts
         self.state = TrainState(step, self.loader.state_dict(), skipped, unrecorded=metrics)
         return metrics
+
+    def _router_metrics(self) -> dict[str, float]:
+        """How the step's tokens were routed; nothing for a model without experts."""
+        architecture = self.session.model.architecture
+        if self.policy.router_watch is None or architecture.experts is None:
+            return {}
+        return self.policy.router_watch.metrics(
+            architecture.num_layers, architecture.experts.num_experts, architecture.experts.topk, self.topology.device
+        )
 
     def _before_pack(self) -> None:
         self.work_clock.switch()

@@ -30,6 +30,10 @@ def test_users_add_and_replace_types(tmp_path: Path) -> None:
         ("mine: {speed: 1}", "the fields are device_name"),
         ("[1, 2]", "expected GPU types"),
         ("a: [", "not valid YAML"),
+        ("3", "not valid YAML"),
+        (MINE.replace("memory_gib: 100", "memory_gib: 100, memory_gib: 50"), "found duplicate key memory_gib"),
+        (MINE + MINE, "found duplicate key Mine"),
+        (MINE + MINE.replace("Mine", "MINE").replace("h100", "b"), "a type is there twice"),
     ],
 )
 def test_a_bad_type_is_one_line(tmp_path: Path, text: str, words: str) -> None:

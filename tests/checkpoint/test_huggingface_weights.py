@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -311,3 +311,21 @@ def test_transformers_loads_the_shards(tmp_path: Path) -> None:
 def test_a_tensor_that_was_forgotten_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="wide"):
         write(tmp_path, 300, [name for name in TENSORS if name != "wide"])
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+def test_experts_in_one_tensor_are_read_as_single_ones(family: str, tmp_path: Path) -> None:
+    """transformers 5 holds them so in memory, and publishes single ones."""
+    single, fused = make_model(tmp_path / "single", family), tmp_path / "fused"
+    shutil.copytree(single, fused)
+    model = AutoModelForCausalLM.from_pretrained(single, dtype=torch.float32)
+    save_file({name: each.contiguous() for name, each in model.named_parameters()}, fused / "model.safetensors")
+    one, other = SafetensorsDirectory(single), SafetensorsDirectory(fused)
+    other.check(read_architecture(fused))
+    assert len(load_file(fused / "model.safetensors")) < len(other.entries) == len(one.entries)
+    for name in one.entries:
+        assert torch.equal(other.read(name), one.read(name)), name
+        assert torch.equal(other.read(name, (slice(1, 3),)), one.read(name, (slice(1, 3),))), name
+    gate = next(name for name in one.entries if name.endswith(("experts.3.up_proj.weight", "experts.3.w3.weight")))
+    columns = (slice(5, 9), slice(2, 7))
+    assert torch.equal(other.read(gate, columns), one.read(gate, columns))

@@ -19,6 +19,7 @@ from megatron_solopo.checkpoint.mapping import all_huggingface_shapes, megatron_
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.resolve import resolve_model
+from tests.parity.plain import published
 from tests.ranks import layout
 
 pytestmark = pytest.mark.parity
@@ -78,6 +79,19 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
         | {"sliding_window": None},
         32_762_123_264,
     ),
+    "Mixtral-8x7B": (
+        figures(4096, 14336, 32, 32, 8, 32000)
+        | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
+        | {"rope_theta": 1000000.0, "max_position_embeddings": 32768, "sliding_window": None},
+        46_702_792_704,
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        _QWEN25
+        | figures(2048, 5632, 24, 16, 16, 151936)
+        | {"model_type": "qwen2_moe", "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408}
+        | {"shared_expert_intermediate_size": 5632, "norm_topk_prob": False, "decoder_sparse_step": 1},
+        14_315_784_192,
+    ),
     "Mistral-7B-v0.3": (
         figures(4096, 14336, 32, 32, 8, 32768)
         | {"model_type": "mistral", "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "max_position_embeddings": 32768}
@@ -98,7 +112,8 @@ def test_the_table_has_the_shapes_of_transformers(model) -> None:
     path, architecture, parameters = model
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    assert all_huggingface_shapes(architecture) == {name: tuple(each.shape) for name, each in theirs.named_parameters()}
+    named = published(dict(theirs.named_parameters()), theirs.config.model_type)
+    assert all_huggingface_shapes(architecture) == {name: tuple(each.shape) for name, each in named.items()}
     assert architecture.num_parameters == theirs.num_parameters() == parameters
 
 

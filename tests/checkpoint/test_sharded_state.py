@@ -21,17 +21,18 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.utils import _DistWrapper
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint import sharded_state
 from megatron_solopo.checkpoint.host_copies import HostCopies
 from megatron_solopo.checkpoint.load import load_checkpoint
-from megatron_solopo.checkpoint.save import ShardedSave
+from megatron_solopo.checkpoint.save import ShardedSave, new_plans
 from megatron_solopo.checkpoint.sharded_state import complete_group
 from megatron_solopo.config import Config, parse_config
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel.agreement import on_rank_0
-from megatron_solopo.parallel.megatron_internals import initialize_adam_state, optimizer_parts
+from megatron_solopo.parallel.megatron_internals import SavePlans, initialize_adam_state, optimizer_parts
 from megatron_solopo.plan.memory import rank_state
 from megatron_solopo.train.policy import Policy, build_policy
 from tests.ranks import layout, two_ranks
@@ -82,9 +83,10 @@ def trained(folder: Path, sizes: dict[str, int]) -> Iterator[Policy]:
         yield build_policy(config, resolve_model(config.model, config.parallel), groups, max_steps=10)
 
 
-def save(root: Path, policy: Policy, copies: HostCopies | None = None) -> Path:
+def save(root: Path, policy: Policy, copies: HostCopies | None = None, plans: SavePlans | None = None) -> Path:
+    in_background = copies is not None
     return ShardedSave(
-        root, policy.chunks, policy.optimizer, {"step": 1}, {}, copies=copies, in_background=copies is not None
+        root, policy.chunks, policy.optimizer, {"step": 1}, {}, copies=copies, in_background=in_background, plans=plans
     ).complete()
 
 
@@ -107,12 +109,32 @@ def saved_and_loaded(folder: Path, name: str) -> dict[str, Any]:
             "peaks": peaks,
         }
         if name == "DP2":
+            found["as planned anew"] = saved_with_plans(folder, policy, paths[0])
             architecture = read_architecture(folder / "model")
             found["planned"] = rank_state(architecture, configuration(folder, {}), 0, 2, dist.get_rank()).saved
             load_as_megatron_does(paths[0], policy)
             found["as Megatron loads"] = same(ours, held(policy))
             found["in the background"] = on_rank_0(partial(differences, *paths))
         return found
+
+
+def saved_with_plans(folder: Path, policy: Policy, wanted: Path) -> list[Any]:
+    """Saves with the plans of the one before: how often all plans were gathered, and differences to `wanted`."""
+    plans, found, gathers = new_plans(), [], []
+    gather = _DistWrapper.gather_object
+
+    def counted(*arguments: Any) -> Any:
+        gathers.append(1)
+        return gather(*arguments)
+
+    for number in range(4):
+        if (number, dist.get_rank()) == (2, 1):
+            plans._pieces = []  # pieces have moved on one rank alone
+        with mock.patch.object(_DistWrapper, "gather_object", counted):
+            path = save(folder / f"with plans {number}", policy, plans=plans)
+        found.append((len(gathers), on_rank_0(partial(differences, wanted, path))))
+        assert not hasattr(FileSystemReader(path).read_metadata(), "all_local_plans")
+    return found
 
 
 def save_as_before(root: Path, policy: Policy) -> Path:
@@ -233,6 +255,11 @@ def test_every_rank_writes_its_share(name: str) -> None:
     total = sum(rank["written"] for rank in ranks)
     # The last of two pipeline stages has a copy of the tied embeddings, which the first one writes.
     assert all(0.39 * total < rank["written"] <= rank["owned"] for rank in ranks)
+
+
+def test_ranks_plan_anew_only_if_pieces_have_moved_on_one_of_them() -> None:
+    for rank in two_ranks(__name__):
+        assert rank["DP2"]["as planned anew"] == [(1, []), (1, []), (2, []), (2, [])]
 
 
 def test_a_plan_knows_what_ranks_write() -> None:

@@ -234,6 +234,26 @@ def test_what_a_user_can_mend_is_one_line_and_debug_adds_the_traceback(
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "[pair.cc:537] Read error [127.0.0.1]:25754: Connection reset by peer. This is typically caused by a remote",
+        "[pair.cc:553] Connection closed by peer [10.0.0.1]:9",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_a_rank_that_lost_another_says_that_the_other_is_the_cause(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_command(monkeypatch, raise_error(RuntimeError(words)))
+    with pytest.raises(RuntimeError) as raised:
+        main(["fail"])
+    (note,) = raised.value.__notes__
+    assert "lost its connection to another rank" in note and "SIGKILL" in note and "out-of-memory killer" in note
+    add_command(monkeypatch, raise_error(RuntimeError("a matrix has the wrong shape")))
+    with pytest.raises(RuntimeError) as raised:
+        main(["fail"])
+    assert not hasattr(raised.value, "__notes__")
+
+
+@pytest.mark.parametrize(
     ("action", "kind"),
     [
         (lambda: list(zip("ab", "a", strict=True)), ValueError),

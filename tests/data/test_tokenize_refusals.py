@@ -11,6 +11,7 @@ from tests.data.tiny_tokenizers import (
     REWRITING,
     STRICT,
     write_hugging_face,
+    write_incomplete_bpe,
     write_sentencepiece,
     write_unigram,
     write_word_level,
@@ -114,6 +115,22 @@ def test_unknown_words_of_an_answer_are_refused_and_those_of_a_prompt_are_counte
     assert effects["unknown_in_prompt"].rows == 1 and "unknown_in_answer" not in effects
 
 
+@pytest.mark.parametrize("kind", ["characters", "bytes", "some of its bytes"])
+def test_characters_without_a_token_are_refused_in_an_answer_and_counted_in_a_prompt(tmp_path, kind):
+    """A BPE model without an unknown token leaves them out, and nothing in the tokens tells."""
+    rows = [triplet(i, long_words=5) for i in range(3)]
+    known = "".join(sorted({each for row in rows for text in row.values() for each in text}))
+    known += "\N{CLOUD}" if kind == "some of its bytes" else ""  # two of the three bytes of a snowman
+    path = write_incomplete_bpe(tmp_path / "bpe", bytes_known=None if kind == "characters" else known)
+    bad = [*rows[:2], rows[2] | {"chosen": "so \N{SNOWMAN} it is"}]
+    message = refusal(tmp_path, bad, str(path))
+    assert "has no token for text of an answer" in message
+    assert "row-2: chosen: 'so \N{SNOWMAN} it is' has no tokens for '\N{SNOWMAN}'" in message
+    file = write_rows(tmp_path / "prompt.jsonl", [rows[0], rows[1] | {"prompt_long": "is it \N{SNOWMAN}?"}])
+    effects = prepare(file, tmp_path / "prompt", str(path)).effects
+    assert effects["unknown_in_prompt"].rows == 1 and "unknown_in_answer" not in effects
+
+
 def test_answers_that_are_equal_since_their_words_are_unknown_name_the_words_once(tmp_path):
     rows = [triplet(i, long_words=5) for i in range(4)]
     tokenizer = str(write_word_level(tmp_path / "words", rows))
@@ -122,8 +139,8 @@ def test_answers_that_are_equal_since_their_words_are_unknown_name_the_words_onc
     message = refusal(tmp_path, [*bad, rows[3] | {"chosen": "row-3 row-3", "rejected": "row-3  row-3"}], tokenizer)
     assert (
         "lines 1, 2, 3: rejected: has the same tokens as chosen: the tokenizer has no token for text of an answer, "
-        "which is trained as its unknown token; chosen: '\N{SNOWMAN}' has the tokens '<unk>'; take that text out"
-        in message
+        "which is trained as its unknown token or left out; chosen: '\N{SNOWMAN}' has the tokens '<unk>'; take that "
+        "text out" in message
     )
     assert message.endswith("; line 4: rejected: has the same tokens as chosen") and "\N{COMET}" not in message
 

@@ -108,6 +108,27 @@ def write_word_level(path: Path, rows: list[dict[str, str]], **settings: str) ->
     return path
 
 
+def write_incomplete_bpe(path: Path, *, bytes_known: str | None = None) -> Path:
+    """A BPE tokenizer of single characters without an unknown token: it leaves out all others.
+
+    Args:
+        bytes_known: characters whose bytes it knows; it is then a byte-level one.
+    """
+    letters = ALPHABET if bytes_known is None else sorted({one for one in _byte_letters(bytes_known)})
+    vocabulary = {piece: number for number, piece in enumerate([*SPECIAL_TOKENS, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    if bytes_known is not None:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(path)
+    return path
+
+
+def _byte_letters(text: str) -> str:
+    """How a byte-level tokenizer writes the bytes of a text."""
+    return "".join(piece for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text))
+
+
 def write_unigram(path: Path) -> Path:
     """A Unigram tokenizer of single characters, whose settings name no unknown token."""
     pieces = [(token, 0.0) for token in SPECIAL_TOKENS] + [(letter, -1.0) for letter in ALPHABET]

@@ -19,7 +19,7 @@ from megatron_solopo.generate.transformers import TransformersModel, answer_of
 from tests.ranks import layout, two_ranks
 from tests.tiny_models import VOCAB_SIZE, make_model
 
-FAMILIES = ("qwen2_yarn", "qwen3", "llama3_tied")
+FAMILIES = ("qwen2_yarn", "qwen3", "llama3_tied", "qwen2_moe")
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": False},
     "pp2": {"pipeline_model_parallel_size": 2},

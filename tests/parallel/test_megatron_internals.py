@@ -5,7 +5,7 @@ A failure here says that Megatron has changed what the entry relies on, or has m
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -23,6 +24,14 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
+from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_solopo.config import ParallelConfig
 from megatron_solopo.parallel import megatron_internals as internals
@@ -221,7 +230,7 @@ def test_the_hybrid_optimizers_state_is_read_in_full_precision_and_handed_out() 
 def test_a_plan_is_written_by_this_process_and_read_by_megatron(group: Any, tmp_path: Path) -> None:
     model = make_model()
     state = {"model": model.sharded_state_dict(metadata=SHARDING)}
-    files = internals.ShardedFiles(state, tmp_path, {}, files_per_rank=2)
+    files = internals.ShardedFiles(state, tmp_path, {}, internals.SavePlans(2))
     files.stage()
     wanted = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     results = [found for number in range(len(files.names)) for found in files.write(number)]
@@ -232,9 +241,51 @@ def test_a_plan_is_written_by_this_process_and_read_by_megatron(group: Any, tmp_
     assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
 
 
+def stored(size: Sequence[int], *boxes: tuple[tuple[int, ...], tuple[int, ...]]) -> Metadata:
+    chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes]
+    return Metadata({"key": TensorStorageMetadata(TensorProperties(), torch.Size(size), chunks)})
+
+
+LAYERS = (((0, 0), (1, 2)), ((0, 2), (1, 2)), ((1, 0), (1, 4)))
+
+
+@pytest.mark.parametrize(
+    ("is_whole", "boxes"),
+    [
+        (True, LAYERS),
+        (True, (((0, 0), (2, 3)), ((0, 3), (2, 1)))),
+        (False, LAYERS[1:]),
+        (False, (*LAYERS[:2], ((1, 0), (1, 3)))),
+        (False, LAYERS[:2]),
+        (False, (*LAYERS[:2], LAYERS[0], LAYERS[1])),
+        (False, (*LAYERS[:2], ((1, 0), (1, 5)))),
+        (False, (*LAYERS[:2], ((2, 0), (1, 4)))),
+        (False, (((0, 0), (1, 3)), ((0, 2), (1, 2)), ((1, 0), (1, 3)))),
+        (False, (((0, 0), (2, 3)), ((0, 2), (2, 1)))),
+    ],
+)
+def test_pieces_are_whole_by_layer_if_they_are_whole_together(is_whole: bool, boxes: Any) -> None:
+    whole, plans = stored((2, 4), *boxes), [SavePlan([])] * 2
+    assert len(internals.by_layer(stored((2, 4), *LAYERS)).state_dict_metadata) == 2
+    # Older versions of torch return whether they are whole; newer ones return what is wrong.
+    passed = default_planner._validate_global_plan(plans, stored((2, 4), *LAYERS))
+    assert (default_planner._validate_global_plan(plans, whole) == passed) is is_whole
+    assert (default_planner._validate_global_plan(plans, internals.by_layer(whole)) == passed) is is_whole
+
+
+def test_a_plan_that_writes_a_number_twice_is_refused(group: Any, tmp_path: Path) -> None:
+    boxes = (((0, 0), (1, 3)), ((0, 2), (1, 2)), ((1, 0), (1, 4)))
+    state = {
+        number: ShardedTensor("key", torch.ones(sizes), torch.float32, sizes, (2, 4), offsets, None)
+        for number, (offsets, sizes) in enumerate(boxes)
+    }
+    with pytest.raises(ValueError, match=r"[Ff]ailed to validate global plan"):
+        internals.ShardedFiles(state, tmp_path, {}, internals.SavePlans(1))
+
+
 def test_a_file_that_cannot_be_written_raises_what_the_file_system_raises(group: Any, tmp_path: Path) -> None:
     files = internals.ShardedFiles(
-        {"model": make_model().sharded_state_dict(metadata=SHARDING)}, tmp_path, {}, files_per_rank=1
+        {"model": make_model().sharded_state_dict(metadata=SHARDING)}, tmp_path, {}, internals.SavePlans(1)
     )
     files.stage()
     (tmp_path / files.names[0]).mkdir()

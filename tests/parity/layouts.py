@@ -85,6 +85,8 @@ class RankResult:
     is_counted: bool
     """Whether this rank's metrics enter the sum over ranks (one rank per data-parallel replica)."""
     grad_norms: list[float] = field(default_factory=list)
+    routing: list[dict[str, float]] = field(default_factory=list)
+    """Per step, the metrics of routers."""
     metric_sums: list[Tensor] = field(default_factory=list)
     """Per step, fp64 [M]: this rank's sums over triplets; zeros on ranks without the loss."""
     gradients: "Shards" = field(default_factory=dict)
@@ -154,6 +156,8 @@ def _train(
     for step_packs in packs:
         step = policy.step(step_packs, loss, groups)
         result.grad_norms.append(step.grad_norm)
+        if policy.router_watch is not None:
+            result.routing.append(policy.router_watch.metrics(*_expert_sizes(config), groups.device))
         zeros = torch.zeros(len(metric_names(config.objective)), dtype=torch.float64)
         result.metric_sums.append(sum((report.double().cpu() for report in step.reports), zeros))
         if not result.gradients and not layout.distributed_optimizer:
@@ -162,6 +166,12 @@ def _train(
             )
     result.parameters = _shards(policy, lambda parameter: parameter.detach())
     return result
+
+
+def _expert_sizes(config: Config) -> tuple[int, int, int]:
+    architecture = read_architecture(config.model.path)
+    assert architecture.experts is not None
+    return architecture.num_layers, architecture.experts.num_experts, architecture.experts.topk
 
 
 def _shards(policy: Policy, value: Callable[[Any], Tensor | None]) -> Shards:

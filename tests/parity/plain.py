@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 Row = Mapping[str, Any]  # id, prompt_short, prompt_long, chosen, rejected: token ids
 
@@ -26,6 +27,8 @@ class PlainStep:
     grad_norm: float
     parameters: dict[str, Tensor]
     """After the step, by Hugging Face name."""
+    routing: dict[str, float]
+    """Metrics of routers, for a model with experts."""
 
 
 def load(path: Path) -> torch.nn.Module:
@@ -71,6 +74,59 @@ def parameters(path: Path) -> dict[str, Tensor]:
     """A model's parameters by their names in published checkpoints."""
     model = load(path)
     return published({name: each.detach() for name, each in model.named_parameters()}, model.config.model_type)
+
+
+Routes = Mapping[tuple[str, str], list[Tensor]]
+"""For each context and answer of a row: every sparse layer's router logits [tokens, experts]."""
+
+
+def routes(o: Mapping[str, Any], model: Any, row: Row) -> Routes:
+    """Run every sequence that objective `o` reads, and keep what the routers say."""
+    pairs = [("short", "chosen"), ("short", "rejected"), ("long", "chosen")]
+    pairs += [("long", "rejected")] if o.get("align") == "both" else []
+    return {
+        (context, answer): model(
+            torch.tensor([[*row[f"prompt_{context}"], *row[answer]]]), output_router_logits=True
+        ).router_logits
+        for context, answer in pairs
+    }
+
+
+def router_loss(model: Any, batch: Sequence[Routes], aux: float, z: float) -> Tensor:
+    """The mean over sequences of the losses of all layers' routers; the balance is transformers' own function."""
+    config, total, count = model.config, torch.zeros(()), 0
+    for logits_of in batch:
+        for layers in logits_of.values():
+            count += 1
+            for logits in layers:
+                balance = load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
+                total = total + aux * balance + z * logits.logsumexp(dim=-1).square().mean()
+    return total / count
+
+
+def routing_metrics(topk: int, batch: Sequence[Routes], rows: Sequence[Row]) -> dict[str, float]:
+    """How full the fullest expert is, how undecided the routers are, and whether the contexts share their experts."""
+    layers = range(len(next(iter(batch[0].values()))))
+    loads, entropies, same, pairs = [], [], 0, 0
+    for layer in layers:
+        everything = torch.cat([logits[layer].detach() for logits_of in batch for logits in logits_of.values()])
+        counts = everything.topk(topk).indices.flatten().bincount(minlength=everything.shape[1]).double()
+        loads.append(float(counts.max() / counts.mean()))
+        entropies.append(torch.distributions.Categorical(logits=everything.double()).entropy())
+        for row, logits_of in zip(rows, batch, strict=True):
+            for (context, answer), long in logits_of.items():
+                if context == "long":
+                    for place in range(len(row[answer])):
+                        experts = []
+                        for prompt, logits in (("long", long), ("short", logits_of["short", answer])):
+                            position = len(row[f"prompt_{prompt}"]) - 1 + place
+                            experts.append(set(logits[layer][position].topk(topk).indices.tolist()))
+                        same, pairs = same + len(experts[0] & experts[1]), pairs + topk
+    return {
+        "moe/load_max_over_mean": sum(loads) / len(loads),
+        "moe/entropy": float(torch.cat(entropies).mean()),
+        "moe/route_agreement": same / pairs,
+    }
 
 
 def _reward(loss_type: str, beta: float, logp: Tensor, length: int, reference: Tensor) -> Tensor:
@@ -152,8 +208,14 @@ def train(
     eps: float,
     *,
     routers: bool = True,
+    aux: float = 0.0,
+    z: float = 0.0,
 ) -> list[PlainStep]:
-    """AdamW steps (betas 0.9, 0.95, no decay, no clipping), one per batch, of all parameters or all but routers."""
+    """AdamW steps (betas 0.9, 0.95, no decay, no clipping), one per batch, of all parameters or all but routers.
+
+    Args:
+        aux, z: weights of the losses of routers.
+    """
     model, frozen = load(policy), load(reference)
     learning = trained(model, routers)
     optimizer = torch.optim.AdamW(learning, lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
@@ -162,7 +224,13 @@ def train(
     for batch in batches:
         model.zero_grad()
         loss = torch.stack([triplet_loss(o, model, frozen, row) for row in batch]).mean()
-        loss.backward()
+        routing = {}
+        if hasattr(model.config, "num_experts_per_tok"):
+            batch_routes = [routes(o, model, row) for row in batch]
+            (loss + router_loss(model, batch_routes, aux, z)).backward()
+            routing = routing_metrics(model.config.num_experts_per_tok, batch_routes, batch)
+        else:
+            loss.backward()
         gradients = {
             name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and id(p) in of_learning
         }
@@ -170,5 +238,5 @@ def train(
         optimizer.step()
         values = {name: p.detach().clone() for name, p in model.named_parameters()}
         kind = model.config.model_type
-        steps.append(PlainStep(loss.item(), published(gradients, kind), norm, published(values, kind)))
+        steps.append(PlainStep(loss.item(), published(gradients, kind), norm, published(values, kind), routing))
     return steps

@@ -1,9 +1,12 @@
 """Length, cost, utilization and overrides of a planned run."""
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from megatron_solopo.architecture.gpus import GPUS, Efficiency
-from megatron_solopo.plan.answer import PlannedRun
+from megatron_solopo.plan.answer import PlannedRun, _figure
 from tests.plan.models import estimate, load_example, make_planner
 
 PERFECT = Efficiency(gemm=1, fp8_gemm=1, attention=1, head=1, memory=1, message_seconds=0)
@@ -43,6 +46,17 @@ def test_the_overrides_make_the_layout_of_the_configuration_given() -> None:
     for each in planner.search().ranked:
         found = load_example("llama-3.1-8b", *given, *PlannedRun(planner, each, None).overrides)[0]
         assert found == each.layout.config
+
+
+def test_figures_of_a_tiny_model_are_not_zero() -> None:
+    """They keep two significant digits, and those of a large model their decimals."""
+    shown = [_figure(value, 2) for value in (0, 0.000123, 0.0468, 1.2345, 1234.5)]
+    assert shown == ["0", "0.00012", "0.047", "1.23", "1,234.50"]
+    planner = make_planner("llama-3.1-8b", gpus=8, tokens="short=64,long=128,response=8")
+    tiny = replace(planner.architecture, hidden_size=64, num_layers=2, ffn_hidden_size=64)
+    planner = replace(planner, architecture=tiny)
+    text = PlannedRun(planner, estimate(planner, cp=1), None).explanation().split("Overrides:")[0]
+    assert not re.search(r"(?<![\d.])0\.0+(?![\d%])", text), text
 
 
 def test_the_host_memory_of_saves_and_resumes_is_that_of_the_fullest_node() -> None:

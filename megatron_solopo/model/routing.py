@@ -1,0 +1,216 @@
+"""What the routers of a mixture of experts do with the tokens of a step: counted, and balanced if asked for.
+
+A router sees positions and no sequences. So a pack of a model with experts carries the places of its positions, and
+each layer hands them to its router, also where the backward pass computes the layer again.
+
+Padding counts nowhere. Losses are those of single sequences, so the packing, the layout and the number of ranks change
+neither losses nor metrics.
+
+Shapes: t positions on this rank, which context and sequence parallelism divide; S sequences; N response tokens of the
+whole pack; E experts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_solopo.config import MoEConfig
+from megatron_solopo.data.packing import Pack
+from megatron_solopo.model.layers import layers_and_routers
+
+
+@dataclass(frozen=True)
+class TokenPlaces:
+    """Where the positions of this rank lie in their pack. Tensors are int64 unless noted."""
+
+    real_t: Tensor
+    """bool: whether a position holds a token, not padding."""
+    sequences_t: Tensor
+    """The sequence of each position."""
+    lengths_S: Tensor
+    """Tokens of each sequence, on all ranks together."""
+    response_tokens: Tensor
+    """Numbers in [0, N) of the response tokens that a position of this rank predicts."""
+    response_positions: Tensor
+    """The positions that predict them, on this rank."""
+    num_responses: int
+    """N."""
+    pairs_2P: Tensor
+    """Numbers in [0, N) of tokens of the same response, behind the short and behind the long context."""
+    loss_scale: float
+    """What one sequence's loss counts: CP / roles. The gradient is divided by CP x triplets afterwards."""
+    counted: set[int] = field(default_factory=set)
+    """Layers that have counted this pack. The backward pass may compute a layer again."""
+
+    def to(self, device: torch.device) -> "TokenPlaces":
+        """The same on another device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return TokenPlaces(**vars(self) | tensors)
+
+
+def token_places(pack: Pack, positions_t: Tensor, context_size: int) -> TokenPlaces:
+    """Find the places of some positions of a pack, on the host.
+
+    Args:
+        positions_t: positions in [0, T) of the pack, in the order in which this rank holds them.
+    """
+    sequences_t = torch.searchsorted(pack.cu_seqlens_S1.long(), positions_t, right=True) - 1
+    offsets_t = positions_t - pack.cu_seqlens_S1[sequences_t]
+    local_of_T = torch.full((pack.padded_tokens,), -1)
+    local_of_T[positions_t] = torch.arange(len(positions_t))
+    local_N = local_of_T[pack.response_rows_N]
+    return TokenPlaces(
+        real_t=offsets_t < pack.sequence_lengths_S[sequences_t],
+        sequences_t=sequences_t,
+        lengths_S=pack.sequence_lengths_S,
+        response_tokens=(local_N >= 0).nonzero().squeeze(1),
+        response_positions=local_N[local_N >= 0],
+        num_responses=len(local_N),
+        pairs_2P=_response_pairs(pack),
+        loss_scale=context_size / len(pack.roles),
+    )
+
+
+def _response_pairs(pack: Pack) -> Tensor:
+    """[2, P]: for each role with a long context whose short one is in the pack, the same tokens of both responses."""
+    starts_S = pack.response_lengths_S.cumsum(0) - pack.response_lengths_S
+    found = [torch.empty(2, 0, dtype=torch.int64)]
+    for long, role in enumerate(pack.roles):
+        if role.context != "long" or role.on_short_context not in pack.roles:
+            continue
+        short = pack.roles.index(role.on_short_context)
+        for first in range(0, len(starts_S), len(pack.roles)):
+            tokens = torch.arange(int(pack.response_lengths_S[first + long]))
+            found.append(torch.stack([starts_S[first + short] + tokens, starts_S[first + long] + tokens]))
+    return torch.cat(found, dim=1)
+
+
+class RouterWatch:
+    """Watches the routers of this rank's model chunks while they are trained."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], config: MoEConfig) -> None:
+        """Attach to the routers, for the life of the model. A model without experts has none."""
+        self._config = config
+        self._sums: dict[int, _LayerSums] = {}
+        self._of_layer: dict[int, TokenPlaces | None] = {}
+        for chunk in chunks:
+            for layer, router in layers_and_routers(chunk):
+                layer.register_forward_pre_hook(partial(self._enter, router.layer_number), with_kwargs=True)
+                router.routing = partial(self._route, router, router.routing)
+
+    def _enter(self, layer: int, module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        self._of_layer[layer] = getattr(keywords.get("packed_seq_params"), "places", None)
+
+    def _route(
+        self, router: TopKRouter, routing: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Megatron's routing of logits [t, 1, E]; returns probabilities and choices [t, E]."""
+        probabilities, chosen = routing(logits, **more)
+        places = self._of_layer.get(router.layer_number)
+        if places is None:
+            return probabilities, chosen
+        logits_tE = logits.flatten(0, -2).float()
+        if router.layer_number not in places.counted:
+            places.counted.add(router.layer_number)
+            with torch.no_grad():
+                sums = self._sums.setdefault(router.layer_number, _LayerSums.zeros(logits_tE))
+                sums.add(logits_tE, chosen, places)
+        balanced = self._config.aux_loss_coefficient or self._config.z_loss_coefficient
+        if balanced and torch.is_grad_enabled():
+            probabilities = _WithLoss.apply(probabilities, self._loss(logits_tE, chosen, places))  # type: ignore[no-untyped-call]
+        return probabilities, chosen
+
+    def _loss(self, logits_tE: Tensor, chosen_tE: Tensor, places: TokenPlaces) -> Tensor:
+        """This rank's share of the losses of all sequences of the pack, one layer's."""
+        real = places.real_t
+        sequences, logits = places.sequences_t[real], logits_tE[real]
+        lengths = places.lengths_S[sequences].float()
+        loss = logits.logsumexp(dim=1).square().div(lengths).sum() * self._config.z_loss_coefficient
+        if self._config.aux_loss_coefficient:
+            counts_SE = logits.new_zeros(len(places.lengths_S), logits.shape[1])
+            counts_SE.index_add_(0, sequences, chosen_tE[real].to(logits.dtype))
+            _sum_over_shards(counts_SE)
+            shares = counts_SE[sequences] / lengths[:, None]
+            balance = (shares * logits.softmax(dim=1)).sum(dim=1).div(lengths).sum() * logits.shape[1]
+            loss = loss + balance * self._config.aux_loss_coefficient
+        scaled: Tensor = loss * places.loss_scale
+        return scaled
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self._sums.clear()
+
+    def metrics(self, num_layers: int, num_experts: int, topk: int, device: torch.device) -> dict[str, float]:
+        """What was counted since `reset`, over all layers and ranks. All ranks call it together.
+
+        Returns:
+            `moe/load_max_over_mean`: tokens of a layer's fullest expert over the mean of its experts, mean over layers.
+            `moe/entropy`: of the router's probabilities of a token, in nats, mean over tokens and layers.
+            `moe/route_agreement`: share of the experts of a response token behind the short context that are its
+            experts behind the long context, too; absent if no response was computed behind both.
+        """
+        total = torch.zeros(num_layers, num_experts + 3, dtype=torch.float64, device=device)
+        for layer, sums in self._sums.items():
+            total[layer - 1] = torch.cat([sums.tokens_E, sums.others_3])
+        dist.all_reduce(total)
+        counts, (entropy, same, pairs) = total[:, :-3], total[:, -3:].sum(dim=0).tolist()
+        used = counts[counts.sum(dim=1) > 0]
+        found = {
+            "moe/load_max_over_mean": float((used.amax(dim=1) / used.mean(dim=1)).mean()),
+            "moe/entropy": entropy * topk / float(used.sum()),
+        }
+        return found | ({"moe/route_agreement": same / (pairs * topk)} if pairs else {})
+
+
+@dataclass(frozen=True)
+class _LayerSums:
+    tokens_E: Tensor
+    """fp64: tokens of each expert."""
+    others_3: Tensor
+    """fp64: entropy of all tokens; equal choices and number of the pairs of response tokens."""
+
+    @classmethod
+    def zeros(cls, logits_tE: Tensor) -> "_LayerSums":
+        new = partial(torch.zeros, dtype=torch.float64, device=logits_tE.device)
+        return cls(new(logits_tE.shape[1]), new(3))
+
+    def add(self, logits_tE: Tensor, chosen_tE: Tensor, places: TokenPlaces) -> None:
+        real = places.real_t
+        self.tokens_E.add_(chosen_tE[real].sum(dim=0))
+        logs = logits_tE[real].log_softmax(dim=1)
+        self.others_3[0] -= (logs.exp() * logs).sum()
+        # Both responses of a pair may lie on other ranks. One byte per response token and expert is exchanged.
+        chosen_NE = torch.zeros(places.num_responses, chosen_tE.shape[1], dtype=torch.uint8, device=logits_tE.device)
+        chosen_NE[places.response_tokens] = chosen_tE[places.response_positions].to(torch.uint8)
+        _sum_over_shards(chosen_NE)
+        short, long = places.pairs_2P
+        self.others_3[1] += (chosen_NE[short] & chosen_NE[long]).sum()
+        self.others_3[2] += len(short)
+
+
+def _sum_over_shards(values: Tensor) -> None:
+    """Sum over the ranks that divide the positions of a pack, in place."""
+    group = parallel_state.get_tensor_and_context_parallel_group()
+    if group.size() > 1:
+        dist.all_reduce(values, group=group)
+
+
+class _WithLoss(torch.autograd.Function):
+    """The first argument, whose backward pass also is that of the loss, the second."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (loss,) = ctx.saved_tensors
+        return gradients[0], torch.ones_like(loss)
