@@ -120,3 +120,26 @@ def fused_attn_bwd(
         dk[keys] = per_group(torch.einsum("hqk,qhd->khd", dscores, query))
         dv[keys] = per_group(torch.einsum("hqk,qhd->khd", weights, gradient))
     return dq, dk, dv, None, None
+
+
+def _rows(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Of each sequence: its row of a batch, its first token of a pack, and the token after its last."""
+    for row, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        yield row, start, end
+
+
+@emulates
+def convert_thd_to_bshd(tensor_THD: Tensor, cu_seqlens: Tensor, batch_size: int, max_length: int) -> Tensor:
+    """A pack as a batch [B, S, H, D], padded with zeros: what attention that is not fused works on."""
+    out = torch.zeros(batch_size, max_length, *tensor_THD.shape[1:], dtype=tensor_THD.dtype)
+    for row, start, end in _rows(cu_seqlens):
+        out[row, : end - start] = tensor_THD[start:end]
+    return out
+
+
+@emulates
+def convert_bshd_to_thd(tensor_BSHD: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    out = torch.zeros(num_tokens, *tensor_BSHD.shape[2:], dtype=tensor_BSHD.dtype)
+    for row, start, end in _rows(cu_seqlens):
+        out[start:end] = tensor_BSHD[row, : end - start]
+    return out

@@ -81,6 +81,22 @@ def gather_one_by_one() -> None:
     distributed._coalescing_manager = distributed.distributed_c10d._coalescing_manager = one_by_one
 
 
+def keep_fused_functions_in_float32() -> None:
+    """What torch.compile fuses rounds to bfloat16 at its end alone. Line by line it would round each operation."""
+    from megatron.core.fusions import fused_bias_swiglu
+
+    for name in ("swiglu", "bias_swiglu", "weighted_swiglu", "swiglu_back", "bias_swiglu_back"):
+        setattr(fused_bias_swiglu, name, _in_float32(getattr(fused_bias_swiglu, name)))
+
+
+def _in_float32(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(function)
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        return function(*(tensor.float() for tensor in tensors)).to(tensors[0].dtype)
+
+    return call
+
+
 def wait_once_for_each_message() -> None:
     """Transformer Engine waits twice for a message of context parallelism. NCCL allows it; gloo awaits another one."""
     from transformer_engine.pytorch.attention.dot_product_attention import context_parallel

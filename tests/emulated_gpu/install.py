@@ -35,6 +35,7 @@ def install() -> None:
     with _stub_of_triton():
         spec.loader.exec_module(package)
     device.wait_once_for_each_message()
+    device.keep_fused_functions_in_float32()
     # The project asks here whether its layers can be Transformer Engine's.
     import megatron_solopo.model.resolve as resolve
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformer_engine_torch as tex
+from megatron.core.fusions import fused_bias_swiglu
 from transformer_engine.common.recipe import Float8BlockScaling
 from transformer_engine.pytorch import (
     Float8BlockQuantizer,
@@ -153,6 +154,19 @@ def test_fused_attention_of_a_padded_batch(layout: str) -> None:
         None, (-1, 0), False, cu, cu, q, k, v, torch.float32, *[None] * 9, 0, False, False,
     )  # fmt: skip
     close(out, wanted)
+
+
+def test_a_pack_becomes_a_padded_batch_and_a_pack_again() -> None:
+    cu, pack = torch.tensor([0, 3, 8], dtype=torch.int32), torch.randn(8, 2, 4)
+    batch = tex.convert_thd_to_bshd(pack, cu, 2, 6)
+    assert torch.equal(batch, torch.stack([F.pad(part, (0, 0, 0, 0, 0, 6 - len(part))) for part in pack.split([3, 5])]))
+    assert torch.equal(tex.convert_bshd_to_thd(batch, cu, 8), pack)
+
+
+def test_a_fused_function_rounds_once() -> None:
+    y = torch.randn(64, 32).bfloat16()
+    gate, up = y.float().chunk(2, -1)
+    assert torch.equal(fused_bias_swiglu.swiglu(y), (F.silu(gate) * up).bfloat16())
 
 
 # ---- context parallelism

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tests.gpu.models import VOCAB_SIZE, make_model
-from tests.parity.layouts import ONE_PACK, PACKED, UNPACKED, Case, Layout, RankResult, run_case
+from tests.gpu.rounding import rounded_products
+from tests.parity.layouts import ONE_PACK, PACKED, UNPACKED, Case, Layout, RankResult, Shards, run_case
 
 pytestmark = pytest.mark.gpu
 
@@ -46,7 +47,7 @@ def batches() -> list[list[dict[str, Any]]]:
     def tokens(count: int) -> list[int]:
         return [generator.randrange(VOCAB_SIZE) for _ in range(count)]
 
-    lengths = [(3, 257, 2, 5), (47, 640, 31, 1), (64, 511, 17, 40), (31, 123, 9, 9)]
+    lengths = [(3, 129, 2, 5), (47, 320, 31, 1), (64, 255, 17, 40), (31, 61, 9, 9)]
     names = ("prompt_short", "prompt_long", "chosen", "rejected")
     return [
         [
@@ -64,11 +65,12 @@ def train(
     plan: Any = PACKED,
     parallel: dict[str, Any] | None = None,
     reference: str = "reference",
+    steps: int = 2,
     **layout: Any,
 ) -> RankResult:
-    """Two optimizer steps."""
+    """One optimizer step, or two."""
     case = Case(family, DPO, Layout("gpu", plan, parallel or {}, model=settings, **layout), reference)
-    return run_case(model(family), case, batches())
+    return run_case(model(family), case, batches()[:steps])
 
 
 @functools.cache
@@ -81,10 +83,11 @@ def gradient_error(found: RankResult, wanted: RankResult) -> float:
     return _relative_difference(found.gradients, wanted.gradients)
 
 
-def _relative_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+def _relative_difference(found: Shards, wanted: Shards) -> float:
     assert found.keys() == wanted.keys()
-    difference = sum(float((found[name].double() - tensor.double()).square().sum()) for name, tensor in wanted.items())
-    return math.sqrt(difference / sum(float(tensor.double().square().sum()) for tensor in wanted.values()))
+    pairs = [(found[name][1].double(), tensor.double()) for name, (_, tensor) in wanted.items()]
+    difference = sum(float((ours - theirs).square().sum()) for ours, theirs in pairs)
+    return math.sqrt(difference / sum(float(theirs.square().sum()) for _, theirs in pairs))
 
 
 def losses(result: RankResult) -> Tensor:
@@ -131,17 +134,36 @@ def test_saved_memory_changes_no_number(parallel: dict[str, Any]) -> None:
     equals(saved, plain, 5e-3)
 
 
+@functools.cache
+def rounding_errors(recipe: str) -> tuple[float, float]:
+    """What FP8's rounding costs plain layers: mean error of the gradient, root mean square error of the loss.
+
+    The samples differ in the part of FP8's range that they use. The rounding of a whole model varies between them.
+    """
+    wanted, gradients, squares = exact("llama3"), [], []
+    for room in (1.0, 0.85, 0.7):
+        with rounded_products(recipe, room):
+            found = train("llama3", PLAIN, steps=1)
+        gradients.append(gradient_error(found, wanted))
+        squares.append(float(losses(found)[0] / losses(wanted)[0] - 1) ** 2)
+    return sum(gradients) / len(gradients), math.sqrt(sum(squares) / len(squares))
+
+
 @pytest.mark.parametrize("settings", [{}, {"first_last_layers_bf16": True}], ids=["all-layers", "first-last-bf16"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_fp8_is_close_to_bfloat16(recipe: str, settings: dict[str, Any]) -> None:
+def test_fp8_errs_as_its_rounding_does(recipe: str, settings: dict[str, Any]) -> None:
     if settings and recipe == "delayed":
         pytest.skip("refused by name, see tests/model/test_precision.py")
-    ours = train("llama3", FP8 | settings | {"fp8_recipe": recipe}, pack_multiple=RECIPES[recipe])
+    ours = train("llama3", FP8 | settings | {"fp8_recipe": recipe}, pack_multiple=RECIPES[recipe], steps=1)
     error = gradient_error(ours, exact("llama3"))
-    print(f"{recipe} {settings}: gradient error {error:.2e}, losses {losses(ours).tolist()}")
-    # e4m3 keeps 3 bits behind the point: 2^-4 per rounded number.
-    assert error < 0.25
-    torch.testing.assert_close(losses(ours)[:1], losses(exact("llama3"))[:1], rtol=0.1, atol=0)
+    loss_error = abs(float(losses(ours)[0] / losses(exact("llama3"))[0] - 1))
+    # A scale from earlier micro-batches is as wide as that of the tensor itself.
+    of_gradient, of_loss = rounding_errors("tensorwise" if recipe == "delayed" else recipe)
+    print(
+        f"{recipe} {settings}: gradient {error:.3f} (rounding {of_gradient:.3f}), loss {loss_error:.3f} ({of_loss:.3f})"
+    )
+    assert error < 1.5 * of_gradient < 0.5
+    assert loss_error < 3 * of_loss  # three standard deviations
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -180,9 +202,14 @@ def test_dpo_starts_at_ln_2_when_the_reference_is_the_policy(settings: dict[str,
 
 
 def test_offloaded_optimizer_makes_the_same_updates() -> None:
-    on_gpu, offloaded = (
-        train("qwen2_tied", TE, distributed_optimizer=True, optimizer={"optimizer_offload_fraction": fraction})
-        for fraction in (0.0, 0.5)
-    )
-    assert offloaded.grad_norms == pytest.approx(on_gpu.grad_norms, rel=5e-3)
-    assert _relative_difference(offloaded.parameters, on_gpu.parameters) < 1e-4
+    def after(steps: int, fraction: float) -> RankResult:
+        optimizer = {"optimizer_offload_fraction": fraction}
+        return train("qwen2_tied", TE, distributed_optimizer=True, optimizer=optimizer, steps=steps)
+
+    first, offloaded_first, second, offloaded = (after(steps, fraction) for steps in (1, 2) for fraction in (0.0, 0.5))
+    # Two forms of Adam differ by some 2^-24 of a value: they round few values (2^-14) to another bfloat16 (2^-8 off).
+    assert _relative_difference(offloaded_first.parameters, first.parameters) < 2**-8 * 2**-7
+    # That changes the next gradient by less than its own error, 2 % to 5 %, and the update likewise.
+    assert offloaded.grad_norms == pytest.approx(second.grad_norms, rel=5e-2)
+    moved = _relative_difference(second.parameters, first.parameters)
+    assert _relative_difference(offloaded.parameters, second.parameters) < 0.05 * moved
