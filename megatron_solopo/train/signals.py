@@ -11,11 +11,12 @@ of a single number, and `StopSignals.check` raises `Stopped` on every rank.
 An evaluation that stops loses what it has computed. A reference pass loses nothing.
 
 Within a step no rank waits for the all-reduce: the ranks begin it at one micro-batch, and act on it at the next
-(`check_meanwhile`). So a run stops within two micro-batches (one step with PP > 1), and then it is saved. Beside NCCL,
-more than 32 ranks reduce in stages, and each stage takes one more micro-batch (`stages_of`). A second
-signal, 2 seconds or more after the first, ends the process at once with code 128 + its number. A save that is being
-written then stays under its temporary name. Within 2 seconds a second signal counts as the same request, because
-launchers deliver one request twice: to the process group, then to each rank.
+(`check_meanwhile`). So a run without pipeline stages stops within two micro-batches, and then it is saved. With
+pipeline stages it first ends its step, or its part of at most 24 x PP packs. Beside NCCL, more than 32 ranks reduce in
+stages, and each stage takes one more micro-batch (`stages_of`). A second signal, 2 seconds or more after the first,
+ends the process at once with code 128 + its number. A save that is being written then stays under its temporary name.
+Within 2 seconds a second signal counts as the same request, because launchers deliver one request twice: to the process
+group, then to each rank.
 
 Python runs signal handlers only between two bytecodes of the main thread, and this thread may wait in a collective for
 long. So a second thread reads the numbers of signals from a pipe, into which the interpreter writes them at once. This
