@@ -297,12 +297,14 @@ def _check_bfloat16_layers(architecture: ModelShape, model: ModelConfig, paralle
 def _check_widths(architecture: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Both sides of every weight matrix of a rank must be multiples, like the tokens."""
     tp, multiple = parallel.tensor_model_parallel_size, FP8_MULTIPLES[model.fp8_recipe]
-    a = architecture
+    a, experts = architecture, architecture.experts
     for what, width in (
         ("hidden size", a.hidden_size),
         ("attention heads x head_dim / TP", a.num_attention_heads * a.head_dim // tp),
         ("queries, keys and values / TP", (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim // tp),
-        ("feed-forward columns / TP", a.ffn_hidden_size // tp),
+        ("feed-forward columns / TP", 0 if experts and experts.in_all_layers else a.ffn_hidden_size // tp),
+        ("columns of an expert / expert TP", experts.ffn_hidden_size // parallel.expert_tensor_size if experts else 0),
+        ("columns of the shared expert / TP", experts.shared_ffn_hidden_size // tp if experts else 0),
     ):
         if width % multiple:
             raise UserError(
