@@ -30,7 +30,8 @@ def linear_weights(architecture: ModelShape) -> int:
     if experts is None:
         return attention + a.num_layers * 3 * a.hidden_size * a.ffn_hidden_size
     columns = experts.topk * experts.ffn_hidden_size + experts.shared_ffn_hidden_size
-    sparse = experts.num_layers * a.hidden_size * (3 * columns + experts.num_experts)
+    gates = experts.num_experts + (1 if experts.shared_ffn_hidden_size else 0)
+    sparse = experts.num_layers * a.hidden_size * (3 * columns + gates)
     return attention + sparse + (a.num_layers - experts.num_layers) * 3 * a.hidden_size * a.ffn_hidden_size
 
 

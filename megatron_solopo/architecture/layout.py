@@ -94,11 +94,13 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
         )
     instances = config.num_distributed_optimizer_instances
     ranks = world_size // (config.tensor_model_parallel_size * config.pipeline_model_parallel_size)
-    if ranks % instances:
-        raise UserError(
-            f"parallel.num_distributed_optimizer_instances={instances} does not divide the {ranks} ranks (DP x CP) "
-            "that share the optimizer's state; set it to a divisor"
-        )
+    of_experts = world_size // config.pipeline_model_parallel_size // experts
+    for count, what in ((ranks, "DP x CP"), (of_experts, "those with the same experts")):
+        if count % instances:
+            raise UserError(
+                f"parallel.num_distributed_optimizer_instances={instances} does not divide the {count} ranks ({what}) "
+                "that share the optimizer's state; set it to a divisor"
+            )
 
 
 class DataParallelOverlap(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_solopo.architecture.flops import linear_weights
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.errors import UserError
 from tests.tiny_models import FAMILIES, make_model
@@ -159,6 +160,16 @@ def check_feed_forwards(found: Architecture, model: Any) -> None:
         assert len(shared) == experts.shared_ffn_hidden_size
 
 
+def idle_parameters(model: Any) -> int:
+    """Parameters of the experts that a token is not sent to. transformers holds a layer's experts in two tensors."""
+    return sum(
+        tensor.numel() // len(tensor) * (len(tensor) - layer.mlp.gate.top_k)
+        for layer in model.model.layers
+        if hasattr(layer.mlp, "experts")
+        for tensor in layer.mlp.experts.parameters()
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sizes_are_those_of_the_models_weights(family: str, tmp_path: Path) -> None:
     found = read_architecture(write(tmp_path, family, {}))
@@ -169,6 +180,10 @@ def test_the_sizes_are_those_of_the_models_weights(family: str, tmp_path: Path) 
     assert layer.self_attn.k_proj.weight.shape == (keys, found.hidden_size)
     check_feed_forwards(found, model)
     assert found.num_parameters == sum(each.numel() for each in model.parameters())
+    idle = idle_parameters(model)
+    assert found.num_active_parameters == found.num_parameters - idle
+    matrices = sum(each.numel() for each in model.model.layers.parameters() if each.dim() > 1)
+    assert linear_weights(found) == matrices - idle
     assert len(model.model.embed_tokens.weight) == found.vocab_size
     assert len(model.model.layers) == found.num_layers
     assert layer.input_layernorm.variance_epsilon == found.layernorm_epsilon

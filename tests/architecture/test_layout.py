@@ -255,6 +255,13 @@ def test_experts_need_whole_groups_of_a_stages_ranks() -> None:
         check_world_size(ParallelConfig(**{EP: 3}, **PP2), 16)
 
 
+def test_optimizer_instances_divide_the_ranks_of_an_expert() -> None:
+    sizes = {EP: 4, "num_distributed_optimizer_instances": 2}
+    check_world_size(ParallelConfig(**sizes), 8)
+    with pytest.raises(UserError, match=r"instances=2 does not divide the 1 ranks \(those with the same experts\)"):
+        check_world_size(ParallelConfig(**sizes), 4)
+
+
 def test_an_experts_columns_fit_fp8(architecture: Architecture) -> None:
     model = ModelConfig(path="unused", fp8="e4m3", dtype="bfloat16")
     wide = replace(architecture, hidden_size=64, head_dim=16, experts=replace(EXPERTS, ffn_hidden_size=32))
