@@ -12,7 +12,11 @@ from megatron_solopo.errors import UserError
 _VOCAB_MULTIPLE_PER_RANK = 128
 _LARGE_BUBBLE = 0.2
 # Both sides of an FP8 matrix must be a multiple of this. One side is the tokens of a pack that one rank holds.
-FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+# Upstream: `get_fp8_align_size` in `megatron/core/fp8_utils.py`.
+FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 16}
+# Sequence parallelism gathers blockwise FP8 values only if each rank holds whole blocks. Otherwise Transformer Engine
+# gathers twice the bytes and waits for them. Upstream: `Float8BlockQuantizer.is_quantizable`.
+FP8_BLOCK = 128
 
 
 def sequence_multiple(context_parallel_size: int) -> int:
@@ -24,12 +28,16 @@ def pack_multiple(tensor_model_parallel_size: int, context_parallel_size: int, m
     """The tokens of a whole pack are padded to a multiple of this, after the padding of its sequences.
 
     Sequence parallelism divides the pack's tokens over CP x TP ranks. With FP8, each of these ranks needs a multiple of
-    `FP8_MULTIPLES`. The last sequence takes the difference, because padding every short sequence would cost more.
+    `FP8_MULTIPLES`, or whole blocks where it gathers blockwise values. The last sequence takes the difference, because
+    padding every short sequence would cost more.
 
     Args:
         model: whether and how FP8 is used; None: not.
     """
-    tokens_per_rank = FP8_MULTIPLES[model.fp8_recipe] if model is not None and model.fp8 else 1
+    tokens_per_rank = 1
+    if model is not None and model.fp8:
+        gathers_blocks = model.fp8_recipe == "blockwise" and tensor_model_parallel_size > 1
+        tokens_per_rank = FP8_BLOCK if gathers_blocks else FP8_MULTIPLES[model.fp8_recipe]
     ranks = tensor_model_parallel_size * context_parallel_size
     return math.lcm(sequence_multiple(context_parallel_size), tokens_per_rank * ranks)
 
@@ -289,12 +297,14 @@ def _check_bfloat16_layers(architecture: ModelShape, model: ModelConfig, paralle
 def _check_widths(architecture: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Both sides of every weight matrix of a rank must be multiples, like the tokens."""
     tp, multiple = parallel.tensor_model_parallel_size, FP8_MULTIPLES[model.fp8_recipe]
-    a = architecture
+    a, experts = architecture, architecture.experts
     for what, width in (
         ("hidden size", a.hidden_size),
         ("attention heads x head_dim / TP", a.num_attention_heads * a.head_dim // tp),
         ("queries, keys and values / TP", (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim // tp),
-        ("feed-forward columns / TP", a.ffn_hidden_size // tp),
+        ("feed-forward columns / TP", 0 if experts and experts.in_all_layers else a.ffn_hidden_size // tp),
+        ("columns of an expert / expert TP", experts.ffn_hidden_size // parallel.expert_tensor_size if experts else 0),
+        ("columns of the shared expert / TP", experts.shared_ffn_hidden_size // tp if experts else 0),
     ):
         if width % multiple:
             raise UserError(

@@ -25,6 +25,12 @@ _GIB = 1024**3
 _CHECKPOINT_BYTES_PER_PARAMETER = 14  # bfloat16 weights, float32 master weights and two Adam moments
 _CHECKPOINTS = 4  # checkpoint.keep_last is 3, and one more is being written
 _LOW_DISK_GIB = 10
+# Values of `model.fp8_recipe` -> the question that Transformer Engine answers about them.
+_FP8_RECIPES = {
+    "blockwise": "is_fp8_block_scaling_available",
+    "tensorwise, delayed": "is_fp8_available",
+    "mxfp8": "is_mxfp8_available",
+}
 _TESTED_PYTHONS = ((3, 11), (3, 12))
 
 # Distribution -> module of required libraries. Only an import shows that a binary is broken.
@@ -220,17 +226,26 @@ def _transformer_engine() -> list[Check]:
 
 
 def _fp8(engine: Any) -> Check:
-    """Ask Transformer Engine whether the current device supports FP8."""
+    """Ask Transformer Engine which recipes of `model.fp8_recipe` the current device computes."""
     cost = "linear layers run in bfloat16 or float32"
     remedy = "use a GPU of compute capability 8.9 (Ada), 9.0 (Hopper) or newer"
     try:
         if not importlib.import_module("torch").cuda.is_available():
             return Check("FP8", "missing", "no CUDA device", cost, remedy)
-        available, reason = engine.is_fp8_available(return_reason=True)
+        answers = {recipes: getattr(engine, ask)(return_reason=True) for recipes, ask in _FP8_RECIPES.items()}
     except Exception as error:
         found = f"Transformer Engine cannot tell: {_reason(error)}"
         return Check("FP8", "warn", found, cost, "use Transformer Engine 2.9 or newer")
-    return Check("FP8", "ok", "works on this device") if available else Check("FP8", "missing", reason, cost, remedy)
+    works = [recipes for recipes, (available, _) in answers.items() if available]
+    reasons = {recipes: " ".join(str(reason).split()).rstrip(".") for recipes, (_, reason) in answers.items()}
+    if not works:
+        return Check("FP8", "missing", reasons["tensorwise, delayed"], cost, remedy)
+    if "blockwise" in works:
+        return Check("FP8", "ok", f"works on this device: {', '.join(works)}")
+    found = f"works: {', '.join(works)}; not blockwise, the default: {reasons['blockwise']}"
+    return Check(
+        "FP8", "warn", found, "model.fp8 alone is refused", f"set model.fp8_recipe to one of: {', '.join(works)}"
+    )
 
 
 def _flash_attention() -> Check:

@@ -57,6 +57,11 @@ class TripletSizes:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def flops(self) -> float:
+        """Forward FLOPs of all triplets."""
+        return float(self.cost.sum()) * _FLOPS_PER_COST
+
     def select(self, rows: IntArray) -> list[TripletSize]:
         """The sizes of some rows, in their order."""
         columns = (self.padded_tokens[rows], self.tokens[rows], self.cost[rows])

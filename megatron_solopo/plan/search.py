@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_solopo.architecture.gpus import Efficiency, Gpu, Reserve
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.architecture.layout import FP8_MULTIPLES
+from megatron_solopo.architecture.layout import FP8_BLOCK
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.plan.layouts import (
@@ -108,7 +108,7 @@ class Planner:
         config = self.config.model_copy(update={"objective": objective})
         # The widest layout pads most. A budget for it means that no layout is refused for the budget alone.
         fp8 = "fp8" in self.vary or config.model.fp8 is not None
-        pack_multiple = 2 * self.gpus * (max(FP8_MULTIPLES.values()) if fp8 else 1)
+        pack_multiple = 2 * self.gpus * (FP8_BLOCK if fp8 else 1)
         largest = Packer(self.workload, config, self.architecture).largest_triplet(2 * self.gpus, pack_multiple)
         budget = max(config.data.max_tokens_per_pack, largest)
         data = config.data.model_copy(update={"max_tokens_per_pack": budget})

@@ -8,7 +8,8 @@ of a single number, and `StopSignals.check` raises `Stopped` on every rank.
     each step            training with pipeline stages, which have micro-batches in flight: nothing
     each part            evaluation and reference pass with pipeline stages, see `single_pass`
 
-An evaluation that stops loses what it has computed. A reference pass loses nothing.
+An evaluation that stops loses what it has computed. A reference pass loses nothing. With pipeline stages, the run is
+saved before a long evaluation: whoever asks may kill the ranks before a part is done.
 
 Within a step no rank waits for the all-reduce: the ranks begin it at one micro-batch, and act on it at the next
 (`check_meanwhile`). So a run without pipeline stages stops within two micro-batches, and then it is saved. With

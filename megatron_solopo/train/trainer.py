@@ -59,6 +59,10 @@ from megatron_solopo.train.step import LossFunction, ReferenceLogprobs, objectiv
 from megatron_solopo.train.straggler import WorkClock, find_straggler
 from megatron_solopo.train.watchdog import SAVE
 
+# Launchers kill a job some minutes after they asked it to stop. With pipeline stages, a stop waits for a part of an
+# evaluation. If all of it takes longer than this, the run is saved first, so that nothing is lost.
+_LONG_EVALUATION_SECONDS = 120.0
+
 
 def train(config: Config) -> None:
     """Run training as `config` says, on the ranks that torchrun started (or on this process alone).
@@ -274,6 +278,10 @@ class Trainer:
     def _complete_step(self, metrics: Metrics) -> None:
         """What follows an optimizer step: evaluation, metrics and checkpoint."""
         if self._must_evaluate():
+            if self._evaluation_holds_up_stops(metrics):
+                self.session.enter(SAVE, self.state.step)
+                background = self.config.checkpoint.async_save
+                self.saver.save(self.state, "before a long evaluation", is_last=False, background=background)
             metrics = metrics | self._evaluate()
         for callback in self.callbacks:
             callback.on_step_end(metrics)
@@ -284,6 +292,19 @@ class Trainer:
         if reason := self.save_clock.reason_to_save(step, is_last=is_last):
             background = self.config.checkpoint.async_save and not is_last
             self.saver.save(self.state, reason, is_last=is_last, background=background)
+
+    def _evaluation_holds_up_stops(self, metrics: Metrics) -> bool:
+        """Whether a stop may have to wait so long for a part of the evaluation that the ranks are killed before.
+
+        The time is estimated from that of the step.
+        """
+        if self.config.parallel.pipeline_model_parallel_size == 1:
+            return False  # it stops between two packs
+        step_flops, step_seconds = metrics["flops"], metrics["step_time"]
+        if not step_flops or not step_seconds:
+            return False
+        sizes = self.datasets["eval"].sizes(self.config.objective.roles.all, 1)
+        return step_seconds * sizes.flops / step_flops > _LONG_EVALUATION_SECONDS
 
     def _save(self, state: TrainState, reason: str) -> Path | None:
         self.session.enter(SAVE, state.step)

@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_solopo.architecture.experts import ExpertShape
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.layout import (
+    check_fp8,
     check_layout,
+    check_training,
     check_world_size,
     describe_bubble,
     pack_multiple,
@@ -18,7 +21,7 @@ from megatron_solopo.architecture.layout import (
     sequence_multiple,
     wanted_packs,
 )
-from megatron_solopo.config import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_solopo.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.data.loader import Packing
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.errors import UserError
@@ -132,8 +135,8 @@ def test_another_world_size_is_refused_with_sizes_and_keys(world_size, sizes) ->
     assert f"--nproc-per-node {config.model_parallel_size} " in message
 
 
-# Transformer Engine's documentation of its recipes, and Megatron-Core's padding for them.
-TOKENS_PER_RANK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+# What cuBLAS asks for, as in Megatron-Core's `get_fp8_align_size`.
+TOKENS_PER_RANK = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 16}
 ROLES = ObjectiveConfig().roles.all
 SIZES = st.sampled_from([1, 2, 4, 8])
 LENGTHS = st.lists(st.tuples(*[st.integers(1, 90)] * 4), min_size=1, max_size=3)
@@ -160,6 +163,12 @@ def test_every_rank_holds_a_multiple_of_tokens(context: int, tensor: int, recipe
     assert pack.cu_seqlens_S1[:-1].tolist() == plain.cu_seqlens_S1[:-1].tolist()
     assert pack.response_rows_N.tolist() == plain.response_rows_N.tolist()
     assert pack.tokens_T[: plain.padded_tokens].tolist() == plain.tokens_T.tolist()
+
+
+def test_only_sequence_parallelism_gathers_whole_blocks_of_tokens() -> None:
+    blockwise = model(fp8="hybrid", fp8_recipe="blockwise")
+    assert pack_multiple(1, 8, blockwise) == 8 * 16
+    assert pack_multiple(8, 8, blockwise) == 8 * 8 * 128
 
 
 @pytest.mark.parametrize(
@@ -201,3 +210,55 @@ def test_a_pack_filled_to_its_budget_stays_within_it_when_padded(budget: int, mu
     fullest = packing.max_sequence_tokens
     assert -(-fullest // multiple) * multiple <= budget
     assert -(-(fullest + 1) // multiple) * multiple > budget
+
+
+EXPERTS = ExpertShape(num_experts=12, topk=2, ffn_hidden_size=24, renormalizes=True, layers=(True,) * 4)
+EP = "expert_model_parallel_size"
+EXPERT_TP = "expert_tensor_parallel_size"
+
+
+@pytest.mark.parametrize("sizes", [{}, {EP: 4}, {EP: 12} | TP2, {EP: 2, EXPERT_TP: 1} | TP2, {EP: 3, EXPERT_TP: 4}])
+def test_a_layout_that_divides_the_experts_is_accepted(architecture: Architecture, sizes: dict[str, int]) -> None:
+    model, parallel = replace(architecture, experts=EXPERTS), ParallelConfig(**sizes)
+    check_layout(model, parallel)
+    check_training(model, parallel)
+
+
+@pytest.mark.parametrize(
+    ("experts", "sizes", "words"),
+    [
+        (None, {EP: 2}, ["expert_model_parallel_size=2", "llama has none"]),
+        (None, {EXPERT_TP: 2}, ["expert_tensor_parallel_size=2", "llama has none"]),
+        (EXPERTS, {EP: 5}, ["expert_model_parallel_size=5", "12 experts"]),
+        (EXPERTS, {EP: 2, EXPERT_TP: 5}, ["expert_tensor_parallel_size=5", "24 feed-forward columns", "set it to 1"]),
+        (EXPERTS, {EXPERT_TP: 1} | TP2, ["expert_tensor_parallel_size=1", "expert_model_parallel_size > 1"]),
+        (replace(EXPERTS, shared_ffn_hidden_size=7), TP2, ["does not divide", "7 feed-forward", "shared expert"]),
+    ],
+)
+def test_another_layout_of_experts_is_refused(architecture, experts, sizes, words) -> None:
+    with pytest.raises(UserError) as error:
+        check_layout(replace(architecture, experts=experts), ParallelConfig(**sizes))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_experts_train_with_sequence_parallelism_alone(architecture: Architecture) -> None:
+    model, parallel = replace(architecture, experts=EXPERTS), ParallelConfig(**TP2, sequence_parallel=False)
+    check_layout(model, parallel)  # generation runs so
+    check_training(architecture, parallel)
+    with pytest.raises(UserError, match=r"sequence_parallel=false .*experts.*set it to true"):
+        check_training(model, parallel)
+
+
+def test_experts_need_whole_groups_of_a_stages_ranks() -> None:
+    check_world_size(ParallelConfig(**{EP: 4}, **PP2), 16)
+    with pytest.raises(UserError, match=r"expert_model_parallel_size=3 x expert_tensor_parallel_size=1.*the 8 ranks"):
+        check_world_size(ParallelConfig(**{EP: 3}, **PP2), 16)
+
+
+def test_an_experts_columns_fit_fp8(architecture: Architecture) -> None:
+    model = ModelConfig(path="unused", fp8="e4m3", dtype="bfloat16")
+    wide = replace(architecture, hidden_size=64, head_dim=16, experts=replace(EXPERTS, ffn_hidden_size=32))
+    check_fp8(wide, model, ParallelConfig(**{EP: 2}), OptimizerConfig())
+    with pytest.raises(UserError, match=r"columns of an expert / expert TP is 8"):
+        narrow = replace(wide, experts=replace(EXPERTS, ffn_hidden_size=8))
+        check_fp8(narrow, model, ParallelConfig(**{EP: 2}), OptimizerConfig())

@@ -180,15 +180,23 @@ def test_nvidia_apex_and_its_extensions(
 
 
 def test_fp8_is_what_transformer_engine_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each recipe has its own question: with CUDA 12.8 a Hopper GPU has FP8, but not the default recipe."""
     import torch
 
+    def ask(**reasons: str) -> doctor.Check:
+        answers = {f"is_{name}_available": (not reason, reason) for name, reason in reasons.items()}
+        return doctor._fp8(SimpleNamespace(**{n: lambda return_reason, a=a: a for n, a in answers.items()}))
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reason = "Device compute capability 8.9 or higher required for FP8 execution."
-    yes = doctor._fp8(SimpleNamespace(is_fp8_available=lambda return_reason: (True, "")))
-    no = doctor._fp8(SimpleNamespace(is_fp8_available=lambda return_reason: (False, reason)))
+    old = "Device compute capability 8.9 or higher required for FP8 execution."
+    hopper = ask(fp8="", fp8_block_scaling="", mxfp8="needs Blackwell")
+    early = ask(fp8="", fp8_block_scaling="needs\nCUDA 12.9.", mxfp8="needs Blackwell")
+    ampere = ask(fp8=old, fp8_block_scaling="x", mxfp8="x")
     unable = doctor._fp8(SimpleNamespace())
-    assert (yes.status, no.status, unable.status) == ("ok", "missing", "warn")
-    assert no.found == reason and "AttributeError" in unable.found
+    assert [each.status for each in (hopper, early, ampere, unable)] == ["ok", "warn", "missing", "warn"]
+    assert hopper.found == "works on this device: blockwise, tensorwise, delayed"
+    assert "not blockwise, the default: needs CUDA 12.9" in early.found and "tensorwise, delayed" in str(early.remedy)
+    assert ampere.found == old.rstrip(".") and "AttributeError" in unable.found
 
 
 def test_a_transformer_engine_that_does_not_import_costs_speed_alone(

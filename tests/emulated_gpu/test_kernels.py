@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 import transformer_engine_torch as tex
 from megatron.core.fusions import fused_bias_swiglu
-from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer, Float8Quantizer
+from transformer_engine.common.recipe import Float8BlockScaling
+from transformer_engine.pytorch import (
+    Float8BlockQuantizer,
+    Float8CurrentScalingQuantizer,
+    Float8Quantizer,
+    Linear,
+    autocast,
+)
 
 from tests.emulated_gpu.device import WaitOnce
 from tests.emulated_gpu.quantization import matrix_of
@@ -319,6 +326,22 @@ def test_fp8_products_multiply_the_rounded_values(kind: str) -> None:
     assert float((found - x @ weight.t()).norm() / (x @ weight.t()).norm()) < 2**-4
     dx = product(a, current(E5M2)(torch.randn(384, 128)), False, False)[0] if kind == "tensorwise" else None
     assert dx is None or dx.shape == x.shape
+
+
+def test_blocks_may_be_cut_at_the_edges_of_a_matrix() -> None:
+    """Transformer Engine's own layer, with sides of which none is a multiple of 128, forward and backward."""
+    layer = Linear(208, 80, bias=False, params_dtype=torch.float32, device="cpu")
+    x, dy = torch.randn(48, 208, requires_grad=True), torch.randn(48, 80)
+    with autocast(enabled=True, recipe=Float8BlockScaling()):
+        y = layer(x)
+    y.backward(dy)
+    weight = layer.weight.detach()
+    for found, wanted in (
+        (y.detach(), x.detach() @ weight.t()),
+        (x.grad, dy @ weight),
+        (layer.weight.grad, dy.t() @ x.detach()),
+    ):
+        assert 0 < float((found - wanted).norm() / wanted.norm()) < 2**-4
 
 
 def test_products_that_cublas_refuses() -> None:

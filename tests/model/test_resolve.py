@@ -97,7 +97,7 @@ def test_packs_are_exchanged_by_heads_and_in_a_ring_since_2_18(architecture, mon
             {"pipeline_model_parallel_size": 2},
             ["num_layers_at_end_in_bf16=3", "2 layers"],
         ),
-        (FP8, {}, {"tensor_model_parallel_size": 8}, ["blockwise", "multiples of 128", "TP", "64"]),
+        (FP8, {}, {"tensor_model_parallel_size": 64}, ["blockwise", "multiples of 16", "TP", "is 8 "]),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(monkeypatch, architecture, model, optimizer, parallel, words) -> None:
@@ -115,12 +115,13 @@ def test_fp8_parameters_are_refused_where_checkpoints_cannot_hold_them(monkeypat
 
 
 def test_fewer_key_value_heads_than_ranks_are_counted_as_megatron_cuts_them(monkeypatch, architecture) -> None:
-    """Queries, keys and values of a rank: (8 + 2 x 2) x 64 / 4 = 192, no multiple of 128, but one of 16."""
+    """Queries, keys and values of a rank: (8 + 2 x 2) x 64 / 16 = 48, no multiple of 32, but one of 16."""
     pretend(monkeypatch)
     few = replace(architecture, num_query_groups=2)
-    check(few, settings(**FP8, fp8_recipe="tensorwise"), has_gpu=True, tensor_model_parallel_size=4)
-    with pytest.raises(UserError, match="queries, keys and values / TP is 192"):
-        check(few, settings(**FP8), has_gpu=True, tensor_model_parallel_size=4)
+    for recipe in ("tensorwise", "blockwise"):
+        check(few, settings(**FP8, fp8_recipe=recipe), has_gpu=True, tensor_model_parallel_size=16)
+    with pytest.raises(UserError, match="queries, keys and values / TP is 48"):
+        check(few, settings(**FP8, fp8_recipe="mxfp8"), has_gpu=True, tensor_model_parallel_size=16)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ def test_packs_are_padded_for_fp8_where_it_is_on(tmp_path: Path) -> None:
         with layout() as groups:
             packs = run_data.training_batches(config, dataset, groups).next_batch().packs
         sizes[fp8] = [pack.padded_tokens for pack in packs]
-    assert all(size % 128 == 0 and size <= 400 for size in sizes["hybrid"])
-    assert any(size % 128 for size in sizes[None])
+    assert all(size % 16 == 0 and size <= 400 for size in sizes["hybrid"])
+    assert any(size % 16 for size in sizes[None])
 
 
 @pytest.fixture

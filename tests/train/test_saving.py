@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_solopo.config import parse_config
 from megatron_solopo.errors import UserError
-from megatron_solopo.train import lock
+from megatron_solopo.train import lock, trainer
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
 from tests.tiny_models import make_model
@@ -36,11 +36,14 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def launch(folder: Path, run: str, *, die_in: str = "", **sections: dict[str, Any]) -> str:
+def launch(
+    folder: Path, run: str, *, die_in: str = "", long_evaluation: float = 120.0, **sections: dict[str, Any]
+) -> str:
     """Train on two processes; returns what rank 0 said, or the error that both ended with.
 
     Args:
         die_in: `module:function:n`: rank 0 gets SIGKILL where it calls that function for the n-th time.
+        long_evaluation: seconds above which an evaluation counts as long.
     """
     config = CONFIG | {
         "run_dir": folder / run,
@@ -49,14 +52,15 @@ def launch(folder: Path, run: str, *, die_in: str = "", **sections: dict[str, An
         "reference": {"cache": folder / "reference"},
     }
     config |= {name: config[name] | section for name, section in sections.items()}
-    said: list[str] = run_distributed(run_one, 2, config, die_in)
+    said: list[str] = run_distributed(run_one, 2, config, die_in, long_evaluation)
     return said[0]
 
 
-def run_one(config: dict[str, Any], die_in: str) -> str:
+def run_one(config: dict[str, Any], die_in: str, long_evaluation: float) -> str:
     """On every rank."""
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), mock.patch.object(lock, "_WAIT_SECONDS", 0.5), dying(die_in):
+    long = mock.patch.object(trainer, "_LONG_EVALUATION_SECONDS", long_evaluation)
+    with contextlib.redirect_stdout(said), mock.patch.object(lock, "_WAIT_SECONDS", 0.5), long, dying(die_in):
         try:
             train(parse_config(config, source="test"))
         except UserError as error:
@@ -144,6 +148,20 @@ def test_killed_inside_a_save_it_continues_from_the_good_one(where: str, mode: b
     last = f"checkpoints/iter_{STEPS:07d}"
     assert stored(folder / name / last) == stored(folder / "whole" / last)
     assert not [path.name for path in (folder / name / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def test_a_pipeline_that_is_killed_in_a_long_evaluation_has_lost_no_step(folder: Path) -> None:
+    sections: dict[str, Any] = {"parallel": {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}}
+    sections |= {"checkpoint": {"save_steps": None}, "long_evaluation": 0.0}
+    said = launch(folder, "pipeline", **sections)
+    assert said.count("before a long evaluation") == 2 and said.count("(the end;") == 1
+    with pytest.raises((TimeoutError, RuntimeError), match=r"killed: \[0\]|rank 1 failed(.|\n)*gloo"):
+        launch(folder, "in-evaluation", die_in="megatron_solopo.train.trainer:run_single_pass:1", **sections)
+    said = launch(folder, "in-evaluation", **sections)
+    assert "at step 2" in said, "it completes the evaluation"
+    assert recorded(folder, "in-evaluation") == recorded(folder, "pipeline")
+    last = f"checkpoints/iter_{STEPS:07d}"
+    assert stored(folder / "in-evaluation" / last) == stored(folder / "pipeline" / last)
 
 
 def flip(file: Path) -> None:
