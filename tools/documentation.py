@@ -127,7 +127,7 @@ def configuration_reference() -> str:
 
 
 def _name_of(entry: dict[str, Any]) -> str:
-    return entry.get("$ref", "").rpartition("/")[2]
+    return str(entry.get("$ref", "")).rpartition("/")[2]
 
 
 def _section(prefix: str, schema: dict[str, Any], title: str) -> str:

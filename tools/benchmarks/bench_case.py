@@ -199,11 +199,14 @@ def random_model(plan: Plan, attention: str) -> PreTrainedModel:
     dtype = getattr(torch, plan.config["model"]["dtype"])
     config = AutoConfig.from_pretrained(plan.model_path)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, attn_implementation=attention
+        )
     model.to(device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(random_tensor(name, parameter.shape, dtype, device))
+    assert isinstance(model, PreTrainedModel)
     return model
 
 

@@ -155,7 +155,7 @@ class Ours:
                 self._guarded(each, each.step)
         for each in series:
             if path := plan.trace_path(each.objective.name, long_tokens):
-                self._guarded(each, lambda policy, each=each, path=path: each.profile(policy, path))
+                self._guarded(each, partial(each.profile, path=path))
         return [each.result for each in series]
 
     def _guarded(self, series: Series, work: Callable[[Policy], None]) -> None:

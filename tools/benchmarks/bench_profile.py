@@ -31,7 +31,7 @@ class StepProfiler:
     def start(self) -> None:
         synchronize()
         self._profiler.start()
-        self._region.__enter__()
+        self._region.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self) -> dict[str, Any]:
         """Write the trace and, beside it, its summary, which is returned."""

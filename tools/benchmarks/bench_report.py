@@ -55,7 +55,7 @@ def ratios(rows: Sequence[Row]) -> list[Row]:
 
 def _quotient(rows: Mapping[str, Row], over: str, under: str, key: str) -> float | None:
     if over in rows and under in rows and rows[over][key] and rows[under][key]:
-        return rows[over][key] / rows[under][key]
+        return float(rows[over][key] / rows[under][key])
     return None
 
 

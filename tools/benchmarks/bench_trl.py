@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,6 +42,7 @@ from tools.benchmarks.bench_profile import StepProfiler
 from tools.benchmarks.bench_variants import Search, Variant, possible_variants
 
 _ON_GPU = torch.cuda.is_available()
+_MODEL_NUMBERS = count(1)
 
 
 @contextmanager
@@ -57,7 +59,7 @@ def kernels(variant: Variant) -> Iterator[None]:
         vars(modeling_qwen2).update(before)
 
 
-class UntouchedTokensTrainer(DPOTrainer):
+class UntouchedTokensTrainer(DPOTrainer):  # type: ignore[misc]
     """Takes the data set as token ids, as they are."""
 
     def _prepare_dataset(self, dataset: Dataset, *arguments: Any) -> Dataset:
@@ -86,7 +88,8 @@ class Meter(TrainerCallback):
         elif self.profiler:
             self.result.profile = self.profiler.stop()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **rest: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        logs: dict[str, Any] = rest["logs"]
         if "grad_norm" in logs and state.global_step <= self.steps:
             self.result.losses.append(float(logs["loss"]))
             self.result.grad_norms.append(float(logs["grad_norm"]))
@@ -102,7 +105,8 @@ def data_set(plan: Plan, long_tokens: int) -> Dataset:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Never used but for its padding token, which the trainer asks for."""
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>")
+    plain = Tokenizer(WordLevel({"<pad>": 0}, "<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>")  # type: ignore[no-untyped-call]
 
 
 def training_arguments(plan: Plan, variant: Variant, folder: str) -> DPOConfig:
@@ -144,8 +148,8 @@ def _unhashed_model() -> Iterator[None]:
     if original is None:
         yield
         return
-    _unhashed_model.count = getattr(_unhashed_model, "count", 0) + 1
-    dpo_trainer.hash_module = lambda module: f"variant {_unhashed_model.count}"
+    name = f"variant {next(_MODEL_NUMBERS)}"
+    dpo_trainer.hash_module = lambda module: name
     try:
         yield
     finally:

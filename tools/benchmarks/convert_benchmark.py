@@ -29,7 +29,7 @@ from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.huggingface_weights import SafetensorsWriter
 from megatron_solopo.checkpoint.mapping import all_huggingface_shapes
 from megatron_solopo.files import write_json
-from tools.benchmarks.cpu_benchmark import environment, table
+from tools.reporting import environment, table
 
 _GB, _MIB, _GIB = 10**9, 2**20, 2**30
 _POLL_SECONDS = 0.02

@@ -103,14 +103,16 @@ def main(
     check_sizes(prompt_tokens, pairs, response_tokens, vocab_size)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # what libraries tell each other, once per process
     result = environment()
-    work = [(measure_memory, head, tokens, response_tokens, vocab_size) for tokens in prompt_tokens for head in HEADS]
-    work += [(measure_times, short, long, response_tokens, repeats) for short, long in pairs]
+    work: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+        (measure_memory, (head, tokens, response_tokens, vocab_size)) for tokens in prompt_tokens for head in HEADS
+    ]
+    work += [(measure_times, (short, long, response_tokens, repeats)) for short, long in pairs]
     rows = []
-    for number, (function, *arguments) in enumerate(work, start=1):
+    for number, (function, arguments) in enumerate(work, start=1):
         started = time.monotonic()
         rows.append(in_fresh_process(function, *arguments))
         seconds = time.monotonic() - started
-        click.echo(f"[{number}/{len(work)}] {function.__name__}{tuple(arguments)}: {seconds:.0f} s", err=True)
+        click.echo(f"[{number}/{len(work)}] {function.__name__}{arguments}: {seconds:.0f} s", err=True)
     memory, times = rows[: -len(pairs)], rows[-len(pairs) :]
     worst = max(disagreement(one, other) for one, other in zip(memory[::2], memory[1::2], strict=True))
     result["load_average_after"] = os.getloadavg()[0]

@@ -155,8 +155,8 @@ def machine() -> str:
 
 def table(runs: list[Run]) -> str:
     """Markdown."""
-    columns = ("processes", "contexts", "tokens", "seconds", "contexts/s", "tokens/s", "CPU s", "tokens/CPU s")
-    columns += ("peak MiB", "load before")
+    rates_and_times = ("seconds", "contexts/s", "tokens/s", "CPU s", "tokens/CPU s")
+    columns = ("processes", "contexts", "tokens", *rates_and_times, "peak MiB", "load before")
     lines = [f"| {' | '.join(columns)} |", f"|{' ---: |' * len(columns)}"]
     for run in runs:
         rates = f"{run.contexts / run.seconds:.1f} | {run.tokens / run.seconds:,.0f}"

@@ -43,7 +43,7 @@ def errors(chunk: int, groups: Topology) -> tuple[float, float]:
 
     def gradient(split: int) -> Tensor:
         parameter = torch.nn.Parameter(weight.clone())
-        for rows, wanted in zip(hidden.split(split), labels.split(split), strict=True):
+        for rows, wanted in zip(torch.split(hidden, split), torch.split(labels, split), strict=True):
             value = label_logprobs(
                 rows,
                 parameter,
@@ -53,7 +53,7 @@ def errors(chunk: int, groups: Topology) -> tuple[float, float]:
                 tensor_group=groups.tensor_group,
                 reduce_hidden_gradient=False,
             )
-            value.sum().backward()
+            torch.autograd.backward(value.sum())
         assert parameter.grad is not None
         return parameter.grad
 

@@ -125,11 +125,11 @@ def pass_shares(pp: int, length: int) -> tuple[float, float, float]:
             (packs,) = plan_global_batch(sizes, max_tokens=_BUDGET, max_triplets=None, num_ranks=1, wanted_packs=wanted)
             rounds.append([sum(sizes[i].cost for i in pack) for pack in packs])
         shares.append(_busy_share(rounds, pp))
-    sizes = TripletSizes(*(np.array(column) for column in zip(*chosen, strict=True)))
+    whole_pass = TripletSizes(*(np.array(column) for column in zip(*chosen, strict=True)))
     packs_of_pass = plan_single_pass(
-        sizes, max_tokens=_BUDGET, max_triplets=None, num_ranks=1, wanted_packs=packs_per_part(pp)
+        whole_pass, max_tokens=_BUDGET, max_triplets=None, num_ranks=1, wanted_packs=packs_per_part(pp)
     )
-    costs = [int(sizes.cost[pack].sum()) for pack in packs_of_pass]
+    costs = [int(whole_pass.cost[pack].sum()) for pack in packs_of_pass]
     parts = share_out_pass(costs, num_ranks=1, packs_per_part=packs_per_part(pp))
     return shares[0], shares[1], _busy_share([[costs[number] for number in part.packs[0]] for part in parts], pp)
 

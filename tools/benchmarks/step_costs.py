@@ -108,9 +108,8 @@ def one_process() -> Iterator[Topology]:
 
 def make_model(architecture: Architecture, groups: Topology) -> ResponseModel:
     """Random weights, the same in every process."""
-    settings = {"chunk_tokens": LogprobConfig().chunk_tokens, "device": groups.device}
     resolved = resolve_model(ModelConfig(path=Path("random")), ParallelConfig(), architecture=architecture)
-    (model,) = build_model(resolved, **settings)
+    (model,) = build_model(resolved, chunk_tokens=LogprobConfig().chunk_tokens, device=groups.device)
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -122,12 +121,13 @@ def use_full_logits(model: ResponseModel) -> None:
     """Give the model the usual head: Megatron's loss over all positions, of which the response rows are kept."""
     postprocess = model._postprocess
 
-    def full_logits(hidden_states: Tensor, *, labels: None, packed_seq_params: PackedResponses, **rest: Any) -> Tensor:
-        next_tokens_1T = rest["input_ids"].roll(-1, dims=1)
-        losses_1T = postprocess(hidden_states, labels=next_tokens_1T, packed_seq_params=None, **rest)
+    def full_logits(hidden_states: Tensor, *args: Any, packed_seq_params: Any | None = None, **kwargs: Any) -> Tensor:
+        assert isinstance(packed_seq_params, PackedResponses) and packed_seq_params.response_rows is not None
+        next_tokens_1T = kwargs["input_ids"].roll(-1, dims=1)
+        losses_1T = postprocess(hidden_states, *args, **kwargs | {"labels": next_tokens_1T, "packed_seq_params": None})
         return -losses_1T.squeeze(0).index_select(0, packed_seq_params.response_rows)
 
-    model._postprocess = full_logits
+    model._postprocess = full_logits  # type: ignore[method-assign]
 
 
 def zero_references(objective: ObjectiveConfig, rows: int) -> ReferenceLogprobs:
@@ -141,7 +141,7 @@ def peak_tensor_bytes(function: Callable[[], None]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
         function()
     events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return max(accumulate(int(event.nbytes()) for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def head_tensor_bytes(model: ResponseModel, microbatch: Microbatch) -> int:
@@ -150,7 +150,7 @@ def head_tensor_bytes(model: ResponseModel, microbatch: Microbatch) -> int:
     model.zero_grad(set_to_none=True)
     unused = ("position_ids", "labels", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin")
     inputs = {"input_ids": microbatch.tokens_1t, "packed_seq_params": microbatch.packing} | dict.fromkeys(unused)
-    return peak_tensor_bytes(lambda: model._postprocess(hidden_T1H, **inputs).sum().backward())
+    return peak_tensor_bytes(lambda: torch.autograd.backward(model._postprocess(hidden_T1H, **inputs).sum()))
 
 
 def measure_memory(head: str, prompt_tokens: int, response_tokens: int, vocab_size: int) -> Memory:
@@ -159,8 +159,8 @@ def measure_memory(head: str, prompt_tokens: int, response_tokens: int, vocab_si
         model = make_model(make_architecture(_MEMORY_HIDDEN_SIZE, vocab_size), groups)
         if head == FULL_LOGITS:
             use_full_logits(model)
-        lengths = [min(_MEMORY_SHORT_TOKENS, prompt_tokens) + response_tokens, prompt_tokens + response_tokens]
-        triplet = random_triplet(*lengths, response_tokens, vocab_size, index=0)
+        short = min(_MEMORY_SHORT_TOKENS, prompt_tokens) + response_tokens
+        triplet = random_triplet(short, prompt_tokens + response_tokens, response_tokens, vocab_size, index=0)
         pack = build_pack([triplet], SOLOPO.roles.all, groups.sequence_multiple, groups.pack_multiple())
         loss_function = objective_loss(SOLOPO, zero_references(SOLOPO, rows=1), groups)
         reports: list[Tensor] = []
@@ -197,7 +197,9 @@ def disagreement(one: Memory, other: Memory) -> float:
 def measure_times(short: int, long: int, response_tokens: int, repeats: int) -> Times:
     """Optimizer steps of both objectives in turn on the same triplets, after one of each that is not counted."""
     architecture = make_architecture(_TIME_HIDDEN_SIZE, _TIME_VOCAB_SIZE)
-    wall, cpu, flops = ({objective.name: [] for objective in OBJECTIVES} for _ in range(3))
+    wall: dict[str, list[float]] = {objective.name: [] for objective in OBJECTIVES}
+    cpu: dict[str, list[float]] = {objective.name: [] for objective in OBJECTIVES}
+    flops: dict[str, list[float]] = {objective.name: [] for objective in OBJECTIVES}
     with one_process() as groups:
         config = OptimizerConfig()
         chunks = wrap_data_parallel([make_model(architecture, groups)], config, ParallelConfig())
@@ -215,4 +217,13 @@ def measure_times(short: int, long: int, response_tokens: int, repeats: int) -> 
                 flops[objective.name].append(training_flops(architecture, packs))
     medians = [{name: statistics.median(each[1:]) for name, each in values.items()} for values in (wall, cpu, flops)]
     wall_ratio, cpu_ratio, flops_ratio = (each[SOLOPO.name] / each[LONG_PO.name] for each in medians)
-    return Times(short, long, *medians[:2], wall_ratio, cpu_ratio, (long + 2 * short) / (2 * long), flops_ratio)
+    return Times(
+        short_tokens=short,
+        long_tokens=long,
+        wall_seconds=medians[0],
+        cpu_seconds=medians[1],
+        wall_ratio=wall_ratio,
+        cpu_ratio=cpu_ratio,
+        tokens_ratio=(long + 2 * short) / (2 * long),
+        flops_ratio=flops_ratio,
+    )

@@ -144,7 +144,7 @@ def main(
     found = differences(folder)
     if [each["life"] for each in killed] != list(range(kills)):
         found.append(f"{len(killed)} of {kills} kills happened; give the run more steps (training.max_steps)")
-    result = {
+    result: dict[str, Any] = {
         "environment": environment(),
         "ranks": ranks,
         "steps": len(read_jsonl(folder / "undisturbed" / "metrics.jsonl")),

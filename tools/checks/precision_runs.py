@@ -125,7 +125,7 @@ def gradient_cosine(one: Sequence[Tensor], other: Sequence[Tensor], device: torc
     total = torch.tensor(sums, dtype=torch.float64, device=device)
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     dot, one_square, other_square = total.tolist()
-    return dot / math.sqrt(one_square * other_square)
+    return float(dot / math.sqrt(one_square * other_square))
 
 
 def raw_gaps(objective: ObjectiveConfig, logps_TR: Tensor, lengths_TR: Tensor) -> Tensor:
