@@ -360,7 +360,8 @@ class _Config(BaseModel):
     @classmethod
     def _name_experts(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """Old and new versions of transformers name the number of experts differently."""
-        count = fields.get("num_experts", fields.get("num_local_experts"))
+        stated = [fields[name] for name in ("num_experts", "num_local_experts") if fields.get(name) is not None]
+        count = stated[0] if stated else None
         return fields if count is None else fields | {"num_experts": count, "num_local_experts": count}
 
     @property

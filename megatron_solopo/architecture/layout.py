@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.pipeline_layout import stage_layers
-from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.config import ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 
 _VOCAB_MULTIPLE_PER_RANK = 128
@@ -186,14 +186,32 @@ def _check_experts(architecture: ModelShape, parallel: ParallelConfig) -> None:
         raise UserError(f"parallel.{problem}")
 
 
-def check_training(architecture: ModelShape, parallel: ParallelConfig) -> None:
-    """Refuse a layout that generates but does not train; raises UserError naming the key."""
-    tp = parallel.tensor_model_parallel_size
-    if architecture.experts is not None and tp > 1 and not parallel.uses_sequence_parallel:
+def check_training(
+    architecture: ModelShape, parallel: ParallelConfig, optimizer: OptimizerConfig, moe: MoEConfig
+) -> None:
+    """Refuse what the experts of a model do not allow in training; raises UserError naming the key."""
+    experts, tp = architecture.experts, parallel.tensor_model_parallel_size
+    if experts is None:
+        for key, value in moe:
+            if value:
+                raise UserError(f"moe.{key}={value} needs a model with experts; {architecture.model_type} has none")
+        return
+    if tp > 1 and not parallel.uses_sequence_parallel:
         raise UserError(
             f"parallel.sequence_parallel=false with tensor_model_parallel_size={tp} is not supported for a model with "
             "experts, because every rank would send all tokens; set it to true"
         )
+    if parallel.expert_model_parallel_size == 1 or optimizer.use_distributed_optimizer:
+        return
+    first = 0
+    for stage, count in enumerate(stage_layers(architecture.num_layers, parallel)):
+        if not any(experts.layers[first : first + count]):
+            # Megatron's optimizer of experts exists only where there are some, and its ranks wait for each other.
+            raise UserError(
+                f"optimizer.use_distributed_optimizer=false is not supported with expert_model_parallel_size above 1 "
+                f"where a pipeline stage (here {stage}) has no experts; set it to true"
+            )
+        first += count
 
 
 def _check_recomputation(layers: Sequence[int], parallel: ParallelConfig) -> None:

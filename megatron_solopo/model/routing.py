@@ -153,8 +153,8 @@ class RouterWatch:
         Returns:
             `moe/load_max_over_mean`: tokens of a layer's fullest expert over the mean of its experts, mean over layers.
             `moe/entropy`: of the router's probabilities of a token, in nats, mean over tokens and layers.
-            `moe/route_agreement`: share of the experts of a response token behind the short context that are its
-            experts behind the long context, too; absent if no response was computed behind both.
+            `moe/route_agreement`: share of a response token's experts behind the short context that compute it behind
+            the long context, too; mean over response tokens and layers. Absent if no response is behind both.
         """
         total = torch.zeros(num_layers, num_experts + 3, dtype=torch.float64, device=device)
         for layer, sums in self._sums.items():

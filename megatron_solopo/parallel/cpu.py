@@ -182,6 +182,7 @@ def _let_gloo_exchange_what_experts_need() -> None:
         lengths = [len(each) for each in tensor_list] if tensor.dim() else []
         if len(set(lengths)) < 2:
             return all_gather(tensor_list, tensor, group, async_op)
+        assert not async_op, "the results are copied at once"
         padded = [_padded(tensor, max(lengths)) for _ in lengths]
         all_gather(padded, _padded(tensor, max(lengths)), group)
         for target, found in zip(tensor_list, padded, strict=True):
@@ -192,6 +193,7 @@ def _let_gloo_exchange_what_experts_need() -> None:
         lengths = [len(each) for each in input_list] if output.dim() else []
         if len(set(lengths)) < 2:
             return reduce_scatter(output, input_list, op, group, **more)
+        assert not more, "the result is copied at once"
         padded = _padded(output, max(lengths))
         reduce_scatter(padded, [_padded(each, max(lengths)) for each in input_list], op, group)
         output.copy_(padded[: len(output)])

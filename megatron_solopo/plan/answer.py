@@ -146,7 +146,7 @@ class PlannedRun:
             ],
             "host_bytes_per_node": self.host_bytes_per_node(),
             "checkpoint_bytes": self.checkpoint_bytes,
-            "most_checkpoints": most_checkpoints(self.layout.config.checkpoint, self.steps),
+            "most_checkpoints": most_checkpoints(self.layout.config, self.steps),
             "step_seconds": time.seconds,
             "busiest_stage_seconds": time.compute.parts,
             "pipeline_seconds": time.timeline.seconds,
@@ -221,7 +221,7 @@ class PlannedRun:
 
     def _disk_line(self) -> str:
         keep_last, one = self.layout.config.checkpoint.keep_last, self.checkpoint_bytes
-        most = most_checkpoints(self.layout.config.checkpoint, self.steps)
+        most = most_checkpoints(self.layout.config, self.steps)
         if most is None:
             return f"Disk: {described_bytes(one)} per checkpoint; checkpoint.keep_last=null keeps all"
         return (

@@ -1,6 +1,6 @@
 """How much disk the checkpoints of a run take."""
 
-from megatron_solopo.config import CheckpointConfig, Config, ModelConfig, OptimizerConfig
+from megatron_solopo.config import Config, ModelConfig, OptimizerConfig
 
 _FP32_BYTES = 4
 _MOMENT_BYTES = 8
@@ -18,17 +18,19 @@ def checkpoint_bytes(config: Config, num_parameters: int) -> int:
     return num_parameters * checkpoint_bytes_per_parameter(config.model, config.optimizer)
 
 
-def most_checkpoints(config: CheckpointConfig, max_steps: int) -> int | None:
+def most_checkpoints(config: Config, max_steps: int) -> int | None:
     """The most checkpoints that the disk holds at one time: those that stay, and one that is being written.
 
     The best one (`best_metric`) counts as one more. No run has more checkpoints than saves. None: all stay, and the
-    clock alone knows how many.
+    clock alone knows how many. With pipeline stages, the time of an evaluation decides whether the run is saved before.
     """
-    is_timed = config.every_minutes is not None or config.must_save_by is not None
-    saves = 1 if config.save_steps is None else -(-max_steps // config.save_steps)
-    if config.keep_last is None:
+    checkpoint = config.checkpoint
+    saves_early = config.parallel.pipeline_model_parallel_size > 1 and config.training.eval_steps is not None
+    is_timed = checkpoint.every_minutes is not None or checkpoint.must_save_by is not None or saves_early
+    saves = 1 if checkpoint.save_steps is None else -(-max_steps // checkpoint.save_steps)
+    if checkpoint.keep_last is None:
         return None if is_timed else saves
-    kept = config.keep_last + 1 + (config.best_metric is not None)
-    if config.keep_every is not None:
-        kept += max_steps // config.keep_every
+    kept = checkpoint.keep_last + 1 + (checkpoint.best_metric is not None)
+    if checkpoint.keep_every is not None:
+        kept += max_steps // checkpoint.keep_every
     return min(kept, max_steps if is_timed else saves)

@@ -80,7 +80,7 @@ class RunIdentity:
         """
         self._config, self._max_steps = config, max_steps
         self._data = datasets.manifest
-        sections = {"objective": config.objective, "optimizer": config.optimizer}
+        sections = {"objective": config.objective, "optimizer": config.optimizer, "moe": config.moe}
         self._defaults = {
             f"{name}.{key}": field.default
             for name, section in sections.items()

@@ -140,7 +140,7 @@ def _check_run_dir(config: Config, needed: int, max_steps: int) -> str:
             "make room, or set run_dir to another directory"
         )
     found = f"{described_bytes(least)} free, {described_bytes(needed)} per checkpoint"
-    most = most_checkpoints(config.checkpoint, max_steps)
+    most = most_checkpoints(config, max_steps)
     if most is None:
         return f"seen by all, {found}, and checkpoint.keep_last=null keeps all"
     present = on_rank_0(lambda: len(checkpoints(run_dir / "checkpoints")))
@@ -188,6 +188,10 @@ def _groups(config: ParallelConfig, topology: Topology) -> Iterator[tuple[str, A
     yield "context-parallel", topology.context_group
     yield "data-parallel", topology.data_group
     yield "data- and context-parallel", parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if config.expert_model_parallel_size > 1:
+        yield "expert-parallel", parallel_state.get_expert_model_parallel_group()
+        yield "expert-tensor-parallel", parallel_state.get_expert_tensor_parallel_group()
+        yield "expert-data-parallel", parallel_state.get_expert_data_parallel_group()
     if config.hierarchical_context_parallel_sizes:
         heads, ring = parallel_state.get_hierarchical_context_parallel_groups()
         yield "context-parallel, by heads", heads

@@ -105,7 +105,7 @@ def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, RunDatasets
     Raises UserError on every rank if something does not fit, or is not the same on all ranks.
     """
     model = resolve_model(config.model, config.parallel)
-    check_training(model.architecture, config.parallel)
+    check_training(model.architecture, config.parallel, config.optimizer, config.moe)
     check_offload(config.optimizer, model)
     check_precision(model, config.optimizer)
     reference = _resolve_reference(config, model)

@@ -232,12 +232,14 @@ class Trainer:
     def _describe(self) -> str:
         """One line of what runs where, for the head of the log."""
         config, parallel, architecture = self.config, self.config.parallel, self.session.model.architecture
+        active = f" ({architecture.num_active_parameters:,} active)" if architecture.experts else ""
         layout = (
             f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x "
             f"CP {parallel.context_parallel_size} x DP {self.topology.data_group.size()}"
         )
         return (
-            f"{architecture.model_type} of {architecture.num_parameters:,} parameters in {config.model.dtype} | "
+            f"{architecture.model_type} of {architecture.num_parameters:,} parameters{active} in "
+            f"{config.model.dtype} | "
             f"{dist.get_world_size()} {self.topology.device.type} processes: {layout} | "
             f"{len(self.datasets['train'])} triplets, "
             f"{self.session.max_steps} steps of {config.training.global_batch_size}"
@@ -280,8 +282,7 @@ class Trainer:
         if self._must_evaluate():
             if self._evaluation_holds_up_stops(metrics):
                 self.session.enter(SAVE, self.state.step)
-                background = self.config.checkpoint.async_save
-                self.saver.save(self.state, "before a long evaluation", is_last=False, background=background)
+                self.saver.save(self.state, "before a long evaluation", is_last=False)
             metrics = metrics | self._evaluate()
         for callback in self.callbacks:
             callback.on_step_end(metrics)

@@ -21,7 +21,7 @@ from megatron_solopo.architecture.layout import (
     sequence_multiple,
     wanted_packs,
 )
-from megatron_solopo.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.config import ModelConfig, MoEConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.data.loader import Packing
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.errors import UserError
@@ -221,7 +221,7 @@ EXPERT_TP = "expert_tensor_parallel_size"
 def test_a_layout_that_divides_the_experts_is_accepted(architecture: Architecture, sizes: dict[str, int]) -> None:
     model, parallel = replace(architecture, experts=EXPERTS), ParallelConfig(**sizes)
     check_layout(model, parallel)
-    check_training(model, parallel)
+    check_training(model, parallel, OptimizerConfig(), MoEConfig(router_trainable=True))
 
 
 @pytest.mark.parametrize(
@@ -244,9 +244,23 @@ def test_another_layout_of_experts_is_refused(architecture, experts, sizes, word
 def test_experts_train_with_sequence_parallelism_alone(architecture: Architecture) -> None:
     model, parallel = replace(architecture, experts=EXPERTS), ParallelConfig(**TP2, sequence_parallel=False)
     check_layout(model, parallel)  # generation runs so
-    check_training(architecture, parallel)
+    check_training(architecture, parallel, OptimizerConfig(), MoEConfig())
     with pytest.raises(UserError, match=r"sequence_parallel=false .*experts.*set it to true"):
-        check_training(model, parallel)
+        check_training(model, parallel, OptimizerConfig(), MoEConfig())
+
+
+def test_settings_of_routers_need_routers(architecture: Architecture) -> None:
+    with pytest.raises(UserError, match=r"moe.router_trainable=True needs a model with experts; llama has none"):
+        check_training(architecture, ParallelConfig(), OptimizerConfig(), MoEConfig(router_trainable=True))
+
+
+def test_every_stage_has_experts_or_the_optimizer_is_distributed(architecture: Architecture) -> None:
+    model = replace(architecture, experts=replace(EXPERTS, layers=(False, False, True, True)))
+    parallel, plain = ParallelConfig(**{EP: 2}, **PP2), OptimizerConfig(use_distributed_optimizer=False)
+    check_training(model, parallel, OptimizerConfig(), MoEConfig())
+    check_training(replace(architecture, experts=EXPERTS), parallel, plain, MoEConfig())
+    with pytest.raises(UserError, match=r"use_distributed_optimizer=false .*stage \(here 0\) has no experts"):
+        check_training(model, parallel, plain, MoEConfig())
 
 
 def test_experts_need_whole_groups_of_a_stages_ranks() -> None:

@@ -168,11 +168,7 @@ def expert_cases(world_size: int) -> list[Case]:
 
 def cases(world_size: int) -> list[Case]:
     """Every layout of dense models, and those of experts."""
-    return (
-        expert_cases(world_size)
-        if __import__("os").environ.get("ONLY")
-        else dense_cases(world_size) + expert_cases(world_size)
-    )
+    return dense_cases(world_size) + expert_cases(world_size)
 
 
 def dense_cases(world_size: int) -> list[Case]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_solopo.config import CheckpointConfig, ModelConfig, OptimizerConfig
+from megatron_solopo.config import Config, ModelConfig, OptimizerConfig, parse_config
 from megatron_solopo.plan.disk import checkpoint_bytes_per_parameter, most_checkpoints
 
 
@@ -21,7 +21,25 @@ from megatron_solopo.plan.disk import checkpoint_bytes_per_parameter, most_check
     ],
 )
 def test_the_most_checkpoints_at_once(settings: dict[str, object], max_steps: int, most: int | None) -> None:
-    assert most_checkpoints(CheckpointConfig(**settings), max_steps) == most
+    assert most_checkpoints(config(settings), max_steps) == most
+
+
+def config(checkpoint: dict[str, object], **sections: dict[str, object]) -> Config:
+    required = {
+        "run_dir": "run",
+        "model": {"path": "model"},
+        "data": {"path": "data", "max_tokens_per_pack": 100},
+        "training": {"global_batch_size": 4},
+    }
+    return parse_config(required | {"checkpoint": checkpoint} | sections, source="test")
+
+
+def test_a_pipeline_may_save_before_evaluations() -> None:
+    rarely, training = {"every_minutes": None}, {"global_batch_size": 4, "eval_steps": 10}
+    pipeline = {"pipeline_model_parallel_size": 2}
+    assert most_checkpoints(config(rarely, training=training), 1000) == 1
+    assert most_checkpoints(config(rarely, parallel=pipeline), 1000) == 1
+    assert most_checkpoints(config(rarely, training=training, parallel=pipeline), 1000) == 4
 
 
 @pytest.mark.parametrize(

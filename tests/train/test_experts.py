@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported once,
 
 from megatron_solopo.checkpoint.conversion import export_model
 from megatron_solopo.config import Config
+from megatron_solopo.errors import UserError
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
 from tests.layouts import cp, ep, pp, tp
@@ -61,20 +62,33 @@ def config(folder: Path, name: str, parallel: dict[str, Any], sections: dict[str
     return small_config(folder, name, parallel, **more)
 
 
-def run_all(folder: Path) -> None:
-    """On every rank: the whole runs, and their continuations."""
+def run_on_two(folder: Path) -> str:
+    """On every rank: the whole runs, and their continuations; returns why a run does not freeze its routers later."""
     for name, (parallel, sections) in WHOLE.items():
         train(config(folder, name, parallel, sections))
     for number, (name, parallel) in enumerate(CONTINUED):
-        target = folder / f"continued-{number}"
-        if torch.distributed.get_rank() == 0:
-            kept = folder / name / "checkpoints" / f"iter_{SAVED:07d}"
-            shutil.copytree(kept, target / "checkpoints" / kept.name)
-            (target / "checkpoints" / "latest").write_text(kept.name + "\n")
-            lines = (folder / name / "metrics.jsonl").read_text().splitlines(keepends=True)
-            (target / "metrics.jsonl").write_text("".join(lines[:SAVED]))
-        torch.distributed.barrier()
-        train(config(folder, target.name, parallel, WHOLE[name][1]))
+        continue_from_middle(folder, name, f"continued-{number}", parallel)
+    with pytest.raises(UserError) as error:
+        train(config(folder, "ep2", ep(2), {}))
+    return str(error.value)
+
+
+def run_on_four(folder: Path) -> None:
+    """On every rank. Two ranks have the same experts, and share the work of writing them."""
+    train(config(folder, "four", *WHOLE["ep2"]))
+    continue_from_middle(folder, "four", "continued-four", ep(4))
+
+
+def continue_from_middle(folder: Path, name: str, target: str, parallel: dict[str, Any]) -> None:
+    """Make the run directory that `name` would have left, had it died after its first checkpoint, and continue."""
+    if torch.distributed.get_rank() == 0:
+        kept = folder / name / "checkpoints" / f"iter_{SAVED:07d}"
+        shutil.copytree(kept, folder / target / "checkpoints" / kept.name)
+        (folder / target / "checkpoints" / "latest").write_text(kept.name + "\n")
+        lines = (folder / name / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (folder / target / "metrics.jsonl").write_text("".join(lines[:SAVED]))
+    torch.distributed.barrier()
+    train(config(folder, target, parallel, WHOLE.get(name, WHOLE["ep2"])[1]))
 
 
 @pytest.fixture(scope="module")
@@ -83,31 +97,47 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(path / "model", "qwen2_moe", seed=0)
     make_model(path / "reference_model", "qwen2_moe", seed=1)
     make_prepared(path / "prepared", rows=15, eval_count=5, seed=0)
-    run_distributed(run_all, 2, path)
     return path
 
 
+@pytest.fixture(scope="module")
+def refusal(folder: Path) -> str:
+    found: str = run_distributed(run_on_two, 2, folder)[0]
+    return found
+
+
 @pytest.mark.parametrize("number", range(len(CONTINUED)))
+@pytest.mark.usefixtures("refusal")
 def test_a_run_continues_under_another_layout_of_its_experts(number: int, folder: Path) -> None:
     name, parallel = CONTINUED[number]
     whole, continued = recorded(folder, name), recorded(folder, f"continued-{number}")
-    assert len(whole) == len(continued) == 4
     if WHOLE[name][0] == parallel:
         assert continued == whole, "bit by bit"
         return
     # bfloat16 weights round each update, and other sums round otherwise.
-    tolerance = 2e-2 if name == "bfloat16" else 1e-5
-    for one, other in zip(whole, continued, strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=tolerance)
-        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * tolerance)
+    assert_close(continued, whole, 2e-2 if name == "bfloat16" else 1e-5)
 
 
+def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
+    assert len(found) == len(expected) == 4
+    for one, other in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=tolerance)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * tolerance)
+
+
+@pytest.mark.usefixtures("refusal")
 def test_sharing_experts_changes_nothing(folder: Path) -> None:
-    for one, other in zip(recorded(folder, "ep2"), recorded(folder, "dp2"), strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    assert_close(recorded(folder, "ep2"), recorded(folder, "dp2"), 1e-5)
+    run_distributed(run_on_four, 4, folder)
+    for name in ("four", "continued-four"):
+        assert_close(recorded(folder, name), recorded(folder, "dp2"), 1e-5)
 
 
+def test_a_run_does_not_begin_to_freeze_its_routers(refusal: str) -> None:
+    assert "moe.router_trainable=false (it was true)" in refusal
+
+
+@pytest.mark.usefixtures("refusal")
 def test_routers_are_trained_only_where_asked(folder: Path, tmp_path: Path) -> None:
     before = plain.parameters(folder / "model")
     routers = {key for key in before if key.endswith(ROUTER)}

@@ -152,7 +152,8 @@ def test_killed_inside_a_save_it_continues_from_the_good_one(where: str, mode: b
 
 def test_a_pipeline_that_is_killed_in_a_long_evaluation_has_lost_no_step(folder: Path) -> None:
     sections: dict[str, Any] = {"parallel": {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2}}
-    sections |= {"checkpoint": {"save_steps": None}, "long_evaluation": 0.0}
+    # In the background, a save would be complete only after the evaluation.
+    sections |= {"checkpoint": {"save_steps": None, "async_save": True}, "long_evaluation": 0.0}
     said = launch(folder, "pipeline", **sections)
     assert said.count("before a long evaluation") == 2 and said.count("(the end;") == 1
     with pytest.raises((TimeoutError, RuntimeError), match=r"killed: \[0\]|rank 1 failed(.|\n)*gloo"):
