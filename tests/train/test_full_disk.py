@@ -39,6 +39,7 @@ def run(
         model={"path": disk.parent / "model"},
         data={"path": disk.parent / "prepared", "max_tokens_per_pack": 400},
         objective={"loss_type": "simpo"},
+        reference={},
         checkpoint={"save_steps": 1, **checkpoint},
         logging={"tensorboard": True},
     )

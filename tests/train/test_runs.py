@@ -103,7 +103,7 @@ def stale_errors(folder: Path) -> dict[str, str]:
     """What a run says whose reference, objective or precision is not the cache's."""
     changes: dict[str, dict[str, Any]] = {
         "weights": {"reference": {"model_path": folder / "model", "cache": folder / "reference"}},
-        "roles": {"objective": {"name": "long_po"}},
+        "objective": {"objective": {"name": "long_po"}},
         "dtype": {"model": {"path": folder / "model", "dtype": "bfloat16"}},
         "data.source": {"data": {"path": folder / "other_prepared", "max_tokens_per_pack": 400}},
     }
@@ -192,11 +192,11 @@ def test_cached_reference_is_the_live_one_under_another_layout(found: dict[str, 
         torch.testing.assert_close(found["cached"][split], live, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("reason", ["weights", "roles", "dtype", "data.source"])
+@pytest.mark.parametrize("reason", ["weights", "objective", "dtype", "data.source"])
 def test_a_stale_reference_is_refused_by_name(found: dict[str, Any], reason: str) -> None:
     message = found["stale"][reason]
     assert "stale" in message and reason in message and "\n" not in message
-    others = {"weights", "roles", "dtype", "data.source"} - {reason}
+    others = {"weights", "objective", "dtype", "data.source"} - {reason}
     assert not any(f"another {other}" in message or f", {other}" in message for other in others)
 
 
