@@ -129,17 +129,17 @@ class RouterWatch:
 
     def _loss(self, logits_tE: Tensor, chosen_tE: Tensor, places: TokenPlaces) -> Tensor:
         """This rank's share of the losses of all sequences of the pack, one layer's."""
-        real = places.real_t
-        sequences, logits = places.sequences_t[real], logits_tE[real]
-        lengths = places.lengths_S[sequences].float()
-        loss = logits.logsumexp(dim=1).square().div(lengths).sum() * self._config.z_loss_coefficient
+        real_t, sequences_t = places.real_t, places.sequences_t
+        lengths_t = places.lengths_S[sequences_t].float()
+        weights_t = real_t / lengths_t  # a choice of rows would make the host wait for their number
+        loss = (logits_tE.logsumexp(dim=1).square() * weights_t).sum() * self._config.z_loss_coefficient
         if self._config.aux_loss_coefficient:
-            counts_SE = logits.new_zeros(len(places.lengths_S), logits.shape[1])
-            counts_SE.index_add_(0, sequences, chosen_tE[real].to(logits.dtype))
+            counts_SE = logits_tE.new_zeros(len(places.lengths_S), logits_tE.shape[1])
+            counts_SE.index_add_(0, sequences_t, (chosen_tE & real_t[:, None]).to(logits_tE.dtype))
             _sum_over_shards(counts_SE)
-            shares = counts_SE[sequences] / lengths[:, None]
-            balance = (shares * logits.softmax(dim=1)).sum(dim=1).div(lengths).sum() * logits.shape[1]
-            loss = loss + balance * self._config.aux_loss_coefficient
+            shares_tE = counts_SE[sequences_t] / lengths_t[:, None]
+            balance_t = (shares_tE * logits_tE.softmax(dim=1)).sum(dim=1) * logits_tE.shape[1]
+            loss = loss + (balance_t * weights_t).sum() * self._config.aux_loss_coefficient
         scaled: Tensor = loss * places.loss_scale
         return scaled
 
@@ -182,10 +182,9 @@ class _LayerSums:
         return cls(new(logits_tE.shape[1]), new(3))
 
     def add(self, logits_tE: Tensor, chosen_tE: Tensor, places: TokenPlaces) -> None:
-        real = places.real_t
-        self.tokens_E.add_(chosen_tE[real].sum(dim=0))
-        logs = logits_tE[real].log_softmax(dim=1)
-        self.others_3[0] -= (logs.exp() * logs).sum()
+        self.tokens_E.add_((chosen_tE & places.real_t[:, None]).sum(dim=0))
+        logs_tE = logits_tE.log_softmax(dim=1)
+        self.others_3[0] -= ((logs_tE.exp() * logs_tE).sum(dim=1) * places.real_t).sum()
         # Both responses of a pair may lie on other ranks. One byte per response token and expert is exchanged.
         chosen_NE = torch.zeros(places.num_responses, chosen_tE.shape[1], dtype=torch.uint8, device=logits_tE.device)
         chosen_NE[places.response_tokens] = chosen_tE[places.response_positions].to(torch.uint8)
