@@ -144,10 +144,7 @@ def test_state_is_what_the_training_process_holds_to_the_byte(case: Case, models
         assert fullest.optimizer >= rank.optimizer
 
 
-DENSE = [case for case in ONE + TWO + FOUR if not case.name.startswith("moe")]
-
-
-@pytest.mark.parametrize("case", DENSE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ONE + TWO + FOUR, ids=lambda case: case.name)
 def test_activations_are_those_that_autograd_keeps(case: Case, models: Path, in_use: dict) -> None:
     config = case.config(models)
     architecture = read_architecture(config.model.path)
