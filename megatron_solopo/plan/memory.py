@@ -350,7 +350,11 @@ def _communication(
     parallel, e = config.parallel, element_bytes(config)
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     pp = parallel.pipeline_model_parallel_size
-    groups = sum(size > 1 for size in (tp, pp, cp, data_parallel_size * cp))
+    sizes = [tp, pp, cp, data_parallel_size * cp]
+    if parallel.expert_model_parallel_size > 1:
+        of_experts = sharing_ranks(parallel, data_parallel_size, is_expert=True)
+        sizes += [parallel.expert_model_parallel_size, parallel.expert_tensor_size, of_experts]
+    groups = sum(size > 1 for size in sizes)
     tokens = max(pack.padded_tokens for pack in packs) / cp
     hidden = architecture.hidden_size / sequence_shards(config)
     messages = 4 * e * tokens * hidden if pp > 1 else 0  # one to send and one to receive, each way
