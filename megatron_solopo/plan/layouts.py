@@ -92,7 +92,7 @@ class Layout:
 
 
 def sizes_name(sizes: Mapping[str, int | None]) -> str:
-    """Parallel sizes in a word, such as `tp8,pp4,vpp2,cp4`. EP of 1 is not named, because most models have no experts."""
+    """Parallel sizes in a word, such as `tp8,pp4,vpp2,cp4`. It names EP only above 1."""
     named = {short: size for short, size in sizes.items() if size is not None and (short, size) != ("ep", 1)}
     return ",".join(f"{short}{size}" for short, size in named.items())
 
