@@ -314,7 +314,8 @@ class StepTimer:
         other nodes carry their shares at the same time. Then the ranks that share an expert gather its tokens.
         """
         experts, parallel = self.architecture.experts, self.config.parallel
-        assert experts is not None
+        if experts is None:
+            return 0.0
         ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_size
         size = element_bytes(self.config) * tokens * self.architecture.hidden_size * routed_tokens(experts, self.config)
         there = self._collective(size, etp, etp) if etp > 1 else 0.0
