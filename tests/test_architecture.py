@@ -36,8 +36,7 @@ PACKAGES = {
     "model": Package(6, megatron=True),
     "checkpoint": Package(7, megatron=True),
     "train": Package(8, megatron=True),
-    **dict.fromkeys(("evaluate", "integrations"), Package(9, megatron=True)),
-    **dict.fromkeys(("plan.dry_run", "plan.dry_run_experts", "plan.startup_dry_run"), Package(9, megatron=True)),
+    **dict.fromkeys(("evaluate", "integrations", "plan.dry_run", "plan.startup_dry_run"), Package(9, megatron=True)),
     **dict.fromkeys(("cli", "launch"), Package(10)),
     "__main__": Package(11),
 }

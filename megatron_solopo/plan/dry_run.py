@@ -30,6 +30,7 @@ from megatron_solopo.model.layers import PackedAttention
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
+from megatron_solopo.parallel.balanced_experts import balance_experts
 from megatron_solopo.parallel.megatron_internals import (
     gradient_buffers,
     megatron_on_meta,
@@ -38,7 +39,6 @@ from megatron_solopo.parallel.megatron_internals import (
     simulated_rank,
 )
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.plan.dry_run_experts import balance_experts
 from megatron_solopo.plan.layouts import DistinctRank, Layout, distinct_ranks, replace_settings, without_gpu
 from megatron_solopo.plan.memory import RankCheck, peak_activations, rank_state
 from megatron_solopo.plan.workload import PackShape

@@ -1,4 +1,7 @@
-"""The exchange of tokens among experts in a dry run, where no router can choose: every expert gets as many tokens."""
+"""The exchange of tokens among experts in models without memory, whose routers cannot choose.
+
+Versions: 0.16 and 0.19.
+"""
 
 from typing import Any
 
@@ -7,10 +10,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
-from megatron_solopo.model.head import ResponseModel
 
-
-def balance_experts(chunk: ResponseModel) -> None:
+def balance_experts(chunk: torch.nn.Module) -> None:
     """Let the layers of a chunk without memory send every expert as many tokens."""
     for module in chunk.modules():
         if isinstance(module, MoELayer):
