@@ -6,16 +6,18 @@ Versions: 0.16 and 0.19.
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
 
 def balance_experts(chunk: torch.nn.Module) -> None:
-    """Let the layers of a chunk without memory send every expert as many tokens."""
+    """Let the layers of a chunk without memory send every rank as many tokens for its experts."""
     for module in chunk.modules():
         if isinstance(module, MoELayer):
             module.token_dispatcher.__class__ = _BalancedDispatcher
+            module.experts.__class__ = _OneForAll
 
 
 class _BalancedDispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
@@ -48,6 +50,18 @@ class _BalancedDispatcher(MoEAlltoAllTokenDispatcher):  # type: ignore[misc]
         self.output_splits_tp = torch.full((self.tp_size,), int(mine.sum()) * self.ep_size, device="cpu")
         self.num_global_tokens_per_local_expert = mine.repeat(self.tp_size * self.ep_size, 1)
         self.tokens_per_expert = mine * self.tp_size * self.ep_size
+
+
+class _OneForAll(SequentialMLP):  # type: ignore[misc]
+    """The experts of a rank, whose first one takes all tokens. Together they would keep as many bytes, but take longer.
+
+    Upstream: `SequentialMLP` in `megatron/core/transformer/moe/experts.py`.
+    """
+
+    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probabilities: Tensor) -> tuple[Tensor, None]:
+        """Compute all tokens."""
+        output, _ = self.local_experts[0](tokens, probabilities)
+        return torch.cat([output]), None
 
 
 class _MaskedSelectShapes(torch.autograd.Function):

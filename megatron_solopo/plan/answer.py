@@ -235,7 +235,9 @@ class PlannedRun:
 
     def _time_lines(self) -> list[str]:
         time = self.estimate.time
-        busiest = ", ".join(f"{name} {_figure(seconds, 3)}" for name, seconds in time.compute.parts.items())
+        absent = () if self.planner.architecture.experts else ("expert_traffic",)
+        parts = {name: seconds for name, seconds in time.compute.parts.items() if name not in absent}
+        busiest = ", ".join(f"{name} {_figure(seconds, 3)}" for name, seconds in parts.items())
         return [
             f"  busiest pipeline rank, all packs: {busiest}",
             f"  pipeline {_figure(time.timeline.seconds, 3)}: {describe_bubble(time.timeline.bubble)}",

@@ -222,6 +222,14 @@ def _exchanges(architecture: ModelShape, config: Config) -> Iterator[dict[str, A
             yield exchange
 
 
+def _recomputation(architecture: ModelShape) -> Iterator[dict[str, Any]]:
+    """What layers can compute again. Megatron computes the feed-forward of dense layers again, but not experts."""
+    has_dense_layers = architecture.experts is None or not architecture.experts.in_all_layers
+    for each in _RECOMPUTE:
+        if has_dense_layers or each["recompute_granularity"] != "selective":
+            yield each
+
+
 def layout_variants(architecture: ModelShape, layout: Layout, gpu: Gpu, vary: Sequence[str]) -> list[list[Layout]]:
     """The variants of a layout to try, in rows that differ in precision, traffic and place of the optimizer's state.
 
@@ -237,7 +245,7 @@ def layout_variants(architecture: ModelShape, layout: Layout, gpu: Gpu, vary: Se
     precisions: list[dict[str, Any]] = [{}]
     if "fp8" in vary and can_fp8:
         precisions = [{"fp8": None, "fp8_param": False, "first_last_layers_bf16": False}, {"fp8": "hybrid"}]
-    recompute = list(_RECOMPUTE) if "recompute" in vary else [{}]
+    recompute = list(_recomputation(architecture)) if "recompute" in vary else [{}]
     # If the model allows none, the caller's check says why.
     exchanges = (list(_exchanges(architecture, config)) if "cp_comm" in vary else []) or [{}]
     offloads: list[dict[str, Any]] = [{}]
