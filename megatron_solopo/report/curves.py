@@ -67,7 +67,7 @@ _FIGURES = (
         "experts",
         "Experts",
         "A load of 1 is perfect balance; ranks with fuller experts make the others wait. Entropy 0: a router is sure "
-        "of one expert for each token. Routes that agree, where a response stands behind both contexts: the share of its "
+        "of one expert for each token. Routes that agree, where a response is behind both contexts: the share of its "
         "tokens' experts that are the same. If it is low, a part of the SoLo gap is a matter of routes.",
         _EXPERTS,
     ),
