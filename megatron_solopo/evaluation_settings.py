@@ -5,7 +5,7 @@ This module stands outside the package `evaluate`, which imports torch: the comm
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -88,7 +88,7 @@ class LongContextSettings(ServerSettings):
     """Generate all answers anew. Without it, only missing answers are generated."""
 
     @property
-    def parallel_sizes(self) -> dict[str, int]:
+    def parallel_sizes(self) -> dict[str, Any]:
         """Those of a Megatron model's layout that are not the default, by the names of their fields."""
         fields = {name: each for name, each in type(self).model_fields.items() if name.endswith("_parallel_size")}
         return {name: getattr(self, name) for name, each in fields.items() if getattr(self, name) != each.default}
