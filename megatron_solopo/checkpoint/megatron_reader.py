@@ -15,6 +15,7 @@ import pickle
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
+from enum import EnumType
 from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path
 from typing import IO, Any, ClassVar, cast
@@ -106,10 +107,18 @@ class _Unpickler(pickle._Unpickler):
         self._file = file
 
     def find_class(self, module: str, name: str) -> Any:
+        if module == "builtins" and name == "getattr":
+            return self._enum_member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in _SAFE_CLASSES.get(module, ()):
             raise UserError(f"{self._file}: names {module}.{name}, which has no place in a checkpoint; it was not run")
         return super().find_class(module, name)
+
+    def _enum_member(self, enumeration: Any, name: Any) -> Any:
+        """Stand in for `getattr`, by which Python 3.11.0 to 3.11.3 name the members of an enumeration (gh-105332)."""
+        if isinstance(enumeration, EnumType) and name in enumeration.__members__:
+            return enumeration.__members__[name]
+        raise UserError(f"{self._file}: asks for {name!r} of {enumeration!r}, which has no place in a checkpoint")
 
     def load_build(self) -> None:
         """Set the attributes of an instance, but never those of a class or a function, which all code shares."""

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from megatron_solopo.checkpoint import conversion, verify
 from megatron_solopo.checkpoint.conversion import export_model, import_model
 from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory
+from megatron_solopo.checkpoint.megatron_reader import read_metadata
 from megatron_solopo.cli.main import main
 from tests.conversions import QUERY, WEIGHTS, change, change_config, refusal
 
@@ -132,6 +134,32 @@ def test_a_checkpoints_list_of_pieces_runs_no_code(folder: Path) -> None:
     (folder / "megatron" / ".metadata").write_bytes(pickle.dumps(Evil(f"touch {folder}/ran")))
     assert "system, which has no place in a checkpoint" in refused_export(folder)
     assert not (folder / "ran").exists()
+
+
+class AttributeOfClass:
+    def __reduce__(self) -> Any:
+        return getattr, (torch.Size, "__class__")
+
+
+def test_a_checkpoints_list_of_pieces_names_no_attribute_of_a_class(folder: Path) -> None:
+    (folder / "megatron" / ".metadata").write_bytes(pickle.dumps(AttributeOfClass()))
+    assert "asks for '__class__'" in refused_export(folder)
+
+
+class EarlyPickler(pickle.Pickler):
+    """Names members of enumerations as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_a_checkpoint_of_an_early_python_3_11_is_read(folder: Path) -> None:
+    file = folder / "megatron" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    with file.open("wb") as stream:
+        EarlyPickler(stream).dump(metadata)
+    assert b"getattr" in file.read_bytes()
+    assert read_metadata(folder / "megatron") == metadata
 
 
 def test_numbers_beyond_the_range_of_float16_are_refused(folder: Path) -> None:
