@@ -55,7 +55,11 @@ def run_all(folder: Path) -> dict[str, str]:
     for name, parallel in LAYOUTS.items():
         output = folder / "results" / f"{name}.json"
         evaluate_preference(base, config(folder, parallel=parallel), split="eval", output=output)
-    experts = {"model": {"path": folder / "moe"}, "reference": {"model_path": folder / "reference_moe"}}
+    experts = {
+        "run_dir": folder / "run_moe",
+        "model": {"path": folder / "moe"},
+        "reference": {"model_path": folder / "reference_moe"},
+    }
     evaluate_preference(
         find_subject(folder / "moe", "--model"),
         config(folder, parallel=ep(2), **experts),
