@@ -12,6 +12,7 @@ from megatron_solopo.architecture.layout import pack_multiple, sequence_multiple
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
+from megatron_solopo.model.layers import layers_and_routers
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
@@ -41,6 +42,8 @@ class Case:
     distributed_optimizer: bool = True
     moe: Mapping[str, Any] = field(default_factory=dict)
     chunk_tokens: int = 1024
+    idle_experts: int = 0
+    """The last experts of each layer, to which the routers send hardly any token."""
 
     def config(self, models: Path) -> Config:
         layout = Layout(
@@ -82,22 +85,24 @@ def shapes(config: Config) -> list[PackShape]:
 
 def run_cases(models: Path, cases: Sequence[Case]) -> list[MemoryInUse]:
     """On every rank: one optimizer step for each case in turn."""
-    return [run_case(case.config(models)) for case in cases]
+    return [run_case(case.config(models), case.idle_experts) for case in cases]
 
 
-def run_case(config: Config) -> MemoryInUse:
+def run_case(config: Config, idle_experts: int) -> MemoryInUse:
     groups = topology.initialize(config.parallel, seed=1)
     try:
-        return _train(config, groups)
+        return _train(config, groups, idle_experts)
     finally:
         topology.destroy(groups)
 
 
-def _train(config: Config, groups: Topology) -> MemoryInUse:
+def _train(config: Config, groups: Topology, idle_experts: int) -> MemoryInUse:
     model = resolve_model(config.model, config.parallel)
     chunks = build_model(model, chunk_tokens=config.logprob.chunk_tokens, device=groups.device)
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         torch.nn.init.normal_(parameter, std=0.05)
+    for _, router in (pair for chunk in chunks for pair in layers_and_routers(chunk)):
+        router.weight.data[len(router.weight) - idle_experts :] = 0.0  # below the greatest of the others
     freeze_routers(chunks, config.moe)
     wrapped = wrap_data_parallel(chunks, config.optimizer, config.parallel)
     optimizer = build_optimizer(wrapped, config.optimizer)

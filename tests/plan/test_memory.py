@@ -1,11 +1,12 @@
 """The estimate against real training on gloo ranks: state to the byte, activations within 10 %."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.pipeline_schedule import peak_in_flight, stage_order
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import element_bytes
@@ -75,6 +76,7 @@ MOE_TWO = [
     Case("moe-ep2", family="qwen3_moe", parallel=ep(2), model=BF16),
     Case("moe-ep2-plain-optimizer", family="qwen2_moe", parallel=ep(2), distributed_optimizer=False),
     Case("moe-ep2-cp2", family="qwen2_moe", parallel=ep(2) | cp(2)),
+    Case("moe-ep2-idle-experts", family="qwen3_moe", parallel=ep(2), idle_experts=8),
     Case("moe-tp2", family="qwen2_moe", parallel=tp(2), model=BF16),
     Case("moe-pp2", family="qwen2_moe", parallel=pp(2)),
 ]
@@ -144,15 +146,34 @@ def test_state_is_what_the_training_process_holds_to_the_byte(case: Case, models
         assert fullest.optimizer >= rank.optimizer
 
 
-DENSE = [case for case in ONE + TWO + FOUR if not case.name.startswith("moe")]
+def architecture_of(case: Case, config: Config) -> Architecture:
+    """The model, with the load of its fullest expert: those that are not idle share all tokens."""
+    architecture = read_architecture(config.model.path)
+    experts = architecture.experts
+    if experts is None:
+        return architecture
+    load = experts.num_experts / (experts.num_experts - case.idle_experts)
+    return replace(architecture, experts=replace(experts, load_max_over_mean=load))
 
 
-@pytest.mark.parametrize("case", DENSE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ONE + TWO + FOUR, ids=lambda case: case.name)
 def test_activations_are_those_that_autograd_keeps(case: Case, models: Path, in_use: dict) -> None:
     config = case.config(models)
-    architecture = read_architecture(config.model.path)
+    architecture = architecture_of(case, config)
     packs = shapes(config)
-    for rank in in_use[case.name]:
+    busy = in_use[case.name][:1] if case.idle_experts else in_use[case.name]
+    for rank in busy:
         peak = peak_activations(architecture, config, rank.pipeline_rank, packs, local=True)
         expected = peak.total + cpu_masks(config, model_chunks(architecture, config.parallel, rank.pipeline_rank), rank)
         assert expected == pytest.approx(rank.saved, rel=ACTIVATION_TOLERANCE)
+
+
+def test_a_rank_keeps_the_tokens_that_reach_its_experts(models: Path, in_use: dict) -> None:
+    """Where half of the experts are idle, the rank with the others has twice the mean: no more than all tokens."""
+    (case,) = (case for case in CASES[2] if case.idle_experts)
+    busy, idle = (rank.saved for rank in in_use[case.name])
+    assert busy > 1.5 * idle
+    architecture = architecture_of(case, case.config(models))
+    assert architecture.experts is not None
+    loads = [replace(architecture.experts, load_max_over_mean=load).rank_load(2) for load in (1.0, 1.5, 2.0, 16.0)]
+    assert loads == [1.0, 1.5, 2.0, 2.0]
