@@ -77,6 +77,7 @@ def test_it_gives_our_trainers_losses_and_gradient_norms_on_every_rank(found: An
     for rank in found:
         for mine, theirs in zip(ours, rank[name], strict=True):
             assert theirs == pytest.approx({key: mine[key] for key in theirs}, rel=1e-6)
+            assert ("moe/route_agreement" in theirs) == (name == "ep2")
 
 
 def test_it_needs_process_groups(folder: Path) -> None:
