@@ -26,7 +26,7 @@ def load_generator() -> ModuleType:
 GENERATOR = load_generator()
 ARGUMENTS = GENERATOR.plan_arguments()
 LAUNCH = PLANS / "launch"
-LONG_SEARCHES = ("qwen3-30b-a3b-64xh100", "qwen3-235b-a22b-256xh100")
+LONG_SEARCHES = ("qwen3-30b-a3b-64xh100", "qwen3-235b-a22b-256xh100", "qwen3-235b-a22b-1024xh100")
 
 
 @pytest.fixture(autouse=True)
