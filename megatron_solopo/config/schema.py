@@ -77,8 +77,16 @@ class ModelConfig(Section):
 
     @property
     def has_delayed_scales(self) -> bool:
-        """Whether earlier forward passes decide how FP8 values are scaled, so that every pass leaves a trace."""
+        """Whether earlier passes with gradients decide how FP8 values are scaled, so that each of them leaves a trace."""
         return self.fp8 is not None and self.fp8_recipe == "delayed"
+
+    @property
+    def without_gradients(self) -> "ModelConfig":
+        """The precision of a model that is scored and not trained.
+
+        Such passes would never update delayed scales, so they take bfloat16.
+        """
+        return self.model_copy(update={"fp8": None, "fp8_param": False}) if self.has_delayed_scales else self
 
 
 class DataConfig(Section):

@@ -275,6 +275,25 @@ def release_exact_values(model: torch.nn.Module) -> None:
             parameter.clear_high_precision_init_val()
 
 
+@contextmanager
+def without_delayed_fp8(config: TransformerConfig) -> Iterator[None]:
+    """Let forward passes of a model compute in bfloat16 where the config asks for FP8's delayed recipe.
+
+    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20. Transformer Engine updates delayed scales only in
+    passes with gradients. Without them a new model has scales of 1, and larger values than FP8's largest become that.
+    The layers keep their scales meanwhile.
+    Upstream: `get_fp8_context` in `megatron/core/fp8_utils.py`, and `autocast_exit` and `set_meta_tensor` in
+    Transformer Engine's `pytorch/quantization.py` and `pytorch/module/base.py`.
+    """
+    fp8 = config.fp8
+    if config.fp8_recipe == "delayed":
+        config.fp8 = None
+    try:
+        yield
+    finally:
+        config.fp8 = fp8
+
+
 _SCALES = [(side, name) for side in ("scaling_fwd", "scaling_bwd") for name in ("scale", "amax_history")]
 
 

@@ -56,8 +56,10 @@ def run_precision(config: Config, datasets: RunDatasets, topology: Topology, ste
     loss = objective_loss(config.objective, references, topology)
     loader = training_batches(config, datasets.by_split["train"], topology)
     names = metric_names(config.objective)
-    for _ in range(steps):
+    for step in range(steps):
         batch = loader.next_batch()
+        if step == 0 and config.model.has_delayed_scales:
+            policy.warm_scales(batch.packs, loss, topology)
         started = time.monotonic()
         result = policy.step(batch.packs, loss, topology)
         run.grad_norms.append(result.grad_norm)
