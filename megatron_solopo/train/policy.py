@@ -28,6 +28,7 @@ from megatron_solopo.model.routing import RouterWatch
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.megatron_internals import (
     begin_gathering_ahead,
+    forget_largest_values,
     fuse_weight_gradients,
     gather_parameters,
     make_optimizer,
@@ -285,10 +286,13 @@ class Policy:
     ) -> None:
         """Run the first step's packs for the scales of FP8's delayed recipe alone. All ranks together.
 
-        A new model has scales of 1: activations above FP8's largest value become it, and small gradients become 0. Each
-        pass finds the largest values behind one more such place. The next step drops the gradients.
+        A new model has scales of 1: activations above FP8's largest value become it, and small gradients become 0. So
+        the largest values of a pass are wrong until the scales before it are right. Each pass forgets those of the one
+        before. The next step drops the gradients.
         """
         for _ in range(_WARMING_PASSES):
+            for chunk in self.chunks:
+                forget_largest_values(chunk)
             self._accumulate(packs, loss_function, topology, before_pack)
 
     def _accumulate(
