@@ -244,10 +244,23 @@ def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
     is_fp8 = hasattr(parameter, "get_high_precision_init_val")
     if is_fp8:  # the kernels that quantize a value want it on the device
         value = value.detach().to(parameter.device, torch.bfloat16)
+        _fit_scale(parameter, value)
     with torch.no_grad():
         parameter.copy_(value)
     if is_fp8:
         parameter._high_precision_init_val = value.to("cpu", copy=True)  # type: ignore[attr-defined]
+
+
+def _fit_scale(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Let an FP8 parameter of the delayed recipe hold a value with the scale that fits it.
+
+    Versions: 0.19. Its scale is 1 until the first update, and weights are small: FP8 would keep two bits of them.
+    Upstream: `Float8Quantizer` in Transformer Engine's `pytorch/tensor/float8_tensor.py`.
+    """
+    scale = getattr(parameter._quantizer, "scale", None)  # type: ignore[attr-defined]
+    largest = value.abs().amax().float()
+    if scale is not None and 0 < largest < torch.inf:
+        scale.fill_(torch.finfo(torch.float8_e4m3fn).max / largest)
 
 
 def broadcast_parameter(parameter: torch.nn.Parameter, owner: int, group: dist.ProcessGroup) -> None:

@@ -189,7 +189,9 @@ def test_fp8_parameters_train_as_bfloat16_ones_do(recipe: str) -> None:
     settings = {"distributed_optimizer": True, "pack_multiple": RECIPES[recipe]}
     fp8_param = train("llama3", FP8 | {"fp8_recipe": recipe, "fp8_param": True}, **settings)
     bf16_param = train("llama3", FP8 | {"fp8_recipe": recipe}, **settings)
-    torch.testing.assert_close(losses(fp8_param), losses(bf16_param), rtol=2e-2, atol=0)
+    # Delayed scales also come from what the weights were before, so that both runs round in their own way.
+    tolerance = 3 * rounding_errors("tensorwise")[1] if recipe == "delayed" else 2e-2
+    torch.testing.assert_close(losses(fp8_param), losses(bf16_param), rtol=tolerance, atol=0)
     difference = _relative_difference(fp8_param.parameters, bf16_param.parameters)
     assert difference < 0.05  # the parameters handed back are FP8
 
