@@ -17,8 +17,6 @@ from typing import Any
 
 import click
 import torch
-from miniature.plan import DEFAULT_ALPHA, LOSS_TYPES, SEEDS, STRONG
-from miniature.runs import STEPS, Run, data_directory, make_config, measure
 from torch import Tensor
 
 from megatron_solopo.checkpoint.conversion import export_model
@@ -31,6 +29,8 @@ from megatron_solopo.train.policy import build_policy
 from megatron_solopo.train.scoring import score_sequences
 from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.trainer import train
+from miniature.plan import DEFAULT_ALPHA, LOSS_TYPES, SEEDS, STRONG
+from miniature.runs import STEPS, Run, data_directory, make_config, measure
 from tools.checks.fp8_acceptance import response_lengths
 from tools.checks.precision_runs import first_gradient, raw_gaps, root_mean_square
 from tools.reporting import table
@@ -53,25 +53,25 @@ _LENGTHS = ("16", "128", "512")
 @click.command(help=__doc__)
 @click.option("--work", default=HERE / "work", type=click.Path(path_type=Path), help="What reproduce.py wrote.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=SEEDS, show_default=True)
-@click.option("--trained", multiple=True, help="Precisions that also train; all if not given.")
-def main(work: Path, seeds: tuple[int, ...], trained: tuple[str, ...]) -> None:
+@click.option("--steps", default=STEPS, show_default=True, help="Of training; 0 measures the start alone.")
+def main(work: Path, seeds: tuple[int, ...], steps: int) -> None:
     path = work / "precisions.jsonl"
-    done = {(line["kind"], line["precision"], line["seed"]) for line in (read_jsonl(path) if path.exists() else [])}
-    for kind, function in (("start", at_start), ("trained", after_training)):
+    done = {(line["steps"], line["precision"], line["seed"]) for line in (read_jsonl(path) if path.exists() else [])}
+    for number in sorted({0, steps}):
         for seed in seeds:
             for precision in PRECISIONS:
-                asked = kind == "start" or not trained or precision in trained
-                if asked and (kind, precision, seed) not in done:
+                if (number, precision, seed) not in done:
                     started = time.monotonic()
-                    found = {"kind": kind, "precision": precision, "seed": seed, **function(work, seed, precision)}
+                    found = {"steps": number, "precision": precision, "seed": seed}
+                    found |= after_training(work, seed, precision, steps) if number else at_start(work, seed, precision)
                     with path.open("a", encoding="utf-8") as stream:
                         stream.write(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
-    show(list(read_jsonl(path)))
+    show(list(read_jsonl(path)), steps)
 
 
-def config_of(work: Path, seed: int, loss_type: str, precision: str) -> Config:
+def config_of(work: Path, seed: int, loss_type: str, precision: str, align: str = "both") -> Config:
     """The strong base's SoLoPO run of the reproduction, in another precision."""
-    config = make_config(work, Run(STRONG, seed, "solopo", loss_type, DEFAULT_ALPHA[loss_type], "both"))
+    config = make_config(work, Run(STRONG, seed, "solopo", loss_type, DEFAULT_ALPHA[loss_type], align))
     folder = f"{loss_type}-{precision.replace(' ', '-')}-seed{seed}"
     return config.model_copy(
         update={
@@ -130,28 +130,28 @@ def _score(work: Path, seed: int, precision: str) -> tuple[Tensor, Tensor, dict[
         process_groups.destroy(topology)
 
 
-def after_training(work: Path, seed: int, precision: str) -> dict[str, Any]:
+def after_training(work: Path, seed: int, precision: str, steps: int) -> dict[str, Any]:
     """Accuracy of SoLo-SimPO's model by length of the context, measured by transformers in fp32 on the CPU."""
-    config = config_of(work, seed, "simpo", precision)
+    config = config_of(work, seed, "simpo", precision, "chosen")
+    config = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": steps})})
     remove(config.run_dir)
     train(config)
     exported = config.run_dir / "exported"
-    export_model(config.run_dir / "checkpoints" / f"iter_{STEPS:07}", exported, dtype=None, verification="tensors")
-    steps = read_jsonl(config.run_dir / "metrics.jsonl")
-    gaps = [step["solo_ra/gap_abs"] for step in steps[-10:]]
+    export_model(config.run_dir / "checkpoints" / f"iter_{steps:07}", exported, dtype=None, verification="tensors")
+    gaps = [step["solo_ra/gap_abs"] for step in read_jsonl(config.run_dir / "metrics.jsonl")[-10:]]
     found = {"accuracy": measure(exported), "last_gap": statistics.mean(gaps)}
     remove(exported)
     remove(config.run_dir / "checkpoints")
     return found
 
 
-def show(lines: Sequence[dict[str, Any]]) -> None:
+def show(lines: Sequence[dict[str, Any]], steps: int) -> None:
     """Mean over the seeds, and the range of what varies most."""
     start = [name for name in lines[0] if name.startswith(("logp", "gap_error", "cosine"))]
     cells = [
         [precision, *(_shown([line[name] for line in found]) for name in start)]
         for precision in PRECISIONS
-        if (found := [line for line in lines if (line["kind"], line["precision"]) == ("start", precision)])
+        if (found := [line for line in lines if (line["steps"], line["precision"]) == (0, precision)])
     ]
     click.echo(table(("precision", *start), cells))
     cells = [
@@ -161,7 +161,7 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
             _shown([line["last_gap"] for line in found]),
         ]
         for precision in PRECISIONS
-        if (found := [line for line in lines if (line["kind"], line["precision"]) == ("trained", precision)])
+        if (found := [line for line in lines if steps and (line["steps"], line["precision"]) == (steps, precision)])
     ]
     click.echo("\n" + table(("precision", *(f"accuracy at {each}" for each in _LENGTHS), "last |gap|"), cells))
 
