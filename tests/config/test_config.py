@@ -6,7 +6,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from megatron_solopo.config import Config, ObjectiveConfig, ParallelConfig, load_config, parse_config, save_config
+from megatron_solopo.config import (
+    Config,
+    ModelConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    load_config,
+    parse_config,
+    save_config,
+)
 from megatron_solopo.config.load import as_override
 from megatron_solopo.errors import UserError
 
@@ -121,6 +129,7 @@ def test_an_unknown_key_like_no_other_lists_the_legal_ones(tmp_path: Path) -> No
         ("objective.distance=l3", "objective.distance='l3'", "'l1', 'l2' or 'huber'"),
         ("parallel.recompute_granularity=some", "parallel.recompute_granularity='some'", "'selective' or 'full'"),
         ("model.dtype=float16", "model.dtype='float16'", "'float32' or 'bfloat16'"),
+        ("model.fp8_recipe=nvfp4", "model.fp8_recipe='nvfp4'", "'delayed', 'tensorwise', 'blockwise' or 'mxfp8'"),
         ("parallel.tensor_model_parallel_size=0", "parallel.tensor_model_parallel_size=0", "greater than 0"),
         ("optimizer.lr=-1e-5", "optimizer.lr=-1e-05", "greater than 0"),
         ("optimizer.lr=.nan", "optimizer.lr=nan", "finite"),
@@ -305,3 +314,12 @@ def test_a_config_does_not_change_after_loading(tmp_path: Path) -> None:
     config = parse_config(MINIMAL, source="test")
     with pytest.raises(ValidationError, match="frozen"):
         config.objective.alpha = 1
+
+
+def test_only_models_with_delayed_scales_are_scored_in_another_precision() -> None:
+    def scored(recipe: str) -> ModelConfig:
+        model = {"path": "model", "dtype": "bfloat16", "fp8": "hybrid", "fp8_recipe": recipe, "fp8_param": True}
+        return parse_config(MINIMAL | {"model": model}, source="test").model.without_gradients
+
+    assert (scored("delayed").fp8, scored("delayed").fp8_param) == (None, False)
+    assert (scored("blockwise").fp8, scored("blockwise").fp8_param) == ("hybrid", True)
