@@ -28,22 +28,22 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "llama2",
         {"model_type": "gpt2"},
-        ["model_type='gpt2'", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+        ["model_type='gpt2'", "llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe"],
     ),
     (
         "llama2",
         {"model_type": "no_such_model"},
-        ["model_type='no_such_model'", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+        ["model_type='no_such_model'", "llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe"],
     ),
     (
         "llama2",
         {"model_type": None},
-        ["model_type=None", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+        ["model_type=None", "llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe"],
     ),
     (
         "llama2",
         {"model_type": ["llama"]},
-        ["model_type=['llama']", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+        ["model_type=['llama']", "llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe"],
     ),
     (
         "llama2",
