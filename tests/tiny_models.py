@@ -61,7 +61,12 @@ FAMILIES: dict[str, PretrainedConfig] = {
         **_SHAPE, **_EXPERTS, shared_expert_intermediate_size=16, norm_topk_prob=False, mlp_only_layers=[0, 3]
     ),
     "olmoe": OlmoeConfig(
-        **_SHAPE | {"intermediate_size": 24}, num_experts=16, num_experts_per_tok=2, norm_topk_prob=False
+        **_SHAPE | {"intermediate_size": 24},
+        num_experts=16,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        pad_token_id=None,  # 1 is a token like any other here
+        eos_token_id=None,
     ),
     "mixtral": MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
 }

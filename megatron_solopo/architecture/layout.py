@@ -151,8 +151,8 @@ def check_layout(architecture: ModelShape, parallel: ParallelConfig) -> None:
         )
     if architecture.norms_all_heads and tp > groups:
         raise UserError(
-            f"parallel.tensor_model_parallel_size={tp} is more than the model's {groups} key-value heads, which one norm "
-            f"takes together; set it to a divisor of {groups}"
+            f"parallel.tensor_model_parallel_size={tp} is more than the model's {groups} key-value heads, which "
+            f"one norm takes together; set it to a divisor of {groups}"
         )
     if parallel.uses_sequence_parallel and tp == 1:
         raise UserError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1")

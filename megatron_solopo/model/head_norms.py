@@ -17,7 +17,9 @@ class AllHeadsRMSNorm(torch.nn.Module):
     Source: `OlmoeRMSNorm` in `transformers/models/olmoe/modeling_olmoe.py`.
     """
 
-    def __init__(self, config: TransformerConfig, heads: int, head_dim: int, group: torch.distributed.ProcessGroup):
+    def __init__(
+        self, config: TransformerConfig, heads: int, head_dim: int, group: torch.distributed.ProcessGroup
+    ) -> None:
         super().__init__()
         self.eps, self.group = config.layernorm_epsilon, group
         self.weight = torch.nn.Parameter(torch.ones(heads * head_dim, dtype=config.params_dtype))
