@@ -61,7 +61,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
         **_SHAPE, **_EXPERTS, shared_expert_intermediate_size=16, norm_topk_prob=False, mlp_only_layers=[0, 3]
     ),
     "olmoe": OlmoeConfig(
-        **_SHAPE | {"intermediate_size": 24},
+        **_SHAPE | {"intermediate_size": 24, "num_key_value_heads": 4},
         num_experts=16,
         num_experts_per_tok=2,
         norm_topk_prob=False,

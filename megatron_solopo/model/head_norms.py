@@ -33,7 +33,7 @@ class AllHeadsRMSNorm(torch.nn.Module):
         count = heads_THD.shape[-2] * heads_THD.shape[-1] * self.group.size()
         if self.group.size() > 1:
             # Every rank's output depends on the sum, so its gradient is a sum over ranks, too.
-            squares = torch.distributed.nn.functional.all_reduce(squares, group=self.group)
+            squares = torch.distributed.nn.functional.all_reduce(squares, group=self.group)  # type: ignore[no-untyped-call]
         normed = (wide * torch.rsqrt(squares / count + self.eps)).to(heads_THD.dtype)
         return normed * self.weight.view(heads_THD.shape[-2:])
 
@@ -54,7 +54,7 @@ class AllHeadsRMSNorm(torch.nn.Module):
         )
 
 
-class AllHeadsNormAttention(SelfAttention):
+class AllHeadsNormAttention(SelfAttention):  # type: ignore[misc]
     """Self-attention that norms queries and keys over all heads.
 
     The norms are not `q_layernorm` and `k_layernorm`: Megatron-Core takes those for one head's, and sums the gradients
