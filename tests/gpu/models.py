@@ -18,12 +18,13 @@ _WIDTHS = {
     "head_dim": 64,
     "max_position_embeddings": 4096,
 }
+_EXPERT_WIDTHS = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "num_experts": 4}
 
 
 def make_model(path: Path, family: str, seed: int) -> Path:
     """A random bfloat16 model of a family of `tests.tiny_models`. Returns `path`."""
     config = copy.deepcopy(FAMILIES[family])
-    config.update(_WIDTHS)
+    config.update(_WIDTHS | {name: width for name, width in _EXPERT_WIDTHS.items() if hasattr(config, name)})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
