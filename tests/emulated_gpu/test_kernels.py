@@ -384,8 +384,13 @@ def test_fp8_products_of_experts_multiply_the_rounded_values(kind: str) -> None:
     if kind == "tensorwise":
         of_x, of_weights = current(), current()
     else:
-        of_x, of_weights = (Float8BlockQuantizer(E4M3, rowwise=True, columnwise=True, block_scaling_dim=d) for d in (1, 2))
-    parts, rounded = tex.split_quantize(x, splits, [of_x] * 3), tex.multi_tensor_quantize(list(weights), [of_weights] * 3)
+        of_x, of_weights = (
+            Float8BlockQuantizer(E4M3, rowwise=True, columnwise=True, block_scaling_dim=d) for d in (1, 2)
+        )
+    parts, rounded = (
+        tex.split_quantize(x, splits, [of_x] * 3),
+        tex.multi_tensor_quantize(list(weights), [of_weights] * 3),
+    )
     y = torch.empty(48, 128)
     grouped(3, rounded, parts, [y], True, False, splits)
     close(y[:32], matrix(of_x(x[:32])) @ matrix(of_weights(weights[0])).t())
