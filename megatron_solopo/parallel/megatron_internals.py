@@ -278,30 +278,39 @@ def release_exact_values(model: torch.nn.Module) -> None:
 _SCALES = [(side, name) for side in ("scaling_fwd", "scaling_bwd") for name in ("scale", "amax_history")]
 
 
-def delayed_scales(layer: torch.nn.Module) -> dict[str, Tensor]:
-    """Copy a Transformer Engine layer's scales of FP8's delayed recipe, and the largest values that they come from.
+def delayed_scales(layer: torch.nn.Module, number: int) -> dict[str, Tensor]:
+    """Copy what FP8's delayed recipe keeps of one product of a Transformer Engine layer: scales and largest values.
 
-    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20. Empty before the layer has computed in FP8.
+    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20. Empty before the layer has computed in FP8. Scales
+    of all inputs come first, then those of all weights, then of all outputs.
     Upstream: `get_extra_state` in Transformer Engine's `pytorch/module/base.py`, which makes a pickle of them.
+
+    Args:
+        number: of the expert among those that the layer computes; 0 in a layer with one product.
     """
     states: dict[str, Any] = getattr(layer, "fp8_meta", {})
+    products = getattr(layer, "num_gemms", 1)
     found = {f"{side}.{name}": getattr(states.get(side), name, None) for side, name in _SCALES}
-    return {name: value.detach().to("cpu", copy=True) for name, value in found.items() if value is not None}
+    return {
+        name: value.detach().unflatten(-1, (-1, products))[..., number].to("cpu", copy=True)
+        for name, value in found.items()
+        if value is not None
+    }
 
 
-def load_delayed_scales(layer: Any, config: TransformerConfig, scales: dict[str, Tensor]) -> None:
-    """Give a Transformer Engine layer what `delayed_scales` copied.
+def load_delayed_scales(layer: Any, config: TransformerConfig, scales: Sequence[dict[str, Tensor]]) -> None:
+    """Give a Transformer Engine layer what `delayed_scales` copied of each of its products.
 
     Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20.
     Upstream: `set_extra_state` in Transformer Engine's `pytorch/module/base.py`.
     """
     recipe = get_fp8_recipe(config)
-    # A layer counts its products when it first computes; each has three FP8 tensors in the forward pass.
-    layer.fp8_meta |= {"recipe": recipe, "num_gemms": len(scales["scaling_fwd.scale"]) // 3}
+    # A layer counts its products when it first computes.
+    layer.fp8_meta |= {"recipe": recipe, "num_gemms": len(scales)}
     layer.init_fp8_meta_tensors(recipe)
-    for name, value in scales.items():
+    for name in scales[0]:
         side, _, attribute = name.partition(".")
-        getattr(layer.fp8_meta[side], attribute).copy_(value)
+        getattr(layer.fp8_meta[side], attribute).copy_(torch.stack([each[name] for each in scales], -1).flatten(-2))
 
 
 # --- the optimizer and its state ---
