@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import megatron.core
@@ -40,7 +40,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import fused_a2a, moe_utils
 from packaging.version import Version
 from torch import Tensor
 from torch.distributed.checkpoint import default_planner
@@ -98,6 +98,23 @@ def set_rotary_frequencies(model: GPTModel, inv_freq: Tensor) -> None:
     Upstream: `megatron/core/models/common/embeddings/rotary_pos_embedding.py`.
     """
     model.rotary_pos_emb.inv_freq = inv_freq
+
+
+def dispatcher_settings(kind: Literal["alltoall", "flex"]) -> dict[str, Any]:
+    """Return the fields of a TransformerConfig that say how tokens reach the ranks of their experts.
+
+    Versions: 0.16 and 0.19. `moe_enable_deepep` is deprecated in both. 0.19 has more backends of `flex`.
+    Upstream: `megatron/core/transformer/transformer_config.py`.
+    """
+    return {"moe_token_dispatcher_type": kind} | ({"moe_flex_dispatcher_backend": "deepep"} if kind == "flex" else {})
+
+
+def has_deep_ep() -> bool:
+    """Whether Megatron could import DeepEP.
+
+    Versions: 0.16 and 0.19. Upstream: `HAVE_DEEP_EP` of `megatron/core/transformer/moe/fused_a2a.py`.
+    """
+    return bool(fused_a2a.HAVE_DEEP_EP)
 
 
 def pipeline_settings(*, interleaved: bool) -> dict[str, Any]:
