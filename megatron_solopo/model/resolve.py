@@ -90,7 +90,8 @@ def _check_dispatcher(parallel: ParallelConfig) -> None:
         reason = "DeepEP, whose package deep_ep is not installed or cannot be imported"
     if reason:
         raise UserError(
-            f"parallel.moe_token_dispatcher_type=flex needs {reason}; set it to alltoall, or see `megatron-solopo doctor`"
+            f"parallel.moe_token_dispatcher_type=flex needs {reason}; set it to alltoall, or see "
+            "`megatron-solopo doctor`"
         )
 
 

@@ -6,23 +6,41 @@ between two experts may go elsewhere, so its error is compared with that of plai
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.model import resolve
+from megatron_solopo.train.policy import Policy, build_policy
+from megatron_solopo.train.step import ReferenceLogprobs, objective_loss
+from tests.checkpoint.test_sharded_state import read_whole, save
 from tests.distributed import run_distributed
 from tests.emulated_gpu.extension import calls
 from tests.emulated_gpu.test_ranks import BLOCKWISE, FP32, difference, losses
 from tests.gpu.models import make_model
 from tests.gpu.test_training import DPO, EXACT, FP8, PLAIN, TE, batches_of
 from tests.layouts import ep, tp
-from tests.parity.layouts import PACKED, TWO_RANKS, Case, Layout, RankResult, huggingface_tensors, run_cases
-from tests.tiny_models import ROUTER
+from tests.parity.layouts import (
+    PACKED,
+    TWO_RANKS,
+    Case,
+    Layout,
+    RankResult,
+    huggingface_tensors,
+    make_config,
+    my_packs,
+    run_cases,
+)
+from tests.ranks import layout as process_groups
 
+ROUTER = ".gate.weight"
 TRAINED = {"router_trainable": True}
 FULL = {"recompute_granularity": "full"}
 TENSORWISE, DELAYED = (FP8 | {"fp8_recipe": recipe} for recipe in ("tensorwise", "delayed"))
@@ -82,6 +100,7 @@ def results(models: Path) -> Found:
 
 
 def gradients(found: Found, models: Path, family: str, name: str) -> dict[str, Tensor]:
+    """Of the first step, by Hugging Face's names."""
     return huggingface_tensors([rank.gradients for rank in found[family, name]], models / family / "policy")
 
 
@@ -113,3 +132,59 @@ def test_experts_train_in_fp8(name: str, results: Found) -> None:
     print(f"{name}: losses {losses(ours).tolist()}, in bfloat16 {losses(one).tolist()}")
     assert all(math.isfinite(norm) for rank in ours for norm in rank.grad_norms)
     torch.testing.assert_close(losses(ours), losses(one), rtol=0.2, atol=0)
+
+
+@contextmanager
+def trained(folder: Path, model: dict[str, Any], checkpoint: Path | None) -> Iterator[Policy]:
+    """A policy with these layers, from a checkpoint, or else after one step from the weights in `folder`."""
+    layout = Layout("saved", PACKED, distributed_optimizer=True, model=model, pack_multiple=16)
+    config = make_config(folder / "policy", DPO, layout)
+    with process_groups() as groups:
+        resolved = resolve.resolve_model(config.model, config.parallel)
+        policy = build_policy(config, resolved, groups, max_steps=2)
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, policy.chunks, policy.optimizer)
+        else:
+            roles = config.objective.roles.all
+            packs = my_packs(batches_of(LENGTHS)[0], 0, layout, roles, groups)
+            references = ReferenceLogprobs(roles, torch.zeros(len(LENGTHS), len(roles)))
+            policy.step(packs, objective_loss(config.objective, references, groups), groups)
+        yield policy
+
+
+def scales(policy: Policy) -> dict[str, Tensor]:
+    """What FP8's delayed recipe keeps of all linear layers. Attention computes nothing in FP8."""
+    return {
+        f"{name}.{side}.{key}": getattr(module.fp8_meta[side], key).clone()
+        for chunk in policy.chunks
+        for name, module in chunk.named_modules()
+        for side in ("scaling_fwd", "scaling_bwd")
+        for key in ("scale", "amax_history")
+        if "linear" in name and side in getattr(module, "fp8_meta", {})
+    }
+
+
+def _saved_by_turns(folder: Path, models: Path) -> None:
+    """Plain layers save, grouped ones load it and save, plain ones load that and save; and FP8's scales come back."""
+    path = None
+    for number, model in enumerate((PLAIN, TE, PLAIN)):
+        with trained(models / "qwen2_moe", model, path) as policy:
+            path = save(folder / str(number), policy)
+    with trained(models / "qwen3_moe", DELAYED, None) as policy:
+        wanted, path = scales(policy), save(folder / "delayed", policy)
+    with trained(models / "qwen3_moe", DELAYED, path) as policy:
+        found = scales(policy)
+    assert any(name.endswith("experts.linear_fc1.scaling_fwd.scale") for name in wanted)
+    assert any(bool((each != 1).any()) for name, each in wanted.items() if name.endswith("scale"))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_plain_and_grouped_experts_read_each_others_checkpoints(models: Path, tmp_path: Path) -> None:
+    run_distributed(_saved_by_turns, 1, tmp_path, models)
+    plain, grouped, again = (
+        read_whole(next(path.glob("**/.metadata")).parent) for path in map(tmp_path.joinpath, "012")
+    )
+    assert any("experts.linear_fc1.weight" in name and "optimizer" in name for name in plain)
+    for found in (grouped, again):
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
