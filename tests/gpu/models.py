@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +20,11 @@ _WIDTHS = {
     "max_position_embeddings": 4096,
 }
 _EXPERT_WIDTHS = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "num_experts": 4}
+
+
+def skip_without(recipe: str) -> None:
+    if recipe == "mxfp8" and torch.cuda.get_device_capability()[0] != 10:
+        pytest.skip("needs a Blackwell GPU")
 
 
 def make_model(path: Path, family: str, seed: int) -> Path:
