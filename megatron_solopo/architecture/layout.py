@@ -149,6 +149,11 @@ def check_layout(architecture: ModelShape, parallel: ParallelConfig) -> None:
             f"parallel.tensor_model_parallel_size={tp} is neither a divisor nor a multiple of the model's "
             f"{groups} key-value heads"
         )
+    if architecture.norms_all_heads and tp > groups:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size={tp} is more than the model's {groups} key-value heads, which "
+            f"one norm takes together; set it to a divisor of {groups}"
+        )
     if parallel.uses_sequence_parallel and tp == 1:
         raise UserError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1")
     chunks = parallel.virtual_pipeline_model_parallel_size

@@ -154,7 +154,12 @@ def build_chunk(
     stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     chunk = ResponseModel(
         config,
-        layer_spec(config, transformer_engine=model.uses_transformer_engine, vp_stage=vp_stage),
+        layer_spec(
+            config,
+            transformer_engine=model.uses_transformer_engine,
+            vp_stage=vp_stage,
+            norms_all_heads=model.architecture.norms_all_heads,
+        ),
         vocab_size=padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=architecture.max_sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),
