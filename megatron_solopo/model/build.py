@@ -13,6 +13,7 @@ from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.layers import layer_spec
 from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.megatron_internals import (
+    dispatcher_settings,
     has_fused_weight_gradients,
     pipeline_settings,
     set_rotary_frequencies,
@@ -100,6 +101,7 @@ def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
         "hierarchical_context_parallel_sizes": parallel.hierarchical_context_parallel_sizes,
         "deallocate_pipeline_outputs": True,
         **pipeline_settings(interleaved=parallel.virtual_pipeline_model_parallel_size is not None),
+        **dispatcher_settings(parallel.moe_token_dispatcher_type),
     }
 
 
