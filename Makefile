@@ -22,6 +22,10 @@ TESTS_OF_VERSIONS := tests/architecture tests/config tests/data tests/generate t
 # everything anew, the other cases of test_checkpoints.py.
 EMULATED_GPU_TESTS := tests/emulated_gpu tests/gpu/test_training.py \
     "tests/gpu/test_checkpoints.py::test_a_run_goes_on_as_if_it_had_not_stopped[delayed scales]"
+ON_EMULATED_GPU = PYTHONPATH=$(CURDIR)/tests/emulated_gpu/site:$(CURDIR):$(CURDIR)/$(TRANSFORMER_ENGINE) \
+    $(VENV312)/bin/python -m pytest $(PARALLEL)
+# What a Blackwell GPU does otherwise than a Hopper GPU.
+EMULATED_BLACKWELL_TESTS := -k "blackwell or mxfp8" tests/emulated_gpu/test_blackwell.py tests/gpu/test_training.py
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -54,8 +58,8 @@ test-py312: $(VENV312)/.installed ## set up, then run the parity tests on Python
 	@echo "parity tests ran with $$($(VENV312)/bin/python -V) in $(CURDIR)/$(VENV312)"
 
 test-emulated-gpu: $(TRANSFORMER_ENGINE)/.installed ## set up, then run GPU code with Transformer Engine's kernels in plain PyTorch
-	PYTHONPATH=$(CURDIR)/tests/emulated_gpu/site:$(CURDIR):$(CURDIR)/$(TRANSFORMER_ENGINE) \
-	    $(VENV312)/bin/python -m pytest $(PARALLEL) $(EMULATED_GPU_TESTS)
+	$(ON_EMULATED_GPU) $(EMULATED_GPU_TESTS)
+	EMULATED_GPU=blackwell $(ON_EMULATED_GPU) $(EMULATED_BLACKWELL_TESTS)
 	@echo "tests ran with Transformer Engine's Python code over emulated kernels: tests/emulated_gpu"
 
 test-lowest: $(VENV_LOWEST)/.installed ## set up, then test the lowest allowed version of every package

@@ -107,8 +107,9 @@ def test_a_mixture_of_experts_goes_through_every_command(tmp_path: Path) -> None
 
     launcher = start(*TWO_RANKS, "train", "--config", config)
     kill_a_rank(launcher, trained / "metrics.jsonl")
-    _, errors = launcher.communicate(timeout=240)
+    said, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 128 + signal.SIGKILL and "continues from the newest checkpoint" in errors, errors
+    assert "DP 2, experts: EP 2 x TP 1 |" in said
     shared = read_jsonl(trained / "metrics.jsonl")
     run(
         ("train", "--config", config, "parallel.expert_model_parallel_size=1"),

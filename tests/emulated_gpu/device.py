@@ -1,23 +1,32 @@
-"""`torch.cuda` and CUDA tensors of one Hopper GPU, beyond what Megatron-Core asks for; gloo where NCCL allows more.
+"""`torch.cuda` and CUDA tensors of one GPU, beyond what Megatron-Core asks for; gloo where NCCL allows more.
 
 `megatron_solopo.parallel.cpu` answers Megatron-Core. This answers Transformer Engine and the project's own questions.
 """
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-HOPPER = SimpleNamespace(name="emulated H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
+DEVICES = {
+    "hopper": SimpleNamespace(name="emulated H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30),
+    "blackwell": SimpleNamespace(
+        name="emulated B200", major=10, minor=0, multi_processor_count=148, total_memory=180 << 30
+    ),
+}
+GPU = DEVICES[os.environ.get("EMULATED_GPU", "hopper")]
+"""The emulated one. The variable reaches subprocesses, too."""
+IS_BLACKWELL = GPU.major == 10
 
 
-def emulate_hopper() -> None:
+def emulate_gpu() -> None:
     cuda: Any = torch.cuda
-    cuda.get_device_properties = lambda device=None: HOPPER
-    cuda.get_device_capability = lambda device=None: (HOPPER.major, HOPPER.minor)
+    cuda.get_device_properties = lambda device=None: GPU
+    cuda.get_device_capability = lambda device=None: (GPU.major, GPU.minor)
     cuda.is_current_stream_capturing = lambda: False
     cuda._lazy_init = lambda: None
     cuda.is_available = lambda: True

@@ -1,4 +1,4 @@
-"""Makes a process with a CPU one with an emulated Hopper GPU. `site/sitecustomize.py` calls it before anything else."""
+"""Makes a process with a CPU one with an emulated GPU. `site/sitecustomize.py` calls it before anything else."""
 
 import contextlib
 import importlib.util
@@ -30,7 +30,7 @@ def install() -> None:
     cpu.adapt_if_needed()
     os.environ[cpu.DEVICE_VARIABLE] = wanted  # for this process' children
     cpu.is_cpu = lambda: True
-    device.emulate_hopper()
+    device.emulate_gpu()
     device.gather_one_by_one()
     with _stub_of_triton():
         spec.loader.exec_module(package)

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from megatron_solopo.files import read_jsonl
-from tests.gpu.models import make_model
+from tests.gpu.models import make_model, skip_without
 from tests.prepared import make_prepared
 
 pytestmark = pytest.mark.gpu
@@ -67,11 +67,13 @@ STATEFUL = {
     "optimizer offload": ("optimizer.optimizer_offload_fraction=0.5",),
     "delayed scales": (*FP8, "model.fp8_recipe=delayed"),
     "FP8 weights": (*FP8, "model.fp8_recipe=blockwise", "model.fp8_param=true"),
+    "mxfp8": (*FP8, "model.fp8_recipe=mxfp8"),
 }
 
 
 @pytest.mark.parametrize("overrides", STATEFUL.values(), ids=STATEFUL)
 def test_a_run_goes_on_as_if_it_had_not_stopped(overrides: tuple[str, ...], folder: Path) -> None:
+    skip_without(overrides[-1].removeprefix("model.fp8_recipe="))
     train(folder, "whole", 6, "cuda", *overrides)
     for steps in (3, 6):
         train(folder, "stopped", steps, "cuda", *overrides)
