@@ -64,7 +64,7 @@ class ModelConfig(Section):
     fp8_recipe: FP8Recipe = "blockwise"
     """How FP8 values are scaled. blockwise: per 128 values of one token, so that a sequence does not depend on the
     other sequences of its pack. tensorwise and delayed: per tensor, over the whole pack. mxfp8: per 32 values
-    (Blackwell GPUs)."""
+    (Blackwell GPUs). delayed takes the scales of earlier packs; scoring without gradients then runs in bfloat16."""
     fp8_param: bool = False
     """Keep the weights of the layers in FP8. This halves their memory and the data-parallel gather. Checkpoints and
     exports then hold the FP8 values; the optimizer's state holds the exact master weights."""
@@ -77,8 +77,16 @@ class ModelConfig(Section):
 
     @property
     def has_delayed_scales(self) -> bool:
-        """Whether earlier forward passes decide how FP8 values are scaled, so that every pass leaves a trace."""
+        """Whether earlier passes with gradients decide how FP8 values are scaled, so that each leaves a trace."""
         return self.fp8 is not None and self.fp8_recipe == "delayed"
+
+    @property
+    def without_gradients(self) -> "ModelConfig":
+        """The precision of a model that is scored and not trained.
+
+        Such passes would never update delayed scales, so they take bfloat16.
+        """
+        return self.model_copy(update={"fp8": None, "fp8_param": False}) if self.has_delayed_scales else self
 
 
 class DataConfig(Section):

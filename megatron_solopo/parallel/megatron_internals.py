@@ -273,10 +273,23 @@ def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
     is_fp8 = hasattr(parameter, "get_high_precision_init_val")
     if is_fp8:  # the kernels that quantize a value want it on the device
         value = value.detach().to(parameter.device, torch.bfloat16)
+        _fit_scale(parameter, value)
     with torch.no_grad():
         parameter.copy_(value)
     if is_fp8:
         parameter._high_precision_init_val = value.to("cpu", copy=True)  # type: ignore[attr-defined]
+
+
+def _fit_scale(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Let an FP8 parameter of the delayed recipe hold a value with the scale that fits it.
+
+    Versions: 0.19. Its scale is 1 until the first update, and weights are small: FP8 would keep two bits of them.
+    Upstream: `Float8Quantizer` in Transformer Engine's `pytorch/tensor/float8_tensor.py`.
+    """
+    scale = getattr(parameter._quantizer, "scale", None)  # type: ignore[attr-defined]
+    largest = value.abs().amax().float()
+    if scale is not None and 0 < largest < torch.inf:
+        scale.fill_(torch.finfo(torch.float8_e4m3fn).max / largest)
 
 
 def broadcast_parameter(parameter: torch.nn.Parameter, owner: int, group: dist.ProcessGroup) -> None:
@@ -304,6 +317,25 @@ def release_exact_values(model: torch.nn.Module) -> None:
             parameter.clear_high_precision_init_val()
 
 
+@contextmanager
+def without_delayed_fp8(config: TransformerConfig) -> Iterator[None]:
+    """Let forward passes of a model compute in bfloat16 where the config asks for FP8's delayed recipe.
+
+    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20. Transformer Engine updates delayed scales only in
+    passes with gradients. Without them a new model has scales of 1, and larger values than FP8's largest become that.
+    The layers keep their scales meanwhile.
+    Upstream: `get_fp8_context` in `megatron/core/fp8_utils.py`, and `autocast_exit` and `set_meta_tensor` in
+    Transformer Engine's `pytorch/quantization.py` and `pytorch/module/base.py`.
+    """
+    fp8 = config.fp8
+    if config.fp8_recipe == "delayed":
+        config.fp8 = None
+    try:
+        yield
+    finally:
+        config.fp8 = fp8
+
+
 _SCALES = [(side, name) for side in ("scaling_fwd", "scaling_bwd") for name in ("scale", "amax_history")]
 
 
@@ -316,6 +348,18 @@ def delayed_scales(layer: torch.nn.Module) -> dict[str, Tensor]:
     states: dict[str, Any] = getattr(layer, "fp8_meta", {})
     found = {f"{side}.{name}": getattr(states.get(side), name, None) for side, name in _SCALES}
     return {name: value.detach().to("cpu", copy=True) for name, value in found.items() if value is not None}
+
+
+def forget_largest_values(model: torch.nn.Module) -> None:
+    """Let the next scales of FP8's delayed recipe come from the passes that follow alone.
+
+    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20.
+    """
+    for layer in model.modules():
+        for side in ("scaling_fwd", "scaling_bwd"):
+            history = getattr(getattr(layer, "fp8_meta", {}).get(side), "amax_history", None)
+            if history is not None:
+                history.zero_()
 
 
 def load_delayed_scales(layer: Any, config: TransformerConfig, scales: dict[str, Tensor]) -> None:

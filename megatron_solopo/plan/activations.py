@@ -205,12 +205,10 @@ def sequence_shards(config: Config) -> int:
 
 def chunk_layers(architecture: ModelShape, config: Config, chunk: ModelChunk, *, local: bool) -> list[LayerBytes]:
     """Bytes per token of each layer of a chunk."""
-    kinds = {
-        has_experts: layer_bytes(architecture, config, local=local, has_experts=has_experts)
-        for has_experts in {architecture.has_experts(layer) for layer in range(architecture.num_layers)}
-    }
-    layers = range(chunk.first_layer, chunk.first_layer + chunk.num_layers)
-    return [kinds[architecture.has_experts(layer)] for layer in layers]
+    experts, end = architecture.experts, chunk.first_layer + chunk.num_layers
+    layers = (False,) * chunk.num_layers if experts is None else experts.layers[chunk.first_layer : end]
+    kinds = {kind: layer_bytes(architecture, config, local=local, has_experts=kind) for kind in set(layers)}
+    return [kinds[kind] for kind in layers]
 
 
 def _kept_by_full_recomputation(config: Config, layers: Sequence[LayerBytes]) -> float:

@@ -103,7 +103,7 @@ def reference_dependencies(config: Config, model: ResolvedModel, datasets: RunDa
         "tokens": datasets.manifest.fingerprint,
         "weights": model_fingerprint(config.reference.model_path or config.model.path),
         "dtype": config.model.dtype,
-        "fp8": precision_settings(config.model),
+        "fp8": precision_settings(config.model.without_gradients),
         "implementation": "transformer_engine" if model.uses_transformer_engine else "local",
         "scoring_version": _SCORING_VERSION,
         "replay": config.moe.replay,

@@ -26,8 +26,12 @@ def skip_without(recipe: str) -> None:
         pytest.skip("needs a Blackwell GPU")
 
 
-def make_model(path: Path, family: str, seed: int) -> Path:
-    """A random bfloat16 model of a family of `tests.tiny_models`. Returns `path`."""
+def make_model(path: Path, family: str, seed: int, *, enlarged: float = 1.0) -> Path:
+    """A random bfloat16 model of a family of `tests.tiny_models`. Returns `path`.
+
+    Args:
+        enlarged: factor of the values that enter the MLPs. Their last product takes its square back.
+    """
     config = copy.deepcopy(FAMILIES[family])
     config.update(_WIDTHS)
     torch.manual_seed(seed)
@@ -35,5 +39,7 @@ def make_model(path: Path, family: str, seed: int) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.04)
+            parameter.mul_(enlarged if "post_attention" in name else 1.0)
+            parameter.div_(enlarged**2 if "down_proj" in name else 1.0)
     model.to(torch.bfloat16).save_pretrained(path)
     return path

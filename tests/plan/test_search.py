@@ -134,7 +134,7 @@ def test_fp8_is_offered_only_where_the_gpu_has_it_and_the_matrices_allow_it() ->
 )
 def test_an_illegal_layout_that_is_asked_for_gets_one_line(model: str, sizes: dict, words: str | None) -> None:
     planner = make_planner(model)
-    asked = {"tp": 1, "pp": 1, "vpp": None, "cp": 1} | sizes
+    asked = {"tp": 1, "pp": 1, "vpp": None, "cp": 1, "ep": 1, "etp": None} | sizes
     if words is None:
         assert planner.best_variant(make_layout(planner.config, asked, 64)).layout.sizes == asked | {"dp": 1}
         return
