@@ -244,7 +244,10 @@ def layout_variants(architecture: ModelShape, layout: Layout, gpu: Gpu, vary: Se
     can_fp8 = has_fp8(gpu, config.model.fp8_recipe) and config.model.dtype == "bfloat16"
     precisions: list[dict[str, Any]] = [{}]
     if "fp8" in vary and can_fp8:
-        precisions = [{"fp8": None, "fp8_param": False, "first_last_layers_bf16": False}, {"fp8": "hybrid"}]
+        # Scales of blocks make up for the small range of e4m3, whose gradients are then closer: tools/RESULTS.md.
+        of_recipe = "e4m3" if config.model.fp8_recipe in ("blockwise", "mxfp8") else "hybrid"
+        without = {"fp8": None, "fp8_param": False, "first_last_layers_bf16": False}
+        precisions = [without, {"fp8": config.model.fp8 or of_recipe}]
     recompute = list(_recomputation(architecture)) if "recompute" in vary else [{}]
     # If the model allows none, the caller's check says why.
     exchanges = (list(_exchanges(architecture, config)) if "cp_comm" in vary else []) or [{}]
