@@ -146,6 +146,9 @@ class ParallelConfig(Section):
     the experts."""
     expert_tensor_parallel_size: PositiveInt | None = None
     """Ranks that share each expert. null: as many as TP."""
+    moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
+    """How tokens reach the ranks of their experts. alltoall: by the collective of that name. flex: by DeepEP, which
+    needs GPUs and its package `deep_ep`."""
     sequence_parallel: bool | None = Field(default=None, examples=[True])
     """Divide activations outside attention among the tensor-parallel ranks. null: on if TP is above 1."""
     cp_comm_type: Literal["p2p", "a2a", "a2a+p2p"] = "p2p"

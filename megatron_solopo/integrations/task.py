@@ -20,6 +20,7 @@ from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.head import attach_response_head
+from megatron_solopo.model.head_norms import AllHeadsNormAttention
 from megatron_solopo.model.layers import layers_with_experts
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.model.resolve import ResolvedModel, uses_transformer_engine
@@ -128,6 +129,8 @@ def _check_architecture(model: GPTModel, architecture: Architecture) -> None:
         "share_embeddings_and_output_weights": (model.share_embeddings_and_output_weights, a.tied_embeddings),
         "vocab_size": (min(model.vocab_size, a.vocab_size), a.vocab_size),
     }
+    norms_all_heads = any(isinstance(each, AllHeadsNormAttention) for each in model.modules())
+    settings["norms_all_heads"] = (norms_all_heads, a.norms_all_heads)
     experts = a.experts
     if experts is None or not experts.in_all_layers:
         settings["ffn_hidden_size"] = (config.ffn_hidden_size, a.ffn_hidden_size)

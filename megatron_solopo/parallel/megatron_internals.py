@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import megatron.core
@@ -40,7 +40,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import fused_a2a, moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from packaging.version import Version
@@ -100,6 +100,23 @@ def set_rotary_frequencies(model: GPTModel, inv_freq: Tensor) -> None:
     Upstream: `megatron/core/models/common/embeddings/rotary_pos_embedding.py`.
     """
     model.rotary_pos_emb.inv_freq = inv_freq
+
+
+def dispatcher_settings(kind: Literal["alltoall", "flex"]) -> dict[str, Any]:
+    """Return the fields of a TransformerConfig that say how tokens reach the ranks of their experts.
+
+    Versions: 0.16 and 0.19. `moe_enable_deepep` is deprecated in both. 0.19 has more backends of `flex`.
+    Upstream: `megatron/core/transformer/transformer_config.py`.
+    """
+    return {"moe_token_dispatcher_type": kind} | ({"moe_flex_dispatcher_backend": "deepep"} if kind == "flex" else {})
+
+
+def has_deep_ep() -> bool:
+    """Whether Megatron could import DeepEP.
+
+    Versions: 0.16 and 0.19. Upstream: `HAVE_DEEP_EP` of `megatron/core/transformer/moe/fused_a2a.py`.
+    """
+    return bool(fused_a2a.HAVE_DEEP_EP)
 
 
 def pipeline_settings(*, interleaved: bool) -> dict[str, Any]:
@@ -339,15 +356,24 @@ def without_delayed_fp8(config: TransformerConfig) -> Iterator[None]:
 _SCALES = [(side, name) for side in ("scaling_fwd", "scaling_bwd") for name in ("scale", "amax_history")]
 
 
-def delayed_scales(layer: torch.nn.Module) -> dict[str, Tensor]:
-    """Copy a Transformer Engine layer's scales of FP8's delayed recipe, and the largest values that they come from.
+def delayed_scales(layer: torch.nn.Module, number: int) -> dict[str, Tensor]:
+    """Copy what FP8's delayed recipe keeps of one product of a Transformer Engine layer: scales and largest values.
 
-    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20. Empty before the layer has computed in FP8.
+    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20. Empty before the layer has computed in FP8. Scales
+    of all inputs come first, then those of all weights, then of all outputs.
     Upstream: `get_extra_state` in Transformer Engine's `pytorch/module/base.py`, which makes a pickle of them.
+
+    Args:
+        number: of the expert among those that the layer computes; 0 in a layer with one product.
     """
     states: dict[str, Any] = getattr(layer, "fp8_meta", {})
+    products = getattr(layer, "num_gemms", 1)
     found = {f"{side}.{name}": getattr(states.get(side), name, None) for side, name in _SCALES}
-    return {name: value.detach().to("cpu", copy=True) for name, value in found.items() if value is not None}
+    return {
+        name: value.detach().unflatten(-1, (-1, products))[..., number].to("cpu", copy=True)
+        for name, value in found.items()
+        if value is not None
+    }
 
 
 def forget_largest_values(model: torch.nn.Module) -> None:
@@ -362,19 +388,19 @@ def forget_largest_values(model: torch.nn.Module) -> None:
                 history.zero_()
 
 
-def load_delayed_scales(layer: Any, config: TransformerConfig, scales: dict[str, Tensor]) -> None:
-    """Give a Transformer Engine layer what `delayed_scales` copied.
+def load_delayed_scales(layer: Any, config: TransformerConfig, scales: Sequence[dict[str, Tensor]]) -> None:
+    """Give a Transformer Engine layer what `delayed_scales` copied of each of its products.
 
     Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20.
     Upstream: `set_extra_state` in Transformer Engine's `pytorch/module/base.py`.
     """
     recipe = get_fp8_recipe(config)
-    # A layer counts its products when it first computes; each has three FP8 tensors in the forward pass.
-    layer.fp8_meta |= {"recipe": recipe, "num_gemms": len(scales["scaling_fwd.scale"]) // 3}
+    # A layer counts its products when it first computes.
+    layer.fp8_meta |= {"recipe": recipe, "num_gemms": len(scales)}
     layer.init_fp8_meta_tensors(recipe)
-    for name, value in scales.items():
+    for name in scales[0]:
         side, _, attribute = name.partition(".")
-        getattr(layer.fp8_meta[side], attribute).copy_(value)
+        getattr(layer.fp8_meta[side], attribute).copy_(torch.stack([each[name] for each in scales], -1).flatten(-2))
 
 
 # --- the optimizer and its state ---

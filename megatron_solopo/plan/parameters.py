@@ -156,6 +156,9 @@ def _layer(a: ModelShape, sizes: ShardSizes, *, has_experts: bool) -> Iterator[P
     if a.qk_layernorm:
         yield ParameterShard("self_attention.q_layernorm.weight", a.head_dim)
         yield ParameterShard("self_attention.k_layernorm.weight", a.head_dim)
+    if a.norms_all_heads:
+        yield ParameterShard("self_attention.query_norm.weight", queries // tp)
+        yield ParameterShard("self_attention.key_norm.weight", a.num_query_groups * a.head_dim // tp)
     yield ParameterShard("pre_mlp_layernorm.weight", hidden)
     if a.experts is not None and has_experts:
         yield from _experts(a.experts, hidden, sizes)

@@ -49,6 +49,7 @@ def _emulate_tensors() -> None:
     for name in ("to", "new_empty", "new_zeros", "new_ones", "new_tensor"):
         setattr(tensor, name, _without_cuda(getattr(tensor, name)))
     tensor.pin_memory = lambda self, *args: self
+    tensor.record_stream = lambda self, stream: None
     empty = torch.empty
     torch.empty = lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs)
 

@@ -19,6 +19,7 @@ _WIDTHS = {
     "head_dim": 64,
     "max_position_embeddings": 4096,
 }
+_EXPERT_WIDTHS = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "num_experts": 4}
 
 
 def skip_without(recipe: str) -> None:
@@ -33,7 +34,7 @@ def make_model(path: Path, family: str, seed: int, *, enlarged: float = 1.0) -> 
         enlarged: factor of the values that enter the MLPs. Their last product takes its square back.
     """
     config = copy.deepcopy(FAMILIES[family])
-    config.update(_WIDTHS)
+    config.update(_WIDTHS | {name: width for name, width in _EXPERT_WIDTHS.items() if hasattr(config, name)})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

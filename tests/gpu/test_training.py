@@ -60,12 +60,16 @@ def model(family: str) -> Path:
 @functools.cache
 def batches() -> list[list[dict[str, Any]]]:
     """Two global batches of four triplets with awkward lengths."""
+    return batches_of([(3, 129, 2, 5), (47, 320, 31, 1), (64, 255, 17, 40), (31, 61, 9, 9)])
+
+
+def batches_of(lengths: list[tuple[int, int, int, int]]) -> list[list[dict[str, Any]]]:
+    """Two global batches of triplets with these lengths of prompts and responses."""
     generator = random.Random(7)
 
     def tokens(count: int) -> list[int]:
         return [generator.randrange(VOCAB_SIZE) for _ in range(count)]
 
-    lengths = [(3, 129, 2, 5), (47, 320, 31, 1), (64, 255, 17, 40), (31, 61, 9, 9)]
     names = ("prompt_short", "prompt_long", "chosen", "rejected")
     return [
         [

@@ -143,6 +143,15 @@ def test_a_router_takes_the_experts_that_are_replayed(group: Any) -> None:
     assert router.routing(logits)[1].tolist() == [[True, True, False, False]]
 
 
+@pytest.mark.parametrize("kind", ["alltoall", "flex"])
+def test_megatron_takes_the_dispatchers_settings(kind: Any) -> None:
+    sizes = {"num_layers": 4, "hidden_size": 8, "num_attention_heads": 2, "variable_seq_lengths": True}
+    settings = internals.dispatcher_settings(kind)
+    config = TransformerConfig(**sizes, num_moe_experts=2, **settings)
+    assert {name: getattr(config, name) for name in settings} == settings
+    assert config.moe_token_dispatcher_type == kind
+
+
 def test_the_cache_advances() -> None:
     context = StaticInferenceContext(1, 16)
     assert context.sequence_len_offset == 0 and not context.is_decode_only()

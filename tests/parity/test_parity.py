@@ -165,11 +165,16 @@ EXPERT_LAYOUTS: dict[int, list[Layout]] = {
 }
 
 
+# One norm takes the heads of all tensor-parallel ranks.
+NORMS_ALL_HEADS = ("routers", "ep2-within-tp2", "expert-tp2", "ep2-expert-tp2", "ep2-pp2-vpp2")
+
+
 def expert_cases(world_size: int) -> list[Case]:
-    """The layouts of experts: all of them with one family, and the first two with the others."""
+    """The layouts of experts: all of them with one family, and some with the others."""
     layouts = EXPERT_LAYOUTS.get(world_size, [])
     found = [Case("qwen2_moe", DPO_BOTH, layout) for layout in layouts]
     found += [Case(family, ORPO_NLL, layout) for family in ("qwen3_moe", "mixtral") for layout in layouts[:2]]
+    found += [Case("olmoe", DPO_BOTH, layout) for layout in layouts if layout.name in NORMS_ALL_HEADS]
     if world_size == 1:
         replayed = next(layout for layout in layouts if layout.moe.get("replay"))
         # Probabilities of the chosen experts that are divided by their sum; and rewards of 0.

@@ -81,6 +81,7 @@ MOE_TWO = [
     Case("moe-ep2-idle-experts", family="qwen3_moe", parallel=ep(2), idle_experts=8),
     Case("moe-tp2", family="qwen2_moe", parallel=tp(2), model=BF16),
     Case("moe-pp2", family="qwen2_moe", parallel=pp(2)),
+    Case("moe-tp2-all-heads", family="olmoe", parallel=tp(2), model=BF16),
 ]
 MOE_FOUR = [
     Case("moe-ep2-tp2", family="qwen2_moe", parallel=ep(2) | tp(2)),
@@ -121,7 +122,7 @@ def cpu_masks(config: Config, chunks: Sequence[ModelChunk], rank: MemoryInUse) -
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for family in ("llama3", "qwen2", "qwen2_tied", "qwen3", "qwen3_moe", "qwen2_moe", "mixtral"):
+    for family in ("llama3", "qwen2", "qwen2_tied", "qwen3", "qwen3_moe", "qwen2_moe", "mixtral", "olmoe"):
         FAMILIES[family].save_pretrained(folder / family)
     return folder
 

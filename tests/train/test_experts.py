@@ -106,13 +106,24 @@ def continue_from_middle(folder: Path, name: str, target: str, parallel: dict[st
     train(config(folder, target, parallel, WHOLE.get(name, WHOLE["ep2"])[1]))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("experts")
-    make_model(path / "model", "qwen2_moe", seed=0)
-    make_model(path / "reference_model", "qwen2_moe", seed=1)
+def reshard_on_two(folder: Path) -> None:
+    """On every rank: a run with shares of each weight, one without, and each continued as the other."""
+    for name, parallel, other in (("tp2", tp(2), {}), ("dp2", {}, tp(2))):
+        train(config(folder, name, parallel, TRAINED))
+        continue_from_middle(folder, name, f"continued-{name}", other)
+
+
+def prepared(path: Path, family: str) -> Path:
+    """A folder with two models and triplets."""
+    make_model(path / "model", family, seed=0)
+    make_model(path / "reference_model", family, seed=1)
     make_prepared(path / "prepared", rows=15, eval_count=5, seed=0)
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("experts"), "qwen2_moe")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +144,13 @@ def test_a_run_continues_under_another_layout_of_its_experts(number: int, folder
         assert_near(continued, whole, recorded(folder, "cp2-ep2-within"))
     else:
         assert_close(continued, whole, 1e-5)
+
+
+def test_norms_of_all_heads_are_cut_and_joined(tmp_path: Path) -> None:
+    """Tensor parallelism cuts OLMoE's norms of queries and keys; Megatron-Core's other norms are whole everywhere."""
+    run_distributed(reshard_on_two, 2, prepared(tmp_path, "olmoe"))
+    for name in ("tp2", "continued-tp2", "continued-dp2"):
+        assert_close(recorded(tmp_path, name), recorded(tmp_path, "dp2"), 1e-5)
 
 
 def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
