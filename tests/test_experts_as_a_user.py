@@ -112,9 +112,11 @@ def test_a_mixture_of_experts_goes_through_every_command(tmp_path: Path) -> None
     assert launcher.returncode == 128 + signal.SIGKILL and "continues from the newest checkpoint" in errors, errors
     assert "DP 2, experts: EP 2 x TP 1 |" in said
     shared = read_jsonl(trained / "metrics.jsonl")
-    run(
+    _, planned = run(
         ("train", "--config", config, "parallel.expert_model_parallel_size=1"),
+        ("plan", "--config", config, "--gpus", 2, "--gpu", "h100", "--explain", "ep=2"),
     )
+    assert "parallel.expert_model_parallel_size=2" in planned
     alone = read_jsonl(trained / "metrics.jsonl")
     assert [step["step"] for step in alone] == list(range(1, STEPS + 1)) and SAVED < len(shared) < STEPS
     for one, other in zip(shared, alone, strict=False):
