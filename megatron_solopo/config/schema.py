@@ -250,6 +250,10 @@ class MoEConfig(Section):
     z_loss_coefficient: NonNegativeFloat = 0.0
     """Weight of the squared log-sum-exp of router logits (ST-MoE), mean over the tokens of a sequence, then over
     sequences. It needs `router_trainable`."""
+    replay: Literal["short"] | None = None
+    """short: a response token behind the long context goes to the experts that compute it behind the short one. So the
+    gap of the rewards holds no noise of routes. It counts in training, in its evaluation and for the reference. null:
+    routers choose behind both."""
 
     @model_validator(mode="after")
     def _check_losses(self) -> Self:

@@ -188,9 +188,12 @@ class PreferenceTask:
             say(note)
         self.metric_names = metric_names(config.objective)
         """Names of the metrics in a report, in its order. `megatron_solopo.objective` explains them."""
-        self._router_watch = RouterWatch(config.moe, counts_routes=counts_routes)
+        self._router_watch = RouterWatch((), config.moe, counts_routes=counts_routes)
         balances = config.moe.aux_loss_coefficient or config.moe.z_loss_coefficient
-        self._watches_routers = self.architecture.experts is not None and bool(counts_routes or balances)
+        has_experts = self.architecture.experts is not None
+        self._watched = {"train": has_experts and bool(counts_routes or balances or config.moe.replay)}
+        """Whether routers are watched, by split."""
+        self._watched["eval"] = has_experts and bool(config.moe.replay)
         references = cached_reference(config, self.model, self.datasets) if config.objective.needs_reference else {}
         self._losses: dict[str, Callable[[Microbatch], LossFunction]] = {
             name: objective_loss(config.objective, references.get(name), self.topology)
@@ -207,6 +210,8 @@ class PreferenceTask:
         TransformerConfig does not work with packs or with the mean over triplets.
         """
         prepare_model(model, self.architecture, self.config.logprob.chunk_tokens)
+        if self.config.moe.replay:
+            _refuse({"moe_router_fusion": (model.config.moe_router_fusion, False)}, "moe.replay=short replays nothing")
         freeze_routers([model], self.config.moe)
         self._router_watch.attach(model)
         return model
@@ -244,7 +249,7 @@ class PreferenceTask:
 
     def forward(self, pack: Pack, model: torch.nn.Module, split: str) -> tuple[Tensor, LossFunction]:
         """Run one pack of a split; see `forward_step`."""
-        with_places = self._watches_routers and split == "train"
+        with_places = self._watched[split]
         return forward_microbatch(model, shard_pack(pack, self.topology, with_places=with_places), self._losses[split])
 
     def mean_metrics(self, reports: Sequence[Tensor], num_triplets: int) -> dict[str, float]:

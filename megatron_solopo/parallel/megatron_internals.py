@@ -41,6 +41,8 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import fused_a2a, moe_utils
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from packaging.version import Version
 from torch import Tensor
 from torch.distributed.checkpoint import default_planner
@@ -195,6 +197,33 @@ def allow_router_without_transformer_engine() -> None:
     """
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def allow_replay(router: TopKRouter) -> None:
+    """Let `replayed` choose a router's experts.
+
+    Versions: 0.16 and 0.19. Megatron does it for a whole model while it is built, and keeps a list of all of them.
+    Upstream: `megatron/core/transformer/moe/router_replay.py`.
+    """
+    router.router_replay = RouterReplay()
+    RouterReplay.global_router_replay_instances.pop()  # nobody commands all routers at once
+    router.config.moe_enable_routing_replay = True
+
+
+@contextmanager
+def replayed(router: TopKRouter, experts_tK: Tensor) -> Iterator[None]:
+    """Within the block, a router sends its tokens to these experts, int64. Their weights come from its own logits.
+
+    Versions: 0.16 and 0.19. Megatron's own setter keeps the experts for a pass that computes them again.
+    Upstream: `megatron/core/transformer/moe/router_replay.py`.
+    """
+    router.router_replay.target_topk_idx = experts_tK
+    router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    try:
+        yield
+    finally:
+        router.router_replay.clear_router_replay_action()
+        router.router_replay.clear_indices()
 
 
 def advance_cache(context: StaticInferenceContext, num_tokens: int) -> None:

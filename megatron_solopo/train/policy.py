@@ -348,9 +348,5 @@ def build_policy(config: Config, model: ResolvedModel, topology: Topology, max_s
     optimizer = build_optimizer(chunks, config.optimizer)
     for chunk in chunks:
         release_exact_values(chunk)
-    watch = None
-    if model.architecture.experts:
-        watch = RouterWatch(config.moe)
-        for chunk in loaded:
-            watch.attach(chunk)
+    watch = RouterWatch(loaded, config.moe) if model.architecture.experts else None
     return Policy(chunks, optimizer, build_scheduler(optimizer, config.optimizer, max_steps), watch)

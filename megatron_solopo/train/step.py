@@ -61,7 +61,9 @@ def run_schedule(
     Returns the third value of `loss_function(microbatch)(output)` for each pack, in order, on the last pipeline stage,
     and an empty list on the other stages.
     """
-    watches_routers = not forward_only and get_model_config(chunks[0]).num_moe_experts is not None
+    settings = get_model_config(chunks[0])
+    has_experts = settings.num_moe_experts is not None
+    watches_routers = has_experts and (not forward_only or settings.moe_enable_routing_replay)
     microbatches: Iterable[Microbatch] = (shard_pack(pack, topology, with_places=watches_routers) for pack in packs)
     if not forward_only:  # a pass over a data set has many packs, so each moves to the device when its turn comes
         microbatches = list(microbatches)

@@ -26,6 +26,7 @@ TRAINED = {"moe": {"router_trainable": True}}
 ADAM = {"lr": 1e-2, "lr_warmup_iters": 1, "adam_eps": 1e-2}
 WITHOUT_SHARES = {"optimizer": ADAM | {"use_distributed_optimizer": False}}
 BFLOAT16 = {"model": "bfloat16"}
+REPLAYED = {"moe": {"replay": "short"}}
 WITHIN_TP = ep(2, **tp(2), expert_tensor_parallel_size=1)
 # The runs that write checkpoints: layout, other sections.
 WHOLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -53,23 +54,43 @@ def config(folder: Path, name: str, parallel: dict[str, Any], sections: dict[str
     """Run `name` of four steps, with a checkpoint in the middle."""
     more = {"checkpoint": {"save_steps": SAVED}, "optimizer": ADAM, **sections}
     # Another reference than the policy, whose rewards are 0 but for rounding: the sign of their gap would be noise.
-    more["reference"] = {
-        "model_path": folder / "reference_model",
-        "cache": folder / f"reference-{more.get('model', 'float32')}",
-    }
+    more.setdefault(
+        "reference",
+        {
+            "model_path": folder / "reference_model",
+            "cache": folder / f"reference-{more.get('model', 'float32')}",
+        },
+    )
     if "model" in more:
         more["model"] = {"path": folder / "model", "dtype": more["model"]}
     return small_config(folder, name, parallel, **more)
 
 
-def run_on_two(folder: Path) -> str:
-    """On every rank: the whole runs, and their continuations; returns why a run does not freeze its routers later."""
+def run_on_two(folder: Path) -> list[str]:
+    """On every rank: the whole runs, and their continuations; returns why a run does not freeze its routers later.
+
+    Then a run with replayed routes, and why neither another run takes its reference nor the run itself goes on without.
+    """
     for name, (parallel, sections) in WHOLE.items():
         train(config(folder, name, parallel, sections))
     for number, (name, parallel) in enumerate(CONTINUED):
         continue_from_middle(folder, name, f"continued-{number}", parallel)
+    train(config(folder, "replayed", ep(2), {"reference": replayed_reference(folder), **REPLAYED}))
+    return [
+        refusal(config(folder, "ep2", ep(2), {})),
+        refusal(config(folder, "not-replayed", ep(2), {"reference": replayed_reference(folder)})),
+        refusal(config(folder, "replayed", ep(2), {"reference": replayed_reference(folder)})),
+    ]
+
+
+def replayed_reference(folder: Path) -> dict[str, Any]:
+    """The policy's own weights, whose rewards are 0 where both replay the same routes."""
+    return {"model_path": folder / "model", "cache": folder / "reference-replayed"}
+
+
+def refusal(settings: Config) -> str:
     with pytest.raises(UserError) as error:
-        train(config(folder, "ep2", ep(2), {}))
+        train(settings)
     return str(error.value)
 
 
@@ -106,13 +127,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def refusal(folder: Path) -> str:
-    found: str = run_distributed(run_on_two, 2, folder)[0]
+def refusals(folder: Path) -> list[str]:
+    found: list[str] = run_distributed(run_on_two, 2, folder)[0]
     return found
 
 
 @pytest.mark.parametrize("number", range(len(CONTINUED)))
-@pytest.mark.usefixtures("refusal")
+@pytest.mark.usefixtures("refusals")
 def test_a_run_continues_under_another_layout_of_its_experts(number: int, folder: Path) -> None:
     name, parallel = CONTINUED[number]
     whole, continued = recorded(folder, name), recorded(folder, f"continued-{number}")
@@ -156,7 +177,7 @@ def greatest_difference(name: str, found: list[dict[str, Any]], expected: list[d
     return max(abs(float(one[name]) / float(other[name]) - 1) for one, other in pairs)
 
 
-@pytest.mark.usefixtures("refusal")
+@pytest.mark.usefixtures("refusals")
 def test_sharing_experts_changes_nothing(folder: Path) -> None:
     assert_close(recorded(folder, "ep2"), recorded(folder, "dp2"), 1e-5)
     run_distributed(run_on_four, 4, folder)
@@ -164,11 +185,21 @@ def test_sharing_experts_changes_nothing(folder: Path) -> None:
         assert_close(recorded(folder, name), recorded(folder, "dp2"), 1e-5)
 
 
-def test_a_run_does_not_begin_to_freeze_its_routers(refusal: str) -> None:
-    assert "moe.router_trainable=false (it was true)" in refusal
+def test_a_run_does_not_begin_to_freeze_its_routers(refusals: list[str]) -> None:
+    assert "moe.router_trainable=false (it was true)" in refusals[0]
 
 
-@pytest.mark.usefixtures("refusal")
+def test_policy_and_reference_replay_the_same_routes(refusals: list[str], folder: Path) -> None:
+    steps = recorded(folder, "replayed")
+    assert [step["moe/route_agreement"] for step in steps] == [1.0] * 4
+    assert recorded(folder, "ep2")[0]["moe/route_agreement"] < 0.9
+    for name in ("rewards/chosen", "rewards/chosen_long", "solo_ra/gap_abs"):
+        assert steps[0][name] == pytest.approx(0, abs=1e-5), name
+    assert "replay (short; this run has moe.replay=null)" in refusals[1]
+    assert "moe.replay=null (it was short)" in refusals[2]
+
+
+@pytest.mark.usefixtures("refusals")
 def test_routers_are_trained_only_where_asked(folder: Path, tmp_path: Path) -> None:
     before = plain.parameters(folder / "model")
     routers = {key for key in before if key.endswith(ROUTER)}
