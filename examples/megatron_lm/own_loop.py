@@ -22,7 +22,7 @@ from megatron_solopo.model.layers import layer_spec
 
 
 def build_model(config: Config, task: PreferenceTask) -> GPTModel:
-    """Your own model goes here; this one is of the Qwen2 family. The comments say what SoLoPO asks of it."""
+    """Your own model goes here; this one is a dense Qwen2. The comments say what SoLoPO asks of it."""
     transformer = TransformerConfig(
         num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
         normalization="RMSNorm", layernorm_epsilon=1e-6, gated_linear_unit=True, activation_func=functional.silu,
@@ -32,6 +32,7 @@ def build_model(config: Config, task: PreferenceTask) -> GPTModel:
         variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",  # packs differ in length
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+        context_parallel_size=config.parallel.context_parallel_size,
         sequence_parallel=config.parallel.uses_sequence_parallel,
     )  # fmt: skip
     # Or yours: any whose attention takes packed sequences.
@@ -42,9 +43,13 @@ def build_model(config: Config, task: PreferenceTask) -> GPTModel:
 
 
 def train(config: Config) -> list[dict[str, float]]:
-    sizes = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    experts = config.parallel.expert_model_parallel_size
-    parallel_state.initialize_model_parallel(*sizes, expert_model_parallel_size=experts)
+    sizes = config.parallel  # those of experts are for a model of yours that has some
+    parallel_state.initialize_model_parallel(
+        sizes.tensor_model_parallel_size, sizes.pipeline_model_parallel_size,
+        context_parallel_size=sizes.context_parallel_size,
+        expert_model_parallel_size=sizes.expert_model_parallel_size,
+        expert_tensor_parallel_size=sizes.expert_tensor_size,
+    )  # fmt: skip
     model_parallel_cuda_manual_seed(config.seed)
     task = PreferenceTask(config)  # 1. data, objective, reference
     model = task.prepare_model(build_model(config, task))  # 2. the response-only head

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.layout import check_training
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
@@ -70,7 +71,17 @@ def check_transformer_config(config: TransformerConfig) -> None:
         wrong |= {name: (getattr(config, name), exchange[name]) for name in ("overlap_p2p_comm", "batch_p2p_comm")}
     if config.num_moe_experts is not None:
         wrong |= _expert_settings(config)
+    if config.fp8 and config.fp8_recipe == "delayed":
+        wrong["fp8_recipe"] = (config.fp8_recipe, "tensorwise")
     _refuse(wrong, "the model's TransformerConfig does not work with packs of triplets")
+
+
+_REMARKS = {
+    # Nothing here warms the scales before the first step, and evaluation would not be in the reference's bfloat16.
+    "fp8_recipe": " (--fp8-recipe tensorwise or blockwise; only `megatron-solopo train` prepares scales of delayed)",
+    "moe_token_dispatcher_type": " (only `megatron-solopo train` accepts flex)",
+}
+"""What the refusal of a setting adds."""
 
 
 def _expert_settings(config: TransformerConfig) -> dict[str, tuple[Any, Any]]:
@@ -91,10 +102,10 @@ def _expert_settings(config: TransformerConfig) -> dict[str, tuple[Any, Any]]:
         "moe_expert_rank_capacity_factor": None,
         "moe_apply_probs_on_input": False,
         "moe_latent_size": None,
-        # Megatron multiplies its losses by tokens, because it divides by them. Here triplets divide.
-        "moe_z_loss_coeff": None,
     }
     wrong = {name: (getattr(config, name, value), value) for name, value in expected.items()}
+    # Megatron multiplies its losses by tokens, because it divides by them. Here triplets divide.
+    wrong["moe_z_loss_coeff"] = (config.moe_z_loss_coeff or None, None)
     kinds, coefficients = (
         value if isinstance(value, list) else [value]
         for value in (config.moe_router_load_balancing_type, config.moe_aux_loss_coeff)
@@ -152,12 +163,33 @@ def _check_architecture(model: GPTModel, architecture: Architecture) -> None:
 
 def _refuse(settings: dict[str, tuple[Any, Any]], problem: str) -> None:
     differing = [
-        f"{name} is {found!r}, expected {expected!r}"
+        f"{name} is {found!r}, expected {expected!r}{_REMARKS.get(name, '')}"
         for name, (found, expected) in settings.items()
         if found != expected
     ]
     if differing:
         raise UserError(f"{problem}: {'; '.join(differing)}")
+
+
+def _check_groups(parallel: ParallelConfig) -> None:
+    """Raise UserError naming each size that the loop's process groups do not have."""
+    made = {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+    wanted = {name: getattr(parallel, name) for name in made}
+    wanted["expert_tensor_parallel_size"] = parallel.expert_tensor_size
+    differing = [
+        f"parallel.{name}={wanted[name]}, but the loop made {made[name]}" for name in made if wanted[name] != made[name]
+    ]
+    if differing:
+        raise UserError(
+            f"the process groups differ from the configuration: {'; '.join(differing)}; give initialize_model_parallel "
+            "the sizes of the configuration"
+        )
 
 
 class PreferenceTask:
@@ -170,13 +202,15 @@ class PreferenceTask:
         counts_routes: whether the loop calls `mean_metrics`, which say how the tokens of a model with experts were
             routed. Otherwise nothing is counted.
 
-    Raises UserError if there are no process groups yet, or if the data does not fit the model or the objective. The
-    same holds for a reference cache that is missing, or was made for another model or other data.
+    Raises UserError if there are no process groups yet, or if their sizes are not those in `parallel`. The same holds
+    for data that does not fit the model or the objective. It also holds for a reference cache that is missing, or was
+    made for another model or other data.
     """
 
     def __init__(self, config: Config, topology: Topology | None = None, *, counts_routes: bool = True) -> None:
         self.config = config
         self.topology = topology or current()
+        _check_groups(config.parallel)
         self.architecture = read_architecture(config.model.path)
         check_training(self.architecture, config.parallel, config.optimizer, config.moe)
         # `resolve_model` would refuse layouts that the loop may have: stages of unequal length, for example.
@@ -249,11 +283,14 @@ class PreferenceTask:
 
     def forward(self, pack: Pack, model: torch.nn.Module, split: str) -> tuple[Tensor, LossFunction]:
         """Run one pack of a split; see `forward_step`."""
-        with_places = self._watched[split]
-        return forward_microbatch(model, shard_pack(pack, self.topology, with_places=with_places), self._losses[split])
+        microbatch = shard_pack(pack, self.topology, with_places=self._watched[split], is_trained=split == "train")
+        return forward_microbatch(model, microbatch, self._losses[split])
 
     def mean_metrics(self, reports: Sequence[Tensor], num_triplets: int) -> dict[str, float]:
         """Return the mean metrics of a step, the same on every rank. All ranks must call it after every step.
+
+        With experts, `moe/*` describe the routes of the training packs since the last call. They are absent if there
+        were none, so evaluation has none.
 
         Args:
             reports: what the schedule returned; an empty list on all pipeline stages but the last.

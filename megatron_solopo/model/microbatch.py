@@ -40,7 +40,7 @@ class Microbatch:
         return sum_over_context(local_S.index_add(0, self.response_sequences_N, token_logprobs_N), context_group)
 
 
-def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False) -> Microbatch:
+def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False, is_trained: bool = True) -> Microbatch:
     """Cut a pack for this rank's place in the context-parallel group and move it to its device.
 
     Labels were shifted when the pack was built. So a response token counts on the rank that holds its predictor.
@@ -48,7 +48,8 @@ def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False) -> 
     memory until its copy has ended, also if nothing refers to the tensor any more.
 
     Args:
-        with_places: for a model with experts in training, whose routers are watched.
+        with_places: for a model with experts whose routers are watched.
+        is_trained: whether the pack is one of a training step, whose routes are counted.
     """
     tensor_group = topology.tensor_group
 
@@ -69,7 +70,8 @@ def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False) -> 
     places = None
     if with_places:
         shards = indices.chunk(tensor_group.size())  # experts need sequence parallelism
-        places = token_places(pack, shards[tensor_group.rank()], topology.context_group.size()).moved(moved)
+        positions, context_size = shards[tensor_group.rank()], topology.context_group.size()
+        places = token_places(pack, positions, context_size, is_trained=is_trained).moved(moved)
     # An upper bound is enough. Megatron keeps a table of rotary angles for each bound that it has seen, and powers of
     # two are few.
     max_seqlen = 1 << (pack.max_sequence_length - 1).bit_length()

@@ -47,6 +47,8 @@ class TokenPlaces:
     """Numbers in [0, N) of tokens of the same response, behind the short and behind the long context."""
     loss_scale: float
     """What one sequence's loss counts: CP / roles. The gradient is divided by CP x triplets afterwards."""
+    is_trained: bool
+    """Whether the pack is one of a training step. Only those are counted."""
     counted: set[int] = field(default_factory=set)
     """Layers that have counted this pack. The backward pass may compute a layer again."""
 
@@ -56,11 +58,12 @@ class TokenPlaces:
         return TokenPlaces(**vars(self) | tensors)
 
 
-def token_places(pack: Pack, positions_t: Tensor, context_size: int) -> TokenPlaces:
+def token_places(pack: Pack, positions_t: Tensor, context_size: int, *, is_trained: bool) -> TokenPlaces:
     """Find the places of some positions of a pack, on the host.
 
     Args:
         positions_t: positions in [0, T) of the pack, in the order in which this rank holds them.
+        is_trained: whether the pack is one of a training step.
     """
     sequences_t = torch.searchsorted(pack.cu_seqlens_S1.long(), positions_t, right=True) - 1
     offsets_t = positions_t - pack.cu_seqlens_S1[sequences_t]
@@ -76,6 +79,7 @@ def token_places(pack: Pack, positions_t: Tensor, context_size: int) -> TokenPla
         num_responses=len(local_N),
         pairs_2P=_response_pairs(pack),
         loss_scale=context_size / len(pack.roles),
+        is_trained=is_trained,
     )
 
 
@@ -97,7 +101,7 @@ class RouterWatch:
     """Watches the routers of this rank's model chunks while they are trained.
 
     Args:
-        counts_routes: whether the caller asks for `metrics`, which cost an exchange per layer and pack.
+        counts_routes: whether the caller asks for `metrics`, which cost an exchange per layer and training pack.
     """
 
     def __init__(self, chunks: Iterable[torch.nn.Module], config: MoEConfig, *, counts_routes: bool = True) -> None:
@@ -136,7 +140,7 @@ class RouterWatch:
             probabilities, chosen = routing(logits, **more)
             wanted = chosen
         logits_tE = logits.flatten(0, -2).float()
-        if self._counts_routes and router.layer_number not in places.counted:
+        if self._counts_routes and places.is_trained and router.layer_number not in places.counted:
             places.counted.add(router.layer_number)
             with torch.no_grad():
                 sums = self._sums.setdefault(router.layer_number, _LayerSums.zeros(logits_tE))
@@ -171,9 +175,9 @@ class RouterWatch:
         self._sums.clear()
 
     def metrics(self, num_layers: int, num_experts: int, topk: int, device: torch.device) -> dict[str, float]:
-        """What was counted since `reset`, over all layers and ranks. All ranks call it together.
+        """What training packs counted since `reset`, over all layers and ranks. All ranks call it together.
 
-        Returns:
+        Returns nothing if nothing was counted, else:
             `moe/load_max_over_mean`: tokens of a layer's fullest expert over the mean of its experts, mean over layers.
             `moe/entropy`: of the router's probabilities of a token, in nats, mean over tokens and layers.
             `moe/route_agreement`: share of a response token's experts behind the short context that compute it behind
@@ -185,6 +189,8 @@ class RouterWatch:
         dist.all_reduce(total)
         counts, (entropy, same, pairs) = total[:, :-3], total[:, -3:].sum(dim=0).tolist()
         used = counts[counts.sum(dim=1) > 0]
+        if not len(used):
+            return {}
         found = {
             "moe/load_max_over_mean": float((used.amax(dim=1) / used.mean(dim=1)).mean()),
             "moe/entropy": entropy * topk / float(used.sum()),

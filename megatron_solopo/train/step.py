@@ -64,7 +64,9 @@ def run_schedule(
     settings = get_model_config(chunks[0])
     has_experts = settings.num_moe_experts is not None
     watches_routers = has_experts and (not forward_only or settings.moe_enable_routing_replay)
-    microbatches: Iterable[Microbatch] = (shard_pack(pack, topology, with_places=watches_routers) for pack in packs)
+    microbatches: Iterable[Microbatch] = (
+        shard_pack(pack, topology, with_places=watches_routers, is_trained=not forward_only) for pack in packs
+    )
     if not forward_only:  # a pass over a data set has many packs, so each moves to the device when its turn comes
         microbatches = list(microbatches)
     positions = [pack.padded_tokens // topology.context_group.size() for pack in packs]

@@ -118,6 +118,8 @@ def test_no_gpt_model_and_a_wrapped_one_are_refused(architecture: Architecture) 
         ("defer_embedding_wgrad_compute", True, "defer_embedding_wgrad_compute is True, expected False"),
         ("tp_comm_overlap", True, "tp_comm_overlap is True, expected False"),
         ("cuda_graph_impl", "local", "cuda_graph_impl is 'local', expected 'none'"),
+        # Megatron's default recipe is delayed.
+        ("fp8", "hybrid", "fp8_recipe is 'delayed', expected 'tensorwise' (--fp8-recipe tensorwise or blockwise; only"),
         ("virtual_pipeline_model_parallel_size", 2, "overlap_p2p_comm is False, expected True; batch_p2p_comm is True"),
     ],
 )
@@ -130,6 +132,11 @@ def test_a_configuration_that_packs_do_not_go_with_is_refused(
     assert part in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+def test_fp8_with_scales_of_the_values_at_hand_is_accepted(architecture: Architecture, recipe: str) -> None:
+    check_transformer_config(config(architecture, fp8="hybrid", fp8_recipe=recipe))
+
+
 @pytest.fixture(scope="module")
 def of_experts(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
     """Layers 0 and 3 of 4 are dense."""
@@ -140,6 +147,11 @@ def of_experts(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
     ("name", "value", "part"),
     [
         ("moe_token_dispatcher_type", "allgather", "moe_token_dispatcher_type is 'allgather', expected 'alltoall'"),
+        (
+            "moe_token_dispatcher_type",
+            "flex",
+            "'flex', expected 'alltoall' (only `megatron-solopo train` accepts flex)",
+        ),
         ("moe_router_dtype", None, "moe_router_dtype is None, expected 'fp32'"),
         ("moe_expert_capacity_factor", 1.0, "moe_expert_capacity_factor is 1.0, expected None"),
         ("moe_router_load_balancing_type", "sinkhorn", "moe_router_load_balancing_type is 'sinkhorn', expected 'none'"),
@@ -152,7 +164,7 @@ def of_experts(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
 def test_settings_that_change_routes_or_losses_are_refused(
     of_experts: Architecture, name: str, value: Any, part: str
 ) -> None:
-    check_transformer_config(config(of_experts, moe_router_load_balancing_type="aux_loss"))
+    check_transformer_config(config(of_experts, moe_router_load_balancing_type="aux_loss", moe_z_loss_coeff=0.0))
     with pytest.raises(UserError) as error:
         check_transformer_config(config(of_experts, **{name: value}))
     assert part in str(error.value) and "\n" not in str(error.value)

@@ -4,15 +4,21 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import Config
+from megatron_solopo.data.loader import GlobalBatch
 from megatron_solopo.errors import UserError
 from megatron_solopo.integrations import PreferenceTask
+from megatron_solopo.model import routing
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.train.step import logprob_report, run_schedule
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
 from tests.integrations.megatron_runs import STEPS, config, recorded, with_experts
@@ -26,29 +32,70 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "megatron_lm" / "own_loop.py"
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor_model_parallel_size": 2},
     "pp2": {"pipeline_model_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
     "dp2": {},
 }
 CONSTANT = {"lr": 1e-3, "lr_decay_style": "constant"}
 EP2 = {"expert_model_parallel_size": 2}
+# The same with experts.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "ep2": EP2,
+    "ep2-tp2": EP2 | {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+}
+LAYERS_WITH_EXPERTS = 2
 
 
-def run_all(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Both trainers on every rank."""
+def run_all(folder: Path) -> dict[str, Any]:
+    """Both trainers on every rank, and evaluation beside training steps."""
     precompute_reference(config(folder, "unused", {}), overwrite=False)
     example = runpy.run_path(str(EXAMPLE))
-    found = {}
+    found: dict[str, Any] = {}
     for name, parallel in LAYOUTS.items():
         settings = config(folder, name, parallel, optimizer=CONSTANT)
         train(settings)
         found[name] = example["train"](settings)
         parallel_state.destroy_model_parallel()
-    settings = config(folder, "ep2", EP2, **with_experts(folder) | {"optimizer": CONSTANT})
-    precompute_reference(settings, overwrite=False)
-    train(settings)
-    example["train"].__globals__["build_model"] = model_with_experts
-    found["ep2"] = example["train"](settings)
-    parallel_state.destroy_model_parallel()
+    sections = with_experts(folder) | {"optimizer": CONSTANT}
+    precompute_reference(config(folder, "unused", EP2, **sections), overwrite=False)
+    example["train"].__globals__["build_model"] = model_with_experts  # the example's has none
+    for name, parallel in EXPERTS.items():
+        settings = config(folder, name, parallel, **sections)
+        train(settings)
+        found[name] = example["train"](settings)
+        parallel_state.destroy_model_parallel()
+    for name, moe in {"own": {}, "replayed": {"replay": "short"}}.items():
+        reference = sections["reference"] | {"cache": folder / f"reference-{name}"}
+        settings = config(folder, "unused", EP2, **sections | {"moe": moe, "reference": reference})
+        precompute_reference(settings, overwrite=False)
+        found[f"routes {name}"] = routes_beside_evaluation(settings)
     return found
+
+
+def routes_beside_evaluation(settings: Config) -> dict[str, Any]:
+    """Metrics of a training step alone, after evaluation, and of evaluation; exchanges of routes per pack and layer."""
+    with layout(**EP2) as groups:
+        task = PreferenceTask(settings)
+        model = task.prepare_model(model_with_experts(settings, task))
+        load_weights([model], task.architecture, settings.model.path)
+        trained, held_out = task.batches().next_batch(), task.batches("eval", global_batch_size=2).next_batch()
+
+        def reports(batch: GlobalBatch, split: str) -> Any:
+            return get_forward_backward_func()(
+                forward_step_func=lambda iterator, model: task.forward(next(iterator), model, split),
+                data_iterator=iter(batch.packs), model=model, num_microbatches=len(batch.packs),
+                seq_length=1, micro_batch_size=1, forward_only=True,
+            )  # fmt: skip
+
+        alone = task.mean_metrics(of_step := reports(trained, "train"), trained.num_triplets)
+        with mock.patch.object(routing, "_sum_over_shards", wraps=routing._sum_over_shards) as exchange:
+            evaluation = task.mean_metrics(reports(held_out, "eval"), held_out.num_triplets)
+            in_loop = exchange.call_count
+            run_schedule([model], held_out.packs, logprob_report(groups), groups, forward_only=True)
+            in_trainer = exchange.call_count - in_loop
+        after = task.mean_metrics(reports(trained, "train"), trained.num_triplets)
+        uncounted = PreferenceTask(settings, counts_routes=False).mean_metrics(of_step, trained.num_triplets)
+        exchanges = [count / len(held_out.packs) / LAYERS_WITH_EXPERTS for count in (in_loop, in_trainer)]
+    return {"alone": alone, "after": after, "evaluation": evaluation, "uncounted": uncounted, "exchanges": exchanges}
 
 
 def model_with_experts(settings: Config, task: PreferenceTask) -> ResponseModel:
@@ -58,31 +105,54 @@ def model_with_experts(settings: Config, task: PreferenceTask) -> ResponseModel:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = make_inputs(tmp_path_factory.mktemp("own_loop"), rows=10, eval_count=0)
+    path = make_inputs(tmp_path_factory.mktemp("own_loop"), rows=12, eval_count=2)
     make_model(path / "moe", "qwen2_moe", seed=0)
     make_model(path / "reference_moe", "qwen2_moe", seed=1)
     return path
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> list[dict[str, list[dict[str, float]]]]:
+def found(folder: Path) -> list[dict[str, Any]]:
     """By rank: metrics are the same on all of them."""
     return run_distributed(run_all, 2, folder)
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, "ep2"])
+@pytest.mark.parametrize("name", [*LAYOUTS, *EXPERTS])
 def test_it_gives_our_trainers_losses_and_gradient_norms_on_every_rank(found: Any, folder: Path, name: str) -> None:
     ours = recorded(folder, name)
     assert len(ours) == STEPS
     for rank in found:
         for mine, theirs in zip(ours, rank[name], strict=True):
             assert theirs == pytest.approx({key: mine[key] for key in theirs}, rel=1e-6)
-            assert ("moe/route_agreement" in theirs) == (name == "ep2")
+            assert ("moe/route_agreement" in theirs) == (name in EXPERTS)
+
+
+@pytest.mark.parametrize("name", ["own", "replayed"])
+def test_metrics_of_routes_are_those_of_training_packs_alone(found: Any, name: str) -> None:
+    for rank in found:
+        routes = rank[f"routes {name}"]
+        assert routes["after"] == routes["alone"]
+        without = {key: value for key, value in routes["alone"].items() if not key.startswith("moe/")}
+        assert len(without) == len(routes["alone"]) - 3
+        assert routes["uncounted"] == without
+        assert routes["evaluation"].keys() == without.keys()
+        # The routes that are replayed; none is counted.
+        assert routes["exchanges"] == [int(name == "replayed")] * 2
 
 
 def test_it_needs_process_groups(folder: Path) -> None:
     with pytest.raises(UserError, match=r"no process groups yet: call .* initialize_model_parallel first"):
         PreferenceTask(config(folder, "unused", {}))
+
+
+def test_groups_of_other_sizes_than_the_configuration_has_are_refused_by_name(folder: Path) -> None:
+    sizes = ("tensor_model", "pipeline_model", "context", "expert_model")
+    settings = config(folder, "unused", {f"{size}_parallel_size": 2 for size in sizes})
+    with layout(), pytest.raises(UserError) as error:
+        PreferenceTask(settings)
+    for size in (*sizes, "expert_tensor"):
+        assert f"parallel.{size}_parallel_size=2, but the loop made 1" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_reference_cache_that_is_not_there_is_refused_by_name(folder: Path) -> None:

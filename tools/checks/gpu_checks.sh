@@ -103,13 +103,11 @@ if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
     dtype=bfloat16 candidate=model.fp8=hybrid
     offload=(optimizer.optimizer_offload_fraction=0.7)
-    fp8=(model.fp8=hybrid)
 else
     echo "no CUDA device: toy sizes, no FP8, no offload"
     SIZES=toy
     dtype=float32 candidate=model.dtype=bfloat16
     offload=()
-    fp8=()
 fi
 if [[ $SIZES == toy ]]; then
     small=tiny large=tiny fewer=2 lengths=(128 256) long=256 longest=512 short=64 response=16
