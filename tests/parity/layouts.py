@@ -164,6 +164,7 @@ def _train(
             result.gradients = _shards(
                 policy, lambda parameter: parameter.main_grad if parameter.requires_grad else None
             )
+    policy.gather_parameters()  # the next forward pass would
     result.parameters = _shards(policy, lambda parameter: parameter.detach())
     return result
 
