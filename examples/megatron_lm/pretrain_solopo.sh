@@ -10,7 +10,9 @@ set -euo pipefail
 
 model=${1:?MODEL_DIR} data=${2:?PREPARED_DIR} reference=${3:?REFERENCE_DIR} output=${4:?OUTPUT_DIR}
 shift 4
-export CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+# torch would read the older name alone if both were set.
+[[ -n ${PYTORCH_ALLOC_CONF:-} ]] || export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 
 MODEL=( # as MODEL_DIR/config.json has it, which is checked
     --num-layers 28 --hidden-size 3584 --ffn-hidden-size 18944 --num-attention-heads 28

@@ -44,7 +44,8 @@ def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False) -> 
     """Cut a pack for this rank's place in the context-parallel group and move it to its device.
 
     Labels were shifted when the pack was built. So a response token counts on the rank that holds its predictor.
-    Tensors are copied from pinned memory, so that the host does not wait for the device.
+    Tensors are copied from pinned memory, so that the host does not wait for the device. torch keeps a pinned tensor's
+    memory until its copy has ended, also if nothing refers to the tensor any more.
 
     Args:
         with_places: for a model with experts in training, whose routers are watched.
@@ -68,7 +69,7 @@ def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False) -> 
     places = None
     if with_places:
         shards = indices.chunk(tensor_group.size())  # experts need sequence parallelism
-        places = token_places(pack, shards[tensor_group.rank()], topology.context_group.size()).to(topology.device)
+        places = token_places(pack, shards[tensor_group.rank()], topology.context_group.size()).moved(moved)
     # An upper bound is enough. Megatron keeps a table of rotary angles for each bound that it has seen, and powers of
     # two are few.
     max_seqlen = 1 << (pack.max_sequence_length - 1).bit_length()

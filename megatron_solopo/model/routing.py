@@ -49,9 +49,9 @@ class TokenPlaces:
     counted: set[int] = field(default_factory=set)
     """Layers that have counted this pack. The backward pass may compute a layer again."""
 
-    def to(self, device: torch.device) -> "TokenPlaces":
-        """The same on another device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "TokenPlaces":
+        """The same with every tensor on another device, where `move` brings it."""
+        tensors = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return TokenPlaces(**vars(self) | tensors)
 
 

@@ -97,9 +97,7 @@ def initialize(config: ParallelConfig, seed: int, check: Callable[[], None] | No
         )
     check_world_size(config, world_size)
     _check_hierarchical_groups(config)
-    if not cpu.is_cpu():
-        _prepare_cuda(config)
-    device = _device()
+    device = prepare_device(config)
     owns_world = not dist.is_initialized()
     if not owns_world:
         return _split(config, seed, check, device, owns_world=False)
@@ -110,6 +108,27 @@ def initialize(config: ParallelConfig, seed: int, check: Callable[[], None] | No
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
         raise
+
+
+def prepare_device(config: ParallelConfig) -> torch.device:
+    """Make this rank's device the current one and return it; `initialize` does so, too.
+
+    Call it before anything else asks CUDA or Transformer Engine a question: the first one starts CUDA, with the
+    settings of that moment.
+
+    Raises UserError if this host has too few devices.
+    """
+    if cpu.is_cpu():
+        return torch.device("cpu")
+    _prepare_cuda(config)
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"LOCAL_RANK={index}: this host has {count} CUDA devices for its ranks; start at most {count} ranks per node"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _split(
@@ -179,7 +198,10 @@ def _check_hierarchical_groups(config: ParallelConfig) -> None:
 
 
 def _prepare_cuda(config: ParallelConfig) -> None:
-    """Set what CUDA and its allocator read once, at their first use. What the user has set stays."""
+    """Set what CUDA and torch's allocator read once, when CUDA starts. What the user has set stays.
+
+    With both names of the allocator's settings set, torch 2.13 takes the older one alone.
+    """
     # Packs differ in length. Segments that can grow keep freed memory usable for the next, larger pack.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -187,14 +209,6 @@ def _prepare_cuda(config: ParallelConfig) -> None:
     # queue ensures. In other layouts one queue would only keep copies to the host from running beside kernels.
     if config.tensor_model_parallel_size * config.context_parallel_size > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-
-
-def _device() -> torch.device:
-    if cpu.is_cpu():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
 
 
 def _join(device: torch.device, world_size: int, timeout: timedelta) -> None:

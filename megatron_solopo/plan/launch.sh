@@ -22,13 +22,12 @@ launch() {
     master_port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
     # CPU threads of each rank. Unset, torchrun takes 1; more than cores / ranks makes them fight.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-    # Packs differ in length: segments that grow keep freed GPU memory usable for the next, longer one.
-    export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
     # NCCL says what is wrong, and no more. INFO shows which network it took.
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
     # An NCCL error or timeout ends the rank instead of leaving it in the collective for ever.
     export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-    # CUDA_DEVICE_MAX_CONNECTIONS=1 is needed under TP and CP, and in the way without them: the program sets it itself.
+    # The program sets PYTORCH_CUDA_ALLOC_CONF (segments that grow) and, where TP or CP need it,
+    # CUDA_DEVICE_MAX_CONNECTIONS=1. What is set outside stays.
     # NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME (ib0, eth0, ...): set both where a node has several networks and the
     # wrong one is taken: "connection refused" or "timed out" at the start.
     # Every rank is connected to every other one: 1,024 open files, the usual soft limit, are too few for 1,024 ranks.

@@ -104,6 +104,7 @@ def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, RunDatasets
 
     Raises UserError on every rank if something does not fit, or is not the same on all ranks.
     """
+    process_groups.prepare_device(config.parallel)  # Transformer Engine's answers about FP8 start CUDA
     model = resolve_model(config.model, config.parallel)
     check_training(model.architecture, config.parallel, config.optimizer, config.moe)
     check_offload(config.optimizer, model)

@@ -25,6 +25,8 @@ def emulate_hopper() -> None:
     cuda.is_available = lambda: True
     cuda.is_initialized = lambda: True
     cuda.current_device = lambda: 0
+    cuda.device_count = lambda: 8
+    cuda.init = lambda: None
     cuda.get_device_name = lambda device=None: HOPPER.name
     torch.accelerator.current_accelerator = lambda check_available=False: None  # else torch's Adam asks for a stream
     cuda.Event = _timed(cuda.Event)

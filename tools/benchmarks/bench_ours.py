@@ -185,6 +185,7 @@ class Ours:
 def run(plan: Plan, emit: Emit) -> None:
     """Measure all lengths."""
     config = parse_config(plan.config, "benchmark")
+    process_groups.prepare_device(config.parallel)  # Transformer Engine's answers about FP8 start CUDA
     model = resolve_model(config.model, config.parallel)
     check_precision(model, config.optimizer)
     topology = process_groups.initialize(config.parallel, config.seed)

@@ -31,8 +31,6 @@ def worker_environment() -> dict[str, str]:
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = {name: value for name, value in os.environ.items() if name not in launcher}
     defaults = {
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # its name before torch 2.9
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TQDM_DISABLE": "1",
@@ -40,8 +38,10 @@ def worker_environment() -> dict[str, str]:
         "PYTHONWARNINGS": "ignore",
         "KINETO_LOG_LEVEL": "99",
     }
+    # torch 2.13 reads PYTORCH_ALLOC_CONF only without the older name.
+    allocator = {} if "PYTORCH_ALLOC_CONF" in values else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     hidden = {} if on_gpu() else {"CUDA_VISIBLE_DEVICES": ""}
-    return defaults | values | hidden
+    return defaults | allocator | values | hidden
 
 
 def run_worker(module: str, plan_file: Path) -> Iterator[dict[str, Any]]:
