@@ -116,7 +116,8 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(name: str, folder: Path) -> None
 def test_master_weights_of_fp8_weights_are_exact(folder: Path) -> None:
     """They come from the model's own numbers, not from FP8 roundings (off by up to 6 %), and small updates stay."""
     _, fp8 = run_twice(folder, "FP8 weights")
-    train(folder, "bf16", 2, *BLOCKWISE)
+    train(folder, "bf16", 2, *BLOCKWISE, "profile.steps=[2,2]")
+    assert list(folder.glob("bf16/**/memory*")), "no snapshot of the GPU's memory"
     found, wanted = (master_weights(run / "checkpoints" / "iter_0000002") for run in (fp8, folder / "bf16"))
     assert found.keys() == wanted.keys() != set()
     for name, tensor in wanted.items():

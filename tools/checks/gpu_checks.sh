@@ -5,7 +5,8 @@
 #
 # Parts (all by default): tests acceptance trl mfu fp8 128k. Each is bounded by a time limit, a failure does not stop
 # the next one, and each leaves a JSON file and a log in OUTPUT. PYTHON names the interpreter (python3). On a machine
-# without a network, WHEELS="FILE.whl ..." are installed to a temporary folder first.
+# without a network, WHEELS="FILE.whl ..." are installed to a temporary folder first. TESTS names the files of tests
+# (tests/gpu). SIZES=toy takes toy sizes on a GPU, too, and no time limits: the rehearsal of docs/guides/emulated-gpu.md.
 set -uo pipefail
 
 output=$(realpath -m "${1:?usage: tools/checks/gpu_checks.sh OUTPUT [PART ...]}")
@@ -14,7 +15,7 @@ parts=("$@")
 [[ ${#parts[@]} -gt 0 ]] || parts=(tests acceptance trl mfu fp8 128k)
 cd "$(dirname "$0")/../.." || exit 1
 mkdir -p "$output"
-PYTHON=${PYTHON:-python3}
+PYTHON=${PYTHON:-python3} TESTS=${TESTS:-tests/gpu} SIZES=${SIZES:-full}
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -31,6 +32,7 @@ part() {
     local name=$1 limit=$2 start=$SECONDS code=0
     shift 2
     printf '\n=== %s ===\n' "$name"
+    [[ $SIZES != toy ]] || limit=0 # none
     timeout "$limit" "$@" >"$output/$name.log" 2>&1 || code=$?
     tail -n 40 "$output/$name.log"
     [[ $code -eq 0 ]] || failed+=("$name (exit code $code)")
@@ -76,7 +78,8 @@ for file in small.glob("*token*"):
 '
 
 run_tests() {
-    part tests 200 "$PYTHON" -m pytest tests/gpu -rA -p no:cacheprovider --junitxml "$scratch/tests.xml"
+    # shellcheck disable=SC2086  (a list of files)
+    part tests 200 "$PYTHON" -m pytest $TESTS -rA -p no:cacheprovider --junitxml "$scratch/tests.xml"
     "$PYTHON" -c "$tests_to_json" "$scratch/tests.xml" "$output/tests.json"
 }
 
@@ -98,16 +101,22 @@ run_acceptance() {
 
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-    small=qwen2.5-1.5b large=qwen2.5-7b fewer=8 lengths=(8192 32768) long=32768 longest=131072 short=1024 response=512
-    dtype=bfloat16 candidate=model.fp8=hybrid layers=8 triplets=64 steps=10 context=4096
+    dtype=bfloat16 candidate=model.fp8=hybrid
     offload=(optimizer.optimizer_offload_fraction=0.7)
     fp8=(model.fp8=hybrid)
 else
     echo "no CUDA device: toy sizes, no FP8, no offload"
-    small=tiny large=tiny fewer=2 lengths=(128 256) long=256 longest=512 short=64 response=16
-    dtype=float32 candidate=model.dtype=bfloat16 layers=2 triplets=4 steps=1 context=1024
+    SIZES=toy
+    dtype=float32 candidate=model.dtype=bfloat16
     offload=()
     fp8=()
+fi
+if [[ $SIZES == toy ]]; then
+    small=tiny large=tiny fewer=2 lengths=(128 256) long=256 longest=512 short=64 response=16
+    layers=2 triplets=4 steps=1 context=1024
+else
+    small=qwen2.5-1.5b large=qwen2.5-7b fewer=8 lengths=(8192 32768) long=32768 longest=131072 short=1024 response=512
+    layers=8 triplets=64 steps=10 context=4096
 fi
 sizes=(--short-tokens "$short" --response-tokens "$response")
 full=(parallel.recompute_granularity=full)
