@@ -20,7 +20,13 @@ TESTS_OF_VERSIONS := tests/architecture tests/config tests/data tests/generate t
 # What runs with emulated kernels. Not here: tests/gpu/test_memory.py, because the emulation measures no memory.
 EMULATED_GPU_TESTS := tests/emulated_gpu tests/gpu/test_training.py tests/gpu/test_checkpoints.py \
     tests/gpu/test_megatron_lm.py
+# Which lines every process executed, as files of coverage.py.
 GPU_LINES := build/gpu-lines
+ON_EMULATED_GPU = COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml COVERAGE_FILE=$(CURDIR)/$(GPU_LINES)/process \
+    PYTHONPATH=$(CURDIR)/tests/emulated_gpu/site:$(CURDIR):$(CURDIR)/$(TRANSFORMER_ENGINE) \
+    $(VENV312)/bin/python -m pytest $(PARALLEL)
+# What a Blackwell GPU does otherwise than a Hopper GPU.
+EMULATED_BLACKWELL_TESTS := -k "blackwell or mxfp8" tests/emulated_gpu/test_blackwell.py tests/gpu/test_training.py
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -55,9 +61,8 @@ test-py312: $(VENV312)/.installed ## set up, then run the parity tests on Python
 test-emulated-gpu: $(TRANSFORMER_ENGINE)/.installed ## set up, then run GPU code with Transformer Engine's kernels in plain PyTorch
 	rm -rf $(GPU_LINES)
 	mkdir -p $(GPU_LINES)
-	COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml COVERAGE_FILE=$(CURDIR)/$(GPU_LINES)/process \
-	PYTHONPATH=$(CURDIR)/tests/emulated_gpu/site:$(CURDIR):$(CURDIR)/$(TRANSFORMER_ENGINE) \
-	    $(VENV312)/bin/python -m pytest $(PARALLEL) $(EMULATED_GPU_TESTS)
+	$(ON_EMULATED_GPU) $(EMULATED_GPU_TESTS)
+	EMULATED_GPU=blackwell $(ON_EMULATED_GPU) $(EMULATED_BLACKWELL_TESTS)
 	$(VENV312)/bin/python -m tools.checks.gpu_lines $(GPU_LINES)
 	@echo "tests ran with Transformer Engine's Python code over emulated kernels: tests/emulated_gpu"
 

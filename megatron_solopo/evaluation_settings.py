@@ -5,7 +5,7 @@ This module stands outside the package `evaluate`, which imports torch: the comm
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -72,6 +72,10 @@ class LongContextSettings(ServerSettings):
     """Tensor parallel ranks of a Megatron model."""
     pipeline_model_parallel_size: int = Field(default=1, ge=1)
     """Pipeline stages of a Megatron model. Further ranks share the samples."""
+    expert_model_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share the experts of each layer of a Megatron model. They are ranks of TP, or share the samples."""
+    expert_tensor_parallel_size: int | None = Field(default=None, ge=1)
+    """Ranks that share each expert. If not given, as many as TP."""
     tokenizer: str | None = None
     """Hugging Face directory or SentencePiece .model file. If not given, the model's own."""
     seed: int = Field(default=0, ge=0)
@@ -84,9 +88,10 @@ class LongContextSettings(ServerSettings):
     """Generate all answers anew. Without it, only missing answers are generated."""
 
     @property
-    def model_ranks(self) -> int:
-        """Processes that one copy of a Megatron model takes."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+    def parallel_sizes(self) -> dict[str, Any]:
+        """Those of a Megatron model's layout that are not the default, by the names of their fields."""
+        fields = {name: each for name, each in type(self).model_fields.items() if name.endswith("_parallel_size")}
+        return {name: getattr(self, name) for name, each in fields.items() if getattr(self, name) != each.default}
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()

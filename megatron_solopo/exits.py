@@ -1,5 +1,7 @@
-"""Exit codes of a run, in addition to 0 (success), 1 (a bug, with traceback) and 2 (a mistake, in one line)."""
+"""Exit codes of a run, in addition to 0 (success) and 1 (a bug, with traceback)."""
 
+MISTAKE = 2
+"""The user can mend it, and one line says how. Click's own code for wrong usage, too."""
 STOPPED = 85
 """A signal asked the run to stop, and everything is saved. The same command continues it."""
 HUNG = 86

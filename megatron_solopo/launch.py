@@ -13,6 +13,8 @@ torchrun (2.13) and this launcher differ:
                           --max-restarts it starts them again
     a rank fails          exits 1                                         exits with its code, or 128 + n for signal n,
                                                                           and a line names the rank and the signal
+    ranks exit with 2     puts a report of failed ranks behind the line   exits 2 and adds nothing
+                          that names the mistake
     the endpoint's node   exits 1 with a traceback                        exits 1 with one line
     is gone
     ranks restart         use a store that still holds the addresses of   use a new store
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         rank, failure = _root_cause(error.failures)
-        if failure.exitcode != exits.STOPPED:
+        if failure.exitcode not in (exits.STOPPED, exits.MISTAKE):  # a rank has told a mistake in one line
             sys.stderr.write(f"{error}\n")
         if failure.exitcode < 0:
             sys.stderr.write(f"error: {_describe_death(rank, failure)}\n")

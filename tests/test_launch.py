@@ -81,6 +81,13 @@ def test_a_failure_is_started_again_and_its_code_comes_back(tmp_path: Path) -> N
     assert "rank.py FAILED" in errors, errors
 
 
+def test_a_mistake_is_told_by_the_ranks_alone(tmp_path: Path) -> None:
+    launcher = launch(tmp_path, "0.1", "2")
+    _, errors = launcher.communicate(timeout=240)
+    assert launcher.returncode == exits.MISTAKE
+    assert "rank.py FAILED" not in errors, errors
+
+
 def test_ranks_that_start_again_meet_each_other_not_the_dead(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(MEETING_RANK)
     command = [sys.executable, "-m", "megatron_solopo.launch", "--standalone", "--nproc-per-node", "2"]

@@ -79,10 +79,15 @@ TINY = ModelShape(
 """The shape of `llama2`, for tests that need no weights."""
 
 
-def make_model(path: Path, family: str, seed: int = 0) -> Path:
-    """Save a model with weights large enough that no gradient is lost in rounding. Returns `path`."""
+def make_model(path: Path, family: str, seed: int = 0, **changes: Any) -> Path:
+    """Save a model with weights large enough that no gradient is lost in rounding. Returns `path`.
+
+    Args:
+        changes: fields of the family's config that differ.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32)
+    config = FAMILIES[family]
+    model = AutoModelForCausalLM.from_config(type(config)(**config.to_dict() | changes), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.15)

@@ -43,7 +43,8 @@ def build_model(config: Config, task: PreferenceTask) -> GPTModel:
 
 def train(config: Config) -> list[dict[str, float]]:
     sizes = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    parallel_state.initialize_model_parallel(*sizes)
+    experts = config.parallel.expert_model_parallel_size
+    parallel_state.initialize_model_parallel(*sizes, expert_model_parallel_size=experts)
     model_parallel_cuda_manual_seed(config.seed)
     task = PreferenceTask(config)  # 1. data, objective, reference
     model = task.prepare_model(build_model(config, task))  # 2. the response-only head

@@ -18,8 +18,16 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 from yaml import YAMLError
 
-from megatron_solopo.config import ModelConfig
+from megatron_solopo.config import FP8Recipe, ModelConfig
 from megatron_solopo.errors import UserError, first_problem
+
+FP8_QUESTIONS: dict[FP8Recipe, str] = {
+    "blockwise": "is_fp8_block_scaling_available",
+    "tensorwise": "is_fp8_available",
+    "delayed": "is_fp8_available",
+    "mxfp8": "is_mxfp8_available",
+}
+"""The function of `transformer_engine.pytorch` that says whether the current device computes a recipe."""
 
 
 class Gpu(BaseModel):

@@ -75,6 +75,11 @@ class ModelShape:
         """Parameters that compute a token: of the experts, those of the `topk` that the router chooses."""
         return self._num_parameters(None if self.experts is None else self.experts.topk)
 
+    @property
+    def num_router_parameters(self) -> int:
+        """Parameters of the routers, which only `moe.router_trainable` trains."""
+        return 0 if self.experts is None else self.experts.num_layers * self.experts.num_experts * self.hidden_size
+
     def _num_parameters(self, experts_per_layer: int | None) -> int:
         queries, keys = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
         attention = 2 * self.hidden_size * (queries + keys) + (queries + 2 * keys if self.add_qkv_bias else 0)

@@ -26,7 +26,7 @@ from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import CONFIG, parse_model_json
 from megatron_solopo.architecture.one_reading import INDEX, SINGLE, check_one_reading, read_index
 from megatron_solopo.checkpoint.manifest import sync_file
-from megatron_solopo.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Index, all_huggingface_shapes
+from megatron_solopo.checkpoint.mapping import HF_EMBEDDING, HF_OUTPUT, Index, all_huggingface_shapes, expert_names
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted, first_few, write_json
 
@@ -115,10 +115,7 @@ class SafetensorsDirectory:
         if not any(_ALL_EXPERTS.fullmatch(name) for name in entries):
             return entries
         config = parse_model_json((self.path / CONFIG).read_bytes(), self.path / CONFIG)
-        is_mixtral = isinstance(config, dict) and config.get("model_type") == "mixtral"
-        block, *projections = (
-            ("block_sparse_moe", "w1", "w3", "w2") if is_mixtral else ("mlp", "gate_proj", "up_proj", "down_proj")
-        )
+        block, projections = expert_names(config.get("model_type", "") if isinstance(config, dict) else "")
         named: dict[str, StoredTensor] = {}
         for name, entry in entries.items():
             found = _ALL_EXPERTS.fullmatch(name)

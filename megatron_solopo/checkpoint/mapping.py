@@ -20,7 +20,7 @@ To add a model family:
 1. Name it in `architecture.huggingface_config`, and state there how its config differs.
 2. If it has other tensors, add a tuple of rules below, and select it in `rules`. Families differ in four places
    today: Qwen2 adds biases, Qwen3 adds norms of queries and keys, untied embeddings add an output layer, and Mixtral
-   has its own names of experts.
+   has its own names of experts (`expert_names`).
 3. If a tensor has a new size, name the size in `_sizes`. If tensors are fused in a new way, add a `Fusion`.
 4. Add a tiny model to the tests: every family is converted there and back, and compared with transformers.
 """
@@ -125,7 +125,22 @@ def place(rule: Rule, architecture: ModelShape) -> Place:
 _MEGATRON, _HF = "decoder.layers.{}.", "model.layers.{}."
 _QUERY, _KEY, _VALUE = (f"{_HF}self_attn.{name}_proj." for name in "qkv")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_EXPERT = _MEGATRON + "mlp.experts.local_experts.{}."
+
+
+class ExpertNames(NamedTuple):
+    """How the files of a published model name a layer's router and experts."""
+
+    block: str
+    """The part of a layer that holds them: `{block}.gate`, `{block}.experts.0.{projection}`."""
+    projections: tuple[str, ...]
+    """An expert's gate, up and down projection."""
+
+
+def expert_names(model_type: str) -> ExpertNames:
+    """The names of a family's experts."""
+    if model_type == "mixtral":
+        return ExpertNames("block_sparse_moe", ("w1", "w3", "w2"))
+    return ExpertNames("mlp", _PROJECTIONS)
 
 
 def _gated(megatron: str, huggingface: str, projections: tuple[str, ...], width: str) -> tuple[Rule, ...]:
@@ -152,15 +167,10 @@ _LAYER = (
     Rule(_MEGATRON + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), ("hidden",)),
 )
 _DENSE = _gated(_MEGATRON + "mlp.", _HF + "mlp.", _PROJECTIONS, "ffn")
-_ROUTER = (Rule(_MEGATRON + "mlp.router.weight", (_HF + "mlp.gate.weight",), ("experts hidden",)),)
-_EXPERTS = _gated(_EXPERT, _HF + "mlp.experts.{}.", _PROJECTIONS, "expert_ffn")
 _SHARED_EXPERT = (
     *_gated(_MEGATRON + "mlp.shared_experts.", _HF + "mlp.shared_expert.", _PROJECTIONS, "shared_ffn"),
     Rule(_MEGATRON + "mlp.shared_experts.gate_weight", (_HF + "mlp.shared_expert_gate.weight",), ("one hidden",)),
 )
-_MIXTRAL = _HF + "block_sparse_moe."
-_MIXTRAL_ROUTER = (Rule(_MEGATRON + "mlp.router.weight", (_MIXTRAL + "gate.weight",), ("experts hidden",)),)
-_MIXTRAL_EXPERTS = _gated(_EXPERT, _MIXTRAL + "experts.{}.", ("w1", "w3", "w2"), "expert_ffn")
 _OUTPUT_LAYER = (Rule(OUTPUT, (HF_OUTPUT,), ("vocab hidden",), "vocab", 0),)
 _QKV_BIAS = (
     Rule(_MEGATRON + "self_attention.linear_qkv.bias", (_QUERY + "bias", _KEY + "bias", _VALUE + "bias"),
@@ -191,10 +201,12 @@ def _feed_forward(architecture: ModelShape, layer: int) -> Iterator[Rule]:
     if experts is None or not architecture.has_experts(layer):
         yield from (rule.at(layer) for rule in _DENSE)
         return
-    is_mixtral = architecture.model_type == "mixtral"
-    yield from (rule.at(layer) for rule in (_MIXTRAL_ROUTER if is_mixtral else _ROUTER))
+    names = expert_names(architecture.model_type)
+    block = f"{_HF}{names.block}."
+    yield Rule(_MEGATRON + "mlp.router.weight", (block + "gate.weight",), ("experts hidden",)).at(layer)
+    each = _gated(_MEGATRON + "mlp.experts.local_experts.{}.", block + "experts.{}.", names.projections, "expert_ffn")
     for expert in range(experts.num_experts):
-        yield from (rule.at(layer, expert) for rule in (_MIXTRAL_EXPERTS if is_mixtral else _EXPERTS))
+        yield from (rule.at(layer, expert) for rule in each)
     if experts.shared_ffn_hidden_size:
         yield from (rule.at(layer) for rule in _SHARED_EXPERT)
 

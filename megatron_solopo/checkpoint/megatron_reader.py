@@ -10,11 +10,12 @@ pieces. A checkpoint has two kinds of file:
 """
 
 import io
+import itertools
 import math
 import pickle
 import struct
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import EnumType
 from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path
@@ -199,6 +200,7 @@ class MegatronDirectory:
             if isinstance(entry, TensorStorageMetadata) and key.startswith(_MODEL_KEYS)
         }
         self._pieces = self._find_pieces(metadata)
+        self._at: dict[str, dict[tuple[int, ...], TensorStorageMetadata]] = {}
         self._check_files()
 
     def pieces(self) -> Collection[Piece]:
@@ -280,16 +282,33 @@ class MegatronDirectory:
         """Return a function that reads rows of one parameter in their stored precision."""
         stacked = len(place.position)
         others = list(self.tensors[place.key].size)[stacked + 1 :]
+        entry = self._entry_at(place)
 
         def read(start: int, end: int) -> Tensor:
             offsets, sizes = [*place.position, start, *[0] * len(others)], [end - start, *others]
-            return self._read(place.key, offsets, [*[1] * stacked, *sizes]).view(sizes)
+            return self._read(place.key, entry, offsets, [*[1] * stacked, *sizes]).view(sizes)
 
         return read
 
-    def _read(self, key: str, offsets: list[int], sizes: list[int]) -> Tensor:
+    def _entry_at(self, place: Place) -> TensorStorageMetadata:
+        """The tensor's entry, with the pieces alone that hold some of this parameter.
+
+        A tensor that stacks the experts of all layers has tens of thousands of pieces. torch looks at each for each
+        read, so it gets few.
+        """
+        if place.key not in self._at:
+            entry, stacked = self.tensors[place.key], len(place.position)
+            chunks: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+            for chunk in entry.chunks:
+                axes = zip(chunk.offsets[:stacked], chunk.sizes[:stacked], strict=True)
+                for position in itertools.product(*(range(first, first + count) for first, count in axes)):
+                    chunks.setdefault(position, []).append(chunk)
+            self._at[place.key] = {position: replace(entry, chunks=found) for position, found in chunks.items()}
+        none = replace(self.tensors[place.key], chunks=[])
+        return self._at[place.key].get(place.position, none)
+
+    def _read(self, key: str, entry: TensorStorageMetadata, offsets: list[int], sizes: list[int]) -> Tensor:
         """Read a box of a tensor. This takes memory only if the box consists of several pieces."""
-        entry = self.tensors[key]
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, entry, [box])
         if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):

@@ -19,18 +19,14 @@ from typing import Any, Literal
 import click
 from packaging.requirements import Requirement
 
+from megatron_solopo.architecture.gpus import FP8_QUESTIONS
+
 CheckStatus = Literal["ok", "warn", "missing", "fail"]
 
 _GIB = 1024**3
 _CHECKPOINT_BYTES_PER_PARAMETER = 14  # bfloat16 weights, float32 master weights and two Adam moments
 _CHECKPOINTS = 4  # checkpoint.keep_last is 3, and one more is being written
 _LOW_DISK_GIB = 10
-# Values of `model.fp8_recipe` -> the question that Transformer Engine answers about them.
-_FP8_RECIPES = {
-    "blockwise": "is_fp8_block_scaling_available",
-    "tensorwise, delayed": "is_fp8_available",
-    "mxfp8": "is_mxfp8_available",
-}
 _TESTED_PYTHONS = ((3, 11), (3, 12))
 
 # Distribution -> module of required libraries. Only an import shows that a binary is broken.
@@ -232,14 +228,14 @@ def _fp8(engine: Any) -> Check:
     try:
         if not importlib.import_module("torch").cuda.is_available():
             return Check("FP8", "missing", "no CUDA device", cost, remedy)
-        answers = {recipes: getattr(engine, ask)(return_reason=True) for recipes, ask in _FP8_RECIPES.items()}
+        answers = {recipe: getattr(engine, ask)(return_reason=True) for recipe, ask in FP8_QUESTIONS.items()}
     except Exception as error:
         found = f"Transformer Engine cannot tell: {_reason(error)}"
         return Check("FP8", "warn", found, cost, "use Transformer Engine 2.9 or newer")
-    works = [recipes for recipes, (available, _) in answers.items() if available]
-    reasons = {recipes: " ".join(str(reason).split()).rstrip(".") for recipes, (_, reason) in answers.items()}
+    works = [recipe for recipe, (available, _) in answers.items() if available]
+    reasons = {recipe: " ".join(str(reason).split()).rstrip(".") for recipe, (_, reason) in answers.items()}
     if not works:
-        return Check("FP8", "missing", reasons["tensorwise, delayed"], cost, remedy)
+        return Check("FP8", "missing", reasons["tensorwise"], cost, remedy)
     if "blockwise" in works:
         return Check("FP8", "ok", f"works on this device: {', '.join(works)}")
     found = f"works: {', '.join(works)}; not blockwise, the default: {reasons['blockwise']}"

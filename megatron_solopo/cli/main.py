@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from megatron_solopo import __version__
+from megatron_solopo import __version__, exits
 from megatron_solopo.cli.convert import convert
 from megatron_solopo.cli.data import data
 from megatron_solopo.cli.doctor import doctor
@@ -93,7 +93,7 @@ class _Commands(click.Group):
             if ctx.params["debug"]:
                 traceback.print_exc()
             _report(describe_os_error(error) if isinstance(error, OSError) else str(error))
-            ctx.exit(2)
+            ctx.exit(exits.MISTAKE)
         except RuntimeError as error:
             if any(words in str(error) for words in _LOST_CONNECTION):
                 error.add_note(_OTHER_RANK)

@@ -212,6 +212,16 @@ class ParallelConfig(Section):
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
+    def expert_sizes(self) -> dict[str, int]:
+        """Both sizes of expert parallelism by their keys; empty where every rank holds whole experts of its own."""
+        if self.expert_model_parallel_size == 1:
+            return {}
+        return {
+            "expert_model_parallel_size": self.expert_model_parallel_size,
+            "expert_tensor_parallel_size": self.expert_tensor_size,
+        }
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that share one replica of the model: TP x PP x CP."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size

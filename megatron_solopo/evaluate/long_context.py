@@ -20,6 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_solopo.architecture.model_directory import has_tokenizer
+from megatron_solopo.command_settings import flag
 from megatron_solopo.config import ParallelConfig
 from megatron_solopo.data.model_fit import same_tokens
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
@@ -111,10 +112,10 @@ def _output(settings: LongContextSettings, target: Target) -> Path:
 def _refuse_ranks(settings: LongContextSettings, target: Target) -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError(f"torchrun started several processes, but backend {target.backend} runs in one; start it alone")
-    if settings.model_ranks != 1:
+    if settings.parallel_sizes:
         raise UserError(
-            f"--tensor-model-parallel-size and --pipeline-model-parallel-size: backend {target.backend} runs in one "
-            "process; leave them out, or start with torchrun"
+            f"{', '.join(map(flag, settings.parallel_sizes))}: backend {target.backend} runs in one process; leave out "
+            "such options, or start with torchrun"
         )
 
 
@@ -146,8 +147,7 @@ def _load(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -
     from megatron_solopo.parallel import topology as process_groups
 
     parallel = ParallelConfig(
-        tensor_model_parallel_size=settings.tensor_model_parallel_size,
-        pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
+        **settings.parallel_sizes,
         # Positions come one at a time: there is nothing to shard.
         sequence_parallel=False,
     )
@@ -157,6 +157,7 @@ def _load(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -
             "tensor_model_parallel_size": topology.tensor_group.size(),
             "pipeline_model_parallel_size": topology.pipeline_group.size(),
             "data_parallel_size": topology.data_group.size(),
+            **parallel.expert_sizes,
         }
         model = MegatronModel(target.path, tokenizer, dtype, parallel, topology)
         yield _Runner(model, _described(topology.device), layout)

@@ -1,9 +1,13 @@
-"""Generation by our own model under tensor, pipeline and data parallelism, with Megatron-Core's static key-value cache.
+"""Generation by our own model under all layouts but context parallelism, with Megatron-Core's static key-value cache.
 
 A batch of equally long prompts goes through in one piece, then one token at a time. Each pass uses Megatron's
 forward-only schedule, which carries it over the pipeline's stages. Only the last position is projected to the
 vocabulary. Rows that have ended run along until all have. Memory: the weights, the cache (2 x layers / PP x groups / TP
 x head_dim x B x (prompt + answer) numbers) and the activations of one prompt, since a prompt is not cut into chunks.
+
+Data-parallel ranks have rows of their own, which end at other places. Where they share experts, every rank must enter
+each layer as often as the others, or these would wait for ever. So a rank that is done repeats its last pass, without
+effect, until all are.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -55,6 +59,9 @@ class MegatronModel(LocalModel):
         load_weights([self._model], model.architecture, path)
         self._model.eval()
         self._topology = topology
+        experts = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+        # Otherwise ranks with the same experts have the same rows.
+        self._shares_experts = parallel.tensor_model_parallel_size % experts != 0
 
     def answer(self, batches: Sequence[Sequence[Item]], build: Build[Item], keep: Keep, refuse: Refuse) -> None:
         """See `Model`. All ranks pass the same batches, and global rank 0 keeps the answers.
@@ -65,7 +72,10 @@ class MegatronModel(LocalModel):
         size, rank = group.size(), group.rank()
         for start in range(0, len(batches), size):
             batch = batches[start + rank] if start + rank < len(batches) else ()
-            answered = self.answer_batch(on_every_rank(partial(self._encode_batch, batch, build)))
+            encoded = on_every_rank(partial(self._encode_batch, batch, build))
+            answered = self.answer_batch(encoded)
+            if not encoded and self._shares_experts:
+                self.generate(torch.zeros(1, 1, dtype=torch.int64, device=self._device), 1, end_tokens=())
             # Nobody reads the prompts again, which may be long.
             own = [(replace(request, prompt=""), answers, seconds) for request, answers, seconds in answered]
             gathered: list[Any] = [None] * size
@@ -77,19 +87,34 @@ class MegatronModel(LocalModel):
 
     @torch.inference_mode()
     def generate(self, prompts_BT: Tensor, max_tokens: int, end_tokens: Collection[int]) -> Tensor:
-        """See `LocalModel`. The most likely token each time, the same on every rank of the model."""
+        """See `LocalModel`. The most likely token each time, the same on every rank of the model.
+
+        Data-parallel ranks that share experts call it together.
+        """
         batch, length = prompts_BT.shape
         context = StaticInferenceContext(batch, _rounded(length + max_tokens))
         end_ids = torch.tensor(sorted(end_tokens), dtype=torch.int64, device=prompts_BT.device)
         ended_B = torch.zeros(batch, dtype=torch.bool, device=prompts_BT.device)
         tokens, generated = prompts_BT, list[Tensor]()
-        while len(generated) < max_tokens and not bool(ended_B.all()):
+        while True:
+            is_done = len(generated) == max_tokens or bool(ended_B.all())
+            if self._all_are_done(is_done):
+                return torch.stack(generated, dim=1)
             next_B = self._next(tokens, context)
+            if is_done:
+                continue
             advance_cache(context, tokens.shape[1])
             generated.append(next_B)
             ended_B |= torch.isin(next_B, end_ids)
             tokens = next_B.unsqueeze(1)
-        return torch.stack(generated, dim=1)
+
+    def _all_are_done(self, is_done: bool) -> bool:
+        """Whether no rank needs this one's experts any more."""
+        if not self._shares_experts:
+            return is_done
+        all_done = torch.tensor(is_done, dtype=torch.int32, device=self._device)
+        dist.all_reduce(all_done, dist.ReduceOp.MIN, group=self._topology.data_group)
+        return bool(all_done)
 
     def _next(self, tokens_BT: Tensor, context: StaticInferenceContext) -> Tensor:
         """int64 [B], the most likely token behind each row; the first one of equally likely tokens."""
@@ -139,5 +164,5 @@ def share_time(gathered: Sequence[Sequence[Answered]]) -> list[Answered]:
 
 def _rounded(length: int) -> int:
     """A little more than `length`: Megatron keeps a table of rotary angles for each length, so there must be few."""
-    step = max(_LEAST_STEP, 1 << (length.bit_length() - 3))
+    step = max(_LEAST_STEP, (1 << length.bit_length()) >> 3)
     return -(-length // step) * step

@@ -149,8 +149,10 @@ def _reference_model(config: Config) -> str | None:
 
 
 def _layout(config: Config, data_parallel_size: int) -> dict[str, int]:
+    parallel = config.parallel
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-    return {name: getattr(config.parallel, name) for name in names} | {"data_parallel_size": data_parallel_size}
+    sizes = {name: getattr(parallel, name) for name in names} | {"data_parallel_size": data_parallel_size}
+    return sizes | parallel.expert_sizes
 
 
 def _score(

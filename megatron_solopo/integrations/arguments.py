@@ -21,6 +21,7 @@ from megatron_solopo.config import (
     DataConfig,
     LogprobConfig,
     ModelConfig,
+    MoEConfig,
     ObjectiveConfig,
     ReferenceConfig,
     parse_config,
@@ -35,6 +36,7 @@ _SECTIONS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
     "objective": (ObjectiveConfig, {"name": "objective"} | dict.fromkeys(list(ObjectiveConfig.model_fields)[1:], "")),
     "logprob": (LogprobConfig, {"chunk_tokens": ""}),
     "reference": (ReferenceConfig, {"model_path": "reference_model_path", "cache": "reference_cache"}),
+    "moe": (MoEConfig, dict.fromkeys(MoEConfig.model_fields, "")),
 }
 # Keys that flags of Megatron-LM set.
 _MEGATRON_FLAGS = {
@@ -47,6 +49,10 @@ _MEGATRON_FLAGS = {
     "parallel.tensor_model_parallel_size": "--tensor-model-parallel-size",
     "parallel.pipeline_model_parallel_size": "--pipeline-model-parallel-size",
     "parallel.context_parallel_size": "--context-parallel-size",
+    "parallel.expert_model_parallel_size": "--expert-model-parallel-size",
+    "parallel.expert_tensor_parallel_size": "--expert-tensor-parallel-size",
+    "parallel.sequence_parallel": "--sequence-parallel",
+    "optimizer.use_distributed_optimizer": "--use-distributed-optimizer",
     "parallel.*": "the parallel sizes",
     "run_dir": "--solopo-run-dir",
 }
@@ -93,11 +99,14 @@ def config_from_args(args: argparse.Namespace) -> Config:
         "run_dir": run_dir,
         "seed": args.seed,
         "training": {"global_batch_size": args.global_batch_size},
+        "optimizer": {"use_distributed_optimizer": args.use_distributed_optimizer},
         "parallel": {
             "tensor_model_parallel_size": args.tensor_model_parallel_size,
             "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
             "virtual_pipeline_model_parallel_size": args.virtual_pipeline_model_parallel_size,
             "context_parallel_size": args.context_parallel_size,
+            "expert_model_parallel_size": args.expert_model_parallel_size,
+            "expert_tensor_parallel_size": args.expert_tensor_parallel_size,
             "sequence_parallel": args.sequence_parallel,
         },
     }

@@ -189,7 +189,8 @@ class Solopo:
     def task(self) -> PreferenceTask:
         """Data, objective and reference."""
         with flags_for_keys():
-            return PreferenceTask(self.config)
+            # Megatron-LM's log hears of the last pipeline stage alone, which routes through its own layers.
+            return PreferenceTask(self.config, counts_routes=False)
 
     @cached_property
     def _log(self) -> StepLog:

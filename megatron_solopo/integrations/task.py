@@ -14,18 +14,22 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
+from megatron_solopo.architecture.layout import check_training
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.head import attach_response_head
+from megatron_solopo.model.layers import layers_with_experts
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.model.resolve import ResolvedModel, uses_transformer_engine
+from megatron_solopo.model.routing import RouterWatch
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.megatron_internals import pipeline_settings, set_rotary_frequencies
 from megatron_solopo.parallel.topology import Topology, current
 from megatron_solopo.train.callbacks import say
 from megatron_solopo.train.metrics import reduce_sums
+from megatron_solopo.train.policy import freeze_routers
 from megatron_solopo.train.reference import cached_reference
 from megatron_solopo.train.run_data import load_run_datasets, training_batches
 from megatron_solopo.train.step import LossFunction, forward_microbatch, objective_loss
@@ -55,7 +59,6 @@ def check_transformer_config(config: TransformerConfig) -> None:
         "hidden_dropout": (config.hidden_dropout, 0.0),
         "attention_dropout": (config.attention_dropout, 0.0),
         "fp16": (config.fp16, False),
-        "num_moe_experts": (config.num_moe_experts, None),
         "mtp_num_layers": (config.mtp_num_layers, None),
         "defer_embedding_wgrad_compute": (config.defer_embedding_wgrad_compute, False),
         "tp_comm_overlap": (config.tp_comm_overlap, False),
@@ -64,7 +67,44 @@ def check_transformer_config(config: TransformerConfig) -> None:
     if config.virtual_pipeline_model_parallel_size is not None:
         exchange = pipeline_settings(interleaved=True)
         wrong |= {name: (getattr(config, name), exchange[name]) for name in ("overlap_p2p_comm", "batch_p2p_comm")}
+    if config.num_moe_experts is not None:
+        wrong |= _expert_settings(config)
     _refuse(wrong, "the model's TransformerConfig does not work with packs of triplets")
+
+
+def _expert_settings(config: TransformerConfig) -> dict[str, tuple[Any, Any]]:
+    """Each setting of experts, found and expected. Names that this version does not have cannot be wrong."""
+    expected = {
+        # With other packs on every rank, ranks have different numbers of tokens.
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_dtype": "fp32",
+        # The routes must be those of transformers, and no token may be dropped.
+        "moe_router_score_function": "softmax",
+        "moe_router_enable_expert_bias": False,
+        "moe_router_topk_scaling_factor": None,
+        "moe_router_num_groups": None,
+        "moe_router_force_load_balancing": False,
+        "moe_router_force_biased": None,
+        "moe_input_jitter_eps": None,
+        "moe_expert_capacity_factor": None,
+        "moe_expert_rank_capacity_factor": None,
+        "moe_apply_probs_on_input": False,
+        "moe_latent_size": None,
+        # Megatron multiplies its losses by tokens, because it divides by them. Here triplets divide.
+        "moe_z_loss_coeff": None,
+    }
+    wrong = {name: (getattr(config, name, value), value) for name, value in expected.items()}
+    kinds, coefficients = (
+        value if isinstance(value, list) else [value]
+        for value in (config.moe_router_load_balancing_type, config.moe_aux_loss_coeff)
+    )
+    if not set(kinds) <= {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}:
+        wrong["moe_router_load_balancing_type"] = (config.moe_router_load_balancing_type, "none")
+    if any(coefficients):
+        wrong["moe_aux_loss_coeff"] = (config.moe_aux_loss_coeff, 0.0)
+    if config.tensor_model_parallel_size > 1:
+        wrong["sequence_parallel"] = (config.sequence_parallel, True)
+    return wrong
 
 
 def _check_architecture(model: GPTModel, architecture: Architecture) -> None:
@@ -73,7 +113,6 @@ def _check_architecture(model: GPTModel, architecture: Architecture) -> None:
     settings: dict[str, tuple[Any, Any]] = {
         "num_layers": (config.num_layers, a.num_layers),
         "hidden_size": (config.hidden_size, a.hidden_size),
-        "ffn_hidden_size": (config.ffn_hidden_size, a.ffn_hidden_size),
         "num_attention_heads": (config.num_attention_heads, a.num_attention_heads),
         "num_query_groups": (config.num_query_groups or config.num_attention_heads, a.num_query_groups),
         "kv_channels": (config.kv_channels, a.head_dim),
@@ -89,6 +128,22 @@ def _check_architecture(model: GPTModel, architecture: Architecture) -> None:
         "share_embeddings_and_output_weights": (model.share_embeddings_and_output_weights, a.tied_embeddings),
         "vocab_size": (min(model.vocab_size, a.vocab_size), a.vocab_size),
     }
+    experts = a.experts
+    if experts is None or not experts.in_all_layers:
+        settings["ffn_hidden_size"] = (config.ffn_hidden_size, a.ffn_hidden_size)
+    settings["num_moe_experts"] = (config.num_moe_experts, None if experts is None else experts.num_experts)
+    if experts is not None and config.num_moe_experts is not None:
+        settings |= {
+            "moe_router_topk": (config.moe_router_topk, experts.topk),
+            "moe_ffn_hidden_size": (config.moe_ffn_hidden_size, experts.ffn_hidden_size),
+            "moe_router_pre_softmax": (config.moe_router_pre_softmax, not experts.renormalizes),
+            "moe_layer_freq": (layers_with_experts(config), list(experts.layers)),
+            "moe_shared_expert_intermediate_size": (
+                config.moe_shared_expert_intermediate_size or 0,
+                experts.shared_ffn_hidden_size,
+            ),
+            "moe_shared_expert_gate": (config.moe_shared_expert_gate, experts.shared_ffn_hidden_size > 0),
+        }
     _refuse(settings, "the model differs from config.json")
 
 
@@ -105,17 +160,22 @@ def _refuse(settings: dict[str, tuple[Any, Any]], problem: str) -> None:
 class PreferenceTask:
     """Data, objective and reference of one run, on the process groups that Megatron-Core already has.
 
-    It reads these parts of the config: `model`, `data`, `objective`, `logprob`, `reference`, `seed`,
+    It reads these parts of the config: `model`, `data`, `objective`, `logprob`, `reference`, `moe`, `seed`,
     `training.global_batch_size` and the sizes in `parallel`. The loop decides everything else.
+
+    Args:
+        counts_routes: whether the loop calls `mean_metrics`, which say how the tokens of a model with experts were
+            routed. Otherwise nothing is counted.
 
     Raises UserError if there are no process groups yet, or if the data does not fit the model or the objective. The
     same holds for a reference cache that is missing, or was made for another model or other data.
     """
 
-    def __init__(self, config: Config, topology: Topology | None = None) -> None:
+    def __init__(self, config: Config, topology: Topology | None = None, *, counts_routes: bool = True) -> None:
         self.config = config
         self.topology = topology or current()
         self.architecture = read_architecture(config.model.path)
+        check_training(self.architecture, config.parallel, config.optimizer, config.moe)
         # `resolve_model` would refuse layouts that the loop may have: stages of unequal length, for example.
         self.model = ResolvedModel(
             config.model, config.parallel, self.architecture, uses_transformer_engine(config.model)
@@ -125,6 +185,9 @@ class PreferenceTask:
             say(note)
         self.metric_names = metric_names(config.objective)
         """Names of the metrics in a report, in its order. `megatron_solopo.objective` explains them."""
+        self._router_watch = RouterWatch(config.moe, counts_routes=counts_routes)
+        balances = config.moe.aux_loss_coefficient or config.moe.z_loss_coefficient
+        self._watches_routers = self.architecture.experts is not None and bool(counts_routes or balances)
         references = cached_reference(config, self.model, self.datasets) if config.objective.needs_reference else {}
         self._losses: dict[str, Callable[[Microbatch], LossFunction]] = {
             name: objective_loss(config.objective, references.get(name), self.topology)
@@ -134,12 +197,15 @@ class PreferenceTask:
     def prepare_model(self, model: Any) -> Any:
         """Give a GPTModel the response-only head and the rotary frequencies of config.json, and return it.
 
+        Routers of experts are watched, and learn only with `moe.router_trainable`.
         Call it on every chunk before Float16Module or DistributedDataParallel wrap it. Parameters and their names stay.
 
         Raises UserError naming what in the model differs from `config.model.path`. It also names what in its
         TransformerConfig does not work with packs or with the mean over triplets.
         """
         prepare_model(model, self.architecture, self.config.logprob.chunk_tokens)
+        freeze_routers([model], self.config.moe)
+        self._router_watch.attach(model)
         return model
 
     def batches(
@@ -175,14 +241,23 @@ class PreferenceTask:
 
     def forward(self, pack: Pack, model: torch.nn.Module, split: str) -> tuple[Tensor, LossFunction]:
         """Run one pack of a split; see `forward_step`."""
-        return forward_microbatch(model, shard_pack(pack, self.topology), self._losses[split])
+        with_places = self._watches_routers and split == "train"
+        return forward_microbatch(model, shard_pack(pack, self.topology, with_places=with_places), self._losses[split])
 
     def mean_metrics(self, reports: Sequence[Tensor], num_triplets: int) -> dict[str, float]:
-        """Return the mean metrics of a step, the same on every rank. All ranks must call it.
+        """Return the mean metrics of a step, the same on every rank. All ranks must call it after every step.
 
         Args:
             reports: what the schedule returned; an empty list on all pipeline stages but the last.
             num_triplets: triplets of the global batch, over all ranks.
         """
         sums = reduce_sums(reports, len(self.metric_names), self.topology)
-        return {name: total / num_triplets for name, total in zip(self.metric_names, sums, strict=True)}
+        means = {name: total / num_triplets for name, total in zip(self.metric_names, sums, strict=True)}
+        experts = self.architecture.experts
+        if experts is None:
+            return means
+        routed = self._router_watch.metrics(
+            self.architecture.num_layers, experts.num_experts, experts.topk, self.topology.device
+        )
+        self._router_watch.reset()
+        return means | routed

@@ -163,7 +163,9 @@ def layers_with_experts(config: TransformerConfig) -> list[bool]:
     if config.num_moe_experts is None:
         return [False] * config.num_layers
     pattern = config.moe_layer_freq
-    return [bool(each) for each in pattern] if isinstance(pattern, list) else [True] * config.num_layers
+    if isinstance(pattern, int):
+        return [layer % pattern == 0 for layer in range(config.num_layers)]
+    return [bool(each) for each in pattern]
 
 
 def layers_and_routers(chunk: torch.nn.Module) -> list[tuple[TransformerLayer, TopKRouter]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron.core.utils import get_te_version
 from packaging.version import Version
 
+from megatron_solopo.architecture.gpus import FP8_QUESTIONS
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.layout import check_fp8, check_layout
 from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
@@ -97,13 +98,7 @@ def uses_transformer_engine(settings: ModelConfig) -> bool:
     return not reason and settings.implementation != "local"
 
 
-# What Transformer Engine has to say about each recipe, and the recipes to take instead, nearest first.
-_AVAILABLE = {
-    "delayed": "is_fp8_available",
-    "tensorwise": "is_fp8_available",
-    "blockwise": "is_fp8_block_scaling_available",
-    "mxfp8": "is_mxfp8_available",
-}
+# The recipes to take instead of one that this device does not compute, nearest first.
 _NEAREST: dict[str, tuple[FP8Recipe, ...]] = {
     "mxfp8": ("blockwise", "tensorwise"),
     "blockwise": ("mxfp8", "tensorwise"),
@@ -140,7 +135,7 @@ def check_precision(model: ResolvedModel, optimizer: OptimizerConfig) -> None:
 
 def _unavailable(recipe: FP8Recipe) -> str:
     """Why this device and this Transformer Engine cannot run a recipe; empty where they can."""
-    ask = getattr(importlib.import_module("transformer_engine.pytorch"), _AVAILABLE[recipe], None)
+    ask = getattr(importlib.import_module("transformer_engine.pytorch"), FP8_QUESTIONS[recipe], None)
     if ask is None:
         return "this Transformer Engine is too old for it"
     available, reason = ask(return_reason=True)

@@ -10,7 +10,7 @@ Shapes: t positions on this rank, which context and sequence parallelism divide;
 whole pack; E experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -93,17 +93,23 @@ def _response_pairs(pack: Pack) -> Tensor:
 
 
 class RouterWatch:
-    """Watches the routers of this rank's model chunks while they are trained."""
+    """Watches the routers of this rank's model chunks while they are trained.
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], config: MoEConfig) -> None:
-        """Attach to the routers, for the life of the model. A model without experts has none."""
+    Args:
+        counts_routes: whether the caller asks for `metrics`, which cost an exchange per layer and pack.
+    """
+
+    def __init__(self, config: MoEConfig, *, counts_routes: bool = True) -> None:
         self._config = config
+        self._counts_routes = counts_routes
         self._sums: dict[int, _LayerSums] = {}
         self._of_layer: dict[int, TokenPlaces | None] = {}
-        for chunk in chunks:
-            for layer, router in layers_and_routers(chunk):
-                layer.register_forward_pre_hook(partial(self._enter, router.layer_number), with_kwargs=True)
-                router.routing = partial(self._route, router, router.routing)
+
+    def attach(self, chunk: torch.nn.Module) -> None:
+        """Attach to the routers of a model chunk, for its life."""
+        for layer, router in layers_and_routers(chunk):
+            layer.register_forward_pre_hook(partial(self._enter, router.layer_number), with_kwargs=True)
+            router.routing = partial(self._route, router, router.routing)
 
     def _enter(self, layer: int, module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
         self._of_layer[layer] = getattr(keywords.get("packed_seq_params"), "places", None)
@@ -117,7 +123,7 @@ class RouterWatch:
         if places is None:
             return probabilities, chosen
         logits_tE = logits.flatten(0, -2).float()
-        if router.layer_number not in places.counted:
+        if self._counts_routes and router.layer_number not in places.counted:
             places.counted.add(router.layer_number)
             with torch.no_grad():
                 sums = self._sums.setdefault(router.layer_number, _LayerSums.zeros(logits_tE))

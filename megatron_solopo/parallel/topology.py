@@ -69,6 +69,12 @@ class Topology:
         return packs_per_part(self.pipeline_group.size())
 
     @property
+    def stage_rank(self) -> int:
+        """This rank's place among the TP x CP x DP ranks of its pipeline stage, in Megatron's order."""
+        data_rank = self.data_group.rank() * self.context_group.size() + self.context_group.rank()
+        return data_rank * self.tensor_group.size() + self.tensor_group.rank()
+
+    @property
     def is_last_stage(self) -> bool:
         """Whether this rank holds the last pipeline stage, which computes the loss."""
         return self.pipeline_group.rank() == self.pipeline_group.size() - 1

@@ -6,12 +6,17 @@ There are two tables, one for each implementation of the layers:
 - `transformer_engine`: the input of each matrix product, queries, keys and values before and after rotation, and the
   attention output, as Transformer Engine's modules save them. This table is not measured.
 
+Layers with experts have more: what the router and the exchange of tokens keep, and what the experts keep of the tokens
+that reach them. In the first table each expert is a module of its own (SequentialMLP). In the second, one kernel
+computes all experts of a rank (grouped matrix products).
+
 In comments, "token" means a token of a pack on one rank: a context-parallel rank holds 1 / CP of a pack.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megatron_solopo.architecture.experts import ExpertShape
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.config import Config
@@ -34,11 +39,19 @@ class LayerBytes:
     """What `recompute_modules: [core_attn]` computes again."""
     mlp: float
     """What `recompute_modules: [mlp]` computes again."""
+    experts: float = 0.0
+    """What stands in the place of `mlp` in a layer with experts. Only full recomputation computes it again."""
 
     @property
     def total(self) -> float:
         """Bytes per token without recomputation; `boundary` is part of `norms`."""
-        return self.norms + self.attention + self.core_attention + self.mlp
+        return self.norms + self.attention + self.core_attention + self.mlp + self.experts
+
+    def again(self, config: Config) -> float:
+        """What selective recomputation computes again of these bytes, at most at a time."""
+        return max(
+            {"core_attn": self.core_attention, "mlp": self.mlp}[name] for name in config.parallel.recompute_modules
+        )
 
 
 def uses_local_layers(config: Config) -> bool:
@@ -51,8 +64,11 @@ def element_bytes(config: Config) -> int:
     return _FP32 if config.model.dtype == "float32" else 2
 
 
-def layer_bytes(architecture: ModelShape, config: Config, *, local: bool) -> LayerBytes:
+def layer_bytes(architecture: ModelShape, config: Config, *, local: bool, has_experts: bool = False) -> LayerBytes:
     """Bytes per token that one layer of this rank keeps."""
+    if has_experts:
+        dense = layer_bytes(architecture, config, local=local)
+        return replace(dense, mlp=0.0, experts=_expert_bytes(architecture, config, local=local))
     a, e, tp = architecture, element_bytes(config), config.parallel.tensor_model_parallel_size
     queries, keys = a.num_attention_heads * a.head_dim / tp, max(a.num_query_groups / tp, 1) * a.head_dim
     heads, ffn = a.num_attention_heads / tp, a.ffn_hidden_size / tp
@@ -89,6 +105,40 @@ def layer_bytes(architecture: ModelShape, config: Config, *, local: bool) -> Lay
     )
 
 
+def routed_tokens(experts: ExpertShape, config: Config) -> float:
+    """Tokens that the experts of the fullest rank compute, for each token of the rank.
+
+    Sequence parallelism divides the tokens before the router sends them. The ranks that share an expert gather them.
+    """
+    parallel = config.parallel
+    load = experts.rank_load(parallel.expert_model_parallel_size)
+    return load * experts.topk * parallel.expert_tensor_size / sequence_shards(config)
+
+
+def _expert_bytes(architecture: ModelShape, config: Config, *, local: bool) -> float:
+    """Bytes per token of a layer's router, of the exchange of tokens and of the experts."""
+    a, experts, e, parallel = architecture, architecture.experts, element_bytes(config), config.parallel
+    assert experts is not None
+    share = 1 / sequence_shards(config)
+    count, topk = experts.num_experts, experts.topk
+    # The softmax; the choice; which token each copy is of; the mask and the probabilities, transposed for the exchange.
+    router = _FP32 * (topk if experts.renormalizes else count) + 2 * _INT64 * topk + (1 + _FP32) * count
+    ffn, product_input = experts.ffn_hidden_size / parallel.expert_tensor_size, e
+    if local:
+        # As in a dense layer; and the product of both halves, which is multiplied by the router's probability.
+        columns = 6 * e * ffn
+    else:
+        product_input = 1 if config.model.fp8 is not None else e
+        columns = 2 * e * ffn + product_input * ffn
+    routed = routed_tokens(experts, config) * (product_input * a.hidden_size + columns + _FP32)
+    shared = 0.0
+    if experts.shared_ffn_hidden_size:
+        width = experts.shared_ffn_hidden_size / parallel.tensor_model_parallel_size
+        mlp = 5 * e * width if local else 2 * e * width + product_input * width
+        shared = mlp + e * (a.hidden_size + 1) * share  # and the output and its gate
+    return router * share + routed + shared
+
+
 @dataclass(frozen=True)
 class ActivationRate:
     """What one model chunk keeps of a pack between forward and backward: bytes per token and per response row."""
@@ -121,22 +171,24 @@ def activation_rate(architecture: ModelShape, config: Config, chunk: ModelChunk,
     Args:
         local: whether its layers are plain PyTorch.
     """
-    layer = layer_bytes(architecture, config, local=local)
+    layers = chunk_layers(architecture, config, chunk, local=local)
     parallel = config.parallel
-    layers = chunk.num_layers * layer.total
-    received = layer.boundary if local and not chunk.has_embedding and chunk.num_layers else 0.0
+    kept = sum(layer.total for layer in layers)
+    received = layers[0].boundary if local and not chunk.has_embedding and layers else 0.0
     if parallel.recompute_granularity == "selective":
         # The output projection keeps the attention output itself; only plain layers keep a second one.
-        again = {"core_attn": layer.core_attention if local else 0.0, "mlp": layer.mlp}
-        layers -= chunk.num_layers * sum(again[name] for name in parallel.recompute_modules)
+        if "core_attn" in parallel.recompute_modules and local:
+            kept -= sum(layer.core_attention for layer in layers)
+        if "mlp" in parallel.recompute_modules:
+            kept -= sum(layer.mlp for layer in layers)
     elif parallel.recompute_granularity == "full":
-        layers, received = _kept_by_full_recomputation(config, chunk, layer), 0.0
-    elif parallel.cpu_offloading_num_layers:
-        layers -= parallel.cpu_offloading_num_layers * layer.total
+        kept, received = _kept_by_full_recomputation(config, layers), 0.0
+    else:
+        kept -= sum(layer.total for layer in layers[: parallel.cpu_offloading_num_layers])
     tp, e = parallel.tensor_model_parallel_size, element_bytes(config)
     hidden = architecture.hidden_size
     return ActivationRate(
-        layers=layers,
+        layers=kept,
         norm=(2 * _FP32 if local else e) * hidden / sequence_shards(config) if chunk.has_head else 0.0,
         other=received + (_INT64 if chunk.has_embedding else 0),
         row=e * hidden if chunk.has_head else 0.0,
@@ -151,12 +203,21 @@ def sequence_shards(config: Config) -> int:
     return config.parallel.tensor_model_parallel_size if config.parallel.uses_sequence_parallel else 1
 
 
-def _kept_by_full_recomputation(config: Config, chunk: ModelChunk, layer: LayerBytes) -> float:
+def chunk_layers(architecture: ModelShape, config: Config, chunk: ModelChunk, *, local: bool) -> list[LayerBytes]:
+    """Bytes per token of each layer of a chunk."""
+    kinds = {
+        has_experts: layer_bytes(architecture, config, local=local, has_experts=has_experts)
+        for has_experts in {architecture.has_experts(layer) for layer in range(architecture.num_layers)}
+    }
+    layers = range(chunk.first_layer, chunk.first_layer + chunk.num_layers)
+    return [kinds[architecture.has_experts(layer)] for layer in layers]
+
+
+def _kept_by_full_recomputation(config: Config, layers: Sequence[LayerBytes]) -> float:
     count = config.parallel.recompute_num_layers
     if config.parallel.recompute_method == "uniform":
-        return -(-chunk.num_layers // count) * layer.boundary
-    again = min(count, chunk.num_layers)
-    return again * layer.boundary + (chunk.num_layers - again) * layer.total
+        return sum(layer.boundary for layer in layers[::count])
+    return sum(layer.boundary for layer in layers[:count]) + sum(layer.total for layer in layers[count:])
 
 
 def rotary_bytes(architecture: ModelShape, longest: int) -> int:
@@ -171,17 +232,17 @@ def recomputed_bytes(
 
     `recompute_method: block` computes the first layers again. The layers behind them have been freed by then.
     """
-    parallel = config.parallel
-    layer = layer_bytes(architecture, config, local=local)
+    parallel, count = config.parallel, config.parallel.recompute_num_layers
+    each = [chunk_layers(architecture, config, chunk, local=local) for chunk in chunks]
     again = 0.0
     if parallel.recompute_granularity == "full":
-        count = parallel.recompute_num_layers
         if parallel.recompute_method == "uniform":
-            again = min(count, max(chunk.num_layers for chunk in chunks)) * layer.total
-        elif any(0 < chunk.num_layers <= count for chunk in chunks):
-            again = layer.total
+            groups = [layers[first : first + count] for layers in each for first in range(0, len(layers), count)]
+            again = max((sum(layer.total for layer in group) for group in groups), default=0.0)
+        else:
+            again = max((layer.total for layers in each if len(layers) <= count for layer in layers), default=0.0)
     elif parallel.recompute_granularity == "selective":
-        again = max({"core_attn": layer.core_attention, "mlp": layer.mlp}[name] for name in parallel.recompute_modules)
+        again = max((layer.again(config) for layers in each for layer in layers), default=0.0)
     return again * pack.padded_tokens / parallel.context_parallel_size
 
 
@@ -198,14 +259,21 @@ def working_bytes(
     """Bytes that backward needs for a moment besides what forward kept.
 
     This is the greater of two: the backward of a layer and that of the head. A layer needs what it computes again,
-    the gradients around its widest product and, under sequence parallelism, gathered inputs. The head needs the logits
+    the gradients around its widest product and, under sequence parallelism, gathered inputs. Experts need the gradients
+    of the tokens that reach them. The head needs the logits
     of one chunk of rows and their gradient in the model's precision.
     """
     a, e, parallel = architecture, element_bytes(config), config.parallel
     tokens = pack.padded_tokens / parallel.context_parallel_size
     boundary = layer_bytes(a, config, local=local).boundary
     gathered = 2 * e * a.hidden_size if parallel.uses_sequence_parallel else 0
-    gradients = 3 * e * a.ffn_hidden_size / parallel.tensor_model_parallel_size + 2 * boundary + gathered
+    widest = 0.0 if a.experts and a.experts.in_all_layers else a.ffn_hidden_size / parallel.tensor_model_parallel_size
+    gradients = 3 * e * widest + gathered
+    if a.experts is not None:
+        # The gradients of what the experts return and of what they are given: an exchange turns one into the other.
+        columns = 3 * a.experts.ffn_hidden_size / parallel.expert_tensor_size
+        gradients = max(gradients, e * routed_tokens(a.experts, config) * (columns + 2 * a.hidden_size))
+    gradients += 2 * boundary
     layer = recomputed_bytes(a, config, chunks, pack, local=local) + tokens * gradients
     if not any(chunk.has_head for chunk in chunks):
         return layer

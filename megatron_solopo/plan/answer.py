@@ -217,7 +217,7 @@ class PlannedRun:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint on disk."""
-        return checkpoint_bytes(self.layout.config, self.planner.architecture.num_parameters)
+        return checkpoint_bytes(self.layout.config, self.planner.architecture)
 
     def _disk_line(self) -> str:
         keep_last, one = self.layout.config.checkpoint.keep_last, self.checkpoint_bytes

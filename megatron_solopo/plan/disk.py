@@ -1,5 +1,6 @@
 """How much disk the checkpoints of a run take."""
 
+from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.config import Config, ModelConfig, OptimizerConfig
 
 _FP32_BYTES = 4
@@ -7,15 +8,17 @@ _MOMENT_BYTES = 8
 _WIDTHS = {"float32": 4, "bfloat16": 2}
 
 
-def checkpoint_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) -> int:
-    """Bytes of a checkpoint per parameter: weights, Adam's moments, and master weights where they are kept apart."""
+def optimizer_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig) -> int:
+    """What a checkpoint adds to a trained weight: Adam's moments, and master weights where they are kept apart."""
     has_masters = optimizer.use_distributed_optimizer or model.dtype != "float32"
-    return _WIDTHS[model.dtype] + _MOMENT_BYTES + (_FP32_BYTES if has_masters else 0)
+    return _MOMENT_BYTES + (_FP32_BYTES if has_masters else 0)
 
 
-def checkpoint_bytes(config: Config, num_parameters: int) -> int:
+def checkpoint_bytes(config: Config, architecture: ModelShape) -> int:
     """Bytes of one checkpoint, but for a few small files."""
-    return num_parameters * checkpoint_bytes_per_parameter(config.model, config.optimizer)
+    count = architecture.num_parameters
+    trained = count - (0 if config.moe.router_trainable else architecture.num_router_parameters)
+    return count * _WIDTHS[config.model.dtype] + trained * optimizer_bytes_per_parameter(config.model, config.optimizer)
 
 
 def most_checkpoints(config: Config, max_steps: int) -> int | None:

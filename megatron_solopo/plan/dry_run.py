@@ -40,7 +40,7 @@ from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.plan.layouts import DistinctRank, Layout, distinct_ranks, replace_settings, without_gpu
 from megatron_solopo.plan.memory import RankCheck, peak_activations, rank_state
 from megatron_solopo.plan.workload import PackShape
-from megatron_solopo.train.policy import build_optimizer, wrap_data_parallel
+from megatron_solopo.train.policy import build_optimizer, freeze_routers, wrap_data_parallel
 from megatron_solopo.train.step import run_microbatches
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def _check_rank(
         microbatch = _build_microbatch(config, pack, groups)
         with megatron_on_meta():
             chunks = _build_chunks(architecture, config)
+            freeze_routers(chunks, config.moe)
             wrapped = wrap_data_parallel(chunks, config.optimizer, config.parallel)
             optimizer = build_optimizer(wrapped, config.optimizer)
             _initialize_moments(optimizer)
@@ -92,9 +93,8 @@ def _check_rank(
                 "optimizer": optimizer_state_bytes(optimizer, wrapped),
             }
             saved = _run_schedule(wrapped, chunks, microbatch, num_packs) if rank.runs_schedule else None
-        pipeline_rank = groups.pipeline_group.rank()
-        data_rank = groups.data_group.rank() * groups.context_group.size() + groups.context_group.rank()
-    state = rank_state(architecture, config, pipeline_rank, layout.data_parallel_size, data_rank)
+        pipeline_rank, stage_rank = groups.pipeline_group.rank(), groups.stage_rank
+    state = rank_state(architecture, config, pipeline_rank, layout.data_parallel_size, stage_rank)
     peak = peak_activations(architecture, config, pipeline_rank, [pack] * num_packs, local=True)
     return RankCheck(
         rank=rank.rank,
@@ -158,8 +158,9 @@ class _SavedTensor:
 
 
 def parameter_bytes(chunks: Sequence["DistributedDataParallel"]) -> int:
-    """Bytes of the parameters. Under the distributed optimizer, they lie in Megatron's padded buffers."""
-    total = 0
+    """Bytes of the parameters. Under the distributed optimizer, those that learn lie in Megatron's padded buffers."""
+    frozen = (each for chunk in chunks for each in chunk.parameters() if not each.requires_grad)
+    total = _total_bytes(frozen)
     for buffer in (buffer for chunk in chunks for buffer in gradient_buffers(chunk)):
         total += _total_bytes(buffer.params if buffer.param_data is None else [buffer.param_data])
     return total

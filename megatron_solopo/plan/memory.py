@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from megatron_solopo.architecture.gpus import Reserve
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import data_parallel_overlap
 from megatron_solopo.architecture.pipeline_schedule import peak_in_flight, stage_order
 from megatron_solopo.config import Config
+from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.plan.activations import (
     activation_rate,
     element_bytes,
@@ -21,10 +24,14 @@ from megatron_solopo.plan.activations import (
 )
 from megatron_solopo.plan.parameters import (
     ModelChunk,
+    ParameterBuffer,
+    ParameterShard,
     chunk_parameters,
     model_chunks,
     overlap_bucket_size,
     parameter_buffers,
+    ranks_of_a_copy,
+    sharing_ranks,
 )
 from megatron_solopo.plan.workload import PackShape
 
@@ -56,6 +63,10 @@ class RankState:
     memory holds it while it is written."""
     largest_piece: int
     """The largest piece of it. To continue, a rank reads piece by piece into the memory of the GPU."""
+    expert_parameters: int = 0
+    """Those of `parameters` that expert parallelism divides. Other ranks gather them."""
+    expert_gradients: int = 0
+    """Their gradients. Other ranks reduce them."""
 
     @property
     def total(self) -> int:
@@ -63,51 +74,109 @@ class RankState:
         return self.parameters + self.fp8_weights + self.gradients + self.optimizer
 
 
+@dataclass(frozen=True)
+class _SharedState:
+    """What a rank has of the parameters whose gradients the same ranks share. Sizes count elements."""
+
+    trained: int
+    frozen: int
+    largest: int
+    """Its largest parameter."""
+    buffers: Sequence[ParameterBuffer]
+    owned: IntArray
+    """Parameters whose optimizer state each rank of the stage holds: [TP x CP x DP]. With the plain optimizer: all."""
+    ranks: int
+    """How many share the gradients."""
+
+    def parameter_bytes(self, width: int) -> int:
+        """Bytes of all parameters, those in FP8 with one each."""
+        return self.frozen * width + sum(each.numel * (1 if each.is_fp8 else width) for each in self.buffers)
+
+    @property
+    def elements(self) -> int:
+        """Elements of the gradient buffers, with padding."""
+        return sum(each.numel for each in self.buffers)
+
+
+def _shared_state(
+    chunks: Sequence[Sequence[ParameterShard]],
+    config: Config,
+    data_parallel_size: int,
+    bucket_size: int | None,
+    *,
+    is_expert: bool,
+) -> _SharedState:
+    distributed = config.optimizer.use_distributed_optimizer
+    ranks = sharing_ranks(config.parallel, data_parallel_size, is_expert=is_expert)
+    shards = ranks // config.parallel.num_distributed_optimizer_instances
+    mine = [[each for each in chunk if each.is_expert is is_expert] for chunk in chunks]
+    trained = [[each for each in chunk if config.moe.router_trainable or not each.is_router] for chunk in mine]
+    buffers = [
+        buffer
+        for number, chunk in enumerate(trained)
+        for buffer in parameter_buffers(chunk, shards, distributed, None if number else bucket_size)
+    ]
+    elements = sum(each.numel for chunk in trained for each in chunk)
+    together = ranks_of_a_copy(config.parallel, is_expert=is_expert)
+    shard = np.arange(ranks * together) // together % shards
+    return _SharedState(
+        trained=elements,
+        frozen=sum(each.numel for chunk in mine for each in chunk) - elements,
+        largest=max((each.numel for chunk in mine for each in chunk), default=0),
+        buffers=buffers,
+        owned=sum((buffer.owned(shards)[shard] for buffer in buffers), 0 * shard)
+        if distributed
+        else elements + 0 * shard,
+        ranks=ranks,
+    )
+
+
 def rank_state(
     architecture: ModelShape,
     config: Config,
     pipeline_rank: int,
     data_parallel_size: int,
-    data_rank: int | None = None,
+    stage_rank: int | None = None,
 ) -> RankState:
     """The state of one rank.
 
     Args:
-        data_rank: its place among the DP x CP ranks that share the optimizer state. None means the fullest one.
+        stage_rank: its place among the TP x CP x DP ranks of its pipeline stage, in Megatron's order. It decides the
+            shard of the optimizer's state. None means the fullest one.
     """
     distributed = config.optimizer.use_distributed_optimizer
-    ranks = data_parallel_size * config.parallel.context_parallel_size
-    shards = ranks // config.parallel.num_distributed_optimizer_instances
-    overlaps = data_parallel_overlap(config.parallel, config.optimizer, ranks, on_gpu=True).grad_reduce
+    data_ranks = sharing_ranks(config.parallel, data_parallel_size, is_expert=False)
+    overlaps = data_parallel_overlap(config.parallel, config.optimizer, data_ranks, on_gpu=True).grad_reduce
     bucket_size = overlap_bucket_size(data_parallel_size) if overlaps and pipeline_rank == 0 else None
     chunks = model_chunks(architecture, config.parallel, pipeline_rank)
     parameters = [chunk_parameters(architecture, config.model, config.parallel, chunk) for chunk in chunks]
-    buffers = [
-        buffer
-        for number, each in enumerate(parameters)
-        for buffer in parameter_buffers(each, shards, distributed, None if number else bucket_size)
+    dense, experts = parts = [
+        _shared_state(parameters, config, data_parallel_size, bucket_size, is_expert=is_expert)
+        for is_expert in (False, True)
     ]
     width = element_bytes(config)
-    elements = sum(buffer.numel for buffer in buffers)
-    # Padding lies at the ends of buckets. So the first rank's shard is full wherever any rank's shard is.
-    owned = sum(buffer.owned((data_rank or 0) % shards, shards) for buffer in buffers) if distributed else elements
+    gradient_width = _FP32 if config.optimizer.grad_reduce_in_fp32 else width
     per_element = _MOMENTS + (0 if config.model.dtype == "float32" else _FP32)
     offloaded = config.optimizer.optimizer_offload_fraction
-    num_parameters = sum(parameter.numel for each in parameters for parameter in each)
+    owned_by_rank = dense.owned + experts.owned
+    owned = int(owned_by_rank.max() if stage_rank is None else owned_by_rank[stage_rank])
     # Without the distributed optimizer all ranks have the same state, and share the work of writing it. Only the
     # distributed optimizer writes weights of a float32 model a second time.
-    written = owned if distributed else num_parameters / shards
+    written = owned if distributed else sum(part.trained / part.ranks for part in parts)
     saved_per_element = _MOMENTS + _FP32 if distributed else per_element
+    weights = sum((part.trained + part.frozen) * width / part.ranks for part in parts)
     return RankState(
-        parameters=sum(buffer.numel * (1 if buffer.is_fp8 else width) for buffer in buffers),
+        parameters=sum(part.parameter_bytes(width) for part in parts),
         fp8_weights=_fp8_copies(architecture, config, chunks),
-        gradients=elements * (_FP32 if config.optimizer.grad_reduce_in_fp32 else width),
+        gradients=sum(part.elements for part in parts) * gradient_width,
         optimizer=round(owned * per_element * (1 - offloaded)),
         host=round(owned * _HOST_BYTES_PER_PARAMETER * offloaded),
-        buckets=sum(len(buffer.buckets) for buffer in buffers),
-        num_parameters=num_parameters,
-        saved=round(written * saved_per_element + num_parameters * width / ranks),
-        largest_piece=_FP32 * min(round(written), max(parameter.numel for each in parameters for parameter in each)),
+        buckets=sum(len(buffer.buckets) for part in parts for buffer in part.buffers),
+        num_parameters=sum(part.trained + part.frozen for part in parts),
+        saved=round(written * saved_per_element + weights),
+        largest_piece=_FP32 * min(round(written), max(dense.largest, experts.largest)),
+        expert_parameters=experts.parameter_bytes(width),
+        expert_gradients=experts.elements * gradient_width,
     )
 
 

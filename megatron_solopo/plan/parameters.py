@@ -4,18 +4,24 @@ The layout follows megatron/core/distributed/param_and_grad_buffer.py. Parameter
 distributed optimizer, each is aligned to 64 elements, and each bucket is padded to a multiple of lcm(ranks, 128). The
 first chunk of the first stage has several buckets if their reduction overlaps with backward; another chunk has one.
 Embeddings that are shared with the last stage have a bucket of their own.
+
+Experts that expert parallelism divides have buffers of their own, because other ranks share their gradients. Without
+expert parallelism they lie among the other parameters. Frozen routers are in no buffer.
 """
 
 import math
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
+from megatron_solopo.architecture.experts import ExpertShape
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.architecture.pipeline_layout import stage_layers
 from megatron_solopo.config import ModelConfig, ParallelConfig
+from megatron_solopo.data.batch_plan import IntArray
 
 _PARAMETER_ALIGNMENT = 64
 _BUCKET_ALIGNMENT = 128
@@ -38,6 +44,9 @@ class ParameterShard(NamedTuple):
     numel: int
     is_shared_embedding: bool = False
     is_fp8: bool = False
+    is_expert: bool = False
+    """Whether expert parallelism divides it. With `expert_model_parallel_size` of 1, experts count as dense."""
+    is_router: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,16 +64,16 @@ class ParameterBuffer:
         """Elements with padding."""
         return self.buckets[-1][1] if self.buckets else 0
 
-    def owned(self, rank: int, size: int) -> int:
-        """Elements without padding whose optimizer state belongs to one of `size` data-parallel ranks."""
-        total = 0
-        begins, stops = zip(*self.spans, strict=True) if self.spans else ((), ())
+    def owned(self, size: int) -> IntArray:
+        """Elements without padding whose optimizer state belongs to each of `size` ranks: int64 [size]."""
+        total = np.zeros(size, np.int64)
+        begins, stops = np.array(self.spans, np.int64).reshape(-1, 2).T
+        before = np.concatenate([[0], (stops - begins).cumsum()])  # elements of the spans in front of each one
+        begins = np.append(begins, np.iinfo(np.int64).max)
         for start, end in self.buckets:
-            shard = (end - start) // size
-            low, high = start + rank * shard, start + (rank + 1) * shard
-            # The spans are in order, so those that overlap with the shard are neighbours.
-            within = self.spans[bisect_right(stops, low) : bisect_left(begins, high)]
-            total += sum(min(high, stop) - max(low, begin) for begin, stop in within)
+            bounds = start + np.arange(size + 1) * ((end - start) // size)
+            span = stops.searchsorted(bounds, side="right")  # the first one that ends behind a bound
+            total += np.diff(before[span] + np.maximum(bounds - begins[span], 0))
         return total
 
 
@@ -76,20 +85,44 @@ def model_chunks(architecture: ModelShape, parallel: ParallelConfig, pipeline_ra
     return [ModelChunk(sum(layers[:each]), layers[each], each == 0, each == size * count - 1) for each in stages]
 
 
+def sharing_ranks(parallel: ParallelConfig, data_parallel_size: int, *, is_expert: bool) -> int:
+    """Ranks of a pipeline stage that hold the same numbers of a parameter, and share its gradient.
+
+    They are DP x CP ranks, or TP x CP x DP / (EP x expert TP) of an expert that expert parallelism divides.
+    """
+    ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size * data_parallel_size
+    return ranks // ranks_of_a_copy(parallel, is_expert=is_expert)
+
+
+def ranks_of_a_copy(parallel: ParallelConfig, *, is_expert: bool) -> int:
+    """Consecutive ranks of a pipeline stage that hold one copy of its dense parameters, or of its experts, together."""
+    return (
+        parallel.expert_model_parallel_size * parallel.expert_tensor_size
+        if is_expert
+        else parallel.tensor_model_parallel_size
+    )
+
+
 def chunk_parameters(
     architecture: ModelShape, model: ModelConfig, parallel: ParallelConfig, chunk: ModelChunk
 ) -> list[ParameterShard]:
-    """This tensor-parallel rank's parameters of a chunk, in the order of `named_parameters`."""
+    """One rank's parameters of a chunk, in the order of `named_parameters` of plain PyTorch layers."""
     a, tp = architecture, parallel.tensor_model_parallel_size
     embedding = padded_vocab_size(a.vocab_size, tp) // tp * a.hidden_size
     is_pipelined = parallel.pipeline_model_parallel_size > 1
     shared = a.tied_embeddings and is_pipelined
     found = [ParameterShard("embedding.word_embeddings.weight", embedding, shared)] if chunk.has_embedding else []
-    each = list(_layer(a, tp))
-    for layer in range(chunk.num_layers):
-        fp8 = model.fp8_param and not _in_bfloat16(architecture, model, chunk.first_layer + layer)
-        prefix = f"decoder.layers.{layer}."
-        found += [ParameterShard(prefix + name, numel, False, is_fp8 and fp8) for name, numel, _, is_fp8 in each]
+    layers = range(chunk.first_layer, chunk.first_layer + chunk.num_layers)
+    kinds = {
+        has_experts: list(_layer(a, parallel, has_experts=has_experts))
+        for has_experts in set(map(a.has_experts, layers))
+    }
+    for layer in layers:
+        fp8 = model.fp8_param and not _in_bfloat16(architecture, model, layer)
+        prefix = f"decoder.layers.{layer - chunk.first_layer}."
+        found += [
+            each._replace(name=prefix + each.name, is_fp8=each.is_fp8 and fp8) for each in kinds[a.has_experts(layer)]
+        ]
     if chunk.has_head:
         found.append(ParameterShard("decoder.final_layernorm.weight", a.hidden_size))
         if shared or not a.tied_embeddings:
@@ -97,8 +130,8 @@ def chunk_parameters(
     return found
 
 
-def _layer(a: ModelShape, tp: int) -> Iterator[ParameterShard]:
-    hidden, ffn = a.hidden_size, a.ffn_hidden_size // tp
+def _layer(a: ModelShape, parallel: ParallelConfig, *, has_experts: bool) -> Iterator[ParameterShard]:
+    hidden, tp = a.hidden_size, parallel.tensor_model_parallel_size
     queries = a.num_attention_heads * a.head_dim
     mixed = (queries + 2 * a.num_query_groups * a.head_dim) // tp
     yield ParameterShard("input_layernorm.weight", hidden)
@@ -110,8 +143,27 @@ def _layer(a: ModelShape, tp: int) -> Iterator[ParameterShard]:
         yield ParameterShard("self_attention.q_layernorm.weight", a.head_dim)
         yield ParameterShard("self_attention.k_layernorm.weight", a.head_dim)
     yield ParameterShard("pre_mlp_layernorm.weight", hidden)
-    yield ParameterShard("mlp.linear_fc1.weight", 2 * ffn * hidden, is_fp8=True)
-    yield ParameterShard("mlp.linear_fc2.weight", ffn * hidden, is_fp8=True)
+    if a.experts is not None and has_experts:
+        yield from _experts(a.experts, hidden, parallel)
+    else:
+        yield from _feed_forward("mlp.", a.ffn_hidden_size // tp, hidden)
+
+
+def _experts(experts: ExpertShape, hidden: int, parallel: ParallelConfig) -> Iterator[ParameterShard]:
+    yield ParameterShard("mlp.router.weight", experts.num_experts * hidden, is_router=True)
+    ep, columns = parallel.expert_model_parallel_size, experts.ffn_hidden_size // parallel.expert_tensor_size
+    for expert in range(experts.num_experts // ep):
+        for each in _feed_forward(f"mlp.experts.local_experts.{expert}.", columns, hidden):
+            yield each._replace(is_expert=ep > 1)
+    if experts.shared_ffn_hidden_size:
+        yield ParameterShard("mlp.shared_experts.gate_weight", hidden)
+        columns = experts.shared_ffn_hidden_size // parallel.tensor_model_parallel_size
+        yield from _feed_forward("mlp.shared_experts.", columns, hidden)
+
+
+def _feed_forward(prefix: str, columns: int, hidden: int) -> Iterator[ParameterShard]:
+    yield ParameterShard(f"{prefix}linear_fc1.weight", 2 * columns * hidden, is_fp8=True)
+    yield ParameterShard(f"{prefix}linear_fc2.weight", columns * hidden, is_fp8=True)
 
 
 def _in_bfloat16(architecture: ModelShape, model: ModelConfig, layer: int) -> bool:
@@ -128,9 +180,10 @@ def overlap_bucket_size(data_parallel_size: int) -> int:
 def parameter_buffers(
     parameters: Sequence[ParameterShard], ranks: int, distributed: bool, bucket_size: int | None = None
 ) -> list[ParameterBuffer]:
-    """The buffers of a model chunk, one for each precision.
+    """The buffers of some parameters of a model chunk, one for each precision.
 
     Args:
+        parameters: those whose gradients the same ranks share.
         ranks: the number of ranks that share the optimizer's state.
         distributed: whether the distributed optimizer is in use.
         bucket_size: elements after which a bucket ends. None: a buffer is one bucket.

@@ -1,4 +1,4 @@
-"""The pictures of training: losses, rewards, the SoLo gap, gradient norm and throughput by step."""
+"""The pictures of training: losses, rewards, the SoLo gap, experts, gradient norm and throughput by step."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +38,11 @@ _GAPS = (
     Panel("Size of the gap", (("solo_ra/gap_abs", "-", ""), ("eval_solo_ra/gap_abs", "o", "held out"))),
     Panel("Gap, short minus long", (("solo_ra/gap_signed", "-", ""), ("eval_solo_ra/gap_signed", "o", "held out"))),
 )
+_EXPERTS = (
+    Panel("Fullest expert over the mean", (("moe/load_max_over_mean", "-", ""),)),
+    Panel("Entropy of routers (nats)", (("moe/entropy", "-", ""),)),
+    Panel("Routes that agree", (("moe/route_agreement", "-", ""),)),
+)
 _MACHINE = (
     Panel("Gradient norm", (("grad_norm", "-", ""),)),
     Panel("Learning rate", (("learning_rate", "-", ""),)),
@@ -59,6 +64,14 @@ _FIGURES = (
         _GAPS,
     ),
     (
+        "experts",
+        "Experts",
+        "A load of 1 is perfect balance; ranks with fuller experts make the others wait. Entropy 0: a router is sure "
+        "of one expert for each token. Routes that agree, where a response is behind both contexts: the share of its "
+        "tokens' experts that are the same. If it is low, a part of the SoLo gap is a matter of routes.",
+        _EXPERTS,
+    ),
+    (
         "gradient-and-throughput",
         "Gradient norm and throughput",
         "The gradient norm is before clipping. Tokens are counted without padding.",
@@ -76,9 +89,7 @@ def curve_pictures(runs: Sequence[RunRecord]) -> Iterator[Picture]:
         if shown:
             smoothed = any(len(run.steps) >= _MIN_STEPS_TO_SMOOTH for run in runs)
             pale = " Pale: as recorded; strong: a running mean over a twentieth of the steps." if smoothed else ""
-            dots = (
-                " Dots: on held-out triplets." if name != "gradient-and-throughput" and _has_dots(runs, shown) else ""
-            )
+            dots = " Dots: on held-out triplets." if _has_dots(runs, shown) else ""
             yield Picture(
                 name,
                 title,

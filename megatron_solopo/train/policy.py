@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_solopo.architecture.layout import data_parallel_overlap
 from megatron_solopo.checkpoint.load import load_weights
-from megatron_solopo.config import Config, OptimizerConfig, ParallelConfig
+from megatron_solopo.config import Config, MoEConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import build_model
@@ -38,6 +38,13 @@ from megatron_solopo.parallel.megatron_internals import (
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import reduce_over_ranks
 from megatron_solopo.train.step import LossFunction, run_schedule
+
+
+def freeze_routers(chunks: Sequence[ResponseModel], config: MoEConfig) -> None:
+    """Let the routers of experts stay as they are, unless they are to learn. Call it before the chunks are wrapped."""
+    for chunk in chunks:
+        for _, router in layers_and_routers(chunk):
+            router.requires_grad_(config.router_trainable)
 
 
 def wrap_data_parallel(
@@ -303,12 +310,14 @@ def load_frozen(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) 
 def build_policy(config: Config, model: ResolvedModel, topology: Topology, max_steps: int) -> Policy:
     """Load the model and make it ready for its first step."""
     loaded = load_model(model, topology, chunk_tokens=config.logprob.chunk_tokens)
-    for chunk in loaded:
-        for _, router in layers_and_routers(chunk):
-            router.requires_grad_(config.moe.router_trainable)
+    freeze_routers(loaded, config.moe)
     chunks = wrap_data_parallel(loaded, config.optimizer, config.parallel)
     optimizer = build_optimizer(chunks, config.optimizer)
     for chunk in chunks:
         release_exact_values(chunk)
-    watch = RouterWatch(loaded, config.moe) if model.architecture.experts else None
+    watch = None
+    if model.architecture.experts:
+        watch = RouterWatch(config.moe)
+        for chunk in loaded:
+            watch.attach(chunk)
     return Policy(chunks, optimizer, build_scheduler(optimizer, config.optimizer, max_steps), watch)

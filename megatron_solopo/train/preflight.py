@@ -104,7 +104,7 @@ def check_surroundings(
     enter_check("preflight: run directory")
     rows = [
         ("same start", f"config, data, model and packages are the same on {dist.get_world_size()} ranks"),
-        ("run directory", _check_run_dir(config, checkpoint_bytes(config, architecture.num_parameters), max_steps)),
+        ("run directory", _check_run_dir(config, checkpoint_bytes(config, architecture), max_steps)),
     ]
     sizes = []
     for name, group in _groups(config.parallel, topology):

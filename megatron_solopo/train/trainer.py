@@ -237,6 +237,8 @@ class Trainer:
             f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x "
             f"CP {parallel.context_parallel_size} x DP {self.topology.data_group.size()}"
         )
+        if architecture.experts:
+            layout += f", experts: EP {parallel.expert_model_parallel_size} x TP {parallel.expert_tensor_size}"
         return (
             f"{architecture.model_type} of {architecture.num_parameters:,} parameters{active} in "
             f"{config.model.dtype} | "

@@ -121,6 +121,7 @@ def test_an_unknown_key_like_no_other_lists_the_legal_ones(tmp_path: Path) -> No
         ("objective.distance=l3", "objective.distance='l3'", "'l1', 'l2' or 'huber'"),
         ("parallel.recompute_granularity=some", "parallel.recompute_granularity='some'", "'selective' or 'full'"),
         ("model.dtype=float16", "model.dtype='float16'", "'float32' or 'bfloat16'"),
+        ("model.fp8_recipe=nvfp4", "model.fp8_recipe='nvfp4'", "'delayed', 'tensorwise', 'blockwise' or 'mxfp8'"),
         ("parallel.tensor_model_parallel_size=0", "parallel.tensor_model_parallel_size=0", "greater than 0"),
         ("optimizer.lr=-1e-5", "optimizer.lr=-1e-05", "greater than 0"),
         ("optimizer.lr=.nan", "optimizer.lr=nan", "finite"),

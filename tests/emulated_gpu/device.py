@@ -1,10 +1,11 @@
-"""`torch.cuda` and CUDA tensors of one Hopper GPU, beyond what Megatron-Core asks for; gloo where NCCL allows more.
+"""`torch.cuda` and CUDA tensors of one GPU, beyond what Megatron-Core asks for; gloo where NCCL allows more.
 
 `megatron_solopo.parallel.cpu` answers Megatron-Core. This answers Transformer Engine and the project's own questions.
 """
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +14,21 @@ from typing import Any
 
 import torch
 
-HOPPER = SimpleNamespace(name="emulated H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
+DEVICES = {
+    "hopper": SimpleNamespace(name="emulated H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30),
+    "blackwell": SimpleNamespace(
+        name="emulated B200", major=10, minor=0, multi_processor_count=148, total_memory=180 << 30
+    ),
+}
+GPU = DEVICES[os.environ.get("EMULATED_GPU", "hopper")]
+"""The emulated one. The variable reaches subprocesses, too."""
+IS_BLACKWELL = GPU.major == 10
 
 
-def emulate_hopper() -> None:
+def emulate_gpu() -> None:
     cuda: Any = torch.cuda
-    cuda.get_device_properties = lambda device=None: HOPPER
-    cuda.get_device_capability = lambda device=None: (HOPPER.major, HOPPER.minor)
+    cuda.get_device_properties = lambda device=None: GPU
+    cuda.get_device_capability = lambda device=None: (GPU.major, GPU.minor)
     cuda.is_current_stream_capturing = lambda: False
     cuda._lazy_init = lambda: None
     cuda.is_available = lambda: True
@@ -27,7 +36,7 @@ def emulate_hopper() -> None:
     cuda.current_device = lambda: 0
     cuda.device_count = lambda: 8
     cuda.init = lambda: None
-    cuda.get_device_name = lambda device=None: HOPPER.name
+    cuda.get_device_name = lambda device=None: GPU.name
     torch.accelerator.current_accelerator = lambda check_available=False: None  # else torch's Adam asks for a stream
     cuda.Event = _timed(cuda.Event)
     # No memory is measured here.

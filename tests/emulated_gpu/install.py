@@ -1,4 +1,4 @@
-"""Makes a process with a CPU one with an emulated Hopper GPU. `site/sitecustomize.py` calls it before anything else."""
+"""Makes a process with a CPU one with an emulated GPU. `site/sitecustomize.py` calls it before anything else."""
 
 import contextlib
 import importlib.util
@@ -30,7 +30,7 @@ def install() -> None:
     cpu.adapt_if_needed()
     if wanted is not None:
         os.environ[cpu.DEVICE_VARIABLE] = wanted  # for this process' children
-    device.emulate_hopper()
+    device.emulate_gpu()
     device.gather_one_by_one()
     device.let_gloo_be_nccl()
     with _stub_of_triton():

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.emulated_gpu.extension import ENUMS, emulates
-from tests.emulated_gpu.quantization import quantize, torch_dtype
+from tests.emulated_gpu.float8 import torch_dtype
+from tests.emulated_gpu.quantization import quantize
 
 _QKVFormat = ENUMS["NVTE_QKV_Format"]
 

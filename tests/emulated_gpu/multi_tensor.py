@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.emulated_gpu.extension import emulates
-from tests.emulated_gpu.quantization import cast_to_bytes, scale_of, tile_maxima
+from tests.emulated_gpu.float8 import cast_to_bytes
+from tests.emulated_gpu.quantization import scale_of, tile_maxima
 
 Lists = Sequence[Sequence[Tensor]]
 

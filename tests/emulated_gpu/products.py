@@ -4,19 +4,24 @@ from typing import Any
 
 from torch import Tensor
 
+from tests.emulated_gpu.device import IS_BLACKWELL
 from tests.emulated_gpu.extension import ENUMS, emulates
-from tests.emulated_gpu.quantization import is_blockwise, is_quantized, matrix_of, quantize, torch_dtype
+from tests.emulated_gpu.float8 import torch_dtype
+from tests.emulated_gpu.mxfp8 import is_mxfp8
+from tests.emulated_gpu.quantization import is_blockwise, is_quantized, matrix_of, quantize
 
 _WIDTH_MULTIPLE = 16  # cuBLASLt refuses another leading dimension of an FP8 matrix
 
 
 def _check_fp8(operands: tuple[Any, Any], matrices: tuple[Tensor, Tensor], use_split_accumulator: bool) -> None:
-    """Raise AssertionError for a product that Hopper's cuBLASLt refuses."""
+    """Raise AssertionError for a product that cuBLASLt refuses."""
     assert all(map(is_quantized, operands)), "one operand is FP8, the other is not"
     e5m2 = ENUMS["DType"].kFloat8E5M2
     assert any(int(each._fp8_dtype) != e5m2 for each in operands), "cuBLASLt has no product of two E5M2 matrices"
     for matrix in matrices:
         assert all(side % _WIDTH_MULTIPLE == 0 for side in matrix.shape), f"an FP8 matrix of {tuple(matrix.shape)}"
+    if any(map(is_mxfp8, operands)):
+        assert all(map(is_mxfp8, operands)) and IS_BLACKWELL, "MXFP8 multiplies MXFP8, on Blackwell"
     if any(map(is_blockwise, operands)):
         assert all(map(is_blockwise, operands)) and use_split_accumulator
         assert not all(each._is_2D_scaled for each in operands), "no product of two matrices with 2D blocks"

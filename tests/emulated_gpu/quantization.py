@@ -1,50 +1,21 @@
 """FP8 tensors: values rounded to float8 and scales as the recipes make them.
 
-As on Hopper, a columnwise operand is a stored transpose. M, K: rows and columns of a matrix.
+A columnwise operand is a stored transpose; on Blackwell, products read a tensor with one scale either way, and its
+transpose is not stored. M, K: rows and columns of a matrix.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.emulated_gpu.extension import ENUMS, emulates
+from tests.emulated_gpu import mxfp8
+from tests.emulated_gpu.device import IS_BLACKWELL
+from tests.emulated_gpu.extension import emulates
+from tests.emulated_gpu.float8 import cast_to_bytes, largest, tensor_classes, torch_dtype
 
 BLOCK = 128
-_DType = ENUMS["DType"]
-_TORCH_DTYPES = {
-    _DType.kByte: torch.uint8,
-    _DType.kInt32: torch.int32,
-    _DType.kFloat32: torch.float32,
-    _DType.kFloat16: torch.float16,
-    _DType.kBFloat16: torch.bfloat16,
-    _DType.kFloat8E4M3: torch.float8_e4m3fn,
-    _DType.kFloat8E5M2: torch.float8_e5m2,
-}
-
-
-def torch_dtype(dtype: Any) -> torch.dtype:
-    """Of the extension's `DType`."""
-    return _TORCH_DTYPES[_DType(int(dtype))]
-
-
-@functools.cache
-def tensor_classes() -> Any:
-    """Transformer Engine's module of tensor classes, which itself imports the extension."""
-    import transformer_engine.pytorch.tensor as module
-
-    return module
-
-
-def largest(dtype: Any) -> float:
-    return torch.finfo(torch_dtype(dtype)).max
-
-
-def cast_to_bytes(values: Tensor, dtype: Any) -> Tensor:
-    """Values rounded to an FP8 type; what is too large becomes the largest number."""
-    return values.clamp(-largest(dtype), largest(dtype)).to(torch_dtype(dtype)).view(torch.uint8)
 
 
 def _transposed(data: Tensor) -> Tensor:
@@ -96,6 +67,8 @@ def create_empty_quantized_tensor(
     else:
         strides = torch.empty(shape, device="meta").stride()
         kind |= {"shape": shape, "dtype": dtype, "device": torch.device("cpu"), "stride": strides}
+    if mxfp8.is_mxfp8_quantizer(quantizer):
+        return mxfp8.empty(quantizer, shape, kind)
     suffix = "Storage" if quantizer.internal else ""
     if _is_blockwise(quantizer):
         columns = quantizer.get_columnwise_shape(shape)
@@ -110,8 +83,10 @@ def create_empty_quantized_tensor(
     assert _is_delayed(quantizer) or type(quantizer).__name__ == "Float8CurrentScalingQuantizer", type(quantizer)
     inverse = quantizer.scale.reciprocal().reshape(1) if _is_delayed(quantizer) else torch.empty(1)
     return getattr(tensor_classes(), "Float8Tensor" + suffix)(
-        data=torch.empty(shape, dtype=torch.uint8) if row else None,
-        data_transpose=torch.empty([shape[-1], *shape[:-1]], dtype=torch.uint8) if column else None,
+        data=torch.empty(shape, dtype=torch.uint8) if row or IS_BLACKWELL else None,
+        data_transpose=torch.empty([shape[-1], *shape[:-1]], dtype=torch.uint8)
+        if column and not IS_BLACKWELL
+        else None,
         fp8_scale_inv=inverse,
         **kind,
     )
@@ -124,6 +99,10 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     values = tensor.detach().float().contiguous()
     if output is None:
         output = create_empty_quantized_tensor(quantizer, tensor.shape, tensor.dtype, torch.device("cpu"), False)
+    output._fp8_dtype = quantizer.dtype
+    if mxfp8.is_mxfp8_quantizer(quantizer):
+        mxfp8.fill(output, quantizer, values)
+        return output
     _give_wanted_buffers(output, quantizer, list(tensor.shape))
     if _is_blockwise(quantizer):
         _fill_blocks(output, quantizer, values)
@@ -134,11 +113,12 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
 
 def _give_wanted_buffers(output: Any, quantizer: Any, shape: list[int]) -> None:
     """Allocate what the quantizer's usages ask for and drop the rest."""
-    output._fp8_dtype = quantizer.dtype
     blockwise = _is_blockwise(quantizer)
     names = ("_rowwise_data", "_columnwise_data") if blockwise else ("_data", "_transpose")
     for name, columnwise in zip(names, (False, True), strict=True):
         wanted = quantizer.columnwise_usage if columnwise else quantizer.rowwise_usage
+        if IS_BLACKWELL and not blockwise:
+            wanted = not columnwise
         if wanted == (getattr(output, name) is not None):
             continue
         wide = [shape[-1], *shape[:-1]] if columnwise else shape
@@ -147,7 +127,7 @@ def _give_wanted_buffers(output: Any, quantizer: Any, shape: list[int]) -> None:
             scale = torch.empty(quantizer.get_scale_shape(shape, columnwise)) if wanted else None
             setattr(output, name.replace("data", "scale_inv"), scale)
     if not blockwise:
-        output._transpose_invalid = not quantizer.columnwise_usage
+        output._transpose_invalid = output._transpose is None
 
 
 def _fill(output: Any, quantizer: Any, values: Tensor) -> None:
@@ -172,6 +152,7 @@ def _fill(output: Any, quantizer: Any, values: Tensor) -> None:
 
 def _fill_blocks(output: Any, quantizer: Any, values: Tensor) -> None:
     """A scale for each 128 x 128 values (weights), or for each 128 values of a row (activations, gradients)."""
+    assert quantizer.force_pow_2_scales or not IS_BLACKWELL, "Blackwell's scales are powers of two"
     flat_MK = values.reshape(-1, values.shape[-1])
     is_2d = quantizer.block_scaling_dim == 2
     for matrix, side in ((flat_MK, "_rowwise"), (flat_MK.t().contiguous(), "_columnwise")):
@@ -198,6 +179,10 @@ def matrix_of(operand: Any, rowwise: bool) -> Tensor:
     """The operand as [M, K]: a plain tensor as it is, an FP8 tensor in fp32 from the side that a product reads."""
     if not is_quantized(operand):
         return operand.reshape(-1, operand.shape[-1])
+    if mxfp8.is_mxfp8(operand):
+        return mxfp8.values_of(operand, rowwise)
+    if not is_blockwise(operand) and IS_BLACKWELL:
+        rowwise = True
     if is_blockwise(operand):
         side = "_rowwise" if rowwise else "_columnwise"
         data, scale = getattr(operand, side + "_data"), getattr(operand, side + "_scale_inv")
@@ -214,7 +199,11 @@ def matrix_of(operand: Any, rowwise: bool) -> Tensor:
 
 @emulates
 def dequantize(input: Any, otype: Any) -> Tensor:
-    return matrix_of(input, rowwise=True).reshape(input.size()).to(torch_dtype(otype))
+    rowwise = True
+    if mxfp8.is_mxfp8(input):
+        assert not input._with_gemm_swizzled_scales, "scales in the order of a product are not dequantized"
+        rowwise = input._rowwise_data is not None
+    return matrix_of(input, rowwise).reshape(input.size()).to(torch_dtype(otype))
 
 
 @emulates

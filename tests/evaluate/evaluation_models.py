@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig
 
 from megatron_solopo.checkpoint.conversion import export_model, import_model
 from tests.data.tiny_tokenizers import write_hugging_face
@@ -13,10 +13,17 @@ MAX_POSITIONS = 2048
 CHECKPOINT = "iter_0000010"
 
 
-def make_model(path: Path) -> Path:
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def make_model(path: Path, *, with_experts: bool = False) -> Path:
     """Random weights whose logits rounding does not decide between."""
     write_hugging_face(path, vocab_size=400)
-    config = Qwen2Config(
+    kind, experts = (
+        (Qwen2MoeConfig, EXPERTS | {"shared_expert_intermediate_size": 16}) if with_experts else (Qwen2Config, {})
+    )
+    config = kind(
+        **experts,
         vocab_size=400,
         hidden_size=32,
         intermediate_size=48,

@@ -28,6 +28,7 @@ PARALLEL = {
     "pp2": {"pipeline_model_parallel_size": 2},
     "dp2": {"data_parallel_size": 2},
 }
+SHARED_EXPERTS = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 
 
 def evaluate_here(folder: Path, model: Path, **options):
@@ -51,6 +52,12 @@ def on_two_ranks() -> dict:
             options = {name: size for name, size in sizes.items() if name in _SINGLE}
             found[key] = evaluate_here(Path(shared[0]) / key, Path(shared[0]) / "model", **options)
             dist.barrier()
+        experts = Path(shared[0]) / "experts"
+        if dist.get_rank() == 0:
+            make_model(experts, with_experts=True)
+        dist.barrier()
+        found["ep2"] = evaluate_here(Path(shared[0]) / "ep2", experts, samples=1, **SHARED_EXPERTS)
+        dist.barrier()
         found["unfit"] = evaluate_unfit(Path(shared[0]) / "unfit", Path(shared[0]) / "model")
         dist.barrier()
     return found
@@ -167,6 +174,13 @@ def test_parallel_ranks_evaluate_as_one_process_does(key) -> None:
     assert found == one_process()
 
 
+def test_ranks_that_share_experts_evaluate_as_one_process_does(tmp_path) -> None:
+    """A prompt of 700 and one of 900 tokens at a time, and an odd number of them."""
+    (sizes, found), other = (rank["ep2"] for rank in two_ranks(__name__))
+    assert other is None and sizes == _SINGLE | SHARED_EXPERTS | {"data_parallel_size": 2}
+    assert found == evaluate_here(tmp_path, make_model(tmp_path / "model", with_experts=True), samples=1)[1]
+
+
 def test_a_sample_that_cannot_be_made_is_counted_and_the_rest_answered(models, tmp_path) -> None:
     """Two ranks give what one process gives, though the second rank has nothing to do. Only rank 0 has results."""
     ours, other = (rank["unfit"] for rank in two_ranks(__name__))
@@ -270,6 +284,7 @@ def test_a_server_is_not_asked_for_more_than_it_says_it_holds(models, tmp_path) 
         ({"depths": (0.5, 1.5)}, "--depths 1.5: must be from 0 to 1"),
         ({"depths": ()}, "--depths: names none"),
         ({"tensor_model_parallel_size": 2}, "backend transformers runs in one process"),
+        ({"expert_tensor_parallel_size": 1}, "--expert-tensor-parallel-size: backend transformers runs in one process"),
         ({"server": "http://x", "tokenizer": "t", "backend": "megatron"}, "--backend megatron: has no effect"),
         ({"output": None}, "--output: needed for a model that belongs to no run"),
         ({"output": Path("r.jsonl")}, "must end in .json"),

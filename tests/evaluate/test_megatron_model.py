@@ -1,7 +1,8 @@
-"""Greedy generation by our model under tensor, pipeline and data parallelism equals transformers', token by token."""
+"""Greedy generation by our model under every layout that it takes equals transformers', token by token."""
 
 import functools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,9 @@ from torch import Tensor
 from megatron_solopo.config import ParallelConfig
 from megatron_solopo.evaluate.megatron_model import MegatronModel, share_time
 from megatron_solopo.generate.model import Answer, Answered, Request
-from megatron_solopo.generate.transformers import TransformersModel, answer_of
+from megatron_solopo.generate.transformers import EncodedRequest, TransformersModel, answer_of
+from tests.distributed import run_distributed
+from tests.layouts import ep, pp, tp
 from tests.ranks import layout, two_ranks
 from tests.tiny_models import VOCAB_SIZE, make_model
 
@@ -25,7 +28,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_model_parallel_size": 2},
 }
 LENGTHS, NEW = (17, 40), 24
-DECISIVE = "decisive"
+DECISIVE, DECISIVE_MOE = "decisive", "decisive_moe"
+# Layouts whose data-parallel ranks share experts and answer questions of their own; and those that share none.
+SHARING: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"ep2": ep(2), "ep2-within-tp2": ep(2, **tp(2), expert_tensor_parallel_size=1)},
+    4: {
+        "ep4": ep(4),
+        "ep2-tp2": ep(2, **tp(2)),
+        "ep4-tp2": ep(4, **tp(2), expert_tensor_parallel_size=1),
+        "ep2-pp2": ep(2, **pp(2)),
+    },
+}
 # Numbers closer than this are equal but for rounding, in fp32 with logits of about 1 (their differences: 2e-6).
 TIE = 2e-5
 CPU = torch.device("cpu")
@@ -33,10 +46,10 @@ NO_TOKENIZER: Any = SimpleNamespace(eos_token_id=None, decode=lambda tokens: " "
 
 
 def make(path: Path, name: str) -> Path:
-    """A random model; `decisive` has an output layer 20 times as large, so that rounding never decides."""
-    make_model(path, "llama3" if name == DECISIVE else name)
+    """A random model; decisive ones have an output layer 20 times as large, so that rounding never decides."""
+    make_model(path, {DECISIVE: "llama3", DECISIVE_MOE: "qwen2_moe"}.get(name, name))
     file = path / "model.safetensors"
-    if name == DECISIVE and file.is_file():
+    if name in (DECISIVE, DECISIVE_MOE) and file.is_file():
         tensors = load_file(file)
         tensors["lm_head.weight"] *= 20
         save_file(tensors, file, metadata={"format": "pt"})
@@ -48,21 +61,72 @@ def prompts() -> list[Tensor]:
     return [torch.randint(VOCAB_SIZE, (3, length), generator=generator) for length in LENGTHS]
 
 
-def generate(name: str, groups, **sizes: Any) -> list[Tensor]:
+class ModelOfNumbers(MegatronModel):
+    """Its prompts are token ids with spaces between them."""
+
+    def encode(self, requests: Sequence[Request]) -> list[EncodedRequest]:
+        return [(each, [int(number) for number in str(each.prompt).split()]) for each in requests]
+
+
+def load(name: str, folder: str, groups: Any, **sizes: Any) -> ModelOfNumbers:
+    # transformers saves on rank 0 alone.
+    shared = [str(make(Path(folder) / "model", name))]
+    dist.broadcast_object_list(shared, src=0)
+    parallel = ParallelConfig(**{"sequence_parallel": False} | sizes)
+    return ModelOfNumbers(Path(shared[0]), NO_TOKENIZER, "float32", parallel, groups)
+
+
+def generate(name: str, groups: Any, **sizes: Any) -> list[Tensor]:
     with tempfile.TemporaryDirectory() as folder:
-        # transformers saves on rank 0 alone.
-        shared = [str(make(Path(folder) / "model", name))]
-        dist.broadcast_object_list(shared, src=0)
-        parallel = ParallelConfig(**{"sequence_parallel": False} | sizes)
-        model = MegatronModel(Path(shared[0]), NO_TOKENIZER, "float32", parallel, groups)
+        model = load(name, folder, groups, **sizes)
         generated = [model.generate(prompt, NEW, end_tokens=()) for prompt in prompts()]
         dist.barrier()
         return generated
 
 
-def on_two_ranks() -> dict[str, dict[str, list[Tensor]]]:
+def answer_unequally(world_size: int) -> dict[str, dict[str, Answer]]:
+    """Answers to `unequal_batches`, which rank 0 keeps, under each layout whose ranks share experts."""
+    found: dict[str, dict[str, Answer]] = {}
+    questions: list[Any] = [unequal_batches() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(questions, src=0)
+    ends, batches = questions[0]
+    for key, sizes in SHARING[world_size].items():
+        with layout(**sizes) as groups, tempfile.TemporaryDirectory() as folder:
+            model = load(DECISIVE_MOE, folder, groups, **sizes)
+            model._end_tokens = ends
+            kept = found.setdefault(key, {})
+
+            def keep(request: Request, answers: Sequence[Answer], seconds: float, kept: Any = kept) -> None:
+                kept[request.question_id] = answers[0]
+
+            model.answer(batches, lambda item: item, keep, lambda *refused: None)
+            dist.barrier()
+    return found
+
+
+def unequal_batches() -> tuple[set[int], list[list[Request]]]:
+    """End tokens and batches. Rows end at other places or never; there are fewer batches than whole rounds of ranks."""
+    (short, long), _ = theirs(DECISIVE_MOE)
+    ends = {int(short[0, 3]), int(long[1, 9])}
+    asked = [
+        (0, slice(0, 3), NEW),
+        (1, slice(0, 2), NEW),
+        (0, slice(1, 2), 5),
+        (1, slice(0, 0), NEW),
+        (1, slice(2, 3), 9),
+    ]
+    return ends, [
+        [
+            Request(f"{number}-{row}", " ".join(map(str, ids)), (0,), max_tokens)
+            for row, ids in enumerate(prompts()[which][rows].tolist())
+        ]
+        for number, (which, rows, max_tokens) in enumerate(asked)
+    ]
+
+
+def on_two_ranks() -> dict[str, Any]:
     """By layout and model."""
-    found = {}
+    found: dict[str, Any] = {"unequal": answer_unequally(2)}
     for key, sizes in LAYOUTS.items():
         with layout(**sizes) as groups:
             found[key] = {name: generate(name, groups, **sizes) for name in (*FAMILIES, DECISIVE)}
@@ -110,8 +174,27 @@ def test_parallel_ranks_generate_what_transformers_does(key, name) -> None:
         check(name, rank[key][name])
 
 
-def test_the_decisive_model_is_decisive() -> None:
-    assert min(float(margins.min()) for margins in theirs(DECISIVE)[1]) > 0.01
+@pytest.mark.parity
+@pytest.mark.parametrize("world_size", SHARING)
+def test_ranks_that_share_experts_answer_unequal_rows(world_size: int) -> None:
+    """They must enter the layers of experts together, also where one has fewer rows, shorter answers or no rows."""
+    first = two_ranks(__name__)[0]["unequal"] if world_size == 2 else run_distributed(answer_unequally, 4, 4)[0]
+    ends, batches = unequal_batches()
+    expected = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = TransformersModel(make(Path(folder) / "model", DECISIVE_MOE), NO_TOKENIZER, CPU, "float32")
+        for request in (each for batch in batches for each in batch):
+            prompt = torch.tensor([[int(number) for number in str(request.prompt).split()]])
+            (row,) = model.generate(prompt, request.max_tokens, ends).tolist()
+            expected[request.question_id] = answer_of(row, NO_TOKENIZER, ends)
+    lengths = {answer.tokens for answer in expected.values()}
+    assert len(lengths) > 3 and NEW in lengths
+    assert first == dict.fromkeys(SHARING[world_size], expected)
+
+
+def test_decisive_models_are_decisive() -> None:
+    for name in (DECISIVE, DECISIVE_MOE):
+        assert min(float(margins.min()) for margins in theirs(name)[1]) > 0.01
 
 
 def test_rows_end_where_transformers_ends_them(tmp_path) -> None:

@@ -18,6 +18,7 @@ from megatron_solopo.results.results_file import MeanWithInterval
 from megatron_solopo.run_directory import find_subject
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
+from tests.layouts import ep
 from tests.parity.plain import load, response_logprob
 from tests.prepared import make_prepared
 from tests.tiny_models import make_model
@@ -54,6 +55,17 @@ def run_all(folder: Path) -> dict[str, str]:
     for name, parallel in LAYOUTS.items():
         output = folder / "results" / f"{name}.json"
         evaluate_preference(base, config(folder, parallel=parallel), split="eval", output=output)
+    experts = {
+        "run_dir": folder / "run_moe",
+        "model": {"path": folder / "moe"},
+        "reference": {"model_path": folder / "reference_moe"},
+    }
+    evaluate_preference(
+        find_subject(folder / "moe", "--model"),
+        config(folder, parallel=ep(2), **experts),
+        split="eval",
+        output=folder / "results" / "ep2.json",
+    )
     train(config(folder))
     newest = find_subject(folder / "run", "--model")
     own = load_config(folder / "run" / "config.yaml")
@@ -94,6 +106,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preference")
     make_model(folder / "model", "qwen2", seed=1)
     make_model(folder / "reference_model", "qwen2", seed=2)
+    make_model(folder / "moe", "qwen2_moe", seed=1)
+    make_model(folder / "reference_moe", "qwen2_moe", seed=2)
     make_prepared(folder / "prepared", rows=24, eval_count=11, seed=3)
     make_prepared(folder / "unsplit", rows=6, eval_count=0, seed=4)
     return folder
@@ -106,11 +120,17 @@ def refused(folder: Path) -> dict[str, str]:
 
 
 def test_every_layout_gives_what_transformers_gives(folder: Path, refused: dict[str, str]) -> None:
-    models = {"": load(folder / "model"), "reference_": load(folder / "reference_model")}
     rows = load_prepared(folder / "prepared").eval
     assert rows is not None and len(rows) == 11
-    expected = [plain_row(models, row) for row in rows]
-    for name in LAYOUTS:
+    for names, kind in ((list(LAYOUTS), "model"), (["ep2"], "moe")):
+        models = {"": load(folder / kind), "reference_": load(folder / f"reference_{kind}")}
+        check_rows(folder, names, rows, [plain_row(models, row) for row in rows])
+    sizes = read_preference(folder / "results" / "ep2.json").layout
+    assert sizes["expert_model_parallel_size"] == sizes["data_parallel_size"] == 2
+
+
+def check_rows(folder: Path, names: list[str], rows: Any, expected: list[dict[str, float]]) -> None:
+    for name in names:
         found = read_jsonl(folder / "results" / f"{name}.jsonl")
         assert [line["id"] for line in found] == rows["id"][:]
         for line, numbers in zip(found, expected, strict=True):

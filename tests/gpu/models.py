@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,11 @@ _WIDTHS = {
     "head_dim": 64,
     "max_position_embeddings": 4096,
 }
+
+
+def skip_without(recipe: str) -> None:
+    if recipe == "mxfp8" and torch.cuda.get_device_capability()[0] != 10:
+        pytest.skip("needs a Blackwell GPU")
 
 
 def make_model(path: Path, family: str, seed: int) -> Path:

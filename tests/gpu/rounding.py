@@ -56,6 +56,7 @@ class Tiles(NamedTuple):
 TILES = {
     "tensorwise": Tiles((0, 0), (0, 0)),
     "blockwise": Tiles((1, 128), (128, 128)),
+    "mxfp8": Tiles((1, 32), (1, 32)),
 }
 
 

@@ -47,6 +47,42 @@ def config(folder: Path, name: str, parallel: dict[str, Any], **sections: Any) -
     )
 
 
+def with_experts(folder: Path) -> dict[str, Any]:
+    """Sections of the run of a model with experts, under which its routers learn, balanced by both losses."""
+    return {
+        "model": {"path": folder / "moe"},
+        "reference": {"model_path": folder / "reference_moe", "cache": folder / "reference-moe"},
+        "moe": {"router_trainable": True, "aux_loss_coefficient": 0.1, "z_loss_coefficient": 0.01},
+        "optimizer": OPTIMIZER
+        | {"adam_eps": 1e-2},  # with a small one Adam makes noise of what is zero but for rounding
+    }
+
+
+def flags_with_experts(folder: Path) -> dict[str, Any]:
+    """The same for Megatron-LM: `qwen2_moe`, as its config.json has it."""
+    hf: Any = FAMILIES["qwen2_moe"]
+    return {
+        "num_experts": hf.num_experts,
+        "moe_layer_freq": "([0,1,1,0])",
+        "moe_router_topk": hf.num_experts_per_tok,
+        "moe_ffn_hidden_size": hf.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": hf.shared_expert_intermediate_size,
+        "moe_shared_expert_gate": True,
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "untie_embeddings_and_output_weights": True,
+        "adam_eps": 1e-2,
+        "solopo_model_path": folder / "moe",
+        "solopo_reference_model_path": folder / "reference_moe",
+        "solopo_reference_cache": folder / "reference-moe",
+        "solopo_router_trainable": True,
+        "solopo_aux_loss_coefficient": 0.1,
+        "solopo_z_loss_coefficient": 0.01,
+    }
+
+
 def arguments(folder: Path, name: str, parallel: dict[str, Any], **changes: Any) -> list[str]:
     """Megatron-LM's command line of the same run: model, data, layout, seed and optimizer. None takes a flag out."""
     flags: dict[str, Any] = _model_flags() | {

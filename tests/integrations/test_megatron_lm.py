@@ -12,7 +12,17 @@ from megatron_solopo.files import read_jsonl
 from megatron_solopo.model.layers import layer_spec
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
-from tests.integrations.megatron_runs import BATCH, STEPS, arguments, config, pretrain, recorded
+from tests.integrations.megatron_runs import (
+    BATCH,
+    STEPS,
+    arguments,
+    config,
+    flags_with_experts,
+    pretrain,
+    recorded,
+    with_experts,
+)
+from tests.tiny_models import make_model
 from tests.train.runs import make_inputs
 
 # isort: split
@@ -38,6 +48,15 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cp2": (CP2, CP2 | {"micro_batch_size": 4}),
     "dp2": ({}, {"micro_batch_size": 2}),
 }
+EP2 = {"expert_model_parallel_size": 2}
+# The same with experts, without and with both losses of routers, which learn only with them.
+EXPERTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ep2": (EP2, EP2 | {"micro_batch_size": 2}),
+    "ep2-tp2": (
+        EP2 | TP2 | {"expert_tensor_parallel_size": 1},
+        EP2 | TP2 | {"expert_tensor_parallel_size": 1, "micro_batch_size": 1},
+    ),
+}
 EVALUATED = {"eval_iters": 1, "eval_interval": 2}
 
 
@@ -58,6 +77,7 @@ def run_all(folder: Path) -> dict[str, Any]:
         if is_saving:
             found["evaluated"] = evaluated
             (folder / "megatron_lm.jsonl").write_bytes((folder / "tp2-lm" / "metrics.jsonl").read_bytes())
+    found |= run_with_experts(folder)
     # Megatron-LM cannot load the state of torch's Adam, which is the only one here, into a fresh one.
     resumed = LAYOUTS["tp2"][1] | {"load": folder / "saved", "ckpt_step": SAVED, "no_load_optim": True}
     found["resumed"] = pretrain(arguments(folder, "tp2-lm", resumed))
@@ -70,6 +90,19 @@ def run_all(folder: Path) -> dict[str, Any]:
     path = {"solopo_model_path": folder / "tp2" / "checkpoints" / f"iter_{SAVED:07d}"}
     found["model path"] = pretrain(arguments(folder, "model-path-lm", LAYOUTS["vpp2"][1] | path))
     found["refused"] = {name: refusal(arguments(folder, "refused", TP2, **flags)) for name, flags in REFUSED.items()}
+    return found
+
+
+def run_with_experts(folder: Path) -> dict[str, Any]:
+    sections, flags = with_experts(folder), flags_with_experts(folder)
+    precompute_reference(config(folder, "unused", EP2, **sections), overwrite=False)
+    found: dict[str, Any] = {}
+    for name, (ours, theirs) in EXPERTS.items():
+        train(config(folder, name, ours, **sections))
+        found[name] = pretrain(arguments(folder, f"{name}-lm", theirs | flags))
+    train(config(folder, "frozen", EP2, **sections | {"moe": {}}))
+    moe = {name: None for name in flags if name.startswith("solopo_") and name.endswith(("trainable", "coefficient"))}
+    found["frozen"] = pretrain(arguments(folder, "frozen-lm", EXPERTS["ep2"][1] | flags | moe))
     return found
 
 
@@ -168,7 +201,10 @@ def run_with_evaluation(argv: list[str], **keywords: Any) -> tuple[list[dict[str
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("megatron_lm"), rows=14, eval_count=4)
+    path = make_inputs(tmp_path_factory.mktemp("megatron_lm"), rows=14, eval_count=4)
+    make_model(path / "moe", "qwen2_moe", seed=0)
+    make_model(path / "reference_moe", "qwen2_moe", seed=1)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +227,12 @@ def test_losses_and_gradient_norms_are_our_trainers(found: dict[str, Any], folde
     ours = recorded(folder, layout)
     assert len(ours) == STEPS
     assert_equal_steps(found[layout], ours)
+
+
+@pytest.mark.parametrize("name", [*EXPERTS, "frozen"])
+def test_experts_are_trained_as_by_our_trainer(found: dict[str, Any], folder: Path, name: str) -> None:
+    assert_equal_steps(found[name], recorded(folder, name))
+    assert recorded(folder, "ep2")[-1]["loss"] != recorded(folder, "frozen")[-1]["loss"]
 
 
 def test_a_model_and_a_call_of_their_own_give_the_same(found: dict[str, Any], folder: Path) -> None:

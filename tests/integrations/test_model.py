@@ -14,7 +14,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.integrations.task import check_transformer_config, prepare_model
 from megatron_solopo.model.build import build_model, padded_vocab_size, transformer_config
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.layers import layer_spec
+from megatron_solopo.model.layers import layer_spec, layers_with_experts
 from megatron_solopo.model.resolve import resolve_model
 from tests.ranks import layout
 from tests.tiny_models import make_model
@@ -114,7 +114,6 @@ def test_no_gpt_model_and_a_wrapped_one_are_refused(architecture: Architecture) 
         ("hidden_dropout", 0.1, "hidden_dropout is 0.1, expected 0.0"),
         ("attention_dropout", 0.1, "attention_dropout is 0.1, expected 0.0"),
         ("fp16", True, "fp16 is True, expected False"),
-        ("num_moe_experts", 8, "num_moe_experts is 8, expected None"),
         ("mtp_num_layers", 1, "mtp_num_layers is 1, expected None"),
         ("defer_embedding_wgrad_compute", True, "defer_embedding_wgrad_compute is True, expected False"),
         ("tp_comm_overlap", True, "tp_comm_overlap is True, expected False"),
@@ -129,3 +128,62 @@ def test_a_configuration_that_packs_do_not_go_with_is_refused(
     with pytest.raises(UserError) as error:
         check_transformer_config(config(architecture, **{name: value}))
     assert part in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def of_experts(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+    """Layers 0 and 3 of 4 are dense."""
+    return read_architecture(make_model(tmp_path_factory.mktemp("experts") / "model", "qwen2_moe"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("moe_token_dispatcher_type", "allgather", "moe_token_dispatcher_type is 'allgather', expected 'alltoall'"),
+        ("moe_router_dtype", None, "moe_router_dtype is None, expected 'fp32'"),
+        ("moe_expert_capacity_factor", 1.0, "moe_expert_capacity_factor is 1.0, expected None"),
+        ("moe_router_load_balancing_type", "sinkhorn", "moe_router_load_balancing_type is 'sinkhorn', expected 'none'"),
+        ("moe_aux_loss_coeff", 0.01, "moe_aux_loss_coeff is 0.01, expected 0.0"),
+        ("moe_aux_loss_coeff", [0.0, 0.01], "moe_aux_loss_coeff is [0.0, 0.01], expected 0.0"),
+        ("moe_z_loss_coeff", 0.001, "moe_z_loss_coeff is 0.001, expected None"),
+        ("tensor_model_parallel_size", 2, "sequence_parallel is False, expected True"),
+    ],
+)
+def test_settings_that_change_routes_or_losses_are_refused(
+    of_experts: Architecture, name: str, value: Any, part: str
+) -> None:
+    check_transformer_config(config(of_experts, moe_router_load_balancing_type="aux_loss"))
+    with pytest.raises(UserError) as error:
+        check_transformer_config(config(of_experts, **{name: value}))
+    assert part in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"topk": 3}, "moe_router_topk is 2, expected 3"),
+        ({"renormalizes": True}, "moe_router_pre_softmax is True, expected False"),
+        (
+            {"shared_ffn_hidden_size": 0},
+            "moe_shared_expert_intermediate_size is 16, expected 0; moe_shared_expert_gate",
+        ),
+        ({"layers": (True, False, True, False)}, "moe_layer_freq is [False, True, True, False], expected [True, False"),
+    ],
+)
+def test_other_experts_than_those_of_config_json_are_refused(
+    of_experts: Architecture, changes: dict[str, Any], part: str
+) -> None:
+    assert of_experts.experts is not None
+    with layout():
+        theirs = plain_model(Path("x"), of_experts)
+        with pytest.raises(UserError) as error:
+            prepare_model(theirs, replace(of_experts, experts=replace(of_experts.experts, **changes)), chunk_tokens=7)
+        assert part in str(error.value) and "\n" not in str(error.value)
+        with pytest.raises(UserError, match="num_moe_experts is 16, expected None"):
+            prepare_model(theirs, replace(of_experts, experts=None), chunk_tokens=7)
+        prepare_model(theirs, of_experts, chunk_tokens=7)
+
+
+def test_a_frequency_of_layers_is_megatrons(of_experts: Architecture) -> None:
+    """Every second layer, from the first on, as `--moe-layer-freq 2` says."""
+    assert layers_with_experts(config(of_experts, moe_layer_freq=2)) == [True, False, True, False]

@@ -12,12 +12,13 @@ from megatron_solopo.architecture.layout import pack_multiple, sequence_multiple
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
+from megatron_solopo.model.layers import layers_and_routers
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.plan.dry_run import SavedTensorMeter, gradient_bytes, optimizer_state_bytes, parameter_bytes
 from megatron_solopo.plan.workload import PackShape, pack_shape
-from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
+from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, freeze_routers, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss
 from tests.parity.layouts import Layout, make_config
 
@@ -39,7 +40,10 @@ class Case:
     model: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     distributed_optimizer: bool = True
+    moe: Mapping[str, Any] = field(default_factory=dict)
     chunk_tokens: int = 1024
+    idle_experts: int = 0
+    """The last experts of each layer, to which the routers send hardly any token."""
 
     def config(self, models: Path) -> Config:
         layout = Layout(
@@ -47,6 +51,7 @@ class Case:
             parallel=self.parallel,
             model=self.model,
             optimizer=self.optimizer,
+            moe=self.moe,
             distributed_optimizer=self.distributed_optimizer,
             chunk_tokens=self.chunk_tokens,
         )
@@ -59,8 +64,8 @@ class MemoryInUse:
 
     pipeline_rank: int
     data_parallel_size: int
-    data_rank: int
-    """Among the DP x CP ranks."""
+    stage_rank: int
+    """Among the TP x CP x DP ranks."""
     num_parameters: int
     parameters: int
     gradients: int
@@ -80,22 +85,25 @@ def shapes(config: Config) -> list[PackShape]:
 
 def run_cases(models: Path, cases: Sequence[Case]) -> list[MemoryInUse]:
     """On every rank: one optimizer step for each case in turn."""
-    return [run_case(case.config(models)) for case in cases]
+    return [run_case(case.config(models), case.idle_experts) for case in cases]
 
 
-def run_case(config: Config) -> MemoryInUse:
+def run_case(config: Config, idle_experts: int) -> MemoryInUse:
     groups = topology.initialize(config.parallel, seed=1)
     try:
-        return _train(config, groups)
+        return _train(config, groups, idle_experts)
     finally:
         topology.destroy(groups)
 
 
-def _train(config: Config, groups: Topology) -> MemoryInUse:
+def _train(config: Config, groups: Topology, idle_experts: int) -> MemoryInUse:
     model = resolve_model(config.model, config.parallel)
     chunks = build_model(model, chunk_tokens=config.logprob.chunk_tokens, device=groups.device)
     for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         torch.nn.init.normal_(parameter, std=0.05)
+    for _, router in (pair for chunk in chunks for pair in layers_and_routers(chunk)):
+        router.weight.data[len(router.weight) - idle_experts :] = 0.0  # below the greatest of the others
+    freeze_routers(chunks, config.moe)
     wrapped = wrap_data_parallel(chunks, config.optimizer, config.parallel)
     optimizer = build_optimizer(wrapped, config.optimizer)
     policy = Policy(wrapped, optimizer, build_scheduler(optimizer, config.optimizer, 2))
@@ -104,11 +112,10 @@ def _train(config: Config, groups: Topology) -> MemoryInUse:
     meter = SavedTensorMeter(parameter for chunk in chunks for parameter in chunk.parameters())
     with meter.counting():
         policy.step([_pack(number, roles, groups) for number in range(2)], loss, groups)
-    context = groups.context_group
     return MemoryInUse(
         pipeline_rank=groups.pipeline_group.rank(),
         data_parallel_size=groups.data_group.size(),
-        data_rank=groups.data_group.rank() * context.size() + context.rank(),
+        stage_rank=groups.stage_rank,
         num_parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
         parameters=parameter_bytes(wrapped),
         gradients=gradient_bytes(wrapped),

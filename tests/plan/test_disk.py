@@ -1,9 +1,13 @@
 """How many checkpoints a run has at once, and what one takes."""
 
+from dataclasses import replace
+
 import pytest
 
-from megatron_solopo.config import Config, ModelConfig, OptimizerConfig, parse_config
-from megatron_solopo.plan.disk import checkpoint_bytes_per_parameter, most_checkpoints
+from megatron_solopo.architecture.experts import ExpertShape
+from megatron_solopo.config import Config, parse_config
+from megatron_solopo.plan.disk import checkpoint_bytes, most_checkpoints
+from tests.tiny_models import TINY
 
 
 @pytest.mark.parametrize(
@@ -47,5 +51,13 @@ def test_a_pipeline_may_save_before_evaluations() -> None:
     [("float32", True, 16), ("float32", False, 12), ("bfloat16", True, 14), ("bfloat16", False, 14)],
 )
 def test_bytes_per_parameter(dtype: str, distributed: bool, size: int) -> None:
-    model, optimizer = ModelConfig(path="model", dtype=dtype), OptimizerConfig(use_distributed_optimizer=distributed)
-    assert checkpoint_bytes_per_parameter(model, optimizer) == size
+    model = {"path": "model", "dtype": dtype}
+    settings = config({}, model=model, optimizer={"use_distributed_optimizer": distributed})
+    assert checkpoint_bytes(settings, TINY) == size * TINY.num_parameters
+
+
+def test_frozen_routers_have_no_optimizer_state() -> None:
+    experts = ExpertShape(8, 2, 16, renormalizes=True, layers=(True, False, True, True))
+    sparse, routers = replace(TINY, experts=experts), 3 * 8 * TINY.hidden_size
+    assert checkpoint_bytes(config({}), sparse) == 16 * sparse.num_parameters - 12 * routers
+    assert checkpoint_bytes(config({}, moe={"router_trainable": True}), sparse) == 16 * sparse.num_parameters

@@ -1,18 +1,19 @@
 """The estimate against real training on gloo ranks: state to the byte, activations within 10 %."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.pipeline_schedule import peak_in_flight, stage_order
 from megatron_solopo.config import Config
 from megatron_solopo.plan.activations import element_bytes
 from megatron_solopo.plan.memory import peak_activations, rank_state
 from megatron_solopo.plan.parameters import ModelChunk, model_chunks
 from tests.distributed import run_distributed
-from tests.layouts import cp, pp, stages, tp
+from tests.layouts import cp, ep, pp, stages, tp
 from tests.plan.memory_ranks import Case, MemoryInUse, run_cases, shapes
 from tests.tiny_models import FAMILIES
 
@@ -66,6 +67,28 @@ FOUR = [
     Case("tp2-cp2", parallel=tp(2) | cp(2), model=BF16),
     Case("tp2-pp2-full", parallel=tp(2) | pp(2, **FULL), model=BF16),
 ]
+MOE_ONE = [
+    Case("moe-one", family="qwen3_moe"),
+    Case("moe-one-router", family="qwen2_moe", model=BF16, moe={"router_trainable": True}),
+    Case("moe-one-full", family="mixtral", parallel=FULL, model=BF16),
+]
+MOE_TWO = [
+    Case("moe-ep2", family="qwen3_moe", parallel=ep(2), model=BF16),
+    Case("moe-ep2-plain-optimizer", family="qwen2_moe", parallel=ep(2), distributed_optimizer=False),
+    Case("moe-ep2-cp2", family="qwen2_moe", parallel=ep(2) | cp(2)),
+    Case("moe-ep2-idle-experts", family="qwen3_moe", parallel=ep(2), idle_experts=8),
+    Case("moe-tp2", family="qwen2_moe", parallel=tp(2), model=BF16),
+    Case("moe-pp2", family="qwen2_moe", parallel=pp(2)),
+]
+MOE_FOUR = [
+    Case("moe-ep2-tp2", family="qwen2_moe", parallel=ep(2) | tp(2)),
+    Case("moe-ep2-tp2-etp1", family="qwen3_moe", parallel=ep(2, expert_tensor_parallel_size=1) | tp(2), model=BF16),
+    Case("moe-ep4-tp2-etp1", family="qwen2_moe", parallel=ep(4, expert_tensor_parallel_size=1) | tp(2), model=BF16),
+    Case("moe-ep2-pp2", family="qwen2_moe", parallel=ep(2) | pp(2), model=BF16),
+    Case("moe-ep2-dp4-small-gradients", family="mixtral", parallel=ep(2), optimizer={"grad_reduce_in_fp32": False}),
+    Case("moe-ep2-pp2-vpp2-full", family="qwen3_moe", parallel=ep(2) | pp(2, 2, **FULL)),
+]
+ONE, TWO, FOUR = ONE + MOE_ONE, TWO + MOE_TWO, FOUR + MOE_FOUR
 CASES = {1: ONE, 2: TWO, 4: FOUR}
 
 
@@ -79,7 +102,8 @@ def cpu_masks(config: Config, chunks: Sequence[ModelChunk], rank: MemoryInUse) -
     size = parallel.context_parallel_size
     if size == 1:
         return 0.0
-    widths = 2 * size + (0 if rank.data_rank % size == 0 else 1)  # of both masks, in chunks
+    data_rank = rank.stage_rank // parallel.tensor_model_parallel_size
+    widths = 2 * size + (0 if data_rank % size == 0 else 1)  # of both masks, in chunks
 
     def one_layer(number: int) -> float:
         return element_bytes(config) * packs[number].squares * widths / (2 * size) ** 2
@@ -95,7 +119,7 @@ def cpu_masks(config: Config, chunks: Sequence[ModelChunk], rank: MemoryInUse) -
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for family in ("llama3", "qwen2", "qwen2_tied", "qwen3"):
+    for family in ("llama3", "qwen2", "qwen2_tied", "qwen3", "qwen3_moe", "qwen2_moe", "mixtral"):
         FAMILIES[family].save_pretrained(folder / family)
     return folder
 
@@ -115,19 +139,41 @@ def test_state_is_what_the_training_process_holds_to_the_byte(case: Case, models
     config = case.config(models)
     architecture = read_architecture(config.model.path)
     for rank in in_use[case.name]:
-        state = rank_state(architecture, config, rank.pipeline_rank, rank.data_parallel_size, rank.data_rank)
+        state = rank_state(architecture, config, rank.pipeline_rank, rank.data_parallel_size, rank.stage_rank)
         real = (rank.num_parameters, rank.parameters, rank.gradients, rank.optimizer)
         assert (state.num_parameters, state.parameters, state.gradients, state.optimizer) == real
         fullest = rank_state(architecture, config, rank.pipeline_rank, rank.data_parallel_size)
         assert fullest.optimizer >= rank.optimizer
 
 
+def architecture_of(case: Case, config: Config) -> Architecture:
+    """The model, with the load of its fullest expert: those that are not idle share all tokens."""
+    architecture = read_architecture(config.model.path)
+    experts = architecture.experts
+    if experts is None:
+        return architecture
+    load = experts.num_experts / (experts.num_experts - case.idle_experts)
+    return replace(architecture, experts=replace(experts, load_max_over_mean=load))
+
+
 @pytest.mark.parametrize("case", ONE + TWO + FOUR, ids=lambda case: case.name)
 def test_activations_are_those_that_autograd_keeps(case: Case, models: Path, in_use: dict) -> None:
     config = case.config(models)
-    architecture = read_architecture(config.model.path)
+    architecture = architecture_of(case, config)
     packs = shapes(config)
-    for rank in in_use[case.name]:
+    busy = in_use[case.name][:1] if case.idle_experts else in_use[case.name]
+    for rank in busy:
         peak = peak_activations(architecture, config, rank.pipeline_rank, packs, local=True)
         expected = peak.total + cpu_masks(config, model_chunks(architecture, config.parallel, rank.pipeline_rank), rank)
         assert expected == pytest.approx(rank.saved, rel=ACTIVATION_TOLERANCE)
+
+
+def test_a_rank_keeps_the_tokens_that_reach_its_experts(models: Path, in_use: dict) -> None:
+    """Where half of the experts are idle, the rank with the others has twice the mean: no more than all tokens."""
+    (case,) = (case for case in CASES[2] if case.idle_experts)
+    busy, idle = (rank.saved for rank in in_use[case.name])
+    assert busy > 1.5 * idle
+    architecture = architecture_of(case, case.config(models))
+    assert architecture.experts is not None
+    loads = [replace(architecture.experts, load_max_over_mean=load).rank_load(2) for load in (1.0, 1.5, 2.0, 16.0)]
+    assert loads == [1.0, 1.5, 2.0, 2.0]

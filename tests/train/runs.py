@@ -1,5 +1,6 @@
 """Small whole runs on forked ranks, and what they left."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,21 @@ def small_config(folder: Path, name: str, parallel: dict[str, Any], **sections: 
         },
         source="test",
     )
+
+
+def leave_interrupted(folder: Path, source: str, name: str, saved: int) -> None:
+    """On every rank: make the directory of run `name` that `source` would have left, had it died soon after a save.
+
+    Args:
+        saved: the step of its last checkpoint. It had got one step further.
+    """
+    if dist.get_rank() == 0:
+        kept = folder / source / "checkpoints" / f"iter_{saved:07d}"
+        shutil.copytree(kept, folder / name / "checkpoints" / kept.name)
+        (folder / name / "checkpoints" / "latest").write_text(kept.name + "\n")
+        lines = (folder / source / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (folder / name / "metrics.jsonl").write_text("".join(lines[: saved + 1]))
+    dist.barrier()
 
 
 def recorded(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
 from tests.layouts import stages
 from tests.prepared import make_prepared
-from tests.train.runs import make_inputs
+from tests.train.runs import leave_interrupted, make_inputs
 
 pytestmark = pytest.mark.parity
 
@@ -67,21 +66,21 @@ def run_all(folder: Path) -> dict[str, Any]:
     found["changed"] = changed_errors(folder)
     found["not finite"] = not_finite_error(folder)
     for name, parallel in RESUMED.items():
-        interrupted(folder, name)
+        leave_interrupted(folder, "whole", name, SAVED)
         train(config(folder, name, parallel))
     for name, (wrote, continues) in ACROSS.items():
         train(config(folder, f"{name}-whole", wrote))
-        interrupted(folder, name, source=f"{name}-whole")
+        leave_interrupted(folder, f"{name}-whole", name, SAVED)
         train(config(folder, name, continues))
     plain = {"optimizer": {"lr": 1e-3, "lr_warmup_iters": 1, "use_distributed_optimizer": False}}
     train(config(folder, "plain-whole", TP2, **plain))
     for name, parallel in (("plain-tp2", TP2), ("plain-pp2", PP2)):
-        interrupted(folder, name, source="plain-whole")
+        leave_interrupted(folder, "plain-whole", name, SAVED)
         train(config(folder, name, parallel, **plain))
     bfloat16 = {"model": {"path": folder / "model", "dtype": "bfloat16"}, "reference": {"cache": folder / "bf16"}}
     train(config(folder, "bfloat16", TP2, **bfloat16))
     for name, parallel in (("bfloat16-tp2", TP2), ("bfloat16-cp2", CP2)):
-        interrupted(folder, name, source="bfloat16")
+        leave_interrupted(folder, "bfloat16", name, SAVED)
         train(config(folder, name, parallel, **bfloat16))
     return found
 
@@ -153,18 +152,6 @@ def not_finite_error(folder: Path) -> str:
     with mock.patch.object(step, "compute_objective", broken), pytest.raises(UserError) as error:
         train(config(folder, "nan", TP2, training=training))
     return str(error.value)
-
-
-def interrupted(folder: Path, name: str, source: str = "whole") -> None:
-    """Make the run directory that `source` would have left, had it died after its first checkpoint."""
-    if torch.distributed.get_rank() == 0:
-        kept = folder / source / "checkpoints" / f"iter_{SAVED:07d}"
-        shutil.copytree(kept, folder / name / "checkpoints" / kept.name)
-        (folder / name / "checkpoints" / "latest").write_text(kept.name + "\n")
-        # It had got one step further than its checkpoint.
-        lines = (folder / source / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (folder / name / "metrics.jsonl").write_text("".join(lines[: SAVED + 1]))
-    torch.distributed.barrier()
 
 
 @pytest.fixture(scope="module")

@@ -64,12 +64,7 @@ class Found:
 
 def exported(folder: Path, family: str, dtype: Any) -> Path:
     """A directory that went through Megatron's form."""
-    config = tiny_models.FAMILIES[family]
-    tiny_models.FAMILIES[family] = type(config)(**config.to_dict() | WIDER)
-    try:
-        tiny_models.make_model(make_tokenizer(folder / "source"), family)
-    finally:
-        tiny_models.FAMILIES[family] = config
+    tiny_models.make_model(make_tokenizer(folder / "source"), family, **WIDER)
     import_model(folder / "source", folder / "megatron", verification="full")
     export_model(folder / "megatron", folder / "exported", dtype=dtype, verification="full")
     return folder / "exported"
