@@ -1,4 +1,4 @@
-"""What the project asks of a GPU beside its layers: settings before CUDA starts, checks, and devices of whole models."""
+"""What the project asks of a GPU beside its layers: settings before CUDA starts, checks, devices of whole models."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformer_engine.pytorch as engine
 from click.testing import CliRunner
+from packaging.version import Version
 
 import megatron_solopo.model.resolve as resolve
 from megatron_solopo.cli.main import cli
@@ -16,6 +17,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.long_context import evaluate_long_context
 from megatron_solopo.evaluation_settings import LongContextSettings
 from megatron_solopo.parallel import topology
+from megatron_solopo.train.policy import check_offload
 from megatron_solopo.train.session import check_and_join
 from megatron_solopo.triplets.sample import sample
 from megatron_solopo.triplets.settings import SampleSettings
@@ -35,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_cuda_starts_with_the_runs_settings_and_on_the_ranks_device(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's allocator reads its settings when CUDA starts, which Transformer Engine's answer about FP8 makes it do."""
+    """torch's allocator reads its settings when CUDA starts. Transformer Engine's answer about FP8 starts it."""
     found, devices = [], []
     monkeypatch.delenv(ALLOCATOR, raising=False)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -96,6 +98,16 @@ def test_what_these_layers_cannot_do_is_refused(
     with pytest.raises(UserError, match=message):
         resolved = resolve.resolve_model(ModelConfig(path=model, **settings), ParallelConfig())
         resolve.check_precision(resolved, OptimizerConfig())
+
+
+def test_older_packages_and_plain_layers_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fp8 = ModelConfig(path=model, **TE, fp8="hybrid", fp8_recipe="blockwise", fp8_param=True)
+    monkeypatch.setattr(resolve, "installed_version", lambda: Version("0.16.1"))
+    with pytest.raises(UserError, match=r"fp8_param=true needs megatron-core .* 0\.16\.1 is installed"):
+        resolve.check_precision(resolve.resolve_model(fp8, ParallelConfig()), OptimizerConfig())
+    plain = resolve.resolve_model(ModelConfig(path=model, implementation="local"), ParallelConfig())
+    with pytest.raises(UserError, match="optimizer_offload_fraction=0.5 needs a CUDA device"):
+        check_offload(OptimizerConfig(optimizer_offload_fraction=0.5), plain)
 
 
 def test_the_nearest_recipe_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

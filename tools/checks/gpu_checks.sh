@@ -22,7 +22,7 @@ trap 'rm -rf "$scratch"' EXIT
 failed=()
 
 if [[ -n ${WHEELS:-} ]]; then
-    # shellcheck disable=SC2086  (a list of files)
+    # shellcheck disable=SC2086 # a list of files
     "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$scratch/site" $WHEELS || exit 1
     PYTHONPATH=$scratch/site:$PYTHONPATH
 fi
@@ -78,7 +78,7 @@ for file in small.glob("*token*"):
 '
 
 run_tests() {
-    # shellcheck disable=SC2086  (a list of files)
+    # shellcheck disable=SC2086 # a list of files
     part tests 200 "$PYTHON" -m pytest $TESTS -rA -p no:cacheprovider --junitxml "$scratch/tests.xml"
     "$PYTHON" -c "$tests_to_json" "$scratch/tests.xml" "$output/tests.json"
 }
