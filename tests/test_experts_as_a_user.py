@@ -74,7 +74,7 @@ def run(*side_by_side: tuple[object, ...]) -> list[str]:
     """What each command prints. All must end well."""
     started = [start(*COMMAND, *arguments) for arguments in side_by_side]
     try:
-        printed = [process.communicate(timeout=240) for process in started]
+        printed = [process.communicate(timeout=600) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -84,7 +84,7 @@ def run(*side_by_side: tuple[object, ...]) -> list[str]:
 
 def kill_a_rank(launcher: subprocess.Popen[str], metrics: Path) -> None:
     """`kill -9` of rank 1, once the run is past its first checkpoint."""
-    until = time.monotonic() + 240
+    until = time.monotonic() + 600
     while launcher.poll() is None and time.monotonic() < until:
         if metrics.is_file() and len(read_jsonl(metrics)) > SAVED + 2:
             for rank in psutil.Process(launcher.pid).children():
@@ -94,6 +94,7 @@ def kill_a_rank(launcher: subprocess.Popen[str], metrics: Path) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.timeout(900)  # under a minute and a half of one core on an idle machine
 def test_a_mixture_of_experts_goes_through_every_command(tmp_path: Path) -> None:
     folder = tmp_path
     model = make_model(folder / "model", "qwen3_moe", num_hidden_layers=2, **TOKENS)
@@ -107,13 +108,15 @@ def test_a_mixture_of_experts_goes_through_every_command(tmp_path: Path) -> None
 
     launcher = start(*TWO_RANKS, "train", "--config", config)
     kill_a_rank(launcher, trained / "metrics.jsonl")
-    said, errors = launcher.communicate(timeout=240)
+    said, errors = launcher.communicate(timeout=600)
     assert launcher.returncode == 128 + signal.SIGKILL and "continues from the newest checkpoint" in errors, errors
     assert "DP 2, experts: EP 2 x TP 1 |" in said
     shared = read_jsonl(trained / "metrics.jsonl")
-    run(
+    _, planned = run(
         ("train", "--config", config, "parallel.expert_model_parallel_size=1"),
+        ("plan", "--config", config, "--gpus", 2, "--gpu", "h100", "--explain", "ep=2"),
     )
+    assert "parallel.expert_model_parallel_size=2" in planned
     alone = read_jsonl(trained / "metrics.jsonl")
     assert [step["step"] for step in alone] == list(range(1, STEPS + 1)) and SAVED < len(shared) < STEPS
     for one, other in zip(shared, alone, strict=False):

@@ -9,6 +9,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    OlmoeConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -58,6 +59,14 @@ FAMILIES: dict[str, PretrainedConfig] = {
     # Layers 0 and 3 are dense.
     "qwen2_moe": Qwen2MoeConfig(
         **_SHAPE, **_EXPERTS, shared_expert_intermediate_size=16, norm_topk_prob=False, mlp_only_layers=[0, 3]
+    ),
+    "olmoe": OlmoeConfig(
+        **_SHAPE | {"intermediate_size": 24, "num_key_value_heads": 4},
+        num_experts=16,
+        num_experts_per_tok=2,
+        norm_topk_prob=False,
+        pad_token_id=None,  # 1 is a token like any other here
+        eos_token_id=None,
     ),
     "mixtral": MixtralConfig(**_SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
 }

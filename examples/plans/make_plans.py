@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Write plans into examples/plans/launch: text, batch script and configuration, each with its dry run.
 
-    python examples/plans/make_plans.py                          # the two that the repository keeps
+    python examples/plans/make_plans.py                          # the six that the repository keeps
     python examples/plans/make_plans.py llama-3.1-8b-64xh200     # any model, number and type of GPUs listed below
-    python examples/plans/make_plans.py all                      # all 32; takes some minutes on two cores
+    python examples/plans/make_plans.py all                      # all 48; takes some minutes on two cores
 
 Where no layout fits, the text holds the reason, and there is no batch script.
 """
@@ -15,10 +15,17 @@ from pathlib import Path
 
 LAUNCH = Path(__file__).resolve().parent / "launch"
 ROOT = LAUNCH.parents[2]
-MODELS = ("llama-3.1-8b", "llama-3.1-70b", "qwen2.5-7b", "qwen2.5-72b")
+MODELS = ("llama-3.1-8b", "llama-3.1-70b", "qwen2.5-7b", "qwen2.5-72b", "qwen3-30b-a3b", "qwen3-235b-a22b")
 GPUS = (8, 64, 256, 1024)
 TYPES = ("h100", "h200")
-KEPT = ("llama-3.1-8b-8xh100", "llama-3.1-70b-1024xh100")
+KEPT = (
+    "llama-3.1-8b-8xh100",
+    "llama-3.1-70b-1024xh100",
+    "qwen3-30b-a3b-8xh200",
+    "qwen3-30b-a3b-64xh100",
+    "qwen3-235b-a22b-256xh100",
+    "qwen3-235b-a22b-1024xh100",
+)
 TOKENS = "short=3584,long=130560,response=512"  # the long context and its answer have 131,072 tokens together
 
 

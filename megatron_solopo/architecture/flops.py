@@ -35,6 +35,12 @@ def linear_weights(architecture: ModelShape) -> int:
     return attention + sparse + (a.num_layers - experts.num_layers) * 3 * a.hidden_size * a.ffn_hidden_size
 
 
+def routed_weights(architecture: ModelShape) -> int:
+    """Those of `linear_weights` that belong to the experts of the router's choice."""
+    a, experts = architecture, architecture.experts
+    return 0 if experts is None else experts.num_layers * experts.topk * 3 * a.hidden_size * experts.ffn_hidden_size
+
+
 def forward_flops(architecture: ModelShape, tokens: float, squares: float, responses: float) -> Flops:
     """Return the FLOPs of one forward pass. The backward pass takes twice as many.
 

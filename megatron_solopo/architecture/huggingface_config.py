@@ -60,6 +60,8 @@ class ModelShape:
     tied_embeddings: bool
     experts: ExpertShape | None = field(default=None, kw_only=True)
     """None: all layers are dense."""
+    norms_all_heads: bool = field(default=False, kw_only=True)
+    """Whether one norm takes the queries of all heads at once, and one the keys."""
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer, counted from 0, has experts."""
@@ -84,6 +86,7 @@ class ModelShape:
         queries, keys = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
         attention = 2 * self.hidden_size * (queries + keys) + (queries + 2 * keys if self.add_qkv_bias else 0)
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_layernorm else 0)
+        norms += queries + keys if self.norms_all_heads else 0
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         dense_layers, feed_forward = self.num_layers, 0
         if self.experts is not None and experts_per_layer is not None:
@@ -190,6 +193,7 @@ def read_architecture(path: Path, key: str = "model.path") -> Architecture:
         qk_layernorm=config.model_type in ("qwen3", "qwen3_moe"),
         tied_embeddings=config.tie_word_embeddings,
         experts=config.experts,
+        norms_all_heads=config.model_type == "olmoe",
         rotary_fields={name: fields[name] for name in _ROTARY_FIELDS if fields.get(name) is not None},
     )
 
@@ -238,6 +242,7 @@ def _with_defaults(file: Path, fields: dict[str, Any]) -> dict[str, Any]:
 # What a config must say of the experts, by model_type. What it leaves out has a default in transformers.
 _EXPERT_FIELDS = {
     "mixtral": ("num_local_experts", "num_experts_per_tok"),
+    "olmoe": ("num_experts", "num_experts_per_tok", "norm_topk_prob"),
     "qwen2_moe": (
         "num_experts",
         "num_experts_per_tok",
@@ -346,6 +351,7 @@ class _Config(BaseModel):
     use_sliding_window: bool | None = None
     sliding_window: int | None = None
     qkv_bias: bool | None = None
+    clip_qkv: float | None = None
     num_experts: _Count | None = None
     num_local_experts: _Count | None = None
     num_experts_per_tok: _Count | None = None
@@ -427,6 +433,8 @@ class _Config(BaseModel):
                 f"sliding_window={self.sliding_window} is not supported; supported: null "
                 "(long-context alignment needs full attention)"
             )
+        if self.clip_qkv is not None:
+            raise UserError(f"clip_qkv={self.clip_qkv} is not supported; supported: null")
         if self.original_max_position_embeddings is not None and self.rope.rope_type in ("llama3", "yarn"):
             raise UserError("original_max_position_embeddings is supported inside rope_parameters only")
         return self
@@ -438,6 +446,8 @@ class _Config(BaseModel):
             raise UserError(f"num_attention_heads={heads} must divide hidden_size={self.hidden_size}")
         if heads % groups:
             raise UserError(f"num_key_value_heads={groups} must divide num_attention_heads={heads}")
+        if self.model_type == "olmoe" and heads * width != self.hidden_size:
+            raise UserError(f"num_attention_heads={heads} x head_dim={width} must be hidden_size={self.hidden_size}")
         if width < 1 or width % 2:
             raise UserError(f"head_dim={width} is not supported; supported: even numbers")
         if (shape := self.experts) is not None:

@@ -149,6 +149,11 @@ def check_layout(architecture: ModelShape, parallel: ParallelConfig) -> None:
             f"parallel.tensor_model_parallel_size={tp} is neither a divisor nor a multiple of the model's "
             f"{groups} key-value heads"
         )
+    if architecture.norms_all_heads and tp > groups:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size={tp} is more than the model's {groups} key-value heads, which "
+            f"one norm takes together; set it to a divisor of {groups}"
+        )
     if parallel.uses_sequence_parallel and tp == 1:
         raise UserError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1")
     chunks = parallel.virtual_pipeline_model_parallel_size
@@ -170,6 +175,8 @@ def _check_experts(architecture: ModelShape, parallel: ParallelConfig) -> None:
         for key, value, default in (("expert_model", ep, 1), ("expert_tensor", etp, tp)):
             if value != default:
                 problem = f"{key}_parallel_size={value} needs a model with experts; {architecture.model_type} has none"
+        if parallel.moe_token_dispatcher_type != "alltoall":
+            problem = f"moe_token_dispatcher_type=flex needs a model with experts; {architecture.model_type} has none"
     elif experts.num_experts % ep:
         problem = f"expert_model_parallel_size={ep} does not divide the model's {experts.num_experts} experts"
     elif experts.ffn_hidden_size % etp:
@@ -182,6 +189,8 @@ def _check_experts(architecture: ModelShape, parallel: ParallelConfig) -> None:
             f"expert_tensor_parallel_size={etp} needs expert_model_parallel_size > 1 or the value of "
             f"tensor_model_parallel_size={tp}, because the gradients of experts would not be summed over other ranks"
         )
+    elif ep == 1 and parallel.moe_token_dispatcher_type == "flex":
+        problem = "moe_token_dispatcher_type=flex needs expert_model_parallel_size > 1; set it to alltoall"
     if problem:
         raise UserError(f"parallel.{problem}")
 

@@ -18,7 +18,7 @@ from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory,
 from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, place, rules, to_megatron
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
 from megatron_solopo.checkpoint.sharded_state import (
-    KERNEL_STATE,
+    is_kernel_state,
     keyed,
     load_kernel_state,
     load_optimizer,
@@ -59,7 +59,7 @@ def _load_model(path: Path, chunks: Sequence[DistributedDataParallel]) -> None:
         on_every_rank(partial(_check_finite, path, named))
         load_kernel_state(chunk.module, state[key])
         missing, unexpected = chunk.module.load_state_dict(state[key], strict=False)
-        assert not unexpected and all(name.endswith(KERNEL_STATE) for name in missing), (missing, unexpected)
+        assert not unexpected and all(is_kernel_state(name) for name in missing), (missing, unexpected)
 
 
 def check_weights(path: Path, architecture: Architecture) -> MegatronDirectory | SafetensorsDirectory:

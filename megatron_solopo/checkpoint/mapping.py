@@ -18,9 +18,9 @@ Hugging Face tensor) therefore asks for a range of rows.
 To add a model family:
 
 1. Name it in `architecture.huggingface_config`, and state there how its config differs.
-2. If it has other tensors, add a tuple of rules below, and select it in `rules`. Families differ in four places
-   today: Qwen2 adds biases, Qwen3 adds norms of queries and keys, untied embeddings add an output layer, and Mixtral
-   has its own names of experts (`expert_names`).
+2. If it has other tensors, add a tuple of rules below, and select it in `rules`. Families differ in five places
+   today: Qwen2 adds biases, Qwen3 adds norms of queries and keys, OLMoE norms those of all heads at once, untied
+   embeddings add an output layer, and Mixtral has its own names of experts (`expert_names`).
 3. If a tensor has a new size, name the size in `_sizes`. If tensors are fused in a new way, add a `Fusion`.
 4. Add a tiny model to the tests: every family is converted there and back, and compared with transformers.
 """
@@ -180,6 +180,10 @@ _QK_NORM = (
     Rule(_MEGATRON + "self_attention.q_layernorm.weight", (_HF + "self_attn.q_norm.weight",), ("head",)),
     Rule(_MEGATRON + "self_attention.k_layernorm.weight", (_HF + "self_attn.k_norm.weight",), ("head",)),
 )
+_ALL_HEADS_NORM = (
+    Rule(_MEGATRON + "self_attention.query_norm.weight", (_HF + "self_attn.q_norm.weight",), ("queries",), shard_dim=0),
+    Rule(_MEGATRON + "self_attention.key_norm.weight", (_HF + "self_attn.k_norm.weight",), ("keys",), shard_dim=0),
+)
 # fmt: on
 
 
@@ -188,6 +192,7 @@ def rules(architecture: ModelShape) -> dict[str, Rule]:
     """Every parameter of the model by its Megatron name. Layers and experts are counted over the whole model."""
     every_layer = _LAYER + (_QKV_BIAS if architecture.add_qkv_bias else ())
     every_layer += _QK_NORM if architecture.qk_layernorm else ()
+    every_layer += _ALL_HEADS_NORM if architecture.norms_all_heads else ()
     table = [*_OUTER, *(() if architecture.tied_embeddings else _OUTPUT_LAYER)]
     for layer in range(architecture.num_layers):
         table += (rule.at(layer) for rule in every_layer)

@@ -22,6 +22,8 @@ must be readable without running code.
 """
 
 import math
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +53,8 @@ from megatron_solopo.parallel.megatron_internals import (
 )
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-KERNEL_STATE = "_extra_state"
+# A layer that computes its experts in one kernel has a state for each: `_extra_state`, `_extra_state1`, and so on.
+_KERNEL_STATE = re.compile(r"(.+)\._extra_state(\d*)")
 OPTIMIZER, _EXPERT_OPTIMIZER = "optimizer", "expert_optimizer"
 # What an optimizer's group keeps of its own, whatever was stored.
 _OWN_KEYS = ("params", "is_expert_parallel")
@@ -92,10 +95,19 @@ def load_kernel_state(module: Any, state: dict[str, Any]) -> None:
     Args:
         state: of the chunk, loaded. A pickle, as older versions stored it, stays there for Transformer Engine.
     """
-    for name in [name for name, value in state.items() if name.endswith(KERNEL_STATE) and isinstance(value, dict)]:
-        scales = state.pop(name)
-        if scales:  # a layer that had not computed has none
-            load_delayed_scales(_owner(module, name), module.config, scales)
+    by_layer: dict[str, dict[int, dict[str, Tensor]]] = defaultdict(dict)
+    for name in [name for name, value in state.items() if is_kernel_state(name) and isinstance(value, dict)]:
+        layer, number = _owner(name)
+        by_layer[layer][number] = state.pop(name)
+    for layer, scales in by_layer.items():
+        if all(scales.values()):  # a layer that had not computed has none
+            ordered = [scales[number] for number in sorted(scales)]
+            load_delayed_scales(module.get_submodule(layer), module.config, ordered)
+
+
+def is_kernel_state(name: str) -> bool:
+    """Whether a name in a model's state is that of its kernels' own state, and not of a parameter."""
+    return _KERNEL_STATE.fullmatch(name) is not None
 
 
 def share_replicas(model: dict[str, Any]) -> None:
@@ -292,17 +304,20 @@ def _chunk_state(module: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     kept = _without_kernel_state(state)
     if module.config.fp8 and module.config.fp8_recipe == "delayed":
         for name in state.keys() - kept.keys():
-            kept[name] = replace(state[name], data=delayed_scales(_owner(module, name)))
+            layer, number = _owner(name)
+            kept[name] = replace(state[name], data=delayed_scales(module.get_submodule(layer), number))
     return kept
 
 
-def _owner(module: Any, name: str) -> Any:
-    """The layer whose kernels' state has this name."""
-    return module.get_submodule(name.removesuffix(KERNEL_STATE).removesuffix("."))
+def _owner(name: str) -> tuple[str, int]:
+    """The layer whose kernels' state has this name, and the number of its product among those of the layer."""
+    found = _KERNEL_STATE.fullmatch(name)
+    assert found is not None, name
+    return found[1], int(found[2] or 0)
 
 
 def _without_kernel_state(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if not key.endswith(KERNEL_STATE)}
+    return {key: value for key, value in state.items() if not is_kernel_state(key)}
 
 
 def _by_parameter(model: dict[str, Any]) -> dict[str, Any]:

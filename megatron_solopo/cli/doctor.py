@@ -112,7 +112,7 @@ def _render(check: Check, name_width: int, columns: int) -> list[str]:
 
 def diagnose() -> Diagnosis:
     """Check this machine. A library that is absent, or does not import, never raises."""
-    accelerated = [*_transformer_engine(), _flash_attention(), _apex()]
+    accelerated = [*_transformer_engine(), _flash_attention(), _apex(), _deep_ep()]
     return Diagnosis([_python(), *_requirements(), *_devices(), *accelerated, _wandb(), *_machine()])
 
 
@@ -248,6 +248,13 @@ def _flash_attention() -> Check:
     cost = "Transformer Engine takes cuDNN's attention kernels; no loss on CPUs"
     remedy = "on a GPU machine: pip install --no-build-isolation flash-attn"
     return _optional("flash-attn", "flash_attn", cost, remedy)[1]
+
+
+def _deep_ep() -> Check:
+    cost = "parallel.moe_token_dispatcher_type=flex is refused; experts get their tokens by all-to-all"
+    return _optional(
+        "deep_ep", "deep_ep", cost, "on a GPU machine: build it from https://github.com/deepseek-ai/DeepEP"
+    )[1]
 
 
 def _wandb() -> Check:

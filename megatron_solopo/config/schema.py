@@ -64,7 +64,7 @@ class ModelConfig(Section):
     fp8_recipe: FP8Recipe = "blockwise"
     """How FP8 values are scaled. blockwise: per 128 values of one token, so that a sequence does not depend on the
     other sequences of its pack. tensorwise and delayed: per tensor, over the whole pack. mxfp8: per 32 values
-    (Blackwell GPUs)."""
+    (Blackwell GPUs). delayed takes the scales of earlier packs; scoring without gradients then runs in bfloat16."""
     fp8_param: bool = False
     """Keep the weights of the layers in FP8. This halves their memory and the data-parallel gather. Checkpoints and
     exports then hold the FP8 values; the optimizer's state holds the exact master weights."""
@@ -77,8 +77,16 @@ class ModelConfig(Section):
 
     @property
     def has_delayed_scales(self) -> bool:
-        """Whether earlier forward passes decide how FP8 values are scaled, so that every pass leaves a trace."""
+        """Whether earlier passes with gradients decide how FP8 values are scaled, so that each leaves a trace."""
         return self.fp8 is not None and self.fp8_recipe == "delayed"
+
+    @property
+    def without_gradients(self) -> "ModelConfig":
+        """The precision of a model that is scored and not trained.
+
+        Such passes would never update delayed scales, so they take bfloat16.
+        """
+        return self.model_copy(update={"fp8": None, "fp8_param": False}) if self.has_delayed_scales else self
 
 
 class DataConfig(Section):
@@ -138,6 +146,9 @@ class ParallelConfig(Section):
     the experts."""
     expert_tensor_parallel_size: PositiveInt | None = None
     """Ranks that share each expert. null: as many as TP."""
+    moe_token_dispatcher_type: Literal["alltoall", "flex"] = "alltoall"
+    """How tokens reach the ranks of their experts. alltoall: by the collective of that name. flex: by DeepEP, which
+    needs GPUs and its package `deep_ep`."""
     sequence_parallel: bool | None = Field(default=None, examples=[True])
     """Divide activations outside attention among the tensor-parallel ranks. null: on if TP is above 1."""
     cp_comm_type: Literal["p2p", "a2a", "a2a+p2p"] = "p2p"
@@ -239,6 +250,10 @@ class MoEConfig(Section):
     z_loss_coefficient: NonNegativeFloat = 0.0
     """Weight of the squared log-sum-exp of router logits (ST-MoE), mean over the tokens of a sequence, then over
     sequences. It needs `router_trainable`."""
+    replay: Literal["short"] | None = None
+    """short: a response token behind the long context goes to the experts that compute it behind the short one. So the
+    gap of the rewards holds no noise of routes. It counts in training, in its evaluation and for the reference. null:
+    routers choose behind both."""
 
     @model_validator(mode="after")
     def _check_losses(self) -> Self:

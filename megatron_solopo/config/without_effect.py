@@ -56,7 +56,7 @@ def _objective_causes(objective: ObjectiveConfig) -> Iterator[_Cause]:
     name, loss_type = objective.name, objective.loss_type
     if name != "solopo":
         keys = ("alpha", "align", "distance", "huber_delta", "detach_short")
-        yield f"objective.name={name} aligns no rewards", tuple(f"objective.{key}" for key in keys)
+        yield f"objective.name={name} aligns no rewards", (*(f"objective.{key}" for key in keys), "moe.replay")
     if objective.distance != "huber":
         yield f"objective.distance={objective.distance}", ("objective.huber_delta",)
     if loss_type != "simpo":

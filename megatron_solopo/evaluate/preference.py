@@ -16,7 +16,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_solopo.config import Config, ObjectiveConfig, OptimizerConfig, Role
+from megatron_solopo.config import Config, MoEConfig, ObjectiveConfig, OptimizerConfig, Role
 from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
@@ -111,6 +111,7 @@ def _evaluation_config(subject: Subject, config: Config, split: Split) -> Config
             "reference": config.reference.model_copy(update=reference),
             "training": config.training.model_copy(update={"eval_steps": None}),
             "optimizer": OptimizerConfig(),  # nothing is optimized
+            "moe": MoEConfig(),  # the model as it is, which replays no routes
         }
     )
 

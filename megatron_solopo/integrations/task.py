@@ -20,6 +20,7 @@ from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.head import attach_response_head
+from megatron_solopo.model.head_norms import AllHeadsNormAttention
 from megatron_solopo.model.layers import layers_with_experts
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.model.resolve import ResolvedModel, uses_transformer_engine
@@ -128,6 +129,8 @@ def _check_architecture(model: GPTModel, architecture: Architecture) -> None:
         "share_embeddings_and_output_weights": (model.share_embeddings_and_output_weights, a.tied_embeddings),
         "vocab_size": (min(model.vocab_size, a.vocab_size), a.vocab_size),
     }
+    norms_all_heads = any(isinstance(each, AllHeadsNormAttention) for each in model.modules())
+    settings["norms_all_heads"] = (norms_all_heads, a.norms_all_heads)
     experts = a.experts
     if experts is None or not experts.in_all_layers:
         settings["ffn_hidden_size"] = (config.ffn_hidden_size, a.ffn_hidden_size)
@@ -185,9 +188,12 @@ class PreferenceTask:
             say(note)
         self.metric_names = metric_names(config.objective)
         """Names of the metrics in a report, in its order. `megatron_solopo.objective` explains them."""
-        self._router_watch = RouterWatch(config.moe, counts_routes=counts_routes)
+        self._router_watch = RouterWatch((), config.moe, counts_routes=counts_routes)
         balances = config.moe.aux_loss_coefficient or config.moe.z_loss_coefficient
-        self._watches_routers = self.architecture.experts is not None and bool(counts_routes or balances)
+        has_experts = self.architecture.experts is not None
+        self._watched = {"train": has_experts and bool(counts_routes or balances or config.moe.replay)}
+        """Whether routers are watched, by split."""
+        self._watched["eval"] = has_experts and bool(config.moe.replay)
         references = cached_reference(config, self.model, self.datasets) if config.objective.needs_reference else {}
         self._losses: dict[str, Callable[[Microbatch], LossFunction]] = {
             name: objective_loss(config.objective, references.get(name), self.topology)
@@ -204,6 +210,8 @@ class PreferenceTask:
         TransformerConfig does not work with packs or with the mean over triplets.
         """
         prepare_model(model, self.architecture, self.config.logprob.chunk_tokens)
+        if self.config.moe.replay:
+            _refuse({"moe_router_fusion": (model.config.moe_router_fusion, False)}, "moe.replay=short replays nothing")
         freeze_routers([model], self.config.moe)
         self._router_watch.attach(model)
         return model
@@ -241,7 +249,7 @@ class PreferenceTask:
 
     def forward(self, pack: Pack, model: torch.nn.Module, split: str) -> tuple[Tensor, LossFunction]:
         """Run one pack of a split; see `forward_step`."""
-        with_places = self._watches_routers and split == "train"
+        with_places = self._watched[split]
         return forward_microbatch(model, shard_pack(pack, self.topology, with_places=with_places), self._losses[split])
 
     def mean_metrics(self, reports: Sequence[Tensor], num_triplets: int) -> dict[str, float]:

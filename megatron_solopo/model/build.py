@@ -13,6 +13,7 @@ from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.layers import layer_spec
 from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.megatron_internals import (
+    dispatcher_settings,
     has_fused_weight_gradients,
     pipeline_settings,
     set_rotary_frequencies,
@@ -100,6 +101,7 @@ def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
         "hierarchical_context_parallel_sizes": parallel.hierarchical_context_parallel_sizes,
         "deallocate_pipeline_outputs": True,
         **pipeline_settings(interleaved=parallel.virtual_pipeline_model_parallel_size is not None),
+        **dispatcher_settings(parallel.moe_token_dispatcher_type),
     }
 
 
@@ -152,7 +154,12 @@ def build_chunk(
     stage = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     chunk = ResponseModel(
         config,
-        layer_spec(config, transformer_engine=model.uses_transformer_engine, vp_stage=vp_stage),
+        layer_spec(
+            config,
+            transformer_engine=model.uses_transformer_engine,
+            vp_stage=vp_stage,
+            norms_all_heads=model.architecture.norms_all_heads,
+        ),
         vocab_size=padded_vocab_size(architecture.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=architecture.max_sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_solopo.model.head_norms import AllHeadsNormAttention
 from megatron_solopo.parallel.context import gathered_order
 from megatron_solopo.parallel.megatron_internals import allow_router_without_transformer_engine
 
@@ -141,12 +142,23 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def layer_spec(config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None) -> ModuleSpec | Any:
+def layer_spec(
+    config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None, norms_all_heads: bool = False
+) -> ModuleSpec | Any:
     """Return the decoder's spec, as GPTModel takes it.
 
     Args:
         vp_stage: number of the virtual pipeline stage, or None where a rank has one chunk.
+        norms_all_heads: whether one norm takes the queries of all heads, and one the keys.
     """
+    spec = _layer_spec(config, transformer_engine, vp_stage)
+    if norms_all_heads:
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.module = AllHeadsNormAttention
+    return spec
+
+
+def _layer_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> ModuleSpec | Any:
     if transformer_engine:
         if config.num_moe_experts is not None:
             return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)

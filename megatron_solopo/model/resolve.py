@@ -15,6 +15,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.megatron_internals import (
     FP8_PARAMETERS_SINCE,
+    has_deep_ep,
     has_transformer_engine,
     installed_version,
 )
@@ -64,6 +65,7 @@ def resolve_model(
     check_layout(architecture, parallel)
     model = ResolvedModel(settings, parallel, architecture, uses_transformer_engine(settings))
     _check_context_exchange(model)
+    _check_dispatcher(parallel)
     return model
 
 
@@ -76,6 +78,21 @@ def _check_context_exchange(model: ResolvedModel) -> None:
         raise UserError(
             f"parallel.cp_comm_type=a2a+p2p needs transformer-engine {_HIERARCHICAL_PACKING_SINCE} or newer for packed "
             f"sequences; {installed} is installed. Set parallel.cp_comm_type=p2p"
+        )
+
+
+def _check_dispatcher(parallel: ParallelConfig) -> None:
+    if parallel.moe_token_dispatcher_type != "flex":
+        return
+    reason = ""
+    if is_cpu():
+        reason = "a CUDA device"
+    elif not has_deep_ep():
+        reason = "DeepEP, whose package deep_ep is not installed or cannot be imported"
+    if reason:
+        raise UserError(
+            f"parallel.moe_token_dispatcher_type=flex needs {reason}; set it to alltoall, or see "
+            "`megatron-solopo doctor`"
         )
 
 

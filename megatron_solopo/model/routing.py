@@ -1,4 +1,4 @@
-"""What the routers of a mixture of experts do with the tokens of a step: counted, and balanced if asked for.
+"""What the routers of a mixture of experts do with the tokens of a step: counted; balanced or replayed if asked for.
 
 A router sees positions and no sequences. So a pack of a model with experts carries the places of its positions, and
 each layer hands them to its router, also where the backward pass computes the layer again.
@@ -10,7 +10,7 @@ Shapes: t positions on this rank, which context and sequence parallelism divide;
 whole pack; E experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_solopo.config import MoEConfig
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.model.layers import layers_and_routers
+from megatron_solopo.parallel.megatron_internals import allow_replay, replayed
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,19 @@ class RouterWatch:
         counts_routes: whether the caller asks for `metrics`, which cost an exchange per layer and pack.
     """
 
-    def __init__(self, config: MoEConfig, *, counts_routes: bool = True) -> None:
+    def __init__(self, chunks: Iterable[torch.nn.Module], config: MoEConfig, *, counts_routes: bool = True) -> None:
         self._config = config
         self._counts_routes = counts_routes
         self._sums: dict[int, _LayerSums] = {}
         self._of_layer: dict[int, TokenPlaces | None] = {}
+        for chunk in chunks:
+            self.attach(chunk)
 
     def attach(self, chunk: torch.nn.Module) -> None:
         """Attach to the routers of a model chunk, for its life."""
         for layer, router in layers_and_routers(chunk):
+            if self._config.replay:
+                allow_replay(router)
             layer.register_forward_pre_hook(partial(self._enter, router.layer_number), with_kwargs=True)
             router.routing = partial(self._route, router, router.routing)
 
@@ -118,10 +123,18 @@ class RouterWatch:
         self, router: TopKRouter, routing: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, **more: Any
     ) -> tuple[Tensor, Tensor]:
         """Megatron's routing of logits [t, 1, E]; returns probabilities and choices [t, E]."""
-        probabilities, chosen = routing(logits, **more)
         places = self._of_layer.get(router.layer_number)
         if places is None:
-            return probabilities, chosen
+            return routing(logits, **more)
+        if self._config.replay and places.pairs_2P.shape[1]:
+            with torch.no_grad():
+                _, wanted = routing(logits, **more)
+                experts_tK = _as_behind_short(wanted, places).to(torch.float32).topk(router.topk).indices
+            with replayed(router, experts_tK):
+                probabilities, chosen = routing(logits, **more)
+        else:
+            probabilities, chosen = routing(logits, **more)
+            wanted = chosen
         logits_tE = logits.flatten(0, -2).float()
         if self._counts_routes and router.layer_number not in places.counted:
             places.counted.add(router.layer_number)
@@ -130,11 +143,15 @@ class RouterWatch:
                 sums.add(logits_tE, chosen, places)
         balanced = self._config.aux_loss_coefficient or self._config.z_loss_coefficient
         if balanced and torch.is_grad_enabled():
-            probabilities = _WithLoss.apply(probabilities, self._loss(logits_tE, chosen, places))  # type: ignore[no-untyped-call]
+            probabilities = _WithLoss.apply(probabilities, self._loss(logits_tE, wanted, places))  # type: ignore[no-untyped-call]
         return probabilities, chosen
 
     def _loss(self, logits_tE: Tensor, chosen_tE: Tensor, places: TokenPlaces) -> Tensor:
-        """This rank's share of the losses of all sequences of the pack, one layer's."""
+        """This rank's share of the losses of all sequences of the pack, one layer's.
+
+        Args:
+            chosen_tE: the routers' own choices, also where others are replayed.
+        """
         real_t, sequences_t = places.real_t, places.sequences_t
         lengths_t = places.lengths_S[sequences_t].float()
         weights_t = real_t / lengths_t  # a choice of rows would make the host wait for their number
@@ -191,13 +208,30 @@ class _LayerSums:
         self.tokens_E.add_((chosen_tE & places.real_t[:, None]).sum(dim=0))
         logs_tE = logits_tE.log_softmax(dim=1)
         self.others_3[0] -= ((logs_tE.exp() * logs_tE).sum(dim=1) * places.real_t).sum()
-        # Both responses of a pair may lie on other ranks. One byte per response token and expert is exchanged.
-        chosen_NE = torch.zeros(places.num_responses, chosen_tE.shape[1], dtype=torch.uint8, device=logits_tE.device)
-        chosen_NE[places.response_tokens] = chosen_tE[places.response_positions].to(torch.uint8)
-        _sum_over_shards(chosen_NE)
+        chosen_NE = _of_responses(chosen_tE, places)
         short, long = places.pairs_2P
         self.others_3[1] += (chosen_NE[short] & chosen_NE[long]).sum()
         self.others_3[2] += len(short)
+
+
+def _of_responses(chosen_tE: Tensor, places: TokenPlaces) -> Tensor:
+    """uint8 [N, E], the experts of all response tokens of the pack, on every rank.
+
+    Both responses of a pair may lie on other ranks. One byte per response token and expert is exchanged.
+    """
+    chosen_NE = torch.zeros(places.num_responses, chosen_tE.shape[1], dtype=torch.uint8, device=chosen_tE.device)
+    chosen_NE[places.response_tokens] = chosen_tE[places.response_positions].to(torch.uint8)
+    _sum_over_shards(chosen_NE)
+    return chosen_NE
+
+
+def _as_behind_short(chosen_tE: Tensor, places: TokenPlaces) -> Tensor:
+    """The same choices, but those of the same token behind the short context where there are two."""
+    short, long = places.pairs_2P
+    source_N = torch.arange(places.num_responses, device=chosen_tE.device).index_copy(0, long, short)
+    replayed_tE = chosen_tE.clone()
+    replayed_tE[places.response_positions] = _of_responses(chosen_tE, places)[source_N[places.response_tokens]].bool()
+    return replayed_tE
 
 
 def _sum_over_shards(values: Tensor) -> None:

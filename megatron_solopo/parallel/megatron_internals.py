@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import megatron.core
@@ -40,7 +40,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import fused_a2a, moe_utils
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from packaging.version import Version
 from torch import Tensor
 from torch.distributed.checkpoint import default_planner
@@ -98,6 +100,23 @@ def set_rotary_frequencies(model: GPTModel, inv_freq: Tensor) -> None:
     Upstream: `megatron/core/models/common/embeddings/rotary_pos_embedding.py`.
     """
     model.rotary_pos_emb.inv_freq = inv_freq
+
+
+def dispatcher_settings(kind: Literal["alltoall", "flex"]) -> dict[str, Any]:
+    """Return the fields of a TransformerConfig that say how tokens reach the ranks of their experts.
+
+    Versions: 0.16 and 0.19. `moe_enable_deepep` is deprecated in both. 0.19 has more backends of `flex`.
+    Upstream: `megatron/core/transformer/transformer_config.py`.
+    """
+    return {"moe_token_dispatcher_type": kind} | ({"moe_flex_dispatcher_backend": "deepep"} if kind == "flex" else {})
+
+
+def has_deep_ep() -> bool:
+    """Whether Megatron could import DeepEP.
+
+    Versions: 0.16 and 0.19. Upstream: `HAVE_DEEP_EP` of `megatron/core/transformer/moe/fused_a2a.py`.
+    """
+    return bool(fused_a2a.HAVE_DEEP_EP)
 
 
 def pipeline_settings(*, interleaved: bool) -> dict[str, Any]:
@@ -180,6 +199,33 @@ def allow_router_without_transformer_engine() -> None:
         moe_utils.te_general_gemm = None
 
 
+def allow_replay(router: TopKRouter) -> None:
+    """Let `replayed` choose a router's experts.
+
+    Versions: 0.16 and 0.19. Megatron does it for a whole model while it is built, and keeps a list of all of them.
+    Upstream: `megatron/core/transformer/moe/router_replay.py`.
+    """
+    router.router_replay = RouterReplay()
+    RouterReplay.global_router_replay_instances.pop()  # nobody commands all routers at once
+    router.config.moe_enable_routing_replay = True
+
+
+@contextmanager
+def replayed(router: TopKRouter, experts_tK: Tensor) -> Iterator[None]:
+    """Within the block, a router sends its tokens to these experts, int64. Their weights come from its own logits.
+
+    Versions: 0.16 and 0.19. Megatron's own setter keeps the experts for a pass that computes them again.
+    Upstream: `megatron/core/transformer/moe/router_replay.py`.
+    """
+    router.router_replay.target_topk_idx = experts_tK
+    router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    try:
+        yield
+    finally:
+        router.router_replay.clear_router_replay_action()
+        router.router_replay.clear_indices()
+
+
 def advance_cache(context: StaticInferenceContext, num_tokens: int) -> None:
     """Tell the key-value cache that `num_tokens` more positions of every sequence are in it.
 
@@ -244,10 +290,23 @@ def assign(parameter: torch.nn.Parameter, value: Tensor) -> None:
     is_fp8 = hasattr(parameter, "get_high_precision_init_val")
     if is_fp8:  # the kernels that quantize a value want it on the device
         value = value.detach().to(parameter.device, torch.bfloat16)
+        _fit_scale(parameter, value)
     with torch.no_grad():
         parameter.copy_(value)
     if is_fp8:
         parameter._high_precision_init_val = value.to("cpu", copy=True)  # type: ignore[attr-defined]
+
+
+def _fit_scale(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Let an FP8 parameter of the delayed recipe hold a value with the scale that fits it.
+
+    Versions: 0.19. Its scale is 1 until the first update, and weights are small: FP8 would keep two bits of them.
+    Upstream: `Float8Quantizer` in Transformer Engine's `pytorch/tensor/float8_tensor.py`.
+    """
+    scale = getattr(parameter._quantizer, "scale", None)  # type: ignore[attr-defined]
+    largest = value.abs().amax().float()
+    if scale is not None and 0 < largest < torch.inf:
+        scale.fill_(torch.finfo(torch.float8_e4m3fn).max / largest)
 
 
 def broadcast_parameter(parameter: torch.nn.Parameter, owner: int, group: dist.ProcessGroup) -> None:
@@ -275,33 +334,73 @@ def release_exact_values(model: torch.nn.Module) -> None:
             parameter.clear_high_precision_init_val()
 
 
+@contextmanager
+def without_delayed_fp8(config: TransformerConfig) -> Iterator[None]:
+    """Let forward passes of a model compute in bfloat16 where the config asks for FP8's delayed recipe.
+
+    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20. Transformer Engine updates delayed scales only in
+    passes with gradients. Without them a new model has scales of 1, and larger values than FP8's largest become that.
+    The layers keep their scales meanwhile.
+    Upstream: `get_fp8_context` in `megatron/core/fp8_utils.py`, and `autocast_exit` and `set_meta_tensor` in
+    Transformer Engine's `pytorch/quantization.py` and `pytorch/module/base.py`.
+    """
+    fp8 = config.fp8
+    if config.fp8_recipe == "delayed":
+        config.fp8 = None
+    try:
+        yield
+    finally:
+        config.fp8 = fp8
+
+
 _SCALES = [(side, name) for side in ("scaling_fwd", "scaling_bwd") for name in ("scale", "amax_history")]
 
 
-def delayed_scales(layer: torch.nn.Module) -> dict[str, Tensor]:
-    """Copy a Transformer Engine layer's scales of FP8's delayed recipe, and the largest values that they come from.
+def delayed_scales(layer: torch.nn.Module, number: int) -> dict[str, Tensor]:
+    """Copy what FP8's delayed recipe keeps of one product of a Transformer Engine layer: scales and largest values.
 
-    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20. Empty before the layer has computed in FP8.
+    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20. Empty before the layer has computed in FP8. Scales
+    of all inputs come first, then those of all weights, then of all outputs.
     Upstream: `get_extra_state` in Transformer Engine's `pytorch/module/base.py`, which makes a pickle of them.
+
+    Args:
+        number: of the expert among those that the layer computes; 0 in a layer with one product.
     """
     states: dict[str, Any] = getattr(layer, "fp8_meta", {})
+    products = getattr(layer, "num_gemms", 1)
     found = {f"{side}.{name}": getattr(states.get(side), name, None) for side, name in _SCALES}
-    return {name: value.detach().to("cpu", copy=True) for name, value in found.items() if value is not None}
+    return {
+        name: value.detach().unflatten(-1, (-1, products))[..., number].to("cpu", copy=True)
+        for name, value in found.items()
+        if value is not None
+    }
 
 
-def load_delayed_scales(layer: Any, config: TransformerConfig, scales: dict[str, Tensor]) -> None:
-    """Give a Transformer Engine layer what `delayed_scales` copied.
+def forget_largest_values(model: torch.nn.Module) -> None:
+    """Let the next scales of FP8's delayed recipe come from the passes that follow alone.
+
+    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20.
+    """
+    for layer in model.modules():
+        for side in ("scaling_fwd", "scaling_bwd"):
+            history = getattr(getattr(layer, "fp8_meta", {}).get(side), "amax_history", None)
+            if history is not None:
+                history.zero_()
+
+
+def load_delayed_scales(layer: Any, config: TransformerConfig, scales: Sequence[dict[str, Tensor]]) -> None:
+    """Give a Transformer Engine layer what `delayed_scales` copied of each of its products.
 
     Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20.
     Upstream: `set_extra_state` in Transformer Engine's `pytorch/module/base.py`.
     """
     recipe = get_fp8_recipe(config)
-    # A layer counts its products when it first computes; each has three FP8 tensors in the forward pass.
-    layer.fp8_meta |= {"recipe": recipe, "num_gemms": len(scales["scaling_fwd.scale"]) // 3}
+    # A layer counts its products when it first computes.
+    layer.fp8_meta |= {"recipe": recipe, "num_gemms": len(scales)}
     layer.init_fp8_meta_tensors(recipe)
-    for name, value in scales.items():
+    for name in scales[0]:
         side, _, attribute = name.partition(".")
-        getattr(layer.fp8_meta[side], attribute).copy_(value)
+        getattr(layer.fp8_meta[side], attribute).copy_(torch.stack([each[name] for each in scales], -1).flatten(-2))
 
 
 # --- the optimizer and its state ---

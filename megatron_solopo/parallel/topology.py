@@ -129,9 +129,7 @@ def prepare_device(config: ParallelConfig) -> torch.device:
     _prepare_cuda(config)
     index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if index >= count:
-        raise UserError(
-            f"LOCAL_RANK={index}: this host has {count} CUDA devices; start at most {count} ranks per node"
-        )
+        raise UserError(f"LOCAL_RANK={index}: this host has {count} CUDA devices; start at most {count} ranks per node")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device

@@ -32,12 +32,15 @@ class PlanSettings(CommandSettings):
     """What the plan chooses besides the sizes: recompute, offload, cp_comm, fp8. The config decides the others."""
     calibration: Path | None = None
     """JSON of tools.benchmarks.benchmark: use its measured efficiencies, not the assumed ones."""
+    expert_imbalance: Annotated[float, Field(ge=1)] | None = None
+    """Tokens of a layer's fullest expert over the mean of its experts. A run logs it as moe/load_max_over_mean. Without
+    the option, a model with experts has 1.5, which is an assumption."""
     price: PositiveFloat | None = None
     """Price of one GPU-hour."""
     top: Annotated[int, Field(ge=1, le=20)] = 5
     """Number of layouts to list."""
     explain: str | None = None
-    """Show this layout in full, not the best one: tp=8,pp=4,cp=4,vpp=2."""
+    """Show this layout in full, not the best one: tp=8,pp=4,cp=4,vpp=2; with experts also ep=8,etp=1."""
     why_not: bool = False
     """List every refused layout with its first reason."""
     dry_run: bool = False

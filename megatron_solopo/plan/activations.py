@@ -78,6 +78,8 @@ def layer_bytes(architecture: ModelShape, config: Config, *, local: bool, has_ex
     # With more ranks than key-value heads, Megatron gathers queries, keys and values of all ranks and takes its part.
     whole_heads = a.num_attention_heads + 2 * a.num_query_groups
     mixed = queries + 2 * keys if tp <= a.num_query_groups else whole_heads * a.head_dim
+    # One norm over all heads keeps its input in fp32, unless it is, and its normalised form.
+    all_heads_norm = (e + (0 if e == _FP32 else _FP32)) * (queries + keys) if a.norms_all_heads else 0
     if local:
         cp = config.parallel.context_parallel_size
         # The tensor of mixed queries, keys and values lives as long as its last view, the values of core attention.
@@ -85,7 +87,7 @@ def layer_bytes(architecture: ModelShape, config: Config, *, local: bool, has_ex
         # Under context parallelism, core attention gathers keys and values, and keeps those instead.
         gathered = 2 * keys * cp - before if cp > 1 else 0.0
         norm = (2 * _FP32 + e) * hidden + _FP32 * share  # the input and its normalised form in fp32, the output
-        head_norms = (2 * _FP32 * (queries + keys) + 2 * _FP32 * heads) if a.qk_layernorm else 0
+        head_norms = (2 * _FP32 * (queries + keys) + 2 * _FP32 * heads) if a.qk_layernorm else all_heads_norm
         return LayerBytes(
             boundary=e * hidden,
             norms=2 * norm,
@@ -95,7 +97,7 @@ def layer_bytes(architecture: ModelShape, config: Config, *, local: bool, has_ex
         )
     fp8 = config.model.fp8 is not None
     product_input = 1 if fp8 else e  # Transformer Engine keeps the inputs of its products in FP8
-    head_norms = e * (queries + keys) if a.qk_layernorm else 0
+    head_norms = e * (queries + keys) if a.qk_layernorm else all_heads_norm
     return LayerBytes(
         boundary=e * hidden,
         norms=2 * (e + product_input) * hidden + 2 * _FP32 * share,
@@ -205,12 +207,10 @@ def sequence_shards(config: Config) -> int:
 
 def chunk_layers(architecture: ModelShape, config: Config, chunk: ModelChunk, *, local: bool) -> list[LayerBytes]:
     """Bytes per token of each layer of a chunk."""
-    kinds = {
-        has_experts: layer_bytes(architecture, config, local=local, has_experts=has_experts)
-        for has_experts in {architecture.has_experts(layer) for layer in range(architecture.num_layers)}
-    }
-    layers = range(chunk.first_layer, chunk.first_layer + chunk.num_layers)
-    return [kinds[architecture.has_experts(layer)] for layer in layers]
+    experts, end = architecture.experts, chunk.first_layer + chunk.num_layers
+    layers = (False,) * chunk.num_layers if experts is None else experts.layers[chunk.first_layer : end]
+    kinds = {kind: layer_bytes(architecture, config, local=local, has_experts=kind) for kind in set(layers)}
+    return [kinds[kind] for kind in layers]
 
 
 def _kept_by_full_recomputation(config: Config, layers: Sequence[LayerBytes]) -> float:

@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,8 @@ from megatron_solopo.plan.timing import PassTime
 from megatron_solopo.plan.workload import read_workload
 
 _HOUR = 3600.0
+_ASSUMED_IMBALANCE = 1.5
+"""Of the experts, until a run has measured it."""
 _OTHER_OBJECTIVE = {"solopo": "long_po", "long_po": "solopo"}
 # Overrides always state these keys. They state others only if the plan has changed them.
 _ALWAYS_STATED = (
@@ -38,6 +40,7 @@ _ALWAYS_STATED = (
     "model.fp8",
     "optimizer.optimizer_offload_fraction",
 )
+_STATED_WITH_EXPERTS = ("parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +108,8 @@ class PlannedRun:
         Those of the command line are among them.
         """
         given = dict(dotted(self.planner.config.model_dump(mode="json")))
-        stated = (*_ALWAYS_STATED, *self.planner.stated)
+        of_experts = _STATED_WITH_EXPERTS if self.planner.architecture.experts else ()
+        stated = (*_ALWAYS_STATED, *of_experts, *self.planner.stated)
         return [
             f"{key}={as_yaml(value)}"
             for key, value in dotted(self.layout.config.model_dump(mode="json"))
@@ -231,7 +235,9 @@ class PlannedRun:
 
     def _time_lines(self) -> list[str]:
         time = self.estimate.time
-        busiest = ", ".join(f"{name} {_figure(seconds, 3)}" for name, seconds in time.compute.parts.items())
+        absent = () if self.planner.architecture.experts else ("expert_traffic",)
+        parts = {name: seconds for name, seconds in time.compute.parts.items() if name not in absent}
+        busiest = ", ".join(f"{name} {_figure(seconds, 3)}" for name, seconds in parts.items())
         return [
             f"  busiest pipeline rank, all packs: {busiest}",
             f"  pipeline {_figure(time.timeline.seconds, 3)}: {describe_bubble(time.timeline.bubble)}",
@@ -275,8 +281,12 @@ class PlanAnswer:
     def as_text(self) -> str:
         """Tables for a terminal."""
         planner, model = self.chosen.planner, self.chosen.planner.architecture
+        active, routes = "", ""
+        if model.experts is not None:
+            active = f", {model.num_active_parameters:,} active"
+            routes = f"routes: the fullest expert gets {model.experts.load_max_over_mean:g} x the mean\n"
         parts = [
-            f"{model.model_type}, {model.num_parameters:,} parameters, {planner.config.model.dtype}\n"
+            f"{model.model_type}, {model.num_parameters:,} parameters{active}, {planner.config.model.dtype}\n{routes}"
             f"lengths: {planner.workload.source}; objective {planner.config.objective.name}\n"
             f"efficiencies: {planner.efficiency.source}"
         ]
@@ -302,9 +312,11 @@ class PlanAnswer:
 
     def as_json(self) -> str:
         """The same for programs, with every refused layout: one JSON object."""
-        planner = self.chosen.planner
+        planner, experts = self.chosen.planner, self.chosen.planner.architecture.experts
         found = {
             "model_parameters": planner.architecture.num_parameters,
+            "active_parameters": planner.architecture.num_active_parameters,
+            "expert_imbalance": None if experts is None else experts.load_max_over_mean,
             "gpu": planner.gpu.model_dump(),
             "efficiency": planner.efficiency.model_dump(),
             "reserve": planner.reserve.model_dump(),
@@ -388,7 +400,13 @@ def make_planner(config: Config, settings: PlanSettings, stated: Sequence[str] =
     efficiency = Efficiency() if settings.calibration is None else calibrate_efficiency(settings.calibration, gpu)
     architecture = read_architecture(config.model.path)
     if architecture.experts is not None:
-        raise UserError(f"{config.model.path}: plan does not know models with experts yet ({architecture.model_type})")
+        load = settings.expert_imbalance or _ASSUMED_IMBALANCE
+        architecture = replace(architecture, experts=replace(architecture.experts, load_max_over_mean=load))
+    elif settings.expert_imbalance is not None:
+        raise UserError(
+            f"--expert-imbalance {settings.expert_imbalance:g}: needs a model with experts; {architecture.model_type} "
+            "has none; leave it out"
+        )
     stages = config.parallel.pipeline_model_parallel_layout
     if stages is not None and (wrong := wrong_letters(architecture.num_layers, stages)):
         raise UserError(f"parallel.pipeline_model_parallel_layout={stages} {wrong}; set it to null, or correct it")

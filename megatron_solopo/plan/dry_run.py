@@ -3,7 +3,8 @@
 A fake process group of the full size gives each rank its place. Model, gradient buffers and optimizer are those of
 Megatron-Core on the meta device, so their sizes are exact. Megatron's schedule then runs the heaviest pack forward and
 backward, and a meter counts what autograd keeps alive. The layers are plain PyTorch. A replacement for attention's
-kernel has the inputs, outputs and saved tensors of flash attention. Gradients are not reduced.
+kernel has the inputs, outputs and saved tensors of flash attention. Every expert gets as many tokens. Gradients are
+not reduced.
 
 The functions that count bytes also count those of a model that really trains; tests use them so.
 """
@@ -29,6 +30,7 @@ from megatron_solopo.model.layers import PackedAttention
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
+from megatron_solopo.parallel.balanced_experts import balance_experts
 from megatron_solopo.parallel.megatron_internals import (
     gradient_buffers,
     megatron_on_meta,
@@ -204,11 +206,14 @@ def _fake_process_groups(config: Config, rank: int, size: int) -> Iterator[Topol
 
 
 def _build_chunks(architecture: Architecture, config: Config) -> list[ResponseModel]:
-    """This rank's model chunks. Their attention computes nothing."""
-    model = resolve_model(config.model, config.parallel, architecture=architecture)
+    """This rank's model chunks. Their attention computes nothing, and their experts get as many tokens each."""
+    # DeepEP need not be here: either way a rank receives the same tokens.
+    parallel = config.parallel.model_copy(update={"moe_token_dispatcher_type": "alltoall"})
+    model = resolve_model(config.model, parallel, architecture=architecture)
     chunks = build_model(model, chunk_tokens=config.logprob.chunk_tokens, device=_META)
     for chunk in chunks:
         chunk.config.batch_p2p_comm = False
+        balance_experts(chunk)
         set_rotary_frequencies(chunk, chunk.rotary_pos_emb.inv_freq.to(_META))
         for module in chunk.modules():
             if isinstance(module, PackedAttention):

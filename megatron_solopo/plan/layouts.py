@@ -12,7 +12,7 @@ import yaml
 
 from megatron_solopo.architecture.gpus import Gpu, has_fp8
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.architecture.layout import check_fp8, check_layout, check_world_size
+from megatron_solopo.architecture.layout import check_fp8, check_layout, check_training, check_world_size
 from megatron_solopo.architecture.pipeline_layout import parse_layout
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
@@ -22,6 +22,8 @@ _SIZE_KEYS = {
     "pp": "pipeline_model_parallel_size",
     "vpp": "virtual_pipeline_model_parallel_size",
     "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
 }
 _MAX_MODEL_CHUNKS = 4
 _RING = {"cp_comm_type": "p2p", "hierarchical_context_parallel_sizes": None}
@@ -47,7 +49,7 @@ class Layout:
 
     @property
     def sizes(self) -> dict[str, int | None]:
-        """The parallel sizes by short name: tp, pp, vpp, cp, dp."""
+        """The parallel sizes by short name: tp, pp, vpp, cp, ep, etp, dp."""
         sizes = {short: getattr(self.config.parallel, key) for short, key in _SIZE_KEYS.items()}
         return sizes | {"dp": self.data_parallel_size}
 
@@ -90,8 +92,9 @@ class Layout:
 
 
 def sizes_name(sizes: Mapping[str, int | None]) -> str:
-    """Parallel sizes in a word, such as `tp8,pp4,vpp2,cp4`."""
-    return ",".join(f"{short}{size}" for short, size in sizes.items() if size is not None)
+    """Parallel sizes in a word, such as `tp8,pp4,vpp2,cp4`. It names EP only above 1."""
+    named = {short: size for short, size in sizes.items() if size is not None and (short, size) != ("ep", 1)}
+    return ",".join(f"{short}{size}" for short, size in named.items())
 
 
 def replace_settings(config: Config, **sections: dict[str, Any]) -> Config:
@@ -105,13 +108,14 @@ def replace_settings(config: Config, **sections: dict[str, Any]) -> Config:
 
 def parse_sizes(text: str) -> dict[str, int | None]:
     """Read sizes such as `tp=8,pp=4,cp=4,vpp=2`; raises UserError that names the part it cannot read."""
-    sizes: dict[str, int | None] = {"tp": 1, "pp": 1, "vpp": None, "cp": 1}
+    sizes: dict[str, int | None] = {"tp": 1, "pp": 1, "vpp": None, "cp": 1, "ep": 1, "etp": None}
     stated: set[str] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"(tp|pp|vpp|cp)=([1-9][0-9]{0,5})", part)
+        match = re.fullmatch(r"(tp|pp|vpp|cp|ep|etp)=([1-9][0-9]{0,5})", part)
         if match is None:
             raise UserError(
-                f"--explain {text!r}: {part!r} is none of tp=N, pp=N, vpp=N, cp=N (dp follows from the number of GPUs)"
+                f"--explain {text!r}: {part!r} is none of tp=N, pp=N, vpp=N, cp=N, ep=N, etp=N (dp follows from the "
+                "number of GPUs)"
             )
         if match[1] in stated:
             raise UserError(f"--explain {text!r}: {match[1]} is stated twice")
@@ -121,7 +125,10 @@ def parse_sizes(text: str) -> dict[str, int | None]:
 
 
 def candidate_sizes(architecture: ModelShape, gpus: int, gpu: Gpu) -> Iterator[dict[str, int | None]]:
-    """All tp, pp, vpp and cp that divide the GPUs. `check_supported` says later whether the model allows them."""
+    """All tp, pp, vpp and cp that divide the GPUs, each with the ep and etp that divide the experts and their ranks.
+
+    `check_supported` says later whether the model allows them.
+    """
     for tp in _divisors(gpus):
         if tp > gpu.gpus_per_node:
             break
@@ -130,7 +137,22 @@ def candidate_sizes(architecture: ModelShape, gpus: int, gpu: Gpu) -> Iterator[d
                 break
             for vpp in (None, *(range(2, _MAX_MODEL_CHUNKS + 1) if pp > 1 else ())):
                 for cp in _divisors(gpus // tp // pp):
-                    yield {"tp": tp, "pp": pp, "vpp": vpp, "cp": cp}
+                    for experts in _expert_sizes(architecture, tp, gpus // pp):
+                        yield {"tp": tp, "pp": pp, "vpp": vpp, "cp": cp} | experts
+
+
+def _expert_sizes(architecture: ModelShape, tp: int, ranks: int) -> Iterator[dict[str, int | None]]:
+    """Experts whole on a rank, or divided like the other layers.
+
+    Args:
+        ranks: of a pipeline stage.
+    """
+    experts = architecture.experts
+    for ep in _divisors(1 if experts is None else experts.num_experts):
+        if ranks % ep == 0 and ep > 1 and tp > 1:
+            yield {"ep": ep, "etp": 1}
+        if ranks % (ep * tp) == 0:
+            yield {"ep": ep, "etp": None}
 
 
 def make_layout(config: Config, sizes: dict[str, int | None], gpus: int) -> Layout:
@@ -183,6 +205,7 @@ def check_supported(architecture: ModelShape, layout: Layout) -> None:
     """Raise UserError with the first reason why the model does not allow a layout."""
     config = layout.config
     check_layout(architecture, config.parallel)
+    check_training(architecture, config.parallel, config.optimizer, config.moe)
     check_fp8(architecture, config.model, config.parallel, config.optimizer)
 
 
@@ -199,6 +222,14 @@ def _exchanges(architecture: ModelShape, config: Config) -> Iterator[dict[str, A
             yield exchange
 
 
+def _recomputation(architecture: ModelShape) -> Iterator[dict[str, Any]]:
+    """What layers can compute again. Megatron computes the feed-forward of dense layers again, but not experts."""
+    has_dense_layers = architecture.experts is None or not architecture.experts.in_all_layers
+    for each in _RECOMPUTE:
+        if has_dense_layers or each["recompute_granularity"] != "selective":
+            yield each
+
+
 def layout_variants(architecture: ModelShape, layout: Layout, gpu: Gpu, vary: Sequence[str]) -> list[list[Layout]]:
     """The variants of a layout to try, in rows that differ in precision, traffic and place of the optimizer's state.
 
@@ -213,8 +244,11 @@ def layout_variants(architecture: ModelShape, layout: Layout, gpu: Gpu, vary: Se
     can_fp8 = has_fp8(gpu, config.model.fp8_recipe) and config.model.dtype == "bfloat16"
     precisions: list[dict[str, Any]] = [{}]
     if "fp8" in vary and can_fp8:
-        precisions = [{"fp8": None, "fp8_param": False, "first_last_layers_bf16": False}, {"fp8": "hybrid"}]
-    recompute = list(_RECOMPUTE) if "recompute" in vary else [{}]
+        # Scales of blocks make up for the small range of e4m3, whose gradients are then closer: tools/RESULTS.md.
+        of_recipe = "e4m3" if config.model.fp8_recipe in ("blockwise", "mxfp8") else "hybrid"
+        without = {"fp8": None, "fp8_param": False, "first_last_layers_bf16": False}
+        precisions = [without, {"fp8": config.model.fp8 or of_recipe}]
+    recompute = list(_recomputation(architecture)) if "recompute" in vary else [{}]
     # If the model allows none, the caller's check says why.
     exchanges = (list(_exchanges(architecture, config)) if "cp_comm" in vary else []) or [{}]
     offloads: list[dict[str, Any]] = [{}]

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from megatron_solopo.architecture.gpus import Reserve
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import data_parallel_overlap
 from megatron_solopo.architecture.pipeline_schedule import peak_in_flight, stage_order
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, ModelConfig
 from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.plan.activations import (
     activation_rate,
@@ -24,8 +25,7 @@ from megatron_solopo.plan.activations import (
 )
 from megatron_solopo.plan.parameters import (
     ModelChunk,
-    ParameterBuffer,
-    ParameterShard,
+    ShardSizes,
     chunk_parameters,
     model_chunks,
     overlap_bucket_size,
@@ -74,7 +74,7 @@ class RankState:
         return self.parameters + self.fp8_weights + self.gradients + self.optimizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _SharedState:
     """What a rank has of the parameters whose gradients the same ranks share. Sizes count elements."""
 
@@ -82,53 +82,88 @@ class _SharedState:
     frozen: int
     largest: int
     """Its largest parameter."""
-    buffers: Sequence[ParameterBuffer]
+    in_buffers: int
+    """With padding."""
+    in_fp8: int
+    """Those of them in FP8."""
+    num_buckets: int
     owned: IntArray
-    """Parameters whose optimizer state each rank of the stage holds: [TP x CP x DP]. With the plain optimizer: all."""
-    ranks: int
-    """How many share the gradients."""
+    """Parameters whose optimizer state each of the ranks holds that divide it."""
 
     def parameter_bytes(self, width: int) -> int:
         """Bytes of all parameters, those in FP8 with one each."""
-        return self.frozen * width + sum(each.numel * (1 if each.is_fp8 else width) for each in self.buffers)
-
-    @property
-    def elements(self) -> int:
-        """Elements of the gradient buffers, with padding."""
-        return sum(each.numel for each in self.buffers)
+        return (self.frozen + self.in_buffers) * width + self.in_fp8 * (1 - width)
 
 
+class _Sharing(NamedTuple):
+    """How ranks share parameters and their optimizer's state."""
+
+    sizes: ShardSizes
+    shards: int
+    distributed: bool
+    bucket_size: int | None
+    """Of the first chunk."""
+    trains_routers: bool
+    of_experts: bool
+    """Whether these are the experts that expert parallelism divides, or the other parameters."""
+
+
+@lru_cache(maxsize=4096)
 def _shared_state(
-    chunks: Sequence[Sequence[ParameterShard]],
-    config: Config,
-    data_parallel_size: int,
-    bucket_size: int | None,
-    *,
-    is_expert: bool,
+    architecture: ModelShape, model: ModelConfig, chunks: tuple[ModelChunk, ...], sharing: _Sharing
 ) -> _SharedState:
-    distributed = config.optimizer.use_distributed_optimizer
-    ranks = sharing_ranks(config.parallel, data_parallel_size, is_expert=is_expert)
-    shards = ranks // config.parallel.num_distributed_optimizer_instances
-    mine = [[each for each in chunk if each.is_expert is is_expert] for chunk in chunks]
-    trained = [[each for each in chunk if config.moe.router_trainable or not each.is_router] for chunk in mine]
+    """Many layouts of a search share it."""
+    parameters = [
+        [
+            each
+            for each in chunk_parameters(architecture, model, sharing.sizes, chunk)
+            if each.is_expert is sharing.of_experts
+        ]
+        for chunk in chunks
+    ]
+    trained = [[each for each in chunk if sharing.trains_routers or not each.is_router] for chunk in parameters]
+    shards, distributed = sharing.shards, sharing.distributed
     buffers = [
         buffer
         for number, chunk in enumerate(trained)
-        for buffer in parameter_buffers(chunk, shards, distributed, None if number else bucket_size)
+        for buffer in parameter_buffers(chunk, shards, distributed, None if number else sharing.bucket_size)
     ]
-    elements = sum(each.numel for chunk in trained for each in chunk)
-    together = ranks_of_a_copy(config.parallel, is_expert=is_expert)
-    shard = np.arange(ranks * together) // together % shards
+    count = sum(each.numel for chunk in trained for each in chunk)
     return _SharedState(
-        trained=elements,
-        frozen=sum(each.numel for chunk in mine for each in chunk) - elements,
-        largest=max((each.numel for chunk in mine for each in chunk), default=0),
-        buffers=buffers,
-        owned=sum((buffer.owned(shards)[shard] for buffer in buffers), 0 * shard)
+        trained=count,
+        frozen=sum(each.numel for chunk in parameters for each in chunk) - count,
+        largest=max((each.numel for chunk in parameters for each in chunk), default=0),
+        in_buffers=sum(buffer.numel for buffer in buffers),
+        in_fp8=sum(buffer.numel for buffer in buffers if buffer.is_fp8),
+        num_buckets=sum(len(buffer.buckets_B2) for buffer in buffers),
+        owned=sum((buffer.owned(shards) for buffer in buffers), np.zeros(shards, np.int64))
         if distributed
-        else elements + 0 * shard,
-        ranks=ranks,
+        else np.full(shards, count),
     )
+
+
+def _both_states(
+    architecture: ModelShape, config: Config, pipeline_rank: int, data_parallel_size: int
+) -> tuple[_SharedState, _SharedState]:
+    """Of the parameters that all DP x CP ranks share, and of the experts that expert parallelism divides."""
+    parallel, sizes = config.parallel, ShardSizes.of(config.parallel)
+    data_ranks = sharing_ranks(parallel, data_parallel_size, is_expert=False)
+    overlaps = data_parallel_overlap(parallel, config.optimizer, data_ranks, on_gpu=True).grad_reduce
+    chunks = tuple(model_chunks(architecture, parallel, pipeline_rank))
+
+    def state(of_experts: bool) -> _SharedState:
+        sharing = _Sharing(
+            sizes,
+            sharing_ranks(parallel, data_parallel_size, is_expert=of_experts)
+            // parallel.num_distributed_optimizer_instances,
+            config.optimizer.use_distributed_optimizer,
+            overlap_bucket_size(data_parallel_size) if overlaps and pipeline_rank == 0 else None,
+            config.moe.router_trainable,
+            of_experts,
+        )
+        return _shared_state(architecture, config.model, chunks, sharing)
+
+    return state(False), state(True)
 
 
 def rank_state(
@@ -144,39 +179,37 @@ def rank_state(
         stage_rank: its place among the TP x CP x DP ranks of its pipeline stage, in Megatron's order. It decides the
             shard of the optimizer's state. None means the fullest one.
     """
-    distributed = config.optimizer.use_distributed_optimizer
-    data_ranks = sharing_ranks(config.parallel, data_parallel_size, is_expert=False)
-    overlaps = data_parallel_overlap(config.parallel, config.optimizer, data_ranks, on_gpu=True).grad_reduce
-    bucket_size = overlap_bucket_size(data_parallel_size) if overlaps and pipeline_rank == 0 else None
-    chunks = model_chunks(architecture, config.parallel, pipeline_rank)
-    parameters = [chunk_parameters(architecture, config.model, config.parallel, chunk) for chunk in chunks]
-    dense, experts = parts = [
-        _shared_state(parameters, config, data_parallel_size, bucket_size, is_expert=is_expert)
-        for is_expert in (False, True)
-    ]
+    parallel, distributed = config.parallel, config.optimizer.use_distributed_optimizer
+    dense, experts = parts = _both_states(architecture, config, pipeline_rank, data_parallel_size)
+    ranks = [sharing_ranks(parallel, data_parallel_size, is_expert=is_expert) for is_expert in (False, True)]
     width = element_bytes(config)
     gradient_width = _FP32 if config.optimizer.grad_reduce_in_fp32 else width
     per_element = _MOMENTS + (0 if config.model.dtype == "float32" else _FP32)
     offloaded = config.optimizer.optimizer_offload_fraction
-    owned_by_rank = dense.owned + experts.owned
-    owned = int(owned_by_rank.max() if stage_rank is None else owned_by_rank[stage_rank])
+    stage = np.arange(ranks[0] * parallel.tensor_model_parallel_size) if stage_rank is None else np.array([stage_rank])
+    owned = int(
+        sum(
+            part.owned[stage // ranks_of_a_copy(parallel, is_expert=is_expert) % len(part.owned)]
+            for part, is_expert in ((dense, False), (experts, True))
+        ).max()
+    )
     # Without the distributed optimizer all ranks have the same state, and share the work of writing it. Only the
     # distributed optimizer writes weights of a float32 model a second time.
-    written = owned if distributed else sum(part.trained / part.ranks for part in parts)
+    written = owned if distributed else sum(part.trained / size for part, size in zip(parts, ranks, strict=True))
     saved_per_element = _MOMENTS + _FP32 if distributed else per_element
-    weights = sum((part.trained + part.frozen) * width / part.ranks for part in parts)
+    weights = sum((part.trained + part.frozen) * width / size for part, size in zip(parts, ranks, strict=True))
     return RankState(
         parameters=sum(part.parameter_bytes(width) for part in parts),
-        fp8_weights=_fp8_copies(architecture, config, chunks),
-        gradients=sum(part.elements for part in parts) * gradient_width,
+        fp8_weights=_fp8_copies(architecture, config, model_chunks(architecture, parallel, pipeline_rank)),
+        gradients=sum(part.in_buffers for part in parts) * gradient_width,
         optimizer=round(owned * per_element * (1 - offloaded)),
         host=round(owned * _HOST_BYTES_PER_PARAMETER * offloaded),
-        buckets=sum(len(buffer.buckets) for part in parts for buffer in part.buffers),
+        buckets=sum(part.num_buckets for part in parts),
         num_parameters=sum(part.trained + part.frozen for part in parts),
         saved=round(written * saved_per_element + weights),
         largest_piece=_FP32 * min(round(written), max(dense.largest, experts.largest)),
         expert_parameters=experts.parameter_bytes(width),
-        expert_gradients=experts.elements * gradient_width,
+        expert_gradients=experts.in_buffers * gradient_width,
     )
 
 
@@ -188,7 +221,7 @@ def _fp8_copies(architecture: ModelShape, config: Config, chunks: Sequence[Model
     weights = sum(
         parameter.numel
         for chunk in chunks
-        for parameter in chunk_parameters(architecture, as_fp8, config.parallel, chunk)
+        for parameter in chunk_parameters(architecture, as_fp8, ShardSizes.of(config.parallel), chunk)
         if parameter.is_fp8
     )
     return weights * (1 if config.model.fp8_param else 2)
@@ -350,7 +383,11 @@ def _communication(
     parallel, e = config.parallel, element_bytes(config)
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     pp = parallel.pipeline_model_parallel_size
-    groups = sum(size > 1 for size in (tp, pp, cp, data_parallel_size * cp))
+    sizes = [tp, pp, cp, data_parallel_size * cp]
+    if parallel.expert_model_parallel_size > 1:
+        of_experts = sharing_ranks(parallel, data_parallel_size, is_expert=True)
+        sizes += [parallel.expert_model_parallel_size, parallel.expert_tensor_size, of_experts]
+    groups = sum(size > 1 for size in sizes)
     tokens = max(pack.padded_tokens for pack in packs) / cp
     hidden = architecture.hidden_size / sequence_shards(config)
     messages = 4 * e * tokens * hidden if pp > 1 else 0  # one to send and one to receive, each way

@@ -38,9 +38,10 @@ class ModelChunk:
 
 
 class ParameterShard(NamedTuple):
-    """One rank's shard of a parameter, by its Megatron name."""
+    """One rank's shard of a parameter."""
 
     name: str
+    """Megatron's, in a layer without the layer's number."""
     numel: int
     is_shared_embedding: bool = False
     is_fp8: bool = False
@@ -49,31 +50,31 @@ class ParameterShard(NamedTuple):
     is_router: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ParameterBuffer:
     """Where Megatron puts the parameters of one precision."""
 
-    spans: tuple[tuple[int, int], ...]
-    """[start, end) of each parameter, in elements."""
-    buckets: tuple[tuple[int, int], ...]
-    """[start, end) of each bucket, in elements."""
+    spans_P2: IntArray
+    """[start, end) of each of P parameters, in elements."""
+    buckets_B2: IntArray
+    """[start, end) of each of B buckets, in elements."""
     is_fp8: bool
 
     @property
     def numel(self) -> int:
         """Elements with padding."""
-        return self.buckets[-1][1] if self.buckets else 0
+        return int(self.buckets_B2[-1, 1])
 
     def owned(self, size: int) -> IntArray:
         """Elements without padding whose optimizer state belongs to each of `size` ranks: int64 [size]."""
-        total = np.zeros(size, np.int64)
-        begins, stops = np.array(self.spans, np.int64).reshape(-1, 2).T
-        before = np.concatenate([[0], (stops - begins).cumsum()])  # elements of the spans in front of each one
-        begins = np.append(begins, np.iinfo(np.int64).max)
-        for start, end in self.buckets:
-            bounds = start + np.arange(size + 1) * ((end - start) // size)
-            span = stops.searchsorted(bounds, side="right")  # the first one that ends behind a bound
-            total += np.diff(before[span] + np.maximum(bounds - begins[span], 0))
+        starts, ends = self.spans_P2.T
+        before = np.concatenate([[0], (ends - starts).cumsum()])  # elements of the spans in front of each one
+        starts = np.append(starts, np.iinfo(np.int64).max)
+        first, last = self.buckets_B2.T[:, :, None]
+        bounds = first + np.arange(size + 1) * ((last - first) // size)  # [B, size + 1]
+        span = ends.searchsorted(bounds, side="right")  # the first one that ends behind a bound
+        until = before[span] + np.maximum(bounds - starts[span], 0)
+        total: IntArray = (until[:, 1:] - until[:, :-1]).sum(axis=0)
         return total
 
 
@@ -83,6 +84,25 @@ def model_chunks(architecture: ModelShape, parallel: ParallelConfig, pipeline_ra
     layers = stage_layers(architecture.num_layers, parallel)
     stages = [chunk * size + pipeline_rank for chunk in range(count)]
     return [ModelChunk(sum(layers[:each]), layers[each], each == 0, each == size * count - 1) for each in stages]
+
+
+class ShardSizes(NamedTuple):
+    """What divides the parameters of a chunk."""
+
+    tp: int
+    ep: int
+    etp: int
+    is_pipelined: bool
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> "ShardSizes":
+        """Those of a layout."""
+        return cls(
+            parallel.tensor_model_parallel_size,
+            parallel.expert_model_parallel_size,
+            parallel.expert_tensor_size,
+            parallel.pipeline_model_parallel_size > 1,
+        )
 
 
 def sharing_ranks(parallel: ParallelConfig, data_parallel_size: int, *, is_expert: bool) -> int:
@@ -104,25 +124,19 @@ def ranks_of_a_copy(parallel: ParallelConfig, *, is_expert: bool) -> int:
 
 
 def chunk_parameters(
-    architecture: ModelShape, model: ModelConfig, parallel: ParallelConfig, chunk: ModelChunk
+    architecture: ModelShape, model: ModelConfig, sizes: ShardSizes, chunk: ModelChunk
 ) -> list[ParameterShard]:
     """One rank's parameters of a chunk, in the order of `named_parameters` of plain PyTorch layers."""
-    a, tp = architecture, parallel.tensor_model_parallel_size
+    a, tp = architecture, sizes.tp
     embedding = padded_vocab_size(a.vocab_size, tp) // tp * a.hidden_size
-    is_pipelined = parallel.pipeline_model_parallel_size > 1
-    shared = a.tied_embeddings and is_pipelined
+    shared = a.tied_embeddings and sizes.is_pipelined
     found = [ParameterShard("embedding.word_embeddings.weight", embedding, shared)] if chunk.has_embedding else []
     layers = range(chunk.first_layer, chunk.first_layer + chunk.num_layers)
-    kinds = {
-        has_experts: list(_layer(a, parallel, has_experts=has_experts))
-        for has_experts in set(map(a.has_experts, layers))
-    }
+    kinds = {kind: list(_layer(a, sizes, has_experts=kind)) for kind in set(map(a.has_experts, layers))}
+    plain = {kind: [each._replace(is_fp8=False) for each in found] for kind, found in kinds.items()}
     for layer in layers:
         fp8 = model.fp8_param and not _in_bfloat16(architecture, model, layer)
-        prefix = f"decoder.layers.{layer - chunk.first_layer}."
-        found += [
-            each._replace(name=prefix + each.name, is_fp8=each.is_fp8 and fp8) for each in kinds[a.has_experts(layer)]
-        ]
+        found += (kinds if fp8 else plain)[a.has_experts(layer)]
     if chunk.has_head:
         found.append(ParameterShard("decoder.final_layernorm.weight", a.hidden_size))
         if shared or not a.tied_embeddings:
@@ -130,8 +144,8 @@ def chunk_parameters(
     return found
 
 
-def _layer(a: ModelShape, parallel: ParallelConfig, *, has_experts: bool) -> Iterator[ParameterShard]:
-    hidden, tp = a.hidden_size, parallel.tensor_model_parallel_size
+def _layer(a: ModelShape, sizes: ShardSizes, *, has_experts: bool) -> Iterator[ParameterShard]:
+    hidden, tp = a.hidden_size, sizes.tp
     queries = a.num_attention_heads * a.head_dim
     mixed = (queries + 2 * a.num_query_groups * a.head_dim) // tp
     yield ParameterShard("input_layernorm.weight", hidden)
@@ -142,22 +156,25 @@ def _layer(a: ModelShape, parallel: ParallelConfig, *, has_experts: bool) -> Ite
     if a.qk_layernorm:
         yield ParameterShard("self_attention.q_layernorm.weight", a.head_dim)
         yield ParameterShard("self_attention.k_layernorm.weight", a.head_dim)
+    if a.norms_all_heads:
+        yield ParameterShard("self_attention.query_norm.weight", queries // tp)
+        yield ParameterShard("self_attention.key_norm.weight", a.num_query_groups * a.head_dim // tp)
     yield ParameterShard("pre_mlp_layernorm.weight", hidden)
     if a.experts is not None and has_experts:
-        yield from _experts(a.experts, hidden, parallel)
+        yield from _experts(a.experts, hidden, sizes)
     else:
         yield from _feed_forward("mlp.", a.ffn_hidden_size // tp, hidden)
 
 
-def _experts(experts: ExpertShape, hidden: int, parallel: ParallelConfig) -> Iterator[ParameterShard]:
+def _experts(experts: ExpertShape, hidden: int, sizes: ShardSizes) -> Iterator[ParameterShard]:
     yield ParameterShard("mlp.router.weight", experts.num_experts * hidden, is_router=True)
-    ep, columns = parallel.expert_model_parallel_size, experts.ffn_hidden_size // parallel.expert_tensor_size
-    for expert in range(experts.num_experts // ep):
+    columns = experts.ffn_hidden_size // sizes.etp
+    for expert in range(experts.num_experts // sizes.ep):
         for each in _feed_forward(f"mlp.experts.local_experts.{expert}.", columns, hidden):
-            yield each._replace(is_expert=ep > 1)
+            yield each._replace(is_expert=sizes.ep > 1)
     if experts.shared_ffn_hidden_size:
         yield ParameterShard("mlp.shared_experts.gate_weight", hidden)
-        columns = experts.shared_ffn_hidden_size // parallel.tensor_model_parallel_size
+        columns = experts.shared_ffn_hidden_size // sizes.tp
         yield from _feed_forward("mlp.shared_experts.", columns, hidden)
 
 
@@ -197,25 +214,26 @@ def _buffer(
 ) -> ParameterBuffer:
     alignment = _PARAMETER_ALIGNMENT if distributed else 1
     bucket_alignment = math.lcm(ranks, _BUCKET_ALIGNMENT) if distributed else 1
-    spans: list[tuple[int, int]] = []
+    sizes_P = np.array([parameter.numel for parameter in reversed(parameters)], np.int64)
+    alone = [place for place, each in enumerate(reversed(parameters)) if each.is_shared_embedding and distributed]
+    aligned_P = -(-sizes_P // alignment) * alignment
+    starts_P = aligned_P.cumsum() - aligned_P  # as if there were one bucket
+    ends_P = starts_P + sizes_P
+    placed_P = np.empty_like(starts_P)
     buckets: list[tuple[int, int]] = []
-    bucket_start = end = 0
-    for parameter in reversed(parameters):
-        own_bucket = parameter.is_shared_embedding and distributed
-        start = _round_up(end, alignment)
-        if own_bucket and start > bucket_start:
-            start = _round_up(start, bucket_alignment)
-            buckets.append((bucket_start, start))
-            bucket_start = start
-        end = start + parameter.numel
-        spans.append((start, end))
-        if own_bucket or (bucket_size is not None and end - bucket_start >= bucket_size):
-            end = _round_up(end, bucket_alignment)
-            buckets.append((bucket_start, end))
-            bucket_start = end
-    if end > bucket_start:
-        buckets.append((bucket_start, _round_up(end, bucket_alignment)))
-    return ParameterBuffer(tuple(spans), tuple(buckets), parameters[0].is_fp8)
+    first = start = 0
+    while first < len(sizes_P):
+        last = len(sizes_P) - 1
+        if bucket_size is not None:
+            last = min(last, int(ends_P.searchsorted(starts_P[first] + bucket_size)))
+        for place in alone:
+            if place >= first:
+                last = min(last, first if place == first else place - 1)
+        placed_P[first : last + 1] = start + starts_P[first : last + 1] - starts_P[first]
+        end = _round_up(int(placed_P[last] + sizes_P[last]), bucket_alignment)
+        buckets.append((start, end))
+        first, start = last + 1, end
+    return ParameterBuffer(np.stack([placed_P, placed_P + sizes_P], axis=1), np.array(buckets), parameters[0].is_fp8)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -155,7 +155,7 @@ class Planner:
         for layout in row:
             check_supported(self.architecture, layout)
             packs = self.packer.pack(layout.config, layout.data_parallel_size).heaviest_rank
-            fullest = max(self._memory(layout, rank, packs).total for rank in layout.extreme_ranks)
+            fullest = max(self._memory(layout, rank, packs).total for rank in self._extreme_ranks(layout))
             excess = fullest / GIB - self.gpu.memory_gib
             if excess <= 0:
                 break
@@ -189,7 +189,15 @@ class Planner:
 
     def _quick_seconds(self, layout: Layout) -> float:
         packs = self.packer.pack(layout.config, layout.data_parallel_size).heaviest_rank
-        return self._timer(layout).quick_seconds(packs, [self._state(layout, rank) for rank in layout.extreme_ranks])
+        return self._timer(layout).quick_seconds(
+            packs, [self._state(layout, rank) for rank in self._extreme_ranks(layout)]
+        )
+
+    def _extreme_ranks(self, layout: Layout) -> Sequence[int]:
+        experts = self.architecture.experts
+        if experts is not None and not experts.in_all_layers:  # stages of as many layers are not equal
+            return range(layout.config.parallel.pipeline_model_parallel_size)
+        return layout.extreme_ranks
 
     def _timer(self, layout: Layout) -> StepTimer:
         return StepTimer(self.architecture, layout.config, layout.data_parallel_size, self.gpu, self.efficiency)

@@ -21,8 +21,10 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from megatron_solopo.architecture.layout import check_world_size
 from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, ParallelConfig
+from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import agreement
 from megatron_solopo.parallel.megatron_internals import simulated_rank
 from megatron_solopo.plan.layouts import without_gpu
@@ -41,15 +43,19 @@ def count_startups(config: Config) -> list[StartupCounts]:
 
     Raises UserError as a real start does, for example where `model.path` holds no weights.
     """
-    parallel = config.parallel
-    replica = (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    )
     with TemporaryDirectory() as folder:
         trial = without_gpu(config).model_copy(update={"run_dir": Path(folder)})
-        worlds = [ranks for ranks in WORLDS if ranks % replica == 0]
+        worlds = [ranks for ranks in WORLDS if _has_a_layout(config.parallel, ranks)]
         # The first start also imports libraries, and is not counted.
         return [count_startup(trial, ranks, builds_model=False) for ranks in (*worlds[:1], *worlds)][1:]
+
+
+def _has_a_layout(parallel: ParallelConfig, ranks: int) -> bool:
+    try:
+        check_world_size(parallel, ranks)
+    except UserError:
+        return False
+    return True
 
 
 def count_startup(config: Config, ranks: int, *, builds_model: bool) -> StartupCounts:

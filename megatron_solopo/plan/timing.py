@@ -3,6 +3,9 @@
 Every pack is timed by itself. Then the pipeline's schedule is simulated with the packs of the heaviest data-parallel
 rank. Of the gradient reduction and the parameter gather, the part is added that computation cannot hide. Kernels are
 taken not to slow each other down.
+
+The fullest rank decides the time of a layer with experts, because all ranks wait for it. Where a model has dense layers
+beside those, every layer counts as a mean layer.
 """
 
 from collections import Counter
@@ -13,7 +16,7 @@ from itertools import cycle, islice
 
 import numpy as np
 
-from megatron_solopo.architecture.flops import forward_flops
+from megatron_solopo.architecture.flops import forward_flops, linear_weights, routed_weights
 from megatron_solopo.architecture.gpus import Efficiency, Gpu
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import (
@@ -25,9 +28,9 @@ from megatron_solopo.architecture.layout import (
 from megatron_solopo.architecture.pipeline_schedule import ChunkPass
 from megatron_solopo.config import Config
 from megatron_solopo.data.batch_plan import packs_in_part, share_out_pass
-from megatron_solopo.plan.activations import element_bytes, sequence_shards
+from megatron_solopo.plan.activations import element_bytes, routed_tokens, sequence_shards
 from megatron_solopo.plan.memory import RankState
-from megatron_solopo.plan.parameters import ModelChunk, model_chunks
+from megatron_solopo.plan.parameters import ModelChunk, model_chunks, ranks_of_a_copy, sharing_ranks
 from megatron_solopo.plan.pipeline import Timeline, simulate_schedule
 from megatron_solopo.plan.workload import PackShape, PassShape
 
@@ -45,6 +48,7 @@ class PackSeconds:
     memory: float = 0.0
     tensor_traffic: float = 0.0
     context_traffic: float = 0.0
+    expert_traffic: float = 0.0
     head: float = 0.0
 
     def __add__(self, other: "PackSeconds") -> "PackSeconds":
@@ -206,6 +210,7 @@ class StepTimer:
             # Backward gathers the two inputs again for the weights' gradients.
             tensor_traffic=1.5 * forward.tensor_traffic,
             context_traffic=self._context_traffic(pack, _ATTENTION_BACKWARD * forward.attention, backward=True),
+            expert_traffic=forward.expert_traffic,
         )
         return backward, self._recomputed(forward), head
 
@@ -224,11 +229,12 @@ class StepTimer:
             if "core_attn" in parallel.recompute_modules:
                 found += PackSeconds(attention=forward.attention, context_traffic=forward.context_traffic)
             if "mlp" in parallel.recompute_modules:
-                mlp = 3 * a.hidden_size * a.ffn_hidden_size
-                queries, keys = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-                share = mlp / (mlp + 2 * a.hidden_size * (queries + keys))
+                dense = 1 - self._sparse_share  # Megatron does not compute experts again here
+                share = dense * a.num_layers * 3 * a.hidden_size * a.ffn_hidden_size / self._busiest_weights
                 found += PackSeconds(
-                    gemm=share * forward.gemm, memory=forward.memory / 2, tensor_traffic=forward.tensor_traffic / 2
+                    gemm=share * forward.gemm,
+                    memory=dense * forward.memory / 2,
+                    tensor_traffic=dense * forward.tensor_traffic / 2,
                 )
         return found
 
@@ -239,12 +245,26 @@ class StepTimer:
         ranks = tp * cp * a.num_layers
         attention = flops.attention / ranks / (self.gpu.bf16_tflops * 1e12 * rates.attention)
         return PackSeconds(
-            gemm=flops.linear / ranks / self._gemm_rate,
+            gemm=2 * self._busiest_weights * pack.padded_tokens / ranks / self._gemm_rate,
             attention=attention,
             memory=self._memory_bytes(pack.padded_tokens / cp) / (self.gpu.hbm_gb_per_s * 1e9 * rates.memory),
             tensor_traffic=self._tensor_traffic(pack.padded_tokens / cp),
             context_traffic=self._context_traffic(pack, attention, backward=False),
+            expert_traffic=self._sparse_share * self._expert_traffic(pack.padded_tokens / cp),
         )
+
+    @property
+    def _sparse_share(self) -> float:
+        """Share of the layers that have experts."""
+        experts = self.architecture.experts
+        return 0.0 if experts is None else experts.num_layers / self.architecture.num_layers
+
+    @cached_property
+    def _busiest_weights(self) -> float:
+        """Weights of all layers that multiply each token, where a rank's experts get more tokens than the others'."""
+        a, experts = self.architecture, self.architecture.experts
+        load = 1.0 if experts is None else experts.rank_load(self.config.parallel.expert_model_parallel_size)
+        return linear_weights(a) + (load - 1) * routed_weights(a)
 
     @cached_property
     def _gemm_rate(self) -> float:
@@ -267,15 +287,45 @@ class StepTimer:
         a, e, tp = self.architecture, element_bytes(self.config), self.config.parallel.tensor_model_parallel_size
         hidden = a.hidden_size / sequence_shards(self.config)
         rotated = (a.num_attention_heads + a.num_query_groups) * a.head_dim / tp
-        return e * tokens * (2 * 2 * hidden + 2 * 3 * hidden + 2 * rotated + 3 * a.ffn_hidden_size / tp)
+        columns = (1 - self._sparse_share) * 3 * a.ffn_hidden_size / tp
+        if a.experts is not None:
+            # Copies of a token are sorted before and after the exchange, there and back: read and written.
+            routed = routed_tokens(a.experts, self.config)
+            each = 3 * a.experts.ffn_hidden_size / self.config.parallel.expert_tensor_size + 4 * 2 * a.hidden_size
+            columns += self._sparse_share * (routed * each + 3 * a.experts.shared_ffn_hidden_size / tp)
+        return e * tokens * (2 * 2 * hidden + 2 * 3 * hidden + 2 * rotated + columns)
 
     def _tensor_traffic(self, tokens: float) -> float:
-        """Seconds of two gathers and two reduce-scatters of hidden states. Two all-reduces would take as long."""
-        tp = self.config.parallel.tensor_model_parallel_size
+        """Seconds of two gathers and two reduce-scatters of hidden states. Two all-reduces would take as long.
+
+        A layer with experts has one of each, and a second one only for an expert that computes every token.
+        """
+        tp, experts = self.config.parallel.tensor_model_parallel_size, self.architecture.experts
         if tp == 1:
             return 0.0
         size = element_bytes(self.config) * tokens * self.architecture.hidden_size
-        return 4 * self._collective(size, tp, tp)
+        without = 0.0 if experts is None or experts.shared_ffn_hidden_size else self._sparse_share
+        return (4 - 2 * without) * self._collective(size, tp, tp)
+
+    def _expert_traffic(self, tokens: float) -> float:
+        """Seconds in which one layer's tokens go to the experts and come back.
+
+        Each rank sends every other one of its EP group the tokens for its experts. The links within a node and those to
+        other nodes carry their shares at the same time. Then the ranks that share an expert gather its tokens.
+        """
+        experts, parallel = self.architecture.experts, self.config.parallel
+        if experts is None:
+            return 0.0
+        ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_size
+        size = element_bytes(self.config) * tokens * self.architecture.hidden_size * routed_tokens(experts, self.config)
+        there = self._collective(size, etp, etp) if etp > 1 else 0.0
+        if ep > 1:
+            inside = min(ep, max(1, self.gpu.gpus_per_node // etp))  # of the ranks of a group, those of the same node
+            sent = size / etp / ep
+            there += self.efficiency.message_seconds * (ep - 1) + max(
+                sent * (inside - 1) / self._bandwidth(True), sent * (ep - inside) / self._bandwidth(False)
+            )
+        return 2 * there
 
     def _context_traffic(self, pack: PackShape, attention: float, *, backward: bool) -> float:
         """Seconds of exchanging keys and values that attention does not hide. By heads, it hides nothing."""
@@ -336,21 +386,27 @@ class StepTimer:
         return max(found, key=lambda traffic: traffic.exposed)
 
     def _reduction(self, state: RankState) -> tuple[float, float]:
-        """Seconds of the reduction of gradients, and of the gather of parameters, over DP x CP."""
+        """Seconds of the reduction of gradients, and of the gather of parameters, over the ranks that share them."""
+        whole = state.gradients - state.expert_gradients, state.parameters - state.expert_parameters
+        experts = state.expert_gradients, state.expert_parameters
+        parts = [self._reduction_of(*whole, is_expert=False), self._reduction_of(*experts, is_expert=True)]
+        return sum(reduce for reduce, _ in parts), sum(gather for _, gather in parts)
+
+    def _reduction_of(self, gradients: int, parameters: int, *, is_expert: bool) -> tuple[float, float]:
         parallel = self.config.parallel
-        size = self.data_parallel_size * parallel.context_parallel_size
-        tp, instances = parallel.tensor_model_parallel_size, parallel.num_distributed_optimizer_instances
-        if size == 1:
+        size = sharing_ranks(parallel, self.data_parallel_size, is_expert=is_expert)
+        apart, instances = ranks_of_a_copy(parallel, is_expert=is_expert), parallel.num_distributed_optimizer_instances
+        if size == 1 or not gradients:
             return 0.0, 0.0
         if not self.config.optimizer.use_distributed_optimizer:
-            return 2 * self._collective(state.gradients, size, tp * size), 0.0
+            return 2 * self._collective(gradients, size, apart * size), 0.0
         inside = size // instances
         reduce, gather = (
-            self._collective(bytes_, inside, tp * inside) if inside > 1 else 0.0
-            for bytes_ in (state.gradients, state.parameters)
+            self._collective(bytes_, inside, apart * inside) if inside > 1 else 0.0
+            for bytes_ in (gradients, parameters)
         )
         if instances > 1:  # an all-reduce of every rank's shard between the copies of the optimizer
-            reduce += 2 * self._collective(state.gradients / inside, instances, tp * size)
+            reduce += 2 * self._collective(gradients / inside, instances, apart * size)
         return reduce, gather
 
     def _update(self, state: RankState) -> float:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from megatron_solopo.model.routing import RouterWatch
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.megatron_internals import (
     begin_gathering_ahead,
+    forget_largest_values,
     fuse_weight_gradients,
     gather_parameters,
     make_optimizer,
@@ -216,6 +217,9 @@ def next_learning_rate(policy: "Policy", decay_steps: int) -> float:
     return float(scheduler.get_lr(policy.optimizer.param_groups[0]))
 
 
+_WARMING_PASSES = 3
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step."""
@@ -258,16 +262,9 @@ class Policy:
             before_pack: see `run_schedule`; if it raises, the policy is unchanged.
             before_reduction: called when this rank's own gradients are complete.
         """
-        if self.router_watch is not None:
-            self.router_watch.reset()
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.chunks[0].before_reduction = before_reduction
-        if len(self.chunks) == 1:  # the interleaved schedule does this itself
-            begin_gathering_ahead(self.chunks[0])
-        reports = run_schedule(self.chunks, packs, loss_function, topology, forward_only=False, before_pack=before_pack)
+        reports = self._accumulate(packs, loss_function, topology, before_pack)
         # Megatron's step does both again, which changes nothing.
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -279,6 +276,41 @@ class Policy:
         return StepResult(
             reports, float(grad_norm), learning_rate, bool(broken), bool(self.chunks[0].gradient_was_finite)
         )
+
+    def warm_scales(
+        self,
+        packs: Sequence[Pack],
+        loss_function: Callable[[Microbatch], LossFunction],
+        topology: Topology,
+        before_pack: Callable[[], None] | None = None,
+    ) -> None:
+        """Run the first step's packs for the scales of FP8's delayed recipe alone. All ranks together.
+
+        A new model has scales of 1: activations above FP8's largest value become it, and small gradients become 0. So
+        the largest values of a pass are wrong until the scales before it are right. Each pass forgets those of the one
+        before. The next step drops the gradients.
+        """
+        for _ in range(_WARMING_PASSES):
+            for chunk in self.chunks:
+                forget_largest_values(chunk)
+            self._accumulate(packs, loss_function, topology, before_pack)
+
+    def _accumulate(
+        self,
+        packs: Sequence[Pack],
+        loss_function: Callable[[Microbatch], LossFunction],
+        topology: Topology,
+        before_pack: Callable[[], None] | None,
+    ) -> list[torch.Tensor]:
+        """Forward and backward; the gradients replace those of before."""
+        if self.router_watch is not None:
+            self.router_watch.reset()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        if len(self.chunks) == 1:  # the interleaved schedule does this itself
+            begin_gathering_ahead(self.chunks[0])
+        return run_schedule(self.chunks, packs, loss_function, topology, forward_only=False, before_pack=before_pack)
 
     def gather_parameters(self) -> None:
         """Complete the parameters on every rank, also those that the next step would gather in its forward pass.
@@ -300,8 +332,9 @@ def load_model(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) -
 
 
 def load_frozen(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) -> list[ResponseModel]:
-    """`load_model` for a model that is not trained."""
-    chunks = load_model(model, topology, chunk_tokens=chunk_tokens)
+    """`load_model` for a model that is not trained, in the precision of passes without gradients."""
+    scored = replace(model, settings=model.settings.without_gradients)
+    chunks = load_model(scored, topology, chunk_tokens=chunk_tokens)
     for chunk in chunks:
         release_exact_values(chunk)
     return chunks
@@ -315,9 +348,5 @@ def build_policy(config: Config, model: ResolvedModel, topology: Topology, max_s
     optimizer = build_optimizer(chunks, config.optimizer)
     for chunk in chunks:
         release_exact_values(chunk)
-    watch = None
-    if model.architecture.experts:
-        watch = RouterWatch(config.moe)
-        for chunk in loaded:
-            watch.attach(chunk)
+    watch = RouterWatch(loaded, config.moe) if model.architecture.experts else None
     return Policy(chunks, optimizer, build_scheduler(optimizer, config.optimizer, max_steps), watch)

@@ -28,6 +28,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, remove, write_json
 from megatron_solopo.model.build import precision_settings
 from megatron_solopo.model.resolve import ResolvedModel
+from megatron_solopo.model.routing import RouterWatch
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.identity import model_fingerprint
@@ -102,9 +103,10 @@ def reference_dependencies(config: Config, model: ResolvedModel, datasets: RunDa
         "tokens": datasets.manifest.fingerprint,
         "weights": model_fingerprint(config.reference.model_path or config.model.path),
         "dtype": config.model.dtype,
-        "fp8": precision_settings(config.model),
+        "fp8": precision_settings(config.model.without_gradients),
         "implementation": "transformer_engine" if model.uses_transformer_engine else "local",
         "scoring_version": _SCORING_VERSION,
+        "replay": config.moe.replay,
         "roles": list(config.objective.roles.all),
     }
 
@@ -156,7 +158,7 @@ def _both_values(key: str, expected: Any, found: Any) -> str:
         old, new = found or {"fp8": None}, expected or {"fp8": None}
         names = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
         return ", ".join(_both_values(name, new[name], old[name]) for name in names)
-    shown = key if key == "scoring_version" else f"model.{key}"
+    shown = {"scoring_version": key, "replay": "moe.replay"}.get(key, f"model.{key}")
     before, now = ("null" if value is None else value for value in (found, expected))
     return f"{key} ({before}; this run has {shown}={now})"
 
@@ -185,6 +187,8 @@ def _compute(
 ) -> dict[str, ReferenceLogprobs]:
     reference = model.at(config.reference.model_path or model.path)
     chunks = load_frozen(reference, topology, chunk_tokens=config.logprob.chunk_tokens)
+    if config.moe.replay:  # or the reward of the policy that is the reference would not be 0
+        RouterWatch(chunks, config.moe, counts_routes=False)
     computed = {}
     for split, dataset in datasets.by_split.items():
         computed[split] = score_sequences(

@@ -7,6 +7,7 @@ CP. However the triplets are packed or distributed, the gradient is exactly that
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import tee
@@ -20,7 +21,7 @@ from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.objective import compute_objective, metric_names
-from megatron_solopo.parallel.megatron_internals import without_shape_messages
+from megatron_solopo.parallel.megatron_internals import without_delayed_fp8, without_shape_messages
 from megatron_solopo.parallel.topology import Topology
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -60,7 +61,9 @@ def run_schedule(
     Returns the third value of `loss_function(microbatch)(output)` for each pack, in order, on the last pipeline stage,
     and an empty list on the other stages.
     """
-    watches_routers = not forward_only and get_model_config(chunks[0]).num_moe_experts is not None
+    settings = get_model_config(chunks[0])
+    has_experts = settings.num_moe_experts is not None
+    watches_routers = has_experts and (not forward_only or settings.moe_enable_routing_replay)
     microbatches: Iterable[Microbatch] = (shard_pack(pack, topology, with_places=watches_routers) for pack in packs)
     if not forward_only:  # a pass over a data set has many packs, so each moves to the device when its turn comes
         microbatches = list(microbatches)
@@ -98,16 +101,17 @@ def run_microbatches(
     config = get_model_config(chunks[0])
     sequence_shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
     shapes = [(length // sequence_shards, 1, config.hidden_size) for length in positions]
-    reports: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=list(iterators) if several else iterators[0],
-        model=list(chunks) if several else chunks[0],
-        num_microbatches=len(positions),
-        seq_length=1,  # not read, and neither is the next: packs differ
-        micro_batch_size=1,
-        forward_only=forward_only,
-        **without_shape_messages(config, shapes),
-    )
+    with without_delayed_fp8(config) if forward_only else nullcontext():
+        reports: list[Tensor] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=list(iterators) if several else iterators[0],
+            model=list(chunks) if several else chunks[0],
+            num_microbatches=len(positions),
+            seq_length=1,  # not read, and neither is the next: packs differ
+            micro_batch_size=1,
+            forward_only=forward_only,
+            **without_shape_messages(config, shapes),
+        )
     return reports
 
 

@@ -323,6 +323,8 @@ class Trainer:
         self.work_clock.start()  # here all ranks have met
         batch = self.loader.next_batch()
         self.session.enter("forward and backward", step)
+        if step == 1 and self.config.model.has_delayed_scales:
+            self.policy.warm_scales(batch.packs, self.losses["train"], self.topology, self._before_pack)
         self.triplet_losses.clear()
         result = self.policy.step(
             batch.packs,

@@ -28,22 +28,22 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "llama2",
         {"model_type": "gpt2"},
-        ["model_type='gpt2'", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+        ["model_type='gpt2'", "llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe"],
     ),
     (
         "llama2",
         {"model_type": "no_such_model"},
-        ["model_type='no_such_model'", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+        ["model_type='no_such_model'", "llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe"],
     ),
     (
         "llama2",
         {"model_type": None},
-        ["model_type=None", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+        ["model_type=None", "llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe"],
     ),
     (
         "llama2",
         {"model_type": ["llama"]},
-        ["model_type=['llama']", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+        ["model_type=['llama']", "llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe"],
     ),
     (
         "llama2",
@@ -67,6 +67,8 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     ("llama2", {"rope_parameters": LLAMA3}, ["llama3", "low_freq_factor", "high_freq_factor"]),
     ("llama2", {"rope_parameters": "yarn"}, ["rope_parameters", "yarn"]),
+    ("olmoe", {"clip_qkv": 8.0}, ["clip_qkv=8.0", "supported: null"]),
+    ("olmoe", {"head_dim": 16}, ["num_attention_heads=4 x head_dim=16", "hidden_size=32"]),
     ("mistral", {"sliding_window": 128}, ["sliding_window=128", "supported: null"]),
     ("qwen2", {"sliding_window": 128, "use_sliding_window": True}, ["sliding_window=128", "supported: null"]),
     (
@@ -188,7 +190,7 @@ def test_the_sizes_are_those_of_the_models_weights(family: str, tmp_path: Path) 
     assert len(model.model.layers) == found.num_layers
     assert layer.input_layernorm.variance_epsilon == found.layernorm_epsilon
     assert (layer.self_attn.q_proj.bias is not None) is found.add_qkv_bias
-    assert hasattr(layer.self_attn, "q_norm") is found.qk_layernorm
+    assert hasattr(layer.self_attn, "q_norm") is (found.qk_layernorm or found.norms_all_heads)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is found.tied_embeddings
 
 

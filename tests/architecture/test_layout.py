@@ -215,6 +215,7 @@ def test_a_pack_filled_to_its_budget_stays_within_it_when_padded(budget: int, mu
 EXPERTS = ExpertShape(num_experts=12, topk=2, ffn_hidden_size=24, renormalizes=True, layers=(True,) * 4)
 EP = "expert_model_parallel_size"
 EXPERT_TP = "expert_tensor_parallel_size"
+DISPATCHER = "moe_token_dispatcher_type"
 
 
 @pytest.mark.parametrize("sizes", [{}, {EP: 4}, {EP: 12} | TP2, {EP: 2, EXPERT_TP: 1} | TP2, {EP: 3, EXPERT_TP: 4}])
@@ -229,6 +230,8 @@ def test_a_layout_that_divides_the_experts_is_accepted(architecture: Architectur
     [
         (None, {EP: 2}, ["expert_model_parallel_size=2", "llama has none"]),
         (None, {EXPERT_TP: 2}, ["expert_tensor_parallel_size=2", "llama has none"]),
+        (None, {DISPATCHER: "flex"}, ["moe_token_dispatcher_type=flex", "llama has none"]),
+        (EXPERTS, {DISPATCHER: "flex"}, ["moe_token_dispatcher_type=flex", "expert_model_parallel_size > 1"]),
         (EXPERTS, {EP: 5}, ["expert_model_parallel_size=5", "12 experts"]),
         (EXPERTS, {EP: 2, EXPERT_TP: 5}, ["expert_tensor_parallel_size=5", "24 feed-forward columns", "set it to 1"]),
         (EXPERTS, {EXPERT_TP: 1} | TP2, ["expert_tensor_parallel_size=1", "expert_model_parallel_size > 1"]),

@@ -45,7 +45,7 @@ def scaled_rope(kind: str) -> dict[str, Any]:
     [
         (
             lambda hf: change_config(hf, model_type="gpt2"),
-            ["model_type='gpt2'", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+            ["model_type='gpt2'", "llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe"],
         ),
         (lambda hf: change_config(hf, rope_parameters=scaled_rope("dynamic")), ["rope_type='dynamic'", "llama3, yarn"]),
         (lambda hf: change(hf / WEIGHTS, lambda each: each.pop(QUERY)), ["1 missing tensor for", QUERY]),

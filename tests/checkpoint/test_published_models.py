@@ -85,6 +85,12 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {
         | {"rope_theta": 1000000.0, "max_position_embeddings": 32768, "sliding_window": None},
         46_702_792_704,
     ),
+    "OLMoE-1B-7B": (
+        figures(2048, 1024, 16, 16, 16, 50304)
+        | {"model_type": "olmoe", "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False}
+        | {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096, "clip_qkv": None},
+        6_919_161_856,
+    ),
     "Qwen1.5-MoE-A2.7B": (
         _QWEN25
         | figures(2048, 5632, 24, 16, 16, 151936)

@@ -31,6 +31,7 @@ from megatron_solopo.checkpoint.save import ShardedSave, new_plans
 from megatron_solopo.checkpoint.sharded_state import complete_group
 from megatron_solopo.config import Config, parse_config
 from megatron_solopo.model.resolve import resolve_model
+from megatron_solopo.parallel import megatron_internals
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.megatron_internals import SavePlans, initialize_adam_state, optimizer_parts
 from megatron_solopo.plan.memory import rank_state
@@ -339,3 +340,47 @@ def test_scales_made_of_earlier_steps_are_saved_and_no_other_kernel_state(fp8, r
         data = state["linear._extra_state"].data
         assert data["scaling_fwd.scale"].tolist() == [1, 1, 1] and data["scaling_bwd.amax_history"].shape == (2, 2)
         assert len(data) == 4 and all(isinstance(value, torch.Tensor) for value in data.values())
+
+
+def grouped_layer() -> Any:
+    """Stands for a layer that computes two experts in one kernel: scales of both inputs, both weights, both outputs."""
+    layer: Any = torch.nn.Identity()
+    layer.num_gemms = 2
+    layer.init_fp8_meta_tensors = lambda recipe: None
+    layer.fp8_meta = {
+        side: SimpleNamespace(
+            scale=torch.arange(size) + first, amax_history=torch.arange(2 * size).view(2, size) + 100 + first
+        )
+        for side, size, first in (("scaling_fwd", 6, 0.0), ("scaling_bwd", 4, 10.0))
+    }
+    return layer
+
+
+def test_experts_in_one_kernel_have_scales_of_their_own() -> None:
+    """So another number of ranks can share them. Megatron names their states `_extra_state`, `_extra_state1`, ..."""
+    module = torch.nn.ModuleDict({"experts": grouped_layer()})
+    names = ["experts._extra_state", "experts._extra_state1"]
+    states = {
+        name: ShardedObject("experts._extra_state", b"a pickle", (2,), (n,), replica_id=(0, 0, 0))
+        for n, name in enumerate(names)
+    }
+    module.sharded_state_dict = lambda metadata: {"experts.weight0": 1, **states}
+    module.config = SimpleNamespace(fp8=None)
+    assert sharded_state._chunk_state(module, {}).keys() == {"experts.weight0"}
+    module.config = SimpleNamespace(fp8="hybrid", fp8_recipe="delayed")
+    state = sharded_state._chunk_state(module, {})
+    second = state[names[1]].data
+    assert second["scaling_fwd.scale"].tolist() == [1, 3, 5] and second["scaling_bwd.scale"].tolist() == [11, 13]
+    assert second["scaling_fwd.amax_history"].tolist() == [[101, 103, 105], [107, 109, 111]]
+    target = torch.nn.ModuleDict({"experts": grouped_layer()})
+    target.config = module.config
+    for meta in target["experts"].fp8_meta.values():
+        meta.scale.zero_(), meta.amax_history.zero_()
+    loaded = {name: value.data if name in names else value for name, value in state.items()}
+    with mock.patch.object(megatron_internals, "get_fp8_recipe", lambda config: None):
+        sharded_state.load_kernel_state(target, loaded)
+    assert loaded.keys() == {"experts.weight0"}
+    for side in ("scaling_fwd", "scaling_bwd"):
+        for name in ("scale", "amax_history"):
+            found, wanted = (getattr(each["experts"].fp8_meta[side], name) for each in (target, module))
+            assert torch.equal(found, wanted)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.parity
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 VPP2 = TP2_PP2 | {"virtual_pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
-FAMILIES = {"qwen2_tied": TP2_PP2, "qwen3": VPP2}
+FAMILIES = {"qwen2_tied": TP2_PP2, "qwen3": VPP2, "olmoe": TP2_PP2}
 TOLERANCE = 2e-5
 
 

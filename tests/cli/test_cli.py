@@ -110,7 +110,7 @@ def test_train_refuses(
     [
         (
             {"model_type": "gpt_neox"},
-            ["model_type='gpt_neox'", "llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe"],
+            ["model_type='gpt_neox'", "llama, mistral, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe"],
         ),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

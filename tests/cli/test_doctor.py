@@ -62,6 +62,7 @@ def test_this_machine_is_ready_and_fully_described() -> None:
         "transformer-engine",
         "flash-attn",
         "NVIDIA Apex",
+        "deep_ep",
         "wandb",
         "CPU cores",
         "memory",

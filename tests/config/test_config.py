@@ -6,7 +6,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from megatron_solopo.config import Config, ObjectiveConfig, ParallelConfig, load_config, parse_config, save_config
+from megatron_solopo.config import (
+    Config,
+    ModelConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    load_config,
+    parse_config,
+    save_config,
+)
 from megatron_solopo.config.load import as_override
 from megatron_solopo.errors import UserError
 
@@ -306,3 +314,12 @@ def test_a_config_does_not_change_after_loading(tmp_path: Path) -> None:
     config = parse_config(MINIMAL, source="test")
     with pytest.raises(ValidationError, match="frozen"):
         config.objective.alpha = 1
+
+
+def test_only_models_with_delayed_scales_are_scored_in_another_precision() -> None:
+    def scored(recipe: str) -> ModelConfig:
+        model = {"path": "model", "dtype": "bfloat16", "fp8": "hybrid", "fp8_recipe": recipe, "fp8_param": True}
+        return parse_config(MINIMAL | {"model": model}, source="test").model.without_gradients
+
+    assert (scored("delayed").fp8, scored("delayed").fp8_param) == (None, False)
+    assert (scored("blockwise").fp8, scored("blockwise").fp8_param) == ("hybrid", True)

@@ -28,6 +28,7 @@ TWO_CPUS = Surroundings(2, 2, uses_transformer_engine=False)
         (["parallel.recompute_num_layers=2"], TWO_CPUS, "recompute_num_layers=2 (parallel.recompute_granularity=null)"),
         (["parallel.recompute_modules=[mlp]"], TWO_CPUS, "recompute_modules=[mlp] (parallel.recompute_granularity"),
         (["objective.name=long_po", "objective.alpha=2"], TWO_CPUS, "objective.alpha=2 (objective.name=long_po aligns"),
+        (["objective.name=long_po", "moe.replay=short"], TWO_CPUS, "moe.replay=short (objective.name=long_po aligns"),
         (["objective.huber_delta=2"], TWO_CPUS, "objective.huber_delta=2 (objective.distance=l1)"),
         (["objective.gamma=1"], TWO_CPUS, "objective.gamma=1 (objective.loss_type=dpo)"),
         (["objective.orpo_lambda=2"], TWO_CPUS, "objective.orpo_lambda=2 (objective.loss_type=dpo)"),

@@ -83,6 +83,7 @@ def _emulate_tensors() -> None:
         setattr(tensor, name, _without_cuda(getattr(tensor, name)))
     tensor.to = _by_number(tensor.to)
     tensor.pin_memory = lambda self, *args: self
+    tensor.record_stream = lambda self, stream: None
     empty = torch.empty
     torch.empty = lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs)
     for name in (*_FACTORIES, "full_like", "rand_like", "randn_like"):

@@ -1,5 +1,6 @@
 """cuBLASLt's matrix products."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -54,3 +55,26 @@ def generic_gemm(
     assert D.shape == result.shape and (output_dtype is None or D.dtype == dtype), (D.shape, D.dtype)
     D.copy_(D.float() + result if accumulate else result)
     return D, bias_gradient, None, None
+
+
+@emulates
+def te_general_grouped_gemm(
+    A: Sequence[Any], transA: bool, B: Sequence[Any], transB: bool, D: Sequence[Tensor], output_dtype: Any,
+    m_splits: Sequence[int] | None, bias: Sequence[Tensor], bias_type: Any, single_output: bool,
+    gelu_in: Sequence[Tensor], grad: bool, workspaces: Any, workspace_size: int, accumulate: bool,
+    use_split_accumulator: bool, sm_count: int,
+) -> Sequence[Tensor]:  # fmt: skip
+    """One product for each expert, into tensors of their own or, one after another, into the rows of a single one.
+
+    An expert without tokens multiplies nothing: its output is zero where there is one.
+    """
+    assert not any(each.numel() for each in (*bias, *gelu_in)), "no bias and no GELU is emulated here"
+    outputs = D[0].split(list(m_splits or [])) if single_output else D
+    for a, b, out in zip(A, B, outputs, strict=True):
+        if 0 in (*a.size(), *b.size()):
+            if not accumulate:
+                out.zero_()
+            continue
+        rest = (None, output_dtype, None, bias_type, False, None, grad, None, workspace_size)
+        generic_gemm(a, transA, b, transB, out, *rest, accumulate, use_split_accumulator)
+    return bias

@@ -137,7 +137,7 @@ def _fill(output: Any, quantizer: Any, values: Tensor) -> None:
         if quantizer.amax.numel() and values.numel():
             quantizer.amax.copy_(torch.maximum(quantizer.amax, values.abs().amax()))
     else:
-        amax = values.abs().amax().reshape(1)
+        amax = values.abs().amax().reshape(1) if values.numel() else torch.zeros(1)
         if quantizer.with_amax_reduction:
             group = quantizer._canonicalized_amax_reduction_group()
             torch.distributed.all_reduce(amax, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -153,6 +153,8 @@ def _fill(output: Any, quantizer: Any, values: Tensor) -> None:
 def _fill_blocks(output: Any, quantizer: Any, values: Tensor) -> None:
     """A scale for each 128 x 128 values (weights), or for each 128 values of a row (activations, gradients)."""
     assert quantizer.force_pow_2_scales or not IS_BLACKWELL, "Blackwell's scales are powers of two"
+    if not values.numel():
+        return
     flat_MK = values.reshape(-1, values.shape[-1])
     is_2d = quantizer.block_scaling_dim == 2
     for matrix, side in ((flat_MK, "_rowwise"), (flat_MK.t().contiguous(), "_columnwise")):
@@ -240,6 +242,23 @@ def split_quantize(
 @emulates
 def multi_tensor_quantize(tensor_list: Sequence[Tensor], quantizer_list: Sequence[Any]) -> list[Any]:
     return [quantize(part, quantizer) for part, quantizer in zip(tensor_list, quantizer_list, strict=True)]
+
+
+@emulates
+def fused_multi_row_padding(
+    input: Tensor, output: Tensor, input_rows: Sequence[int], padded_rows: Sequence[int]
+) -> None:
+    """Put each expert's rows first among as many rows as its products need; the others are zero."""
+    for found, out in zip(input.split(list(input_rows)), output.split(list(padded_rows)), strict=True):
+        out[: len(found)] = found
+        out[len(found) :] = 0
+
+
+@emulates
+def fused_multi_row_unpadding(input: Tensor, output: Tensor, input_rows: Sequence[int], rows: Sequence[int]) -> None:
+    """Take what `fused_multi_row_padding` has added away."""
+    for found, out in zip(input.split(list(input_rows)), output.split(list(rows)), strict=True):
+        out.copy_(found[: len(out)])
 
 
 @emulates

@@ -354,6 +354,59 @@ def test_products_that_cublas_refuses() -> None:
         product(current()(torch.randn(16, 24)), current()(torch.randn(16, 24)), True, False)
 
 
+def grouped(experts, a, b, out, transa, transb, m_splits=None, accumulate=False):
+    nothing = [torch.empty(0)] * experts
+    arguments = (m_splits, nothing, BF16, m_splits is not None, nothing, transb, [None], 0, accumulate, True, 0)
+    tex.te_general_grouped_gemm(a, transa, b, transb, out, FP32, *arguments)
+
+
+def test_products_of_experts() -> None:
+    """The second of three experts has no token."""
+    splits, x, dy = [3, 0, 4], torch.randn(7, 8), torch.randn(7, 6)
+    weights = torch.randn(3, 6, 8)
+    of_expert = torch.tensor([0, 0, 0, 2, 2, 2, 2])
+    y = torch.empty(7, 6)
+    grouped(3, list(weights), x.split(splits), [y], True, False, splits)
+    close(y, torch.einsum("tk,tnk->tn", x, weights[of_expert]))
+    dx = torch.empty(7, 8)
+    grouped(3, list(weights), dy.split(splits), [dx], False, False, splits)
+    close(dx, torch.einsum("tn,tnk->tk", dy, weights[of_expert]))
+    wanted = torch.zeros(3, 6, 8).index_add_(0, of_expert, torch.einsum("tn,tk->tnk", dy, x))
+    for accumulate in (False, True):
+        gradients = torch.ones(3, 6, 8)
+        grouped(3, x.split(splits), dy.split(splits), list(gradients), False, True, accumulate=accumulate)
+        close(gradients, wanted + (1 if accumulate else 0))
+
+
+@pytest.mark.parametrize("kind", ["tensorwise", "blockwise"])
+def test_fp8_products_of_experts_multiply_the_rounded_values(kind: str) -> None:
+    splits, x, weights = [32, 0, 16], torch.randn(48, 256), torch.randn(3, 128, 256)
+    if kind == "tensorwise":
+        of_x, of_weights = current(), current()
+    else:
+        of_x, of_weights = (
+            Float8BlockQuantizer(E4M3, rowwise=True, columnwise=True, block_scaling_dim=d) for d in (1, 2)
+        )
+    parts, rounded = (
+        tex.split_quantize(x, splits, [of_x] * 3),
+        tex.multi_tensor_quantize(list(weights), [of_weights] * 3),
+    )
+    y = torch.empty(48, 128)
+    grouped(3, rounded, parts, [y], True, False, splits)
+    close(y[:32], matrix(of_x(x[:32])) @ matrix(of_weights(weights[0])).t())
+    close(y[32:], matrix(of_x(x[32:])) @ matrix(of_weights(weights[2])).t())
+
+
+def test_rows_of_experts_are_padded_and_cut_again() -> None:
+    x, padded, cut = torch.randn(7, 4), torch.full((48, 4), 9.0), torch.empty(7, 4)
+    tex.fused_multi_row_padding(x, padded, [3, 0, 4], [16, 0, 32])
+    wanted = torch.zeros(48, 4)
+    wanted[:3], wanted[16:20] = x[:3], x[3:]
+    assert torch.equal(padded, wanted)
+    tex.fused_multi_row_unpadding(padded, cut, [16, 0, 32], [3, 0, 4])
+    assert torch.equal(cut, x)
+
+
 def test_delayed_scales_come_from_the_largest_values_of_earlier_steps() -> None:
     history, scale = torch.zeros(4, 2), torch.ones(2)
     for amax in ([2.0, 0.0], [8.0, 0.0], [4.0, 0.0]):

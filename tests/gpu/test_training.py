@@ -15,9 +15,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_solopo.model.resolve import resolve_model
+from megatron_solopo.parallel import topology
+from megatron_solopo.train.policy import build_policy, load_frozen
+from megatron_solopo.train.step import logprob_report, run_schedule
 from tests.gpu.models import VOCAB_SIZE, make_model, skip_without
 from tests.gpu.rounding import rounded_products
-from tests.parity.layouts import ONE_PACK, PACKED, UNPACKED, Case, Layout, RankResult, Shards, run_case
+from tests.parity.layouts import (
+    ONE_PACK,
+    PACKED,
+    UNPACKED,
+    Case,
+    Layout,
+    RankResult,
+    Shards,
+    make_config,
+    my_packs,
+    run_case,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -27,6 +42,8 @@ EXACT = {"dtype": "float32", "implementation": "local"}
 PLAIN = {"dtype": "bfloat16", "implementation": "local"}
 TE = {"dtype": "bfloat16", "implementation": "transformer_engine"}
 FP8 = TE | {"fp8": "hybrid"}
+LARGE = "-large"
+"""Ends the name of a family whose MLPs have activations of more than 448, FP8's largest value."""
 # With what a pack is padded to a multiple of.
 RECIPES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
@@ -36,19 +53,23 @@ def model(family: str) -> Path:
     """Policy and reference, kept for the whole test session."""
     folder = Path(tempfile.mkdtemp()) / family
     for seed, name in enumerate(("policy", "reference")):
-        make_model(folder / name, family, seed)
+        make_model(folder / name, family.removesuffix(LARGE), seed, enlarged=200.0 if family.endswith(LARGE) else 1.0)
     return folder
 
 
 @functools.cache
 def batches() -> list[list[dict[str, Any]]]:
     """Two global batches of four triplets with awkward lengths."""
+    return batches_of([(3, 129, 2, 5), (47, 320, 31, 1), (64, 255, 17, 40), (31, 61, 9, 9)])
+
+
+def batches_of(lengths: list[tuple[int, int, int, int]]) -> list[list[dict[str, Any]]]:
+    """Two global batches of triplets with these lengths of prompts and responses."""
     generator = random.Random(7)
 
     def tokens(count: int) -> list[int]:
         return [generator.randrange(VOCAB_SIZE) for _ in range(count)]
 
-    lengths = [(3, 129, 2, 5), (47, 320, 31, 1), (64, 255, 17, 40), (31, 61, 9, 9)]
     names = ("prompt_short", "prompt_long", "chosen", "rejected")
     return [
         [
@@ -174,9 +195,49 @@ def test_fp8_parameters_train_as_bfloat16_ones_do(recipe: str) -> None:
     settings = {"distributed_optimizer": True, "pack_multiple": RECIPES[recipe]}
     fp8_param = train("llama3", FP8 | {"fp8_recipe": recipe, "fp8_param": True}, **settings)
     bf16_param = train("llama3", FP8 | {"fp8_recipe": recipe}, **settings)
-    torch.testing.assert_close(losses(fp8_param), losses(bf16_param), rtol=2e-2, atol=0)
+    # Delayed scales also come from what the weights were before, so that both runs round in their own way.
+    tolerance = 3 * rounding_errors("tensorwise")[1] if recipe == "delayed" else 2e-2
+    torch.testing.assert_close(losses(fp8_param), losses(bf16_param), rtol=tolerance, atol=0)
     difference = _relative_difference(fp8_param.parameters, bf16_param.parameters)
     assert difference < 0.05  # the parameters handed back are FP8
+
+
+def scores(settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Log-probs of the model with large activations: as a reference, and of the policy before its first step."""
+    config = make_config(model("llama3" + LARGE) / "policy", DPO, Layout("gpu", PACKED, model=settings))
+    groups = topology.initialize(config.parallel, seed=1)
+    try:
+        resolved, roles = resolve_model(config.model, config.parallel), config.objective.roles.all
+        packs = my_packs(batches()[0], 0, Layout("gpu", pack_multiple=16), roles, groups)
+        frozen = load_frozen(resolved, groups, chunk_tokens=1024)
+        policy = build_policy(config, resolved, groups, max_steps=2)
+        found = []
+        for chunks in (frozen, policy.chunks):
+            with torch.no_grad():
+                reports = run_schedule(chunks, packs, logprob_report(groups), groups, forward_only=True)
+            found.append(torch.cat([report.cpu() for report in reports]))
+        return found[0], found[1]
+    finally:
+        topology.destroy(groups)
+
+
+def test_scoring_under_delayed_scales_is_that_of_bfloat16() -> None:
+    """No pass without gradients updates the scales, which are 1 at first."""
+    for found, wanted in zip(scores(FP8 | {"fp8_recipe": "delayed"}), scores(TE), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_the_first_step_under_delayed_scales_saturates_nothing() -> None:
+    """Without warm scales, the gradient is some four times as large as it should be."""
+    family = "llama3" + LARGE
+    delayed, tensorwise = (
+        train(family, FP8 | {"fp8_recipe": recipe}, pack_multiple=16, steps=1) for recipe in ("delayed", "tensorwise")
+    )
+    wanted = train(family, EXACT, steps=1)
+    errors = [gradient_error(found, wanted) for found in (delayed, tensorwise)]
+    print(f"gradient error: delayed {errors[0]:.3f}, tensorwise {errors[1]:.3f}; loss {losses(delayed)}")
+    assert errors[0] < 2 * errors[1] < 1
+    torch.testing.assert_close(losses(delayed), losses(wanted), rtol=0.2, atol=0)
 
 
 def test_blockwise_scaling_keeps_sequences_apart() -> None:

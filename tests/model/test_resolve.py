@@ -7,8 +7,10 @@ from typing import Any
 
 import megatron.core
 import pytest
+from megatron.core.transformer.moe import fused_a2a
 from packaging.version import Version
 
+from megatron_solopo.architecture.experts import ExpertShape
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
@@ -64,6 +66,24 @@ def test_packs_are_exchanged_by_heads_and_in_a_ring_since_2_18(architecture, mon
         return
     with pytest.raises(UserError, match=r"a2a\+p2p needs transformer-engine 2\.18 or newer.*2\.17\.1 is installed"):
         resolve.resolve_model(settings(), parallel, architecture=architecture)
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "installed", "refused"),
+    [(True, True, "needs a CUDA device"), (False, False, "package deep_ep is not installed"), (False, True, "")],
+)
+def test_deep_ep_runs_where_it_is_installed(architecture, monkeypatch, on_cpu, installed, refused) -> None:
+    experts = ExpertShape(num_experts=4, topk=2, ffn_hidden_size=128, renormalizes=True, layers=(True,) * 4)
+    model = replace(architecture, experts=experts)
+    parallel = ParallelConfig(expert_model_parallel_size=2, moe_token_dispatcher_type="flex")
+    monkeypatch.setattr(resolve, "is_cpu", lambda: on_cpu)
+    monkeypatch.setattr(fused_a2a, "HAVE_DEEP_EP", installed)
+    if not refused:
+        resolve.resolve_model(settings(), parallel, architecture=model)
+        return
+    with pytest.raises(UserError, match=f"moe_token_dispatcher_type=flex .*{refused}.*alltoall") as error:
+        resolve.resolve_model(settings(), parallel, architecture=model)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

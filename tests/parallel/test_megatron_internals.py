@@ -23,7 +23,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch.distributed.checkpoint import default_planner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -116,6 +119,37 @@ def test_megatron_takes_the_pipeline_settings(interleaved: bool) -> None:
     assert {name: getattr(config, name) for name in settings} == settings
     with pytest.raises(ValueError, match="alltoall"):
         TransformerConfig(**sizes, **stages, **settings | {"moe_token_dispatcher_type": "allgather"})
+
+
+def test_a_router_takes_the_experts_that_are_replayed(group: Any) -> None:
+    """Its own logits weigh them, and it chooses itself again afterwards. Megatron's list of all stays as it was."""
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
+    config = TransformerConfig(
+        **sizes,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_router_load_balancing_type="none",
+        moe_router_pre_softmax=True,
+    )
+    router = TopKRouter(config, ProcessGroupCollection.use_mpu_process_groups())
+    known = list(RouterReplay.global_router_replay_instances)
+    internals.allow_replay(router)
+    assert config.moe_enable_routing_replay and RouterReplay.global_router_replay_instances == known
+    logits = torch.tensor([[[4.0, 3.0, 2.0, 1.0]]], requires_grad=True)
+    with internals.replayed(router, torch.tensor([[3, 0]])):
+        probabilities, chosen = router.routing(logits)
+    assert chosen.tolist() == [[True, False, False, True]]
+    torch.testing.assert_close(probabilities, logits.softmax(dim=-1)[0] * chosen)
+    assert router.routing(logits)[1].tolist() == [[True, True, False, False]]
+
+
+@pytest.mark.parametrize("kind", ["alltoall", "flex"])
+def test_megatron_takes_the_dispatchers_settings(kind: Any) -> None:
+    sizes = {"num_layers": 4, "hidden_size": 8, "num_attention_heads": 2, "variable_seq_lengths": True}
+    settings = internals.dispatcher_settings(kind)
+    config = TransformerConfig(**sizes, num_moe_experts=2, **settings)
+    assert {name: getattr(config, name) for name in settings} == settings
+    assert config.moe_token_dispatcher_type == kind
 
 
 def test_the_cache_advances() -> None:

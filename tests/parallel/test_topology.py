@@ -2,6 +2,7 @@
 
 import resource
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from megatron_solopo.config import ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import topology
+from megatron_solopo.train import session
 from tests.ranks import layout, two_ranks
 
 TP2, CP2, PP2 = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "context", "pipeline_model"))
@@ -137,3 +139,20 @@ def test_cuda_is_prepared_without_touching_what_the_user_has_set(monkeypatch, si
     monkeypatch.setattr(topology.os, "environ", environment)
     topology._prepare_cuda(ParallelConfig(**sizes))
     assert environment == expected
+
+
+def test_more_ranks_than_devices_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(topology.cpu, "is_cpu", lambda: False)
+    monkeypatch.setattr(topology.os, "environ", {"LOCAL_RANK": "1"})  # where CUDA is adapted, there is one device
+    with pytest.raises(UserError, match="LOCAL_RANK=1: this host has 1 CUDA devices"):
+        topology.prepare_device(ParallelConfig())
+
+
+def test_cuda_starts_with_the_runs_settings_on_the_ranks_device(monkeypatch, tmp_path) -> None:
+    """Transformer Engine's answer about FP8 starts CUDA. torch's allocator reads its settings then."""
+    calls = []
+    monkeypatch.setattr(session.process_groups, "prepare_device", lambda config: calls.append("device"))
+    monkeypatch.setattr(session, "resolve_model", lambda *args: calls.append("questions") or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.check_and_join(mock.Mock())
+    assert calls == ["device", "questions"]

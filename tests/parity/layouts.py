@@ -16,11 +16,12 @@ from megatron_solopo.checkpoint.mapping import rules
 from megatron_solopo.config import Config, Role, parse_config
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.resolve import resolve_model
+from megatron_solopo.model.routing import RouterWatch
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.megatron_internals import replica_group
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.train.policy import Policy, build_policy, load_model
+from megatron_solopo.train.policy import Policy, build_policy, load_frozen
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss, run_schedule
 from tests.conversions import join_shards
 from tests.parity.plain import Row
@@ -153,6 +154,8 @@ def _train(
     policy = build_policy(config, resolve_model(config.model, config.parallel), groups, max_steps=len(batches))
     loss = objective_loss(config.objective, references, groups)
     result = RankResult(_is_counted(groups))
+    if config.model.has_delayed_scales:
+        policy.warm_scales(packs[0], loss, groups)
     for step_packs in packs:
         step = policy.step(step_packs, loss, groups)
         result.grad_norms.append(step.grad_norm)
@@ -192,7 +195,9 @@ def live_reference(
 ) -> ReferenceLogprobs:
     """Score this rank's packs with the reference model under the same layout."""
     model = resolve_model(config.model, config.parallel).at(path)
-    chunks = load_model(model, groups, chunk_tokens=config.logprob.chunk_tokens)
+    chunks = load_frozen(model, groups, chunk_tokens=config.logprob.chunk_tokens)
+    if config.moe.replay:
+        RouterWatch(chunks, config.moe, counts_routes=False)
     roles = packs[0][0].roles
     logps = torch.zeros(num_rows, len(roles))
     for step_packs in packs:

@@ -4,7 +4,8 @@ It shares no code with the package. Written to be read beside the paper's formul
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,41 @@ def response_logprob(model: torch.nn.Module, prompt: Sequence[int], response: Se
     logits = model(torch.tensor([[*prompt, *response]])).logits[0]
     predictions = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
     return predictions.gather(1, torch.tensor(response)[:, None]).sum()
+
+
+Replayed = dict[str, list[Tensor]]
+"""By answer: each layer's experts [tokens, experts per token] of its tokens behind the short context."""
+
+
+@contextmanager
+def replaying(model: torch.nn.Module, row: Row, context: str, answer: str, kept: Replayed | None) -> Iterator[None]:
+    """Within the block, keep the experts of a response behind the short context, and replay them behind the long one.
+
+    The experts of a position weigh as its own logits say. `kept` is None where nothing is replayed.
+    """
+    first = len(row[f"prompt_{context}"]) - 1
+    places = slice(first, first + len(row[answer]))
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    if context == "short" and kept is not None:
+        kept[answer] = []
+
+    def after(gate: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        assert kept is not None
+        logits, scores, experts = output
+        if context == "short":
+            kept[answer].append(experts[places])
+            return output
+        experts = experts.clone()
+        experts[places] = kept[answer][gates.index(gate)]
+        scores = logits.softmax(dim=-1).gather(1, experts)
+        if getattr(gate, "norm_topk_prob", True):
+            scores = scores / scores.sum(dim=-1, keepdim=True)
+        return logits, scores, experts
+
+    with ExitStack() as stack:
+        for gate in gates if kept is not None else ():
+            stack.callback(gate.register_forward_hook(after).remove)
+        yield
 
 
 def trained(model: torch.nn.Module, routers: bool) -> list[torch.nn.Parameter]:
@@ -80,16 +116,17 @@ Routes = Mapping[tuple[str, str], list[Tensor]]
 """For each context and answer of a row: every sparse layer's router logits [tokens, experts]."""
 
 
-def routes(o: Mapping[str, Any], model: Any, row: Row) -> Routes:
+def routes(o: Mapping[str, Any], model: Any, row: Row, replay: bool) -> Routes:
     """Run every sequence that objective `o` reads, and keep what the routers say."""
     pairs = [("short", "chosen"), ("short", "rejected"), ("long", "chosen")]
     pairs += [("long", "rejected")] if o.get("align") == "both" else []
-    return {
-        (context, answer): model(
-            torch.tensor([[*row[f"prompt_{context}"], *row[answer]]]), output_router_logits=True
-        ).router_logits
-        for context, answer in pairs
-    }
+    kept: Replayed | None = {} if replay else None
+    found = {}
+    for context, answer in pairs:
+        with replaying(model, row, context, answer, kept):
+            tokens = torch.tensor([[*row[f"prompt_{context}"], *row[answer]]])
+            found[context, answer] = model(tokens, output_router_logits=True).router_logits
+    return found
 
 
 def router_loss(model: Any, batch: Sequence[Routes], aux: float, z: float) -> Tensor:
@@ -104,24 +141,32 @@ def router_loss(model: Any, batch: Sequence[Routes], aux: float, z: float) -> Te
     return total / count
 
 
-def routing_metrics(topk: int, batch: Sequence[Routes], rows: Sequence[Row]) -> dict[str, float]:
+def routing_metrics(topk: int, batch: Sequence[Routes], rows: Sequence[Row], replay: bool) -> dict[str, float]:
     """How full the fullest expert is, how undecided the routers are, and whether the contexts share their experts."""
     layers = range(len(next(iter(batch[0].values()))))
     loads, entropies, same, pairs = [], [], 0, 0
     for layer in layers:
         everything = torch.cat([logits[layer].detach() for logits_of in batch for logits in logits_of.values()])
-        counts = everything.topk(topk).indices.flatten().bincount(minlength=everything.shape[1]).double()
-        loads.append(float(counts.max() / counts.mean()))
         entropies.append(torch.distributions.Categorical(logits=everything.double()).entropy())
+        chosen = []
         for row, logits_of in zip(rows, batch, strict=True):
-            for (context, answer), long in logits_of.items():
+            experts = {key: logits[layer].topk(topk).indices for key, logits in logits_of.items()}
+            for context, answer in logits_of:
                 if context == "long":
-                    for place in range(len(row[answer])):
-                        experts = []
-                        for prompt, logits in (("long", long), ("short", logits_of["short", answer])):
-                            position = len(row[f"prompt_{prompt}"]) - 1 + place
-                            experts.append(set(logits[layer][position].topk(topk).indices.tolist()))
-                        same, pairs = same + len(experts[0] & experts[1]), pairs + topk
+                    places = [
+                        slice(len(row[f"prompt_{each}"]) - 1, len(row[f"prompt_{each}"]) - 1 + len(row[answer]))
+                        for each in ("short", "long")
+                    ]
+                    short, long = experts["short", answer][places[0]], experts["long", answer][places[1]]
+                    if replay:
+                        long.copy_(short)
+                    same += sum(
+                        len(set(one) & set(other)) for one, other in zip(short.tolist(), long.tolist(), strict=True)
+                    )
+                    pairs += topk * len(short)
+            chosen += list(experts.values())
+        counts = torch.cat(chosen).flatten().bincount(minlength=everything.shape[1]).double()
+        loads.append(float(counts.max() / counts.mean()))
     return {
         "moe/load_max_over_mean": sum(loads) / len(loads),
         "moe/entropy": float(torch.cat(entropies).mean()),
@@ -173,14 +218,18 @@ def _distance(o: Mapping[str, Any], gap: Tensor) -> Tensor:
     raise KeyError(o["distance"])
 
 
-def triplet_loss(o: Mapping[str, Any], model: torch.nn.Module, reference: torch.nn.Module, row: Row) -> Tensor:
+def triplet_loss(
+    o: Mapping[str, Any], model: torch.nn.Module, reference: torch.nn.Module, row: Row, *, replay: bool = False
+) -> Tensor:
     """Loss of one triplet under objective `o` (the keys of the `objective` section)."""
     beta = o["beta"]
+    kept: list[Replayed | None] = [{}, {}] if replay else [None, None]
 
     def score(context: str, answer: str) -> tuple[Tensor, Tensor]:
         prompt, response = row[f"prompt_{context}"], row[answer]
-        logp = response_logprob(model, prompt, response)
-        with torch.no_grad():
+        with replaying(model, row, context, answer, kept[0]):
+            logp = response_logprob(model, prompt, response)
+        with torch.no_grad(), replaying(reference, row, context, answer, kept[1]):
             reference_logp = response_logprob(reference, prompt, response)
         nll = -logp / len(response)
         return _reward(o["loss_type"], beta, logp, len(response), reference_logp), nll
@@ -210,11 +259,13 @@ def train(
     routers: bool = True,
     aux: float = 0.0,
     z: float = 0.0,
+    replay: bool = False,
 ) -> list[PlainStep]:
     """AdamW steps (betas 0.9, 0.95, no decay, no clipping), one per batch, of all parameters or all but routers.
 
     Args:
         aux, z: weights of the losses of routers.
+        replay: whether responses take the experts behind the long context that they take behind the short one.
     """
     model, frozen = load(policy), load(reference)
     learning = trained(model, routers)
@@ -223,12 +274,12 @@ def train(
     steps = []
     for batch in batches:
         model.zero_grad()
-        loss = torch.stack([triplet_loss(o, model, frozen, row) for row in batch]).mean()
+        loss = torch.stack([triplet_loss(o, model, frozen, row, replay=replay) for row in batch]).mean()
         routing = {}
         if hasattr(model.config, "num_experts_per_tok"):
-            batch_routes = [routes(o, model, row) for row in batch]
+            batch_routes = [routes(o, model, row, replay) for row in batch]
             (loss + router_loss(model, batch_routes, aux, z)).backward()
-            routing = routing_metrics(model.config.num_experts_per_tok, batch_routes, batch)
+            routing = routing_metrics(model.config.num_experts_per_tok, batch_routes, batch, replay)
         else:
             loss.backward()
         gradients = {

@@ -128,6 +128,7 @@ LAYOUTS: dict[int, list[Layout]] = {
 
 
 TRAINED = {"router_trainable": True}
+REPLAYED = {"replay": "short"}
 BALANCED = TRAINED | {"aux_loss_coefficient": 0.03, "z_loss_coefficient": 0.02}
 ONE_EXPERT_RANK = {"expert_tensor_parallel_size": 1}
 EXPERT_LAYOUTS: dict[int, list[Layout]] = {
@@ -138,6 +139,7 @@ EXPERT_LAYOUTS: dict[int, list[Layout]] = {
             "routers-recompute", UNPACKED, {"recompute_granularity": "full"}, moe=TRAINED, distributed_optimizer=True
         ),
         Layout("recompute-mlp", PACKED, {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}),
+        Layout("replay-recompute", UNEVEN, {"recompute_granularity": "full"}, moe=REPLAYED | BALANCED),
     ],
     2: [
         Layout("ep2", TWO_RANKS, ep(2), moe=TRAINED),
@@ -146,6 +148,8 @@ EXPERT_LAYOUTS: dict[int, list[Layout]] = {
         Layout("ep2-within-cp2", UNPACKED, ep(2, **cp(2), recompute_granularity="full"), moe=BALANCED),
         Layout("expert-tp2", PACKED, tp(2), moe=TRAINED),
         Layout("pp2-vpp2", UNPACKED, pp(2, 2), moe=TRAINED),
+        Layout("replay-ep2-within-tp2", PACKED, ep(2, **tp(2), **ONE_EXPERT_RANK), moe=REPLAYED | BALANCED),
+        Layout("replay-cp2", PACKED, ep(2, **cp(2)), moe=REPLAYED),
     ],
     4: [
         Layout("ep4", ONE_EACH, ep(4), moe=TRAINED),
@@ -155,15 +159,27 @@ EXPERT_LAYOUTS: dict[int, list[Layout]] = {
         Layout("ep2-pp2-vpp2", TWO_BY_TWO, ep(2, **pp(2, 2)), distributed_optimizer=True),
         Layout("ep2-cp2", TWO_RANKS, ep(2, **cp(2)), moe=TRAINED),
         Layout("ep2-dp2", ONE_EACH, ep(2), moe=TRAINED, distributed_optimizer=True),
+        Layout("replay-ep2-tp2", TWO_RANKS, ep(2, **tp(2)), moe=REPLAYED | BALANCED),
+        Layout("replay-ep2-pp2", TWO_RANKS_UNEVEN, ep(2, **pp(2)), moe=REPLAYED),
     ],
 }
 
 
+# One norm takes the heads of all tensor-parallel ranks.
+NORMS_ALL_HEADS = ("routers", "ep2-within-tp2", "expert-tp2", "ep2-expert-tp2", "ep2-pp2-vpp2")
+
+
 def expert_cases(world_size: int) -> list[Case]:
-    """The layouts of experts: all of them with one family, and the first two with the others."""
+    """The layouts of experts: all of them with one family, and some with the others."""
     layouts = EXPERT_LAYOUTS.get(world_size, [])
     found = [Case("qwen2_moe", DPO_BOTH, layout) for layout in layouts]
-    return found + [Case(family, ORPO_NLL, layout) for family in ("qwen3_moe", "mixtral") for layout in layouts[:2]]
+    found += [Case(family, ORPO_NLL, layout) for family in ("qwen3_moe", "mixtral") for layout in layouts[:2]]
+    found += [Case("olmoe", DPO_BOTH, layout) for layout in layouts if layout.name in NORMS_ALL_HEADS]
+    if world_size == 1:
+        replayed = next(layout for layout in layouts if layout.moe.get("replay"))
+        # Probabilities of the chosen experts that are divided by their sum; and rewards of 0.
+        found += [Case("qwen3_moe", ORPO_NLL, replayed), Case("qwen2_moe", DPO_BOTH, replayed, reference="policy")]
+    return found
 
 
 def cases(world_size: int) -> list[Case]:
@@ -263,6 +279,7 @@ def expected(models: Path) -> Any:
                 routers=case.trains_routers,
                 aux=case.layout.moe.get("aux_loss_coefficient", 0.0),
                 z=case.layout.moe.get("z_loss_coefficient", 0.0),
+                replay="replay" in case.layout.moe,
             )
         return done[key]
 

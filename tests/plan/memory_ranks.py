@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_solopo.architecture.layout import pack_multiple, sequence_multiple
 from megatron_solopo.config import Config, Role
@@ -70,6 +72,8 @@ class MemoryInUse:
     parameters: int
     gradients: int
     optimizer: int
+    expert_groups: dict[str, list[int]]
+    """The ranks of its groups, by name."""
     saved: int
     """Most that autograd kept at any moment of the step."""
 
@@ -120,8 +124,19 @@ def _train(config: Config, groups: Topology, idle_experts: int) -> MemoryInUse:
         parameters=parameter_bytes(wrapped),
         gradients=gradient_bytes(wrapped),
         optimizer=optimizer_state_bytes(optimizer, wrapped),
+        expert_groups=expert_groups(),
         saved=meter.most,
     )
+
+
+def expert_groups() -> dict[str, list[int]]:
+    """The ranks that share the experts with this one, each expert, and its gradients."""
+    groups = {
+        "experts": parallel_state.get_expert_model_parallel_group(),
+        "each expert": parallel_state.get_expert_tensor_parallel_group(),
+        "gradients": parallel_state.get_expert_data_parallel_group(),
+    }
+    return {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
 
 
 def _pack(number: int, roles: tuple[Role, ...], groups: Topology) -> Pack:

@@ -1,5 +1,6 @@
 """What tests of plans share: a published model's shape, a configuration, lengths."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,24 @@ def make_planner(
     return Planner(architecture, config, stated_workload(tokens, num_triplets, 512), gpu, gpus, **more)
 
 
-def estimate(planner: Planner, tp: int = 1, pp: int = 1, cp: int = 1, **sections: dict[str, Any]) -> LayoutEstimate:
+def with_load(planner: Planner, load: float) -> Planner:
+    """The planner with another load of the fullest expert."""
+    architecture = planner.architecture
+    assert architecture.experts is not None
+    experts = replace(architecture.experts, load_max_over_mean=load)
+    return replace(planner, architecture=replace(architecture, experts=experts))
+
+
+def estimate(
+    planner: Planner,
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    etp: int | None = None,
+    **sections: dict[str, Any],
+) -> LayoutEstimate:
     """Estimate a layout of these sizes with some keys of some sections changed."""
-    layout = make_layout(planner.config, {"tp": tp, "pp": pp, "vpp": None, "cp": cp}, planner.gpus)
+    sizes = {"tp": tp, "pp": pp, "vpp": None, "cp": cp, "ep": ep, "etp": etp}
+    layout = make_layout(planner.config, sizes, planner.gpus)
     return planner.estimate(Layout(replace_settings(layout.config, **sections), layout.data_parallel_size))

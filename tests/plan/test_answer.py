@@ -17,6 +17,8 @@ def test_a_perfect_gpu_without_overheads_reaches_its_peak() -> None:
     free = GPUS["h100"].model_copy(update={"hbm_gb_per_s": 1e12})
     planner = make_planner(gpus=1, gpu=free, efficiency=PERFECT, tokens="short=64,long=256,response=16")
     assert PlannedRun(planner, estimate(planner), None).model_flops_utilization == pytest.approx(1, abs=0.01)
+    sparse = make_planner("qwen3-30b-a3b", gpus=1, gpu=free, efficiency=PERFECT, tokens="short=64,long=256,response=16")
+    assert PlannedRun(sparse, estimate(sparse), None).model_flops_utilization == pytest.approx(1, abs=0.01)
     long = make_planner(gpus=1, gpu=free, efficiency=PERFECT)
     found = estimate(long)
     attention = found.time.compute.attention
@@ -42,10 +44,14 @@ def test_the_overrides_make_the_layout_of_the_configuration_given() -> None:
         "parallel.recompute_granularity=full",
         "parallel.recompute_num_layers=4",
     ]
-    planner = make_planner("llama-3.1-8b", *given, gpus=8, vary=("recompute",))
-    for each in planner.search().ranked:
-        found = load_example("llama-3.1-8b", *given, *PlannedRun(planner, each, None).overrides)[0]
-        assert found == each.layout.config
+    for model in ("llama-3.1-8b", "qwen3-30b-a3b"):
+        planner = make_planner(model, *given, gpus=8, gpu=GPUS["h200"], vary=("recompute",))
+        ranked = planner.search().ranked
+        assert len(ranked) > 5
+        for each in ranked:
+            overrides = PlannedRun(planner, each, None).overrides
+            assert load_example(model, *given, *overrides)[0] == each.layout.config
+            assert any("expert" in key for key in overrides) is (planner.architecture.experts is not None)
 
 
 def test_figures_of_a_tiny_model_are_not_zero() -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.plan.dry_run import dry_run
 from megatron_solopo.plan.layouts import Layout, distinct_ranks, make_layout
-from tests.layouts import cp, pp, stages, tp
+from tests.layouts import cp, ep, pp, stages, tp
 from tests.plan.memory_ranks import Case, shapes
 from tests.plan.models import make_planner
 from tests.plan.test_memory import BF16, FULL
@@ -25,6 +25,8 @@ TOY = [
     Case("interleaved", parallel=pp(2, 2) | cp(2), model=BF16),
     Case("uneven", parallel=pp(4, **stages("E|tt|tt|L")), model=BF16),
     Case("full", family="qwen3", parallel=tp(2, **FULL)),
+    Case("experts", family="qwen2_moe", parallel=ep(2) | cp(2) | pp(2), model=BF16),
+    Case("whole-experts", family="qwen3_moe", parallel=tp(2) | ep(2, expert_tensor_parallel_size=1)),
     Case("plain-optimizer", parallel=pp(2), model=BF16, distributed_optimizer=False),
 ]
 
@@ -36,7 +38,7 @@ def test_a_toy_layout_is_as_estimated(case: Case, tmp_path: Path) -> None:
     checks = dry_run(read_architecture(config.model.path), Layout(config, 3), shapes(config)[0], 4)
     assert [check.difference for check in checks] == [""] * len(checks)
     run = [check for check in checks if check.saved_bytes is not None]
-    assert len(run) == (1 if case.name == "full" else 3 if case.name == "uneven" else 2)
+    assert len(run) == (1 if case.name in ("full", "whole-experts") else 3 if case.name == "uneven" else 2)
     shared = 3 * 8 * shapes(config)[0].padded_tokens  # token ids: the packs of a dry run share them
     for check in run:
         assert check.estimated_saved_bytes == pytest.approx(check.saved_bytes, rel=0.1, abs=shared)
@@ -59,3 +61,15 @@ def test_1024_ranks_of_a_70b_model_in_under_a_minute() -> None:
             assert check.estimated_saved_bytes == pytest.approx(check.saved_bytes, rel=0.02)
     # All tensor-parallel ranks of all stages hold the model once, but for norms, which they share.
     assert checks[0].num_parameters * 8 * 4 == pytest.approx(planner.architecture.num_parameters, rel=0.05)
+
+
+def test_1024_ranks_that_share_128_experts() -> None:
+    planner = make_planner("qwen3-30b-a3b", gpus=1024)
+    layout = make_layout(planner.config, {"tp": 2, "pp": 8, "vpp": None, "cp": 8, "ep": 64, "etp": 1}, 1024)
+    packs = planner.packer.pack(layout.config, layout.data_parallel_size).heaviest_rank
+    checks = dry_run(planner.architecture, layout, packs[0], len(packs))
+    assert [check.rank for check in checks] == [0, 127, 512, 639, 896, 1023]
+    assert not any(check.difference for check in checks)
+    for check in checks:
+        if check.saved_bytes is not None:
+            assert check.estimated_saved_bytes == pytest.approx(check.saved_bytes, rel=0.02)

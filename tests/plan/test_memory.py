@@ -9,12 +9,14 @@ import pytest
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.pipeline_schedule import peak_in_flight, stage_order
 from megatron_solopo.config import Config
+from megatron_solopo.parallel import topology
+from megatron_solopo.parallel.megatron_internals import simulated_rank
 from megatron_solopo.plan.activations import element_bytes
 from megatron_solopo.plan.memory import peak_activations, rank_state
-from megatron_solopo.plan.parameters import ModelChunk, model_chunks
+from megatron_solopo.plan.parameters import ModelChunk, model_chunks, ranks_of_a_copy, sharing_ranks
 from tests.distributed import run_distributed
 from tests.layouts import cp, ep, pp, stages, tp
-from tests.plan.memory_ranks import Case, MemoryInUse, run_cases, shapes
+from tests.plan.memory_ranks import Case, MemoryInUse, expert_groups, run_cases, shapes
 from tests.tiny_models import FAMILIES
 
 ACTIVATION_TOLERANCE = 0.10
@@ -79,6 +81,7 @@ MOE_TWO = [
     Case("moe-ep2-idle-experts", family="qwen3_moe", parallel=ep(2), idle_experts=8),
     Case("moe-tp2", family="qwen2_moe", parallel=tp(2), model=BF16),
     Case("moe-pp2", family="qwen2_moe", parallel=pp(2)),
+    Case("moe-tp2-all-heads", family="olmoe", parallel=tp(2), model=BF16),
 ]
 MOE_FOUR = [
     Case("moe-ep2-tp2", family="qwen2_moe", parallel=ep(2) | tp(2)),
@@ -119,7 +122,7 @@ def cpu_masks(config: Config, chunks: Sequence[ModelChunk], rank: MemoryInUse) -
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for family in ("llama3", "qwen2", "qwen2_tied", "qwen3", "qwen3_moe", "qwen2_moe", "mixtral"):
+    for family in ("llama3", "qwen2", "qwen2_tied", "qwen3", "qwen3_moe", "qwen2_moe", "mixtral", "olmoe"):
         FAMILIES[family].save_pretrained(folder / family)
     return folder
 
@@ -177,3 +180,19 @@ def test_a_rank_keeps_the_tokens_that_reach_its_experts(models: Path, in_use: di
     assert architecture.experts is not None
     loads = [replace(architecture.experts, load_max_over_mean=load).rank_load(2) for load in (1.0, 1.5, 2.0, 16.0)]
     assert loads == [1.0, 1.5, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("case", MOE_FOUR, ids=lambda case: case.name)
+def test_simulated_ranks_are_in_the_groups_of_real_ones(case: Case, models: Path, in_use: dict) -> None:
+    """Ranks that share experts, and those that share the gradients, also by the plan's own arithmetic."""
+    parallel = case.config(models).parallel
+    for number, rank in enumerate(in_use[case.name]):
+        with simulated_rank(number, 4):
+            groups = topology.initialize(parallel, seed=1)
+            assert expert_groups() == rank.expert_groups
+            assert groups.stage_rank == rank.stage_rank
+            topology.destroy(groups)
+        place = rank.stage_rank // ranks_of_a_copy(parallel, is_expert=True)
+        sharing = rank.expert_groups["gradients"]
+        assert len(sharing) == sharing_ranks(parallel, rank.data_parallel_size, is_expert=True)
+        assert sharing.index(number) == place

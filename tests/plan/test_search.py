@@ -112,13 +112,13 @@ def test_moving_the_state_is_preferred_to_recomputing_where_it_is_faster() -> No
 def test_the_other_objective_is_offered_the_same_precisions() -> None:
     planner = make_planner("llama-3.1-8b", gpus=8, vary=("fp8", "recompute"))
     other = planner.for_objective("long_po")
-    assert {each.layout.config.model.fp8 for each in other.search().ranked} >= {"hybrid"}
+    assert {each.layout.config.model.fp8 for each in other.search().ranked} >= {"e4m3"}
 
 
 def test_fp8_is_offered_only_where_the_gpu_has_it_and_the_matrices_allow_it() -> None:
     planner = make_planner("llama-3.1-8b", gpus=8, vary=("fp8",))
     layout = make_layout(planner.config, {"tp": 1, "pp": 1, "vpp": None, "cp": 8}, 8)
-    for gpu, expected in (("h100", {None, "hybrid"}), ("a100", {None})):
+    for gpu, expected in (("h100", {None, "e4m3"}), ("a100", {None})):
         rows = layout_variants(planner.architecture, layout, GPUS[gpu], ("fp8",))
         assert {each.config.model.fp8 for row in rows for each in row} == expected
 
@@ -134,7 +134,7 @@ def test_fp8_is_offered_only_where_the_gpu_has_it_and_the_matrices_allow_it() ->
 )
 def test_an_illegal_layout_that_is_asked_for_gets_one_line(model: str, sizes: dict, words: str | None) -> None:
     planner = make_planner(model)
-    asked = {"tp": 1, "pp": 1, "vpp": None, "cp": 1} | sizes
+    asked = {"tp": 1, "pp": 1, "vpp": None, "cp": 1, "ep": 1, "etp": None} | sizes
     if words is None:
         assert planner.best_variant(make_layout(planner.config, asked, 64)).layout.sizes == asked | {"dp": 1}
         return

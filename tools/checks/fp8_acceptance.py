@@ -62,7 +62,7 @@ def configs(path: Path, overrides: Sequence[str]) -> tuple[Config, Config]:
             "model.fp8_param is not compared: it needs the distributed optimizer, which leaves no whole gradients; "
             "compare without it, for the matrix products are the same"
         )
-    candidate = load_config(path, (*(overrides or ("model.fp8=hybrid",)), *always))
+    candidate = load_config(path, (*(overrides or ("model.fp8=e4m3",)), *always))
     baseline = load_config(
         path, ("model.fp8=null", "model.first_last_layers_bf16=false", "model.fp8_param=false", *always)
     )

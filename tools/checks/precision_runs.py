@@ -23,7 +23,7 @@ from megatron_solopo.objective import metric_names
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES, ResponseLogprobs
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import reduce_sums
-from megatron_solopo.train.policy import Policy, build_policy, load_model
+from megatron_solopo.train.policy import Policy, build_policy, load_frozen
 from megatron_solopo.train.run_data import RunDatasets, training_batches
 from megatron_solopo.train.scoring import score_sequences
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss, run_schedule
@@ -56,8 +56,10 @@ def run_precision(config: Config, datasets: RunDatasets, topology: Topology, ste
     loss = objective_loss(config.objective, references, topology)
     loader = training_batches(config, datasets.by_split["train"], topology)
     names = metric_names(config.objective)
-    for _ in range(steps):
+    for step in range(steps):
         batch = loader.next_batch()
+        if step == 0 and config.model.has_delayed_scales:
+            policy.warm_scales(batch.packs, loss, topology)
         started = time.monotonic()
         result = policy.step(batch.packs, loss, topology)
         run.grad_norms.append(result.grad_norm)
@@ -80,7 +82,7 @@ def _references(
     if config.reference.model_path is None:
         return policy_start
     model = resolve_model(config.model, config.parallel).at(config.reference.model_path)
-    chunks = load_model(model, topology, chunk_tokens=config.logprob.chunk_tokens)
+    chunks = load_frozen(model, topology, chunk_tokens=config.logprob.chunk_tokens)
     return score_sequences(config, chunks, datasets.by_split["train"], topology, "reference")
 
 

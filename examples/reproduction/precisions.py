@@ -1,0 +1,174 @@
+"""The miniature in several precisions: errors at the start, and accuracy after SoLoPO.
+
+\b
+It needs the bases and pairs of `reproduce.py --only base95`. FP8 needs a GPU, or the emulated kernels:
+  PYTHONPATH=tests/emulated_gpu/site:.:.venv312-transformer-engine OMP_NUM_THREADS=1 \\
+      .venv312/bin/python examples/reproduction/precisions.py --work examples/reproduction/work
+Stopped and started again, it goes on. It appends to WORK/precisions.jsonl and prints its tables.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from megatron_solopo.checkpoint.conversion import export_model
+from megatron_solopo.checkpoint.load import global_parameters
+from megatron_solopo.config import Config
+from megatron_solopo.files import read_jsonl, remove
+from megatron_solopo.model.resolve import resolve_model
+from megatron_solopo.parallel import topology as process_groups
+from megatron_solopo.train.policy import build_policy
+from megatron_solopo.train.scoring import score_sequences
+from megatron_solopo.train.session import check_and_join
+from megatron_solopo.train.trainer import train
+from miniature.plan import DEFAULT_ALPHA, LOSS_TYPES, SEEDS, STRONG
+from miniature.runs import STEPS, Run, data_directory, make_config, measure
+from tools.checks.fp8_acceptance import response_lengths
+from tools.checks.precision_runs import first_gradient, raw_gaps, root_mean_square
+from tools.reporting import table
+
+HERE = Path(__file__).parent
+_TE = {"dtype": "bfloat16", "implementation": "transformer_engine"}
+PRECISIONS: Mapping[str, dict[str, Any]] = {
+    "fp32": {"dtype": "float32", "implementation": "local"},
+    "bf16": _TE,
+    **{
+        f"{recipe} {fp8}": _TE | {"fp8": fp8, "fp8_recipe": recipe}
+        for recipe in ("blockwise", "tensorwise", "delayed")
+        for fp8 in ("e4m3", "hybrid")
+    },
+}
+_TRIPLETS = 64
+_LENGTHS = ("16", "128", "512")
+
+
+@click.command(help=__doc__)
+@click.option("--work", default=HERE / "work", type=click.Path(path_type=Path), help="What reproduce.py wrote.")
+@click.option("--seed", "seeds", type=int, multiple=True, default=SEEDS, show_default=True)
+@click.option("--steps", default=STEPS, show_default=True, help="Of training; 0 measures the start alone.")
+def main(work: Path, seeds: tuple[int, ...], steps: int) -> None:
+    path = work / "precisions.jsonl"
+    done = {(line["steps"], line["precision"], line["seed"]) for line in (read_jsonl(path) if path.exists() else [])}
+    for number in sorted({0, steps}):
+        for seed in seeds:
+            for precision in PRECISIONS:
+                if (number, precision, seed) not in done:
+                    started = time.monotonic()
+                    found = {"steps": number, "precision": precision, "seed": seed}
+                    found |= after_training(work, seed, precision, steps) if number else at_start(work, seed, precision)
+                    with path.open("a", encoding="utf-8") as stream:
+                        stream.write(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
+    show(list(read_jsonl(path)), steps)
+
+
+def config_of(work: Path, seed: int, loss_type: str, precision: str, align: str = "both") -> Config:
+    """The strong base's SoLoPO run of the reproduction, in another precision."""
+    config = make_config(work, Run(STRONG, seed, "solopo", loss_type, DEFAULT_ALPHA[loss_type], align))
+    folder = f"{loss_type}-{precision.replace(' ', '-')}-seed{seed}"
+    return config.model_copy(
+        update={
+            "run_dir": work / "precisions" / folder,
+            "model": config.model.model_copy(update=PRECISIONS[precision]),
+            "training": config.training.model_copy(update={"try_largest_pack": False}),
+        }
+    )
+
+
+def at_start(work: Path, seed: int, precision: str) -> dict[str, Any]:
+    """Against fp32: log-probs per token, reward gaps relative to their size, and gradients, before the first step."""
+    exact_path = data_directory(work, STRONG, seed) / "fp32.pt"
+    logps_TR, lengths_TR, gradients = _score(work, seed, precision)
+    if precision == "fp32":
+        torch.save((logps_TR, gradients), exact_path)
+    exact_TR, exact_gradients = torch.load(exact_path)
+    found: dict[str, Any] = {"logp_error": float(((logps_TR - exact_TR) / lengths_TR).abs().mean())}
+    for loss_type in LOSS_TYPES:
+        objective = config_of(work, seed, loss_type, precision).objective
+        gaps, exact = (raw_gaps(objective, each, lengths_TR) for each in (logps_TR, exact_TR))
+        found[f"gap_size_{loss_type}"] = root_mean_square(exact)
+        found[f"gap_error_{loss_type}"] = root_mean_square(gaps - exact) / root_mean_square(exact)
+        pairs = [(gradients[loss_type][name], exact_gradients[loss_type][name]) for name in gradients[loss_type]]
+        found[f"cosine_{loss_type}"] = _cosine(pairs)
+    return found
+
+
+def _cosine(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    ours, theirs = (torch.cat([each[side].flatten().double() for each in pairs]) for side in (0, 1))
+    return float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0))
+
+
+def _score(work: Path, seed: int, precision: str) -> tuple[Tensor, Tensor, dict[str, dict[str, Tensor]]]:
+    """Log-probs and lengths `[T, R]` of the first triplets, and the first batch's gradients by loss type and name."""
+    configs = {loss_type: config_of(work, seed, loss_type, precision) for loss_type in LOSS_TYPES}
+    config = configs["dpo"]
+    _, topology, datasets = check_and_join(config)
+    try:
+        train_split = datasets.by_split["train"].head(_TRIPLETS)
+        datasets = replace(datasets, by_split={"train": train_split})
+        policy = build_policy(config, resolve_model(config.model, config.parallel), topology, STEPS)
+        scores = score_sequences(config, policy.chunks, train_split, topology, precision)
+        gradients = {}
+        for loss_type, each in configs.items():
+            references = scores if each.objective.needs_reference else None
+            # Delayed scales need their first passes, as in a run.
+            repeats = 4 if config.model.has_delayed_scales else 1
+            for _ in range(repeats):
+                found = first_gradient(each, policy, datasets, topology, references)
+            names = {id(weight): name for name, weight in global_parameters(policy.chunks[0].module)}
+            order = [names[id(weight)] for weight in policy.chunks[0].parameters()]
+            gradients[loss_type] = dict(zip(order, found, strict=True))
+        return scores.logps, response_lengths(train_split, config.objective.roles.all), gradients
+    finally:
+        process_groups.destroy(topology)
+
+
+def after_training(work: Path, seed: int, precision: str, steps: int) -> dict[str, Any]:
+    """Accuracy of SoLo-SimPO's model by length of the context, measured by transformers in fp32 on the CPU."""
+    config = config_of(work, seed, "simpo", precision, "chosen")
+    config = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": steps})})
+    remove(config.run_dir)
+    train(config)
+    exported = config.run_dir / "exported"
+    export_model(config.run_dir / "checkpoints" / f"iter_{steps:07}", exported, dtype=None, verification="tensors")
+    gaps = [step["solo_ra/gap_abs"] for step in read_jsonl(config.run_dir / "metrics.jsonl")[-10:]]
+    found = {"accuracy": measure(exported), "last_gap": statistics.mean(gaps)}
+    remove(exported)
+    remove(config.run_dir / "checkpoints")
+    return found
+
+
+def show(lines: Sequence[dict[str, Any]], steps: int) -> None:
+    """Mean over the seeds, and the range of what varies most."""
+    start = [name for name in lines[0] if name.startswith(("logp", "gap_error", "cosine"))]
+    cells = [
+        [precision, *(_shown([line[name] for line in found]) for name in start)]
+        for precision in PRECISIONS
+        if (found := [line for line in lines if (line["steps"], line["precision"]) == (0, precision)])
+    ]
+    click.echo(table(("precision", *start), cells))
+    cells = [
+        [
+            precision,
+            *(_shown([line["accuracy"][length] for line in found]) for length in _LENGTHS),
+            _shown([line["last_gap"] for line in found]),
+        ]
+        for precision in PRECISIONS
+        if (found := [line for line in lines if steps and (line["steps"], line["precision"]) == (steps, precision)])
+    ]
+    click.echo("\n" + table(("precision", *(f"accuracy at {each}" for each in _LENGTHS), "last |gap|"), cells))
+
+
+def _shown(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+
+if __name__ == "__main__":
+    main()
