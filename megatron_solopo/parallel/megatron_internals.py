@@ -381,9 +381,10 @@ def _by_product(layer: torch.nn.Module, values: Tensor, products: int) -> Tensor
     Versions: input, weight and output of a product lie side by side (Transformer Engine 2.20), or the inputs of all
     products, then all weights, then all outputs. Upstream: `_offsets` in its `pytorch/module/grouped_linear.py`.
     """
+    leading = values.shape[:-1]
     if _products_are_apart(layer):
-        return values.unflatten(-1, (products, -1))
-    return values.unflatten(-1, (-1, products)).transpose(-1, -2)
+        return values.view(*leading, products, -1)
+    return values.view(*leading, -1, products).transpose(-1, -2)
 
 
 def _products_are_apart(layer: torch.nn.Module) -> bool:

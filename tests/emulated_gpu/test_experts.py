@@ -167,7 +167,8 @@ def scales(policy: Policy) -> dict[str, Tensor]:
 
 def check_roles(policy: Policy) -> None:
     """What is stored of an expert is that of its own input and weight, where Transformer Engine's kernels find it."""
-    grouped = [module for chunk in policy.chunks for module in chunk.modules() if hasattr(module, "num_gemms")]
+    layers = [module for chunk in policy.chunks for module in chunk.modules()]
+    grouped = [layer for layer in layers if hasattr(layer, "num_gemms") and hasattr(layer, "quantizers")]
     assert grouped
     for layer in grouped:
         for number in range(layer.num_gemms):
