@@ -106,7 +106,7 @@ def test_older_packages_and_plain_layers_are_refused(model: Path, monkeypatch: p
     with pytest.raises(UserError, match=r"fp8_param=true needs megatron-core .* 0\.16\.1 is installed"):
         resolve.check_precision(resolve.resolve_model(fp8, ParallelConfig()), OptimizerConfig())
     plain = resolve.resolve_model(ModelConfig(path=model, implementation="local"), ParallelConfig())
-    with pytest.raises(UserError, match="optimizer_offload_fraction=0.5 needs a CUDA device"):
+    with pytest.raises(UserError, match=r"optimizer_offload_fraction=0\.5 needs a CUDA device"):
         check_offload(OptimizerConfig(optimizer_offload_fraction=0.5), plain)
 
 

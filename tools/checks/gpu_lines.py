@@ -4,7 +4,7 @@
 
 A line needs a GPU if a condition lets it be reached on a GPU alone: conditions are evaluated as they are on a CPU, as
 far as `_ON_CPU` knows. So does a function that only such lines name. `gpu_lines.yaml` lists what may stay unexecuted,
-with the reason. Another line that was not executed is an error.
+with the reason. Another line that was not executed is an error, and so is an entry that is not needed.
 
 COVERAGE_FOLDER holds the files of `coverage`, of all processes: `make test-emulated-gpu`.
 """
@@ -142,7 +142,7 @@ def _functions_for_gpus(
     for path, tree in trees.items():
         for statement in (node for node in ast.walk(tree) if isinstance(node, ast.stmt)):
             for node in _own_expressions(statement):
-                name = getattr(node, "id", getattr(node, "attr", None))
+                name = node.id if isinstance(node, ast.Name) else node.attr
                 named[name] += 1
                 on_gpu[name] += statement.lineno in numbers[path]
     return [
@@ -192,7 +192,10 @@ def main(folder: Path) -> None:
             click.echo(f"  {line.path}:{line.number}: {reasons[line.path, line.text]}")
     for line in unlisted:
         click.echo(f"not executed: megatron_solopo/{line.path}:{line.number}: {line.text}", err=True)
-    sys.exit(1 if unlisted else 0)
+    unneeded = reasons.keys() - {(line.path, line.text) for line in missed}
+    for path, text in sorted(unneeded):
+        click.echo(f"{_KEPT.name}: {path}: {text!r} was executed or is not there; take it out", err=True)
+    sys.exit(1 if unlisted or unneeded else 0)
 
 
 if __name__ == "__main__":
