@@ -359,8 +359,7 @@ _SCALES = [(side, name) for side in ("scaling_fwd", "scaling_bwd") for name in (
 def delayed_scales(layer: torch.nn.Module, number: int) -> dict[str, Tensor]:
     """Copy what FP8's delayed recipe keeps of one product of a Transformer Engine layer: scales and largest values.
 
-    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20. Empty before the layer has computed in FP8. Scales
-    of all inputs come first, then those of all weights, then of all outputs.
+    Versions: 0.16 and 0.19, with Transformer Engine 2.9 to 2.20. Empty before the layer has computed in FP8.
     Upstream: `get_extra_state` in Transformer Engine's `pytorch/module/base.py`, which makes a pickle of them.
 
     Args:
@@ -370,10 +369,27 @@ def delayed_scales(layer: torch.nn.Module, number: int) -> dict[str, Tensor]:
     products = getattr(layer, "num_gemms", 1)
     found = {f"{side}.{name}": getattr(states.get(side), name, None) for side, name in _SCALES}
     return {
-        name: value.detach().unflatten(-1, (-1, products))[..., number].to("cpu", copy=True)
+        name: _by_product(layer, value.detach(), products)[..., number, :].to("cpu", copy=True)
         for name, value in found.items()
         if value is not None
     }
+
+
+def _by_product(layer: torch.nn.Module, values: Tensor, products: int) -> Tensor:
+    """Divide numbers of a layer by its products: [..., products * tensors] -> [..., products, tensors of a product].
+
+    Versions: input, weight and output of a product lie side by side (Transformer Engine 2.20), or the inputs of all
+    products, then all weights, then all outputs. Upstream: `_offsets` in its `pytorch/module/grouped_linear.py`.
+    """
+    leading = values.shape[:-1]
+    if _products_are_apart(layer):
+        return values.view(*leading, products, -1)
+    return values.view(*leading, -1, products).transpose(-1, -2)
+
+
+def _products_are_apart(layer: torch.nn.Module) -> bool:
+    offsets: dict[str, int] = getattr(layer, "_offsets", {})
+    return offsets.get("weight", 1) == 1
 
 
 def forget_largest_values(model: torch.nn.Module) -> None:
@@ -400,7 +416,10 @@ def load_delayed_scales(layer: Any, config: TransformerConfig, scales: Sequence[
     layer.init_fp8_meta_tensors(recipe)
     for name in scales[0]:
         side, _, attribute = name.partition(".")
-        getattr(layer.fp8_meta[side], attribute).copy_(torch.stack([each[name] for each in scales], -1).flatten(-2))
+        values = torch.stack([each[name] for each in scales], dim=-2)
+        if not _products_are_apart(layer):
+            values = values.transpose(-1, -2)
+        getattr(layer.fp8_meta[side], attribute).copy_(values.flatten(-2))
 
 
 # --- the optimizer and its state ---

@@ -342,9 +342,10 @@ def test_scales_made_of_earlier_steps_are_saved_and_no_other_kernel_state(fp8, r
         assert len(data) == 4 and all(isinstance(value, torch.Tensor) for value in data.values())
 
 
-def grouped_layer() -> Any:
-    """Stands for a layer that computes two experts in one kernel: scales of both inputs, both weights, both outputs."""
+def grouped_layer(place_of_weights: int) -> Any:
+    """Stands for a layer that computes two experts in one kernel, whose first weight has the scale at that place."""
     layer: Any = torch.nn.Identity()
+    layer._offsets = {"weight": place_of_weights}
     layer.num_gemms = 2
     layer.init_fp8_meta_tensors = lambda recipe: None
     layer.fp8_meta = {
@@ -356,9 +357,10 @@ def grouped_layer() -> Any:
     return layer
 
 
-def test_experts_in_one_kernel_have_scales_of_their_own() -> None:
+@pytest.mark.parametrize(("place_of_weights", "forward", "backward"), [(1, [3, 4, 5], [2, 3]), (2, [1, 3, 5], [1, 3])])
+def test_experts_in_one_kernel_have_scales_of_their_own(place_of_weights, forward, backward) -> None:
     """So another number of ranks can share them. Megatron names their states `_extra_state`, `_extra_state1`, ..."""
-    module = torch.nn.ModuleDict({"experts": grouped_layer()})
+    module = torch.nn.ModuleDict({"experts": grouped_layer(place_of_weights)})
     names = ["experts._extra_state", "experts._extra_state1"]
     states = {
         name: ShardedObject("experts._extra_state", b"a pickle", (2,), (n,), replica_id=(0, 0, 0))
@@ -370,9 +372,10 @@ def test_experts_in_one_kernel_have_scales_of_their_own() -> None:
     module.config = SimpleNamespace(fp8="hybrid", fp8_recipe="delayed")
     state = sharded_state._chunk_state(module, {})
     second = state[names[1]].data
-    assert second["scaling_fwd.scale"].tolist() == [1, 3, 5] and second["scaling_bwd.scale"].tolist() == [11, 13]
-    assert second["scaling_fwd.amax_history"].tolist() == [[101, 103, 105], [107, 109, 111]]
-    target = torch.nn.ModuleDict({"experts": grouped_layer()})
+    assert second["scaling_fwd.scale"].tolist() == forward
+    assert second["scaling_bwd.scale"].tolist() == [10 + place for place in backward]
+    assert second["scaling_fwd.amax_history"].tolist() == [[first + n for n in forward] for first in (100, 106)]
+    target = torch.nn.ModuleDict({"experts": grouped_layer(place_of_weights)})
     target.config = module.config
     for meta in target["experts"].fp8_meta.values():
         meta.scale.zero_(), meta.amax_history.zero_()

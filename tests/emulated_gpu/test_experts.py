@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_solopo.checkpoint.load import load_checkpoint
 from megatron_solopo.model import resolve
+from megatron_solopo.parallel.megatron_internals import delayed_scales
 from megatron_solopo.train.policy import Policy, build_policy
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss
 from tests.checkpoint.test_sharded_state import read_whole, save
@@ -164,6 +165,19 @@ def scales(policy: Policy) -> dict[str, Tensor]:
     }
 
 
+def check_roles(policy: Policy) -> None:
+    """What is stored of an expert is that of its own input and weight, where Transformer Engine's kernels find it."""
+    layers = [module for chunk in policy.chunks for module in chunk.modules()]
+    grouped = [layer for layer in layers if hasattr(layer, "num_gemms") and hasattr(layer, "quantizers")]
+    assert grouped
+    for layer in grouped:
+        for number in range(layer.num_gemms):
+            kept = delayed_scales(layer, number)["scaling_fwd.scale"]
+            for place, role in enumerate(("input", "weight")):
+                position = layer._offsets[role] + number * layer._num_fp8_tensors_per_gemm["fwd"]
+                assert kept[place] == layer.quantizers["scaling_fwd"][position].scale
+
+
 def _saved_by_turns(folder: Path, models: Path) -> None:
     """Plain layers save, grouped ones load it and save, plain ones load that and save; and FP8's scales come back."""
     path = None
@@ -171,6 +185,7 @@ def _saved_by_turns(folder: Path, models: Path) -> None:
         with trained(models / "qwen2_moe", model, path) as policy:
             path = save(folder / str(number), policy)
     with trained(models / "qwen3_moe", DELAYED, None) as policy:
+        check_roles(policy)
         wanted, path = scales(policy), save(folder / "delayed", policy)
     with trained(models / "qwen3_moe", DELAYED, path) as policy:
         found = scales(policy)
