@@ -118,10 +118,7 @@ def _score(work: Path, seed: int, precision: str) -> tuple[Tensor, Tensor, dict[
         gradients = {}
         for loss_type, each in configs.items():
             references = scores if each.objective.needs_reference else None
-            # Delayed scales need their first passes, as in a run.
-            repeats = 4 if config.model.has_delayed_scales else 1
-            for _ in range(repeats):
-                found = first_gradient(each, policy, datasets, topology, references)
+            found = first_gradient(each, policy, datasets, topology, references)
             names = {id(weight): name for name, weight in global_parameters(policy.chunks[0].module)}
             order = [names[id(weight)] for weight in policy.chunks[0].parameters()]
             gradients[loss_type] = dict(zip(order, found, strict=True))

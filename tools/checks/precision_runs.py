@@ -105,9 +105,11 @@ def first_gradient(
         shift_R = torch.tensor([float(role.context == "long") for role in references.roles])
         references = ReferenceLogprobs(references.roles, references.logps - shift_R)
     packs = training_batches(config, datasets.by_split["train"], topology).next_batch().packs
+    loss = objective_loss(config.objective, references, topology)
+    if config.model.has_delayed_scales:
+        policy.warm_scales(packs, loss, topology)
     for chunk in policy.chunks:
         chunk.zero_grad_buffer()
-    loss = objective_loss(config.objective, references, topology)
     run_schedule(policy.chunks, packs, loss, topology, forward_only=False)
     return [
         parameter.main_grad.detach().to("cpu", torch.float32, copy=True)
