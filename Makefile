@@ -17,12 +17,13 @@ TRANSFORMER_ENGINE_PACKAGES := transformer_engine==2.20.2 einops ml_dtypes onnx 
 # pictures, and models of transformers (on one process).
 TESTS_OF_VERSIONS := tests/architecture tests/config tests/data tests/generate tests/report tests/triplets/corpus \
     tests/triplets/test_prompt.py tests/cli/test_doctor.py tests/cli/test_options.py
-# What runs with emulated kernels. Not here: tests/gpu/test_memory.py, because the emulation measures no memory;
-# test_megatron_lm.py, because that script asks torch for NCCL and for a device by number; and, because each run loads
-# everything anew, the other cases of test_checkpoints.py.
-EMULATED_GPU_TESTS := tests/emulated_gpu tests/gpu/test_training.py \
-    "tests/gpu/test_checkpoints.py::test_a_run_goes_on_as_if_it_had_not_stopped[delayed scales]"
-ON_EMULATED_GPU = PYTHONPATH=$(CURDIR)/tests/emulated_gpu/site:$(CURDIR):$(CURDIR)/$(TRANSFORMER_ENGINE) \
+# What runs with emulated kernels. Not here: tests/gpu/test_memory.py, because the emulation measures no memory.
+EMULATED_GPU_TESTS := tests/emulated_gpu tests/gpu/test_training.py tests/gpu/test_checkpoints.py \
+    tests/gpu/test_megatron_lm.py
+# Which lines every process executed, as files of coverage.py.
+GPU_LINES := build/gpu-lines
+ON_EMULATED_GPU = COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml COVERAGE_FILE=$(CURDIR)/$(GPU_LINES)/process \
+    PYTHONPATH=$(CURDIR)/tests/emulated_gpu/site:$(CURDIR):$(CURDIR)/$(TRANSFORMER_ENGINE) \
     $(VENV312)/bin/python -m pytest $(PARALLEL)
 # What a Blackwell GPU does otherwise than a Hopper GPU.
 EMULATED_BLACKWELL_TESTS := -k "blackwell or mxfp8" tests/emulated_gpu/test_blackwell.py tests/gpu/test_training.py
@@ -58,8 +59,11 @@ test-py312: $(VENV312)/.installed ## set up, then run the parity tests on Python
 	@echo "parity tests ran with $$($(VENV312)/bin/python -V) in $(CURDIR)/$(VENV312)"
 
 test-emulated-gpu: $(TRANSFORMER_ENGINE)/.installed ## set up, then run GPU code with Transformer Engine's kernels in plain PyTorch
+	rm -rf $(GPU_LINES)
+	mkdir -p $(GPU_LINES)
 	$(ON_EMULATED_GPU) $(EMULATED_GPU_TESTS)
 	EMULATED_GPU=blackwell $(ON_EMULATED_GPU) $(EMULATED_BLACKWELL_TESTS)
+	$(VENV312)/bin/python -m tools.checks.gpu_lines $(GPU_LINES)
 	@echo "tests ran with Transformer Engine's Python code over emulated kernels: tests/emulated_gpu"
 
 test-lowest: $(VENV_LOWEST)/.installed ## set up, then test the lowest allowed version of every package

@@ -224,7 +224,7 @@ class ParallelConfig(Section):
 
     @property
     def expert_sizes(self) -> dict[str, int]:
-        """Both sizes of expert parallelism by their keys; empty where every rank holds whole experts of its own."""
+        """Both sizes of expert parallelism by their keys; empty without expert parallelism."""
         if self.expert_model_parallel_size == 1:
             return {}
         return {
@@ -251,9 +251,9 @@ class MoEConfig(Section):
     """Weight of the squared log-sum-exp of router logits (ST-MoE), mean over the tokens of a sequence, then over
     sequences. It needs `router_trainable`."""
     replay: Literal["short"] | None = None
-    """short: a response token behind the long context goes to the experts that compute it behind the short one. So the
-    gap of the rewards holds no noise of routes. It counts in training, in its evaluation and for the reference. null:
-    routers choose behind both."""
+    """short: a response token behind the long context goes to the experts that compute it behind the short one. An
+    experiment: see the guide. It counts in training, in its evaluation and for the reference. null: routers choose
+    behind both."""
 
     @model_validator(mode="after")
     def _check_losses(self) -> Self:

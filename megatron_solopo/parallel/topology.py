@@ -23,6 +23,7 @@ from megatron_solopo.architecture.layout import (
 )
 from megatron_solopo.config import ModelConfig, ParallelConfig
 from megatron_solopo.errors import UserError
+from megatron_solopo.files import counted
 from megatron_solopo.parallel import cpu
 
 # At most this many gloo groups on CPUs are as large as the world, if all of it is data parallel. Beside NCCL there are
@@ -129,7 +130,9 @@ def prepare_device(config: ParallelConfig) -> torch.device:
     _prepare_cuda(config)
     index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if index >= count:
-        raise UserError(f"LOCAL_RANK={index}: this host has {count} CUDA devices; start at most {count} ranks per node")
+        raise UserError(
+            f"LOCAL_RANK={index}: this process sees {counted(count, 'CUDA device')}; start no more ranks per node"
+        )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device

@@ -207,9 +207,7 @@ def _fake_process_groups(config: Config, rank: int, size: int) -> Iterator[Topol
 
 def _build_chunks(architecture: Architecture, config: Config) -> list[ResponseModel]:
     """This rank's model chunks. Their attention computes nothing, and their experts get as many tokens each."""
-    # DeepEP need not be here: either way a rank receives the same tokens.
-    parallel = config.parallel.model_copy(update={"moe_token_dispatcher_type": "alltoall"})
-    model = resolve_model(config.model, parallel, architecture=architecture)
+    model = resolve_model(config.model, config.parallel, architecture=architecture)
     chunks = build_model(model, chunk_tokens=config.logprob.chunk_tokens, device=_META)
     for chunk in chunks:
         chunk.config.batch_p2p_comm = False

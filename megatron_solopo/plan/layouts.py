@@ -304,10 +304,13 @@ def distinct_ranks(layout: Layout) -> list[DistinctRank]:
 
 
 def without_gpu(config: Config) -> Config:
-    """The config without FP8, Transformer Engine and state in host memory, which need a GPU and change no parameter."""
+    """The config without FP8, Transformer Engine, DeepEP and state in host memory.
+
+    These need a GPU and change no parameter. With or without DeepEP, a rank receives the same tokens.
+    """
     return replace_settings(
         config,
         model={"fp8": None, "fp8_param": False, "first_last_layers_bf16": False, "implementation": "local"},
         optimizer={"optimizer_offload_fraction": 0.0},
-        parallel={"cpu_offloading_num_layers": 0},
+        parallel={"cpu_offloading_num_layers": 0, "moe_token_dispatcher_type": "alltoall"},
     )

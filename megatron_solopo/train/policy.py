@@ -331,12 +331,21 @@ def load_model(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) -
     return chunks
 
 
-def load_frozen(model: ResolvedModel, topology: Topology, *, chunk_tokens: int) -> list[ResponseModel]:
-    """`load_model` for a model that is not trained, in the precision of passes without gradients."""
+def load_frozen(
+    model: ResolvedModel, topology: Topology, *, chunk_tokens: int, moe: MoEConfig | None = None
+) -> list[ResponseModel]:
+    """`load_model` for a model that is not trained, in the precision of passes without gradients.
+
+    Args:
+        moe: of a reference model, which replays routes as the policy does. Otherwise a policy that is its own reference
+            would have other rewards than 0.
+    """
     scored = replace(model, settings=model.settings.without_gradients)
     chunks = load_model(scored, topology, chunk_tokens=chunk_tokens)
     for chunk in chunks:
         release_exact_values(chunk)
+    if moe is not None and moe.replay:
+        RouterWatch(chunks, moe, counts_routes=False)
     return chunks
 
 

@@ -28,7 +28,6 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, remove, write_json
 from megatron_solopo.model.build import precision_settings
 from megatron_solopo.model.resolve import ResolvedModel
-from megatron_solopo.model.routing import RouterWatch
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.identity import model_fingerprint
@@ -106,7 +105,7 @@ def reference_dependencies(config: Config, model: ResolvedModel, datasets: RunDa
         "fp8": precision_settings(config.model.without_gradients),
         "implementation": "transformer_engine" if model.uses_transformer_engine else "local",
         "scoring_version": _SCORING_VERSION,
-        "replay": config.moe.replay,
+        "replay": config.moe.replay if config.objective.name == "solopo" else None,  # else there are no pairs
         "roles": list(config.objective.roles.all),
     }
 
@@ -186,9 +185,7 @@ def _compute(
     journals: Mapping[str, ReferenceJournal],
 ) -> dict[str, ReferenceLogprobs]:
     reference = model.at(config.reference.model_path or model.path)
-    chunks = load_frozen(reference, topology, chunk_tokens=config.logprob.chunk_tokens)
-    if config.moe.replay:  # or the reward of the policy that is the reference would not be 0
-        RouterWatch(chunks, config.moe, counts_routes=False)
+    chunks = load_frozen(reference, topology, chunk_tokens=config.logprob.chunk_tokens, moe=config.moe)
     computed = {}
     for split, dataset in datasets.by_split.items():
         computed[split] = score_sequences(

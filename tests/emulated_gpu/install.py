@@ -24,22 +24,19 @@ def install() -> None:
         sys.modules["transformer_engine_torch"] = extension.make_module()
 
     common.load_framework_extension = load
-    wanted = os.environ.pop("MEGATRON_SOLOPO_DEVICE", "cuda")
+    wanted = os.environ.pop("MEGATRON_SOLOPO_DEVICE", None)
     from megatron_solopo.parallel import cpu
 
     cpu.adapt_if_needed()
-    os.environ[cpu.DEVICE_VARIABLE] = wanted  # for this process' children
-    cpu.is_cpu = lambda: True
+    if wanted is not None:
+        os.environ[cpu.DEVICE_VARIABLE] = wanted  # for this process' children
     device.emulate_gpu()
     device.gather_one_by_one()
+    device.let_gloo_be_nccl()
     with _stub_of_triton():
         spec.loader.exec_module(package)
     device.wait_once_for_each_message()
     device.keep_fused_functions_in_float32()
-    # The project asks here whether its layers can be Transformer Engine's.
-    import megatron_solopo.model.resolve as resolve
-
-    resolve.is_cpu = lambda: wanted == "cpu"
 
 
 class _Anything(types.ModuleType):

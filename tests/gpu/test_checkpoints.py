@@ -1,9 +1,11 @@
 """Runs that stop and go on, on a GPU and between a CPU and a GPU: same checkpoints, same course."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,34 +22,47 @@ pytestmark = pytest.mark.gpu
 LEARNING_RATE = 1e-4
 
 
-def train(folder: Path, run: str, max_steps: int, device: str, *overrides: str) -> None:
+# A run is a fork of a server that has imported what runs need.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.preloaded"])
+
+
+def train(folder: Path, run: str, max_steps: int, *overrides: str, on_cpu: bool = False) -> None:
     """Start or continue a run; its learning rate does not depend on `max_steps`."""
-    config = folder / "config.yaml"
+    config = folder / f"{run}.yaml"
     values = {
         "run_dir": str(folder / run),
         "model": {"path": str(folder / "model"), "dtype": "bfloat16"},
         "data": {"path": str(folder / "prepared"), "max_tokens_per_pack": 400},
         "training": {"global_batch_size": 4},
-        "reference": {"cache": str(folder / f"reference-{run}-{device}")},
+        "reference": {"cache": str(folder / f"reference-{run}-{'cpu' if on_cpu else 'gpu'}")},
         "optimizer": {"lr": LEARNING_RATE, "lr_decay_style": "constant"},
         "logging": {"tensorboard": False},
     }
     config.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "megatron_solopo", "train", "--config", str(config)]
-    done = subprocess.run(
-        [*command, f"training.max_steps={max_steps}", *overrides],
-        env=os.environ | {"MEGATRON_SOLOPO_DEVICE": device},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = ["train", "--config", str(config), f"training.max_steps={max_steps}", *overrides]
+    if on_cpu:
+        command = [sys.executable, "-m", "megatron_solopo", *arguments]
+        subprocess.run(command, env=os.environ | {"MEGATRON_SOLOPO_DEVICE": "cpu"}, check=True)
+        return
+    process = _SERVER.Process(target=_command_line, args=(arguments,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    make_model(tmp_path / "model", "qwen3", seed=0)
-    make_prepared(tmp_path / "prepared", rows=24, eval_count=0, seed=0)
-    return tmp_path
+def _command_line(arguments: list[str]) -> None:
+    from megatron_solopo.cli.main import main
+
+    main(arguments)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    make_model(folder / "model", "qwen3", seed=0)
+    make_prepared(folder / "prepared", rows=16, eval_count=0, seed=0)
+    return folder
 
 
 def master_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -63,36 +78,49 @@ def master_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 FP8 = ("model.fp8=hybrid", "model.implementation=transformer_engine")
+BLOCKWISE = (*FP8, "model.fp8_recipe=blockwise")
 STATEFUL = {
     "optimizer offload": ("optimizer.optimizer_offload_fraction=0.5",),
     "delayed scales": (*FP8, "model.fp8_recipe=delayed"),
-    "FP8 weights": (*FP8, "model.fp8_recipe=blockwise", "model.fp8_param=true"),
+    "FP8 weights": (*BLOCKWISE, "model.fp8_param=true"),
     "mxfp8": (*FP8, "model.fp8_recipe=mxfp8"),
 }
 
 
-@pytest.mark.parametrize("overrides", STATEFUL.values(), ids=STATEFUL)
-def test_a_run_goes_on_as_if_it_had_not_stopped(overrides: tuple[str, ...], folder: Path) -> None:
-    skip_without(overrides[-1].removeprefix("model.fp8_recipe="))
-    train(folder, "whole", 6, "cuda", *overrides)
-    for steps in (3, 6):
-        train(folder, "stopped", steps, "cuda", *overrides)
-    whole, stopped = (read_jsonl(folder / run / "metrics.jsonl") for run in ("whole", "stopped"))
-    # The attention's backward pass adds in no fixed order; what is lost in a checkpoint shows from step 4 on.
-    for name, tolerance in (("loss", 1e-2), ("grad_norm", 5e-2)):
-        assert [step[name] for step in stopped] == pytest.approx([step[name] for step in whole], rel=tolerance)
-    wanted, found = (master_weights(folder / run / "checkpoints" / "iter_0000006") for run in ("whole", "stopped"))
-    for name, tensor in wanted.items():
-        assert float((found[name] - tensor).abs().max()) < 6 * 2 * LEARNING_RATE, name
-        assert float((found[name] - tensor).norm() / tensor.norm()) < 2e-3, name
+def run_twice(folder: Path, name: str) -> tuple[Path, Path]:
+    """Four steps at once, and four with a stop after the second, once for all tests. Returns both runs' folders."""
+    whole, stopped = (folder / f"{name} {kind}" for kind in ("whole", "stopped"))
+    if not whole.exists():
+        train(folder, whole.name, 4, *STATEFUL[name])
+        for steps in (2, 4):
+            train(folder, stopped.name, steps, *STATEFUL[name])
+    return whole, stopped
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return read_jsonl(run / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_run_goes_on_as_if_it_had_not_stopped(name: str, folder: Path) -> None:
+    skip_without(STATEFUL[name][-1].removeprefix("model.fp8_recipe="))
+    runs = run_twice(folder, name)
+    whole, stopped = map(metrics, runs)
+    # The attention's backward pass adds in no fixed order; what is lost in a checkpoint shows from step 3 on.
+    for key, tolerance in (("loss", 1e-2), ("grad_norm", 5e-2)):
+        assert [step[key] for step in stopped] == pytest.approx([step[key] for step in whole], rel=tolerance)
+    wanted, found = (master_weights(run / "checkpoints" / "iter_0000004") for run in runs)
+    for parameter, tensor in wanted.items():
+        assert float((found[parameter] - tensor).abs().max()) < 4 * 2 * LEARNING_RATE, parameter
+        assert float((found[parameter] - tensor).norm() / tensor.norm()) < 2e-3, parameter
 
 
 def test_master_weights_of_fp8_weights_are_exact(folder: Path) -> None:
     """They come from the model's own numbers, not from FP8 roundings (off by up to 6 %), and small updates stay."""
-    recipe = (*FP8, "model.fp8_recipe=blockwise")
-    train(folder, "fp8", 2, "cuda", *recipe, "model.fp8_param=true")
-    train(folder, "bf16", 2, "cuda", *recipe)
-    found, wanted = (master_weights(folder / run / "checkpoints" / "iter_0000002") for run in ("fp8", "bf16"))
+    _, fp8 = run_twice(folder, "FP8 weights")
+    train(folder, "bf16", 2, *BLOCKWISE, "profile.steps=[2,2]")
+    assert list(folder.glob("bf16/**/memory*")), "no snapshot of the GPU's memory"
+    found, wanted = (master_weights(run / "checkpoints" / "iter_0000002") for run in (fp8, folder / "bf16"))
     assert found.keys() == wanted.keys() != set()
     for name, tensor in wanted.items():
         # Two steps of Adam move a weight by the learning rate each, in one direction or the other.
@@ -100,10 +128,11 @@ def test_master_weights_of_fp8_weights_are_exact(folder: Path) -> None:
 
 
 def test_a_run_moves_from_cpu_to_gpu_and_back(folder: Path) -> None:
-    train(folder, "cpu", 6, "cpu")
-    for steps, device in ((2, "cpu"), (4, "cuda"), (6, "cpu")):
-        train(folder, "moved", steps, device)
-    stayed, moved = (read_jsonl(folder / run / "metrics.jsonl") for run in ("cpu", "moved"))
-    assert [step["step"] for step in moved] == [1, 2, 3, 4, 5, 6]
+    """Each device scores the reference with its own kernels, into a cache of its own."""
+    train(folder, "cpu", 3, on_cpu=True)
+    for steps, on_cpu in ((1, True), (2, False), (3, True)):
+        train(folder, "moved", steps, on_cpu=on_cpu)
+    stayed, moved = (metrics(folder / run) for run in ("cpu", "moved"))
+    assert [step["step"] for step in moved] == [1, 2, 3]
     for name, tolerance in (("loss", 5e-2), ("grad_norm", 1e-1)):
         assert [step[name] for step in moved] == pytest.approx([step[name] for step in stayed], rel=tolerance)

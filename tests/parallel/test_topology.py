@@ -144,7 +144,7 @@ def test_cuda_is_prepared_without_touching_what_the_user_has_set(monkeypatch, si
 def test_more_ranks_than_devices_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(topology.cpu, "is_cpu", lambda: False)
     monkeypatch.setattr(topology.os, "environ", {"LOCAL_RANK": "1"})  # where CUDA is adapted, there is one device
-    with pytest.raises(UserError, match="LOCAL_RANK=1: this host has 1 CUDA devices"):
+    with pytest.raises(UserError, match="LOCAL_RANK=1: this process sees 1 CUDA device"):
         topology.prepare_device(ParallelConfig())
 
 

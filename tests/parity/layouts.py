@@ -16,7 +16,6 @@ from megatron_solopo.checkpoint.mapping import rules
 from megatron_solopo.config import Config, Role, parse_config
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.resolve import resolve_model
-from megatron_solopo.model.routing import RouterWatch
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.megatron_internals import replica_group
@@ -167,6 +166,7 @@ def _train(
             result.gradients = _shards(
                 policy, lambda parameter: parameter.main_grad if parameter.requires_grad else None
             )
+    policy.gather_parameters()  # the next forward pass would
     result.parameters = _shards(policy, lambda parameter: parameter.detach())
     return result
 
@@ -194,9 +194,7 @@ def live_reference(
 ) -> ReferenceLogprobs:
     """Score this rank's packs with the reference model under the same layout."""
     model = resolve_model(config.model, config.parallel).at(path)
-    chunks = load_frozen(model, groups, chunk_tokens=config.logprob.chunk_tokens)
-    if config.moe.replay:
-        RouterWatch(chunks, config.moe, counts_routes=False)
+    chunks = load_frozen(model, groups, chunk_tokens=config.logprob.chunk_tokens, moe=config.moe)
     roles = packs[0][0].roles
     logps = torch.zeros(num_rows, len(roles))
     for step_packs in packs:

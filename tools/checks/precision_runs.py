@@ -82,7 +82,7 @@ def _references(
     if config.reference.model_path is None:
         return policy_start
     model = resolve_model(config.model, config.parallel).at(config.reference.model_path)
-    chunks = load_frozen(model, topology, chunk_tokens=config.logprob.chunk_tokens)
+    chunks = load_frozen(model, topology, chunk_tokens=config.logprob.chunk_tokens, moe=config.moe)
     return score_sequences(config, chunks, datasets.by_split["train"], topology, "reference")
 
 
