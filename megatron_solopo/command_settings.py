@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from types import NoneType, UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -50,6 +50,8 @@ class CommandSettings(BaseModel):
         field = cls.model_fields[name]
         if detail["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
             return f"{flag(name)} {detail['input']}: must be {describe_bounds(field)}"
+        if detail["type"] == "finite_number":
+            return f"{flag(name)} {detail['input']}: must be a finite number"
         if detail["type"] == "literal_error":
             return f"{flag(name)} {detail['input']}: legal: {', '.join(choices(field))}"
         return None
@@ -67,6 +69,8 @@ def alternatives(field: FieldInfo) -> list[Any]:
         if get_origin(annotation) in (Union, UnionType):
             for each in get_args(annotation):
                 yield from walk(each)
+        elif get_origin(annotation) is Annotated:
+            yield from walk(get_args(annotation)[0])
         elif annotation is not NoneType:
             yield annotation
 
@@ -83,8 +87,16 @@ def describe_bounds(field: FieldInfo) -> str:
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = (
         f"{word} {getattr(bound, name)}"
-        for bound in field.metadata
+        for bound in _constraints(field)
         for name, word in words.items()
         if hasattr(bound, name)
     )
     return " and ".join(bounds)
+
+
+def _constraints(field: FieldInfo) -> Iterator[Any]:
+    """What limits the values of a field, or those of one type of its union."""
+    yield from field.metadata
+    for each in get_args(field.annotation):
+        for constraint in get_args(each)[1:] if get_origin(each) is Annotated else ():
+            yield from constraint.metadata if isinstance(constraint, FieldInfo) else (constraint,)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.pipeline_layout import stage_layers
 from megatron_solopo.config import ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.config.load import as_override
 from megatron_solopo.errors import UserError
 
 _VOCAB_MULTIPLE_PER_RANK = 128
@@ -90,7 +91,8 @@ def check_world_size(config: ParallelConfig, world_size: int) -> None:
         raise UserError(
             f"parallel.expert_model_parallel_size={config.expert_model_parallel_size} x expert_tensor_parallel_size="
             f"{config.expert_tensor_size} does not divide the {world_size // config.pipeline_model_parallel_size} "
-            "ranks of a pipeline stage (TP x CP x DP); change one of them or the number of processes"
+            "ranks of a pipeline stage (TP x CP x DP); change one of them or the number of ranks. Without the key, "
+            "expert_tensor_parallel_size is tensor_model_parallel_size; 1 is legal where experts are shared"
         )
     instances = config.num_distributed_optimizer_instances
     ranks = world_size // (config.tensor_model_parallel_size * config.pipeline_model_parallel_size)
@@ -174,11 +176,17 @@ def _check_experts(architecture: ModelShape, parallel: ParallelConfig) -> None:
     if experts is None:
         for key, value, default in (("expert_model", ep, 1), ("expert_tensor", etp, tp)):
             if value != default:
-                problem = f"{key}_parallel_size={value} needs a model with experts; {architecture.model_type} has none"
+                problem = (
+                    f"{key}_parallel_size={value} needs a model with experts; {architecture.model_type} has none; set "
+                    f"it to {default}"
+                )
         if parallel.moe_token_dispatcher_type != "alltoall":
             problem = f"moe_token_dispatcher_type=flex needs a model with experts; {architecture.model_type} has none"
     elif experts.num_experts % ep:
-        problem = f"expert_model_parallel_size={ep} does not divide the model's {experts.num_experts} experts"
+        legal = ", ".join(str(size) for size in range(1, experts.num_experts + 1) if experts.num_experts % size == 0)
+        problem = (
+            f"expert_model_parallel_size={ep} does not divide the model's {experts.num_experts} experts; legal: {legal}"
+        )
     elif experts.ffn_hidden_size % etp:
         problem = (
             f"expert_tensor_parallel_size={etp} does not divide the {experts.ffn_hidden_size} feed-forward columns of "
@@ -201,9 +209,12 @@ def check_training(
     """Refuse what the experts of a model do not allow in training; raises UserError naming the key."""
     experts, tp = architecture.experts, parallel.tensor_model_parallel_size
     if experts is None:
-        for key, value in moe:
-            if value:
-                raise UserError(f"moe.{key}={value} needs a model with experts; {architecture.model_type} has none")
+        for key, field in type(moe).model_fields.items():
+            if value := getattr(moe, key):
+                raise UserError(
+                    f"moe.{key}={as_override(value)} needs a model with experts; {architecture.model_type} has none; "
+                    f"set it to {as_override(field.default)}"
+                )
         return
     if tp > 1 and not parallel.uses_sequence_parallel:
         raise UserError(

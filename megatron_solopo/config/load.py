@@ -116,6 +116,8 @@ def as_override(value: Any) -> str:
     """A value as a person writes it behind `key=`."""
     if isinstance(value, list):
         return f"[{','.join(map(str, value))}]"
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -10,9 +10,9 @@ from typing import Any
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import Efficiency, check_fp8_of, find_gpu, read_gpus
 from megatron_solopo.architecture.huggingface_config import read_architecture
-from megatron_solopo.architecture.layout import describe_bubble
+from megatron_solopo.architecture.layout import check_training, describe_bubble
 from megatron_solopo.architecture.pipeline_layout import wrong_letters
-from megatron_solopo.config import Config, dotted
+from megatron_solopo.config import Config, ParallelConfig, dotted
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
 from megatron_solopo.plan import PlanSettings
@@ -407,6 +407,8 @@ def make_planner(config: Config, settings: PlanSettings, stated: Sequence[str] =
             f"--expert-imbalance {settings.expert_imbalance:g}: needs a model with experts; {architecture.model_type} "
             "has none; leave it out"
         )
+    # What no layout changes is told once, and not as the fault of each.
+    check_training(architecture, ParallelConfig(), config.optimizer, config.moe)
     stages = config.parallel.pipeline_model_parallel_layout
     if stages is not None and (wrong := wrong_letters(architecture.num_layers, stages)):
         raise UserError(f"parallel.pipeline_model_parallel_layout={stages} {wrong}; set it to null, or correct it")

@@ -185,7 +185,10 @@ class Planner:
 
     def time_reference(self, layout: Layout) -> PassTime:
         """The time of the pass of the reference model over all triplets."""
-        return self._timer(layout).time_pass(self.packer.single_pass(layout.config, layout.data_parallel_size))
+        model = layout.config.model.without_gradients
+        scored = replace(layout, config=layout.config.model_copy(update={"model": model}))
+        # The packs are padded for the precision of training.
+        return self._timer(scored).time_pass(self.packer.single_pass(layout.config, layout.data_parallel_size))
 
     def _quick_seconds(self, layout: Layout) -> float:
         packs = self.packer.pack(layout.config, layout.data_parallel_size).heaviest_rank

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -324,7 +325,7 @@ class Trainer:
         batch = self.loader.next_batch()
         self.session.enter("forward and backward", step)
         if step == 1 and self.config.model.has_delayed_scales:
-            self.policy.warm_scales(batch.packs, self.losses["train"], self.topology, self._before_pack)
+            started += self._warm_scales(batch)
         self.triplet_losses.clear()
         result = self.policy.step(
             batch.packs,
@@ -344,6 +345,16 @@ class Trainer:
         metrics = {"step": step} | finite_or_none(measured) | counts
         self.state = TrainState(step, self.loader.state_dict(), skipped, unrecorded=metrics)
         return metrics
+
+    def _warm_scales(self, batch: GlobalBatch) -> float:
+        """Find the scales of FP8's delayed recipe. Returns the seconds, which are no part of the step's."""
+        started = time.monotonic()
+        self.work_clock.switch()
+        self.policy.warm_scales(batch.packs, self.losses["train"], self.topology, self.session.before_pack)
+        if self.topology.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.work_clock.switch()
+        return time.monotonic() - started
 
     def _router_metrics(self) -> dict[str, float]:
         """How the step's tokens were routed; nothing for a model without experts."""

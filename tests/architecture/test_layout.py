@@ -253,7 +253,9 @@ def test_experts_train_with_sequence_parallelism_alone(architecture: Architectur
 
 
 def test_settings_of_routers_need_routers(architecture: Architecture) -> None:
-    with pytest.raises(UserError, match=r"moe.router_trainable=True needs a model with experts; llama has none"):
+    with pytest.raises(
+        UserError, match=r"moe.router_trainable=true needs a model with experts; llama has none; set it to false"
+    ):
         check_training(architecture, ParallelConfig(), OptimizerConfig(), MoEConfig(router_trainable=True))
 
 

@@ -29,20 +29,20 @@ class _RoundedProduct(torch.autograd.Function):
     """x [..., K] times the transpose of w [N, K]: both, and the gradient, rounded before each of the three products."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, tiles: "Tiles", room: float) -> Tensor:
-        ctx.tiles, ctx.room = tiles, room
+    def forward(ctx: Any, x: Tensor, w: Tensor, tiles: "Tiles", gradients: torch.dtype, room: float) -> Tensor:
+        ctx.tiles, ctx.gradients, ctx.room = tiles, gradients, room
         ctx.save_for_backward(x, w)
         x_MK = _rounded(x.flatten(0, -2), tiles.values, _E4M3, room)
         return (x_MK @ _rounded(w, tiles.weights, _E4M3, room).t()).to(x.dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (x, w), tiles, room = ctx.saved_tensors, ctx.tiles, ctx.room
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        (x, w), tiles, gradients, room = ctx.saved_tensors, ctx.tiles, ctx.gradients, ctx.room
         x_MK, dy_MN = x.flatten(0, -2), dy.flatten(0, -2)
-        dx = _rounded(dy_MN, tiles.values, _E5M2, room) @ _rounded(w, tiles.weights, _E4M3, room)
+        dx = _rounded(dy_MN, tiles.values, gradients, room) @ _rounded(w, tiles.weights, _E4M3, room)
         # The products of a weight's gradient run along the tokens, and so do their tiles.
-        dy_NM, x_KM = _rounded(dy_MN.t(), tiles.values, _E5M2, room), _rounded(x_MK.t(), tiles.values, _E4M3, room)
-        return dx.to(x.dtype).reshape(x.shape), (dy_NM @ x_KM.t()).to(w.dtype), None, None
+        dy_NM, x_KM = _rounded(dy_MN.t(), tiles.values, gradients, room), _rounded(x_MK.t(), tiles.values, _E4M3, room)
+        return dx.to(x.dtype).reshape(x.shape), (dy_NM @ x_KM.t()).to(w.dtype), None, None, None
 
 
 class Tiles(NamedTuple):
@@ -61,11 +61,16 @@ TILES = {
 
 
 @contextmanager
-def rounded_products(recipe: str, room: float) -> Iterator[None]:
-    """Round in the linear layers of Megatron-Core's own implementation. Samples differ by `room`, 1/2 to 1."""
+def rounded_products(recipe: str, fp8: str, room: float) -> Iterator[None]:
+    """Round in the linear layers of Megatron-Core's own implementation. Samples differ by `room`, 1/2 to 1.
+
+    Args:
+        fp8: e4m3 for all values, or hybrid, which is e5m2 for gradients.
+    """
+    gradients = {"e4m3": _E4M3, "hybrid": _E5M2}[fp8]
 
     def product(input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        found: Tensor = _RoundedProduct.apply(input, weight, TILES[recipe], room)
+        found: Tensor = _RoundedProduct.apply(input, weight, TILES[recipe], gradients, room)
         return found if bias is None else found + bias
 
     with mock.patch.object(layers, "linear_with_grad_accumulation_and_async_allreduce", product):

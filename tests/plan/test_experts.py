@@ -6,6 +6,7 @@ import pytest
 
 from megatron_solopo.architecture.gpus import GPUS
 from megatron_solopo.architecture.layout import check_layout, check_training
+from megatron_solopo.config import MoEConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.plan import PlanSettings
 from megatron_solopo.plan.answer import make_answer
@@ -135,3 +136,9 @@ def test_the_load_of_the_fullest_expert_is_an_option(monkeypatch: pytest.MonkeyP
     dense = load_example("llama-3.1-8b")[0]
     with pytest.raises(UserError, match="--expert-imbalance 3: needs a model with experts; llama has none"):
         planner_of_command(dense, PlanSettings.model_validate(settings | {"expert_imbalance": 3.0}))
+    for value, bound in ((0.5, "at least 1"), (float("nan"), "a finite number")):
+        with pytest.raises(UserError, match=f"--expert-imbalance {value}: must be {bound}"):
+            PlanSettings(gpus=8, gpu="h200", expert_imbalance=value)
+    routers = dense.model_copy(update={"moe": MoEConfig(router_trainable=True)})
+    with pytest.raises(UserError, match=r"^moe\.router_trainable=true needs a model with experts"):
+        planner_of_command(routers, PlanSettings.model_validate(settings))

@@ -115,3 +115,15 @@ def test_a_reference_pass_fills_the_pipeline_once_in_a_while() -> None:
     assert found[2000].seconds == pytest.approx(2 * found[1000].seconds, rel=0.02)
     spread = planners[1000].time_reference(estimate(planners[1000]).layout)
     assert spread.bubble == 0 and spread.seconds == pytest.approx(1000 * one, rel=0.05)
+
+
+def test_a_reference_pass_under_delayed_scales_is_timed_in_bfloat16() -> None:
+    planner = make_planner(gpus=1)
+
+    def seconds(recipe: str, fp8: str | None) -> tuple[float, float]:
+        found = estimate(planner, model={"fp8_recipe": recipe, "fp8": fp8})
+        return planner.time_reference(found.layout).seconds, found.time.seconds
+
+    plain, delayed, tensorwise = seconds("delayed", None), seconds("delayed", "hybrid"), seconds("tensorwise", "hybrid")
+    assert delayed[0] == pytest.approx(plain[0], rel=1e-3) and tensorwise[0] < 0.95 * plain[0]
+    assert delayed[1] == tensorwise[1] < plain[1]

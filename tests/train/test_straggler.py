@@ -11,17 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_solopo.config import ModelConfig
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.train import step as step_module
 from megatron_solopo.train.metrics import console_line
+from megatron_solopo.train.policy import Policy
 from megatron_solopo.train.straggler import Straggler, WorkClock, find_straggler
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
 from tests.train.runs import make_inputs, recorded, small_config
 from tests.train.test_metrics import step_metrics
 
-DELAY_SECONDS, PACKS = 1.0, 4
+DELAY_SECONDS, WARMING_SECONDS, PACKS = 1.0, 3.0, 4
 DP2: dict[str, Any] = {}
 TP2_DP2 = {"tensor_model_parallel_size": 2}
 PP2_DP2 = {"pipeline_model_parallel_size": 2}
@@ -103,10 +105,20 @@ def run_all(folder: Path, layouts: dict[str, tuple[dict[str, Any], int, str]]) -
                 train(config)
 
 
+def run_two(folder: Path) -> None:
+    """On both ranks: runs with a late rank, and one that is late only while it finds FP8's delayed scales."""
+    run_all(folder, {"dp2": (DP2, 1, "data"), "dp2-packs": (DP2, 0, "pack")})
+    slow = slowed(Policy.warm_scales, WARMING_SECONDS if dist.get_rank() == 1 else 0)
+    objective, training = {"loss_type": "simpo"}, {"global_batch_size": 2 * PACKS, "max_steps": 2}
+    # No CPU computes FP8: the passes are the same, without scales.
+    with mock.patch.object(ModelConfig, "has_delayed_scales", True), mock.patch.object(Policy, "warm_scales", slow):
+        train(small_config(folder, "warm", DP2, objective=objective, training=training))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_inputs(tmp_path_factory.mktemp("straggler"), eval_count=0)
-    run_distributed(run_all, 2, path, {"dp2": (DP2, 1, "data"), "dp2-packs": (DP2, 0, "pack")})
+    run_distributed(run_two, 2, path)
     return path
 
 
@@ -138,3 +150,9 @@ def test_a_delayed_rank_of_a_model_parallel_replica_names_the_replica(
     four_ranks: Path, name: str, replica: set[int]
 ) -> None:
     assert_named(four_ranks, name, replica)
+
+
+def test_passes_that_find_delayed_scales_are_no_part_of_the_first_step(folder: Path) -> None:
+    step, _ = read_jsonl(folder / "warm" / "metrics.jsonl")
+    assert step["step_time"] < WARMING_SECONDS and step["straggler_share"] * step["step_time"] < WARMING_SECONDS / 2
+    assert step["tokens_per_second"] == pytest.approx(step["num_tokens"] / step["step_time"])

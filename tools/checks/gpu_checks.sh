@@ -101,13 +101,15 @@ run_acceptance() {
 
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-    dtype=bfloat16 candidate=model.fp8=hybrid
+    dtype=bfloat16 candidate=model.fp8=e4m3 # blockwise is the default
     offload=(optimizer.optimizer_offload_fraction=0.7)
+    declare -A fp8=([blockwise]=e4m3 [tensorwise]=hybrid)
 else
     echo "no CUDA device: toy sizes, no FP8, no offload"
     SIZES=toy
     dtype=float32 candidate=model.dtype=bfloat16
     offload=()
+    declare -A fp8=()
 fi
 if [[ $SIZES == toy ]]; then
     small=tiny large=tiny fewer=2 lengths=(128 256) long=256 longest=512 short=64 response=16
@@ -131,7 +133,7 @@ for name in "${parts[@]}"; do
             --systems solopo,long_po --profile "$output/profile" ;;
         fp8) for recipe in blockwise tensorwise; do
             benchmark "fp8-$recipe" 100 --shape "$large" --layers "$fewer" --long-tokens "$long" "${sizes[@]}" --steps 3 \
-                --systems solopo "${fp8[@]}" "model.fp8_recipe=$recipe"
+                --systems solopo ${fp8[$recipe]:+"model.fp8=${fp8[$recipe]}"} "model.fp8_recipe=$recipe"
         done ;;
         # The whole 7B shape at 128K on one GPU.
         128k) benchmark 128k 240 --shape "$large" --long-tokens "$longest" "${sizes[@]}" --warmup 1 --steps 1 \
