@@ -127,7 +127,7 @@ $(VENV_LOWEST)/.installed: pyproject.toml setup.py
 	$(VENV_LOWEST)/bin/uv pip install --python $(VENV_LOWEST)/bin/python --resolution lowest-direct \
 	    --constraint <(echo "$(TORCH)") --editable .; \
 	$(VENV_LOWEST)/bin/uv pip install --python $(VENV_LOWEST)/bin/python --constraint <(echo "$(TORCH)") \
-	    hypothesis mpmath pytest pytest-timeout pytest-xdist; \
+	    hypothesis mpmath peft pytest pytest-timeout pytest-xdist; \
 	touch $@
 
 $(VENV312)/.installed: pyproject.toml setup.py

@@ -3,7 +3,7 @@
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pytest
@@ -137,7 +137,9 @@ class TestSite:
     ) -> None:
         text = documentation.configuration_reference()
         for section, field in Config.model_fields.items():
-            keys = getattr(field.annotation, "model_fields", None)
+            # A section may be null.
+            kinds = [field.annotation, *get_args(field.annotation)]
+            keys = next((each.model_fields for each in kinds if hasattr(each, "model_fields")), None)
             for name in [f"{section}.{key}" for key in keys] if keys else [section]:
                 assert f"| `{name}` |" in text
         assert re.search(r"\| `parallel.tensor_model_parallel_size` \| integer > 0 \| `1` \| \w", text)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from megatron_solopo.architecture.huggingface_config import ModelShape
+from megatron_solopo.config import LoRAConfig
 
 ROUTER = "mlp.gate.weight"
 IDLE_EXPERT = 1
@@ -104,3 +105,26 @@ def make_model(path: Path, family: str, seed: int = 0, **changes: Any) -> Path:
                 parameter[IDLE_EXPERT] = 0.0
     model.save_pretrained(path)
     return path
+
+
+def adapter_folder(model: Path, lora: LoRAConfig) -> Path:
+    """Where `make_adapter` puts adapters of these settings."""
+    return model / f"adapter-{lora.rank}"
+
+
+def make_adapter(model: Path, lora: LoRAConfig) -> Path:
+    """Let PEFT save random adapters of a model, whose A and B are not zero; returns their folder."""
+    from peft import LoraConfig, get_peft_model  # slow to import
+
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        use_rslora=lora.use_rslora,
+        target_modules=lora.target_modules,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(2)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    get_peft_model(base, settings).save_pretrained(adapter_folder(model, lora))
+    return adapter_folder(model, lora)

@@ -127,7 +127,9 @@ def configuration_reference() -> str:
 
 
 def _name_of(entry: dict[str, Any]) -> str:
-    return str(entry.get("$ref", "")).rpartition("/")[2]
+    """Of the section that a key holds, or that it holds unless it is null; empty for other keys."""
+    named: dict[str, Any] = next((option for option in entry.get("anyOf", [entry]) if "$ref" in option), {})
+    return str(named.get("$ref", "")).rpartition("/")[2]
 
 
 def _section(prefix: str, schema: dict[str, Any], title: str) -> str:
@@ -152,6 +154,8 @@ def legal_values(entry: dict[str, Any]) -> str:
         return " or ".join(legal_values(option) for option in entry["anyOf"])
     if "enum" in entry:
         return ", ".join(f"`{value}`" for value in entry["enum"])
+    if "const" in entry:
+        return f"`{entry['const']}`"
     if entry["type"] == "array":
         return f"list of {legal_values(entry['items'])}"
     if entry["type"] == "null":

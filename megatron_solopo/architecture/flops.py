@@ -21,6 +21,15 @@ class Flops:
         """The sum of the three."""
         return self.linear + self.attention + self.head
 
+    def of_training(self, *, base_learns: bool = True) -> float:
+        """FLOPs of forward and backward. Backward computes the gradients of inputs, and those of weights that learn.
+
+        Args:
+            base_learns: False where adapters alone do. Their own FLOPs are not counted: below a hundredth, as a rule.
+        """
+        of_weights = 3.0 if base_learns else 2.0
+        return of_weights * (self.linear + self.head) + 3.0 * self.attention
+
 
 def linear_weights(architecture: ModelShape) -> int:
     """Number of weights in the layers' matrices that multiply each token: of the experts, the router's choice."""
@@ -42,7 +51,7 @@ def routed_weights(architecture: ModelShape) -> int:
 
 
 def forward_flops(architecture: ModelShape, tokens: float, squares: float, responses: float) -> Flops:
-    """Return the FLOPs of one forward pass. The backward pass takes twice as many.
+    """Return the FLOPs of one forward pass.
 
     Args:
         tokens: number of tokens of all sequences.

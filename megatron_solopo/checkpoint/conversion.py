@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_solopo.architecture.adapters import adapter_config
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.model_directory import (
+    CONFIG,
     HUGGINGFACE_FOLDER,
     check_huggingface_directory,
     check_megatron_checkpoint,
@@ -21,17 +24,20 @@ from megatron_solopo.architecture.model_directory import (
     huggingface_directory,
     is_megatron_checkpoint,
 )
+from megatron_solopo.checkpoint.adapter_checkpoint import ADAPTER_CONFIG, AdapterCheckpoint, is_adapter_checkpoint
 from megatron_solopo.checkpoint.export_files import absent_counterparts, export_files
 from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory, SafetensorsWriter, all_finite
 from megatron_solopo.checkpoint.manifest import check_listed, sealed_files, write_manifest
-from megatron_solopo.checkpoint.mapping import Rule, all_huggingface_shapes, huggingface_blocks, place, rules
-from megatron_solopo.checkpoint.megatron_reader import THREADS, MegatronDirectory
+from megatron_solopo.checkpoint.mapping import Rule, all_huggingface_shapes, rules
+from megatron_solopo.checkpoint.megatron_reader import THREADS
 from megatron_solopo.checkpoint.megatron_writer import write_megatron
 from megatron_solopo.checkpoint.model_files import MODEL_FILES_MANIFEST, read_model_files, source_dtypes, write_files
+from megatron_solopo.checkpoint.peft_directory import ADAPTER_WEIGHTS
+from megatron_solopo.checkpoint.stored_model import stored_model
 from megatron_solopo.checkpoint.verify import Verification, VerificationReport, to_dtype, verify
 from megatron_solopo.data.tokenizer_contradictions import check_tokenizer_files
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import atomic_path, check_writable, described_bytes
+from megatron_solopo.files import atomic_path, check_writable, counted, described_bytes
 from megatron_solopo.progress import bar_style
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -67,20 +73,25 @@ def import_model(source: Path, output: Path, *, verification: Verification) -> V
 
 
 def export_model(
-    checkpoint: Path, output: Path, *, dtype: Dtype | None, verification: Verification
+    checkpoint: Path, output: Path, *, dtype: Dtype | None, verification: Verification, merge: bool = False
 ) -> VerificationReport:
     """Write the model of a Megatron checkpoint as a Hugging Face directory.
 
     Args:
+        merge: whether a checkpoint of adapters is meant, whose base gets them.
         dtype: the precision to write. With None, each tensor gets the precision of its original Hugging Face tensor.
 
     Raises UserError if the checkpoint is damaged, `output` exists, or space is too small. Numbers that are not finite
     or beyond the range of `dtype`, and files that do not verify, are refused as well. Then no `output` is left behind.
     """
-    stored = MegatronDirectory(checkpoint)
+    check_megatron_checkpoint(checkpoint, "--checkpoint")
+    if is_adapter_checkpoint(checkpoint) and not merge:
+        raise UserError(
+            f"--checkpoint={checkpoint}: holds adapters; --adapter writes them for PEFT, --merge writes the whole model"
+        )
     _check_output(output, checkpoint)
     architecture = read_architecture(checkpoint)
-    stored.check(architecture)
+    stored = stored_model(checkpoint, architecture)
     files = read_model_files(checkpoint)
     dtypes = _target_dtypes(checkpoint, architecture, dtype)
     checksums = check_listed(checkpoint, checksums=True)
@@ -92,9 +103,7 @@ def export_model(
         with _bar("export", total) as progress, ThreadPoolExecutor(THREADS) as pool:
 
             def export(rule: Rule) -> None:
-                where = place(rule, architecture)
-                read, itemsize = stored.rows_of(where), stored.dtype(where).itemsize
-                for name, row, block in huggingface_blocks(rule, architecture, read, itemsize):
+                for name, row, block in stored.blocks(rule):
                     if not all_finite(block):
                         raise UserError(
                             f"{checkpoint}: {name} is not finite (NaN or infinity); the checkpoint is damaged or its "
@@ -111,6 +120,37 @@ def export_model(
         for note in notes:
             report.add("files", note)
         return report
+
+
+def export_adapter(checkpoint: Path, output: Path, *, dtype: Dtype | None) -> VerificationReport:
+    """Write the adapters of a checkpoint as a PEFT directory, with the tokenizer.
+
+    Args:
+        dtype: the precision to write. None: the stored one.
+
+    Raises UserError if the checkpoint holds no adapters or is damaged, or `output` exists. Then no `output` is left.
+    """
+    check_megatron_checkpoint(checkpoint, "--checkpoint")
+    if not is_adapter_checkpoint(checkpoint):
+        raise UserError(f"--checkpoint={checkpoint}: holds a whole model and no adapters; leave out --adapter")
+    _check_output(output, checkpoint)
+    adapters = AdapterCheckpoint(checkpoint, read_architecture(checkpoint))
+    checksums = check_listed(checkpoint, checksums=True)
+    tensors = {name: adapters.read(name) for name in adapters.tensors}
+    if dtype is not None:
+        tensors = {name: to_dtype(name, each, getattr(torch, dtype)) for name, each in tensors.items()}
+    files = read_model_files(checkpoint)
+    for name in (MODEL_FILES_MANIFEST, CONFIG):  # they describe the base's weights
+        files.pop(name, None)
+    files[ADAPTER_CONFIG] = adapter_config(adapters.lora, adapters.base)
+    with _output(output, sum(each.nbytes for each in tensors.values()), files) as temporary:
+        contiguous = {name: each.contiguous() for name, each in tensors.items()}
+        save_file(contiguous, temporary / ADAPTER_WEIGHTS, {"format": "pt"})
+        write_files(files, temporary)
+    report = VerificationReport()
+    report.add("adapters", f"{counted(len(tensors), 'tensor')} beside {adapters.base}")
+    report.add("checksums", checksums)
+    return report
 
 
 def verify_models(huggingface: Path, checkpoint: Path, *, logits: bool) -> VerificationReport:

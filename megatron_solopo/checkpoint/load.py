@@ -14,6 +14,8 @@ from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import is_megatron_checkpoint
+from megatron_solopo.checkpoint.adapter_checkpoint import AdapterCheckpoint, is_adapter_checkpoint
+from megatron_solopo.checkpoint.adapters import add_adapters
 from megatron_solopo.checkpoint.huggingface_weights import SafetensorsDirectory, StoredTensor, all_finite, not_finite
 from megatron_solopo.checkpoint.mapping import EMBEDDING, OUTPUT, canonical_name, place, rules, to_megatron
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
@@ -25,6 +27,7 @@ from megatron_solopo.checkpoint.sharded_state import (
     model_state,
     parameter_state,
 )
+from megatron_solopo.model.adapters import ADAPTER, has_adapters
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.megatron_internals import (
@@ -59,6 +62,8 @@ def _load_model(path: Path, chunks: Sequence[DistributedDataParallel]) -> None:
         on_every_rank(partial(_check_finite, path, named))
         load_kernel_state(chunk.module, state[key])
         missing, unexpected = chunk.module.load_state_dict(state[key], strict=False)
+        if has_adapters(chunk.module):  # the base is not in the checkpoint
+            missing = [name for name in missing if ADAPTER in name]
         assert not unexpected and all(is_kernel_state(name) for name in missing), (missing, unexpected)
 
 
@@ -69,6 +74,8 @@ def check_weights(path: Path, architecture: Architecture) -> MegatronDirectory |
 
     Raises UserError naming tensors that are missing, unexpected or misshapen. Numbers are checked when they are loaded.
     """
+    if is_adapter_checkpoint(path):
+        return check_weights(AdapterCheckpoint(path, architecture).base, architecture)
     directory = MegatronDirectory(path) if is_megatron_checkpoint(path) else SafetensorsDirectory(path)
     directory.check(architecture)
     return directory
@@ -78,7 +85,8 @@ def load_weights(chunks: Sequence[ResponseModel], architecture: Architecture, pa
     """Fill every parameter of this rank from the model in `path`, cast to the model's precision.
 
     Args:
-        path: a Hugging Face directory, or a checkpoint of `convert import` or of a run under any layout.
+        path: a Hugging Face directory, or a checkpoint of `convert import` or of a run under any layout. If it holds
+            adapters alone, the base is loaded, and the chunks get the adapters.
 
     All ranks must call it together. Ranks that hold the same parameters read different ones, check their numbers, and
     send them to each other. So each number is read once for each rank that needs another part of its tensor.
@@ -86,6 +94,12 @@ def load_weights(chunks: Sequence[ResponseModel], architecture: Architecture, pa
     Raises UserError on every rank, naming missing, unexpected or misshapen tensors before any parameter is touched,
     or a tensor that is not finite, with its file.
     """
+    if is_adapter_checkpoint(path):
+        adapters = AdapterCheckpoint(path, architecture)
+        on_rank_0(adapters.check_base)
+        load_weights(chunks, architecture, adapters.base)
+        on_every_rank(lambda: add_adapters(chunks, architecture, adapters.lora, adapters.read))
+        return
     entries = on_rank_0(lambda: _checked_entries(path, architecture))
     owners = _owners(chunks)
     own = {parameter for parameter, (owner, replicas) in owners.items() if owner == replicas.rank()}

@@ -21,7 +21,7 @@ To add a model family:
 2. If it has other tensors, add a tuple of rules below, and select it in `rules`. Families differ in five places
    today: Qwen2 adds biases, Qwen3 adds norms of queries and keys, OLMoE norms those of all heads at once, untied
    embeddings add an output layer, and Mixtral has its own names of experts (`expert_names`).
-3. If a tensor has a new size, name the size in `_sizes`. If tensors are fused in a new way, add a `Fusion`.
+3. If a tensor has a new size, name the size in `sizes`. If tensors are fused in a new way, add a `Fusion`.
 4. Add a tiny model to the tests: every family is converted there and back, and compared with transformers.
 """
 
@@ -71,7 +71,7 @@ class Rule:
     megatron: str
     huggingface: tuple[str, ...]
     shapes: tuple[str, ...]
-    """The shape of each Hugging Face tensor, in the names of `_sizes`."""
+    """The shape of each Hugging Face tensor, in the names of `sizes` or in numbers."""
     fusion: Fusion = "copy"
     shard_dim: int | None = None
 
@@ -236,8 +236,8 @@ def canonical_name(name: str, first_expert: int = 0) -> str:
 
 def huggingface_shapes(rule: Rule, architecture: ModelShape) -> dict[str, tuple[int, ...]]:
     """The shapes of the rule's Hugging Face tensors by name, in the rule's order."""
-    sizes = _sizes(architecture)
-    shapes = (tuple(sizes[name] for name in shape.split()) for shape in rule.shapes)
+    known = sizes(architecture)
+    shapes = (tuple(known.get(name) or int(name) for name in shape.split()) for shape in rule.shapes)
     return dict(zip(rule.huggingface, shapes, strict=True))
 
 
@@ -256,8 +256,9 @@ def megatron_shape(rule: Rule, architecture: ModelShape) -> tuple[int, ...]:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def _sizes(architecture: ModelShape) -> dict[str, int]:
-    sizes = {
+def sizes(architecture: ModelShape) -> dict[str, int]:
+    """The sizes of a model by the names that rules use."""
+    found = {
         "one": 1,
         "vocab": architecture.vocab_size,
         "hidden": architecture.hidden_size,
@@ -267,12 +268,12 @@ def _sizes(architecture: ModelShape) -> dict[str, int]:
         "keys": architecture.num_query_groups * architecture.head_dim,
     }
     if (experts := architecture.experts) is not None:
-        sizes |= {
+        found |= {
             "experts": experts.num_experts,
             "expert_ffn": experts.ffn_hidden_size,
             "shared_ffn": experts.shared_ffn_hidden_size,
         }
-    return sizes
+    return found
 
 
 def megatron_rows(rule: Rule, architecture: ModelShape, read: ReadTensor, rows: slice, *others: slice) -> Tensor:

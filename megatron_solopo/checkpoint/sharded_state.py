@@ -5,6 +5,8 @@ the kernels' own state, so that every layer implementation reads the checkpoints
 delayed recipe are kept, because they come from the values of earlier steps. They are stored as plain tensors:
 Transformer Engine makes a pickle of them, which it refuses to load since 2.18.
 
+Of a model with adapters, the adapters alone are stored. The base is frozen, so it stays where it was read.
+
 The optimizer's state is stored once per parameter and not per rank's share of a buffer. So it loads under another TP,
 PP, CP or DP. Under the distributed optimizer a rank holds some elements of a parameter, in the order of the flattened
 parameter. They are cut into boxes of the parameter, at most three of a matrix, and every rank writes its own boxes
@@ -39,6 +41,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_solopo.model.adapters import ADAPTER, has_adapters
 from megatron_solopo.parallel.agreement import least_loaded
 from megatron_solopo.parallel.megatron_internals import (
     OwnedState,
@@ -302,8 +305,10 @@ def _metadata() -> dict[str, Any]:
 def _chunk_state(module: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = module.sharded_state_dict(metadata=metadata)
     kept = _without_kernel_state(state)
+    if has_adapters(module):
+        kept = {name: value for name, value in kept.items() if ADAPTER in name}
     if module.config.fp8 and module.config.fp8_recipe == "delayed":
-        for name in state.keys() - kept.keys():
+        for name in filter(is_kernel_state, state):
             layer, number = _owner(name)
             kept[name] = replace(state[name], data=delayed_scales(module.get_submodule(layer), number))
     return kept

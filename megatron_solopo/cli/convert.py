@@ -81,11 +81,15 @@ def import_(source: Path, output: Path, verification: Literal["full", "tensors",
 @click.option("--out", "output", type=_DIRECTORY, required=True, help="Hugging Face directory to write.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
               help="Precision to write. Default: the precision of the original Hugging Face model.")  # fmt: skip
+@click.option("--adapter", is_flag=True, help="Write the adapters of a run with `lora` as PEFT does, without the base.")
+@click.option("--merge", is_flag=True, help="Write the base of a run with `lora` with the adapters merged into it.")
 @_VERIFY
 def export(
     checkpoint: Path,
     output: Path,
     dtype: Literal["bfloat16", "float16", "float32"] | None,
+    adapter: bool,
+    merge: bool,
     verification: Literal["full", "tensors", "none"],
 ) -> None:
     """Write a Hugging Face directory that transformers and vLLM load.
@@ -95,9 +99,14 @@ def export(
       megatron-solopo convert export --checkpoint runs/first/checkpoints/iter_0000100 --out aligned
     """
     with _interruptible(output):
-        from megatron_solopo.checkpoint.conversion import export_model
+        from megatron_solopo.checkpoint.conversion import export_adapter, export_model
 
-        report = export_model(checkpoint, output, dtype=dtype, verification=verification)
+        if adapter and merge:
+            raise UserError("--adapter and --merge: choose one")
+        if adapter:
+            report = export_adapter(checkpoint, output, dtype=dtype)
+        else:
+            report = export_model(checkpoint, output, dtype=dtype, verification=verification, merge=merge)
     click.echo(f"{output}\n{report}")
 
 

@@ -53,6 +53,8 @@ class ModelConfig(Section):
     path: _Path
     """Hugging Face directory (config.json, safetensors weights, tokenizer), or a Megatron checkpoint that `convert
     import` or `train` wrote."""
+    adapter: _Path | None = None
+    """Directory of a PEFT adapter to start from; it needs `lora`. null: fresh adapters, where `lora` is set."""
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
     """Kernels of the layers. auto: Transformer Engine if it is installed and there is a GPU, else local. local: plain
     PyTorch."""
@@ -261,6 +263,30 @@ class MoEConfig(Section):
             if getattr(self, name) and not self.router_trainable:
                 raise UserError(f"{name}={getattr(self, name)} needs router_trainable=true; set one of the two")
         return self
+
+
+TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoRAConfig(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685), in PEFT's words. They alone are trained. `lora: null`, the default,
+    trains the whole model."""
+
+    rank: PositiveInt = 16
+    """Rank of each adapter (PEFT: `r`)."""
+    alpha: PositiveFloat = 32.0
+    """Scale (PEFT: `lora_alpha`): an adapter's output is multiplied by alpha / rank."""
+    use_rslora: bool = False
+    """Divide alpha by the root of the rank (arXiv 2312.03732)."""
+    target_modules: Annotated[list[TargetModule], Field(min_length=1)] | Literal["all-linear"] = Field(
+        default="all-linear", examples=[["q_proj", "v_proj"]]
+    )
+    """The linear layers that have an adapter. all-linear: those of attention and of the feed-forward."""
+
+    @property
+    def scaling(self) -> float:
+        """The factor on an adapter's output."""
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
 
 class Role(StrEnum):
@@ -537,6 +563,8 @@ class Config(Section):
     training: TrainingConfig
     parallel: ParallelConfig = ParallelConfig()
     moe: MoEConfig = MoEConfig()
+    lora: LoRAConfig | None = Field(default=None, examples=[{"rank": 16}])
+    """null: train the whole model."""
     objective: ObjectiveConfig = ObjectiveConfig()
     logprob: LogprobConfig = LogprobConfig()
     reference: ReferenceConfig = ReferenceConfig()

@@ -212,6 +212,8 @@ class PreferenceTask:
         self.topology = topology or current()
         _check_groups(config.parallel)
         self.architecture = read_architecture(config.model.path)
+        if config.lora is not None:
+            raise UserError("lora: loops of Megatron-LM do not train adapters yet; set lora=null")
         check_training(self.architecture, config.parallel, config.optimizer, config.moe)
         # `resolve_model` would refuse layouts that the loop may have: stages of unequal length, for example.
         self.model = ResolvedModel(

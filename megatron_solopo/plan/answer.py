@@ -398,6 +398,8 @@ def make_planner(config: Config, settings: PlanSettings, stated: Sequence[str] =
         raise UserError(f"--gpus {gpus}: must be a multiple of {gpu.gpus_per_node}, the GPUs of one node")
     check_fp8_of(gpu, config.model)
     efficiency = Efficiency() if settings.calibration is None else calibrate_efficiency(settings.calibration, gpu)
+    if config.lora is not None:
+        raise UserError("lora: plan does not estimate adapters yet; set lora=null to plan a run of the whole model")
     architecture = read_architecture(config.model.path)
     if architecture.experts is not None:
         load = settings.expert_imbalance or _ASSUMED_IMBALANCE

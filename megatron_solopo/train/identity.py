@@ -87,6 +87,7 @@ class RunIdentity:
             for key, field in type(section).model_fields.items()
         }
         keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
+        self._defaults["lora"] = None
         has_decay = config.optimizer.lr_decay_style != "constant"
         self.values: dict[str, Any] = keys | {
             _DECAY: decay_iters(config.optimizer, max_steps) if has_decay else None,
@@ -94,6 +95,7 @@ class RunIdentity:
             "model.fp8": precision_settings(config.model) or None,
             _CONFIG: on_rank_0(lambda: sha256_file(huggingface_directory(config.model.path) / "config.json")),
             _WEIGHTS: model_fingerprint(config.model.path, progress),
+            "lora": None if config.lora is None else config.lora.model_dump(mode="json"),
             _TOKENS: datasets.manifest.fingerprint,
         }
         if config.objective.needs_reference:

@@ -33,16 +33,17 @@ from megatron_solopo.train.state import Metrics, TrainState
 _SHOWN_STRAGGLER_SHARE = 0.05
 
 
-def training_flops(architecture: Architecture, packs: Sequence[Pack]) -> float:
+def training_flops(architecture: Architecture, packs: Sequence[Pack], *, base_learns: bool = True) -> float:
     """The model's FLOPs of forward and backward over these packs; recomputation and padding do not count.
 
-    Backward counts as twice forward; see `megatron_solopo.architecture.flops`.
+    Args:
+        base_learns: see `Flops.of_training`.
     """
     lengths = [pack.sequence_lengths_S.double() for pack in packs]
     tokens = sum(float(each.sum()) for each in lengths)
     squares = sum(float(each.square().sum()) for each in lengths)
     responses = sum(float(pack.response_lengths_S.sum()) for pack in packs)
-    return 3.0 * forward_flops(architecture, tokens, squares, responses).total
+    return forward_flops(architecture, tokens, squares, responses).of_training(base_learns=base_learns)
 
 
 def peak_flops() -> float | None:

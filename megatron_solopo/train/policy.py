@@ -15,8 +15,12 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_solopo.architecture.layout import data_parallel_overlap
+from megatron_solopo.checkpoint.adapter_checkpoint import is_adapter_checkpoint
+from megatron_solopo.checkpoint.adapters import add_adapters, fresh_adapters
 from megatron_solopo.checkpoint.load import load_weights
-from megatron_solopo.config import Config, MoEConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.checkpoint.mapping import ReadTensor
+from megatron_solopo.checkpoint.peft_directory import PeftDirectory
+from megatron_solopo.config import Config, LoRAConfig, MoEConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import build_model
@@ -349,10 +353,28 @@ def load_frozen(
     return chunks
 
 
+def _adapters(config: Config, lora: LoRAConfig, model: ResolvedModel) -> ReadTensor:
+    """Reads the adapters that a run starts from."""
+    if config.model.adapter is None:
+        return fresh_adapters(model.architecture, lora, config.seed)
+    return PeftDirectory(config.model.adapter, model.architecture, lora).read
+
+
 def build_policy(config: Config, model: ResolvedModel, topology: Topology, max_steps: int) -> Policy:
-    """Load the model and make it ready for its first step."""
+    """Load the model and make it ready for its first step.
+
+    Raises UserError for damaged weights, or if the model is a checkpoint of adapters.
+    """
+    if is_adapter_checkpoint(model.path):
+        raise UserError(
+            f"model.path={model.path}: holds adapters without their base, which no run trains; `convert export "
+            "--merge` writes the whole model, and model.adapter takes what `convert export --adapter` writes"
+        )
     loaded = load_model(model, topology, chunk_tokens=config.logprob.chunk_tokens)
-    freeze_routers(loaded, config.moe)
+    if config.lora is None:
+        freeze_routers(loaded, config.moe)
+    else:
+        add_adapters(loaded, model.architecture, config.lora, _adapters(config, config.lora, model))
     chunks = wrap_data_parallel(loaded, config.optimizer, config.parallel)
     optimizer = build_optimizer(chunks, config.optimizer)
     for chunk in chunks:

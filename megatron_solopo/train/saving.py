@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_solopo.architecture.adapters import adapter_config
+from megatron_solopo.checkpoint.adapter_checkpoint import ADAPTER_CONFIG
 from megatron_solopo.checkpoint.directory import LATEST, checkpoint_name, checkpoints, newest_checkpoint, read_pointer
 from megatron_solopo.checkpoint.host_copies import HostCopies
 from megatron_solopo.checkpoint.load import load_checkpoint
@@ -113,6 +115,8 @@ class Saver:
 
     def _read_model_files(self) -> None:
         self._model_files = read_model_files(self._config.model.path)
+        if self._config.lora is not None:
+            self._model_files[ADAPTER_CONFIG] = adapter_config(self._config.lora, self._config.model.path)
 
     def restore(self, policy: Policy, state: TrainState) -> None:
         """Load the found checkpoint, if there is one, into `policy`, which is saved from now on."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_solopo import exits
+from megatron_solopo.architecture.adapters import check_adapters
 from megatron_solopo.architecture.layout import check_training
 from megatron_solopo.checkpoint.load import check_weights
 from megatron_solopo.config import Config, check_not_by_hand
@@ -107,6 +108,7 @@ def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, RunDatasets
     process_groups.prepare_device(config.parallel)  # Transformer Engine's answers about FP8 start CUDA
     model = resolve_model(config.model, config.parallel)
     check_training(model.architecture, config.parallel, config.optimizer, config.moe)
+    check_adapters(model.architecture, config)
     check_offload(config.optimizer, model)
     check_precision(model, config.optimizer)
     reference = _resolve_reference(config, model)

@@ -388,7 +388,8 @@ class Trainer:
         seconds, memory = reduce_over_ranks([seconds, peak_memory_bytes()], dist.ReduceOp.MAX, self.topology)
         # Every rank of a replica counts the replica's packs, so the sum counts each pack once per such rank.
         own_flops = (
-            training_flops(self.session.model.architecture, batch.packs) / self.config.parallel.model_parallel_size
+            training_flops(self.session.model.architecture, batch.packs, base_learns=self.config.lora is None)
+            / self.config.parallel.model_parallel_size
         )
         work = [0.0] * dist.get_world_size()
         work[dist.get_rank()] = self.work_clock.seconds()

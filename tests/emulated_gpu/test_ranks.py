@@ -66,7 +66,7 @@ IN_FP32 = [layout.name for layout in LAYOUTS[2] if layout.model == FP32]
 IN_FP8 = [layout.name for size in (2, 4) for layout in LAYOUTS[size] if "fp8" in layout.model]
 
 
-def _run(models: Path, cases: list[Case]) -> tuple[dict[str, RankResult], dict[str, int]]:
+def run_on_ranks(models: Path, cases: list[Case]) -> tuple[dict[str, RankResult], dict[str, int]]:
     # Users may not have Transformer Engine's layers in float32; the exact comparison needs them.
     with mock.patch.object(resolve, "uses_transformer_engine", lambda model: model.implementation != "local"):
         return run_cases(models, cases, batches()), dict(calls)
@@ -86,7 +86,7 @@ def results(models: Path) -> dict[str, list[RankResult]]:
     found: dict[str, list[RankResult]] = {}
     for size, layouts in LAYOUTS.items():
         cases = [Case(FAMILY, DPO, layout) for layout in layouts]
-        ranks = run_distributed(_run, size, models, cases)
+        ranks = run_distributed(run_on_ranks, size, models, cases)
         for _, called in ranks:
             assert called["fused_attn_fwd"] and called["fused_attn_bwd"] and called["rmsnorm_bwd"], called
         found |= {case.layout.name: [rank[case.name] for rank, _ in ranks] for case in cases}

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.checkpoint.adapter_mapping import adapter_rules
 from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.checkpoint.mapping import rules
-from megatron_solopo.config import Config, Role, parse_config
+from megatron_solopo.config import Config, LoRAConfig, Role, parse_config
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.objective import metric_names
@@ -24,6 +25,7 @@ from megatron_solopo.train.policy import Policy, build_policy, load_frozen
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss, run_schedule
 from tests.conversions import join_shards
 from tests.parity.plain import Row
+from tests.tiny_models import adapter_folder
 
 LEARNING_RATE = 1e-3
 # Large: with the usual 1e-8, Adam's first update is the gradient's sign, and where a gradient is
@@ -55,6 +57,7 @@ class Layout:
     model: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     moe: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,19 @@ class Case:
         return bool(self.layout.moe.get("router_trainable"))
 
     @property
+    def lora(self) -> LoRAConfig | None:
+        """The adapters that are trained, if any."""
+        return None if self.layout.lora is None else LoRAConfig(**self.layout.lora)
+
+    def adapter(self, policy: Path) -> Path | None:
+        """The PEFT directory to start from, beside the policy's weights."""
+        return None if self.lora is None else adapter_folder(policy, self.lora)
+
+    @property
     def name(self) -> str:
         settings = "-".join(str(value) for value in self.objective.values() if isinstance(value, str))
-        return f"{self.family}-{settings}-{self.layout.name}-{self.reference}"
+        adapted = "" if self.lora is None else f"-rank{self.lora.rank}"
+        return f"{self.family}-{settings}-{self.layout.name}{adapted}-{self.reference}"
 
 
 @dataclass
@@ -109,7 +122,7 @@ def run_cases(models: Path, cases: Sequence[Case], batches: Sequence[Sequence[Ro
 
 def run_case(models: Path, case: Case, batches: Sequence[Sequence[Row]]) -> RankResult:
     """One case on this rank."""
-    config = make_config(models / "policy", case.objective, case.layout)
+    config = make_config(models / "policy", case.objective, case.layout, case.adapter(models / "policy"))
     groups = topology.initialize(config.parallel, seed=1)
     try:
         return _train(config, groups, case.layout, models / case.reference, batches)
@@ -117,12 +130,12 @@ def run_case(models: Path, case: Case, batches: Sequence[Sequence[Row]]) -> Rank
         topology.destroy(groups)
 
 
-def make_config(model: Path, objective: Mapping[str, Any], layout: Layout) -> Config:
+def make_config(model: Path, objective: Mapping[str, Any], layout: Layout, adapter: Path | None = None) -> Config:
     """A whole config, of which the model, objective, parallel and optimizer sections matter here."""
     return parse_config(
         {
             "run_dir": "unused",
-            "model": {"path": model} | dict(layout.model),
+            "model": {"path": model, "adapter": adapter} | dict(layout.model),
             "data": {"path": "unused", "max_tokens_per_pack": 100_000},
             "training": {"global_batch_size": 4},
             "objective": dict(objective),
@@ -136,6 +149,7 @@ def make_config(model: Path, objective: Mapping[str, Any], layout: Layout) -> Co
             }
             | dict(layout.optimizer),
             "moe": dict(layout.moe),
+            "lora": layout.lora,
             "logprob": {"chunk_tokens": layout.chunk_tokens},
         },
         source="test",
@@ -235,7 +249,7 @@ def mean_metrics(results: Sequence[RankResult], step: int, objective: Any, num_t
     return {name: float(value) / num_triplets for name, value in zip(metric_names(objective), total, strict=True)}
 
 
-def huggingface_tensors(shares: Sequence[Shards], model: Path) -> dict[str, Tensor]:
+def huggingface_tensors(shares: Sequence[Shards], model: Path, lora: LoRAConfig | None = None) -> dict[str, Tensor]:
     """Join the shards of all ranks into whole Hugging Face tensors. A parameter that no rank has is left out."""
     architecture = read_architecture(model)
     shards: dict[str, dict[int, Tensor]] = {}
@@ -243,7 +257,8 @@ def huggingface_tensors(shares: Sequence[Shards], model: Path) -> dict[str, Tens
         for name, (rank, tensor) in tensors.items():
             shards.setdefault(name, {})[rank] = tensor
     joined: dict[str, Tensor] = {}
-    for name, rule in rules(architecture).items():
+    table = rules(architecture) | (adapter_rules(architecture, lora) if lora else {})
+    for name, rule in table.items():
         if name not in shards:
             continue
         parts = [shards[name][rank] for rank in sorted(shards[name])]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
@@ -42,6 +44,13 @@ def response_logprob(model: torch.nn.Module, prompt: Sequence[int], response: Se
     logits = model(torch.tensor([[*prompt, *response]])).logits[0]
     predictions = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
     return predictions.gather(1, torch.tensor(response)[:, None]).sum()
+
+
+def saved_name(name: str) -> str:
+    """The name of a parameter in a file, for that of a model with an adapter."""
+    if ".lora_" in name:
+        return name.replace(".default.", ".")
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 Replayed = dict[str, list[Tensor]]
@@ -110,6 +119,11 @@ def parameters(path: Path) -> dict[str, Tensor]:
     """A model's parameters by their names in published checkpoints."""
     model = load(path)
     return published({name: each.detach() for name, each in model.named_parameters()}, model.config.model_type)
+
+
+def adapter_parameters(adapter: Path) -> dict[str, Tensor]:
+    """What a PEFT directory holds."""
+    return load_file(adapter / "adapter_model.safetensors")
 
 
 Routes = Mapping[tuple[str, str], list[Tensor]]
@@ -259,16 +273,21 @@ def train(
     routers: bool = True,
     aux: float = 0.0,
     z: float = 0.0,
+    adapter: Path | None = None,
     replay: bool = False,
 ) -> list[PlainStep]:
     """AdamW steps (betas 0.9, 0.95, no decay, no clipping), one per batch, of all parameters or all but routers.
 
     Args:
         aux, z: weights of the losses of routers.
+        adapter: directory of a PEFT adapter, which alone is trained.
         replay: whether responses take the experts behind the long context that they take behind the short one.
     """
     model, frozen = load(policy), load(reference)
     learning = trained(model, routers)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        learning = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
     of_learning = {id(each) for each in learning}
     steps = []
@@ -283,11 +302,13 @@ def train(
         else:
             loss.backward()
         gradients = {
-            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and id(p) in of_learning
+            saved_name(name): p.grad.clone()
+            for name, p in model.named_parameters()
+            if p.grad is not None and id(p) in of_learning
         }
         norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in gradients.values()))
         optimizer.step()
-        values = {name: p.detach().clone() for name, p in model.named_parameters()}
+        values = {saved_name(name): p.detach().clone() for name, p in model.named_parameters()}
         kind = model.config.model_type
         steps.append(PlainStep(loss.item(), published(gradients, kind), norm, published(values, kind), routing))
     return steps

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_solopo.config import ObjectiveConfig
+from megatron_solopo.config import LoRAConfig, ObjectiveConfig
 from megatron_solopo.data.packing import build_pack
 from megatron_solopo.parallel.context import shard_indices
 from tests.distributed import run_distributed
@@ -40,7 +40,7 @@ from tests.parity.layouts import (
     tokenized,
 )
 from tests.parity.plain import Row
-from tests.tiny_models import FAMILIES, IDLE_EXPERT, VOCAB_SIZE, make_model
+from tests.tiny_models import FAMILIES, IDLE_EXPERT, VOCAB_SIZE, make_adapter, make_model
 
 pytestmark = pytest.mark.parity
 
@@ -182,9 +182,47 @@ def expert_cases(world_size: int) -> list[Case]:
     return found
 
 
+ALL_LINEAR = {"rank": 3, "alpha": 6.0}
+SOME = {"rank": 4, "alpha": 2.0, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+FULL = {"recompute_granularity": "full"}
+MLP = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+ADAPTER_LAYOUTS: dict[int, list[Layout]] = {
+    1: [
+        Layout("packed", PACKED, lora=ALL_LINEAR),
+        Layout("recompute", UNEVEN, FULL, lora=ALL_LINEAR, distributed_optimizer=True),
+        Layout("recompute-mlp", UNPACKED, MLP, lora=SOME),
+    ],
+    2: [
+        Layout("tp2", PACKED, tp(2), lora=ALL_LINEAR),
+        Layout("tp2-without-sp", UNEVEN, tp(2, sequence_parallel=False), lora=ALL_LINEAR),
+        Layout("tp2-recompute", PACKED, tp(2, **FULL), lora=SOME),
+        Layout("pp2", UNPACKED, pp(2), lora=ALL_LINEAR),
+        Layout("pp2-vpp2", UNPACKED, pp(2, 2), lora=SOME, distributed_optimizer=True),
+        Layout("cp2", PACKED, cp(2), lora=ALL_LINEAR),
+        Layout("dp2", TWO_RANKS, lora=ALL_LINEAR),
+        Layout("dp2-distributed", TWO_RANKS, lora=ALL_LINEAR, distributed_optimizer=True),
+    ],
+    4: [
+        Layout("tp4-fewer-kv-heads", PACKED, tp(4), lora=ALL_LINEAR),
+        Layout("tp2-pp2", UNPACKED, tp(2, **pp(2)), lora=SOME),
+        Layout("tp2-cp2", PACKED, tp(2, **cp(2)), lora=ALL_LINEAR),
+        Layout("tp2-dp2", TWO_RANKS, tp(2), lora=ALL_LINEAR, distributed_optimizer=True),
+    ],
+}
+# Tied weights with biases, and untied ones with norms of queries and keys.
+ADAPTED_FAMILIES = ("qwen2_tied", "qwen3")
+
+
+def adapter_cases(world_size: int) -> list[Case]:
+    """The layouts of adapters; every one with one family, and the first of each kind with the other."""
+    layouts = ADAPTER_LAYOUTS.get(world_size, [])
+    other = [next(each for each in layouts if each.lora is lora) for lora in (ALL_LINEAR, SOME) if layouts]
+    return [Case("qwen2_tied", DPO_BOTH, each) for each in layouts] + [Case("qwen3", DPO_BOTH, each) for each in other]
+
+
 def cases(world_size: int) -> list[Case]:
-    """Every layout of dense models, and those of experts."""
-    return dense_cases(world_size) + expert_cases(world_size)
+    """Every layout of dense models, and those of experts and of adapters."""
+    return dense_cases(world_size) + expert_cases(world_size) + adapter_cases(world_size)
 
 
 def dense_cases(world_size: int) -> list[Case]:
@@ -248,6 +286,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in FAMILIES:
         make_model(folder / family / "policy", family, seed=0)
         make_model(folder / family / "reference", family, seed=1)
+    for family in ADAPTED_FAMILIES:
+        for lora in (ALL_LINEAR, SOME):
+            make_adapter(folder / family / "policy", LoRAConfig(**lora))
     return folder
 
 
@@ -265,7 +306,7 @@ def expected(models: Path) -> Any:
     done: dict[str, list[plain.PlainStep]] = {}
 
     def run(case: Case) -> list[plain.PlainStep]:
-        key = f"{case.family} {case.objective} {case.reference} {case.layout.moe}"
+        key = f"{case.family} {case.objective} {case.reference} {case.layout.moe} {case.layout.lora}"
         if key not in done:
             folder = models / case.family
             reference = folder / case.reference
@@ -279,6 +320,7 @@ def expected(models: Path) -> Any:
                 routers=case.trains_routers,
                 aux=case.layout.moe.get("aux_loss_coefficient", 0.0),
                 z=case.layout.moe.get("z_loss_coefficient", 0.0),
+                adapter=case.adapter(folder / "policy"),
                 replay="replay" in case.layout.moe,
             )
         return done[key]
@@ -299,12 +341,13 @@ def test_equals_transformers_on_one_process(
             assert rank.grad_norms[number] == pytest.approx(step.grad_norm, rel=NORM_TOLERANCE)
             assert rank.routing[number : number + 1] == [pytest.approx(step.routing, rel=1e-5)] * bool(step.routing)
     policy = models / case.family / "policy"
-    updated = huggingface_tensors([rank.parameters for rank in ranks], policy)
-    before = plain.parameters(policy)
+    lora, adapter = case.lora, case.adapter(policy)
+    updated = huggingface_tensors([rank.parameters for rank in ranks], policy, lora)
+    before = plain.parameters(policy) | ({} if adapter is None else plain.adapter_parameters(adapter))
     changes = {name: updated[name] - before[name] for name in before}
     assert_close(changes, {name: steps[-1].parameters[name] - before[name] for name in before}, UPDATE_TOLERANCE)
     if not case.layout.distributed_optimizer:
-        gradients = huggingface_tensors([rank.gradients for rank in ranks], policy)
+        gradients = huggingface_tensors([rank.gradients for rank in ranks], policy, lora)
         assert_close(gradients, steps[0].gradients, GRADIENT_TOLERANCE)
 
 
@@ -342,7 +385,7 @@ def test_every_metric_is_the_same_under_every_layout(world_size: int, results: A
     first = cases(1)[0]
     reference = mean_metrics([rank[first.name] for rank in results(1)], 0, objective, NUM_TRIPLETS)
     for case in cases(world_size):
-        if case.family == "qwen2_tied" and case.objective is DPO_BOTH:
+        if case.family == "qwen2_tied" and case.objective is DPO_BOTH and case.lora is None:
             metrics = mean_metrics([rank[case.name] for rank in results(world_size)], 0, objective, NUM_TRIPLETS)
             assert metrics == pytest.approx(reference, rel=1e-4, abs=1e-5), case.name
 

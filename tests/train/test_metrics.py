@@ -260,6 +260,8 @@ def test_flops_add_up_over_triplets_and_packs_and_ignore_padding(tmp_path: Path)
     assert training_flops(architecture, [make_pack(3)]) == pytest.approx(3 * one)
     assert training_flops(architecture, [make_pack(1), make_pack(2, multiple=64)]) == pytest.approx(3 * one)
     assert training_flops(architecture, []) == 0
+    with_adapters = training_flops(architecture, [make_pack(1)], base_learns=False)
+    assert 2 / 3 * one < with_adapters < one, "no gradients of weights, but those of attention"
 
 
 @pytest.mark.parametrize(
