@@ -37,6 +37,8 @@ _LINEARS = (
     ("mlp.linear_fc1", ("gate_proj", "up_proj"), ("ffn", "ffn"), "hidden", True),
     ("mlp.linear_fc2", ("down_proj",), ("hidden",), "ffn", False),
 )
+ADAPTER = "_adapter"
+"""What Megatron's name of a linear layer has behind it in that of its adapter."""
 ALL_LINEAR = "all-linear"
 _EVERY: tuple[str, ...] = get_args(TargetModule)
 # Fields of PEFT's file that change nothing of what a loaded adapter computes.

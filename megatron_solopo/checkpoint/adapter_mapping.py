@@ -6,11 +6,10 @@ Megatron computes several of PEFT's modules in one linear layer. Its adapter hol
     lora_B    the B of each module, with the rows in the order of the linear layer's own, [rows of the modules, rank]
 """
 
-from megatron_solopo.architecture.adapters import AdaptedLinear, adapted_linears
+from megatron_solopo.architecture.adapters import ADAPTER, AdaptedLinear, adapted_linears
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.checkpoint.mapping import Fusion, Rule
 from megatron_solopo.config import LoRAConfig
-from megatron_solopo.model.adapters import ADAPTER
 
 _BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
 

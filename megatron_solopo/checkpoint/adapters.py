@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_solopo.architecture.adapters import AdaptedLinear, adapted_linears
+from megatron_solopo.architecture.adapters import ADAPTER, AdaptedLinear, adapted_linears
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.checkpoint.adapter_mapping import adapter_rules
 from megatron_solopo.checkpoint.mapping import Index, ReadTensor, huggingface_shapes, sizes, to_megatron
 from megatron_solopo.config import LoRAConfig
 from megatron_solopo.model.adapters import (
-    ADAPTER,
     Adapter,
     ColumnAdapter,
     RowAdapter,

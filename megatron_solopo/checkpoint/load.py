@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megatron_solopo.architecture.adapters import ADAPTER
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.model_directory import is_megatron_checkpoint
 from megatron_solopo.checkpoint.adapter_checkpoint import AdapterCheckpoint, is_adapter_checkpoint
@@ -27,7 +28,7 @@ from megatron_solopo.checkpoint.sharded_state import (
     model_state,
     parameter_state,
 )
-from megatron_solopo.model.adapters import ADAPTER, has_adapters
+from megatron_solopo.model.adapters import has_adapters
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.megatron_internals import (

@@ -41,7 +41,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_solopo.model.adapters import ADAPTER, has_adapters
+from megatron_solopo.architecture.adapters import ADAPTER
+from megatron_solopo.model.adapters import has_adapters
 from megatron_solopo.parallel.agreement import least_loaded
 from megatron_solopo.parallel.megatron_internals import (
     OwnedState,

@@ -34,8 +34,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-ADAPTER = "_adapter"
-"""What Megatron's name of a linear layer has behind it in that of its adapter."""
+from megatron_solopo.architecture.adapters import ADAPTER
+
 Segments = tuple[tuple[str, int], ...]
 """The rows of a linear layer, in their order: PEFT's module and the number of its rows."""
 

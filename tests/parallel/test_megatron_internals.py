@@ -167,6 +167,8 @@ def test_fp8_parameters_wait_for_the_version_that_dequantizes_them() -> None:
 class QuantizedParameter(torch.nn.Parameter):
     """A weight as Transformer Engine makes it: coarse values, and the exact ones until somebody asks for them."""
 
+    _quantizer = SimpleNamespace()  # of a recipe without scales of its own
+
     def get_high_precision_init_val(self) -> torch.Tensor:
         return self._high_precision_init_val
 

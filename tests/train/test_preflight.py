@@ -60,7 +60,7 @@ def run_all(folder: Path) -> dict[str, Any]:
     with mock.patch.object(preflight_module.psutil, "disk_usage", lambda path: full):
         found["full"] = refused(config(folder, "differs"))
     short = config(folder, "short")
-    one = found["one"] = checkpoint_bytes(short, read_architecture(short.model.path).num_parameters)
+    one = found["one"] = checkpoint_bytes(short, read_architecture(short.model.path))
     found["short of room"] = []
     # The second one has its checkpoint already: the two steps of the run make two.
     with (
