@@ -61,7 +61,7 @@ def test_cuda_starts_with_the_runs_settings_and_on_the_ranks_device(
 
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "8")
-    with pytest.raises(UserError, match="LOCAL_RANK=8: this host has 8 CUDA devices"):
+    with pytest.raises(UserError, match="LOCAL_RANK=8: this process sees 8 CUDA devices"):
         topology.prepare_device(ParallelConfig())
 
 
