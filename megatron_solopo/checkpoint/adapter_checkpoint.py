@@ -56,8 +56,8 @@ class AdapterCheckpoint:
                 f"{file}: the adapters' base {self.base} does not exist; bring it back, or write its new place into "
                 "base_model_name_or_path of that file"
             )
-        self._rules = adapter_rules(architecture, self.lora)
-        self._of_tensor = {name: rule for rule in self._rules.values() for name in rule.huggingface}
+        rules = adapter_rules(architecture, self.lora).values()
+        self._of_tensor = {name: rule for rule in rules for name in rule.huggingface}
 
     @cached_property
     def _stored(self) -> MegatronDirectory:

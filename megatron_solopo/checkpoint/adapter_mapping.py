@@ -8,7 +8,7 @@ Megatron computes several of PEFT's modules in one linear layer. Its adapter hol
 
 from megatron_solopo.architecture.adapters import ADAPTER, AdaptedLinear, adapted_linears
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.checkpoint.mapping import Fusion, Rule
+from megatron_solopo.checkpoint.mapping import Fusion, Rule, huggingface_shapes
 from megatron_solopo.config import LoRAConfig
 
 _BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
@@ -19,6 +19,15 @@ def adapter_rules(architecture: ModelShape, lora: LoRAConfig) -> dict[str, Rule]
     each = [rule for linear in adapted_linears(lora) for rule in _rules(linear, lora.rank)]
     table = (rule.at(layer) for layer in range(architecture.num_layers) for rule in each)
     return {rule.megatron: rule for rule in table}
+
+
+def adapter_shapes(architecture: ModelShape, lora: LoRAConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of all of PEFT's tensors by name, in the table's order."""
+    return {
+        name: shape
+        for rule in adapter_rules(architecture, lora).values()
+        for name, shape in huggingface_shapes(rule, architecture).items()
+    }
 
 
 def peft_names(name: str) -> tuple[str, str]:

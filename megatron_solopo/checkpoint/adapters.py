@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megatron_solopo.architecture.adapters import ADAPTER, AdaptedLinear, adapted_linears
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.checkpoint.adapter_mapping import adapter_rules
-from megatron_solopo.checkpoint.mapping import Index, ReadTensor, huggingface_shapes, sizes, to_megatron
+from megatron_solopo.checkpoint.adapter_mapping import adapter_rules, adapter_shapes
+from megatron_solopo.checkpoint.mapping import Index, ReadTensor, sizes, to_megatron
 from megatron_solopo.config import LoRAConfig
 from megatron_solopo.model.adapters import (
     Adapter,
@@ -73,11 +73,7 @@ def fresh_adapters(architecture: ModelShape, lora: LoRAConfig, seed: int) -> Rea
 
     A is drawn for each of PEFT's modules from a seed of its own. So no layout changes it.
     """
-    shapes = {
-        name: shape
-        for rule in adapter_rules(architecture, lora).values()
-        for name, shape in huggingface_shapes(rule, architecture).items()
-    }
+    shapes = adapter_shapes(architecture, lora)
 
     def read(name: str, index: Index) -> Tensor:
         if ".lora_B." in name:

@@ -9,9 +9,9 @@ from megatron_solopo.architecture.adapters import read_lora
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.model_directory import parse_model_json
 from megatron_solopo.checkpoint.adapter_checkpoint import ADAPTER_CONFIG
-from megatron_solopo.checkpoint.adapter_mapping import adapter_rules
+from megatron_solopo.checkpoint.adapter_mapping import adapter_shapes
 from megatron_solopo.checkpoint.huggingface_weights import all_finite, not_finite
-from megatron_solopo.checkpoint.mapping import Index, huggingface_shapes
+from megatron_solopo.checkpoint.mapping import Index
 from megatron_solopo.config import LoRAConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import first_few
@@ -39,11 +39,7 @@ class PeftDirectory:
             raise UserError(f"{path / ADAPTER_WEIGHTS}: no such file; model.adapter takes what PEFT saved") from None
         except SafetensorError as error:
             raise UserError(f"{path / ADAPTER_WEIGHTS}: cannot be read: {error}") from error
-        expected = {
-            name: shape
-            for rule in adapter_rules(architecture, lora).values()
-            for name, shape in huggingface_shapes(rule, architecture).items()
-        }
+        expected = adapter_shapes(architecture, lora)
         for what, names in (
             ("missing", expected.keys() - found.keys()),
             ("unexpected", found.keys() - expected.keys()),

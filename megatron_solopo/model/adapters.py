@@ -32,7 +32,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from megatron_solopo.architecture.adapters import ADAPTER
 
@@ -137,7 +136,7 @@ class RowAdapter(Adapter):
         return self._sharded({"lora_A": 1}, prefix, sharded_offsets, metadata or {})
 
 
-def attach(parent: torch.nn.Module, name: str, adapter: Adapter) -> RemovableHandle:
+def attach(parent: torch.nn.Module, name: str, adapter: Adapter) -> None:
     """Let the linear layer `name` of `parent` add what its adapter returns. The adapter is `{name}_adapter`."""
     linear: Any = getattr(parent, name)
     setattr(parent, name + ADAPTER, adapter)
@@ -151,8 +150,7 @@ def attach(parent: torch.nn.Module, name: str, adapter: Adapter) -> RemovableHan
             result, normed = result
         return result + adapter(normed), bias
 
-    handle: RemovableHandle = linear.register_forward_hook(add)
-    return handle
+    linear.register_forward_hook(add)
 
 
 def freeze_base(chunk: GPTModel) -> None:
