@@ -825,8 +825,9 @@ def megatron_on_meta() -> Iterator[None]:
     """Within the block, tensors are made without memory, also where Megatron asks for the current CUDA device.
 
     Versions: 0.16 and 0.19. The distributed optimizer asserts the name of a gradient's type. The response rows stay
-    real tensors, because the number of rows is read from them.
-    Upstream: `megatron/core/optimizer/clip_grads.py`.
+    real tensors, because the number of rows is read from them. Megatron keeps the scale of the router's losses in a
+    class; the block has one of its own, because it cannot be copied to a real tensor.
+    Upstream: `megatron/core/optimizer/clip_grads.py`, `megatron/core/transformer/moe/moe_utils.py`.
     """
     meta = torch.device("meta")
     select, tensor_type = Tensor.index_select, Tensor.type
@@ -842,6 +843,7 @@ def megatron_on_meta() -> Iterator[None]:
         mock.patch.object(torch.cuda, "current_device", lambda: meta),
         mock.patch.object(Tensor, "index_select", select_on_meta),
         mock.patch.object(Tensor, "type", type_as_on_cuda),
+        mock.patch.object(moe_utils.MoEAuxLossAutoScaler, "main_loss_backward_scale", None),
         meta,
     ):
         yield

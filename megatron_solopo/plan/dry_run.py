@@ -201,8 +201,10 @@ def _fake_process_groups(config: Config, rank: int, size: int) -> Iterator[Topol
     """Process groups of one rank while the others do not exist. Collectives return at once and move nothing."""
     with simulated_rank(rank, size):
         groups = topology.initialize(config.parallel, _SEED)
-        yield groups
-        topology.destroy(groups)
+        try:
+            yield groups
+        finally:
+            topology.destroy(groups)
 
 
 def _build_chunks(architecture: Architecture, config: Config) -> list[ResponseModel]:

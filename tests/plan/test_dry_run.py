@@ -2,10 +2,13 @@
 
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.plan.dry_run import dry_run
@@ -43,6 +46,26 @@ def test_a_toy_layout_is_as_estimated(case: Case, tmp_path: Path) -> None:
     for check in run:
         assert check.estimated_saved_bytes == pytest.approx(check.saved_bytes, rel=0.1, abs=shared)
     assert not dist.is_initialized()
+
+
+def test_a_process_that_trained_experts_can_run_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron keeps the scale of the router's losses in a class, which outlives a run."""
+    scale = torch.tensor(2.0)
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", scale)
+    FAMILIES["qwen3_moe"].save_pretrained(tmp_path / "qwen3_moe")
+    config = Case("experts", family="qwen3_moe", parallel=ep(2), model=BF16).config(tmp_path)
+    checks = dry_run(read_architecture(config.model.path), Layout(config, 2), shapes(config)[0], 2)
+    assert [check.difference for check in checks] == [""] * len(checks)
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale is scale and scale == 2
+
+
+def test_a_run_that_fails_leaves_no_process_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAMILIES["llama3"].save_pretrained(tmp_path / "llama3")
+    config = Case("failing", parallel=pp(2), model=BF16).config(tmp_path)
+    monkeypatch.setattr("megatron_solopo.plan.dry_run.build_optimizer", mock.Mock(side_effect=RuntimeError("as asked")))
+    with pytest.raises(RuntimeError, match="as asked"):
+        dry_run(read_architecture(config.model.path), Layout(config, 2), shapes(config)[0], 2)
+    assert not dist.is_initialized() and not parallel_state.model_parallel_is_initialized()
 
 
 def test_1024_ranks_of_a_70b_model_in_under_a_minute() -> None:
