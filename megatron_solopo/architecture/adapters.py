@@ -69,6 +69,16 @@ def adapted_linears(lora: LoRAConfig) -> list[AdaptedLinear]:
 
 def check_adapters(architecture: ModelShape, config: Config) -> None:
     """Raise UserError if the model or the layout has no place for the adapters, or if they have no settings."""
+    check_targets(architecture, config)
+    if config.lora is not None and 0 in stage_layers(architecture.num_layers, config.parallel):
+        raise UserError(
+            f"parallel.pipeline_model_parallel_layout={config.parallel.pipeline_model_parallel_layout}: a stage "
+            "without layers has no adapters to train; give every stage a layer (t)"
+        )
+
+
+def check_targets(architecture: ModelShape, config: Config) -> None:
+    """`check_adapters` without the layers of pipeline stages."""
     lora = config.lora
     if lora is None:
         if config.model.adapter is not None:
@@ -83,11 +93,8 @@ def check_adapters(architecture: ModelShape, config: Config) -> None:
             f"lora.target_modules: {', '.join(in_experts)} are parts of experts, which have no adapters; choose from "
             "q_proj, k_proj, v_proj, o_proj"
         )
-    if 0 in stage_layers(architecture.num_layers, config.parallel):
-        raise UserError(
-            f"parallel.pipeline_model_parallel_layout={config.parallel.pipeline_model_parallel_layout}: a stage "
-            "without layers has no adapters to train; give every stage a layer (t)"
-        )
+    if config.moe.router_trainable:
+        raise UserError("moe.router_trainable=true: a run with lora trains adapters alone; set it to false")
     attention = [each for each in ("q_proj", "k_proj", "v_proj") if each in chosen]
     tp = config.parallel.tensor_model_parallel_size
     if tp > architecture.num_query_groups and 0 < len(attention) < 3:

@@ -172,6 +172,22 @@ def has_adapters(chunk: torch.nn.Module) -> bool:
     return getattr(chunk, "has_adapters", False)
 
 
+class StoresAdapters:
+    """A base class of model chunks with adapters in other trainers: their checkpoints hold the adapters alone."""
+
+    def sharded_state_dict(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        """What a checkpoint stores."""
+        state: dict[str, Any] = super().sharded_state_dict(*arguments, **keywords)  # type: ignore[misc]
+        return {name: value for name, value in state.items() if ADAPTER in name}
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> Any:
+        """Load adapters. The base stays as it is."""
+        missing, unexpected = super().load_state_dict(state, strict=False)  # type: ignore[misc]
+        missing = [name for name in missing if ADAPTER in name]
+        assert not strict or not (missing or unexpected), (missing, unexpected)
+        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
 def cut_segments(segments: Segments, start: int, stop: int) -> Iterator[tuple[str, int]]:
     """The rows [start, stop) of segments."""
     for module, count in segments:
