@@ -44,7 +44,7 @@ _EVERY: tuple[str, ...] = get_args(TargetModule)
 # Fields of PEFT's file that change nothing of what a loaded adapter computes.
 _WITHOUT_EFFECT = {
     *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode"),
-    *("init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core"),
+    *("init_lora_weights", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core"),
     *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
 }
 _EMPTY: tuple[Any, ...] = (None, False, "none", {}, [])
@@ -118,7 +118,7 @@ def adapter_config(lora: LoRAConfig, base: Path) -> bytes:
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "use_rslora": lora.use_rslora,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "target_modules": list(target_modules(lora)),
         "bias": "none",
         "inference_mode": True,
@@ -136,7 +136,7 @@ def read_lora(stored: dict[str, Any], file: Path) -> LoRAConfig:
     """
     if stored.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {stored.get('peft_type')!r}; only LORA is supported")
-    known = {*_WITHOUT_EFFECT, "peft_type", "r", "lora_alpha", "use_rslora", "target_modules"}
+    known = {*_WITHOUT_EFFECT, "peft_type", "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules"}
     for name in sorted(stored.keys() - known):
         if stored[name] not in _EMPTY:
             raise UserError(f"{file}: {name}={stored[name]!r} is not supported; only plain LoRA is")
@@ -147,11 +147,12 @@ def read_lora(stored: dict[str, Any], file: Path) -> LoRAConfig:
                 "rank": stored["r"],
                 "alpha": float(stored["lora_alpha"]),
                 "use_rslora": stored.get("use_rslora", False),
+                "dropout": stored.get("lora_dropout", 0.0),
                 "target_modules": targets if isinstance(targets, str) else sorted(targets, key=_EVERY.index),
             }
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file}: r, lora_alpha or target_modules is not supported ({' '.join(str(error).split())}); "
+            f"{file}: r, lora_alpha, lora_dropout or target_modules is not supported ({' '.join(str(error).split())}); "
             f"target_modules may name {', '.join(_EVERY)}, or be {ALL_LINEAR}"
         ) from None

@@ -278,6 +278,8 @@ class LoRAConfig(Section):
     """Scale (PEFT: `lora_alpha`): an adapter's output is multiplied by alpha / rank."""
     use_rslora: bool = False
     """Divide alpha by the root of the rank (arXiv 2312.03732)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that a number of an adapter's input is dropped in training (PEFT: `lora_dropout`)."""
     target_modules: Annotated[list[TargetModule], Field(min_length=1)] | Literal["all-linear"] = Field(
         default="all-linear", examples=[["q_proj", "v_proj"]]
     )

@@ -24,6 +24,7 @@ from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.adapters import set_dropout
 from megatron_solopo.model.head import attach_response_head
 from megatron_solopo.model.head_norms import AllHeadsNormAttention
 from megatron_solopo.model.layers import layers_with_experts
@@ -305,6 +306,7 @@ class PreferenceTask:
 
     def forward(self, pack: Pack, model: torch.nn.Module, split: str) -> tuple[Tensor, LossFunction]:
         """Run one pack of a split; see `forward_step`."""
+        set_dropout([model], is_training=split == "train")
         microbatch = shard_pack(pack, self.topology, with_places=self._watched[split], is_trained=split == "train")
         return forward_microbatch(model, microbatch, self._losses[split])
 

@@ -14,8 +14,10 @@ a row-parallel layer is reduced and scattered. So a matrix that is whole on each
 Megatron sums its gradient over the ranks (`sequence_parallel`).
 """
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,15 +41,90 @@ Segments = tuple[tuple[str, int], ...]
 """The rows of a linear layer, in their order: PEFT's module and the number of its rows."""
 
 
+class InputDropout:
+    """Dropout of the inputs of a model chunk's adapters, as PEFT's `lora_dropout`. Only training passes have it.
+
+    The seed of a mask comes from torch's CPU generator. Megatron sets that generator back where it computes activations
+    again, so the masks are the same then. Ranks that hold other tokens or other features have other masks: their
+    numbers go into the seed. Tensor-parallel ranks with the same input have the same mask.
+
+    Args:
+        probability: that a number of the input becomes 0. The others are divided by 1 - probability.
+        place: what tells this rank's tokens and layers from those of other ranks.
+    """
+
+    def __init__(self, probability: float, place: tuple[int, ...]) -> None:
+        self.probability, self._place = probability, place
+        self.is_active = False
+
+    def __call__(self, x: Tensor, shard: int) -> Tensor:
+        """Drop numbers of x, of any shape.
+
+        Args:
+            shard: tensor-parallel rank that holds this part of the input; 0 where all ranks hold the same.
+        """
+        drawn = int(torch.randint(2**62, ()))
+        generator = torch.Generator(x.device).manual_seed(_hashed(drawn, *self._place, shard))
+        dropped = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
+            self.probability, generator=generator
+        )
+        return (x / (1 - self.probability)).masked_fill(dropped, 0)
+
+
+def begin_dropout(seed: int, step: int) -> None:
+    """Let the masks of a step depend on the run's seed and the step alone, so that a continued run has the same."""
+    torch.default_generator.manual_seed(_hashed(seed, step))
+
+
+@contextmanager
+def dropout_in(chunks: Sequence[torch.nn.Module], *, is_training: bool) -> Iterator[None]:
+    """Within, the adapters of these chunks (wrapped or not) have dropout if `is_training`."""
+    set_dropout(chunks, is_training=is_training)
+    try:
+        yield
+    finally:
+        set_dropout(chunks, is_training=False)
+
+
+def set_dropout(chunks: Iterable[Any], *, is_training: bool) -> None:
+    """Say whether the passes that begin now train. Activations are computed again as the latest pass says."""
+    for chunk in chunks:
+        while not isinstance(chunk, GPTModel):
+            chunk = chunk.module
+        dropout: InputDropout | None = getattr(chunk, "adapter_dropout", None)
+        if dropout is not None:
+            dropout.is_active = is_training
+
+
+def _hashed(*numbers: int) -> int:
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()[:7], "big")
+
+
 class Adapter(torch.nn.Module):
     """What all adapters have in common: the two matrices, and how a checkpoint stores them."""
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, config: TransformerConfig, group: Any) -> None:
+    def __init__(
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        config: TransformerConfig,
+        group: Any,
+        dropout: InputDropout | None = None,
+    ) -> None:
         """Take this rank's shares of the two matrices, in float32, cast to the model's precision."""
         super().__init__()
+        self._dropout = dropout
         self.lora_A = torch.nn.Parameter(lora_A.to(config.params_dtype))
         self.lora_B = torch.nn.Parameter(lora_B.to(config.params_dtype))
         self.scaling, self.group, self.sequence_parallel = scaling, group, config.sequence_parallel
+
+    def _hidden(self, x: Tensor, shard: int, modules: int) -> Tensor:
+        """[..., in] -> [..., modules * rank]: scaling * A x. Each module drops other numbers of x, as in PEFT."""
+        if self._dropout is None or not self._dropout.is_active:
+            return F.linear(x, self.lora_A) * self.scaling
+        parts = [F.linear(self._dropout(x, shard), each) for each in self.lora_A.chunk(modules)]
+        return torch.cat(parts, dim=-1) * self.scaling
 
     def _divide(self, divided: Tensor, dim: int, whole: Tensor) -> None:
         """Mark the parameters as Megatron does: for the gradient's norm, and for the sum over parts of the tokens."""
@@ -87,7 +164,7 @@ class ColumnAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s / TP or s, b, in] -> [s, b, rows / TP]."""
-        hidden = F.linear(x, self.lora_A) * self.scaling
+        hidden = self._hidden(x, self.group.rank() if self.sequence_parallel else 0, len(self.targets))
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.group)
         else:
@@ -122,7 +199,7 @@ class RowAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, in / TP] -> [s / TP or s, b, out]."""
-        hidden = F.linear(x, self.lora_A) * self.scaling
+        hidden = self._hidden(x, self.group.rank(), 1)
         if self.sequence_parallel:
             hidden = reduce_scatter_to_sequence_parallel_region(hidden, group=self.group)
         else:
