@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_solopo.architecture.adapters import ADAPTER, AdaptedLinear, adapted_linears
@@ -34,7 +33,7 @@ def add_adapters(chunks: Sequence[ResponseModel], architecture: ModelShape, lora
         read: reads PEFT's tensors, from `fresh_adapters` or from a PEFT directory.
     """
     table = adapter_rules(architecture, lora)
-    dropout = InputDropout(lora.dropout, _place()) if lora.dropout else None
+    dropout = InputDropout(lora.dropout) if lora.dropout else None
     for chunk in chunks:
         freeze_base(chunk)
         chunk.adapter_dropout = dropout
@@ -49,12 +48,6 @@ def add_adapters(chunks: Sequence[ResponseModel], architecture: ModelShape, lora
                 parent, _, name = linear.megatron.rpartition(".")
                 adapter = _build(linear, architecture, [*matrices, lora.scaling, chunk.config, tensor_group, dropout])
                 attach(layer.get_submodule(parent), name, adapter.to(next(layer.parameters()).device))
-
-
-def _place() -> tuple[int, int]:
-    """What tells this rank's tokens and layers from those of ranks with another number."""
-    data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return data_rank, parallel_state.get_pipeline_model_parallel_rank()
 
 
 def _build(linear: AdaptedLinear, architecture: ModelShape, parts: list[Any]) -> Adapter:

@@ -17,11 +17,13 @@ Megatron sums its gradient over the ranks (`sequence_parallel`).
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
@@ -30,6 +32,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -41,39 +44,37 @@ Segments = tuple[tuple[str, int], ...]
 """The rows of a linear layer, in their order: PEFT's module and the number of its rows."""
 
 
+@dataclass(eq=False)
 class InputDropout:
     """Dropout of the inputs of a model chunk's adapters, as PEFT's `lora_dropout`. Only training passes have it.
 
-    The seed of a mask comes from torch's CPU generator. Megatron sets that generator back where it computes activations
-    again, so the masks are the same then. Ranks that hold other tokens or other features have other masks: their
-    numbers go into the seed. Tensor-parallel ranks with the same input have the same mask.
-
-    Args:
-        probability: that a number of the input becomes 0. The others are divided by 1 - probability.
-        place: what tells this rank's tokens and layers from those of other ranks.
+    The masks come from Megatron's generators, which it sets back where it computes activations again. Under sequence
+    parallelism its layers run with the generator of the tensor-parallel rank, so parts of a sequence have other masks.
+    Otherwise they run with one that is the same on all tensor-parallel ranks, as their input is.
     """
 
-    def __init__(self, probability: float, place: tuple[int, ...]) -> None:
-        self.probability, self._place = probability, place
-        self.is_active = False
+    probability: float
+    is_active: bool = False
 
-    def __call__(self, x: Tensor, shard: int) -> Tensor:
+    def __call__(self, x: Tensor, *, own_generator: bool) -> Tensor:
         """Drop numbers of x, of any shape.
 
         Args:
-            shard: tensor-parallel rank that holds this part of the input; 0 where all ranks hold the same.
+            own_generator: change to the generator of the tensor-parallel rank.
         """
-        drawn = int(torch.randint(2**62, ()))
-        generator = torch.Generator(x.device).manual_seed(_hashed(drawn, *self._place, shard))
-        dropped = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
-            self.probability, generator=generator
-        )
-        return (x / (1 - self.probability)).masked_fill(dropped, 0)
+        with get_cuda_rng_tracker().fork() if own_generator else nullcontext():
+            return F.dropout(x, self.probability)
 
 
 def begin_dropout(seed: int, step: int) -> None:
-    """Let the masks of a step depend on the run's seed and the step alone, so that a continued run has the same."""
-    torch.default_generator.manual_seed(_hashed(seed, step))
+    """Let the masks of a step depend on the run's seed, the step and the layout, so that a continued run has the same.
+
+    Ranks with other tokens or other layers have other masks.
+    """
+    data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    place = (seed, step, data_rank, parallel_state.get_pipeline_model_parallel_rank())
+    digest = hashlib.sha256(" ".join(map(str, place)).encode()).digest()
+    model_parallel_cuda_manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 @contextmanager
@@ -96,10 +97,6 @@ def set_dropout(chunks: Iterable[Any], *, is_training: bool) -> None:
             dropout.is_active = is_training
 
 
-def _hashed(*numbers: int) -> int:
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()[:7], "big")
-
-
 class Adapter(torch.nn.Module):
     """What all adapters have in common: the two matrices, and how a checkpoint stores them."""
 
@@ -119,11 +116,11 @@ class Adapter(torch.nn.Module):
         self.lora_B = torch.nn.Parameter(lora_B.to(config.params_dtype))
         self.scaling, self.group, self.sequence_parallel = scaling, group, config.sequence_parallel
 
-    def _hidden(self, x: Tensor, shard: int, modules: int) -> Tensor:
+    def _hidden(self, x: Tensor, modules: int, *, own_generator: bool) -> Tensor:
         """[..., in] -> [..., modules * rank]: scaling * A x. Each module drops other numbers of x, as in PEFT."""
         if self._dropout is None or not self._dropout.is_active:
             return F.linear(x, self.lora_A) * self.scaling
-        parts = [F.linear(self._dropout(x, shard), each) for each in self.lora_A.chunk(modules)]
+        parts = [F.linear(self._dropout(x, own_generator=own_generator), each) for each in self.lora_A.chunk(modules)]
         return torch.cat(parts, dim=-1) * self.scaling
 
     def _divide(self, divided: Tensor, dim: int, whole: Tensor) -> None:
@@ -164,7 +161,7 @@ class ColumnAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s / TP or s, b, in] -> [s, b, rows / TP]."""
-        hidden = self._hidden(x, self.group.rank() if self.sequence_parallel else 0, len(self.targets))
+        hidden = self._hidden(x, len(self.targets), own_generator=False)
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.group)
         else:
@@ -199,7 +196,8 @@ class RowAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, in / TP] -> [s / TP or s, b, out]."""
-        hidden = self._hidden(x, self.group.rank(), 1)
+        # Its features are parts. Megatron has changed the generator under sequence parallelism.
+        hidden = self._hidden(x, 1, own_generator=not self.sequence_parallel)
         if self.sequence_parallel:
             hidden = reduce_scatter_to_sequence_parallel_region(hidden, group=self.group)
         else:

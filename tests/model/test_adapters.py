@@ -1,5 +1,6 @@
 """Dropout of adapters' inputs: its statistics, PEFT's gradients for the same masks, and which ranks share a mask."""
 
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ from tests.ranks import layout, two_ranks
 
 # isort: split
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 
 RANK, INPUTS, TOKENS, SCALING = 3, 8, 6, 2.0
@@ -47,7 +49,7 @@ def attention_adapter(config: TransformerConfig, dropout: InputDropout | None) -
 
 
 def active(probability: float = 0.5) -> InputDropout:
-    dropout = InputDropout(probability, (0, 0))
+    dropout = InputDropout(probability)
     dropout.is_active = True
     return dropout
 
@@ -61,7 +63,6 @@ def on_two_ranks() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, sequence_parallel in (("whole", False), ("sequence", True)):
         with layout(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel):
-            torch.manual_seed(3)
             config = transformer(2, sequence_parallel=sequence_parallel)
             adapter = attention_adapter(config, active())
             found[name] = forward_and_backward(adapter)
@@ -75,11 +76,12 @@ def forward_and_backward(adapter: Any) -> tuple[list[Tensor], Tensor]:
     seen: list[Tensor] = []
     drop = InputDropout.__call__
 
-    def spy(dropout: InputDropout, x: Tensor, shard: int) -> Tensor:
-        seen.append(drop(dropout, x, shard))
+    def spy(dropout: InputDropout, x: Tensor, **keywords: Any) -> Tensor:
+        seen.append(drop(dropout, x, **keywords))
         return seen[-1]
 
-    with mock.patch.object(InputDropout, "__call__", spy):
+    in_block = get_cuda_rng_tracker().fork() if adapter.sequence_parallel else nullcontext()
+    with in_block, mock.patch.object(InputDropout, "__call__", spy):
         adapter(inputs()).square().sum().backward()
     return [each.detach() for each in seen], adapter.lora_A.grad
 
@@ -87,7 +89,7 @@ def forward_and_backward(adapter: Any) -> tuple[list[Tensor], Tensor]:
 def test_dropout_keeps_the_mean_and_drops_as_many_as_asked() -> None:
     torch.manual_seed(0)
     dropout, ones = active(0.3), torch.ones(200, 500)
-    first, second = dropout(ones, 0), dropout(ones, 0)
+    first, second = (dropout(ones, own_generator=False) for _ in range(2))
     for each in (first, second):
         assert set(each.unique().tolist()) == {0.0, float(torch.tensor(1.0) / 0.7)}
         share = float((each == 0).float().mean())
@@ -96,21 +98,10 @@ def test_dropout_keeps_the_mean_and_drops_as_many_as_asked() -> None:
     assert abs(both - 0.09) < 0.005, "the masks of two passes are independent"
 
 
-def test_a_mask_depends_on_the_generator_and_on_the_place() -> None:
-    def mask(place: tuple[int, int], shard: int) -> list[bool]:
-        torch.manual_seed(0)
-        dropout = InputDropout(0.5, place)
-        return [bool(each) for each in dropout(torch.ones(64), shard)]
-
-    assert mask((0, 0), 0) == mask((0, 0), 0)
-    others = {tuple(mask(*each)) for each in [((0, 0), 0), ((0, 0), 1), ((1, 0), 0), ((0, 1), 0)]}
-    assert len(others) == 4
-
-
 def test_without_dropout_nothing_changes() -> None:
     with layout():
         plain = attention_adapter(transformer(), None)
-        inactive = attention_adapter(transformer(), InputDropout(0.5, (0, 0)))
+        inactive = attention_adapter(transformer(), InputDropout(0.5))
         assert torch.equal(inactive(inputs()), plain(inputs()))
 
 
@@ -122,8 +113,8 @@ def test_gradients_are_those_of_peft_with_the_same_masks() -> None:
         seen: list[Tensor] = []
         drop = InputDropout.__call__
 
-        def spy(dropout: InputDropout, x: Tensor, shard: int) -> Tensor:
-            seen.append(drop(dropout, torch.ones_like(x), shard))
+        def spy(dropout: InputDropout, x: Tensor, **keywords: Any) -> Tensor:
+            seen.append(drop(dropout, torch.ones_like(x), **keywords))
             return x * seen[-1]
 
         with mock.patch.object(InputDropout, "__call__", spy):
