@@ -21,7 +21,7 @@ learning rate, times, evaluation) is in its own log, TensorBoard and W&B.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -245,9 +245,14 @@ class Solopo:
         return build_chunk(self.task.model, config, chunk_tokens=rows, vp_stage=vp_stage)
 
     def _load_weights(self, chunks: list[Any]) -> None:
-        from megatron.training.checkpointing import checkpoint_exists
+        from megatron.training.checkpointing import checkpoint_exists, get_load_checkpoint_path_by_args
 
-        present = [name for name in _LOADED if checkpoint_exists(getattr(self.args, name, None))]
+        # All ranks find the path together.
+        present = {
+            name: Path(get_load_checkpoint_path_by_args(self.args, load_arg=name))
+            for name in _LOADED
+            if checkpoint_exists(getattr(self.args, name, None))
+        }
         lora = self.config.lora
         if lora is not None:
             on_rank_0(lambda: self._keep_base(lora, present))
@@ -257,16 +262,13 @@ class Solopo:
             for chunk in chunks:
                 add_base_class(chunk, StoresAdapters)
 
-    def _keep_base(self, lora: LoRAConfig, present: Sequence[str]) -> None:
+    def _keep_base(self, lora: LoRAConfig, present: Mapping[str, Path]) -> None:
         """Raise UserError if a checkpoint holds no adapters, or those of other settings or weights.
 
         What they belong to is in two files of `--save`, from the beginning: a run that was killed has no other ones.
         """
-        from megatron.training.checkpointing import get_load_checkpoint_path_by_args
-
         now = adapter_files(lora, self.config.model.path, weights_fingerprint(self.config.model.path))
-        for name in present:
-            path = Path(get_load_checkpoint_path_by_args(self.args, load_arg=name))
+        for name, path in present.items():
             flag = f"--{name.replace('_', '-')}={getattr(self.args, name)}"
             if not any(ADAPTER in key for key in read_metadata(path).state_dict_metadata):
                 raise UserError(
