@@ -72,13 +72,14 @@ _LENGTHS = ("16", "64", "128", "512")
 def main(work: Path, seeds: tuple[int, ...], precisions: tuple[str, ...], steps: int) -> None:
     path = work / "precisions.jsonl"
     done = {(line["steps"], line["precision"], line["seed"]) for line in (read_jsonl(path) if path.exists() else [])}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     asked = dict.fromkeys(("fp32", *precisions))
     missing = [key for key in product(sorted({0, steps}), asked, seeds) if key not in done]
     refused = {each for each in asked if any(key[1] == each for key in missing) and refuses(work, seeds[0], each)}
     for number, precision, seed in missing:
         if precision not in refused:
             started = time.monotonic()
-            found = {"steps": number, "precision": precision, "seed": seed, "device": torch.cuda.get_device_name()}
+            found = {"steps": number, "precision": precision, "seed": seed, "device": device}
             found |= after_training(work, seed, precision, steps) if number else at_start(work, seed, precision)
             with path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}) + "\n")

@@ -207,6 +207,7 @@ def _check_hierarchical_groups(config: ParallelConfig) -> None:
 def _prepare_cuda(config: ParallelConfig) -> None:
     """Set what CUDA and torch's allocator read once, when CUDA starts. What the user has set stays.
 
+    CUDA starts later: the package has torch ask NVML whether there is a GPU (`megatron_solopo/parallel/__init__.py`).
     With both names of the allocator's settings set, torch 2.13 takes the older one alone.
     """
     # Packs differ in length. Segments that can grow keep freed memory usable for the next, larger pack.

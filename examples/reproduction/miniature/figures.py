@@ -122,7 +122,7 @@ def draw_precisions(lines: Sequence[dict[str, Any]], order: Sequence[str], path:
     axes = figure.subplots(2, len(LOSS_TYPES), sharey=True, sharex="row")
     for (column, loss_type), place in product(enumerate(LOSS_TYPES), (0, 1)):
         axis = axes[place, column]
-        what = ("error of the gap, of its size", "1 - cosine of the gradients")[place]
+        what = ("gap error, relative", "1 - cosine of the gradients")[place]
         style_axes(axis, LIGHT, f"SoLo-{_SHOWN_LOSSES[loss_type]}" if place == 0 else "", what)
         for line in lines:
             if line["precision"] in rows:
