@@ -53,6 +53,8 @@ PRECISIONS: Mapping[str, dict[str, Any]] = {
     },
 }
 _TRIPLETS = 64
+_AT_START = ("logp_error", "gap_error_simpo", "gap_error_orpo", "gap_flips_simpo", "gap_flips_orpo")
+_AT_START += tuple(f"cosine_{loss_type}" for loss_type in LOSS_TYPES)
 _LENGTHS = ("16", "64", "128", "512")
 
 
@@ -114,7 +116,7 @@ def config_of(work: Path, seed: int, loss_type: str, precision: str, align: str 
 
 
 def at_start(work: Path, seed: int, precision: str) -> dict[str, Any]:
-    """Against fp32: log-probs per token, reward gaps relative to their size, and gradients, before the first step."""
+    """Against fp32, before the first step: log-probs per token, reward gaps and their signs, and gradients."""
     exact_path = data_directory(work, STRONG, seed) / "fp32.pt"
     logps_TR, lengths_TR, gradients = _score(work, seed, precision)
     if precision == "fp32":
@@ -126,6 +128,7 @@ def at_start(work: Path, seed: int, precision: str) -> dict[str, Any]:
         gaps, exact = (raw_gaps(objective, each, lengths_TR) for each in (logps_TR, exact_TR))
         found[f"gap_size_{loss_type}"] = root_mean_square(exact)
         found[f"gap_error_{loss_type}"] = root_mean_square(gaps - exact) / root_mean_square(exact)
+        found[f"gap_flips_{loss_type}"] = float((gaps.sign() != exact.sign()).double().mean())
         pairs = [(gradients[loss_type][name], exact_gradients[loss_type][name]) for name in gradients[loss_type]]
         found[f"cosine_{loss_type}"] = _cosine(pairs)
     return found
@@ -176,13 +179,12 @@ def after_training(work: Path, seed: int, precision: str, steps: int) -> dict[st
 def show(lines: Sequence[dict[str, Any]], steps: int) -> None:
     """Mean over the seeds and their standard deviation. Accuracies lie beside fp32's, seed by seed."""
     found = {(line["steps"], line["precision"], line["seed"]): line for line in lines}
-    names = [name for name in lines[0] if name.startswith(("logp", "gap_error", "cosine"))]
     cells = [
-        [precision, str(len(rows)), *(spread((row[name] for row in rows), digits=4) for name in names)]
+        [precision, str(len(rows)), *(spread((row[name] for row in rows), digits=4) for name in _AT_START)]
         for precision in PRECISIONS
         if (rows := [line for key, line in found.items() if key[:2] == (0, precision)])
     ]
-    click.echo(table(("precision", "seeds", *names), cells))
+    click.echo(table(("precision", "seeds", *_AT_START), cells))
     cells = []
     for precision in PRECISIONS:
         rows = [line for key, line in found.items() if steps and key[:2] == (steps, precision)]

@@ -215,6 +215,7 @@ def _prepare_cuda(config: ParallelConfig) -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     # Megatron's overlap under TP and CP needs communication kernels to start in the order of issue, which one hardware
     # queue ensures. In other layouts one queue would only keep copies to the host from running beside kernels.
+    # Megatron-LM asks for it before Blackwell alone. To ask CUDA for the GPU's type here would start it.
     if config.tensor_model_parallel_size * config.context_parallel_size > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
