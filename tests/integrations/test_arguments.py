@@ -92,7 +92,7 @@ def test_a_flag_of_adapters_makes_their_section() -> None:
     lora = config_from_args(parse(*words, "q_proj", "v_proj")).lora
     assert lora == LoRAConfig(use_rslora=True, dropout=0.1, target_modules=["q_proj", "v_proj"])
     assert config_from_args(parse(*words, "all-linear")).lora == LoRAConfig(use_rslora=True, dropout=0.1)
-    with pytest.raises(UserError, match=r"^--solopo-lora-target-modules.*'q_proj', 'k_proj'") as error:
+    with pytest.raises(UserError, match="some of q_proj, k_proj") as error:
         config_from_args(parse("--solopo-lora-target-modules", "lm_head"))
     assert "\n" not in str(error.value)
 
