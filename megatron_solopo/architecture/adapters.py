@@ -22,7 +22,7 @@ class AdaptedLinear:
     targets: tuple[str, ...]
     """Those of them that have an adapter."""
     outputs: tuple[str, ...]
-    """The rows of each module, in the names of the mapping table's sizes."""
+    """The rows of each module, by their names in `ModelShape.sizes`."""
     inputs: str
     """The columns of all of them."""
     is_column_parallel: bool
@@ -65,6 +65,26 @@ def adapted_linears(lora: LoRAConfig) -> list[AdaptedLinear]:
         for name, modules, outputs, inputs, is_column_parallel in _LINEARS
         if (targets := tuple(each for each in modules if each in chosen))
     ]
+
+
+def adapter_sizes(architecture: ModelShape, lora: LoRAConfig, tensor_parallel_size: int = 1) -> list[tuple[str, int]]:
+    """The parameters of one layer's adapters, in their order: Megatron's name, and the numbers that each rank has."""
+    known, found = architecture.sizes, []
+    for linear in adapted_linears(lora):
+        of_module = dict(zip(linear.modules, linear.outputs, strict=True))
+        rows = lora.rank * sum(known[of_module[each]] for each in linear.targets)
+        columns = lora.rank * len(linear.targets) * known[linear.inputs]
+        if linear.is_column_parallel:
+            rows //= tensor_parallel_size
+        else:
+            columns //= tensor_parallel_size
+        found += [(f"{linear.megatron}{ADAPTER}.lora_A", columns), (f"{linear.megatron}{ADAPTER}.lora_B", rows)]
+    return found
+
+
+def num_adapter_parameters(architecture: ModelShape, lora: LoRAConfig) -> int:
+    """Parameters of all adapters of a model."""
+    return architecture.num_layers * sum(size for _, size in adapter_sizes(architecture, lora))
 
 
 def check_adapters(architecture: ModelShape, config: Config) -> None:

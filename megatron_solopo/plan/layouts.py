@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from megatron_solopo.architecture.adapters import check_adapters
 from megatron_solopo.architecture.gpus import Gpu, has_fp8
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import check_fp8, check_layout, check_training, check_world_size
@@ -205,6 +206,7 @@ def check_supported(architecture: ModelShape, layout: Layout) -> None:
     """Raise UserError with the first reason why the model does not allow a layout."""
     config = layout.config
     check_layout(architecture, config.parallel)
+    check_adapters(architecture, config)
     check_training(architecture, config.parallel, config.optimizer, config.moe)
     check_fp8(architecture, config.model, config.parallel, config.optimizer)
 
