@@ -40,6 +40,8 @@ _LINEARS = (
 ADAPTER = "_adapter"
 """What Megatron's name of a linear layer has behind it in that of its adapter."""
 ALL_LINEAR = "all-linear"
+ATTENTION: tuple[TargetModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""The modules that a model with experts can adapt."""
 _EVERY: tuple[str, ...] = get_args(TargetModule)
 # Fields of PEFT's file that change nothing of what a loaded adapter computes.
 _WITHOUT_EFFECT = {
@@ -97,11 +99,11 @@ def check_adapters(architecture: ModelShape, config: Config) -> None:
             )
         return
     chosen = target_modules(lora)
-    in_experts = [each for each in chosen if each in ("gate_proj", "up_proj", "down_proj")]
+    in_experts = [each for each in chosen if each not in ATTENTION]
     if architecture.experts is not None and in_experts:
         raise UserError(
             f"lora.target_modules: {', '.join(in_experts)} are parts of experts, which have no adapters; choose from "
-            "q_proj, k_proj, v_proj, o_proj"
+            f"{', '.join(ATTENTION)}"
         )
     if 0 in stage_layers(architecture.num_layers, config.parallel):
         raise UserError(

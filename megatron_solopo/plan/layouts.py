@@ -74,7 +74,7 @@ class Layout:
     def savers(self) -> str:
         """The settings besides the sizes that save memory or time, in words; "none" if there are none."""
         parallel, model, optimizer = self.config.parallel, self.config.model, self.config.optimizer
-        found = []
+        found = [] if self.config.lora is None else [f"lora rank {self.config.lora.rank}"]
         if parallel.recompute_granularity == "full":
             found.append(f"recompute full ({parallel.recompute_method} {parallel.recompute_num_layers})")
         elif parallel.recompute_granularity == "selective":

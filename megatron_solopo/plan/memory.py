@@ -66,11 +66,11 @@ class RankState:
     largest_piece: int
     """The largest piece of it. To continue, a rank reads piece by piece into the memory of the GPU."""
     expert_parameters: int = 0
-    """Those of `parameters` that expert parallelism divides. Other ranks gather them, if they learn."""
+    """Those of `parameters` that learn and that expert parallelism divides. Other ranks gather them."""
     expert_gradients: int = 0
     """Their gradients. Other ranks reduce them."""
     frozen: int = 0
-    """Those of `parameters` that do not learn, without `expert_parameters`. No rank gathers them."""
+    """Those of `parameters` that do not learn. No rank gathers them."""
 
     @property
     def total(self) -> int:
@@ -232,9 +232,9 @@ def rank_state(
         num_parameters=sum(part.trained + part.frozen for part in parts),
         saved=round(written * saved_per_element + weights),
         largest_piece=max(pieces),
-        expert_parameters=experts.parameter_bytes(width),
+        expert_parameters=experts.parameter_bytes(width) - experts.frozen_bytes(width),
         expert_gradients=experts.in_buffers * gradient_width,
-        frozen=dense.frozen_bytes(width),
+        frozen=sum(part.frozen_bytes(width) for part in parts),
     )
 
 
@@ -331,6 +331,8 @@ class StageMemory:
     """Bytes on each GPU of a pipeline rank at its fullest moment."""
 
     pipeline_rank: int
+    base: float
+    """Parameters beside adapters. They are frozen. Without adapters all are `parameters`."""
     parameters: float
     fp8_weights: float
     gradients: float
@@ -355,9 +357,10 @@ class StageMemory:
 
     @property
     def parts(self) -> dict[str, float]:
-        """The parts of the total by name, in the order of the picture."""
-        names = ("parameters", "fp8_weights", "gradients", "optimizer", "activations", "head", "working")
-        return {name: getattr(self, name) for name in (*names, "communication", "reserve")}
+        """The parts of the total by name, in the order of the picture. `base` is one only where it is frozen."""
+        names = (*(("base",) if self.base else ()), "parameters", "fp8_weights", "gradients", "optimizer")
+        others = ("activations", "head", "working", "communication", "reserve")
+        return {name: getattr(self, name) for name in (*names, *others)}
 
     @property
     def total(self) -> float:
@@ -383,9 +386,11 @@ def stage_memory(
     communication = _communication(architecture, config, data_parallel_size, packs, reserve)
     rotary = rotary_bytes(architecture, max(pack.longest for pack in packs))
     tensors = state.total + peak.saved + working + rotary + communication
+    base = 0 if config.lora is None else state.frozen
     return StageMemory(
         pipeline_rank=pipeline_rank,
-        parameters=state.parameters,
+        base=base,
+        parameters=state.parameters - base,
         fp8_weights=state.fp8_weights,
         gradients=state.gradients,
         optimizer=state.optimizer,
