@@ -348,7 +348,11 @@ class PlanAnswer:
         table = _table(
             {"trained": run.trained}
             | run.figures()
-            | {"checkpoint": described_bytes(run.checkpoint_bytes), "layout": f"{run.layout.name}; {run.layout.savers}"}
+            | {
+                "host GiB": _figure(run.host_bytes_per_node()["optimizer"] / GIB, 1),
+                "checkpoint": described_bytes(run.checkpoint_bytes),
+                "layout": f"{run.layout.name}; {run.layout.savers}",
+            }
             for run in runs
         )
         return table if isinstance(other, PlannedRun) else f"{table}\n{other.trained}: {other.reason}"

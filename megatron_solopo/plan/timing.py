@@ -254,7 +254,8 @@ class StepTimer:
             gemm=2 * self._busiest_weights * pack.padded_tokens / ranks / self._gemm_rate + self._adapter_gemm(pack),
             attention=attention,
             memory=self._memory_bytes(pack.padded_tokens / cp) / (self.gpu.hbm_gb_per_s * 1e9 * rates.memory),
-            tensor_traffic=self._tensor_traffic(pack.padded_tokens / cp) + self._adapter_traffic(pack.padded_tokens / cp),
+            tensor_traffic=self._tensor_traffic(pack.padded_tokens / cp)
+            + self._adapter_traffic(pack.padded_tokens / cp),
             context_traffic=self._context_traffic(pack, attention, backward=False),
             expert_traffic=self._sparse_share * self._expert_traffic(pack.padded_tokens / cp),
         )
@@ -263,7 +264,10 @@ class StepTimer:
         """Seconds of a layer's adapters in forward. They compute in bfloat16, whatever the base does."""
         if self.config.lora is None:
             return 0.0
-        parallel, numbers = self.config.parallel, sum(size for _, size in adapter_sizes(self.architecture, self.config.lora))
+        parallel, numbers = (
+            self.config.parallel,
+            sum(size for _, size in adapter_sizes(self.architecture, self.config.lora)),
+        )
         ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
         rate = self.gpu.bf16_tflops * 1e12 * self.efficiency.gemm
         return 2.0 * numbers * pack.padded_tokens / ranks / rate

@@ -16,7 +16,7 @@ from megatron_solopo.plan.layouts import Layout, distinct_ranks, make_layout
 from tests.layouts import cp, ep, pp, stages, tp
 from tests.plan.memory_ranks import Case, shapes
 from tests.plan.models import make_planner
-from tests.plan.test_memory import ATTENTION, LORA, BF16, FULL
+from tests.plan.test_memory import ATTENTION, BF16, FULL, LORA
 from tests.tiny_models import FAMILIES
 
 pytestmark = [

@@ -124,7 +124,12 @@ LORA_FOUR = [
     Case("lora-tp2-pp2-tied", lora=LORA, parallel=tp(2) | pp(2), family="qwen2_tied", model=BF16),
     Case("lora-tp2-cp2", lora=LORA, parallel=tp(2) | cp(2), model=BF16),
     Case("lora-tp2-dp2", lora=LORA, parallel=tp(2), family="qwen2", model=BF16),
-    Case("lora-moe-ep2-tp2-etp1", lora=ATTENTION, family="qwen2_moe", parallel=ep(2, expert_tensor_parallel_size=1) | tp(2)),
+    Case(
+        "lora-moe-ep2-tp2-etp1",
+        lora=ATTENTION,
+        family="qwen2_moe",
+        parallel=ep(2, expert_tensor_parallel_size=1) | tp(2),
+    ),
 ]
 ONE, TWO, FOUR = ONE + MOE_ONE + LORA_ONE, TWO + MOE_TWO + LORA_TWO, FOUR + MOE_FOUR + LORA_FOUR
 CASES = {1: ONE, 2: TWO, 4: FOUR}

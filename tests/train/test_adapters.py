@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (imported once, before ranks are forked)
 from transformers import AutoModelForCausalLM
 
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.conversion import export_adapter, export_model
 from megatron_solopo.config import Config, LoRAConfig
 from megatron_solopo.errors import UserError
+from megatron_solopo.plan.disk import checkpoint_bytes
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
 from tests.layouts import pp, tp
@@ -97,8 +99,8 @@ def test_a_run_continues_under_another_layout(name: str, folder: Path) -> None:
 @pytest.mark.usefixtures("refusals")
 def test_a_checkpoint_holds_no_base(folder: Path) -> None:
     sizes = [file.stat().st_size for file in (folder / "whole" / "checkpoints" / LAST).glob("*.distcp")]
-    base = (folder / "model" / "model.safetensors").stat().st_size
-    assert sum(sizes) < 3.5 * base, "adapters, and Adam's three numbers for each of theirs"
+    planned = checkpoint_bytes(config(folder, "whole", tp(2)), read_architecture(folder / "model"))
+    assert sum(sizes) == pytest.approx(planned, rel=0.02), "adapters, and Adam's three numbers for each of theirs"
 
 
 def logits(model: torch.nn.Module) -> Tensor:
