@@ -4,7 +4,9 @@
 It needs the bases and pairs of `reproduce.py --only base95`. FP8 needs a GPU, or the emulated kernels:
   PYTHONPATH=tests/emulated_gpu/site:.:.venv312-transformer-engine OMP_NUM_THREADS=1 \\
       .venv312/bin/python examples/reproduction/precisions.py --work examples/reproduction/work
-Stopped and started again, it goes on. It appends to WORK/precisions.jsonl and prints its tables.
+With EMULATED_GPU=blackwell before it, it measures mxfp8, which other devices do not have.
+Stopped and started again, it goes on. It appends to WORK/precisions.jsonl, prints its tables and draws
+WORK/precisions.png.
 """
 
 import json
@@ -12,6 +14,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,17 @@ from torch import Tensor
 from megatron_solopo.checkpoint.conversion import export_model
 from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.config import Config
+from megatron_solopo.errors import UserError
 from megatron_solopo.files import read_jsonl, remove
-from megatron_solopo.model.resolve import resolve_model
+from megatron_solopo.model.resolve import check_precision, resolve_model
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.train.policy import build_policy
 from megatron_solopo.train.scoring import score_sequences
 from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.trainer import train
+from miniature.figures import draw_precisions
 from miniature.plan import DEFAULT_ALPHA, LOSS_TYPES, SEEDS, STRONG
+from miniature.results import spread
 from miniature.runs import STEPS, Run, data_directory, make_config, measure
 from tools.checks.fp8_acceptance import response_lengths
 from tools.checks.precision_runs import first_gradient, raw_gaps, root_mean_square
@@ -42,31 +48,58 @@ PRECISIONS: Mapping[str, dict[str, Any]] = {
     "bf16": _TE,
     **{
         f"{recipe} {fp8}": _TE | {"fp8": fp8, "fp8_recipe": recipe}
-        for recipe in ("blockwise", "tensorwise", "delayed")
+        for recipe in ("blockwise", "tensorwise", "delayed", "mxfp8")
         for fp8 in ("e4m3", "hybrid")
     },
 }
 _TRIPLETS = 64
-_LENGTHS = ("16", "128", "512")
+_AT_START = ("logp_error", "gap_error_simpo", "gap_error_orpo", "gap_flips_simpo", "gap_flips_orpo")
+_AT_START += tuple(f"cosine_{loss_type}" for loss_type in LOSS_TYPES)
+_LENGTHS = ("16", "64", "128", "512")
 
 
 @click.command(help=__doc__)
 @click.option("--work", default=HERE / "work", type=click.Path(path_type=Path), help="What reproduce.py wrote.")
 @click.option("--seed", "seeds", type=int, multiple=True, default=SEEDS, show_default=True)
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(list(PRECISIONS)),
+    multiple=True,
+    default=PRECISIONS,
+    show_default="all that this device computes",
+    help="fp32, which all are compared with, comes first in any case.",
+)
 @click.option("--steps", default=STEPS, show_default=True, help="Of training; 0 measures the start alone.")
-def main(work: Path, seeds: tuple[int, ...], steps: int) -> None:
+def main(work: Path, seeds: tuple[int, ...], precisions: tuple[str, ...], steps: int) -> None:
     path = work / "precisions.jsonl"
     done = {(line["steps"], line["precision"], line["seed"]) for line in (read_jsonl(path) if path.exists() else [])}
-    for number in sorted({0, steps}):
-        for seed in seeds:
-            for precision in PRECISIONS:
-                if (number, precision, seed) not in done:
-                    started = time.monotonic()
-                    found = {"steps": number, "precision": precision, "seed": seed}
-                    found |= after_training(work, seed, precision, steps) if number else at_start(work, seed, precision)
-                    with path.open("a", encoding="utf-8") as stream:
-                        stream.write(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
-    show(list(read_jsonl(path)), steps)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    asked = dict.fromkeys(("fp32", *precisions))
+    missing = [key for key in product(sorted({0, steps}), asked, seeds) if key not in done]
+    refused = {each for each in asked if any(key[1] == each for key in missing) and refuses(work, seeds[0], each)}
+    for number, precision, seed in missing:
+        if precision not in refused:
+            started = time.monotonic()
+            found = {"steps": number, "precision": precision, "seed": seed, "device": device}
+            found |= after_training(work, seed, precision, steps) if number else at_start(work, seed, precision)
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
+    lines = list(read_jsonl(path))
+    show(lines, steps)
+    draw_precisions([line for line in lines if not line["steps"]], list(PRECISIONS), work / "precisions.png")
+
+
+def refuses(work: Path, seed: int, precision: str) -> bool:
+    """Whether this device cannot compute it; then a line says why."""
+    config = config_of(work, seed, "simpo", precision)
+    process_groups.prepare_device(config.parallel)
+    try:
+        check_precision(resolve_model(config.model, config.parallel), config.optimizer)
+    except UserError as error:
+        click.echo(f"{precision} is left out: {error}", err=True)
+        return True
+    return False
 
 
 def config_of(work: Path, seed: int, loss_type: str, precision: str, align: str = "both") -> Config:
@@ -83,7 +116,7 @@ def config_of(work: Path, seed: int, loss_type: str, precision: str, align: str 
 
 
 def at_start(work: Path, seed: int, precision: str) -> dict[str, Any]:
-    """Against fp32: log-probs per token, reward gaps relative to their size, and gradients, before the first step."""
+    """Against fp32, before the first step: log-probs per token, reward gaps and their signs, and gradients."""
     exact_path = data_directory(work, STRONG, seed) / "fp32.pt"
     logps_TR, lengths_TR, gradients = _score(work, seed, precision)
     if precision == "fp32":
@@ -95,6 +128,7 @@ def at_start(work: Path, seed: int, precision: str) -> dict[str, Any]:
         gaps, exact = (raw_gaps(objective, each, lengths_TR) for each in (logps_TR, exact_TR))
         found[f"gap_size_{loss_type}"] = root_mean_square(exact)
         found[f"gap_error_{loss_type}"] = root_mean_square(gaps - exact) / root_mean_square(exact)
+        found[f"gap_flips_{loss_type}"] = float((gaps.sign() != exact.sign()).double().mean())
         pairs = [(gradients[loss_type][name], exact_gradients[loss_type][name]) for name in gradients[loss_type]]
         found[f"cosine_{loss_type}"] = _cosine(pairs)
     return found
@@ -143,28 +177,31 @@ def after_training(work: Path, seed: int, precision: str, steps: int) -> dict[st
 
 
 def show(lines: Sequence[dict[str, Any]], steps: int) -> None:
-    """Mean over the seeds, and the range of what varies most."""
-    start = [name for name in lines[0] if name.startswith(("logp", "gap_error", "cosine"))]
+    """Mean over the seeds and their standard deviation. Accuracies lie beside fp32's, seed by seed."""
+    found = {(line["steps"], line["precision"], line["seed"]): line for line in lines}
     cells = [
-        [precision, *(_shown([line[name] for line in found]) for name in start)]
+        [precision, str(len(rows)), *(spread((row[name] for row in rows), digits=4) for name in _AT_START)]
         for precision in PRECISIONS
-        if (found := [line for line in lines if (line["steps"], line["precision"]) == (0, precision)])
+        if (rows := [line for key, line in found.items() if key[:2] == (0, precision)])
     ]
-    click.echo(table(("precision", *start), cells))
-    cells = [
-        [
-            precision,
-            *(_shown([line["accuracy"][length] for line in found]) for length in _LENGTHS),
-            _shown([line["last_gap"] for line in found]),
-        ]
-        for precision in PRECISIONS
-        if (found := [line for line in lines if steps and (line["steps"], line["precision"]) == (steps, precision)])
-    ]
-    click.echo("\n" + table(("precision", *(f"accuracy at {each}" for each in _LENGTHS), "last |gap|"), cells))
+    click.echo(table(("precision", "seeds", *_AT_START), cells))
+    cells = []
+    for precision in PRECISIONS:
+        rows = [line for key, line in found.items() if steps and key[:2] == (steps, precision)]
+        exact = [found.get((steps, "fp32", row["seed"])) for row in rows]
+        pairs = [(row, other) for row, other in zip(rows, exact, strict=True) if other]
+        if rows:
+            cells.append([precision, str(len(rows))])
+            cells[-1] += [spread(row["accuracy"][length] for row in rows) for length in _LENGTHS]
+            cells[-1] += [spread((_mean_accuracy(row) - _mean_accuracy(other) for row, other in pairs), digits=3)]
+            cells[-1] += [spread((row["last_gap"] for row in rows), digits=3)]
+    accuracies = (f"accuracy at {each}" for each in _LENGTHS)
+    click.echo("\n" + table(("precision", "seeds", *accuracies, "mean, less fp32", "last |gap|"), cells))
 
 
-def _shown(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+def _mean_accuracy(line: dict[str, Any]) -> float:
+    """Over all lengths."""
+    return statistics.mean(line["accuracy"].values())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Importing this package adapts `torch.cuda` for a run on the CPU, before megatron
 that imports megatron imports this one first.
 """
 
+import os
 import warnings
 
 from megatron_solopo.parallel import cpu
@@ -27,4 +28,7 @@ def _ignore_warnings() -> None:
 
 
 _ignore_warnings()
+# Asked whether there is a GPU, torch starts CUDA's driver. Its settings depend on the configuration, which is not read
+# yet: `topology.prepare_device` sets them, and Python's later changes reach no driver that runs. So torch asks NVML.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 cpu.adapt_if_needed()

@@ -207,6 +207,7 @@ def _check_hierarchical_groups(config: ParallelConfig) -> None:
 def _prepare_cuda(config: ParallelConfig) -> None:
     """Set what CUDA and torch's allocator read once, when CUDA starts. What the user has set stays.
 
+    CUDA starts later: the package has torch ask NVML whether there is a GPU (`megatron_solopo/parallel/__init__.py`).
     With both names of the allocator's settings set, torch 2.13 takes the older one alone.
     """
     # Packs differ in length. Segments that can grow keep freed memory usable for the next, larger pack.
@@ -214,6 +215,7 @@ def _prepare_cuda(config: ParallelConfig) -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     # Megatron's overlap under TP and CP needs communication kernels to start in the order of issue, which one hardware
     # queue ensures. In other layouts one queue would only keep copies to the host from running beside kernels.
+    # Megatron-LM asks for it before Blackwell alone. To ask CUDA for the GPU's type here would start it.
     if config.tensor_model_parallel_size * config.context_parallel_size > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 

@@ -5,6 +5,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_solopo.config import ParallelConfig
@@ -139,6 +140,15 @@ def test_cuda_is_prepared_without_touching_what_the_user_has_set(monkeypatch, si
     monkeypatch.setattr(topology.os, "environ", environment)
     topology._prepare_cuda(ParallelConfig(**sizes))
     assert environment == expected
+
+
+def test_cuda_does_not_start_before_its_settings(monkeypatch) -> None:
+    """torch's usual answer to `is_available` starts CUDA's driver, which then ignores a later setting."""
+    asked = []
+    monkeypatch.delenv("MEGATRON_SOLOPO_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append(torch.cuda._nvml_based_avail()))
+    topology.cpu.is_cpu()
+    assert asked == [True]
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """The pictures of RESULTS.md, from `runs.jsonl`."""
 
 import statistics
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import matplotlib
 import numpy as np
 
 from megatron_solopo.files import atomic_path
+from megatron_solopo.report.figure import LIGHT, add_legend, empty_figure, style_axes
 from miniature.evaluate import LENGTHS
 from miniature.pairs import SHORT_LENGTH
 from miniature.plan import LOSS_TYPES, MAP_ALPHAS, STRONG
@@ -18,6 +20,7 @@ from miniature.tables import METHODS, SETTINGS, aligned, chosen, like
 
 matplotlib.use("Agg")
 _DPI = 80
+_SHOWN_LOSSES = {"simpo": "SimPO", "dpo": "DPO", "orpo": "ORPO"}
 
 
 def draw_all(results: Results, folder: Path) -> None:
@@ -104,6 +107,35 @@ def _change(results: Results, found: list[Result], side: str) -> float:
     """Mean over the seeds; NaN without a run."""
     changes = [getattr(each, side) - getattr(results.base_of(each), side) for each in found]
     return statistics.fmean(changes) if changes else float("nan")
+
+
+def draw_precisions(lines: Sequence[dict[str, Any]], order: Sequence[str], path: Path) -> None:
+    """What each precision does to reward gaps and gradients, a column of panels per loss, a point per seed.
+
+    Args:
+        lines: those of `precisions.jsonl` before the first step.
+        order: of the precisions, from the top.
+        path: PNG to write.
+    """
+    rows = [each for each in order if each != "fp32" and any(line["precision"] == each for line in lines)]
+    figure = empty_figure(LIGHT, 3.3 * len(LOSS_TYPES) + 1.2, 0.42 * len(rows) * 2 + 1.6)
+    axes = figure.subplots(2, len(LOSS_TYPES), sharey=True, sharex="row")
+    for (column, loss_type), place in product(enumerate(LOSS_TYPES), (0, 1)):
+        axis = axes[place, column]
+        what = ("gap error, relative", "1 - cosine of the gradients")[place]
+        style_axes(axis, LIGHT, f"SoLo-{_SHOWN_LOSSES[loss_type]}" if place == 0 else "", what)
+        for line in lines:
+            if line["precision"] in rows:
+                value = line[f"gap_error_{loss_type}"] if place == 0 else 1 - line[f"cosine_{loss_type}"]
+                colour = LIGHT.colour(line["seed"])
+                axis.plot(value, rows.index(line["precision"]), "o", color=colour, markersize=6, alpha=0.8)
+        axis.set_xscale("log")
+        axis.set_yticks(range(len(rows)), rows)
+    for seed in sorted({line["seed"] for line in lines}):
+        axes[0, -1].plot([], [], "o", color=LIGHT.colour(seed), label=f"seed {seed}")
+    axes[0, 0].invert_yaxis()
+    add_legend(axes[0, -1], LIGHT)
+    _save(figure, path)
 
 
 def _save(figure: Any, path: Path) -> None:
