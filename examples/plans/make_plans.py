@@ -52,17 +52,16 @@ def write_plan(name: str, arguments: list[str]) -> bool:
     from megatron_solopo.cli.main import main
 
     arguments = [*arguments, "--dry-run", "--emit-sbatch", str((LAUNCH / name).relative_to(ROOT))]
-    text = StringIO()
+    text, errors = StringIO(), StringIO()  # a dry run may warn among the errors
     try:
-        with redirect_stdout(text), redirect_stderr(text):
+        with redirect_stdout(text), redirect_stderr(errors):
             main(arguments)
         fits = True
     except SystemExit:
         fits = False
     LAUNCH.mkdir(exist_ok=True)
-    (LAUNCH / f"{name}.txt").write_text(
-        f"$ megatron-solopo {' '.join(arguments)}\n\n{text.getvalue()}", encoding="utf-8"
-    )
+    answer = text.getvalue() if fits else text.getvalue() + errors.getvalue()
+    (LAUNCH / f"{name}.txt").write_text(f"$ megatron-solopo {' '.join(arguments)}\n\n{answer}", encoding="utf-8")
     return fits
 
 
