@@ -464,7 +464,7 @@ def make_planner(config: Config, settings: PlanSettings, stated: Sequence[str] =
     check_adapters(architecture, config.model_copy(update={"parallel": ParallelConfig()}))
     if config.lora is not None and config.lora.dropout:
         raise UserError(
-            f"lora.dropout={config.lora.dropout}: plan does not know the memory of its masks and of the dropped inputs; "
+            f"lora.dropout={config.lora.dropout}: plan does not know the memory of masks and dropped inputs; "
             "set it to 0 for the plan, and leave room beside it"
         )
     stages = config.parallel.pipeline_model_parallel_layout

@@ -23,9 +23,9 @@ from megatron_solopo.checkpoint.conversion import export_adapter, export_model
 from megatron_solopo.checkpoint.peft_directory import ADAPTER_WEIGHTS
 from megatron_solopo.config import Config, LoRAConfig
 from megatron_solopo.errors import UserError
+from megatron_solopo.plan.disk import checkpoint_bytes
 from megatron_solopo.train import trainer
 from megatron_solopo.train.policy import Policy
-from megatron_solopo.plan.disk import checkpoint_bytes
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
 from tests.layouts import pp, tp
