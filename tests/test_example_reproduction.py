@@ -15,6 +15,7 @@ import torch
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "reproduction"
 sys.path.insert(0, str(EXAMPLE))
 
+import precisions  # noqa: E402
 import reproduce  # noqa: E402
 from miniature import base, evaluate, jobs, pairs, plan, runs, tables, task  # noqa: E402
 
@@ -55,6 +56,13 @@ def test_a_changed_run_changes_the_tables(tmp_path) -> None:
     (tmp_path / "runs.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
     document = (EXAMPLE / "RESULTS.md").read_text(encoding="utf-8")
     assert tables.regenerate(document, tmp_path / "runs.jsonl") != document
+
+
+def test_the_tables_of_precisions_come_from_their_lines() -> None:
+    lines = [json.loads(line) for line in (EXAMPLE / "precisions.jsonl").read_text(encoding="utf-8").splitlines()]
+    document = (EXAMPLE.parents[1] / "tools" / "RESULTS.md").read_text(encoding="utf-8")
+    assert precisions.start_table(lines) in document
+    assert precisions.trained_table(lines, 30) in document
 
 
 def test_every_recorded_run_is_of_the_plan_and_there_once() -> None:

@@ -53,8 +53,18 @@ PRECISIONS: Mapping[str, dict[str, Any]] = {
     },
 }
 _TRIPLETS = 64
-_AT_START = ("logp_error", "gap_error_simpo", "gap_error_orpo", "gap_flips_simpo", "gap_flips_orpo")
-_AT_START += tuple(f"cosine_{loss_type}" for loss_type in LOSS_TYPES)
+_AT_START = {
+    "logp_error": "log-prob error",
+    "gap_error_simpo": "gap error, SimPO",
+    "gap_error_orpo": "gap error, ORPO",
+    "gap_flips_simpo": "wrong signs, SimPO",
+    "gap_flips_orpo": "wrong signs, ORPO",
+    "cosine_simpo": "cosine, SimPO",
+    "cosine_dpo": "cosine, DPO",
+    "cosine_orpo": "cosine, ORPO",
+}
+"""Columns of the first table. A DPO reward is a constant times the log-prob, and so is SimPO's for answers of one
+length: the gap errors of the two are equal."""
 _LENGTHS = ("16", "64", "128", "512")
 
 
@@ -86,7 +96,9 @@ def main(work: Path, seeds: tuple[int, ...], precisions: tuple[str, ...], steps:
             with path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
     lines = list(read_jsonl(path))
-    show(lines, steps)
+    click.echo(start_table(lines))
+    if steps:
+        click.echo("\n" + trained_table(lines, steps))
     draw_precisions([line for line in lines if not line["steps"]], list(PRECISIONS), work / "precisions.png")
 
 
@@ -176,27 +188,31 @@ def after_training(work: Path, seed: int, precision: str, steps: int) -> dict[st
     return found
 
 
-def show(lines: Sequence[dict[str, Any]], steps: int) -> None:
-    """Mean over the seeds and their standard deviation. Accuracies lie beside fp32's, seed by seed."""
-    found = {(line["steps"], line["precision"], line["seed"]): line for line in lines}
+def start_table(lines: Sequence[dict[str, Any]]) -> str:
+    """What `at_start` found: mean over the seeds, and standard deviation."""
     cells = [
         [precision, str(len(rows)), *(spread((row[name] for row in rows), digits=4) for name in _AT_START)]
         for precision in PRECISIONS
-        if (rows := [line for key, line in found.items() if key[:2] == (0, precision)])
+        if precision != "fp32" and (rows := _rows(lines, 0, precision))
     ]
-    click.echo(table(("precision", "seeds", *_AT_START), cells))
+    return table(("precision", "seeds", *_AT_START.values()), cells)
+
+
+def trained_table(lines: Sequence[dict[str, Any]], steps: int) -> str:
+    """What `after_training` found. The difference to fp32 is taken seed by seed, over all lengths."""
+    exact = {row["seed"]: _mean_accuracy(row) for row in _rows(lines, steps, "fp32")}
     cells = []
     for precision in PRECISIONS:
-        rows = [line for key, line in found.items() if steps and key[:2] == (steps, precision)]
-        exact = [found.get((steps, "fp32", row["seed"])) for row in rows]
-        pairs = [(row, other) for row, other in zip(rows, exact, strict=True) if other]
-        if rows:
+        if rows := _rows(lines, steps, precision):
             cells.append([precision, str(len(rows))])
             cells[-1] += [spread(row["accuracy"][length] for row in rows) for length in _LENGTHS]
-            cells[-1] += [spread((_mean_accuracy(row) - _mean_accuracy(other) for row, other in pairs), digits=3)]
+            cells[-1] += [spread((_mean_accuracy(row) - exact[row["seed"]] for row in rows), digits=3)]
             cells[-1] += [spread((row["last_gap"] for row in rows), digits=3)]
-    accuracies = (f"accuracy at {each}" for each in _LENGTHS)
-    click.echo("\n" + table(("precision", "seeds", *accuracies, "mean, less fp32", "last |gap|"), cells))
+    return table(("precision", "seeds", *(f"{each} words" for each in _LENGTHS), "mean, less fp32", "last gap"), cells)
+
+
+def _rows(lines: Sequence[dict[str, Any]], steps: int, precision: str) -> list[dict[str, Any]]:
+    return [line for line in lines if (line["steps"], line["precision"]) == (steps, precision)]
 
 
 def _mean_accuracy(line: dict[str, Any]) -> float:
