@@ -17,7 +17,7 @@ sys.path.insert(0, str(EXAMPLE))
 
 import precisions  # noqa: E402
 import reproduce  # noqa: E402
-from miniature import base, evaluate, jobs, pairs, plan, runs, tables, task  # noqa: E402
+from miniature import base, evaluate, jobs, pairs, plan, rescaled, runs, tables, task  # noqa: E402
 
 RUNS = EXAMPLE / "runs.jsonl"
 
@@ -56,6 +56,19 @@ def test_a_changed_run_changes_the_tables(tmp_path) -> None:
     (tmp_path / "runs.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
     document = (EXAMPLE / "RESULTS.md").read_text(encoding="utf-8")
     assert tables.regenerate(document, tmp_path / "runs.jsonl") != document
+
+
+def test_a_rescaled_base_computes_the_same_with_other_weights() -> None:
+    model = base.new_model(seed=0)
+    weights = model.state_dict()
+    found = rescaled.rescale(weights, model.config, seed=1)
+    layers = [name for name in weights if "layers" in name]
+    assert all((weights[name] - found[name]).abs().max() > 1e-3 for name in layers)
+    words = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        before = model(words).logits
+        model.load_state_dict(found)
+        torch.testing.assert_close(model(words).logits, before, rtol=1e-4, atol=1e-5)
 
 
 def test_the_tables_of_precisions_come_from_their_lines() -> None:

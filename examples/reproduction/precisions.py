@@ -1,7 +1,7 @@
 """The miniature in several precisions: errors at the start, and accuracy after SoLoPO.
 
 \b
-It needs the bases and pairs of `reproduce.py --only base95`. FP8 needs a GPU, or the emulated kernels:
+It needs the bases and pairs of `reproduce.py --only dpo-solopo-both`. FP8 needs a GPU, or the emulated kernels:
   PYTHONPATH=tests/emulated_gpu/site:.:.venv312-transformer-engine OMP_NUM_THREADS=1 \\
       .venv312/bin/python examples/reproduction/precisions.py --work examples/reproduction/work
 With EMULATED_GPU=blackwell before it, it measures mxfp8, which other devices do not have.
@@ -10,9 +10,10 @@ WORK/precisions.png.
 """
 
 import json
+import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -35,8 +36,9 @@ from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.trainer import train
 from miniature.figures import draw_precisions
 from miniature.plan import DEFAULT_ALPHA, LOSS_TYPES, SEEDS, STRONG
+from miniature.rescaled import write_rescaled
 from miniature.results import spread
-from miniature.runs import STEPS, Run, data_directory, make_config, measure
+from miniature.runs import STEPS, Run, base_directory, data_directory, make_config, measure
 from tools.checks.fp8_acceptance import response_lengths
 from tools.checks.precision_runs import first_gradient, raw_gaps, root_mean_square
 from tools.reporting import table
@@ -81,7 +83,39 @@ _LENGTHS = ("16", "64", "128", "512")
     help="fp32, which all are compared with, comes first in any case.",
 )
 @click.option("--steps", default=STEPS, show_default=True, help="Of training; 0 measures the start alone.")
-def main(work: Path, seeds: tuple[int, ...], precisions: tuple[str, ...], steps: int) -> None:
+@click.option(
+    "--rescaled",
+    type=click.IntRange(0),
+    default=0,
+    help="Measure this many more models of each seed, which compute the same with other roundings: the start alone.",
+)
+def main(work: Path, seeds: tuple[int, ...], precisions: tuple[str, ...], steps: int, rescaled: int) -> None:
+    if rescaled:
+        measure_all(work / "rescaled", [*rescale_bases(work, seeds, rescaled)], precisions, 0)
+        click.echo(start_table(list(read_jsonl(work / "rescaled" / "precisions.jsonl"))))
+        return
+    measure_all(work, seeds, precisions, steps)
+    lines = list(read_jsonl(work / "precisions.jsonl"))
+    click.echo(start_table(lines))
+    if steps:
+        click.echo("\n" + trained_table(lines, steps))
+    draw_precisions([line for line in lines if not line["steps"]], list(PRECISIONS), work / "precisions.png")
+
+
+def rescale_bases(work: Path, seeds: Sequence[int], count: int) -> Iterator[int]:
+    """Write rescaled bases beside copies of their pairs. Yields the number of each, which stands for its seed."""
+    for seed, number in product(seeds, range(1, count + 1)):
+        name = 100 * number + seed
+        target = work / "rescaled"
+        if not base_directory(target, STRONG, name).is_dir():
+            pairs = data_directory(target, STRONG, name)
+            shutil.copytree(data_directory(work, STRONG, seed), pairs, dirs_exist_ok=True)
+            write_rescaled(base_directory(work, STRONG, seed), base_directory(target, STRONG, name), name)
+        yield name
+
+
+def measure_all(work: Path, seeds: Sequence[int], precisions: Sequence[str], steps: int) -> None:
+    """Append what is missing to WORK/precisions.jsonl."""
     path = work / "precisions.jsonl"
     done = {(line["steps"], line["precision"], line["seed"]) for line in (read_jsonl(path) if path.exists() else [])}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
@@ -95,11 +129,6 @@ def main(work: Path, seeds: tuple[int, ...], precisions: tuple[str, ...], steps:
             found |= after_training(work, seed, precision, steps) if number else at_start(work, seed, precision)
             with path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
-    lines = list(read_jsonl(path))
-    click.echo(start_table(lines))
-    if steps:
-        click.echo("\n" + trained_table(lines, steps))
-    draw_precisions([line for line in lines if not line["steps"]], list(PRECISIONS), work / "precisions.png")
 
 
 def refuses(work: Path, seed: int, precision: str) -> bool:
