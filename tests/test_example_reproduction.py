@@ -72,10 +72,14 @@ def test_a_rescaled_base_computes_the_same_with_other_weights() -> None:
 
 
 def test_the_tables_of_precisions_come_from_their_lines() -> None:
-    lines = [json.loads(line) for line in (EXAMPLE / "precisions.jsonl").read_text(encoding="utf-8").splitlines()]
+    measured, rescaled_ones = (
+        [json.loads(line) for line in (folder / "precisions.jsonl").read_text(encoding="utf-8").splitlines()]
+        for folder in (EXAMPLE, EXAMPLE / "rescaled")
+    )
     document = (EXAMPLE.parents[1] / "tools" / "RESULTS.md").read_text(encoding="utf-8")
-    assert precisions.start_table(lines) in document
-    assert precisions.trained_table(lines, 30) in document
+    assert precisions.start_table(measured) in document
+    assert precisions.trained_table(measured, 30) in document
+    assert precisions.start_table(rescaled_ones) in document
 
 
 def test_every_recorded_run_is_of_the_plan_and_there_once() -> None:

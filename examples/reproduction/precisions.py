@@ -90,16 +90,23 @@ _LENGTHS = ("16", "64", "128", "512")
     help="Measure this many more models of each seed, which compute the same with other roundings: the start alone.",
 )
 def main(work: Path, seeds: tuple[int, ...], precisions: tuple[str, ...], steps: int, rescaled: int) -> None:
+    others = work / "rescaled"
     if rescaled:
-        measure_all(work / "rescaled", [*rescale_bases(work, seeds, rescaled)], precisions, 0)
-        click.echo(start_table(list(read_jsonl(work / "rescaled" / "precisions.jsonl"))))
-        return
-    measure_all(work, seeds, precisions, steps)
-    lines = list(read_jsonl(work / "precisions.jsonl"))
-    click.echo(start_table(lines))
-    if steps:
+        measure_all(others, [*rescale_bases(work, seeds, rescaled)], precisions, 0)
+    else:
+        measure_all(work, seeds, precisions, steps)
+    lines, other_lines = _lines(work), _lines(others)
+    click.echo(start_table(other_lines if rescaled else lines))
+    if steps and not rescaled:
         click.echo("\n" + trained_table(lines, steps))
-    draw_precisions([line for line in lines if not line["steps"]], list(PRECISIONS), work / "precisions.png")
+    draw_precisions(
+        [line for line in lines if not line["steps"]], other_lines, list(PRECISIONS), work / "precisions.png"
+    )
+
+
+def _lines(work: Path) -> list[dict[str, Any]]:
+    path = work / "precisions.jsonl"
+    return list(read_jsonl(path)) if path.exists() else []
 
 
 def rescale_bases(work: Path, seeds: Sequence[int], count: int) -> Iterator[int]:
@@ -117,7 +124,7 @@ def rescale_bases(work: Path, seeds: Sequence[int], count: int) -> Iterator[int]
 def measure_all(work: Path, seeds: Sequence[int], precisions: Sequence[str], steps: int) -> None:
     """Append what is missing to WORK/precisions.jsonl."""
     path = work / "precisions.jsonl"
-    done = {(line["steps"], line["precision"], line["seed"]) for line in (read_jsonl(path) if path.exists() else [])}
+    done = {(line["steps"], line["precision"], line["seed"]) for line in _lines(work)}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     asked = dict.fromkeys(("fp32", *precisions))
     missing = [key for key in product(sorted({0, steps}), asked, seeds) if key not in done]
@@ -218,13 +225,13 @@ def after_training(work: Path, seed: int, precision: str, steps: int) -> dict[st
 
 
 def start_table(lines: Sequence[dict[str, Any]]) -> str:
-    """What `at_start` found: mean over the seeds, and standard deviation."""
+    """What `at_start` found: mean over the models, and standard deviation."""
     cells = [
         [precision, str(len(rows)), *(spread((row[name] for row in rows), digits=4) for name in _AT_START)]
         for precision in PRECISIONS
         if precision != "fp32" and (rows := _rows(lines, 0, precision))
     ]
-    return table(("precision", "seeds", *_AT_START.values()), cells)
+    return table(("precision", "models", *_AT_START.values()), cells)
 
 
 def trained_table(lines: Sequence[dict[str, Any]], steps: int) -> str:
@@ -237,7 +244,7 @@ def trained_table(lines: Sequence[dict[str, Any]], steps: int) -> str:
             cells[-1] += [spread(row["accuracy"][length] for row in rows) for length in _LENGTHS]
             cells[-1] += [spread((_mean_accuracy(row) - exact[row["seed"]] for row in rows), digits=3)]
             cells[-1] += [spread((row["last_gap"] for row in rows), digits=3)]
-    return table(("precision", "seeds", *(f"{each} words" for each in _LENGTHS), "mean, less fp32", "last gap"), cells)
+    return table(("precision", "models", *(f"{each} words" for each in _LENGTHS), "mean, less fp32", "last gap"), cells)
 
 
 def _rows(lines: Sequence[dict[str, Any]], steps: int, precision: str) -> list[dict[str, Any]]:
