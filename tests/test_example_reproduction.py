@@ -17,9 +17,9 @@ sys.path.insert(0, str(EXAMPLE))
 
 import precisions  # noqa: E402
 import reproduce  # noqa: E402
-from miniature import base, evaluate, jobs, pairs, plan, rescaled, runs, tables, task  # noqa: E402
+from miniature import base, evaluate, jobs, lora_tables, pairs, plan, rescaled, runs, tables, task  # noqa: E402
 
-RUNS = EXAMPLE / "runs.jsonl"
+RECORDED = {"runs.jsonl": tables.TABLES, "lora.jsonl": lora_tables.LORA_TABLES}
 
 
 def test_workers_end_with_a_program_that_was_killed(tmp_path) -> None:
@@ -43,19 +43,21 @@ def test_workers_end_with_a_program_that_was_killed(tmp_path) -> None:
     worker.wait(timeout=30)  # raises where it goes on
 
 
-def test_the_tables_of_the_results_come_from_the_runs() -> None:
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_tables_of_the_results_come_from_the_runs(name: str) -> None:
     document = (EXAMPLE / "RESULTS.md").read_text(encoding="utf-8")
-    assert {name for name in tables.TABLES if f"<!-- table: {name} -->" in document} == tables.TABLES.keys()
-    assert tables.regenerate(document, RUNS) == document
+    assert all(f"<!-- table: {table} -->" in document for table in RECORDED[name])
+    assert tables.regenerate(document, EXAMPLE / name, RECORDED[name]) == document
 
 
-def test_a_changed_run_changes_the_tables(tmp_path) -> None:
-    lines = RUNS.read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_changed_run_changes_the_tables(name: str, tmp_path) -> None:
+    lines = (EXAMPLE / name).read_text(encoding="utf-8").splitlines()
     first = json.loads(lines[0])
     first["accuracy"] = dict.fromkeys(first["accuracy"], 0.123)
-    (tmp_path / "runs.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    (tmp_path / name).write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
     document = (EXAMPLE / "RESULTS.md").read_text(encoding="utf-8")
-    assert tables.regenerate(document, tmp_path / "runs.jsonl") != document
+    assert tables.regenerate(document, tmp_path / name, RECORDED[name]) != document
 
 
 def test_a_rescaled_base_computes_the_same_with_other_weights() -> None:
@@ -82,8 +84,9 @@ def test_the_tables_of_precisions_come_from_their_lines() -> None:
     assert precisions.start_table(rescaled_ones) in document
 
 
-def test_every_recorded_run_is_of_the_plan_and_there_once() -> None:
-    names = [json.loads(line)["name"] for line in RUNS.read_text(encoding="utf-8").splitlines()]
+@pytest.mark.parametrize("name", RECORDED)
+def test_every_recorded_run_is_of_the_plan_and_there_once(name: str) -> None:
+    names = [json.loads(line)["name"] for line in (EXAMPLE / name).read_text(encoding="utf-8").splitlines()]
     assert len(names) == len(set(names)) and set(names) <= {run.name for run in plan.all_runs()}
 
 
@@ -164,12 +167,16 @@ def test_the_smallest_slice_runs(tmp_path) -> None:
         jobs.make_data(tmp_path, 0, 2)
         run = runs.Run(2, 0, "solopo", "dpo", 3.0)
         found = jobs.make_run(tmp_path, run)
+        adapted = jobs.make_run(tmp_path, replace(run, rank=2))
         again = runs.measure(runs.base_directory(tmp_path, 2, 0))
     metrics = [json.loads(line) for line in (tmp_path / "runs" / run.name / "metrics.jsonl").read_text().splitlines()]
     assert found["name"] == run.name and found["accuracy"].keys() == {"16", "32"} == again.keys()
     assert [step["step"] for step in metrics] == [1, 2, 3, 4, 5, 6]
     # Per triplet: two short sequences of 16 + 2 + 2 tokens and a long one of 32 + 2 + 2.
     assert found["tokens"] == 6 * runs.BATCH * (2 * 20 + 36)
+    assert adapted["tokens"] == found["tokens"] and adapted["flops"] < found["flops"]
+    assert adapted["accuracy"].keys() == found["accuracy"].keys()
+    assert adapted["trajectories"]["rewards/chosen"][0] == 0.0 != adapted["trajectories"]["rewards/chosen"][-1]
     assert found["trajectories"]["rewards/chosen"] == [round(step["rewards/chosen"], 4) for step in metrics]
     assert found["trajectories"]["rewards/chosen"][0] == 0.0  # the policy is its own reference
     triplets = [json.loads(line) for line in (tmp_path / "seed0" / "data2" / "triplets.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Write the tables of RESULTS.md, and its pictures, anew from a file of runs."""
+"""Write the tables of RESULTS.md, and its pictures, anew from files of runs."""
 
 from pathlib import Path
 
@@ -6,8 +6,9 @@ import click
 
 from megatron_solopo.files import atomic_path
 from miniature.figures import draw_all
+from miniature.lora_tables import LORA_TABLES
 from miniature.results import Results
-from miniature.tables import regenerate
+from miniature.tables import TABLES, regenerate
 
 HERE = Path(__file__).parent
 
@@ -17,20 +18,28 @@ HERE = Path(__file__).parent
     "--runs", default=HERE / "runs.jsonl", type=click.Path(path_type=Path, exists=True), help="What reproduce.py wrote."
 )
 @click.option(
+    "--lora-runs",
+    default=HERE / "lora.jsonl",
+    type=click.Path(path_type=Path, exists=True),
+    help="The same, for the tables about adapters.",
+)
+@click.option(
     "--document", default=HERE / "RESULTS.md", type=click.Path(path_type=Path, exists=True), help="Its tables."
 )
-def main(runs: Path, document: Path) -> None:
+def main(runs: Path, lora_runs: Path, document: Path) -> None:
     """Write the tables of RESULTS.md, and the pictures beside it, anew.
 
     \b
     Example, for runs of your own:
-      python examples/reproduction/make_tables.py --runs examples/reproduction/work/runs.jsonl
+      runs=examples/reproduction/work/runs.jsonl
+      python examples/reproduction/make_tables.py --runs $runs --lora-runs $runs
     """
-    text = regenerate(document.read_text(encoding="utf-8"), runs)
+    text = regenerate(document.read_text(encoding="utf-8"), runs, TABLES)
+    text = regenerate(text, lora_runs, LORA_TABLES)
     with atomic_path(document) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    draw_all(Results(runs), document.parent)
-    click.echo(f"{document} and its pictures, from {runs}")
+    draw_all(Results(runs), Results(lora_runs), document.parent)
+    click.echo(f"{document} and its pictures, from {runs} and {lora_runs}")
 
 
 if __name__ == "__main__":

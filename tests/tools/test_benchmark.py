@@ -64,7 +64,8 @@ def test_every_step_is_counted_once(rows) -> None:
         assert row["status"] == "ok"
         assert len(row["seconds"]) == STEPS and min(row["seconds"]) > 0
         assert len(row["losses"]) == len(row["grad_norms"]) == STEPS + WARMUP
-        assert row["allocated_bytes"] is row["reserved_bytes"] is row["mfu"] is None  # of a GPU alone
+        assert 0 < row["held_bytes"] < row["allocated_bytes"]
+        assert row["reserved_bytes"] is row["mfu"] is None  # of a GPU alone
 
 
 def test_with_the_policy_as_its_own_reference_every_loss_is_ln_2(rows) -> None:

@@ -15,13 +15,13 @@ SHORT, RESPONSE, STEPS, WARMUP = 32, 8, 2, 2
 FALLBACK = "parallel.recompute_granularity=full"
 
 
-def make_plan(folder: Path, *long_tokens: int, fallbacks: tuple[str, ...] = ()) -> Any:
+def make_plan(folder: Path, *long_tokens: int, fallbacks: tuple[str, ...] = (), overrides: tuple[str, ...] = ()) -> Any:
     from tools.benchmarks import benchmark
 
     sizes: dict[str, Any] = {"short_tokens": SHORT, "response_tokens": RESPONSE, "long_tokens": list(long_tokens)}
     sizes |= {"systems": ["solopo", "long_po"], "triplets": 1, "warmup": WARMUP, "steps": STEPS}
     sizes |= {"trl_variants": [], "every_variant": False, "profile": None}
-    return benchmark.make_plan(folder, "tiny", None, (), fallbacks, **sizes)
+    return benchmark.make_plan(folder, "tiny", None, overrides, fallbacks, **sizes)
 
 
 def measure_with_little_memory(folder: Path, limit: int, fallbacks: tuple[str, ...]) -> list[dict]:
@@ -43,6 +43,21 @@ def measure_with_little_memory(folder: Path, limit: int, fallbacks: tuple[str, .
         lambda kind, **values: messages.append({"kind": kind, **values}),
     )
     return messages
+
+
+def measure_adapters(folder: Path) -> list[dict]:
+    """On a rank: what the process reports of the whole model and of adapters."""
+    from tools.benchmarks import bench_ours
+
+    found: list[dict] = []
+    for overrides in ((), ("lora.rank=4",)):
+        messages: list[dict] = []
+        bench_ours.run(
+            make_plan(folder, 128, overrides=overrides),
+            lambda kind, messages=messages, **values: messages.append({"kind": kind, **values}),
+        )
+        found.append(rows_of(messages, "measurement")["long_po", 128])
+    return found
 
 
 def rows_of(messages: list[dict], kind: str) -> dict[tuple[str, int], dict]:
@@ -67,6 +82,42 @@ def test_running_out_of_memory_is_a_result(tmp_path) -> None:
     assert len(survivor["seconds"]) == STEPS
     assert survivor["losses"] == pytest.approx([math.log(2)] * (STEPS + WARMUP), abs=1e-5)
     assert rows_of(messages, "variant") == {}
+
+
+def test_adapters_leave_out_the_base_s_gradients_and_optimizer(tmp_path) -> None:
+    ((whole, adapters),) = run_distributed(measure_adapters, 1, tmp_path)
+    assert adapters["losses"] == pytest.approx([math.log(2)] * (STEPS + WARMUP), abs=1e-5)
+    assert 0 < adapters["grad_norms"][0] != whole["grad_norms"][0]
+    parameters = whole["held_bytes"] / 4  # and gradients and two moments, all in float32
+    learn = (adapters["held_bytes"] - parameters) / 4
+    # Rank x (rows + columns) of q, k, v, o, gate, up and down in two layers. Megatron pads its buffers a little.
+    assert learn == pytest.approx(4 * 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160)), abs=64)
+    assert adapters["held_bytes"] < adapters["allocated_bytes"] < whole["allocated_bytes"]
+    assert whole["forward_flops"] < adapters["forward_flops"] < 1.2 * whole["forward_flops"]
+    backward = [row["step_flops"] - row["forward_flops"] for row in (adapters, whole)]
+    assert 0.4 < backward[0] / backward[1] < 0.75
+
+
+def test_a_table_sets_adapters_beside_the_whole_model() -> None:
+    from tools.benchmarks import lora_benchmark
+
+    counts = {"held_bytes": 4 * 2**20, "allocated_bytes": 8 * 2**20, "forward_flops": None, "step_flops": 3e9}
+    rows = {
+        (system, trained): row(system, 64, losses=[math.log(2)], **counts) | {"seconds": [seconds]}
+        for system, trained, seconds in (
+            ("long_po", "whole model", 2.0),
+            ("trl", "whole model", 3.0),
+            ("long_po", "rank 4", 1.0),
+            ("trl", "rank 4", 2.0),
+        )
+    }
+    lines = lora_benchmark.ratios_table(rows).splitlines()
+    assert "| long_po: rank 4 / whole model | 0.500 | 1.000 | 1.000 | 1.000 |" in lines
+    assert "| whole model: trl / long_po | 1.500 | 1.000 | 1.000 | 1.000 |" in lines
+    assert "| trl | rank 4 | 2.00 | 4.0 | 8.0 | - | - | 3.0 | 1 |" in lora_benchmark.cases_table(rows)
+    assert list(lora_benchmark.disagreements(rows)) == []
+    rows["trl", "rank 4"]["grad_norms"] = [1.01]
+    assert list(lora_benchmark.disagreements(rows)) == ["rank 4: the norm of the gradient is 1 here and 1.01 in trl"]
 
 
 def test_a_fallback_serves_all_systems_from_that_length_on(tmp_path) -> None:
@@ -238,7 +289,7 @@ def test_memory_is_taken_from_the_last_step_of_the_warm_up_on(monkeypatch) -> No
     result = bench_case.Measurement("solopo", 1)
     meter = bench_case.StepMeter(result, warmup=2)
     for _ in range(4):
-        with meter.step():
+        with meter.step(list):
             calls.append("step")
     assert calls == ["step", "empty", "reset", "step", "reset", "step", "reset", "step"]
     assert (result.allocated_bytes, result.reserved_bytes, len(result.seconds)) == (30, 40, 2)

@@ -10,18 +10,20 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from megatron_solopo.data.packing import TokenizedTriplet
 from megatron_solopo.errors import UserError
+from tools.benchmarks.cpu_counts import TensorPeak, held_bytes
 from tools.benchmarks.random_triplets import random_triplet
 
 SOLOPO, LONG_PO, TRL = SYSTEMS = ("solopo", "long_po", "trl")
@@ -46,6 +48,7 @@ def _shape(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab:
 
 SHAPES = {
     "tiny": _shape(64, 160, 2, 4, 2, 512, True),
+    "small": _shape(512, 1408, 4, 8, 4, 8192, True),
     "qwen2.5-0.5b": _shape(896, 4864, 24, 14, 2, 151936, True),
     "qwen2.5-1.5b": _shape(1536, 8960, 28, 12, 2, 151936, True),
     "qwen2.5-3b": _shape(2048, 11008, 36, 16, 2, 151936, True),
@@ -118,7 +121,14 @@ class Measurement:
     """Of all steps, warm-up included."""
     grad_norms: list[float] = field(default_factory=list)
     allocated_bytes: int | None = None
-    """Peak of tensors in any step but the first ones; None on a CPU, where it is not measured."""
+    """Peak of tensors in any step but the first ones. On a CPU: in the last step of the warm-up, None if that is the
+    first step."""
+    held_bytes: int | None = None
+    """Of these, what stays from step to step: the model, its optimizer, and gradients in buffers. On a CPU alone."""
+    forward_flops: int | None = None
+    """Of the matrix products of a forward pass, as torch counts them: without attention. On a CPU alone; TRL: None."""
+    step_flops: int | None = None
+    """The same of the first whole step."""
     reserved_bytes: int | None = None
     """Peak of what the allocator took from the device in the last step of the warm-up, which starts with an empty
     cache: later, systems that share a process share a cache."""
@@ -132,9 +142,13 @@ class StepMeter:
         self.measurement, self.warmup = measurement, warmup
         self.started_steps = 0
         self._start = 0.0
+        self._flops, self._peak, self._counting = FlopCounterMode(display=False), TensorPeak(), ExitStack()
 
-    def begin(self) -> None:
+    def begin(self, held: Callable[[], Iterable[Tensor]]) -> None:
+        """Start a step; `held` returns the tensors that stay from step to step."""
         self.started_steps += 1
+        if not torch.cuda.is_available():
+            self._begin_counts(held)
         if torch.cuda.is_available() and self.started_steps >= self.warmup:
             if self.started_steps == self.warmup:
                 torch.cuda.empty_cache()
@@ -142,9 +156,29 @@ class StepMeter:
         synchronize()
         self._start = time.perf_counter()
 
+    def _begin_counts(self, held: Callable[[], Iterable[Tensor]]) -> None:
+        if self.started_steps == 1:
+            self._counting.enter_context(self._flops)
+        elif self.started_steps == self.warmup:
+            self.measurement.held_bytes = held_bytes(held())
+            self._counting.enter_context(self._peak)
+
+    def _end_counts(self) -> None:
+        self._counting.close()
+        if self.started_steps == 1:
+            self.measurement.step_flops = self._flops.get_total_flops()
+        elif self.started_steps == self.warmup:
+            self.measurement.allocated_bytes = (self.measurement.held_bytes or 0) + self._peak.bytes
+
+    def abandon(self) -> None:
+        """End a step that failed: its counts would go on in the next one."""
+        self._counting.close()
+
     def end(self) -> None:
         synchronize()
         seconds, result = time.perf_counter() - self._start, self.measurement
+        if not torch.cuda.is_available():
+            self._end_counts()
         if self.started_steps > self.warmup:
             result.seconds.append(seconds)
         if torch.cuda.is_available() and self.started_steps >= self.warmup:
@@ -153,9 +187,13 @@ class StepMeter:
                 result.reserved_bytes = torch.cuda.max_memory_reserved()
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        self.begin()
-        yield
+    def step(self, held: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
+        self.begin(held)
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
         self.end()
 
 
@@ -185,9 +223,11 @@ def first_line(error: BaseException) -> str:
 
 
 def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The weight of this name: the same in every process on the same kind of device. Norms are 1."""
+    """The weight of this name: the same in every process on the same kind of device. Norms are 1, adapters' B is 0."""
     if name.endswith("norm.weight"):
         return torch.ones(shape, dtype=dtype, device=device)
+    if ".lora_B." in name:
+        return torch.zeros(shape, dtype=dtype, device=device)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
     generator = torch.Generator(device).manual_seed(seed)
     return torch.empty(shape, device=device).normal_(std=_INIT_STD, generator=generator).to(dtype)

@@ -3,25 +3,29 @@
 A process of its own; see `bench_case.worker_main`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_solopo.architecture.huggingface_config import Architecture
+from megatron_solopo.checkpoint.adapter_mapping import adapter_shapes
+from megatron_solopo.checkpoint.adapters import add_adapters
 from megatron_solopo.checkpoint.load import global_parameters
-from megatron_solopo.checkpoint.mapping import huggingface_shapes, rules, to_megatron
-from megatron_solopo.config import Config, ObjectiveConfig, parse_config
+from megatron_solopo.checkpoint.mapping import Index, ReadTensor, huggingface_shapes, rules, to_megatron
+from megatron_solopo.config import Config, LoRAConfig, ObjectiveConfig, parse_config
 from megatron_solopo.data.packing import Pack, build_pack
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.resolve import ResolvedModel, check_precision, resolve_model
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology as process_groups
-from megatron_solopo.parallel.megatron_internals import assign
+from megatron_solopo.parallel.cpu import is_cpu
+from megatron_solopo.parallel.megatron_internals import assign, gradient_buffers, optimizer_parts
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss, run_schedule
@@ -40,6 +44,7 @@ from tools.benchmarks.bench_case import (
     worker_main,
 )
 from tools.benchmarks.bench_profile import StepProfiler
+from tools.benchmarks.cpu_counts import optimizer_tensors
 
 
 def fill_with_random_weights(chunks: list[ResponseModel], architecture: Architecture) -> None:
@@ -64,9 +69,29 @@ def build_random_policy(config: Config, model: ResolvedModel, topology: Topology
     chunk_tokens = config.logprob.chunk_tokens
     chunks = build_model(model, chunk_tokens=chunk_tokens, device=topology.device)
     fill_with_random_weights(chunks, model.architecture)
+    if config.lora is not None:
+        add_adapters(chunks, model.architecture, config.lora, _random_adapters(model.architecture, config.lora))
     wrapped = wrap_data_parallel(chunks, config.optimizer, config.parallel)
     optimizer = build_optimizer(wrapped, config.optimizer)
     return Policy(wrapped, optimizer, build_scheduler(optimizer, config.optimizer, max_steps))
+
+
+def _random_adapters(architecture: Architecture, lora: LoRAConfig) -> ReadTensor:
+    shapes = adapter_shapes(architecture, lora)
+
+    def read(name: str, index: Index) -> torch.Tensor:
+        return random_tensor(name, torch.Size(shapes[name]), torch.float32, torch.device("cpu"))[index]
+
+    return read
+
+
+def held_tensors(policy: Policy) -> Iterator[torch.Tensor]:
+    """What a policy keeps from step to step."""
+    for chunk in policy.chunks:
+        yield from chunk.parameters()
+        yield from (buffer.grad_data for buffer in gradient_buffers(chunk))
+    for part in optimizer_parts(policy.optimizer):
+        yield from optimizer_tensors(part.optimizer)
 
 
 def objective_named(name: str, config: Config) -> ObjectiveConfig:
@@ -90,13 +115,14 @@ class Series:
     def score_reference(self, policy: Policy) -> None:
         """The policy's own log-probs are the reference's, as at the start of every run: DPO's loss is then ln 2."""
         report = logprob_report(self.topology)
-        with torch.no_grad():
+        with torch.no_grad(), FlopCounterMode(display=False) as flops:
             reports = run_schedule(policy.chunks, self.packs, report, self.topology, forward_only=True)
+        self.result.forward_flops = flops.get_total_flops() if is_cpu() else None
         references = ReferenceLogprobs(self.objective.roles.all, torch.cat(reports).float().cpu())
         self.loss = objective_loss(self.objective, references, self.topology)
 
     def step(self, policy: Policy) -> None:
-        with self.meter.step():
+        with self.meter.step(partial(held_tensors, policy)):
             outcome = policy.step(self.packs, self.loss, self.topology)
         place = metric_names(self.objective).index("loss")
         self.result.losses.append(float(sum(report[place] for report in outcome.reports)) / len(self.packs))

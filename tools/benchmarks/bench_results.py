@@ -109,9 +109,12 @@ class Results:
 
         key = (LONG_PO if system == TRL else system, long_tokens)
         if key not in self._sizes:
-            objective = parse_config(self.plan.config, "benchmark").objective.model_copy(update={"name": key[0]})
+            config = parse_config(self.plan.config, "benchmark")
+            objective = config.objective.model_copy(update={"name": key[0]})
             pack = build_pack(self.plan.batch(long_tokens), objective.roles.all, sequence_multiple=1)
-            self._sizes[key] = pack.num_tokens, training_flops(read_architecture(Path(self.plan.model_path)), [pack])
+            architecture = read_architecture(Path(self.plan.model_path))
+            flops = training_flops(architecture, [pack], base_learns=config.lora is None)
+            self._sizes[key] = pack.num_tokens, flops
         return self._sizes[key]
 
     def save(self) -> None:

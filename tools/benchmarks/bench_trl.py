@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import trl.trainer.dpo_trainer as dpo_trainer
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,10 +37,12 @@ from tools.benchmarks.bench_case import (
     free_memory,
     is_out_of_memory,
     random_model,
+    random_tensor,
     worker_main,
 )
 from tools.benchmarks.bench_profile import StepProfiler
 from tools.benchmarks.bench_variants import Search, Variant, possible_variants
+from tools.benchmarks.cpu_counts import optimizer_tensors
 
 _ON_GPU = torch.cuda.is_available()
 _MODEL_NUMBERS = count(1)
@@ -77,7 +80,7 @@ class Meter(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step < self.steps:
-            self.meter.begin()
+            self.meter.begin(lambda: [*rest["model"].parameters(), *optimizer_tensors(rest["optimizer"])])
         elif self.trace_path and median(self.result.seconds) < self.fastest:  # the trace of the best variant stays
             self.profiler = StepProfiler(self.trace_path)
             self.profiler.start()
@@ -141,6 +144,20 @@ def training_arguments(plan: Plan, variant: Variant, folder: str) -> DPOConfig:
     )
 
 
+def adapters(plan: Plan) -> LoraConfig | None:
+    """The configured adapters, in PEFT's words."""
+    lora = plan.config["lora"]
+    if lora is None:
+        return None
+    return LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        use_rslora=lora["use_rslora"],
+        target_modules=lora["target_modules"],
+        task_type="CAUSAL_LM",
+    )
+
+
 @contextmanager
 def _unhashed_model() -> Iterator[None]:
     """The trainer names a cache file by a hash over all weights, minutes for a large model; a count names it too."""
@@ -168,7 +185,12 @@ def train(plan: Plan, variant: Variant, long_tokens: int, meter: Meter) -> None:
             train_dataset=data_set(plan, long_tokens),
             processing_class=tokenizer(),
             callbacks=[meter],
+            peft_config=adapters(plan),
         )
+        for name, parameter in trainer.model.named_parameters():
+            if ".lora_" in name:
+                name = name.replace(".default.", ".")
+                parameter.data.copy_(random_tensor(name, parameter.shape, parameter.dtype, parameter.device))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
@@ -176,9 +198,11 @@ def train(plan: Plan, variant: Variant, long_tokens: int, meter: Meter) -> None:
 def measure(plan: Plan, variant: Variant, long_tokens: int, fastest: float) -> Measurement:
     """One variant at one length; whatever goes wrong is its result."""
     result = Measurement(TRL, long_tokens, variant=str(variant))
+    meter = Meter(result, plan, plan.trace_path(TRL, long_tokens), fastest)
     try:
-        train(plan, variant, long_tokens, Meter(result, plan, plan.trace_path(TRL, long_tokens), fastest))
+        train(plan, variant, long_tokens, meter)
     except Exception as error:
+        meter.meter.abandon()
         result.status = OUT_OF_MEMORY if is_out_of_memory(error) else FAILED
         result.detail = first_line(error)
         if result.status == FAILED:

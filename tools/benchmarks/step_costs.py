@@ -5,7 +5,6 @@ costs a step nothing.
 """
 # ruff: noqa: E402  (megatron's warnings of what is not installed must be off before it is imported)
 
-import os
 import statistics
 import tempfile
 import time
@@ -13,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import training_flops
 from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss, run_schedule
+from tools.benchmarks.cpu_counts import TensorPeak
 from tools.benchmarks.random_triplets import random_triplet
 
 RESPONSE_ONLY, FULL_LOGITS = HEADS = ("response-only", "full logits")
@@ -137,11 +136,9 @@ def zero_references(objective: ObjectiveConfig, rows: int) -> ReferenceLogprobs:
 
 def peak_tensor_bytes(function: Callable[[], None]) -> int:
     """The most that torch's allocator had handed out at any moment of a call, beyond what it had before. Exact."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
+    with TensorPeak() as peak:
         function()
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate(int(event.nbytes()) for event in sorted(events, key=lambda event: event.start_ns())))
+    return peak.bytes
 
 
 def head_tensor_bytes(model: ResponseModel, microbatch: Microbatch) -> int:

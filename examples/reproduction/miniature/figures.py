@@ -12,8 +12,9 @@ import numpy as np
 from megatron_solopo.files import atomic_path
 from megatron_solopo.report.figure import LIGHT, add_legend, empty_figure, style_axes
 from miniature.evaluate import LENGTHS
+from miniature.lora_tables import lora_runs, trained
 from miniature.pairs import SHORT_LENGTH
-from miniature.plan import LOSS_TYPES, MAP_ALPHAS, STRONG
+from miniature.plan import LORA_METHODS, LORA_RANKS, LOSS_TYPES, MAP_ALPHAS, STRONG
 from miniature.results import Result, Results
 from miniature.runs import LONG_LENGTH
 from miniature.tables import METHODS, SETTINGS, aligned, chosen, like
@@ -23,10 +24,11 @@ _DPI = 80
 _SHOWN_LOSSES = {"simpo": "SimPO", "dpo": "DPO", "orpo": "ORPO"}
 
 
-def draw_all(results: Results, folder: Path) -> None:
+def draw_all(results: Results, lora_results: Results, folder: Path) -> None:
     """Write every picture."""
     accuracy_by_length(results, folder / "accuracy.png")
     failure_map(results, folder / "failures.png")
+    adapters_by_length(lora_results, folder / "lora.png")
 
 
 def accuracy_by_length(results: Results, path: Path) -> None:
@@ -39,6 +41,23 @@ def accuracy_by_length(results: Results, path: Path) -> None:
         found = {name: _accuracies(chosen(results, STRONG, loss_type, name)) for name in METHODS}
         draw_lines(axis, {"base": base} | found)
         axis.set_title(loss_type)
+    axes[0].set_ylabel("accuracy")
+    axes[0].legend()
+    _save(figure, path)
+
+
+def adapters_by_length(results: Results, path: Path) -> None:
+    """A panel per method; a line for the whole model and for each rank, mean over the seeds and their range."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(LORA_METHODS), figsize=(13, 4), sharey=True, layout="constrained")
+    base = _accuracies(results.where(lambda each: each.run.method == "base" and each.run.strength == STRONG))
+    for axis, method in zip(axes, LORA_METHODS, strict=True):
+        ranks = (None, *LORA_RANKS)
+        draw_lines(
+            axis, {"base": base} | {trained(rank): _accuracies(lora_runs(results, rank, method)) for rank in ranks}
+        )
+        axis.set_title(method)
     axes[0].set_ylabel("accuracy")
     axes[0].legend()
     _save(figure, path)

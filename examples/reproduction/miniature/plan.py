@@ -1,6 +1,6 @@
 """Which runs there are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from miniature.runs import LEARNING_RATE, Run
 
@@ -14,6 +14,12 @@ ALPHAS = (0.0, 0.3, 1.0, 3.0, 10.0)
 MAP_ALPHAS = (1.0, 3.0, 10.0)
 HIGH_RATE = 2 * LEARNING_RATE
 """Of the failures from the weak base, besides the learning rate of all other runs."""
+LORA_RANKS = (1, 4, 16)
+LORA_RATES = tuple(factor * LEARNING_RATE for factor in (1, 3, 10))
+"""Tried on the first seed, with the last two methods."""
+LORA_RATE = LORA_RATES[1]
+"""The one chosen."""
+LORA_METHODS = ("short_po", "long_po", "solopo")
 
 
 def all_runs() -> list[Run]:
@@ -24,6 +30,7 @@ def all_runs() -> list[Run]:
     order += [alphas(seed) for seed in others]
     order += [failures(seed, WEAK, rate) for rate in (HIGH_RATE, LEARNING_RATE) for seed in others]
     order += [failures(first, MIDDLE)] + [failures(seed, strength) for strength in (STRONG, MIDDLE) for seed in others]
+    order += [lora(first, rate, LORA_METHODS[1:]) for rate in LORA_RATES] + [lora(seed, LORA_RATE) for seed in SEEDS]
     return list(dict.fromkeys(run for part in order for run in part))
 
 
@@ -57,3 +64,11 @@ def failures(seed: int, strength: int, rate: float = LEARNING_RATE) -> Iterator[
         for alpha in MAP_ALPHAS:
             for detached in (False, True):
                 yield Run(strength, seed, "solopo", loss_type, alpha, "chosen", detached, rate)
+
+
+def lora(seed: int, rate: float, methods: Sequence[str] = LORA_METHODS) -> Iterator[Run]:
+    """Adapters of several ranks, from the strong base."""
+    for rank in LORA_RANKS:
+        for method in methods:
+            alpha = DEFAULT_ALPHA["simpo"] if method == "solopo" else None
+            yield Run(STRONG, seed, method, "simpo", alpha, learning_rate=rate, rank=rank)

@@ -21,6 +21,8 @@ EVAL_SEED = 77
 """The questions that all models answer."""
 TEMPERATURE = 1.5
 NUM_QUESTIONS, LONGS_PER_QUESTION = 400, 4
+LORA_ALPHA = 32
+"""For every rank. An adapter's output is multiplied by alpha / rank, so that one learning rate fits several ranks."""
 _TRAJECTORIES = ("rewards/chosen", "nll_loss", "solo_ra/gap_abs")
 _LOSS_SETTINGS: dict[str, dict[str, Any]] = {"simpo": {"beta": 2.5}, "dpo": {}, "orpo": {}}
 
@@ -40,6 +42,8 @@ class Run:
     align: str = "chosen"
     detach_short: bool = False
     learning_rate: float = LEARNING_RATE
+    rank: int | None = None
+    """Of adapters beside all linear layers; None trains the whole model."""
 
     @property
     def name(self) -> str:
@@ -48,7 +52,8 @@ class Run:
         both = "-both" if self.align == "both" else ""
         detached = "-detached" if self.detach_short else ""
         rate = "" if self.learning_rate == LEARNING_RATE else f"-lr{self.learning_rate:g}"
-        return f"base{self.strength}-seed{self.seed}-{self.loss_type}-{self.method}{both}{alpha}{detached}{rate}"
+        lora = "" if self.rank is None else f"-lora{self.rank}"
+        return f"base{self.strength}-seed{self.seed}-{self.loss_type}-{self.method}{both}{alpha}{detached}{lora}{rate}"
 
 
 def base_directory(work: Path, strength: int, seed: int) -> Path:
@@ -93,6 +98,7 @@ def make_config(work: Path, run: Run) -> Config:
             "training": {"global_batch_size": BATCH, "max_steps": STEPS},
             "optimizer": {"lr": run.learning_rate, "lr_decay_style": "constant", "lr_warmup_iters": 5},
             "logging": {"tensorboard": False},
+            "lora": None if run.rank is None else {"rank": run.rank, "alpha": LORA_ALPHA},
         },
         source=run.name,
     )
@@ -106,7 +112,8 @@ def execute(work: Path, run: Run) -> dict[str, Any]:
     train(config)
     exported = config.run_dir / "exported"
     remove(exported)
-    export_model(config.run_dir / "checkpoints" / f"iter_{STEPS:07}", exported, dtype=None, verification="tensors")
+    checkpoint = config.run_dir / "checkpoints" / f"iter_{STEPS:07}"
+    export_model(checkpoint, exported, dtype=None, verification="tensors", merge=run.rank is not None)
     found = asdict(run) | {"name": run.name, "accuracy": measure(exported)} | costs(config.run_dir)
     remove(exported)
     remove(config.run_dir / "checkpoints")

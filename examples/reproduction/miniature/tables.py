@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,16 +27,23 @@ HARM_BANDS = (
     ("more", 0.25, math.inf),
 )
 """Share of the base's short accuracy that a run lost."""
+Table = Callable[[Results], Iterator[str]]
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def regenerate(document: str, runs: Path) -> str:
-    """The document with every `<!-- table: NAME -->` block written anew."""
+def regenerate(document: str, runs: Path, tables: Mapping[str, Table]) -> str:
+    """The document with every `<!-- table: NAME -->` block of these tables written anew."""
     results = Results(runs)
-    return _BLOCK.sub(lambda block: block[1] + "\n".join(TABLES[block[2]](results)) + "\n" + block[3], document)
+
+    def written(block: re.Match[str]) -> str:
+        name = block[2]
+        return block[1] + "\n".join(tables[name](results)) + "\n" + block[3] if name in tables else block[0]
+
+    return _BLOCK.sub(written, document)
 
 
-def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
+def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table in Markdown."""
     yield f"| {' | '.join(head)} |"
     yield f"|{'---|' * len(head)}"
     yield from (f"| {' | '.join(row)} |" for row in rows)
@@ -59,16 +66,17 @@ def comparison(results: Results) -> Iterator[str]:
 
     def rows() -> Iterator[Sequence[str]]:
         base = results.where(lambda each: each.run.method == "base" and each.run.strength == STRONG)
-        yield ["", "base", str(len(base)), *_by_length(base)]
+        yield ["", "base", str(len(base)), *by_length(base)]
         for loss_type in LOSS_TYPES:
             for method in METHODS:
                 found = chosen(results, STRONG, loss_type, method)
-                yield [loss_type, method, str(len(found)), *_by_length(found)]
+                yield [loss_type, method, str(len(found)), *by_length(found)]
 
-    return _table(["loss", "method", "seeds", *map(str, LENGTHS)], rows())
+    return table(["loss", "method", "seeds", *map(str, LENGTHS)], rows())
 
 
-def _by_length(found: Sequence[Result]) -> list[str]:
+def by_length(found: Sequence[Result]) -> list[str]:
+    """Mean and deviation of each length."""
     return [spread(each.accuracy[length] for each in found) for length in LENGTHS]
 
 
@@ -86,7 +94,7 @@ def differences(results: Results) -> Iterator[str]:
                 paired([each.short for each in solopo], base),
             ]
 
-    return _table(["loss", "less short_po", "less long_po", "less both aligned", "short, less the base"], rows())
+    return table(["loss", "less short_po", "less long_po", "less both aligned", "short, less the base"], rows())
 
 
 def cost(results: Results) -> Iterator[str]:
@@ -107,7 +115,7 @@ def cost(results: Results) -> Iterator[str]:
                 f"{1000 * seconds:.0f}",
             ]
 
-    return _table(["method", "tokens", "of long_po", "GFLOPs", "of long_po", "ms, fastest step"], rows())
+    return table(["method", "tokens", "of long_po", "GFLOPs", "of long_po", "ms, fastest step"], rows())
 
 
 def alpha(results: Results) -> Iterator[str]:
@@ -117,9 +125,9 @@ def alpha(results: Results) -> Iterator[str]:
         for loss_type in LOSS_TYPES:
             for weight in ALPHAS:
                 found = like(results, Run(STRONG, 0, "solopo", loss_type, weight))
-                yield [loss_type, f"{weight:g}", str(len(found)), *_by_length(found)]
+                yield [loss_type, f"{weight:g}", str(len(found)), *by_length(found)]
 
-    return _table(["loss", "alpha", "seeds", *map(str, LENGTHS)], rows())
+    return table(["loss", "alpha", "seeds", *map(str, LENGTHS)], rows())
 
 
 def like(results: Results, run: Run) -> list[Result]:
@@ -131,7 +139,7 @@ def failures(results: Results) -> Iterator[str]:
     """Short and long accuracy over base strength, learning rate, loss and alpha, with and without `detach_short`."""
     outcome = ["seeds", "short", "long", "harmed"]
     head = ["base", "lr", "loss", "", *outcome, *(f"detached: {each}" for each in outcome)]
-    return _table(head, (row for strength, rate in SETTINGS for row in _failures_from(results, strength, rate)))
+    return table(head, (row for strength, rate in SETTINGS for row in _failures_from(results, strength, rate)))
 
 
 def _failures_from(results: Results, strength: int, rate: float) -> Iterator[Sequence[str]]:
@@ -169,20 +177,22 @@ def warnings(results: Results) -> Iterator[str]:
     """How often the trainer's warning fires on runs that did harm and on others."""
 
     def rows() -> Iterator[Sequence[str]]:
-        solopo = results.where(lambda each: each.run.method == "solopo" and each.run.alpha != 0)
+        solopo = results.where(
+            lambda each: each.run.method == "solopo" and each.run.alpha != 0 and each.run.rank is None
+        )
         for name, low, high in HARM_BANDS:
             lost = [each for each in solopo if low <= results.lost(each) < high]
             by_loss = [[each for each in lost if each.run.loss_type == loss_type] for loss_type in LOSS_TYPES]
             yield [name, *map(_fired, by_loss), _fired(lost)]
 
-    return _table(["short accuracy lost", *LOSS_TYPES, "all"], rows())
+    return table(["short accuracy lost", *LOSS_TYPES, "all"], rows())
 
 
 def _fired(found: Sequence[Result]) -> str:
     return f"{sum(each.warned_at() is not None for each in found)} of {len(found)}" if found else "-"
 
 
-TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
+TABLES: dict[str, Table] = {
     "comparison": comparison,
     "differences": differences,
     "cost": cost,
