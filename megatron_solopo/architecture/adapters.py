@@ -22,7 +22,7 @@ class AdaptedLinear:
     targets: tuple[str, ...]
     """Those of them that have an adapter."""
     outputs: tuple[str, ...]
-    """The rows of each module, in the names of the mapping table's sizes."""
+    """The rows of each module, by their names in `ModelShape.sizes`."""
     inputs: str
     """The columns of all of them."""
     is_column_parallel: bool
@@ -40,6 +40,8 @@ _LINEARS = (
 ADAPTER = "_adapter"
 """What Megatron's name of a linear layer has behind it in that of its adapter."""
 ALL_LINEAR = "all-linear"
+ATTENTION: tuple[TargetModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""The modules that a model with experts can adapt."""
 _EVERY: tuple[str, ...] = get_args(TargetModule)
 # Fields of PEFT's file that change nothing of what a loaded adapter computes.
 _WITHOUT_EFFECT = {
@@ -67,6 +69,26 @@ def adapted_linears(lora: LoRAConfig) -> list[AdaptedLinear]:
     ]
 
 
+def adapter_sizes(architecture: ModelShape, lora: LoRAConfig, tensor_parallel_size: int = 1) -> list[tuple[str, int]]:
+    """The parameters of one layer's adapters, in their order: Megatron's name, and the numbers that each rank has."""
+    known, found = architecture.sizes, []
+    for linear in adapted_linears(lora):
+        of_module = dict(zip(linear.modules, linear.outputs, strict=True))
+        rows = lora.rank * sum(known[of_module[each]] for each in linear.targets)
+        columns = lora.rank * len(linear.targets) * known[linear.inputs]
+        if linear.is_column_parallel:
+            rows //= tensor_parallel_size
+        else:
+            columns //= tensor_parallel_size
+        found += [(f"{linear.megatron}{ADAPTER}.lora_A", columns), (f"{linear.megatron}{ADAPTER}.lora_B", rows)]
+    return found
+
+
+def num_adapter_parameters(architecture: ModelShape, lora: LoRAConfig) -> int:
+    """Parameters of all adapters of a model."""
+    return architecture.num_layers * sum(size for _, size in adapter_sizes(architecture, lora))
+
+
 def check_adapters(architecture: ModelShape, config: Config) -> None:
     """Raise UserError if the model or the layout has no place for the adapters, or if they have no settings."""
     lora = config.lora
@@ -77,11 +99,11 @@ def check_adapters(architecture: ModelShape, config: Config) -> None:
             )
         return
     chosen = target_modules(lora)
-    in_experts = [each for each in chosen if each in ("gate_proj", "up_proj", "down_proj")]
+    in_experts = [each for each in chosen if each not in ATTENTION]
     if architecture.experts is not None and in_experts:
         raise UserError(
             f"lora.target_modules: {', '.join(in_experts)} are parts of experts, which have no adapters; choose from "
-            "q_proj, k_proj, v_proj, o_proj"
+            f"{', '.join(ATTENTION)}"
         )
     if 0 in stage_layers(architecture.num_layers, config.parallel):
         raise UserError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_solopo.architecture.adapters import ADAPTER, AdaptedLinear, adapted_linears
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.checkpoint.adapter_mapping import adapter_rules, adapter_shapes
-from megatron_solopo.checkpoint.mapping import Index, ReadTensor, sizes, to_megatron
+from megatron_solopo.checkpoint.mapping import Index, ReadTensor, to_megatron
 from megatron_solopo.config import LoRAConfig
 from megatron_solopo.model.adapters import (
     Adapter,
@@ -57,7 +57,7 @@ def _build(linear: AdaptedLinear, architecture: ModelShape, parts: list[Any]) ->
 
 def _local_rows(linear: AdaptedLinear, architecture: ModelShape, rank: int, size: int) -> tuple[Segments, int]:
     """A rank's rows of a column-parallel layer, and how often they repeat."""
-    rows = [sizes(architecture)[name] for name in linear.outputs]
+    rows = [architecture.sizes[name] for name in linear.outputs]
     # Each rank has a share of gate and up. Of queries, keys and values it has whole groups, or a part of one group.
     groups = architecture.num_query_groups if "q_proj" in linear.modules else size
     segments = tuple((module, count // groups) for module, count in zip(linear.modules, rows, strict=True))
