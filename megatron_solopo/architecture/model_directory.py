@@ -15,7 +15,7 @@ HUGGINGFACE_FOLDER = "huggingface"
 METADATA, FORMAT = ".metadata", "metadata.json"
 # Without this, Megatron-LM takes a checkpoint for one of its oldest form, and reorders its attention weights.
 MEGATRON_LM_VERSION = {"checkpoint_version": 3.0}
-CONFIG = "config.json"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 # Each row is one form of a tokenizer: all its files are needed.
 _TOKENIZER_FORMS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _CHECKPOINTS = ("iter_*", "checkpoints/iter_*")
@@ -64,6 +64,7 @@ def check_huggingface_directory(path: Path, option: str) -> None:
     named = f"{option}={path}"
     _check_is_directory(path, named, " (names of a hub are not downloaded)")
     check_one_kind(path)
+    _check_no_adapter(path, named)
     if is_megatron_checkpoint(path):
         raise UserError(f"{named}: is a Megatron checkpoint already; {option} must be a Hugging Face directory")
     if _is_inside_checkpoint(path):
@@ -87,8 +88,17 @@ def check_megatron_checkpoint(path: Path, option: str) -> None:
     _check_is_directory(path, named, f"; {path.parent} holds {beside}" if beside else "")
     if _is_inside_checkpoint(path):
         raise UserError(f"{named}: is a folder of a Megatron checkpoint; did you mean {path.parent}?")
+    _check_no_adapter(path, named)
     kind = "is a Hugging Face directory" if (path / CONFIG).is_file() else "is no complete Megatron checkpoint"
     raise UserError(f"{named}: {kind}; {option} must hold {METADATA} and {FORMAT}{_meant(path)}")
+
+
+def _check_no_adapter(path: Path, named: str) -> None:
+    if (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
+        raise UserError(
+            f"{named}: holds an adapter of PEFT without its model; name the directory that `convert export --merge` "
+            "writes of the run's checkpoint"
+        )
 
 
 def _check_is_directory(path: Path, named: str, hint: str) -> None:

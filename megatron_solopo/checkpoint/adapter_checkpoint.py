@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_solopo.architecture.adapters import adapter_config, read_lora
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.model_directory import (
+    ADAPTER_CONFIG,
     huggingface_directory,
     is_megatron_checkpoint,
     parse_model_json,
@@ -26,7 +27,7 @@ from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
 from megatron_solopo.config import LoRAConfig
 from megatron_solopo.errors import UserError
 
-ADAPTER_CONFIG, ADAPTER_BASE = "adapter_config.json", "adapter_base.json"
+ADAPTER_BASE = "adapter_base.json"
 
 
 def is_adapter_checkpoint(path: Path) -> bool:
@@ -42,7 +43,7 @@ def adapter_files(lora: LoRAConfig, base: Path, fingerprint: str) -> dict[str, b
         fingerprint: `weights_fingerprint` of the base.
     """
     return {
-        ADAPTER_CONFIG: adapter_config(lora, base),
+        ADAPTER_CONFIG: adapter_config(lora, base.absolute()),
         ADAPTER_BASE: (json.dumps({"weights_fingerprint": fingerprint}) + "\n").encode(),
     }
 

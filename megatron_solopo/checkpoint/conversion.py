@@ -16,6 +16,7 @@ from tqdm import tqdm
 from megatron_solopo.architecture.adapters import adapter_config
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.model_directory import (
+    ADAPTER_CONFIG,
     CONFIG,
     HUGGINGFACE_FOLDER,
     check_huggingface_directory,
@@ -24,7 +25,7 @@ from megatron_solopo.architecture.model_directory import (
     huggingface_directory,
     is_megatron_checkpoint,
 )
-from megatron_solopo.checkpoint.adapter_checkpoint import ADAPTER_CONFIG, AdapterCheckpoint, is_adapter_checkpoint
+from megatron_solopo.checkpoint.adapter_checkpoint import AdapterCheckpoint, is_adapter_checkpoint
 from megatron_solopo.checkpoint.export_files import absent_counterparts, export_files
 from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory, SafetensorsWriter, all_finite
 from megatron_solopo.checkpoint.manifest import check_listed, sealed_files, write_manifest

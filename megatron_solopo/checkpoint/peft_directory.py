@@ -7,8 +7,7 @@ from torch import Tensor
 
 from megatron_solopo.architecture.adapters import read_lora
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.architecture.model_directory import parse_model_json
-from megatron_solopo.checkpoint.adapter_checkpoint import ADAPTER_CONFIG
+from megatron_solopo.architecture.model_directory import ADAPTER_CONFIG, parse_model_json
 from megatron_solopo.checkpoint.adapter_mapping import adapter_shapes
 from megatron_solopo.checkpoint.huggingface_weights import all_finite, not_finite
 from megatron_solopo.checkpoint.mapping import Index

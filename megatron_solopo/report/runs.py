@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
+from pydantic import ValidationError
 
-from megatron_solopo.config import dotted
+from megatron_solopo.config import LoRAConfig, dotted
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted, first_few
 from megatron_solopo.report.figure import LengthPoint
@@ -69,6 +70,15 @@ class RunRecord:
         """Sum of a metric over the steps; None if no step has it."""
         values = self.series(name)[1]
         return sum(values) if values else None
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """Settings of its adapters; None if it has none, or if its config cannot be read."""
+        found = {key.removeprefix("lora."): value for key, value in self.config.items() if key.startswith("lora.")}
+        try:
+            return LoRAConfig.model_validate(found) if found else None
+        except (ValidationError, UserError):
+            return None
 
     @property
     def last_step(self) -> int:

@@ -5,8 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
+from megatron_solopo.architecture.adapters import num_adapter_parameters, target_modules
+from megatron_solopo.architecture.huggingface_config import read_architecture
+from megatron_solopo.errors import UserError
 from megatron_solopo.report.figure import LengthPoint, short_length
 from megatron_solopo.report.runs import RunRecord, mean_answer_points, status_of
 from megatron_solopo.results.preference import PreferenceResults
@@ -49,6 +53,8 @@ def verdict_table(runs: Sequence[RunRecord]) -> RunTable:
         ("status", False, lambda run: TableValue(status_of(run).word)),
         ("steps", False, lambda run: TableValue(f"{run.last_step:,}")),
     ]
+    if any(run.lora is not None for run in runs):
+        columns.append(("trained", False, lambda run: TableValue(_trained(run))))
     lengths = _common_lengths(runs)
     for length in dict.fromkeys((lengths[0], lengths[-1]) if lengths else ()):
         title = f"accuracy at {short_length(length)}"
@@ -60,6 +66,20 @@ def verdict_table(runs: Sequence[RunRecord]) -> RunTable:
         ("last loss", False, lambda run: _last(run, "loss")),
     ]
     return _table(runs, columns)
+
+
+def _trained(run: RunRecord) -> str:
+    """What a run trains: the whole model, or adapters and how large they are."""
+    if not run.config:
+        return "unknown"
+    if (lora := run.lora) is None:
+        return "whole model"
+    text = f"LoRA, rank {lora.rank}, {' '.join(target_modules(lora))}"
+    try:
+        count = num_adapter_parameters(read_architecture(Path(run.config["model.path"])), lora)
+    except (UserError, OSError):  # the model has gone
+        return text
+    return f"{text}: {count:,} parameters"
 
 
 def cost_table(runs: Sequence[RunRecord]) -> RunTable:

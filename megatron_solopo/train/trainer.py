@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_solopo.architecture.adapters import num_adapter_parameters
 from megatron_solopo.architecture.layout import describe_bubble
 from megatron_solopo.config import Config, Surroundings, save_config, warning_without_effect
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
@@ -241,9 +242,12 @@ class Trainer:
         )
         if architecture.experts:
             layout += f", experts: EP {parallel.expert_model_parallel_size} x TP {parallel.expert_tensor_size}"
+        adapters = ""
+        if (lora := config.lora) is not None:
+            adapters = f", trains LoRA of rank {lora.rank}: {num_adapter_parameters(architecture, lora):,} parameters"
         return (
             f"{architecture.model_type} of {architecture.num_parameters:,} parameters{active} in "
-            f"{config.model.dtype} | "
+            f"{config.model.dtype}{adapters} | "
             f"{dist.get_world_size()} {self.topology.device.type} processes: {layout} | "
             f"{len(self.datasets['train'])} triplets, "
             f"{self.session.max_steps} steps of {config.training.global_batch_size}"

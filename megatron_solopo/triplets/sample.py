@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_solopo.architecture.model_directory import check_huggingface_directory
 from megatron_solopo.checksums import directory_fingerprint
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.template_arguments import KWARGS_FIELD, TemplateArguments
@@ -174,6 +175,8 @@ def _load(settings: SampleSettings) -> Model:
     from megatron_solopo.data.tokenizer import load_tokenizer
     from megatron_solopo.generate.transformers import TransformersModel
 
+    if Path(settings.model).is_dir():
+        check_huggingface_directory(Path(settings.model), "--model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(settings.model)
     arguments = TemplateArguments(settings.chat_template_kwargs)

@@ -8,6 +8,7 @@ import pytest
 from megatron_solopo.report.runs import RunRecord, read_runs
 from megatron_solopo.report.table import cost_table, verdict_sentences, verdict_table
 from tests.report.written_runs import accuracy, write_answers, write_preferences, write_run
+from tests.tiny_models import make_model
 
 
 @pytest.fixture
@@ -54,6 +55,22 @@ def test_a_difference_is_told_by_its_own_interval(tmp_path: Path, right: int, ma
     place = table.columns.index("reward accuracy, long")
     assert [values[place].mark for _, values in table.rows] == ["best", mark]
     assert bounds[right][1] > bounds[80][0]
+
+
+def test_a_run_with_adapters_says_so(tmp_path: Path) -> None:
+    """A run without them beside it trains the whole model."""
+    model = {"path": str(make_model(tmp_path / "model", "qwen2_tied"))}
+    paths = [write_run(tmp_path / "lora", model=model, lora={"rank": 4, "target_modules": ["q_proj", "v_proj"]})]
+    paths += [write_run(tmp_path / "gone", lora={"rank": 8}), write_run(tmp_path / "whole", lora=None)]
+    table = verdict_table(read_runs(paths))
+    place = table.columns.index("trained")
+    numbers = 4 * 4 * (32 + 32 + 32 + 16)  # layers x rank x (columns and rows of both)
+    assert [str(values[place]) for _, values in table.rows] == [
+        f"LoRA, rank 4, q_proj v_proj: {numbers:,} parameters",
+        "LoRA, rank 8, q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+        "whole model",
+    ]
+    assert "trained" not in verdict_table(read_runs(paths[-1:])).columns
 
 
 def test_runs_without_evaluation_have_no_verdict_and_no_empty_columns(tmp_path: Path) -> None:

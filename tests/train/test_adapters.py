@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,14 +22,19 @@ from transformers import AutoModelForCausalLM
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.conversion import export_adapter, export_model
 from megatron_solopo.checkpoint.peft_directory import ADAPTER_WEIGHTS
-from megatron_solopo.config import Config, LoRAConfig
+from megatron_solopo.config import Config, LoRAConfig, ParallelConfig
 from megatron_solopo.errors import UserError
+from megatron_solopo.evaluate.megatron_model import MegatronModel
+from megatron_solopo.evaluate.preference import evaluate_preference
 from megatron_solopo.plan.disk import checkpoint_bytes
+from megatron_solopo.results.preference import read_preference
+from megatron_solopo.run_directory import find_subject
 from megatron_solopo.train import trainer
 from megatron_solopo.train.policy import Policy
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
 from tests.layouts import pp, tp
+from tests.ranks import layout
 from tests.tiny_models import make_adapter
 from tests.train.runs import make_inputs, recorded, small_config
 
@@ -36,6 +42,7 @@ pytestmark = pytest.mark.parity
 
 SAVED, LAST = "iter_0000002", "iter_0000004"
 LORA = {"rank": 4, "alpha": 8.0}
+NO_TOKENIZER: Any = SimpleNamespace(eos_token_id=None)
 CONTINUED = {"same": tp(2), "pp2": pp(2), "dp2": {}}
 
 
@@ -67,6 +74,7 @@ def run_on_two(folder: Path) -> dict[str, Any]:
     short = {"training": {"global_batch_size": 4, "max_steps": 2}, "checkpoint": {"save_steps": 1}}
     train(config(folder, "peft-run", tp(2), **from_peft, **short))
     run_with_dropout(folder)
+    found["evaluated"] = evaluate_both(folder)
     found["caches"] = share_caches(folder)
     found["refused"] = {}
     for name, (run, more) in refused_changes(folder).items():
@@ -105,6 +113,23 @@ def run_with_dropout(folder: Path) -> None:
     train(config(folder, "dropout-same", tp(2), **lora))
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     train(config(folder, "dropout-recompute", tp(2, **recompute), **lora))
+
+
+def evaluate_both(folder: Path) -> dict[str, Any]:
+    """Scores and generated tokens of the run's checkpoint, and of the model with the adapters merged."""
+    checkpoint, merged = folder / "whole" / "checkpoints" / LAST, folder / "merged"
+    if torch.distributed.get_rank() == 0:
+        export_model(checkpoint, merged, dtype=None, verification="none", merge=True)
+    torch.distributed.barrier()
+    found: dict[str, Any] = {}
+    for name, path in (("adapters", checkpoint), ("merged", merged)):
+        output = folder / f"{name}.json"
+        evaluate_preference(find_subject(path, "--model"), config(folder, "whole", pp(2)), split="eval", output=output)
+        sizes = tp(2, sequence_parallel=False)
+        with layout(**sizes) as groups:
+            model = MegatronModel(path, NO_TOKENIZER, "float32", ParallelConfig(**sizes), groups)
+            found[name] = model.generate(torch.arange(1, 41)[None], 16, end_tokens=()).tolist()
+    return found
 
 
 def share_caches(folder: Path) -> list[bool]:
@@ -200,6 +225,14 @@ def test_a_checkpoint_holds_no_base(folder: Path) -> None:
     assert stored == planned, "adapters, and Adam's three numbers for each of theirs"
 
 
+def test_evaluation_sees_the_adapters(found: dict[str, Any], folder: Path) -> None:
+    assert found["evaluated"]["adapters"] == found["evaluated"]["merged"]
+    scores = {name: read_preference(folder / f"{name}.json").overall.metrics for name in ("adapters", "merged")}
+    means = {name: {key: each.mean for key, each in metrics.items()} for name, metrics in scores.items()}
+    assert means["adapters"] == pytest.approx(means["merged"], rel=1e-4, abs=1e-5)
+    assert abs(means["adapters"]["rewards/chosen"]) > 1e-3, "the reference is the base"
+
+
 def logits(model: torch.nn.Module) -> Tensor:
     with torch.no_grad():
         return model(torch.arange(1, 60)[None]).logits[0]
@@ -211,10 +244,10 @@ def test_peft_loads_the_adapters(folder: Path, exported: Path) -> None:
     adapted = PeftModel.from_pretrained(base, exported)
     assert (logits(adapted) - before).norm() > 1e-3 * before.norm()
     report = export_model(
-        folder / "whole" / "checkpoints" / LAST, folder / "merged", dtype=None, verification="full", merge=True
+        folder / "whole" / "checkpoints" / LAST, folder / "verified", dtype=None, verification="full", merge=True
     )
     assert not report.failures and "greatest relative error" in str(report)
-    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(folder / "verified")
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-5)
 
 
