@@ -136,6 +136,7 @@ def _header(settings: SampleSettings, max_tokens: int) -> dict[str, Any]:
     names = ("model", "temperature", "top_p", "seed")
     header = {name: getattr(settings, name) for name in names}
     if settings.server is None and Path(settings.model).is_dir():
+        check_huggingface_directory(Path(settings.model), "--model")
         header["weights"] = directory_fingerprint(Path(settings.model))
     if settings.chat_template_kwargs:
         header[KWARGS_FIELD] = settings.chat_template_kwargs
@@ -175,8 +176,6 @@ def _load(settings: SampleSettings) -> Model:
     from megatron_solopo.data.tokenizer import load_tokenizer
     from megatron_solopo.generate.transformers import TransformersModel
 
-    if Path(settings.model).is_dir():
-        check_huggingface_directory(Path(settings.model), "--model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(settings.model)
     arguments = TemplateArguments(settings.chat_template_kwargs)

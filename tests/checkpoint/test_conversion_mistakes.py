@@ -73,6 +73,14 @@ def test_what_is_no_checkpoint(path: str, words: str, end: str, folder: Path, ru
         assert message.startswith(f"--checkpoint={folder / path}: {words}") and message.endswith(end.format(folder))
 
 
+def test_an_adapter_without_its_model(folder: Path) -> None:
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    for refused, option in ((refused_import, "--hf"), (refused_export, "--checkpoint")):
+        message = refused(folder, folder / "adapter")
+        assert message.startswith(f"{option}={folder / 'adapter'}: holds an adapter of PEFT without its model; name")
+
+
 def test_verify_with_its_arguments_exchanged(folder: Path) -> None:
     assert refused_verify(folder, folder / "megatron", folder / "hf").endswith("exchange the two")
 

@@ -1,6 +1,7 @@
 """`data sample` with a model in this process: a tiny random one, made here."""
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -93,6 +94,10 @@ def test_an_end_token_ends_a_response_and_is_not_in_it(model, tmp_path) -> None:
 
 
 def test_a_directory_without_a_model_is_refused(tokenizer_path, tmp_path) -> None:
-    with pytest.raises(UserError, match="no loadable model") as error:
-        run(tokenizer_path, tmp_path, [context(0)])
-    assert "\n" not in str(error.value)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tokenizer_path, adapter)
+    (adapter / "adapter_config.json").write_text("{}")
+    for path, part in ((tokenizer_path, "holds no config.json"), (adapter, "holds an adapter of PEFT")):
+        with pytest.raises(UserError, match=part) as error:
+            run(path, tmp_path, [context(0)])
+        assert "\n" not in str(error.value)
