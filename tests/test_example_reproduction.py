@@ -15,8 +15,9 @@ import torch
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "reproduction"
 sys.path.insert(0, str(EXAMPLE))
 
+import precisions  # noqa: E402
 import reproduce  # noqa: E402
-from miniature import base, evaluate, jobs, lora_tables, pairs, plan, runs, tables, task  # noqa: E402
+from miniature import base, evaluate, jobs, lora_tables, pairs, plan, rescaled, runs, tables, task  # noqa: E402
 
 RECORDED = {"runs.jsonl": tables.TABLES, "lora.jsonl": lora_tables.LORA_TABLES}
 
@@ -57,6 +58,30 @@ def test_a_changed_run_changes_the_tables(name: str, tmp_path) -> None:
     (tmp_path / name).write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
     document = (EXAMPLE / "RESULTS.md").read_text(encoding="utf-8")
     assert tables.regenerate(document, tmp_path / name, RECORDED[name]) != document
+
+
+def test_a_rescaled_base_computes_the_same_with_other_weights() -> None:
+    model = base.new_model(seed=0)
+    weights = model.state_dict()
+    found = rescaled.rescale(weights, model.config, seed=1)
+    layers = [name for name in weights if "layers" in name]
+    assert all((weights[name] - found[name]).abs().max() > 1e-3 for name in layers)
+    words = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        before = model(words).logits
+        model.load_state_dict(found)
+        torch.testing.assert_close(model(words).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_the_tables_of_precisions_come_from_their_lines() -> None:
+    measured, rescaled_ones = (
+        [json.loads(line) for line in (folder / "precisions.jsonl").read_text(encoding="utf-8").splitlines()]
+        for folder in (EXAMPLE, EXAMPLE / "rescaled")
+    )
+    document = (EXAMPLE.parents[1] / "tools" / "RESULTS.md").read_text(encoding="utf-8")
+    assert precisions.start_table(measured) in document
+    assert precisions.trained_table(measured, 30) in document
+    assert precisions.start_table(rescaled_ones) in document
 
 
 @pytest.mark.parametrize("name", RECORDED)

@@ -1,7 +1,7 @@
 """The miniature in several precisions: errors at the start, and accuracy after SoLoPO.
 
 \b
-It needs the bases and pairs of `reproduce.py --only base95`. FP8 needs a GPU, or the emulated kernels:
+It needs the bases and pairs of `reproduce.py --only dpo-solopo-both`. FP8 needs a GPU, or the emulated kernels:
   PYTHONPATH=tests/emulated_gpu/site:.:.venv312-transformer-engine OMP_NUM_THREADS=1 \\
       .venv312/bin/python examples/reproduction/precisions.py --work examples/reproduction/work
 With EMULATED_GPU=blackwell before it, it measures mxfp8, which other devices do not have.
@@ -10,9 +10,10 @@ WORK/precisions.png.
 """
 
 import json
+import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -35,8 +36,9 @@ from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.trainer import train
 from miniature.figures import draw_precisions
 from miniature.plan import DEFAULT_ALPHA, LOSS_TYPES, SEEDS, STRONG
+from miniature.rescaled import write_rescaled
 from miniature.results import spread
-from miniature.runs import STEPS, Run, data_directory, make_config, measure
+from miniature.runs import STEPS, Run, base_directory, data_directory, make_config, measure
 from tools.checks.fp8_acceptance import response_lengths
 from tools.checks.precision_runs import first_gradient, raw_gaps, root_mean_square
 from tools.reporting import table
@@ -53,8 +55,18 @@ PRECISIONS: Mapping[str, dict[str, Any]] = {
     },
 }
 _TRIPLETS = 64
-_AT_START = ("logp_error", "gap_error_simpo", "gap_error_orpo", "gap_flips_simpo", "gap_flips_orpo")
-_AT_START += tuple(f"cosine_{loss_type}" for loss_type in LOSS_TYPES)
+_AT_START = {
+    "logp_error": "log-prob error",
+    "gap_error_simpo": "gap error, SimPO",
+    "gap_error_orpo": "gap error, ORPO",
+    "gap_flips_simpo": "wrong signs, SimPO",
+    "gap_flips_orpo": "wrong signs, ORPO",
+    "cosine_simpo": "cosine, SimPO",
+    "cosine_dpo": "cosine, DPO",
+    "cosine_orpo": "cosine, ORPO",
+}
+"""Columns of the first table. A DPO reward is a constant times the log-prob, and so is SimPO's for answers of one
+length: the gap errors of the two are equal."""
 _LENGTHS = ("16", "64", "128", "512")
 
 
@@ -71,9 +83,48 @@ _LENGTHS = ("16", "64", "128", "512")
     help="fp32, which all are compared with, comes first in any case.",
 )
 @click.option("--steps", default=STEPS, show_default=True, help="Of training; 0 measures the start alone.")
-def main(work: Path, seeds: tuple[int, ...], precisions: tuple[str, ...], steps: int) -> None:
+@click.option(
+    "--rescaled",
+    type=click.IntRange(0),
+    default=0,
+    help="Measure this many more models of each seed, which compute the same with other roundings: the start alone.",
+)
+def main(work: Path, seeds: tuple[int, ...], precisions: tuple[str, ...], steps: int, rescaled: int) -> None:
+    others = work / "rescaled"
+    if rescaled:
+        measure_all(others, [*rescale_bases(work, seeds, rescaled)], precisions, 0)
+    else:
+        measure_all(work, seeds, precisions, steps)
+    lines, other_lines = _lines(work), _lines(others)
+    click.echo(start_table(other_lines if rescaled else lines))
+    if steps and not rescaled:
+        click.echo("\n" + trained_table(lines, steps))
+    draw_precisions(
+        [line for line in lines if not line["steps"]], other_lines, list(PRECISIONS), work / "precisions.png"
+    )
+
+
+def _lines(work: Path) -> list[dict[str, Any]]:
     path = work / "precisions.jsonl"
-    done = {(line["steps"], line["precision"], line["seed"]) for line in (read_jsonl(path) if path.exists() else [])}
+    return list(read_jsonl(path)) if path.exists() else []
+
+
+def rescale_bases(work: Path, seeds: Sequence[int], count: int) -> Iterator[int]:
+    """Write rescaled bases beside copies of their pairs. Yields the number of each, which stands for its seed."""
+    for seed, number in product(seeds, range(1, count + 1)):
+        name = 100 * number + seed
+        target = work / "rescaled"
+        if not base_directory(target, STRONG, name).is_dir():
+            pairs = data_directory(target, STRONG, name)
+            shutil.copytree(data_directory(work, STRONG, seed), pairs, dirs_exist_ok=True)
+            write_rescaled(base_directory(work, STRONG, seed), base_directory(target, STRONG, name), name)
+        yield name
+
+
+def measure_all(work: Path, seeds: Sequence[int], precisions: Sequence[str], steps: int) -> None:
+    """Append what is missing to WORK/precisions.jsonl."""
+    path = work / "precisions.jsonl"
+    done = {(line["steps"], line["precision"], line["seed"]) for line in _lines(work)}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     asked = dict.fromkeys(("fp32", *precisions))
     missing = [key for key in product(sorted({0, steps}), asked, seeds) if key not in done]
@@ -85,9 +136,6 @@ def main(work: Path, seeds: tuple[int, ...], precisions: tuple[str, ...], steps:
             found |= after_training(work, seed, precision, steps) if number else at_start(work, seed, precision)
             with path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}) + "\n")
-    lines = list(read_jsonl(path))
-    show(lines, steps)
-    draw_precisions([line for line in lines if not line["steps"]], list(PRECISIONS), work / "precisions.png")
 
 
 def refuses(work: Path, seed: int, precision: str) -> bool:
@@ -176,27 +224,31 @@ def after_training(work: Path, seed: int, precision: str, steps: int) -> dict[st
     return found
 
 
-def show(lines: Sequence[dict[str, Any]], steps: int) -> None:
-    """Mean over the seeds and their standard deviation. Accuracies lie beside fp32's, seed by seed."""
-    found = {(line["steps"], line["precision"], line["seed"]): line for line in lines}
+def start_table(lines: Sequence[dict[str, Any]]) -> str:
+    """What `at_start` found: mean over the models, and standard deviation."""
     cells = [
         [precision, str(len(rows)), *(spread((row[name] for row in rows), digits=4) for name in _AT_START)]
         for precision in PRECISIONS
-        if (rows := [line for key, line in found.items() if key[:2] == (0, precision)])
+        if precision != "fp32" and (rows := _rows(lines, 0, precision))
     ]
-    click.echo(table(("precision", "seeds", *_AT_START), cells))
+    return table(("precision", "models", *_AT_START.values()), cells)
+
+
+def trained_table(lines: Sequence[dict[str, Any]], steps: int) -> str:
+    """What `after_training` found. The difference to fp32 is taken seed by seed, over all lengths."""
+    exact = {row["seed"]: _mean_accuracy(row) for row in _rows(lines, steps, "fp32")}
     cells = []
     for precision in PRECISIONS:
-        rows = [line for key, line in found.items() if steps and key[:2] == (steps, precision)]
-        exact = [found.get((steps, "fp32", row["seed"])) for row in rows]
-        pairs = [(row, other) for row, other in zip(rows, exact, strict=True) if other]
-        if rows:
+        if rows := _rows(lines, steps, precision):
             cells.append([precision, str(len(rows))])
             cells[-1] += [spread(row["accuracy"][length] for row in rows) for length in _LENGTHS]
-            cells[-1] += [spread((_mean_accuracy(row) - _mean_accuracy(other) for row, other in pairs), digits=3)]
+            cells[-1] += [spread((_mean_accuracy(row) - exact[row["seed"]] for row in rows), digits=3)]
             cells[-1] += [spread((row["last_gap"] for row in rows), digits=3)]
-    accuracies = (f"accuracy at {each}" for each in _LENGTHS)
-    click.echo("\n" + table(("precision", "seeds", *accuracies, "mean, less fp32", "last |gap|"), cells))
+    return table(("precision", "models", *(f"{each} words" for each in _LENGTHS), "mean, less fp32", "last gap"), cells)
+
+
+def _rows(lines: Sequence[dict[str, Any]], steps: int, precision: str) -> list[dict[str, Any]]:
+    return [line for line in lines if (line["steps"], line["precision"]) == (steps, precision)]
 
 
 def _mean_accuracy(line: dict[str, Any]) -> float:

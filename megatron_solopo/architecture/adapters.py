@@ -22,7 +22,7 @@ class AdaptedLinear:
     targets: tuple[str, ...]
     """Those of them that have an adapter."""
     outputs: tuple[str, ...]
-    """The rows of each module, in the names of the mapping table's sizes."""
+    """The rows of each module, by their names in `ModelShape.sizes`."""
     inputs: str
     """The columns of all of them."""
     is_column_parallel: bool
@@ -40,11 +40,13 @@ _LINEARS = (
 ADAPTER = "_adapter"
 """What Megatron's name of a linear layer has behind it in that of its adapter."""
 ALL_LINEAR = "all-linear"
+ATTENTION: tuple[TargetModule, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""The modules that a model with experts can adapt."""
 _EVERY: tuple[str, ...] = get_args(TargetModule)
 # Fields of PEFT's file that change nothing of what a loaded adapter computes.
 _WITHOUT_EFFECT = {
     *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode"),
-    *("init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core"),
+    *("init_lora_weights", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core"),
     *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
 }
 _EMPTY: tuple[Any, ...] = (None, False, "none", {}, [])
@@ -67,8 +69,38 @@ def adapted_linears(lora: LoRAConfig) -> list[AdaptedLinear]:
     ]
 
 
+def adapter_sizes(architecture: ModelShape, lora: LoRAConfig, tensor_parallel_size: int = 1) -> list[tuple[str, int]]:
+    """The parameters of one layer's adapters, in their order: Megatron's name, and the numbers that each rank has."""
+    known, found = architecture.sizes, []
+    for linear in adapted_linears(lora):
+        of_module = dict(zip(linear.modules, linear.outputs, strict=True))
+        rows = lora.rank * sum(known[of_module[each]] for each in linear.targets)
+        columns = lora.rank * len(linear.targets) * known[linear.inputs]
+        if linear.is_column_parallel:
+            rows //= tensor_parallel_size
+        else:
+            columns //= tensor_parallel_size
+        found += [(f"{linear.megatron}{ADAPTER}.lora_A", columns), (f"{linear.megatron}{ADAPTER}.lora_B", rows)]
+    return found
+
+
+def num_adapter_parameters(architecture: ModelShape, lora: LoRAConfig) -> int:
+    """Parameters of all adapters of a model."""
+    return architecture.num_layers * sum(size for _, size in adapter_sizes(architecture, lora))
+
+
 def check_adapters(architecture: ModelShape, config: Config) -> None:
     """Raise UserError if the model or the layout has no place for the adapters, or if they have no settings."""
+    check_targets(architecture, config)
+    if config.lora is not None and 0 in stage_layers(architecture.num_layers, config.parallel):
+        raise UserError(
+            f"parallel.pipeline_model_parallel_layout={config.parallel.pipeline_model_parallel_layout}: a stage "
+            "without layers has no adapters to train; give every stage a layer (t)"
+        )
+
+
+def check_targets(architecture: ModelShape, config: Config) -> None:
+    """`check_adapters` without the layers of pipeline stages."""
     lora = config.lora
     if lora is None:
         if config.model.adapter is not None:
@@ -77,17 +109,14 @@ def check_adapters(architecture: ModelShape, config: Config) -> None:
             )
         return
     chosen = target_modules(lora)
-    in_experts = [each for each in chosen if each in ("gate_proj", "up_proj", "down_proj")]
+    in_experts = [each for each in chosen if each not in ATTENTION]
     if architecture.experts is not None and in_experts:
         raise UserError(
             f"lora.target_modules: {', '.join(in_experts)} are parts of experts, which have no adapters; choose from "
-            "q_proj, k_proj, v_proj, o_proj"
+            f"{', '.join(ATTENTION)}"
         )
-    if 0 in stage_layers(architecture.num_layers, config.parallel):
-        raise UserError(
-            f"parallel.pipeline_model_parallel_layout={config.parallel.pipeline_model_parallel_layout}: a stage "
-            "without layers has no adapters to train; give every stage a layer (t)"
-        )
+    if config.moe.router_trainable:
+        raise UserError("moe.router_trainable=true: a run with lora trains adapters alone; set it to false")
     attention = [each for each in ("q_proj", "k_proj", "v_proj") if each in chosen]
     tp = config.parallel.tensor_model_parallel_size
     if tp > architecture.num_query_groups and 0 < len(attention) < 3:
@@ -111,7 +140,7 @@ def adapter_config(lora: LoRAConfig, base: Path) -> bytes:
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "use_rslora": lora.use_rslora,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "target_modules": list(target_modules(lora)),
         "bias": "none",
         "inference_mode": True,
@@ -129,7 +158,7 @@ def read_lora(stored: dict[str, Any], file: Path) -> LoRAConfig:
     """
     if stored.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {stored.get('peft_type')!r}; only LORA is supported")
-    known = {*_WITHOUT_EFFECT, "peft_type", "r", "lora_alpha", "use_rslora", "target_modules"}
+    known = {*_WITHOUT_EFFECT, "peft_type", "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules"}
     for name in sorted(stored.keys() - known):
         if stored[name] not in _EMPTY:
             raise UserError(f"{file}: {name}={stored[name]!r} is not supported; only plain LoRA is")
@@ -140,11 +169,12 @@ def read_lora(stored: dict[str, Any], file: Path) -> LoRAConfig:
                 "rank": stored["r"],
                 "alpha": float(stored["lora_alpha"]),
                 "use_rslora": stored.get("use_rslora", False),
+                "dropout": stored.get("lora_dropout", 0.0),
                 "target_modules": targets if isinstance(targets, str) else sorted(targets, key=_EVERY.index),
             }
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file}: r, lora_alpha or target_modules is not supported ({' '.join(str(error).split())}); "
+            f"{file}: r, lora_alpha, lora_dropout or target_modules is not supported ({' '.join(str(error).split())}); "
             f"target_modules may name {', '.join(_EVERY)}, or be {ALL_LINEAR}"
         ) from None

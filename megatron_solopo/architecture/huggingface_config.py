@@ -68,6 +68,26 @@ class ModelShape:
         return self.experts is not None and self.experts.layers[layer]
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of its matrices by name, as the mapping table and the adapters use them."""
+        found = {
+            "one": 1,
+            "vocab": self.vocab_size,
+            "hidden": self.hidden_size,
+            "ffn": self.ffn_hidden_size,
+            "head": self.head_dim,
+            "queries": self.num_attention_heads * self.head_dim,
+            "keys": self.num_query_groups * self.head_dim,
+        }
+        if self.experts is not None:
+            found |= {
+                "experts": self.experts.num_experts,
+                "expert_ffn": self.experts.ffn_hidden_size,
+                "shared_ffn": self.experts.shared_ffn_hidden_size,
+            }
+        return found
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the whole model. Tied embeddings count once."""
         return self._num_parameters(None if self.experts is None else self.experts.num_experts)

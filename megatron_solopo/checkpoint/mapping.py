@@ -236,7 +236,7 @@ def canonical_name(name: str, first_expert: int = 0) -> str:
 
 def huggingface_shapes(rule: Rule, architecture: ModelShape) -> dict[str, tuple[int, ...]]:
     """The shapes of the rule's Hugging Face tensors by name, in the rule's order."""
-    known = sizes(architecture)
+    known = architecture.sizes
     shapes = (tuple(known.get(name) or int(name) for name in shape.split()) for shape in rule.shapes)
     return dict(zip(rule.huggingface, shapes, strict=True))
 
@@ -254,26 +254,6 @@ def megatron_shape(rule: Rule, architecture: ModelShape) -> tuple[int, ...]:
     """The shape of the whole parameter, without vocabulary padding."""
     shapes = list(huggingface_shapes(rule, architecture).values())
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-
-def sizes(architecture: ModelShape) -> dict[str, int]:
-    """The sizes of a model by the names that rules use."""
-    found = {
-        "one": 1,
-        "vocab": architecture.vocab_size,
-        "hidden": architecture.hidden_size,
-        "ffn": architecture.ffn_hidden_size,
-        "head": architecture.head_dim,
-        "queries": architecture.num_attention_heads * architecture.head_dim,
-        "keys": architecture.num_query_groups * architecture.head_dim,
-    }
-    if (experts := architecture.experts) is not None:
-        found |= {
-            "experts": experts.num_experts,
-            "expert_ffn": experts.ffn_hidden_size,
-            "shared_ffn": experts.shared_ffn_hidden_size,
-        }
-    return found
 
 
 def megatron_rows(rule: Rule, architecture: ModelShape, read: ReadTensor, rows: slice, *others: slice) -> Tensor:

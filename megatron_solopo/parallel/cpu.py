@@ -105,6 +105,9 @@ class _Generators:
 
 def _adapt_device_and_random_state() -> None:
     cuda: Any = torch.cuda
+    # torch may count devices to answer this, and below there is one.
+    available = cuda.is_available()
+    cuda.is_available = lambda: available
     cuda.current_device = lambda: _CPU
     cuda.device_count = lambda: 1
     # One function object per name: torch.compile refuses a function that has two.

@@ -11,8 +11,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from megatron_solopo.command_settings import CommandSettings
 
-VARIED = ("recompute", "fp8", "offload", "cp_comm")
-"""What a search may choose besides the parallel sizes."""
+VARIED = ("recompute", "fp8", "offload", "cp_comm", "lora")
+"""What a search may choose besides the parallel sizes. `lora` compares adapters with the whole model."""
 
 
 class PlanSettings(CommandSettings):
@@ -29,7 +29,8 @@ class PlanSettings(CommandSettings):
     triplets: PositiveInt = 10_000
     """Number of triplets that have the lengths of --tokens."""
     vary: tuple[str, ...] = ("recompute", "offload", "cp_comm")
-    """What the plan chooses besides the sizes: recompute, offload, cp_comm, fp8. The config decides the others."""
+    """What the plan chooses besides the sizes: recompute, offload, cp_comm, fp8. The config decides the others. lora
+    shows training of adapters and of the whole model side by side."""
     calibration: Path | None = None
     """JSON of tools.benchmarks.benchmark: use its measured efficiencies, not the assumed ones."""
     expert_imbalance: Annotated[float, Field(ge=1)] | None = None

@@ -10,12 +10,17 @@ Layers with experts have more: what the router and the exchange of tokens keep, 
 that reach them. In the first table each expert is a module of its own (SequentialMLP). In the second, one kernel
 computes all experts of a rank (grouped matrix products).
 
+Beside adapters, the base is frozen. A frozen linear layer keeps no input, and a frozen norm no normalised form. An
+adapter keeps its linear layer's input and its own output of a few columns.
+
 In comments, "token" means a token of a pack on one rank: a context-parallel rank holds 1 / CP of a pack.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from megatron_solopo.architecture.adapters import adapted_linears
 from megatron_solopo.architecture.experts import ExpertShape
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import padded_vocab_size
@@ -64,12 +69,59 @@ def element_bytes(config: Config) -> int:
     return _FP32 if config.model.dtype == "float32" else 2
 
 
+class _Inputs(NamedTuple):
+    """Bytes that are kept of each element of the linear layers' inputs; 0: it is not kept for them."""
+
+    qkv: int
+    proj: int
+    fc1: int
+    """Of the feed-forward, or of the router."""
+    fc2: int
+    experts: int
+
+
+def _kept_inputs(config: Config, *, local: bool, has_experts: bool) -> _Inputs:
+    e = element_bytes(config)
+    # Transformer Engine keeps the inputs of its products in FP8.
+    product_input = 1 if config.model.fp8 is not None and not local else e
+    if config.lora is None:
+        return _Inputs(*[product_input] * 5)
+    adapted = {linear.megatron.rpartition(".")[2] for linear in adapted_linears(config.lora)}
+    qkv, proj, fc1, fc2 = (e if f"linear_{name}" in adapted else 0 for name in ("qkv", "proj", "fc1", "fc2"))
+    parallel = config.parallel
+    computes_again = parallel.recompute_granularity == "selective" and "mlp" in parallel.recompute_modules
+    # The router keeps its input, frozen or not.
+    return _Inputs(qkv, proj, e if computes_again or has_experts else fc1, fc2, experts=0)
+
+
+def _adapter_bytes(config: Config, block: str) -> float:
+    """Bytes per token of what the adapters of a layer's block return from their first matrix."""
+    if config.lora is None:
+        return 0.0
+    # All ranks get that of a column-parallel layer, and each its share of tokens of that of a row-parallel one.
+    columns = sum(
+        len(linear.targets) if linear.is_column_parallel else 1 / sequence_shards(config)
+        for linear in adapted_linears(config.lora)
+        if linear.megatron.startswith(block)
+    )
+    return element_bytes(config) * config.lora.rank * columns
+
+
 def layer_bytes(architecture: ModelShape, config: Config, *, local: bool, has_experts: bool = False) -> LayerBytes:
     """Bytes per token that one layer of this rank keeps."""
+    inputs = _kept_inputs(config, local=local, has_experts=has_experts)
+    attention, mlp = (_adapter_bytes(config, block) for block in ("self_attention", "mlp"))
+    found = _base_bytes(architecture, config, inputs, local=local)
     if has_experts:
-        dense = layer_bytes(architecture, config, local=local)
-        return replace(dense, mlp=0.0, experts=_expert_bytes(architecture, config, local=local))
+        experts = _expert_bytes(architecture, config, inputs, local=local)
+        return replace(found, attention=found.attention + attention, mlp=0.0, experts=experts)
+    return replace(found, attention=found.attention + attention, mlp=found.mlp + mlp)
+
+
+def _base_bytes(architecture: ModelShape, config: Config, inputs: _Inputs, *, local: bool) -> LayerBytes:
+    """What a dense layer keeps without its adapters' own outputs."""
     a, e, tp = architecture, element_bytes(config), config.parallel.tensor_model_parallel_size
+    learns = config.lora is None
     queries, keys = a.num_attention_heads * a.head_dim / tp, max(a.num_query_groups / tp, 1) * a.head_dim
     heads, ffn = a.num_attention_heads / tp, a.ffn_hidden_size / tp
     share = 1 / sequence_shards(config)
@@ -78,32 +130,34 @@ def layer_bytes(architecture: ModelShape, config: Config, *, local: bool, has_ex
     # With more ranks than key-value heads, Megatron gathers queries, keys and values of all ranks and takes its part.
     whole_heads = a.num_attention_heads + 2 * a.num_query_groups
     mixed = queries + 2 * keys if tp <= a.num_query_groups else whole_heads * a.head_dim
-    # One norm over all heads keeps its input in fp32, unless it is, and its normalised form.
-    all_heads_norm = (e + (0 if e == _FP32 else _FP32)) * (queries + keys) if a.norms_all_heads else 0
+    # A norm keeps its input in fp32 and, where its weight learns, its normalised form.
+    norm_copies = 2 if learns else 1
+    # One norm over all heads has its input anyway in fp32, and normalises it in the model's precision.
+    all_heads_norm = (e * learns + (0 if e == _FP32 else _FP32)) * (queries + keys) if a.norms_all_heads else 0
     if local:
         cp = config.parallel.context_parallel_size
         # The tensor of mixed queries, keys and values lives as long as its last view, the values of core attention.
         before = mixed + keys
         # Under context parallelism, core attention gathers keys and values, and keeps those instead.
         gathered = 2 * keys * cp - before if cp > 1 else 0.0
-        norm = (2 * _FP32 + e) * hidden + _FP32 * share  # the input and its normalised form in fp32, the output
-        head_norms = (2 * _FP32 * (queries + keys) + 2 * _FP32 * heads) if a.qk_layernorm else all_heads_norm
+        norms = (2 * norm_copies * _FP32 + inputs.qkv + inputs.fc1) * hidden + 2 * _FP32 * share  # and the outputs
+        head_norms = norm_copies * _FP32 * (queries + keys) + 2 * _FP32 * heads if a.qk_layernorm else all_heads_norm
         return LayerBytes(
             boundary=e * hidden,
-            norms=2 * norm,
-            attention=e * (before + queries + queries) + 4 * e * a.head_dim + head_norms,
+            norms=norms,
+            attention=e * (before + queries) + inputs.proj * queries + 4 * e * a.head_dim + head_norms,
             core_attention=e * (queries + gathered) + lse,
-            mlp=5 * e * ffn,  # both halves, the activated gate, the other half shifted, their product
+            mlp=(4 * e + inputs.fc2) * ffn,  # both halves, the activated gate, the other half shifted, their product
         )
-    fp8 = config.model.fp8 is not None
-    product_input = 1 if fp8 else e  # Transformer Engine keeps the inputs of its products in FP8
     head_norms = e * (queries + keys) if a.qk_layernorm else all_heads_norm
+    # The output projection's input is the attention output, of which it keeps a copy in FP8.
+    copied = queries if learns and config.model.fp8 is not None else 0
     return LayerBytes(
         boundary=e * hidden,
-        norms=2 * (e + product_input) * hidden + 2 * _FP32 * share,
-        attention=e * (mixed + queries + keys) + head_norms + (queries if fp8 else 0),
+        norms=(2 * e + inputs.qkv + inputs.fc1) * hidden + 2 * _FP32 * share,
+        attention=e * (mixed + queries + keys) + head_norms + copied,
         core_attention=e * queries + lse,
-        mlp=2 * e * ffn + product_input * ffn,
+        mlp=(2 * e + inputs.fc2) * ffn,
     )
 
 
@@ -117,7 +171,7 @@ def routed_tokens(experts: ExpertShape, config: Config) -> float:
     return load * experts.topk * parallel.expert_tensor_size / sequence_shards(config)
 
 
-def _expert_bytes(architecture: ModelShape, config: Config, *, local: bool) -> float:
+def _expert_bytes(architecture: ModelShape, config: Config, inputs: _Inputs, *, local: bool) -> float:
     """Bytes per token of a layer's router, of the exchange of tokens and of the experts."""
     a, experts, e, parallel = architecture, architecture.experts, element_bytes(config), config.parallel
     assert experts is not None
@@ -125,18 +179,14 @@ def _expert_bytes(architecture: ModelShape, config: Config, *, local: bool) -> f
     count, topk = experts.num_experts, experts.topk
     # The softmax; the choice; which token each copy is of; the mask and the probabilities, transposed for the exchange.
     router = _FP32 * (topk if experts.renormalizes else count) + 2 * _INT64 * topk + (1 + _FP32) * count
-    ffn, product_input = experts.ffn_hidden_size / parallel.expert_tensor_size, e
-    if local:
-        # As in a dense layer; and the product of both halves, which is multiplied by the router's probability.
-        columns = 6 * e * ffn
-    else:
-        product_input = 1 if config.model.fp8 is not None else e
-        columns = 2 * e * ffn + product_input * ffn
-    routed = routed_tokens(experts, config) * (product_input * a.hidden_size + columns + _FP32)
+    ffn = experts.ffn_hidden_size / parallel.expert_tensor_size
+    # As in a dense layer; and locally the product of both halves, which is multiplied by the router's probability.
+    columns = ((5 if local else 2) * e + inputs.experts) * ffn
+    routed = routed_tokens(experts, config) * (inputs.experts * a.hidden_size + columns + _FP32)
     shared = 0.0
     if experts.shared_ffn_hidden_size:
         width = experts.shared_ffn_hidden_size / parallel.tensor_model_parallel_size
-        mlp = 5 * e * width if local else 2 * e * width + product_input * width
+        mlp = ((4 if local else 2) * e + inputs.experts) * width
         shared = mlp + e * (a.hidden_size + 1) * share  # and the output and its gate
     return router * share + routed + shared
 
@@ -188,11 +238,11 @@ def activation_rate(architecture: ModelShape, config: Config, chunk: ModelChunk,
     else:
         kept -= sum(layer.total for layer in layers[: parallel.cpu_offloading_num_layers])
     tp, e = parallel.tensor_model_parallel_size, element_bytes(config)
-    hidden = architecture.hidden_size
+    hidden, final_copies = architecture.hidden_size, 2 if config.lora is None else 1
     return ActivationRate(
         layers=kept,
-        norm=(2 * _FP32 if local else e) * hidden / sequence_shards(config) if chunk.has_head else 0.0,
-        other=received + (_INT64 if chunk.has_embedding else 0),
+        norm=(final_copies * _FP32 if local else e) * hidden / sequence_shards(config) if chunk.has_head else 0.0,
+        other=received + (_INT64 if chunk.has_embedding and config.lora is None else 0),
         row=e * hidden if chunk.has_head else 0.0,
         logits=_FP32 * padded_vocab_size(architecture.vocab_size, tp) / tp if chunk.has_head else 0.0,
         chunk_rows=config.logprob.chunk_tokens,
@@ -210,7 +260,33 @@ def chunk_layers(architecture: ModelShape, config: Config, chunk: ModelChunk, *,
     experts, end = architecture.experts, chunk.first_layer + chunk.num_layers
     layers = (False,) * chunk.num_layers if experts is None else experts.layers[chunk.first_layer : end]
     kinds = {kind: layer_bytes(architecture, config, local=local, has_experts=kind) for kind in set(layers)}
-    return [kinds[kind] for kind in layers]
+    found = [kinds[kind] for kind in layers]
+    if config.lora is not None and chunk.has_embedding and config.parallel.recompute_granularity is None:
+        found[0] = _without_gradient(found[0], architecture, config, local=local)
+    return found
+
+
+def _without_gradient(layer: LayerBytes, architecture: ModelShape, config: Config, *, local: bool) -> LayerBytes:
+    """The first layer beside frozen embeddings: it keeps nothing before its first adapter but that adapter's input."""
+    inputs = _kept_inputs(config, local=local, has_experts=layer.experts > 0)
+    hidden = architecture.hidden_size / sequence_shards(config)
+    norm = (layer.norms - (inputs.qkv + inputs.fc1) * hidden) / 2
+    if inputs.qkv:
+        return replace(layer, norms=layer.norms - norm)
+    if inputs.proj:
+        width = architecture.num_attention_heads * architecture.head_dim
+        of_input = inputs.proj * width / config.parallel.tensor_model_parallel_size
+        return replace(
+            layer,
+            norms=layer.norms - norm,
+            attention=_adapter_bytes(config, "self_attention") + of_input,
+            core_attention=0.0,
+        )
+    alone = replace(layer, norms=inputs.fc1 * hidden, attention=0.0, core_attention=0.0)
+    if inputs.fc1:
+        return alone
+    ffn = architecture.ffn_hidden_size / config.parallel.tensor_model_parallel_size
+    return replace(alone, mlp=_adapter_bytes(config, "mlp") + inputs.fc2 * ffn)
 
 
 def _kept_by_full_recomputation(config: Config, layers: Sequence[LayerBytes]) -> float:
@@ -266,7 +342,8 @@ def working_bytes(
     a, e, parallel = architecture, element_bytes(config), config.parallel
     tokens = pack.padded_tokens / parallel.context_parallel_size
     boundary = layer_bytes(a, config, local=local).boundary
-    gathered = 2 * e * a.hidden_size if parallel.uses_sequence_parallel else 0
+    # Under sequence parallelism: the gradient of a product's input, and the input itself where the weight learns.
+    gathered = (2 if config.lora is None else 1) * e * a.hidden_size if parallel.uses_sequence_parallel else 0
     widest = 0.0 if a.experts and a.experts.in_all_layers else a.ffn_hidden_size / parallel.tensor_model_parallel_size
     gradients = 3 * e * widest + gathered
     if a.experts is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from megatron_solopo.architecture.adapters import check_adapters, num_adapter_parameters
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import Efficiency, check_fp8_of, find_gpu, read_gpus
 from megatron_solopo.architecture.huggingface_config import read_architecture
@@ -20,7 +21,7 @@ from megatron_solopo.plan.calibration import calibrate_efficiency
 from megatron_solopo.plan.disk import checkpoint_bytes, most_checkpoints
 from megatron_solopo.plan.layouts import Layout, as_yaml, left_out, make_layout, parse_sizes
 from megatron_solopo.plan.memory import GIB, RankCheck
-from megatron_solopo.plan.search import LayoutEstimate, Planner, SearchResult
+from megatron_solopo.plan.search import LayoutEstimate, Planner, RefusedLayout, SearchResult
 from megatron_solopo.plan.startup import WORLDS, StartupCounts
 from megatron_solopo.plan.timing import PassTime
 from megatron_solopo.plan.workload import read_workload
@@ -98,8 +99,14 @@ class PlannedRun:
             tokens += float(lengths.sum())
             squares += float((lengths.astype(float) ** 2).sum())
             responses += float(response.sum())
-        flops = 3 * forward_flops(planner.architecture, tokens, squares, responses).total
+        forward = forward_flops(planner.architecture, tokens, squares, responses)
+        flops = forward.of_training(base_learns=planner.config.lora is None)
         return flops / (self.estimate.time.seconds * self.layout.gpus * gpu.bf16_tflops * 1e12)
+
+    @property
+    def trained(self) -> str:
+        """What the run trains, in words."""
+        return _trained(self.layout.config)
 
     @property
     def overrides(self) -> list[str]:
@@ -138,6 +145,7 @@ class PlannedRun:
         estimate, time = self.estimate, self.estimate.time
         return {
             "objective": self.planner.config.objective.name,
+            "trained": self.trained,
             "layout": self.layout.sizes,
             "savers": self.layout.savers,
             "gpus": self.layout.gpus,
@@ -263,6 +271,24 @@ class PlannedRun:
 
 
 @dataclass(frozen=True, eq=False)
+class Unplanned:
+    """A choice for which no layout fits."""
+
+    trained: str
+    """What it would train."""
+    nearest: RefusedLayout
+
+    @property
+    def reason(self) -> str:
+        """Why not, in a line."""
+        return f"no layout fits; {self.nearest.name}: {self.nearest.reason}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The layout that comes closest."""
+        return {"trained": self.trained, "fits": False, "nearest": vars(self.nearest)}
+
+
+@dataclass(frozen=True, eq=False)
 class PlanAnswer:
     """Everything that a plan says."""
 
@@ -273,6 +299,8 @@ class PlanAnswer:
     """The layout to show in full."""
     other: PlannedRun | None
     """The other objective's best layout, if that is to be compared."""
+    other_weights: PlannedRun | Unplanned | None = None
+    """The best layout that trains adapters where `chosen` trains the whole model, or the other way round, if asked."""
     rank_checks: Sequence[RankCheck] = ()
     """The result of the dry run."""
     startup: Sequence[StartupCounts] | str = ()
@@ -285,6 +313,8 @@ class PlanAnswer:
         if model.experts is not None:
             active = f", {model.num_active_parameters:,} active"
             routes = f"routes: the fullest expert gets {model.experts.load_max_over_mean:g} x the mean\n"
+        if (lora := planner.config.lora) is not None:
+            routes += f"trains {self.chosen.trained}: {num_adapter_parameters(model, lora):,} parameters\n"
         parts = [
             f"{model.model_type}, {model.num_parameters:,} parameters{active}, {planner.config.model.dtype}\n{routes}"
             f"lengths: {planner.workload.source}; objective {planner.config.objective.name}\n"
@@ -306,9 +336,26 @@ class PlanAnswer:
                 for run in (self.chosen, self.other)
             )
             parts.append(_table(objectives))
+        if self.other_weights is not None:
+            parts.append(self._both_weights(self.other_weights))
         if self.rank_checks:
             parts += [_dry_run_text(self.rank_checks), startup_text(self.startup)]
         return "\n\n".join(parts)
+
+    def _both_weights(self, other: PlannedRun | Unplanned) -> str:
+        """Adapters and the whole model side by side, or in a line why one of them does not fit."""
+        runs = [run for run in (self.chosen, other) if isinstance(run, PlannedRun)]
+        table = _table(
+            {"trained": run.trained}
+            | run.figures()
+            | {
+                "host GiB": _figure(run.host_bytes_per_node()["optimizer"] / GIB, 1),
+                "checkpoint": described_bytes(run.checkpoint_bytes),
+                "layout": f"{run.layout.name}; {run.layout.savers}",
+            }
+            for run in runs
+        )
+        return table if isinstance(other, PlannedRun) else f"{table}\n{other.trained}: {other.reason}"
 
     def as_json(self) -> str:
         """The same for programs, with every refused layout: one JSON object."""
@@ -322,6 +369,7 @@ class PlanAnswer:
             "reserve": planner.reserve.model_dump(),
             "chosen": self.chosen.as_json(),
             "other_objective": None if self.other is None else self.other.as_json(),
+            "other_weights": None if self.other_weights is None else self.other_weights.as_json(),
             "ranking": [run.as_json() for run in self.best],
             "num_fitting": self.search.num_fitting,
             "refused": [vars(each) for each in self.search.refused],
@@ -329,6 +377,10 @@ class PlanAnswer:
             "startup": self.startup if isinstance(self.startup, str) else [each.as_json() for each in self.startup],
         }
         return json.dumps(found, indent=2, allow_nan=False)
+
+
+def _trained(config: Config) -> str:
+    return "the whole model" if config.lora is None else f"adapters of rank {config.lora.rank}"
 
 
 def _figure(value: float, decimals: int) -> str:
@@ -398,8 +450,6 @@ def make_planner(config: Config, settings: PlanSettings, stated: Sequence[str] =
         raise UserError(f"--gpus {gpus}: must be a multiple of {gpu.gpus_per_node}, the GPUs of one node")
     check_fp8_of(gpu, config.model)
     efficiency = Efficiency() if settings.calibration is None else calibrate_efficiency(settings.calibration, gpu)
-    if config.lora is not None:
-        raise UserError("lora: plan does not estimate adapters yet; set lora=null to plan a run of the whole model")
     architecture = read_architecture(config.model.path)
     if architecture.experts is not None:
         load = settings.expert_imbalance or _ASSUMED_IMBALANCE
@@ -411,6 +461,12 @@ def make_planner(config: Config, settings: PlanSettings, stated: Sequence[str] =
         )
     # What no layout changes is told once, and not as the fault of each.
     check_training(architecture, ParallelConfig(), config.optimizer, config.moe)
+    check_adapters(architecture, config.model_copy(update={"parallel": ParallelConfig()}))
+    if config.lora is not None and config.lora.dropout:
+        raise UserError(
+            f"lora.dropout={config.lora.dropout}: plan does not know the memory of masks and dropped inputs; "
+            "set it to 0 for the plan, and leave room beside it"
+        )
     stages = config.parallel.pipeline_model_parallel_layout
     if stages is not None and (wrong := wrong_letters(architecture.num_layers, stages)):
         raise UserError(f"parallel.pipeline_model_parallel_layout={stages} {wrong}; set it to null, or correct it")
@@ -430,8 +486,29 @@ def make_planner(config: Config, settings: PlanSettings, stated: Sequence[str] =
 
 
 def make_answer(planner: Planner, search: SearchResult, settings: PlanSettings) -> PlanAnswer:
-    """Choose a layout and compare it with the other objective; raises UserError if no layout fits."""
+    """Choose a layout and compare it with the other objective; raises UserError if no layout fits.
 
+    With `lora` among what varies, adapters and the whole model are compared. The configuration says which of the two is
+    shown in full, unless only the other one fits.
+    """
+    if "lora" not in settings.vary:
+        return _answer_of(planner, search, settings)
+    both = [(planner, search), (other := planner.for_other_weights(), other.search())]
+    if settings.explain is None and not search.ranked:
+        both.sort(key=lambda pair: not pair[1].ranked)
+    (shown, found), (compared, ranked) = both
+    other_weights: PlannedRun | Unplanned
+    if settings.explain is not None:
+        layout = make_layout(compared.config, parse_sizes(settings.explain), compared.gpus)
+        other_weights = PlannedRun(compared, compared.best_variant(layout), settings.price)
+    elif ranked.ranked:
+        other_weights = PlannedRun(compared, ranked.ranked[0], settings.price)
+    else:
+        other_weights = Unplanned(_trained(compared.config), ranked.nearest)
+    return replace(_answer_of(shown, found, settings), other_weights=other_weights)
+
+
+def _answer_of(planner: Planner, search: SearchResult, settings: PlanSettings) -> PlanAnswer:
     def planned(planner: Planner, estimate: LayoutEstimate) -> PlannedRun:
         return PlannedRun(planner, estimate, settings.price)
 

@@ -1,5 +1,6 @@
 """How much disk the checkpoints of a run take."""
 
+from megatron_solopo.architecture.adapters import num_adapter_parameters
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.config import Config, ModelConfig, OptimizerConfig
 
@@ -16,8 +17,11 @@ def optimizer_bytes_per_parameter(model: ModelConfig, optimizer: OptimizerConfig
 
 def checkpoint_bytes(config: Config, architecture: ModelShape) -> int:
     """Bytes of one checkpoint, but for a few small files."""
-    count = architecture.num_parameters
-    trained = count - (0 if config.moe.router_trainable else architecture.num_router_parameters)
+    if config.lora is None:
+        count = architecture.num_parameters
+        trained = count - (0 if config.moe.router_trainable else architecture.num_router_parameters)
+    else:  # the base is not stored
+        count = trained = num_adapter_parameters(architecture, config.lora)
     return count * _WIDTHS[config.model.dtype] + trained * optimizer_bytes_per_parameter(config.model, config.optimizer)
 
 

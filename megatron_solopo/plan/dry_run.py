@@ -22,7 +22,10 @@ from torch import Tensor
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.layout import data_parallel_overlap
 from megatron_solopo.architecture.pipeline_schedule import packs_at_peak
-from megatron_solopo.config import Config
+from megatron_solopo.checkpoint.adapter_mapping import adapter_shapes
+from megatron_solopo.checkpoint.adapters import add_adapters
+from megatron_solopo.checkpoint.mapping import ReadTensor
+from megatron_solopo.config import Config, LoRAConfig
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
@@ -85,7 +88,10 @@ def _check_rank(
         microbatch = _build_microbatch(config, pack, groups)
         with megatron_on_meta():
             chunks = _build_chunks(architecture, config)
-            freeze_routers(chunks, config.moe)
+            if config.lora is None:
+                freeze_routers(chunks, config.moe)
+            else:
+                add_adapters(chunks, architecture, config.lora, _without_numbers(architecture, config.lora))
             wrapped = wrap_data_parallel(chunks, config.optimizer, config.parallel)
             optimizer = build_optimizer(wrapped, config.optimizer)
             _initialize_moments(optimizer)
@@ -219,6 +225,12 @@ def _build_chunks(architecture: Architecture, config: Config) -> list[ResponseMo
             if isinstance(module, PackedAttention):
                 module.__class__ = _AttentionWithoutKernel
     return chunks
+
+
+def _without_numbers(architecture: Architecture, lora: LoRAConfig) -> ReadTensor:
+    """Reads adapters that have shapes alone."""
+    shapes = adapter_shapes(architecture, lora)
+    return lambda name, index: torch.empty(shapes[name], device=_META)[index]
 
 
 class _AttentionWithoutKernel(PackedAttention):

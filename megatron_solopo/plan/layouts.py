@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from megatron_solopo.architecture.adapters import check_adapters
 from megatron_solopo.architecture.gpus import Gpu, has_fp8
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import check_fp8, check_layout, check_training, check_world_size
@@ -73,7 +74,7 @@ class Layout:
     def savers(self) -> str:
         """The settings besides the sizes that save memory or time, in words; "none" if there are none."""
         parallel, model, optimizer = self.config.parallel, self.config.model, self.config.optimizer
-        found = []
+        found = [] if self.config.lora is None else [f"lora rank {self.config.lora.rank}"]
         if parallel.recompute_granularity == "full":
             found.append(f"recompute full ({parallel.recompute_method} {parallel.recompute_num_layers})")
         elif parallel.recompute_granularity == "selective":
@@ -205,6 +206,7 @@ def check_supported(architecture: ModelShape, layout: Layout) -> None:
     """Raise UserError with the first reason why the model does not allow a layout."""
     config = layout.config
     check_layout(architecture, config.parallel)
+    check_adapters(architecture, config)
     check_training(architecture, config.parallel, config.optimizer, config.moe)
     check_fp8(architecture, config.model, config.parallel, config.optimizer)
 
@@ -244,8 +246,7 @@ def layout_variants(architecture: ModelShape, layout: Layout, gpu: Gpu, vary: Se
     can_fp8 = has_fp8(gpu, config.model.fp8_recipe) and config.model.dtype == "bfloat16"
     precisions: list[dict[str, Any]] = [{}]
     if "fp8" in vary and can_fp8:
-        # Scales of blocks make up for the small range of e4m3. The gradients of blockwise were closer with it:
-        # tools/RESULTS.md. mxfp8 was not measured.
+        # Scales of blocks make up for the small range of e4m3. Their gradients were closer with it: tools/RESULTS.md.
         of_recipe = "e4m3" if config.model.fp8_recipe in ("blockwise", "mxfp8") else "hybrid"
         without = {"fp8": None, "fp8_param": False, "first_last_layers_bf16": False}
         precisions = [without, {"fp8": config.model.fp8 or of_recipe}]

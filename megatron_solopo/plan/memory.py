@@ -25,8 +25,10 @@ from megatron_solopo.plan.activations import (
 )
 from megatron_solopo.plan.parameters import (
     ModelChunk,
+    ParameterShard,
     ShardSizes,
     chunk_parameters,
+    layer_adapters,
     model_chunks,
     overlap_bucket_size,
     parameter_buffers,
@@ -64,9 +66,11 @@ class RankState:
     largest_piece: int
     """The largest piece of it. To continue, a rank reads piece by piece into the memory of the GPU."""
     expert_parameters: int = 0
-    """Those of `parameters` that expert parallelism divides. Other ranks gather them."""
+    """Those of `parameters` that learn and that expert parallelism divides. Other ranks gather them."""
     expert_gradients: int = 0
     """Their gradients. Other ranks reduce them."""
+    frozen: int = 0
+    """Those of `parameters` that do not learn. No rank gathers them."""
 
     @property
     def total(self) -> int:
@@ -81,18 +85,24 @@ class _SharedState:
     trained: int
     frozen: int
     largest: int
-    """Its largest parameter."""
+    """Its largest parameter that learns."""
+    largest_frozen: int
     in_buffers: int
-    """With padding."""
-    in_fp8: int
+    """Those that learn, with padding."""
+    trained_fp8: int
     """Those of them in FP8."""
+    frozen_fp8: int
     num_buckets: int
     owned: IntArray
     """Parameters whose optimizer state each of the ranks holds that divide it."""
 
     def parameter_bytes(self, width: int) -> int:
         """Bytes of all parameters, those in FP8 with one each."""
-        return (self.frozen + self.in_buffers) * width + self.in_fp8 * (1 - width)
+        return self.frozen_bytes(width) + self.in_buffers * width + self.trained_fp8 * (1 - width)
+
+    def frozen_bytes(self, width: int) -> int:
+        """Bytes of the parameters that do not learn."""
+        return self.frozen * width + self.frozen_fp8 * (1 - width)
 
 
 class _Sharing(NamedTuple):
@@ -106,6 +116,12 @@ class _Sharing(NamedTuple):
     trains_routers: bool
     of_experts: bool
     """Whether these are the experts that expert parallelism divides, or the other parameters."""
+    adapters: tuple[ParameterShard, ...]
+    """Of a layer. If there are any, nothing else learns."""
+
+    def learns(self, parameter: ParameterShard) -> bool:
+        """Whether a parameter is trained."""
+        return parameter.is_adapter if self.adapters else self.trains_routers or not parameter.is_router
 
 
 @lru_cache(maxsize=4096)
@@ -116,12 +132,13 @@ def _shared_state(
     parameters = [
         [
             each
-            for each in chunk_parameters(architecture, model, sharing.sizes, chunk)
+            for each in chunk_parameters(architecture, model, sharing.sizes, chunk, sharing.adapters)
             if each.is_expert is sharing.of_experts
         ]
         for chunk in chunks
     ]
-    trained = [[each for each in chunk if sharing.trains_routers or not each.is_router] for chunk in parameters]
+    trained = [[each for each in chunk if sharing.learns(each)] for chunk in parameters]
+    frozen = [each for chunk in parameters for each in chunk if not sharing.learns(each)]
     shards, distributed = sharing.shards, sharing.distributed
     buffers = [
         buffer
@@ -131,10 +148,12 @@ def _shared_state(
     count = sum(each.numel for chunk in trained for each in chunk)
     return _SharedState(
         trained=count,
-        frozen=sum(each.numel for chunk in parameters for each in chunk) - count,
-        largest=max((each.numel for chunk in parameters for each in chunk), default=0),
+        frozen=sum(each.numel for each in frozen),
+        largest=max((each.numel for chunk in trained for each in chunk), default=0),
+        largest_frozen=max((each.numel for each in frozen), default=0),
         in_buffers=sum(buffer.numel for buffer in buffers),
-        in_fp8=sum(buffer.numel for buffer in buffers if buffer.is_fp8),
+        trained_fp8=sum(buffer.numel for buffer in buffers if buffer.is_fp8),
+        frozen_fp8=sum(each.numel for each in frozen if each.is_fp8),
         num_buckets=sum(len(buffer.buckets_B2) for buffer in buffers),
         owned=sum((buffer.owned(shards) for buffer in buffers), np.zeros(shards, np.int64))
         if distributed
@@ -160,6 +179,7 @@ def _both_states(
             overlap_bucket_size(data_parallel_size) if overlaps and pipeline_rank == 0 else None,
             config.moe.router_trainable,
             of_experts,
+            layer_adapters(architecture, config),
         )
         return _shared_state(architecture, config.model, chunks, sharing)
 
@@ -197,7 +217,11 @@ def rank_state(
     # distributed optimizer writes weights of a float32 model a second time.
     written = owned if distributed else sum(part.trained / size for part, size in zip(parts, ranks, strict=True))
     saved_per_element = _MOMENTS + _FP32 if distributed else per_element
-    weights = sum((part.trained + part.frozen) * width / size for part, size in zip(parts, ranks, strict=True))
+    # A checkpoint of adapters holds no base. Whoever loads it reads the base from its own files, in its precision.
+    in_checkpoint = [part.trained + (0 if config.lora else part.frozen) for part in parts]
+    weights = sum(count * width / size for count, size in zip(in_checkpoint, ranks, strict=True))
+    pieces = [_FP32 * min(round(written), max(part.largest for part in parts))]
+    pieces += [width * part.largest_frozen for part in parts]
     return RankState(
         parameters=sum(part.parameter_bytes(width) for part in parts),
         fp8_weights=_fp8_copies(architecture, config, model_chunks(architecture, parallel, pipeline_rank)),
@@ -207,9 +231,10 @@ def rank_state(
         buckets=sum(part.num_buckets for part in parts),
         num_parameters=sum(part.trained + part.frozen for part in parts),
         saved=round(written * saved_per_element + weights),
-        largest_piece=_FP32 * min(round(written), max(dense.largest, experts.largest)),
-        expert_parameters=experts.parameter_bytes(width),
+        largest_piece=max(pieces),
+        expert_parameters=experts.parameter_bytes(width) - experts.frozen_bytes(width),
         expert_gradients=experts.in_buffers * gradient_width,
+        frozen=sum(part.frozen_bytes(width) for part in parts),
     )
 
 
@@ -306,6 +331,8 @@ class StageMemory:
     """Bytes on each GPU of a pipeline rank at its fullest moment."""
 
     pipeline_rank: int
+    base: float
+    """Parameters beside adapters. They are frozen. Without adapters all are `parameters`."""
     parameters: float
     fp8_weights: float
     gradients: float
@@ -330,9 +357,10 @@ class StageMemory:
 
     @property
     def parts(self) -> dict[str, float]:
-        """The parts of the total by name, in the order of the picture."""
-        names = ("parameters", "fp8_weights", "gradients", "optimizer", "activations", "head", "working")
-        return {name: getattr(self, name) for name in (*names, "communication", "reserve")}
+        """The parts of the total by name, in the order of the picture. `base` is one only where it is frozen."""
+        names = (*(("base",) if self.base else ()), "parameters", "fp8_weights", "gradients", "optimizer")
+        others = ("activations", "head", "working", "communication", "reserve")
+        return {name: getattr(self, name) for name in (*names, *others)}
 
     @property
     def total(self) -> float:
@@ -358,9 +386,11 @@ def stage_memory(
     communication = _communication(architecture, config, data_parallel_size, packs, reserve)
     rotary = rotary_bytes(architecture, max(pack.longest for pack in packs))
     tensors = state.total + peak.saved + working + rotary + communication
+    base = 0 if config.lora is None else state.frozen
     return StageMemory(
         pipeline_rank=pipeline_rank,
-        parameters=state.parameters,
+        base=base,
+        parameters=state.parameters - base,
         fp8_weights=state.fp8_weights,
         gradients=state.gradients,
         optimizer=state.optimizer,

@@ -6,7 +6,8 @@ first chunk of the first stage has several buckets if their reduction overlaps w
 Embeddings that are shared with the last stage have a bucket of their own.
 
 Experts that expert parallelism divides have buffers of their own, because other ranks share their gradients. Without
-expert parallelism they lie among the other parameters. Frozen routers are in no buffer.
+expert parallelism they lie among the other parameters. What does not learn is in no buffer: frozen routers, and beside
+adapters the whole base.
 """
 
 import math
@@ -16,11 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_solopo.architecture.adapters import adapter_sizes
 from megatron_solopo.architecture.experts import ExpertShape
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.architecture.pipeline_layout import stage_layers
-from megatron_solopo.config import ModelConfig, ParallelConfig
+from megatron_solopo.config import Config, ModelConfig, ParallelConfig
 from megatron_solopo.data.batch_plan import IntArray
 
 _PARAMETER_ALIGNMENT = 64
@@ -48,6 +50,7 @@ class ParameterShard(NamedTuple):
     is_expert: bool = False
     """Whether expert parallelism divides it. With `expert_model_parallel_size` of 1, experts count as dense."""
     is_router: bool = False
+    is_adapter: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,16 +126,34 @@ def ranks_of_a_copy(parallel: ParallelConfig, *, is_expert: bool) -> int:
     )
 
 
+def layer_adapters(architecture: ModelShape, config: Config) -> tuple[ParameterShard, ...]:
+    """One rank's parameters of a layer's adapters; none without the section `lora`."""
+    if config.lora is None:
+        return ()
+    found = adapter_sizes(architecture, config.lora, config.parallel.tensor_model_parallel_size)
+    return tuple(ParameterShard(name, size, is_adapter=True) for name, size in found)
+
+
 def chunk_parameters(
-    architecture: ModelShape, model: ModelConfig, sizes: ShardSizes, chunk: ModelChunk
+    architecture: ModelShape,
+    model: ModelConfig,
+    sizes: ShardSizes,
+    chunk: ModelChunk,
+    adapters: Sequence[ParameterShard] = (),
 ) -> list[ParameterShard]:
-    """One rank's parameters of a chunk, in the order of `named_parameters` of plain PyTorch layers."""
+    """One rank's parameters of a chunk, in the order of `named_parameters` of plain PyTorch layers.
+
+    Adapters come last in their layer. Nothing else learns beside them, so their order among themselves is what counts.
+
+    Args:
+        adapters: those of a layer.
+    """
     a, tp = architecture, sizes.tp
     embedding = padded_vocab_size(a.vocab_size, tp) // tp * a.hidden_size
     shared = a.tied_embeddings and sizes.is_pipelined
     found = [ParameterShard("embedding.word_embeddings.weight", embedding, shared)] if chunk.has_embedding else []
     layers = range(chunk.first_layer, chunk.first_layer + chunk.num_layers)
-    kinds = {kind: list(_layer(a, sizes, has_experts=kind)) for kind in set(map(a.has_experts, layers))}
+    kinds = {kind: [*_layer(a, sizes, has_experts=kind), *adapters] for kind in set(map(a.has_experts, layers))}
     plain = {kind: [each._replace(is_fp8=False) for each in found] for kind, found in kinds.items()}
     for layer in layers:
         fp8 = model.fp8_param and not _in_bfloat16(architecture, model, layer)

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_solopo.architecture.adapters import ATTENTION
 from megatron_solopo.architecture.gpus import Efficiency, Gpu, Reserve
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import FP8_BLOCK
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, LoRAConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.plan.layouts import (
     Layout,
@@ -16,6 +17,7 @@ from megatron_solopo.plan.layouts import (
     check_supported,
     layout_variants,
     make_layout,
+    replace_settings,
     sizes_name,
 )
 from megatron_solopo.plan.memory import GIB, RankState, StageMemory, rank_state, stage_memory
@@ -114,6 +116,18 @@ class Planner:
         data = config.data.model_copy(update={"max_tokens_per_pack": budget})
         return replace(self, config=config.model_copy(update={"data": data}))
 
+    def for_other_weights(self) -> "Planner":
+        """The same planner for adapters where the configuration trains the whole model, and the other way round.
+
+        Without the section `lora`, the adapters are those of its default, as far as the model can have them.
+        """
+        lora, adapter = None, self.config.model.adapter
+        if self.config.lora is None:
+            lora = LoRAConfig() if self.architecture.experts is None else LoRAConfig(target_modules=[*ATTENTION])
+        config = replace_settings(self.config, model={"adapter": None}).model_copy(update={"lora": lora})
+        changed = ("lora",) if adapter is None else ("lora", "model.adapter")
+        return replace(self, config=config, stated=(*self.stated, *changed))
+
     def search(self) -> SearchResult:
         """Consider all layouts, and estimate the most promising ones."""
         fitting: list[tuple[float, Layout]] = []
@@ -185,8 +199,8 @@ class Planner:
 
     def time_reference(self, layout: Layout) -> PassTime:
         """The time of the pass of the reference model over all triplets."""
-        model = layout.config.model.without_gradients
-        scored = replace(layout, config=layout.config.model_copy(update={"model": model}))
+        update = {"model": layout.config.model.without_gradients, "lora": None}
+        scored = replace(layout, config=layout.config.model_copy(update=update))
         # The packs are padded for the precision of training.
         return self._timer(scored).time_pass(self.packer.single_pass(layout.config, layout.data_parallel_size))
 

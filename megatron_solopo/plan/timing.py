@@ -6,6 +6,9 @@ taken not to slow each other down.
 
 The fullest rank decides the time of a layer with experts, because all ranks wait for it. Where a model has dense layers
 beside those, every layer counts as a mean layer.
+
+Beside adapters, backward computes no gradients of the base's weights. An adapter's products are thin: most of its time
+goes into reading and writing the tensors around it.
 """
 
 from collections import Counter
@@ -16,6 +19,7 @@ from itertools import cycle, islice
 
 import numpy as np
 
+from megatron_solopo.architecture.adapters import adapted_linears, adapter_sizes
 from megatron_solopo.architecture.flops import forward_flops, linear_weights, routed_weights
 from megatron_solopo.architecture.gpus import Efficiency, Gpu
 from megatron_solopo.architecture.huggingface_config import ModelShape
@@ -203,12 +207,14 @@ class StepTimer:
         forward, head = self._forward(pack), self.head(pack, is_forward=is_forward)
         if is_forward:
             return forward, PackSeconds(), head
+        learns = self.config.lora is None
         backward = PackSeconds(
-            gemm=2 * forward.gemm,
+            # The gradients of the inputs, and of the weights that learn.
+            gemm=forward.gemm + (forward.gemm if learns else self._adapter_gemm(pack)),
             attention=_ATTENTION_BACKWARD * forward.attention,
             memory=2 * forward.memory,
             # Backward gathers the two inputs again for the weights' gradients.
-            tensor_traffic=1.5 * forward.tensor_traffic,
+            tensor_traffic=(1.5 if learns else 1.0) * forward.tensor_traffic,
             context_traffic=self._context_traffic(pack, _ATTENTION_BACKWARD * forward.attention, backward=True),
             expert_traffic=forward.expert_traffic,
         )
@@ -245,13 +251,49 @@ class StepTimer:
         ranks = tp * cp * a.num_layers
         attention = flops.attention / ranks / (self.gpu.bf16_tflops * 1e12 * rates.attention)
         return PackSeconds(
-            gemm=2 * self._busiest_weights * pack.padded_tokens / ranks / self._gemm_rate,
+            gemm=2 * self._busiest_weights * pack.padded_tokens / ranks / self._gemm_rate + self._adapter_gemm(pack),
             attention=attention,
             memory=self._memory_bytes(pack.padded_tokens / cp) / (self.gpu.hbm_gb_per_s * 1e9 * rates.memory),
-            tensor_traffic=self._tensor_traffic(pack.padded_tokens / cp),
+            tensor_traffic=self._tensor_traffic(pack.padded_tokens / cp)
+            + self._adapter_traffic(pack.padded_tokens / cp),
             context_traffic=self._context_traffic(pack, attention, backward=False),
             expert_traffic=self._sparse_share * self._expert_traffic(pack.padded_tokens / cp),
         )
+
+    def _adapter_gemm(self, pack: PackShape) -> float:
+        """Seconds of a layer's adapters in forward. They compute in bfloat16, whatever the base does."""
+        if self.config.lora is None:
+            return 0.0
+        parallel, numbers = (
+            self.config.parallel,
+            sum(size for _, size in adapter_sizes(self.architecture, self.config.lora)),
+        )
+        ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+        rate = self.gpu.bf16_tflops * 1e12 * self.efficiency.gemm
+        return 2.0 * numbers * pack.padded_tokens / ranks / rate
+
+    def _adapter_columns(self) -> float:
+        """Numbers per token that a layer's adapters read and write besides their own few columns."""
+        if self.config.lora is None:
+            return 0.0
+        tp, known, found = self.config.parallel.tensor_model_parallel_size, self.architecture.sizes, 0.0
+        for linear in adapted_linears(self.config.lora):
+            outputs = sum(known[each] for each in linear.outputs)
+            if linear.is_column_parallel:
+                # The input; the parts of the modules, written, and read and written as one; the sum with the layer's.
+                found += known[linear.inputs] / sequence_shards(self.config) + 6 * outputs / tp
+            else:
+                found += known[linear.inputs] / tp + 4 * outputs / sequence_shards(self.config)
+        return found
+
+    def _adapter_traffic(self, tokens: float) -> float:
+        """Seconds of exchanging what each adapter's first matrix returns among tensor-parallel ranks."""
+        lora, tp = self.config.lora, self.config.parallel.tensor_model_parallel_size
+        if lora is None or tp == 1:
+            return 0.0
+        columns = [len(each.targets) if each.is_column_parallel else 1 for each in adapted_linears(lora)]
+        size = element_bytes(self.config) * tokens * lora.rank
+        return sum(self._collective(size * count, tp, tp) for count in columns)
 
     @property
     def _sparse_share(self) -> float:
@@ -280,7 +322,8 @@ class StepTimer:
         seconds = flops / (self.gpu.bf16_tflops * 1e12 * self.efficiency.head)
         if is_forward:
             return PackSeconds(head=seconds)
-        return PackSeconds(head=seconds * (3 if pack.response_rows > self.config.logprob.chunk_tokens else 2))
+        products = (1 if self.config.lora else 2) + (pack.response_rows > self.config.logprob.chunk_tokens)
+        return PackSeconds(head=seconds * products)
 
     def _memory_bytes(self, tokens: float) -> float:
         """Bytes that the memory-bound kernels of a layer read and write: norms, residuals, rotation, SwiGLU."""
@@ -293,7 +336,7 @@ class StepTimer:
             routed = routed_tokens(a.experts, self.config)
             each = 3 * a.experts.ffn_hidden_size / self.config.parallel.expert_tensor_size + 4 * 2 * a.hidden_size
             columns += self._sparse_share * (routed * each + 3 * a.experts.shared_ffn_hidden_size / tp)
-        return e * tokens * (2 * 2 * hidden + 2 * 3 * hidden + 2 * rotated + columns)
+        return e * tokens * (2 * 2 * hidden + 2 * 3 * hidden + 2 * rotated + columns + self._adapter_columns())
 
     def _tensor_traffic(self, tokens: float) -> float:
         """Seconds of two gathers and two reduce-scatters of hidden states. Two all-reduces would take as long.
@@ -387,7 +430,7 @@ class StepTimer:
 
     def _reduction(self, state: RankState) -> tuple[float, float]:
         """Seconds of the reduction of gradients, and of the gather of parameters, over the ranks that share them."""
-        whole = state.gradients - state.expert_gradients, state.parameters - state.expert_parameters
+        whole = state.gradients - state.expert_gradients, state.parameters - state.frozen - state.expert_parameters
         experts = state.expert_gradients, state.expert_parameters
         parts = [self._reduction_of(*whole, is_expert=False), self._reduction_of(*experts, is_expert=True)]
         return sum(reduce for reduce, _ in parts), sum(gather for _, gather in parts)

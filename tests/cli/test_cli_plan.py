@@ -1,6 +1,7 @@
 """`megatron-solopo plan` as a user runs it."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from megatron_solopo.cli import main as cli
-from megatron_solopo.config import load_config
+from megatron_solopo.config import LoRAConfig, load_config
 from tests.plan.models import PLANS, ROOT, TOKENS
 from tests.prepared import make_prepared
 from tests.tiny_models import make_model
@@ -95,6 +96,32 @@ def test_overrides_state_what_the_command_line_stated_and_what_is_left_out_is_na
     assert dropped["left_out"] == [f"parallel.pipeline_model_parallel_layout={stages}", given[1]]
     assert "parallel.pipeline_model_parallel_layout=null" in dropped["overrides"]
     assert load_config(PLANS / "llama-3.1-8b.yaml", dropped["overrides"]).objective.beta == 0.2
+
+
+def test_adapters_and_the_whole_model_side_by_side() -> None:
+    """With the optimizer's state on the GPUs, adapters of a 70B model fit on a node, and the model as a whole does not.
+
+    The configuration asks for the whole model. So the plan shows what fits.
+    """
+    node = [*SEVENTY, "--gpus", "8", "--gpu", "h200", "objective.name=short_po", "--vary", "recompute,lora"]
+    text = plan(*node).stdout
+    assert "\ntrains adapters of rank 16: 207,093,760 parameters\n" in text
+    assert re.search(
+        r"^the whole model: no layout fits; \S+: does not fit: [\d.]+ GiB over 139.8 GiB", text, re.MULTILINE
+    )
+    found = json.loads(plan(*node, "--json").stdout)
+    best, other = found["chosen"], found["other_weights"]
+    assert best["trained"] == "adapters of rank 16" and other["trained"] == "the whole model" and not other["fits"]
+    assert load_config(PLANS / "llama-3.1-70b.yaml", best["overrides"]).lora == LoRAConfig()
+    for stage in best["memory_bytes"]:
+        assert 50 * (stage["parameters"] + stage["gradients"] + stage["optimizer"]) < stage["base"]
+    # Adapters of the configuration come first. A layout that is asked for is shown with both.
+    asked = json.loads(plan(*node, "--explain", "tp=8", "lora.rank=4", "--json").stdout)
+    assert asked["chosen"]["trained"] == "adapters of rank 4" and not asked["other_weights"]["fits"]
+    assert asked["chosen"]["layout"] == asked["other_weights"]["layout"]
+    assert load_config(PLANS / "llama-3.1-70b.yaml", asked["other_weights"]["overrides"]).lora is None
+    refused = plan(*node, "lora.dropout=0.1")
+    assert refused.exit_code == 2 and "lora.dropout=0.1: plan does not know the memory" in refused.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would turn this whole process to the CPU")

@@ -33,6 +33,15 @@ FACTORIES = [
 ]
 
 
+@on_cpu
+def test_the_device_that_stands_for_the_cpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch with CUDA counts devices to say whether there is a GPU, if NVML is to answer."""
+    monkeypatch.setattr(torch.cuda, "_is_compiled", lambda: True)
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    assert torch.cuda.device_count() == 1 and not torch.cuda.is_available()
+    assert cpu.is_cpu()
+
+
 @pytest.mark.parametrize(
     ("wanted", "has_cuda", "expected"),
     [

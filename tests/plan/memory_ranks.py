@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_solopo.architecture.layout import pack_multiple, sequence_multiple
+from megatron_solopo.checkpoint.adapters import add_adapters, fresh_adapters
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
@@ -43,6 +44,7 @@ class Case:
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     distributed_optimizer: bool = True
     moe: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
     chunk_tokens: int = 1024
     idle_experts: int = 0
     """The last experts of each layer, to which the routers send hardly any token."""
@@ -54,6 +56,7 @@ class Case:
             model=self.model,
             optimizer=self.optimizer,
             moe=self.moe,
+            lora=self.lora,
             distributed_optimizer=self.distributed_optimizer,
             chunk_tokens=self.chunk_tokens,
         )
@@ -107,7 +110,11 @@ def _train(config: Config, groups: Topology, idle_experts: int) -> MemoryInUse:
         torch.nn.init.normal_(parameter, std=0.05)
     for _, router in (pair for chunk in chunks for pair in layers_and_routers(chunk)):
         router.weight.data[len(router.weight) - idle_experts :] = 0.0  # below the greatest of the others
-    freeze_routers(chunks, config.moe)
+    if config.lora is None:
+        freeze_routers(chunks, config.moe)
+    else:
+        fresh = fresh_adapters(model.architecture, config.lora, config.seed)
+        add_adapters(chunks, model.architecture, config.lora, fresh)
     wrapped = wrap_data_parallel(chunks, config.optimizer, config.parallel)
     optimizer = build_optimizer(wrapped, config.optimizer)
     policy = Policy(wrapped, optimizer, build_scheduler(optimizer, config.optimizer, 2))

@@ -7,6 +7,7 @@ import pytest
 from megatron_solopo.architecture.experts import ExpertShape
 from megatron_solopo.config import Config, parse_config
 from megatron_solopo.plan.disk import checkpoint_bytes, most_checkpoints
+from megatron_solopo.plan.memory import rank_state
 from tests.tiny_models import TINY
 
 
@@ -54,6 +55,14 @@ def test_bytes_per_parameter(dtype: str, distributed: bool, size: int) -> None:
     model = {"path": "model", "dtype": dtype}
     settings = config({}, model=model, optimizer={"use_distributed_optimizer": distributed})
     assert checkpoint_bytes(settings, TINY) == size * TINY.num_parameters
+
+
+def test_a_checkpoint_of_adapters_holds_no_base() -> None:
+    lora = config({}, lora={"rank": 4, "target_modules": ["q_proj", "down_proj"]})
+    hidden, ffn = TINY.hidden_size, TINY.ffn_hidden_size
+    each = 4 * (hidden + TINY.num_attention_heads * TINY.head_dim) + 4 * (ffn + hidden)
+    assert checkpoint_bytes(lora, TINY) == 16 * TINY.num_layers * each
+    assert rank_state(TINY, lora, 0, 1).saved == checkpoint_bytes(lora, TINY)
 
 
 def test_frozen_routers_have_no_optimizer_state() -> None:

@@ -117,6 +117,20 @@ def test_stages_that_hold_other_numbers_of_experts_are_all_estimated() -> None:
     assert planner._first_that_fits([layout])[1] == pytest.approx(fullest.total / 2**30 - planner.gpu.memory_gib)
 
 
+def test_experts_have_no_adapters_and_attention_beside_them_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    settings = PlanSettings(gpus=8, gpu="h200", tokens=TOKENS, triplets=1000)
+    with pytest.raises(UserError, match=r"^lora\.target_modules: gate_proj, up_proj, down_proj are parts of experts"):
+        planner_of_command(load_example(MODEL, "lora.rank=16")[0], settings)
+    whole = planner_of_command(load_example(MODEL)[0], settings)
+    adapted = whole.for_other_weights()
+    full, lora = (estimate(planner, cp=8, ep=8) for planner in (whole, adapted))
+    assert lora.fullest.base == full.fullest.parameters > 100 * lora.fullest.parameters
+    assert lora.fullest.optimizer < full.fullest.optimizer / 100
+    assert lora.time.compute.expert_traffic == full.time.compute.expert_traffic
+    assert adapted.for_other_weights().config == whole.config
+
+
 def test_the_load_of_the_fullest_expert_is_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     settings = {"gpus": 8, "gpu": "h200", "tokens": TOKENS, "triplets": 1000, "explain": "cp=8,ep=8"}

@@ -91,7 +91,47 @@ MOE_FOUR = [
     Case("moe-ep2-dp4-small-gradients", family="mixtral", parallel=ep(2), optimizer={"grad_reduce_in_fp32": False}),
     Case("moe-ep2-pp2-vpp2-full", family="qwen3_moe", parallel=ep(2) | pp(2, 2, **FULL)),
 ]
-ONE, TWO, FOUR = ONE + MOE_ONE, TWO + MOE_TWO, FOUR + MOE_FOUR
+LORA = {"rank": 4}
+ATTENTION = {"rank": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+LORA_ONE = [
+    Case("lora-one", lora=LORA),
+    Case("lora-one-bf16-plain-optimizer", lora=LORA, model=BF16, distributed_optimizer=False),
+    Case("lora-one-proj-up-qwen3", family="qwen3", lora={"rank": 3, "target_modules": ["o_proj", "up_proj"]}),
+    Case("lora-one-down", lora={"rank": 8, "target_modules": ["down_proj"]}, model=BF16),
+    Case("lora-one-gate-down", lora={"rank": 8, "target_modules": ["gate_proj", "down_proj"]}),
+    Case("lora-one-query", lora={"rank": 4, "target_modules": ["q_proj"]}, family="qwen2_tied", chunk_tokens=16),
+    Case("lora-one-mlp", lora=ATTENTION, parallel=MLP),
+    Case("lora-one-full", lora=LORA, parallel=FULL, model=BF16),
+    Case("lora-one-core", lora=LORA, parallel=CORE, model=BF16),
+    Case("lora-moe-one", lora=ATTENTION, family="qwen3_moe"),
+    Case("lora-moe-one-shared", lora=ATTENTION, family="qwen2_moe", model=BF16),
+]
+LORA_TWO = [
+    Case("lora-tp2", lora=LORA, parallel=tp(2), model=BF16),
+    Case("lora-tp2-no-sp", lora=LORA, parallel=tp(2, sequence_parallel=False)),
+    Case("lora-tp2-full", lora=LORA, parallel=tp(2, **FULL)),
+    Case("lora-pp2-tied", lora=LORA, parallel=pp(2), family="qwen2_tied", model=BF16),
+    Case("lora-vpp2-tied", lora=LORA, parallel=pp(2, 2), family="qwen2_tied"),
+    Case("lora-pp2-uneven", lora=LORA, parallel=pp(2, **stages("Ettt|tL")), model=BF16),
+    Case("lora-cp2", lora=LORA, parallel=cp(2)),
+    Case("lora-cp2-mlp", lora=LORA, parallel=cp(2, **MLP)),
+    Case("lora-dp2", lora=LORA, model=BF16, optimizer={"grad_reduce_in_fp32": False}),
+    Case("lora-moe-ep2", lora=ATTENTION, family="qwen3_moe", parallel=ep(2), model=BF16),
+    Case("lora-moe-tp2-all-heads", lora=ATTENTION, family="olmoe", parallel=tp(2), model=BF16),
+]
+LORA_FOUR = [
+    Case("lora-tp4-more-than-kv-heads", lora=LORA, parallel=tp(4), family="qwen3"),
+    Case("lora-tp2-pp2-tied", lora=LORA, parallel=tp(2) | pp(2), family="qwen2_tied", model=BF16),
+    Case("lora-tp2-cp2", lora=LORA, parallel=tp(2) | cp(2), model=BF16),
+    Case("lora-tp2-dp2", lora=LORA, parallel=tp(2), family="qwen2", model=BF16),
+    Case(
+        "lora-moe-ep2-tp2-etp1",
+        lora=ATTENTION,
+        family="qwen2_moe",
+        parallel=ep(2, expert_tensor_parallel_size=1) | tp(2),
+    ),
+]
+ONE, TWO, FOUR = ONE + MOE_ONE + LORA_ONE, TWO + MOE_TWO + LORA_TWO, FOUR + MOE_FOUR + LORA_FOUR
 CASES = {1: ONE, 2: TWO, 4: FOUR}
 
 

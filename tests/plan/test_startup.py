@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_solopo import checksums
-from megatron_solopo.config import Config
+from megatron_solopo.config import Config, LoRAConfig
 from megatron_solopo.plan.answer import startup_text
 from megatron_solopo.plan.startup import WORLDS, StartupCounts
 from megatron_solopo.plan.startup_dry_run import count_startup, count_startups
@@ -65,6 +65,13 @@ def test_replicas_share_the_weights(config: Config, counts: list[StartupCounts])
     stored = (config.model.path / "model.safetensors").stat().st_size
     assert 0 < counts[0].weight_bytes < stored / 4
     assert counts[1].weight_bytes <= counts[0].weight_bytes / 4 and counts[2].weight_bytes == 0
+
+
+def test_adapters_start_from_the_weights_of_their_base(config: Config, counts: list[StartupCounts]) -> None:
+    adapted = count_startup(config.model_copy(update={"lora": LoRAConfig(rank=2)}), 8, builds_model=True)
+    shutil.rmtree(config.run_dir)
+    assert (adapted.weight_bytes, adapted.files_opened) == (counts[0].weight_bytes, counts[0].files_opened)
+    assert adapted.exchanges == counts[0].exchanges
 
 
 def test_store_and_connections_grow_slower_than_the_number_of_ranks(counts: list[StartupCounts]) -> None:

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_solopo.architecture.adapters import num_adapter_parameters
+from megatron_solopo.architecture.flops import linear_weights
 from tests.plan.models import estimate, make_planner
 
 
@@ -100,6 +102,28 @@ def test_fp8_speeds_up_matrix_products_alone() -> None:
     planner = make_planner(gpus=1)
     plain, fp8 = estimate(planner).time.compute, estimate(planner, model={"fp8": "hybrid"}).time.compute
     assert fp8.gemm < plain.gemm and fp8.attention == pytest.approx(plain.attention, rel=1e-3)
+
+
+def test_adapters_save_the_gradients_of_the_base() -> None:
+    """A third of the products of the layers, half of those of the head's backward, and nearly all of the reduction."""
+    whole, adapted = (make_planner("llama-3.1-70b", *more, gpus=16) for more in ([], ["lora.rank=16"]))
+    slow = {"overlap_grad_reduce": False}
+    full, lora = (estimate(planner, tp=8, parallel=slow).time for planner in (whole, adapted))
+    own = adapted.config.lora and num_adapter_parameters(adapted.architecture, adapted.config.lora)
+    weights = linear_weights(adapted.architecture)
+    assert lora.compute.gemm / full.compute.gemm == pytest.approx((2 * weights + 3 * own) / (3 * weights))
+    assert lora.compute.head == pytest.approx(full.compute.head * (2 + 1) / (3 + 1))  # rows are projected twice
+    assert lora.compute.attention == full.compute.attention
+    assert full.compute.memory < lora.compute.memory < 6 * full.compute.memory
+    assert 4 / 5 * full.compute.tensor_traffic < lora.compute.tensor_traffic < 0.85 * full.compute.tensor_traffic
+    assert lora.data_traffic.exposed < full.data_traffic.exposed / 50
+    assert lora.optimizer < full.optimizer / 50
+
+
+def test_the_reference_of_adapters_is_the_model_without_them() -> None:
+    whole, adapted = (make_planner(*more, gpus=8) for more in (["llama-3.1-8b"], ["llama-3.1-8b", "lora.rank=16"]))
+    seconds = [planner.time_reference(estimate(planner, tp=8).layout).seconds for planner in (whole, adapted)]
+    assert seconds[0] == seconds[1]
 
 
 def test_a_reference_pass_fills_the_pipeline_once_in_a_while() -> None:

@@ -127,32 +127,37 @@ def _change(results: Results, found: list[Result], side: str) -> float:
     return statistics.fmean(changes) if changes else float("nan")
 
 
-def draw_precisions(lines: Sequence[dict[str, Any]], order: Sequence[str], path: Path) -> None:
-    """What each precision does to reward gaps and gradients, a column of panels per loss, a point per seed.
+def draw_precisions(
+    lines: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], order: Sequence[str], path: Path
+) -> None:
+    """What each precision does to reward gaps and gradients, a column of panels per loss, a point per model.
 
     Args:
-        lines: those of `precisions.jsonl` before the first step.
+        lines: those of `precisions.jsonl` before the first step, a colour per seed.
+        others: those of rescaled models, in grey.
         order: of the precisions, from the top.
         path: PNG to write.
     """
     rows = [each for each in order if each != "fp32" and any(line["precision"] == each for line in lines)]
-    figure = empty_figure(LIGHT, 3.3 * len(LOSS_TYPES) + 1.2, 0.42 * len(rows) * 2 + 1.6)
+    points = [(line, LIGHT.muted, 3.5) for line in others] + [(line, LIGHT.colour(line["seed"]), 6.0) for line in lines]
+    points = [each for each in points if each[0]["precision"] in rows]
+    figure = empty_figure(LIGHT, 3.3 * len(LOSS_TYPES) + 1.2, 0.84 * len(rows) + 1.6)
     axes = figure.subplots(2, len(LOSS_TYPES), sharey=True, sharex="row")
     for (column, loss_type), place in product(enumerate(LOSS_TYPES), (0, 1)):
         axis = axes[place, column]
         what = ("gap error, relative", "1 - cosine of the gradients")[place]
         style_axes(axis, LIGHT, f"SoLo-{_SHOWN_LOSSES[loss_type]}" if place == 0 else "", what)
-        for line in lines:
-            if line["precision"] in rows:
-                value = line[f"gap_error_{loss_type}"] if place == 0 else 1 - line[f"cosine_{loss_type}"]
-                colour = LIGHT.colour(line["seed"])
-                axis.plot(value, rows.index(line["precision"]), "o", color=colour, markersize=6, alpha=0.8)
+        for line, colour, size in points:
+            value = line[f"gap_error_{loss_type}"] if place == 0 else 1 - line[f"cosine_{loss_type}"]
+            axis.plot(value, rows.index(line["precision"]), "o", color=colour, markersize=size, alpha=0.7)
         axis.set_xscale("log")
         axis.set_yticks(range(len(rows)), rows)
     for seed in sorted({line["seed"] for line in lines}):
-        axes[0, -1].plot([], [], "o", color=LIGHT.colour(seed), label=f"seed {seed}")
+        axes[1, -1].plot([], [], "o", color=LIGHT.colour(seed), label=f"seed {seed}")
+    if others:
+        axes[1, -1].plot([], [], "o", color=LIGHT.muted, markersize=3.5, label="rescaled")
     axes[0, 0].invert_yaxis()
-    add_legend(axes[0, -1], LIGHT)
+    add_legend(axes[1, -1], LIGHT)
     _save(figure, path)
 
 
