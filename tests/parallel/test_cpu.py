@@ -33,6 +33,13 @@ FACTORIES = [
 ]
 
 
+@on_cpu
+def test_a_build_for_cuda_still_finds_no_gpu(monkeypatch) -> None:
+    """Such a build counts devices where NVML is to answer, and Megatron-Core is told that there is one."""
+    monkeypatch.setattr(torch.cuda, "_is_compiled", lambda: True)
+    assert torch.cuda.device_count() == 1 and not torch.cuda.is_available()
+
+
 @pytest.mark.parametrize(
     ("wanted", "has_cuda", "expected"),
     [
