@@ -21,6 +21,7 @@ _MODULES = (
     "tests.model.test_label_logprobs",
     "tests.model.test_microbatch",
     "tests.model.test_layers",
+    "tests.model.test_adapters",
     "tests.model.test_head",
     "tests.evaluate.test_long_context",
     "tests.evaluate.test_megatron_model",

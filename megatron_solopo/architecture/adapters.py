@@ -46,7 +46,7 @@ _EVERY: tuple[str, ...] = get_args(TargetModule)
 # Fields of PEFT's file that change nothing of what a loaded adapter computes.
 _WITHOUT_EFFECT = {
     *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode"),
-    *("init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core"),
+    *("init_lora_weights", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core"),
     *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
 }
 _EMPTY: tuple[Any, ...] = (None, False, "none", {}, [])
@@ -91,6 +91,16 @@ def num_adapter_parameters(architecture: ModelShape, lora: LoRAConfig) -> int:
 
 def check_adapters(architecture: ModelShape, config: Config) -> None:
     """Raise UserError if the model or the layout has no place for the adapters, or if they have no settings."""
+    check_targets(architecture, config)
+    if config.lora is not None and 0 in stage_layers(architecture.num_layers, config.parallel):
+        raise UserError(
+            f"parallel.pipeline_model_parallel_layout={config.parallel.pipeline_model_parallel_layout}: a stage "
+            "without layers has no adapters to train; give every stage a layer (t)"
+        )
+
+
+def check_targets(architecture: ModelShape, config: Config) -> None:
+    """`check_adapters` without the layers of pipeline stages."""
     lora = config.lora
     if lora is None:
         if config.model.adapter is not None:
@@ -105,11 +115,8 @@ def check_adapters(architecture: ModelShape, config: Config) -> None:
             f"lora.target_modules: {', '.join(in_experts)} are parts of experts, which have no adapters; choose from "
             f"{', '.join(ATTENTION)}"
         )
-    if 0 in stage_layers(architecture.num_layers, config.parallel):
-        raise UserError(
-            f"parallel.pipeline_model_parallel_layout={config.parallel.pipeline_model_parallel_layout}: a stage "
-            "without layers has no adapters to train; give every stage a layer (t)"
-        )
+    if config.moe.router_trainable:
+        raise UserError("moe.router_trainable=true: a run with lora trains adapters alone; set it to false")
     attention = [each for each in ("q_proj", "k_proj", "v_proj") if each in chosen]
     tp = config.parallel.tensor_model_parallel_size
     if tp > architecture.num_query_groups and 0 < len(attention) < 3:
@@ -133,7 +140,7 @@ def adapter_config(lora: LoRAConfig, base: Path) -> bytes:
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "use_rslora": lora.use_rslora,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "target_modules": list(target_modules(lora)),
         "bias": "none",
         "inference_mode": True,
@@ -151,7 +158,7 @@ def read_lora(stored: dict[str, Any], file: Path) -> LoRAConfig:
     """
     if stored.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {stored.get('peft_type')!r}; only LORA is supported")
-    known = {*_WITHOUT_EFFECT, "peft_type", "r", "lora_alpha", "use_rslora", "target_modules"}
+    known = {*_WITHOUT_EFFECT, "peft_type", "r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules"}
     for name in sorted(stored.keys() - known):
         if stored[name] not in _EMPTY:
             raise UserError(f"{file}: {name}={stored[name]!r} is not supported; only plain LoRA is")
@@ -162,11 +169,12 @@ def read_lora(stored: dict[str, Any], file: Path) -> LoRAConfig:
                 "rank": stored["r"],
                 "alpha": float(stored["lora_alpha"]),
                 "use_rslora": stored.get("use_rslora", False),
+                "dropout": stored.get("lora_dropout", 0.0),
                 "target_modules": targets if isinstance(targets, str) else sorted(targets, key=_EVERY.index),
             }
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file}: r, lora_alpha or target_modules is not supported ({' '.join(str(error).split())}); "
+            f"{file}: r, lora_alpha, lora_dropout or target_modules is not supported ({' '.join(str(error).split())}); "
             f"target_modules may name {', '.join(_EVERY)}, or be {ALL_LINEAR}"
         ) from None

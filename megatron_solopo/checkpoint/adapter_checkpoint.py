@@ -1,18 +1,17 @@
 """A checkpoint of a run with adapters: it holds the adapters, and names the base model and what its bytes were.
 
 huggingface/adapter_config.json   PEFT's description of the adapters; `base_model_name_or_path` is the base
-trainer.json                      the fingerprint of the base's weights, among what a run may not change
+huggingface/adapter_base.json     the fingerprint of the base's weights
 """
 
 import json
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_solopo.architecture.adapters import read_lora
+from megatron_solopo.architecture.adapters import adapter_config, read_lora
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.model_directory import (
     huggingface_directory,
@@ -20,19 +19,32 @@ from megatron_solopo.architecture.model_directory import (
     parse_model_json,
 )
 from megatron_solopo.checkpoint.adapter_mapping import adapter_rules
-from megatron_solopo.checkpoint.directory import TRAINER_STATE
 from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.checkpoint.huggingface_weights import all_finite, not_finite
 from megatron_solopo.checkpoint.mapping import Index, Rule, huggingface_blocks, place
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
+from megatron_solopo.config import LoRAConfig
 from megatron_solopo.errors import UserError
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_BASE = "adapter_config.json", "adapter_base.json"
 
 
 def is_adapter_checkpoint(path: Path) -> bool:
     """Whether `path` is a checkpoint that holds adapters without their base."""
     return is_megatron_checkpoint(path) and (huggingface_directory(path) / ADAPTER_CONFIG).is_file()
+
+
+def adapter_files(lora: LoRAConfig, base: Path, fingerprint: str) -> dict[str, bytes]:
+    """The files beside those of the base model in the folder `huggingface/` of a checkpoint of adapters.
+
+    Args:
+        base: the model that they are trained on.
+        fingerprint: `weights_fingerprint` of the base.
+    """
+    return {
+        ADAPTER_CONFIG: adapter_config(lora, base),
+        ADAPTER_BASE: (json.dumps({"weights_fingerprint": fingerprint}) + "\n").encode(),
+    }
 
 
 class AdapterCheckpoint:
@@ -65,8 +77,10 @@ class AdapterCheckpoint:
 
     def check_base(self) -> None:
         """Raise UserError if the base's weights are not those that the adapters were trained on. Reads them once."""
-        saved: dict[str, Any] = json.loads((self.path / TRAINER_STATE).read_text(encoding="utf-8"))
-        if weights_fingerprint(self.base) != saved["identity"]["model.path (its weights)"]:
+        file = huggingface_directory(self.path) / ADAPTER_BASE
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; it says what the base's weights were: take another checkpoint")
+        if weights_fingerprint(self.base) != parse_model_json(file.read_bytes(), file)["weights_fingerprint"]:
             raise UserError(
                 f"{self.path}: its adapters were trained on other weights than {self.base} holds now; bring them back"
             )

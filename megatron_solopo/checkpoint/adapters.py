@@ -15,6 +15,7 @@ from megatron_solopo.config import LoRAConfig
 from megatron_solopo.model.adapters import (
     Adapter,
     ColumnAdapter,
+    InputDropout,
     RowAdapter,
     Segments,
     attach,
@@ -32,8 +33,10 @@ def add_adapters(chunks: Sequence[ResponseModel], architecture: ModelShape, lora
         read: reads PEFT's tensors, from `fresh_adapters` or from a PEFT directory.
     """
     table = adapter_rules(architecture, lora)
+    dropout = InputDropout(lora.dropout) if lora.dropout else None
     for chunk in chunks:
         freeze_base(chunk)
+        chunk.adapter_dropout = dropout
         tensor_group = chunk.pg_collection.tp
         share = {"rank": tensor_group.rank(), "size": tensor_group.size(), "padded_vocab": chunk.vocab_size}
         for layer in chunk.decoder.layers:
@@ -43,14 +46,14 @@ def add_adapters(chunks: Sequence[ResponseModel], architecture: ModelShape, lora
                     to_megatron(table[prefix + name], architecture, read, **share) for name in ("lora_A", "lora_B")
                 ]
                 parent, _, name = linear.megatron.rpartition(".")
-                adapter = _build(linear, architecture, [*matrices, lora.scaling, chunk.config, tensor_group])
+                adapter = _build(linear, architecture, [*matrices, lora.scaling, chunk.config, tensor_group, dropout])
                 attach(layer.get_submodule(parent), name, adapter.to(next(layer.parameters()).device))
 
 
 def _build(linear: AdaptedLinear, architecture: ModelShape, parts: list[Any]) -> Adapter:
     if not linear.is_column_parallel:
         return RowAdapter(*parts)
-    group = parts[-1]
+    *_, group, _ = parts
     segments, repeats = _local_rows(linear, architecture, group.rank(), group.size())
     return ColumnAdapter(*parts, targets=linear.targets, segments=segments, repeats=repeats)
 

@@ -85,6 +85,8 @@ def check_weights(path: Path, architecture: Architecture) -> MegatronDirectory |
 def load_weights(chunks: Sequence[ResponseModel], architecture: Architecture, path: Path) -> None:
     """Fill every parameter of this rank from the model in `path`, cast to the model's precision.
 
+    Chunks may have adapters, which stay as they are.
+
     Args:
         path: a Hugging Face directory, or a checkpoint of `convert import` or of a run under any layout. If it holds
             adapters alone, the base is loaded, and the chunks get the adapters.
@@ -126,7 +128,7 @@ def _owners(chunks: Sequence[ResponseModel]) -> dict[torch.nn.Parameter, tuple[i
 
     A replica reads neighbours as far as possible, and each has about as many numbers.
     """
-    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    parameters = [each for chunk in chunks for name, each in chunk.named_parameters() if ADAPTER not in name]
     owners: dict[torch.nn.Parameter, tuple[int, dist.ProcessGroup]] = {}
     for alike in ([each for each in parameters if is_expert(each) is kind] for kind in (False, True)):
         total, before = sum(parameter.numel() for parameter in alike), 0

@@ -26,6 +26,7 @@ _NOT_CARRIED = (
     # These describe what does not travel: an adapter, Mistral's own form of the weights, quantized weights, another
     # training, folders of sentence-transformers.
     "adapter_config.json",
+    "adapter_base.json",
     "params.json",
     "quantize_config.json",
     "trainer_state.json",

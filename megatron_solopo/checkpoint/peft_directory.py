@@ -14,9 +14,21 @@ from megatron_solopo.checkpoint.huggingface_weights import all_finite, not_finit
 from megatron_solopo.checkpoint.mapping import Index
 from megatron_solopo.config import LoRAConfig
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import first_few
+from megatron_solopo.files import first_few, sha256_file
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def adapter_fingerprint(path: Path) -> str:
+    """Hex SHA-256 of the adapters' bytes. Raises UserError if `path` holds none."""
+    file = path / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise _missing(file)
+    return sha256_file(file)
+
+
+def _missing(file: Path) -> UserError:
+    return UserError(f"{file}: no such file; model.adapter takes a directory that PEFT saved")
 
 
 class PeftDirectory:
@@ -30,13 +42,13 @@ class PeftDirectory:
         self.path = path
         file = path / ADAPTER_CONFIG
         if not file.is_file():
-            raise UserError(f"{file}: no such file; model.adapter takes a directory that PEFT saved")
+            raise _missing(file)
         self._check_settings(read_lora(parse_model_json(file.read_bytes(), file), file), lora)
         try:
             with safe_open(path / ADAPTER_WEIGHTS, "pt") as weights:
                 found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         except FileNotFoundError:
-            raise UserError(f"{path / ADAPTER_WEIGHTS}: no such file; model.adapter takes what PEFT saved") from None
+            raise _missing(path / ADAPTER_WEIGHTS) from None
         except SafetensorError as error:
             raise UserError(f"{path / ADAPTER_WEIGHTS}: cannot be read: {error}") from error
         expected = adapter_shapes(architecture, lora)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -278,10 +278,22 @@ class LoRAConfig(Section):
     """Scale (PEFT: `lora_alpha`): an adapter's output is multiplied by alpha / rank."""
     use_rslora: bool = False
     """Divide alpha by the root of the rank (arXiv 2312.03732)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that a number of an adapter's input is dropped in training (PEFT: `lora_dropout`)."""
     target_modules: Annotated[list[TargetModule], Field(min_length=1)] | Literal["all-linear"] = Field(
         default="all-linear", examples=[["q_proj", "v_proj"]]
     )
     """The linear layers that have an adapter. all-linear: those of attention and of the feed-forward."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _check_targets(cls, value: Any) -> Any:
+        """One message, where a union would have one for each of its parts."""
+        legal = get_args(TargetModule)
+        is_list = isinstance(value, list) and bool(value) and all(each in legal for each in value)
+        if value != "all-linear" and not is_list:
+            raise UserError(f"must be all-linear, or a list of some of {', '.join(legal)}; not {value}")
+        return value
 
     @property
     def scaling(self) -> float:

@@ -15,11 +15,13 @@ import torch
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from megatron_solopo.architecture.adapters import ALL_LINEAR
 from megatron_solopo.command_settings import alternatives, choices
 from megatron_solopo.config import (
     Config,
     DataConfig,
     LogprobConfig,
+    LoRAConfig,
     ModelConfig,
     MoEConfig,
     ObjectiveConfig,
@@ -31,13 +33,15 @@ from megatron_solopo.errors import UserError
 _PREFIX = "solopo"
 # Section -> its class, and the name of each key's flag ("": the key's own name).
 _SECTIONS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
-    "model": (ModelConfig, {"path": "model_path"}),
+    "model": (ModelConfig, {"path": "model_path", "adapter": "model_adapter"}),
+    "lora": (LoRAConfig, {key: f"lora_{key}" for key in LoRAConfig.model_fields}),
     "data": (DataConfig, {"path": "data_path", "max_tokens_per_pack": "", "max_triplets_per_pack": ""}),
     "objective": (ObjectiveConfig, {"name": "objective"} | dict.fromkeys(list(ObjectiveConfig.model_fields)[1:], "")),
     "logprob": (LogprobConfig, {"chunk_tokens": ""}),
     "reference": (ReferenceConfig, {"model_path": "reference_model_path", "cache": "reference_cache"}),
     "moe": (MoEConfig, dict.fromkeys(MoEConfig.model_fields, "")),
 }
+_OPTIONAL = "lora"
 # Keys that flags of Megatron-LM set.
 _MEGATRON_FLAGS = {
     "training.global_batch_size": "--global-batch-size",
@@ -66,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             field = model.model_fields[key]
             group.add_argument(
                 _flag(name or key),
-                default=None if field.is_required() else field.default,
+                # A section that may be null is so unless one of its flags is given.
+                default=None if field.is_required() or section == _OPTIONAL else field.default,
                 required=field.is_required(),
                 help=_help(field.description, field.default, field.is_required()),
                 **_argparse_options(field),
@@ -95,7 +100,11 @@ def config_from_args(args: argparse.Namespace) -> Config:
         for section, (_, keys) in _SECTIONS.items()
     }
     sections["model"] |= _precision(args)
+    adapters = {key: value for key, value in sections.pop(_OPTIONAL).items() if value is not None}
+    if adapters.get("target_modules") == [ALL_LINEAR]:  # a list of modules, or this word
+        adapters["target_modules"] = ALL_LINEAR
     values = sections | {
+        _OPTIONAL: adapters or None,
         "run_dir": run_dir,
         "seed": args.seed,
         "training": {"global_batch_size": args.global_batch_size},
@@ -181,7 +190,9 @@ def _help(description: str | None, default: Any, required: bool) -> str:
 
 
 def _argparse_options(field: FieldInfo) -> dict[str, Any]:
-    """Return argparse's type, choices or action for a field. `X | None` is read as X."""
+    """Return argparse's type, choices, number or action for a field. `X | None` is read as X."""
+    if any(get_origin(each) is list for each in alternatives(field)):  # the configuration checks its values
+        return {"nargs": "+"}
     if legal := choices(field):
         return {"choices": legal}
     (kind,) = alternatives(field)

@@ -21,7 +21,7 @@ learning rate, times, evaluation) is in its own log, TensorBoard and W&B.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,19 +33,24 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_solopo.architecture.adapters import ADAPTER
 from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER, is_megatron_checkpoint
+from megatron_solopo.checkpoint.adapter_checkpoint import adapter_files
+from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.checkpoint.load import load_weights
-from megatron_solopo.checkpoint.model_files import read_model_files, write_files
-from megatron_solopo.config import Config
+from megatron_solopo.checkpoint.megatron_reader import read_metadata
+from megatron_solopo.checkpoint.model_files import write_files
+from megatron_solopo.config import Config, LoRAConfig
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path
 from megatron_solopo.integrations.arguments import add_arguments, config_from_args, flags_for_keys
 from megatron_solopo.integrations.task import PreferenceTask
+from megatron_solopo.model.adapters import StoresAdapters
 from megatron_solopo.model.build import build_chunk
-from megatron_solopo.parallel.agreement import on_every_rank
-from megatron_solopo.parallel.megatron_internals import call_pretrain, count_sequence_lengths
+from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
+from megatron_solopo.parallel.megatron_internals import add_base_class, call_pretrain, count_sequence_lengths
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.metrics import keep_before
 
@@ -164,7 +169,15 @@ class StepLog:
         tqdm.write(f" solopo iteration {self._step} | {shown}")
 
 
+_LOADED = ("load", "pretrained_checkpoint")
+"""Arguments that name a checkpoint, in the order in which Megatron-LM takes one."""
 ReportingLossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+def _without_place(content: bytes) -> dict[str, Any]:
+    """What a file of `adapter_files` says, except where the base is."""
+    found: dict[str, Any] = json.loads(content)
+    return found | {"base_model_name_or_path": None}
 
 
 class Solopo:
@@ -200,7 +213,8 @@ class Solopo:
         """Return a model provider that gives every chunk of `provider` the response-only head and its weights.
 
         The weights are those of `--solopo-model-path`. But if `--load` or `--pretrained-checkpoint` holds a
-        checkpoint, Megatron-LM loads that instead.
+        checkpoint, Megatron-LM loads that instead. With adapters the model is always that of `--solopo-model-path`, and
+        checkpoints hold the adapters alone.
 
         Args:
             provider: the script's own, which returns a GPTModel. None builds a GPTModel of Megatron-LM's arguments,
@@ -231,11 +245,45 @@ class Solopo:
         return build_chunk(self.task.model, config, chunk_tokens=rows, vp_stage=vp_stage)
 
     def _load_weights(self, chunks: list[Any]) -> None:
-        from megatron.training.checkpointing import checkpoint_exists
+        from megatron.training.checkpointing import checkpoint_exists, get_load_checkpoint_path_by_args
 
-        candidates = (self.args.load, getattr(self.args, "pretrained_checkpoint", None))
-        if not any(path is not None and checkpoint_exists(path) for path in candidates):
+        # All ranks find the path together.
+        present = {
+            name: Path(get_load_checkpoint_path_by_args(self.args, load_arg=name))
+            for name in _LOADED
+            if checkpoint_exists(getattr(self.args, name, None))
+        }
+        lora = self.config.lora
+        if lora is not None:
+            on_rank_0(lambda: self._keep_base(lora, present))
+        if lora is not None or not present:
             load_weights(chunks, self.task.architecture, self.config.model.path)
+        if lora is not None:
+            for chunk in chunks:
+                add_base_class(chunk, StoresAdapters)
+
+    def _keep_base(self, lora: LoRAConfig, present: Mapping[str, Path]) -> None:
+        """Raise UserError if a checkpoint holds no adapters, or those of other settings or weights.
+
+        What they belong to is in two files of `--save`, from the beginning: a run that was killed has no other ones.
+        """
+        now = adapter_files(lora, self.config.model.path, weights_fingerprint(self.config.model.path))
+        for name, path in present.items():
+            flag = f"--{name.replace('_', '-')}={getattr(self.args, name)}"
+            if not any(ADAPTER in key for key in read_metadata(path).state_dict_metadata):
+                raise UserError(
+                    f"{flag}: {path.name} holds no adapters; give the whole model as --solopo-model-path, and leave "
+                    f"out --{name.replace('_', '-')} at the start"
+                )
+            for file, content in now.items():
+                kept = path.parent / file
+                if kept.is_file() and _without_place(kept.read_bytes()) != _without_place(content):
+                    raise UserError(
+                        f"{flag}: its adapters belong to other weights or to other --solopo-lora flags ({kept} "
+                        "differs); bring those back, or give another --load and --save"
+                    )
+        if self.args.save is not None:
+            write_files(now, Path(self.args.save))
 
     def datasets(
         self, train_val_test_num_samples: Any, vp_stage: int | None = None
@@ -321,7 +369,7 @@ class Solopo:
                 keywords=keywords,
             )
         finally:  # Megatron-LM may leave through sys.exit
-            if "args" in vars(self):
+            if "task" in vars(self):
                 self.add_model_files()
 
     def add_model_files(self) -> None:
@@ -332,7 +380,7 @@ class Solopo:
         """
         if self.args.save is None or self.args.rank != 0:
             return
-        files = read_model_files(self.config.model.path)
+        files = self.task.model_files()
         for path in sorted(Path(self.args.save).glob("iter_*")):
             folder = path / HUGGINGFACE_FOLDER
             if is_megatron_checkpoint(path) and not folder.exists():

@@ -14,12 +14,17 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megatron_solopo.architecture.adapters import check_targets
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.layout import check_training
+from megatron_solopo.checkpoint.adapter_checkpoint import adapter_files
+from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
+from megatron_solopo.checkpoint.model_files import read_model_files
 from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.adapters import set_dropout
 from megatron_solopo.model.head import attach_response_head
 from megatron_solopo.model.head_norms import AllHeadsNormAttention
 from megatron_solopo.model.layers import layers_with_experts
@@ -31,7 +36,7 @@ from megatron_solopo.parallel.megatron_internals import pipeline_settings, set_r
 from megatron_solopo.parallel.topology import Topology, current
 from megatron_solopo.train.callbacks import say
 from megatron_solopo.train.metrics import reduce_sums
-from megatron_solopo.train.policy import freeze_routers
+from megatron_solopo.train.policy import check_starts_whole, set_trainable
 from megatron_solopo.train.reference import cached_reference
 from megatron_solopo.train.run_data import load_run_datasets, training_batches
 from megatron_solopo.train.step import LossFunction, forward_microbatch, objective_loss
@@ -195,7 +200,7 @@ def _check_groups(parallel: ParallelConfig) -> None:
 class PreferenceTask:
     """Data, objective and reference of one run, on the process groups that Megatron-Core already has.
 
-    It reads these parts of the config: `model`, `data`, `objective`, `logprob`, `reference`, `moe`, `seed`,
+    It reads these parts of the config: `model`, `lora`, `data`, `objective`, `logprob`, `reference`, `moe`, `seed`,
     `training.global_batch_size` and the sizes in `parallel`. The loop decides everything else.
 
     Args:
@@ -212,8 +217,8 @@ class PreferenceTask:
         self.topology = topology or current()
         _check_groups(config.parallel)
         self.architecture = read_architecture(config.model.path)
-        if config.lora is not None:
-            raise UserError("lora: loops of Megatron-LM do not train adapters yet; set lora=null")
+        check_targets(self.architecture, config)
+        check_starts_whole(config.model.path)
         check_training(self.architecture, config.parallel, config.optimizer, config.moe)
         # `resolve_model` would refuse layouts that the loop may have: stages of unequal length, for example.
         self.model = ResolvedModel(
@@ -239,18 +244,34 @@ class PreferenceTask:
     def prepare_model(self, model: Any) -> Any:
         """Give a GPTModel the response-only head and the rotary frequencies of config.json, and return it.
 
-        Routers of experts are watched, and learn only with `moe.router_trainable`.
+        Routers of experts are watched, and learn only with `moe.router_trainable`. With `lora` the model is frozen and
+        gets its adapters. `load_weights` may read the model before or after that.
+
         Call it on every chunk before Float16Module or DistributedDataParallel wrap it. Parameters and their names stay.
 
         Raises UserError naming what in the model differs from `config.model.path`. It also names what in its
-        TransformerConfig does not work with packs or with the mean over triplets.
+        TransformerConfig does not work with packs or with the mean over triplets. `model.adapter` may not fit.
         """
         prepare_model(model, self.architecture, self.config.logprob.chunk_tokens)
         if self.config.moe.replay:
             _refuse({"moe_router_fusion": (model.config.moe_router_fusion, False)}, "moe.replay=short replays nothing")
-        freeze_routers([model], self.config.moe)
+        if self.config.lora is not None and not len(model.decoder.layers):
+            raise UserError("lora: this model chunk has no layers, so no adapters to train; give every chunk a layer")
+        set_trainable([model], self.architecture, self.config)
         self._router_watch.attach(model)
         return model
+
+    def model_files(self) -> dict[str, bytes]:
+        """What a checkpoint's folder `huggingface/` must hold so that our commands take the checkpoint as a model.
+
+        With `lora` these files describe the adapters, too. Then the first call reads the model's weights, if their
+        checksums are not known yet. One rank should call it.
+        """
+        config = self.config
+        files = read_model_files(config.model.path)
+        if config.lora is not None:
+            files |= adapter_files(config.lora, config.model.path, weights_fingerprint(config.model.path))
+        return files
 
     def batches(
         self, split: str = "train", *, global_batch_size: int | None = None, packs_multiple: int | None = None
@@ -285,6 +306,7 @@ class PreferenceTask:
 
     def forward(self, pack: Pack, model: torch.nn.Module, split: str) -> tuple[Tensor, LossFunction]:
         """Run one pack of a split; see `forward_step`."""
+        set_dropout([model], is_training=split == "train")
         microbatch = shard_pack(pack, self.topology, with_places=self._watched[split], is_trained=split == "train")
         return forward_microbatch(model, microbatch, self._losses[split])
 

@@ -14,12 +14,16 @@ a row-parallel layer is reduced and scattered. So a matrix that is whole on each
 Megatron sums its gradient over the ranks (`sequence_parallel`).
 """
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
@@ -28,6 +32,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -39,15 +44,84 @@ Segments = tuple[tuple[str, int], ...]
 """The rows of a linear layer, in their order: PEFT's module and the number of its rows."""
 
 
+@dataclass(eq=False)
+class InputDropout:
+    """Dropout of the inputs of a model chunk's adapters, as PEFT's `lora_dropout`. Only training passes have it.
+
+    The masks come from Megatron's generators, which it sets back where it computes activations again. Under sequence
+    parallelism its layers run with the generator of the tensor-parallel rank, so parts of a sequence have other masks.
+    Otherwise they run with one that is the same on all tensor-parallel ranks, as their input is.
+    """
+
+    probability: float
+    is_active: bool = False
+
+    def __call__(self, x: Tensor, *, own_generator: bool) -> Tensor:
+        """Drop numbers of x, of any shape.
+
+        Args:
+            own_generator: change to the generator of the tensor-parallel rank.
+        """
+        with get_cuda_rng_tracker().fork() if own_generator else nullcontext():
+            return F.dropout(x, self.probability)
+
+
+def begin_dropout(seed: int, step: int) -> None:
+    """Let the masks of a step depend on the run's seed, the step and the layout, so that a continued run has the same.
+
+    Ranks with other tokens or other layers have other masks.
+    """
+    data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    place = (seed, step, data_rank, parallel_state.get_pipeline_model_parallel_rank())
+    digest = hashlib.sha256(" ".join(map(str, place)).encode()).digest()
+    model_parallel_cuda_manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@contextmanager
+def dropout_in(chunks: Sequence[torch.nn.Module], *, is_training: bool) -> Iterator[None]:
+    """Within, the adapters of these chunks (wrapped or not) have dropout if `is_training`."""
+    set_dropout(chunks, is_training=is_training)
+    try:
+        yield
+    finally:
+        set_dropout(chunks, is_training=False)
+
+
+def set_dropout(chunks: Iterable[Any], *, is_training: bool) -> None:
+    """Say whether the passes that begin now train. Activations are computed again as the latest pass says."""
+    for chunk in chunks:
+        while not isinstance(chunk, GPTModel):
+            chunk = chunk.module
+        dropout: InputDropout | None = getattr(chunk, "adapter_dropout", None)
+        if dropout is not None:
+            dropout.is_active = is_training
+
+
 class Adapter(torch.nn.Module):
     """What all adapters have in common: the two matrices, and how a checkpoint stores them."""
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, config: TransformerConfig, group: Any) -> None:
+    def __init__(
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        config: TransformerConfig,
+        group: Any,
+        dropout: InputDropout | None = None,
+    ) -> None:
         """Take this rank's shares of the two matrices, in float32, cast to the model's precision."""
         super().__init__()
+        self._dropout = dropout
         self.lora_A = torch.nn.Parameter(lora_A.to(config.params_dtype))
         self.lora_B = torch.nn.Parameter(lora_B.to(config.params_dtype))
         self.scaling, self.group, self.sequence_parallel = scaling, group, config.sequence_parallel
+
+    def _hidden(self, x: Tensor, modules: int, *, own_generator: bool) -> Tensor:
+        """[..., in] -> [..., modules * rank]: scaling * A x. Each module drops other numbers of x, as in PEFT."""
+        if self._dropout is None or not self._dropout.is_active:
+            return F.linear(x, self.lora_A) * self.scaling
+        parts = [F.linear(self._dropout(x, own_generator=own_generator), each) for each in self.lora_A.chunk(modules)]
+        return torch.cat(parts, dim=-1) * self.scaling
 
     def _divide(self, divided: Tensor, dim: int, whole: Tensor) -> None:
         """Mark the parameters as Megatron does: for the gradient's norm, and for the sum over parts of the tokens."""
@@ -87,7 +161,7 @@ class ColumnAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s / TP or s, b, in] -> [s, b, rows / TP]."""
-        hidden = F.linear(x, self.lora_A) * self.scaling
+        hidden = self._hidden(x, len(self.targets), own_generator=False)
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.group)
         else:
@@ -122,7 +196,8 @@ class RowAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, in / TP] -> [s / TP or s, b, out]."""
-        hidden = F.linear(x, self.lora_A) * self.scaling
+        # Its features are parts. Megatron has changed the generator under sequence parallelism.
+        hidden = self._hidden(x, 1, own_generator=not self.sequence_parallel)
         if self.sequence_parallel:
             hidden = reduce_scatter_to_sequence_parallel_region(hidden, group=self.group)
         else:
@@ -170,6 +245,22 @@ def freeze_base(chunk: GPTModel) -> None:
 def has_adapters(chunk: torch.nn.Module) -> bool:
     """Whether a model chunk's base is frozen, and adapters alone are trained and saved."""
     return getattr(chunk, "has_adapters", False)
+
+
+class StoresAdapters:
+    """A base class of model chunks with adapters in other trainers: their checkpoints hold the adapters alone."""
+
+    def sharded_state_dict(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        """What a checkpoint stores."""
+        state: dict[str, Any] = super().sharded_state_dict(*arguments, **keywords)  # type: ignore[misc]
+        return {name: value for name, value in state.items() if ADAPTER in name}
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> Any:
+        """Load adapters. The base stays as it is."""
+        missing, unexpected = super().load_state_dict(state, strict=False)  # type: ignore[misc]
+        missing = [name for name in missing if ADAPTER in name]
+        assert not strict or not (missing or unexpected), (missing, unexpected)
+        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 
 def cut_segments(segments: Segments, start: int, stop: int) -> Iterator[tuple[str, int]]:

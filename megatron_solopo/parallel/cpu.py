@@ -105,10 +105,11 @@ class _Generators:
 
 def _adapt_device_and_random_state() -> None:
     cuda: Any = torch.cuda
+    # torch may count devices to answer this, and below there is one.
+    available = cuda.is_available()
+    cuda.is_available = lambda: available
     cuda.current_device = lambda: _CPU
     cuda.device_count = lambda: 1
-    # A build of torch for CUDA would conclude from this count that there is a GPU.
-    cuda.is_available = lambda: False
     # One function object per name: torch.compile refuses a function that has two.
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None

@@ -83,7 +83,7 @@ class OutputOverride:
         return plain
 
 
-def add_base_class(model: GPTModel, base: type[OutputOverride]) -> None:
+def add_base_class(model: GPTModel, base: type[Any]) -> None:
     """Put `base` before the class of a model that exists already. Parameters and their names stay.
 
     Versions: all. Megatron-LM and its forks build the model in their own code, of a subclass of their own.

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.checkpoint.fingerprint import unread_weights, weights_fingerprint
+from megatron_solopo.checkpoint.peft_directory import adapter_fingerprint
 from megatron_solopo.checksums import FILES_AT_ONCE, KnownFile, read_checksums
 from megatron_solopo.config import Config, ModelConfig
 from megatron_solopo.errors import UserError
@@ -26,11 +27,13 @@ from megatron_solopo.train.run_data import RunDatasets
 from megatron_solopo.train.step import ReferenceLogprobs
 
 _DECAY = "optimizer.lr_decay_iters"
-_CONFIG, _WEIGHTS = "model.path (its config.json)", "model.path (its weights)"
+_CONFIG, WEIGHTS = "model.path (its config.json)", "model.path (its weights)"
+_ADAPTER = "model.adapter (its weights)"
 _TOKENS, _REFERENCE = "data.path (its tokens)", "reference.model_path (its weights)"
 _HASHES = {
     _CONFIG: "model.path={} has another config.json",
-    _WEIGHTS: "model.path={} holds other weights",
+    WEIGHTS: "model.path={} holds other weights",
+    _ADAPTER: "model.adapter={} holds other adapters",
     _TOKENS: "data.path={} holds other tokens",
     _REFERENCE: "reference.model_path={} holds other weights",
 }
@@ -94,10 +97,13 @@ class RunIdentity:
             "model.dtype": config.model.dtype,
             "model.fp8": precision_settings(config.model) or None,
             _CONFIG: on_rank_0(lambda: sha256_file(huggingface_directory(config.model.path) / "config.json")),
-            _WEIGHTS: model_fingerprint(config.model.path, progress),
+            WEIGHTS: model_fingerprint(config.model.path, progress),
             "lora": None if config.lora is None else config.lora.model_dump(mode="json"),
             _TOKENS: datasets.manifest.fingerprint,
         }
+        if config.lora is not None:
+            start = config.model.adapter
+            self.values[_ADAPTER] = None if start is None else on_rank_0(partial(adapter_fingerprint, start))
         if config.objective.needs_reference:
             path = config.reference.model_path or config.model.path
             self.values[_REFERENCE] = model_fingerprint(path, progress)
@@ -159,7 +165,7 @@ class RunIdentity:
                 return None
             is_policy = key == _REFERENCE and self._config.reference.model_path is None
             # One cause, one message: the policy is its own reference, and its weights are named already.
-            return None if is_policy and self._problem(_WEIGHTS, kept) else self._named(key)
+            return None if is_policy and self._problem(WEIGHTS, kept) else self._named(key)
         if key not in kept:
             # Versions that did not have the key worked as its default says.
             default = self._defaults.get(key)
@@ -171,7 +177,8 @@ class RunIdentity:
         config = self._config
         paths = {
             _CONFIG: config.model.path,
-            _WEIGHTS: config.model.path,
+            WEIGHTS: config.model.path,
+            _ADAPTER: _shown(config.model.adapter),
             _TOKENS: config.data.path,
             _REFERENCE: config.reference.model_path or config.model.path,
         }

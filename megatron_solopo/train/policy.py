@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.layout import data_parallel_overlap
 from megatron_solopo.checkpoint.adapter_checkpoint import is_adapter_checkpoint
 from megatron_solopo.checkpoint.adapters import add_adapters, fresh_adapters
@@ -353,11 +355,31 @@ def load_frozen(
     return chunks
 
 
-def _adapters(config: Config, lora: LoRAConfig, model: ResolvedModel) -> ReadTensor:
+def check_starts_whole(path: Path) -> None:
+    """Raise UserError if the model in `path` is a checkpoint of adapters."""
+    if is_adapter_checkpoint(path):
+        raise UserError(
+            f"model.path={path}: holds adapters without their base, which no run trains; `convert export "
+            "--merge` writes the whole model, and model.adapter takes what `convert export --adapter` writes"
+        )
+
+
+def set_trainable(chunks: Sequence[ResponseModel], architecture: Architecture, config: Config) -> None:
+    """Freeze what the run does not train, and add the adapters that it trains. Call it before the chunks are wrapped.
+
+    Raises UserError if `model.adapter` does not fit.
+    """
+    if config.lora is None:
+        freeze_routers(chunks, config.moe)
+    else:
+        add_adapters(chunks, architecture, config.lora, _adapters(config, config.lora, architecture))
+
+
+def _adapters(config: Config, lora: LoRAConfig, architecture: Architecture) -> ReadTensor:
     """Reads the adapters that a run starts from."""
     if config.model.adapter is None:
-        return fresh_adapters(model.architecture, lora, config.seed)
-    return PeftDirectory(config.model.adapter, model.architecture, lora).read
+        return fresh_adapters(architecture, lora, config.seed)
+    return PeftDirectory(config.model.adapter, architecture, lora).read
 
 
 def build_policy(config: Config, model: ResolvedModel, topology: Topology, max_steps: int) -> Policy:
@@ -365,16 +387,9 @@ def build_policy(config: Config, model: ResolvedModel, topology: Topology, max_s
 
     Raises UserError for damaged weights, or if the model is a checkpoint of adapters.
     """
-    if is_adapter_checkpoint(model.path):
-        raise UserError(
-            f"model.path={model.path}: holds adapters without their base, which no run trains; `convert export "
-            "--merge` writes the whole model, and model.adapter takes what `convert export --adapter` writes"
-        )
+    check_starts_whole(model.path)
     loaded = load_model(model, topology, chunk_tokens=config.logprob.chunk_tokens)
-    if config.lora is None:
-        freeze_routers(loaded, config.moe)
-    else:
-        add_adapters(loaded, model.architecture, config.lora, _adapters(config, config.lora, model))
+    set_trainable(loaded, model.architecture, config)
     chunks = wrap_data_parallel(loaded, config.optimizer, config.parallel)
     optimizer = build_optimizer(chunks, config.optimizer)
     for chunk in chunks:

@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_solopo.architecture.adapters import adapter_config
-from megatron_solopo.checkpoint.adapter_checkpoint import ADAPTER_CONFIG
+from megatron_solopo.checkpoint.adapter_checkpoint import adapter_files
 from megatron_solopo.checkpoint.directory import LATEST, checkpoint_name, checkpoints, newest_checkpoint, read_pointer
 from megatron_solopo.checkpoint.host_copies import HostCopies
 from megatron_solopo.checkpoint.load import load_checkpoint
@@ -25,7 +24,7 @@ from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.errors import OutOfSpaceError, UserError
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.train.callbacks import Callback, say
-from megatron_solopo.train.identity import RunIdentity, check_reference, summarise_reference
+from megatron_solopo.train.identity import WEIGHTS, RunIdentity, check_reference, summarise_reference
 from megatron_solopo.train.policy import Policy, next_learning_rate
 from megatron_solopo.train.state import SkippedSteps, TrainState
 from megatron_solopo.train.step import ReferenceLogprobs
@@ -114,9 +113,10 @@ class Saver:
             say(note)
 
     def _read_model_files(self) -> None:
-        self._model_files = read_model_files(self._config.model.path)
-        if self._config.lora is not None:
-            self._model_files[ADAPTER_CONFIG] = adapter_config(self._config.lora, self._config.model.path)
+        config = self._config
+        self._model_files = read_model_files(config.model.path)
+        if config.lora is not None:
+            self._model_files |= adapter_files(config.lora, config.model.path, self._identity.values[WEIGHTS])
 
     def restore(self, policy: Policy, state: TrainState) -> None:
         """Load the found checkpoint, if there is one, into `policy`, which is saved from now on."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.data.packing import Pack
+from megatron_solopo.model.adapters import dropout_in
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.objective import compute_objective, metric_names
 from megatron_solopo.parallel.megatron_internals import without_delayed_fp8, without_shape_messages
@@ -103,7 +104,8 @@ def run_microbatches(
     config = get_model_config(chunks[0])
     sequence_shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
     shapes = [(length // sequence_shards, 1, config.hidden_size) for length in positions]
-    with without_delayed_fp8(config) if forward_only else nullcontext():
+    precision = without_delayed_fp8(config) if forward_only else nullcontext()
+    with precision, dropout_in(chunks, is_training=not forward_only):
         reports: list[Tensor] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=list(iterators) if several else iterators[0],

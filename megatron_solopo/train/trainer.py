@@ -20,6 +20,7 @@ from megatron_solopo.architecture.layout import describe_bubble
 from megatron_solopo.config import Config, Surroundings, save_config, warning_without_effect
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.adapters import begin_dropout
 from megatron_solopo.model.microbatch import Microbatch
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.agreement import on_rank_0
@@ -327,6 +328,8 @@ class Trainer:
         if step == 1 and self.config.model.has_delayed_scales:
             started += self._warm_scales(batch)
         self.triplet_losses.clear()
+        if self.config.lora is not None and self.config.lora.dropout:
+            begin_dropout(self.config.seed, step)
         result = self.policy.step(
             batch.packs,
             self.losses["train"],

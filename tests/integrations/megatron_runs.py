@@ -83,6 +83,16 @@ def flags_with_experts(folder: Path) -> dict[str, Any]:
     }
 
 
+def with_adapters() -> dict[str, Any]:
+    """Sections of a run with adapters. With a small `adam_eps` Adam makes noise of what is zero but for rounding."""
+    return {"lora": {"rank": 4, "alpha": 8.0}, "optimizer": OPTIMIZER | {"lr": 1e-2, "adam_eps": 1e-4}}
+
+
+def flags_with_adapters() -> dict[str, Any]:
+    """The same for Megatron-LM."""
+    return {"solopo_lora_rank": 4, "solopo_lora_alpha": 8.0, "lr": 1e-2, "adam_eps": 1e-4}
+
+
 def arguments(folder: Path, name: str, parallel: dict[str, Any], **changes: Any) -> list[str]:
     """Megatron-LM's command line of the same run: model, data, layout, seed and optimizer. None takes a flag out."""
     flags: dict[str, Any] = _model_flags() | {

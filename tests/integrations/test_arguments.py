@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_solopo.config import DataConfig, LogprobConfig, ObjectiveConfig, ReferenceConfig
+from megatron_solopo.config import DataConfig, LogprobConfig, LoRAConfig, ObjectiveConfig, ReferenceConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.integrations.arguments import add_arguments, check_arguments, config_from_args, flags_for_keys
 
@@ -83,6 +83,18 @@ def test_layout_precision_and_batch_are_megatron_lms() -> None:
     assert (config.model.fp8, config.model.fp8_recipe, config.model.fp8_param) == ("hybrid", "blockwise", True)
     plain = config_from_args(parse(megatron={"params_dtype": torch.float32, "transformer_impl": "local"}))
     assert (plain.model.dtype, plain.model.implementation) == ("float32", "local")
+
+
+def test_a_flag_of_adapters_makes_their_section() -> None:
+    assert config_from_args(parse()).lora is None
+    assert config_from_args(parse("--solopo-lora-rank", "8")).lora == LoRAConfig(rank=8)
+    words = ("--solopo-lora-use-rslora", "--solopo-lora-dropout", "0.1", "--solopo-lora-target-modules")
+    lora = config_from_args(parse(*words, "q_proj", "v_proj")).lora
+    assert lora == LoRAConfig(use_rslora=True, dropout=0.1, target_modules=["q_proj", "v_proj"])
+    assert config_from_args(parse(*words, "all-linear")).lora == LoRAConfig(use_rslora=True, dropout=0.1)
+    with pytest.raises(UserError, match="some of q_proj, k_proj") as error:
+        config_from_args(parse("--solopo-lora-target-modules", "lm_head"))
+    assert "\n" not in str(error.value)
 
 
 def test_the_run_directory_is_save_where_it_is_not_given() -> None:

@@ -6,8 +6,10 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from megatron_solopo.checkpoint.conversion import import_model
+from megatron_solopo.checkpoint.conversion import export_adapter, export_model, import_model
+from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.model.layers import layer_spec
 from megatron_solopo.train.trainer import precompute_reference, train
@@ -17,9 +19,11 @@ from tests.integrations.megatron_runs import (
     STEPS,
     arguments,
     config,
+    flags_with_adapters,
     flags_with_experts,
     pretrain,
     recorded,
+    with_adapters,
     with_experts,
 )
 from tests.tiny_models import make_model
@@ -57,6 +61,8 @@ EXPERTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         EP2 | TP2 | {"expert_tensor_parallel_size": 1, "micro_batch_size": 1},
     ),
 }
+# Layouts that also train adapters. Under the second each rank has several chunks.
+ADAPTERS = ("tp2", "vpp2")
 EVALUATED = {"eval_iters": 1, "eval_interval": 2}
 
 
@@ -77,7 +83,7 @@ def run_all(folder: Path) -> dict[str, Any]:
         if is_saving:
             found["evaluated"] = evaluated
             (folder / "megatron_lm.jsonl").write_bytes((folder / "tp2-lm" / "metrics.jsonl").read_bytes())
-    found |= run_with_experts(folder)
+    found |= run_with_experts(folder) | run_with_adapters(folder)
     # Megatron-LM cannot load the state of torch's Adam, which is the only one here, into a fresh one.
     resumed = LAYOUTS["tp2"][1] | {"load": folder / "saved", "ckpt_step": SAVED, "no_load_optim": True}
     found["resumed"] = pretrain(arguments(folder, "tp2-lm", resumed))
@@ -103,6 +109,26 @@ def run_with_experts(folder: Path) -> dict[str, Any]:
     train(config(folder, "frozen", EP2, **sections | {"moe": {}}))
     moe = {name: None for name in flags if name.startswith("solopo_") and name.endswith(("trainable", "coefficient"))}
     found["frozen"] = pretrain(arguments(folder, "frozen-lm", EXPERTS["ep2"][1] | flags | moe))
+    return found
+
+
+def run_with_adapters(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ADAPTERS:
+        ours, theirs = LAYOUTS[name]
+        train(config(folder, f"lora-{name}", ours, **with_adapters()))
+        save = {"save": folder / f"lora-{name}-saved", "save_interval": SAVED}
+        found[f"lora-{name}"] = pretrain(arguments(folder, f"lora-{name}-lm", theirs | flags_with_adapters() | save))
+    load = {"load": folder / "lora-tp2-saved", "ckpt_step": SAVED, "no_load_optim": True}
+    resumed = LAYOUTS["tp2"][1] | flags_with_adapters() | load
+    found["lora-resumed"] = pretrain(arguments(folder, "lora-resumed-lm", resumed))
+    other = {"solopo_model_path": folder / "reference_model"}
+    for name, flags in {
+        "alpha": {"solopo_lora_alpha": 4.0},
+        "base": other,
+        "whole": {"load": folder / "saved"},
+    }.items():
+        found[f"refused {name}"] = refusal(arguments(folder, "refused", resumed | flags))
     return found
 
 
@@ -233,6 +259,38 @@ def test_losses_and_gradient_norms_are_our_trainers(found: dict[str, Any], folde
 def test_experts_are_trained_as_by_our_trainer(found: dict[str, Any], folder: Path, name: str) -> None:
     assert_equal_steps(found[name], recorded(folder, name))
     assert recorded(folder, "ep2")[-1]["loss"] != recorded(folder, "frozen")[-1]["loss"]
+
+
+@pytest.mark.parametrize("layout", ADAPTERS)
+def test_adapters_are_trained_as_by_our_trainer(found: dict[str, Any], folder: Path, layout: str) -> None:
+    ours = recorded(folder, f"lora-{layout}")
+    assert_equal_steps(found[f"lora-{layout}"], ours)
+    assert ours[-1]["loss"] != ours[0]["loss"]
+
+
+def test_megatron_lm_saves_adapters_alone_and_continues_with_them(found: dict[str, Any], folder: Path) -> None:
+    saved = folder / "lora-tp2-saved" / f"iter_{SAVED:07d}"
+    assert all("_adapter." in name for name in MegatronDirectory(saved).tensors)
+    assert_equal_steps(found["lora-resumed"][:1], recorded(folder, "lora-tp2")[SAVED : SAVED + 1])
+    assert "--load" in found["refused whole"] and "holds no adapters" in found["refused whole"]
+    for name in ("alpha", "base"):
+        assert "belong to other weights or to other --solopo-lora flags" in found[f"refused {name}"]
+
+
+@pytest.mark.usefixtures("found")
+@pytest.mark.parametrize("layout", ADAPTERS)
+def test_its_adapters_are_exported(folder: Path, layout: str) -> None:
+    exported = []
+    for checkpoint in (folder / f"lora-{layout}" / "checkpoints", folder / f"lora-{layout}-saved"):
+        output = folder / f"exported-{layout}-{len(exported)}"
+        export_adapter(checkpoint / f"iter_{STEPS:07d}", output, dtype=None)
+        exported.append(load_file(output / "adapter_model.safetensors"))
+    torch.testing.assert_close(exported[1], exported[0], rtol=2e-3, atol=1e-5)
+    merged = folder / f"merged-{layout}"
+    report = export_model(
+        folder / f"lora-{layout}-saved" / f"iter_{STEPS:07d}", merged, dtype=None, verification="tensors", merge=True
+    )
+    assert not report.failures
 
 
 def test_a_model_and_a_call_of_their_own_give_the_same(found: dict[str, Any], folder: Path) -> None:

@@ -7,10 +7,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from megatron.core import parallel_state
+import torch
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from safetensors.torch import load_file
 
+from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER
+from megatron_solopo.checkpoint.conversion import export_adapter
 from megatron_solopo.checkpoint.load import load_weights
+from megatron_solopo.checkpoint.model_files import write_files
+from megatron_solopo.checkpoint.peft_directory import ADAPTER_WEIGHTS
 from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatch
 from megatron_solopo.errors import UserError
@@ -43,6 +49,9 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "ep2-tp2": EP2 | {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
 }
 LAYERS_WITH_EXPERTS = 2
+# Layouts that also train adapters.
+ADAPTERS = ("tp2", "pp2")
+LORA = {"rank": 4, "alpha": 8.0}
 
 
 def run_all(folder: Path) -> dict[str, Any]:
@@ -55,6 +64,7 @@ def run_all(folder: Path) -> dict[str, Any]:
         train(settings)
         found[name] = example["train"](settings)
         parallel_state.destroy_model_parallel()
+    found |= run_with_adapters(folder, example["train"])
     sections = with_experts(folder) | {"optimizer": CONSTANT}
     precompute_reference(config(folder, "unused", EP2, **sections), overwrite=False)
     example["train"].__globals__["build_model"] = model_with_experts  # the example's has none
@@ -68,6 +78,30 @@ def run_all(folder: Path) -> dict[str, Any]:
         settings = config(folder, "unused", EP2, **sections | {"moe": moe, "reference": reference})
         precompute_reference(settings, overwrite=False)
         found[f"routes {name}"] = routes_beside_evaluation(settings)
+    return found
+
+
+def run_with_adapters(folder: Path, train_in_loop: Any) -> dict[str, Any]:
+    """Both trainers. Then the loop's model is saved as it is, with our files beside it."""
+    found: dict[str, Any] = {}
+    prepare, kept = PreferenceTask.prepare_model, []
+
+    def spy(task: PreferenceTask, model: Any) -> Any:
+        kept.append((task, prepare(task, model)))
+        return model
+
+    for name in ADAPTERS:
+        settings = config(folder, f"lora-{name}", LAYOUTS[name], lora=LORA, optimizer=CONSTANT | {"lr": 1e-2})
+        train(settings)
+        with mock.patch.object(PreferenceTask, "prepare_model", spy):
+            found[f"lora-{name}"] = train_in_loop(settings)
+        task, model = kept.pop()
+        checkpoint = folder / f"lora-{name}-loop"
+        if torch.distributed.get_rank() == 0:
+            write_files(task.model_files(), checkpoint / HUGGINGFACE_FOLDER)
+        torch.distributed.barrier()
+        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(checkpoint))
+        parallel_state.destroy_model_parallel()
     return found
 
 
@@ -117,7 +151,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
     return run_distributed(run_all, 2, folder)
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *EXPERTS])
+@pytest.mark.parametrize("name", [*LAYOUTS, *EXPERTS, *(f"lora-{name}" for name in ADAPTERS)])
 def test_it_gives_our_trainers_losses_and_gradient_norms_on_every_rank(found: Any, folder: Path, name: str) -> None:
     ours = recorded(folder, name)
     assert len(ours) == STEPS
@@ -125,6 +159,17 @@ def test_it_gives_our_trainers_losses_and_gradient_norms_on_every_rank(found: An
         for mine, theirs in zip(ours, rank[name], strict=True):
             assert theirs == pytest.approx({key: mine[key] for key in theirs}, rel=1e-6)
             assert ("moe/route_agreement" in theirs) == (name in EXPERTS)
+
+
+@pytest.mark.usefixtures("found")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_in_a_checkpoint_of_the_loop_are_exported(folder: Path, name: str) -> None:
+    exported = []
+    for kind, checkpoint in (("loop", f"lora-{name}-loop"), ("ours", f"lora-{name}/checkpoints/iter_{STEPS:07d}")):
+        export_adapter(folder / checkpoint, folder / f"{kind}-{name}", dtype=None)
+        exported.append(load_file(folder / f"{kind}-{name}" / ADAPTER_WEIGHTS))
+    torch.testing.assert_close(exported[0], exported[1], rtol=1e-4, atol=1e-6)
+    assert any(value.any() for key, value in exported[0].items() if "lora_B" in key)
 
 
 @pytest.mark.parametrize("name", ["own", "replayed"])

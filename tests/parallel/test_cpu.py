@@ -34,10 +34,12 @@ FACTORIES = [
 
 
 @on_cpu
-def test_a_build_for_cuda_still_finds_no_gpu(monkeypatch) -> None:
-    """Such a build counts devices where NVML is to answer, and Megatron-Core is told that there is one."""
+def test_the_device_that_stands_for_the_cpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch with CUDA counts devices to say whether there is a GPU, if NVML is to answer."""
     monkeypatch.setattr(torch.cuda, "_is_compiled", lambda: True)
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     assert torch.cuda.device_count() == 1 and not torch.cuda.is_available()
+    assert cpu.is_cpu()
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """Whole runs with adapters: they continue under every layout, and PEFT and transformers load what is exported."""
 
+import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -17,9 +20,12 @@ from transformers import AutoModelForCausalLM
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.conversion import export_adapter, export_model
+from megatron_solopo.checkpoint.peft_directory import ADAPTER_WEIGHTS
 from megatron_solopo.config import Config, LoRAConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.plan.disk import checkpoint_bytes
+from megatron_solopo.train import trainer
+from megatron_solopo.train.policy import Policy
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
 from tests.layouts import pp, tp
@@ -48,9 +54,9 @@ def config(folder: Path, name: str, parallel: dict[str, Any], **sections: Any) -
     )
 
 
-def run_on_two(folder: Path) -> list[str]:
-    """On every rank: a whole run, its continuations, and the start of a run from PEFT's adapter; returns refusals."""
-    train(config(folder, "whole", tp(2)))
+def run_on_two(folder: Path) -> dict[str, Any]:
+    """On every rank: a whole run, its continuations, runs beside it, and what is refused."""
+    found: dict[str, Any] = {"frozen": frozen_hashes(folder)}
     for name, parallel in CONTINUED.items():
         if torch.distributed.get_rank() == 0:
             shutil.copytree(folder / "whole" / "checkpoints" / SAVED, folder / name / "checkpoints" / SAVED)
@@ -60,12 +66,99 @@ def run_on_two(folder: Path) -> list[str]:
     from_peft = {"model": {"path": folder / "model", "adapter": folder / "model" / "adapter-4"}}
     short = {"training": {"global_batch_size": 4, "max_steps": 2}, "checkpoint": {"save_steps": 1}}
     train(config(folder, "peft-run", tp(2), **from_peft, **short))
-    found = []
-    for more in ({"lora": LORA | {"rank": 8}}, {"lora": None}, {"model": {"path": folder / "reference_model"}}):
+    run_with_dropout(folder)
+    found["caches"] = share_caches(folder)
+    found["refused"] = {}
+    for name, (run, more) in refused_changes(folder).items():
         with pytest.raises(UserError) as error:
-            train(config(folder, "whole", tp(2), **more))
-        found.append(str(error.value))
+            train(config(folder, run, tp(2), **more))
+        found["refused"][name] = str(error.value)
     return found
+
+
+def refused_changes(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """What is refused: the run that is to continue, and what changed."""
+    other = folder / "other-adapter"
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(folder / "model" / "adapter-4", other)
+        tensors = load_file(other / ADAPTER_WEIGHTS)
+        next(iter(tensors.values()))[0, 0] += 1e-3
+        save_file(tensors, other / ADAPTER_WEIGHTS)
+    torch.distributed.barrier()
+    short = {"training": {"global_batch_size": 4, "max_steps": 2}, "checkpoint": {"save_steps": 1}}
+    return {
+        "rank": ("whole", {"lora": LORA | {"rank": 8}}),
+        "none": ("whole", {"lora": None}),
+        "base": ("whole", {"model": {"path": folder / "reference_model"}}),
+        "start": ("peft-run", {"model": {"path": folder / "model", "adapter": other}, **short}),
+        "no start": ("peft-run", short),
+    }
+
+
+def run_with_dropout(folder: Path) -> None:
+    """A run, one that continues it, and one that computes activations again."""
+    lora = {"lora": LORA | {"dropout": 0.3}}
+    train(config(folder, "dropout", tp(2), **lora))
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(folder / "dropout" / "checkpoints" / SAVED, folder / "dropout-same" / "checkpoints" / SAVED)
+    torch.distributed.barrier()
+    train(config(folder, "dropout-same", tp(2), **lora))
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    train(config(folder, "dropout-recompute", tp(2, **recompute), **lora))
+
+
+def share_caches(folder: Path) -> list[bool]:
+    """Whether a run read the cache that the other kind of run had made, and left it as it was."""
+    found = []
+    for name, cache, lora in (("full", "reference", None), ("full-first", "reference-full", None)):
+        before = written_at(folder / cache)
+        train(config(folder, name, tp(2), lora=lora, **two_steps(folder / cache)))
+        found.append(before == written_at(folder / cache))
+    before = written_at(folder / "reference-full")
+    train(config(folder, "lora-second", tp(2), **two_steps(folder / "reference-full")))
+    return [*found, before == written_at(folder / "reference-full")]
+
+
+def two_steps(cache: Path) -> dict[str, Any]:
+    return {"training": {"global_batch_size": 4, "max_steps": 2}, "reference": {"cache": cache}}
+
+
+def written_at(folder: Path) -> list[int]:
+    torch.distributed.barrier()
+    return [file.stat().st_mtime_ns for file in sorted(folder.rglob("*.parquet"))]
+
+
+def frozen_hashes(folder: Path) -> dict[str, list[str]]:
+    """Hashes of this rank's frozen parameters before and after a run, and after one that moves one number by a bit."""
+    build, built = trainer.build_policy, []
+
+    def spy(*arguments: Any) -> Policy:
+        policy = build(*arguments)
+        built.append((policy, frozen_hash(policy)))
+        return policy
+
+    def moves_a_bit(policy: Policy, *arguments: Any, **keywords: Any) -> Any:
+        result = step(policy, *arguments, **keywords)
+        frozen = next(each for each in policy.chunks[0].parameters() if not each.requires_grad)
+        with torch.no_grad():
+            frozen.view(-1)[0] = torch.nextafter(frozen.view(-1)[0], torch.tensor(math.inf))
+        return result
+
+    step = Policy.step
+    with mock.patch.object(trainer, "build_policy", spy):
+        train(config(folder, "whole", tp(2)))
+        with mock.patch.object(Policy, "step", moves_a_bit):
+            train(config(folder, "moved", tp(2), training={"global_batch_size": 4, "max_steps": 2}))
+    return {name: [before, frozen_hash(policy)] for name, (policy, before) in zip(("run", "moved"), built, strict=True)}
+
+
+def frozen_hash(policy: Policy) -> str:
+    digest = hashlib.sha256()
+    for chunk in policy.chunks:
+        for name, parameter in chunk.named_parameters():
+            if not parameter.requires_grad:
+                digest.update(name.encode() + parameter.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -76,18 +169,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def refusals(folder: Path) -> list[str]:
-    found: list[str] = run_distributed(run_on_two, 2, folder)[0]
-    return found
+def found(folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = run_distributed(run_on_two, 2, folder)[0]
+    return result
 
 
 @pytest.fixture(scope="module")
-def exported(folder: Path, refusals: list[str]) -> Path:
+def exported(folder: Path, found: dict[str, Any]) -> Path:
     export_adapter(folder / "whole" / "checkpoints" / LAST, folder / "adapter", dtype=None)
     return folder / "adapter"
 
 
-@pytest.mark.usefixtures("refusals")
+@pytest.mark.usefixtures("found")
 @pytest.mark.parametrize("name", CONTINUED)
 def test_a_run_continues_under_another_layout(name: str, folder: Path) -> None:
     whole, continued = recorded(folder, "whole")[2:], recorded(folder, name)
@@ -98,7 +191,7 @@ def test_a_run_continues_under_another_layout(name: str, folder: Path) -> None:
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.usefixtures("refusals")
+@pytest.mark.usefixtures("found")
 def test_a_checkpoint_holds_no_base(folder: Path) -> None:
     metadata = FileSystemReader(folder / "whole" / "checkpoints" / LAST).read_metadata().state_dict_metadata
     tensors = [each for each in metadata.values() if isinstance(each, TensorStorageMetadata)]
@@ -125,7 +218,7 @@ def test_peft_loads_the_adapters(folder: Path, exported: Path) -> None:
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("refusals")
+@pytest.mark.usefixtures("found")
 def test_an_adapter_of_peft_comes_back_bit_by_bit(folder: Path) -> None:
     export_adapter(folder / "peft-run" / "checkpoints" / "iter_0000001", folder / "back", dtype=None)
     before, after = (load_file(folder / name / "adapter_model.safetensors") for name in ("model/adapter-4", "back"))
@@ -135,9 +228,44 @@ def test_an_adapter_of_peft_comes_back_bit_by_bit(folder: Path) -> None:
     assert (settings["r"], settings["lora_alpha"]) == (4, 8)
 
 
-def test_a_run_keeps_its_adapters_and_its_base(refusals: list[str]) -> None:
-    rank, none, base = refusals
-    assert "lora=" in rank and "lora=null" in none and "holds other weights" in base
+@pytest.mark.parametrize(
+    ("name", "part"),
+    {
+        "rank": "lora=",
+        "none": "lora=null",
+        "base": "holds other weights",
+        "start": "other-adapter holds other adapters",
+        "no start": "model.adapter=null holds other adapters",
+    }.items(),
+)
+def test_a_run_keeps_its_adapters_their_start_and_its_base(found: dict[str, Any], name: str, part: str) -> None:
+    assert part in found["refused"][name] and "\n" not in found["refused"][name]
+
+
+def test_no_bit_of_the_base_moves(found: dict[str, Any]) -> None:
+    before, after = found["frozen"]["run"]
+    assert before == after
+    before, after = found["frozen"]["moved"]
+    assert before != after, "the hash sees one bit"
+
+
+@pytest.mark.usefixtures("found")
+def test_dropout_is_the_same_in_a_continued_run_and_where_activations_are_computed_again(folder: Path) -> None:
+    whole = recorded(folder, "dropout")
+    assert recorded(folder, "dropout-same") == whole[2:], "bit by bit"
+    again = recorded(folder, "dropout-recompute")
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert [step.get(name) for step in again] == [step.get(name) for step in whole], name
+    plain = recorded(folder, "whole")
+    assert plain[0]["loss"] == pytest.approx(whole[0]["loss"], abs=1e-6), "B is 0"
+    assert plain[2]["loss"] != whole[2]["loss"]
+
+
+def test_runs_with_and_without_adapters_share_a_reference_cache(found: dict[str, Any], folder: Path) -> None:
+    full_after_lora, nothing_before, lora_after_full = found["caches"]
+    assert full_after_lora and lora_after_full and not nothing_before
+    assert recorded(folder, "full")[0]["loss"] == recorded(folder, "full-first")[0]["loss"]
+    assert recorded(folder, "lora-second")[0]["loss"] == recorded(folder, "whole")[0]["loss"]
 
 
 def test_an_export_says_what_it_writes(folder: Path, exported: Path) -> None:
