@@ -11,7 +11,8 @@ that reach them. In the first table each expert is a module of its own (Sequenti
 computes all experts of a rank (grouped matrix products).
 
 Beside adapters, the base is frozen. A frozen linear layer keeps no input, and a frozen norm no normalised form. An
-adapter keeps its linear layer's input and its own output of a few columns.
+adapter keeps its linear layer's input and its own output of a few columns. With dropout, each of PEFT's modules keeps a
+copy of the input and a mask instead.
 
 In comments, "token" means a token of a pack on one rank: a context-parallel rank holds 1 / CP of a pack.
 """
@@ -78,6 +79,8 @@ class _Inputs(NamedTuple):
     """Of the feed-forward, or of the router."""
     fc2: int
     experts: int
+    fc1_copies: int = 0
+    """Beside `fc1`: dropped copies that are made again with the feed-forward."""
 
 
 def _kept_inputs(config: Config, *, local: bool, has_experts: bool) -> _Inputs:
@@ -86,12 +89,18 @@ def _kept_inputs(config: Config, *, local: bool, has_experts: bool) -> _Inputs:
     product_input = 1 if config.model.fp8 is not None and not local else e
     if config.lora is None:
         return _Inputs(*[product_input] * 5)
-    adapted = {linear.megatron.rpartition(".")[2] for linear in adapted_linears(config.lora)}
-    qkv, proj, fc1, fc2 = (e if f"linear_{name}" in adapted else 0 for name in ("qkv", "proj", "fc1", "fc2"))
+    modules = {linear.megatron.rpartition(".")[2]: len(linear.targets) for linear in adapted_linears(config.lora)}
+    # On a CPU a mask has the input's precision, and on a GPU one byte.
+    dropped = e + (e if local else 1) if config.lora.dropout else 0
+    qkv, proj, fc1, fc2 = (
+        dropped * modules[name] or e if name in modules else 0
+        for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    )
     parallel = config.parallel
-    computes_again = parallel.recompute_granularity == "selective" and "mlp" in parallel.recompute_modules
+    if parallel.recompute_granularity == "selective" and "mlp" in parallel.recompute_modules:
+        return _Inputs(qkv, proj, e, fc2, experts=0, fc1_copies=fc1 if dropped else 0)
     # The router keeps its input, frozen or not.
-    return _Inputs(qkv, proj, e if computes_again or has_experts else fc1, fc2, experts=0)
+    return _Inputs(qkv, proj, e if has_experts else fc1, fc2, experts=0)
 
 
 def _adapter_bytes(config: Config, block: str) -> float:
@@ -147,17 +156,20 @@ def _base_bytes(architecture: ModelShape, config: Config, inputs: _Inputs, *, lo
             norms=norms,
             attention=e * (before + queries) + inputs.proj * queries + 4 * e * a.head_dim + head_norms,
             core_attention=e * (queries + gathered) + lse,
-            mlp=(4 * e + inputs.fc2) * ffn,  # both halves, the activated gate, the other half shifted, their product
+            # Both halves, the activated gate, the other half shifted, their product.
+            mlp=(4 * e + inputs.fc2) * ffn + inputs.fc1_copies * hidden,
         )
     head_norms = e * (queries + keys) if a.qk_layernorm else all_heads_norm
     # The output projection's input is the attention output, of which it keeps a copy in FP8.
     copied = queries if learns and config.model.fp8 is not None else 0
+    if config.lora is not None and config.lora.dropout:
+        copied = inputs.proj * queries
     return LayerBytes(
         boundary=e * hidden,
         norms=(2 * e + inputs.qkv + inputs.fc1) * hidden + 2 * _FP32 * share,
         attention=e * (mixed + queries + keys) + head_norms + copied,
         core_attention=e * queries + lse,
-        mlp=(2 * e + inputs.fc2) * ffn,
+        mlp=(2 * e + inputs.fc2) * ffn + inputs.fc1_copies * hidden,
     )
 
 

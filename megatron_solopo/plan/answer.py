@@ -462,11 +462,6 @@ def make_planner(config: Config, settings: PlanSettings, stated: Sequence[str] =
     # What no layout changes is told once, and not as the fault of each.
     check_training(architecture, ParallelConfig(), config.optimizer, config.moe)
     check_adapters(architecture, config.model_copy(update={"parallel": ParallelConfig()}))
-    if config.lora is not None and config.lora.dropout:
-        raise UserError(
-            f"lora.dropout={config.lora.dropout}: plan does not know the memory of masks and dropped inputs; "
-            "set it to 0 for the plan, and leave room beside it"
-        )
     stages = config.parallel.pipeline_model_parallel_layout
     if stages is not None and (wrong := wrong_letters(architecture.num_layers, stages)):
         raise UserError(f"parallel.pipeline_model_parallel_layout={stages} {wrong}; set it to null, or correct it")

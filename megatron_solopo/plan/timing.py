@@ -279,11 +279,13 @@ class StepTimer:
         tp, known, found = self.config.parallel.tensor_model_parallel_size, self.architecture.sizes, 0.0
         for linear in adapted_linears(self.config.lora):
             outputs = sum(known[each] for each in linear.outputs)
+            # The input; with dropout for each module also a mask and a copy, written and read.
+            inputs = known[linear.inputs] * (1 + (3 * len(linear.targets) if self.config.lora.dropout else 0))
             if linear.is_column_parallel:
-                # The input; the parts of the modules, written, and read and written as one; the sum with the layer's.
-                found += known[linear.inputs] / sequence_shards(self.config) + 6 * outputs / tp
+                # The parts of the modules, written, and read and written as one; the sum with the layer's.
+                found += inputs / sequence_shards(self.config) + 6 * outputs / tp
             else:
-                found += known[linear.inputs] / tp + 4 * outputs / sequence_shards(self.config)
+                found += inputs / tp + 4 * outputs / sequence_shards(self.config)
         return found
 
     def _adapter_traffic(self, tokens: float) -> float:

@@ -16,7 +16,7 @@ from megatron_solopo.plan.layouts import Layout, distinct_ranks, make_layout
 from tests.layouts import cp, ep, pp, stages, tp
 from tests.plan.memory_ranks import Case, shapes
 from tests.plan.models import make_planner
-from tests.plan.test_memory import ATTENTION, BF16, FULL, LORA
+from tests.plan.test_memory import ATTENTION, BF16, DROPOUT, FULL
 from tests.tiny_models import FAMILIES
 
 pytestmark = [
@@ -31,7 +31,7 @@ TOY = [
     Case("experts", family="qwen2_moe", parallel=ep(2) | cp(2) | pp(2), model=BF16),
     Case("whole-experts", family="qwen3_moe", parallel=tp(2) | ep(2, expert_tensor_parallel_size=1)),
     Case("plain-optimizer", parallel=pp(2), model=BF16, distributed_optimizer=False),
-    Case("adapters", lora=LORA, family="qwen2_tied", parallel=tp(2) | pp(2) | cp(2), model=BF16),
+    Case("adapters", lora=DROPOUT, family="qwen2_tied", parallel=tp(2) | pp(2) | cp(2), model=BF16),
     Case("adapters-of-experts", lora=ATTENTION, family="qwen3_moe", parallel=pp(2, 2) | cp(2) | ep(2)),
 ]
 

@@ -93,6 +93,7 @@ MOE_FOUR = [
 ]
 LORA = {"rank": 4}
 ATTENTION = {"rank": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+DROPOUT = LORA | {"dropout": 0.1}
 LORA_ONE = [
     Case("lora-one", lora=LORA),
     Case("lora-one-bf16-plain-optimizer", lora=LORA, model=BF16, distributed_optimizer=False),
@@ -103,11 +104,14 @@ LORA_ONE = [
     Case("lora-one-mlp", lora=ATTENTION, parallel=MLP),
     Case("lora-one-full", lora=LORA, parallel=FULL, model=BF16),
     Case("lora-one-core", lora=LORA, parallel=CORE, model=BF16),
+    Case("lora-one-dropout", lora=DROPOUT, model=BF16),
+    Case("lora-one-dropout-mlp", lora=DROPOUT, parallel=MLP),
     Case("lora-moe-one", lora=ATTENTION, family="qwen3_moe"),
     Case("lora-moe-one-shared", lora=ATTENTION, family="qwen2_moe", model=BF16),
 ]
 LORA_TWO = [
     Case("lora-tp2", lora=LORA, parallel=tp(2), model=BF16),
+    Case("lora-tp2-dropout", lora=DROPOUT, parallel=tp(2)),
     Case("lora-tp2-no-sp", lora=LORA, parallel=tp(2, sequence_parallel=False)),
     Case("lora-tp2-full", lora=LORA, parallel=tp(2, **FULL)),
     Case("lora-pp2-tied", lora=LORA, parallel=pp(2), family="qwen2_tied", model=BF16),

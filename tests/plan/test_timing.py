@@ -118,6 +118,8 @@ def test_adapters_save_the_gradients_of_the_base() -> None:
     assert 4 / 5 * full.compute.tensor_traffic < lora.compute.tensor_traffic < 0.85 * full.compute.tensor_traffic
     assert lora.data_traffic.exposed < full.data_traffic.exposed / 50
     assert lora.optimizer < full.optimizer / 50
+    dropped = estimate(make_planner("llama-3.1-70b", "lora.rank=16", "lora.dropout=0.1", gpus=16), tp=8)
+    assert dropped.time.compute.memory > lora.compute.memory and dropped.time.compute.gemm == lora.compute.gemm
 
 
 def test_the_reference_of_adapters_is_the_model_without_them() -> None:

@@ -153,6 +153,7 @@ def adapters(plan: Plan) -> LoraConfig | None:
         r=lora["rank"],
         lora_alpha=lora["alpha"],
         use_rslora=lora["use_rslora"],
+        lora_dropout=lora["dropout"],
         target_modules=lora["target_modules"],
         task_type="CAUSAL_LM",
     )

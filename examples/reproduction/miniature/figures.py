@@ -12,9 +12,9 @@ import numpy as np
 from megatron_solopo.files import atomic_path
 from megatron_solopo.report.figure import LIGHT, add_legend, empty_figure, style_axes
 from miniature.evaluate import LENGTHS
-from miniature.lora_tables import lora_runs, trained
+from miniature.lora_tables import TRAINED, lora_runs, trained
 from miniature.pairs import SHORT_LENGTH
-from miniature.plan import LORA_METHODS, LORA_RANKS, LOSS_TYPES, MAP_ALPHAS, STRONG
+from miniature.plan import LORA_LOSS_TYPES, LORA_METHODS, LOSS_TYPES, MAP_ALPHAS, STRONG
 from miniature.results import Result, Results
 from miniature.runs import LONG_LENGTH
 from miniature.tables import METHODS, SETTINGS, aligned, chosen, like
@@ -47,19 +47,18 @@ def accuracy_by_length(results: Results, path: Path) -> None:
 
 
 def adapters_by_length(results: Results, path: Path) -> None:
-    """A panel per method; a line for the whole model and for each rank, mean over the seeds and their range."""
+    """A panel per loss and method; a line for the whole model and each rank, mean over the seeds and their range."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(LORA_METHODS), figsize=(13, 4), sharey=True, layout="constrained")
+    rows, columns = len(LORA_LOSS_TYPES), len(LORA_METHODS)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(13, 4 * rows), sharey=True, layout="constrained")
     base = _accuracies(results.where(lambda each: each.run.method == "base" and each.run.strength == STRONG))
-    for axis, method in zip(axes, LORA_METHODS, strict=True):
-        ranks = (None, *LORA_RANKS)
-        draw_lines(
-            axis, {"base": base} | {trained(rank): _accuracies(lora_runs(results, rank, method)) for rank in ranks}
-        )
-        axis.set_title(method)
-    axes[0].set_ylabel("accuracy")
-    axes[0].legend()
+    for axis, (loss_type, method) in zip(axes.flat, product(LORA_LOSS_TYPES, LORA_METHODS), strict=True):
+        found = {trained(rank): _accuracies(lora_runs(results, loss_type, rank, method)) for rank in TRAINED}
+        draw_lines(axis, {"base": base} | found)
+        axis.set_title(f"{loss_type}, {method}")
+    axes[0, 0].set_ylabel("accuracy")
+    axes[0, 0].legend()
     _save(figure, path)
 
 

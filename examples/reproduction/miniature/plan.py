@@ -1,6 +1,7 @@
 """Which runs there are."""
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 from miniature.runs import LEARNING_RATE, Run
 
@@ -16,9 +17,10 @@ HIGH_RATE = 2 * LEARNING_RATE
 """Of the failures from the weak base, besides the learning rate of all other runs."""
 LORA_RANKS = (1, 4, 16)
 LORA_RATES = tuple(factor * LEARNING_RATE for factor in (1, 3, 10))
-"""Tried on the first seed, with the last two methods."""
+"""Tried on the first seed, with the first loss and the last two methods."""
 LORA_RATE = LORA_RATES[1]
 """The one chosen."""
+LORA_LOSS_TYPES = ("simpo", "orpo")
 LORA_METHODS = ("short_po", "long_po", "solopo")
 
 
@@ -30,7 +32,7 @@ def all_runs() -> list[Run]:
     order += [alphas(seed) for seed in others]
     order += [failures(seed, WEAK, rate) for rate in (HIGH_RATE, LEARNING_RATE) for seed in others]
     order += [failures(first, MIDDLE)] + [failures(seed, strength) for strength in (STRONG, MIDDLE) for seed in others]
-    order += [lora(first, rate, LORA_METHODS[1:]) for rate in LORA_RATES] + [lora(seed, LORA_RATE) for seed in SEEDS]
+    order += [lora_trial(rate) for rate in LORA_RATES] + [lora(seed, LORA_RATE) for seed in SEEDS]
     return list(dict.fromkeys(run for part in order for run in part))
 
 
@@ -66,9 +68,15 @@ def failures(seed: int, strength: int, rate: float = LEARNING_RATE) -> Iterator[
                 yield Run(strength, seed, "solopo", loss_type, alpha, "chosen", detached, rate)
 
 
-def lora(seed: int, rate: float, methods: Sequence[str] = LORA_METHODS) -> Iterator[Run]:
+def lora(
+    seed: int, rate: float, loss_types: Sequence[str] = LORA_LOSS_TYPES, methods: Sequence[str] = LORA_METHODS
+) -> Iterator[Run]:
     """Adapters of several ranks, from the strong base."""
-    for rank in LORA_RANKS:
-        for method in methods:
-            alpha = DEFAULT_ALPHA["simpo"] if method == "solopo" else None
-            yield Run(STRONG, seed, method, "simpo", alpha, learning_rate=rate, rank=rank)
+    for loss_type, rank, method in product(loss_types, LORA_RANKS, methods):
+        alpha = DEFAULT_ALPHA[loss_type] if method == "solopo" else None
+        yield Run(STRONG, seed, method, loss_type, alpha, learning_rate=rate, rank=rank)
+
+
+def lora_trial(rate: float) -> Iterator[Run]:
+    """The runs that chose the learning rate of all adapters."""
+    return lora(SEEDS[0], rate, LORA_LOSS_TYPES[:1], LORA_METHODS[1:])
