@@ -3,9 +3,7 @@
 PYTHON ?= python3
 PYTHON312 ?=
 TORCH ?= torch==2.13.0
-# Files of tests run beside each other; what a file launches once serves all its tests. Not on Python 3.12: its
-# megatron-core makes so many process groups that two launches of four ranks on two cores stand in each other's way.
-# The tests with emulated kernels launch four ranks once.
+# Files of tests run beside each other; what a file launches once serves all its tests.
 PARALLEL ?= -n 2 --dist loadfile
 VENV := .venv
 VENV312 := .venv312
@@ -55,7 +53,7 @@ test-slow: $(VENV)/.installed ## set up, then run the tests that start eight pro
 	$(VENV)/bin/python -m pytest -m slow
 
 test-py312: $(VENV312)/.installed ## set up, then run the parity tests on Python 3.12 and megatron-core 0.19.2
-	$(VENV312)/bin/python -m pytest -m "parity and not slow"
+	$(VENV312)/bin/python -m pytest $(PARALLEL) -m "parity and not slow"
 	@echo "parity tests ran with $$($(VENV312)/bin/python -V) in $(CURDIR)/$(VENV312)"
 
 test-emulated-gpu: $(TRANSFORMER_ENGINE)/.installed ## set up, then run GPU code with Transformer Engine's kernels in plain PyTorch

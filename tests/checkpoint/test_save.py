@@ -260,7 +260,7 @@ def test_a_reservation_ends_in_the_middle_and_leaves_no_thread(policy, monkeypat
     copies.reserve(state_to_save(policy.chunks, policy.optimizer))
     assert asked.wait(60)
     copies.close()
-    assert set(threading.enumerate()) == before and len(copies._tensors) == 1
+    assert set(threading.enumerate()) <= before and len(copies._tensors) == 1
 
 
 def test_too_little_room_is_told_before_anything_is_written(policy, tmp_path) -> None:

@@ -22,8 +22,6 @@ from tests.distributed import run_distributed
 from tests.tiny_models import make_model
 from tests.train.runs import make_inputs, small_config
 
-pytestmark = pytest.mark.parity
-
 STEPS, SAVED, LR = 4, 2, 1e-3
 TP2, DP2 = {"tensor_model_parallel_size": 2}, dict[str, Any]()
 
