@@ -174,6 +174,28 @@ _LOADED = ("load", "pretrained_checkpoint")
 ReportingLossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
+def _check_description(now: Mapping[str, bytes], flag: str, folders: Sequence[Path], *, is_needed: bool) -> None:
+    """Raise UserError if the first of the folders with a description of adapters describes others.
+
+    Args:
+        now: the description of this run's adapters, by file.
+        flag: the option that names the checkpoint.
+        is_needed: whether one of the folders must have it.
+    """
+    for file, content in now.items():
+        kept = next((folder / file for folder in folders if (folder / file).is_file()), None)
+        if kept is None and is_needed:
+            raise UserError(
+                f"{flag}: nothing says what its adapters belong to; bring {file} back into {folders[0]}, where --save "
+                "had put it"
+            )
+        if kept is not None and _without_place(kept.read_bytes()) != _without_place(content):
+            raise UserError(
+                f"{flag}: its adapters belong to other weights or to other --solopo-lora flags ({kept} differs); bring "
+                "those back, or give another --load and --save"
+            )
+
+
 def _without_place(content: bytes) -> dict[str, Any]:
     """What a file of `adapter_files` says, except where the base is."""
     found: dict[str, Any] = json.loads(content)
@@ -275,15 +297,12 @@ class Solopo:
                     f"{flag}: {path.name} holds no adapters; give the whole model as --solopo-model-path, and leave "
                     f"out --{name.replace('_', '-')} at the start"
                 )
-            for file, content in now.items():
-                kept = path.parent / file
-                if kept.is_file() and _without_place(kept.read_bytes()) != _without_place(content):
-                    raise UserError(
-                        f"{flag}: its adapters belong to other weights or to other --solopo-lora flags ({kept} "
-                        "differs); bring those back, or give another --load and --save"
-                    )
+            _check_description(now, flag, [path.parent, path / HUGGINGFACE_FOLDER], is_needed=True)
         if self.args.save is not None:
-            write_files(now, Path(self.args.save))
+            save = Path(self.args.save)
+            # Checkpoints of a killed run may lie there, which the files describe.
+            _check_description(now, f"--save={save}", [save], is_needed=False)
+            write_files(now, save)
 
     def datasets(
         self, train_val_test_num_samples: Any, vp_stage: int | None = None

@@ -118,7 +118,7 @@ class Adapter(torch.nn.Module):
 
     def _hidden(self, x: Tensor, modules: int, *, own_generator: bool) -> Tensor:
         """[..., in] -> [..., modules * rank]: scaling * A x. Each module drops other numbers of x, as in PEFT."""
-        if self._dropout is None or not self._dropout.is_active:
+        if self._dropout is None or not (self._dropout.is_active and self.training):
             return F.linear(x, self.lora_A) * self.scaling
         parts = [F.linear(self._dropout(x, own_generator=own_generator), each) for each in self.lora_A.chunk(modules)]
         return torch.cat(parts, dim=-1) * self.scaling

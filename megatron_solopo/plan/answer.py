@@ -494,8 +494,12 @@ def make_answer(planner: Planner, search: SearchResult, settings: PlanSettings) 
     (shown, found), (compared, ranked) = both
     other_weights: PlannedRun | Unplanned
     if settings.explain is not None:
-        layout = make_layout(compared.config, parse_sizes(settings.explain), compared.gpus)
-        other_weights = PlannedRun(compared, compared.best_variant(layout), settings.price)
+        try:
+            layout = make_layout(compared.config, parse_sizes(settings.explain), compared.gpus)
+            other_weights = PlannedRun(compared, compared.best_variant(layout), settings.price)
+        except UserError as error:  # the layout that is shown may still be legal
+            nearest = RefusedLayout(settings.explain, str(error), None)
+            other_weights = Unplanned(_trained(compared.config), nearest)
     elif ranked.ranked:
         other_weights = PlannedRun(compared, ranked.ranked[0], settings.price)
     else:

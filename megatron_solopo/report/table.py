@@ -53,7 +53,7 @@ def verdict_table(runs: Sequence[RunRecord]) -> RunTable:
         ("status", False, lambda run: TableValue(status_of(run).word)),
         ("steps", False, lambda run: TableValue(f"{run.last_step:,}")),
     ]
-    if any(run.lora is not None for run in runs):
+    if any(key.startswith("lora.") for run in runs for key, value in run.config.items() if value is not None):
         columns.append(("trained", False, lambda run: TableValue(_trained(run))))
     lengths = _common_lengths(runs)
     for length in dict.fromkeys((lengths[0], lengths[-1]) if lengths else ()):
@@ -73,7 +73,8 @@ def _trained(run: RunRecord) -> str:
     if not run.config:
         return "unknown"
     if (lora := run.lora) is None:
-        return "whole model"
+        has_adapters = any(key.startswith("lora.") for key, value in run.config.items() if value is not None)
+        return "adapters of unknown settings" if has_adapters else "whole model"
     text = f"LoRA, rank {lora.rank}, {' '.join(target_modules(lora))}"
     try:
         count = num_adapter_parameters(read_architecture(Path(run.config["model.path"])), lora)

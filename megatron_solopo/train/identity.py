@@ -33,7 +33,7 @@ _TOKENS, _REFERENCE = "data.path (its tokens)", "reference.model_path (its weigh
 _HASHES = {
     _CONFIG: "model.path={} has another config.json",
     WEIGHTS: "model.path={} holds other weights",
-    _ADAPTER: "model.adapter={} holds other adapters",
+    _ADAPTER: "model.adapter={}: the run began with other adapters",
     _TOKENS: "data.path={} holds other tokens",
     _REFERENCE: "reference.model_path={} holds other weights",
 }

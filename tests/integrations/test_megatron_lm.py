@@ -123,10 +123,14 @@ def run_with_adapters(folder: Path) -> dict[str, Any]:
     resumed = LAYOUTS["tp2"][1] | flags_with_adapters() | load
     found["lora-resumed"] = pretrain(arguments(folder, "lora-resumed-lm", resumed))
     other = {"solopo_model_path": folder / "reference_model"}
+    release = loadable(folder / "lora-tp2-saved" / f"iter_{SAVED:07d}", folder / "lora-release")
     for name, flags in {
         "alpha": {"solopo_lora_alpha": 4.0},
         "base": other,
         "whole": {"load": folder / "saved"},
+        # A checkpoint that stands for a model, elsewhere than where it was saved.
+        "release": {"load": release, "ckpt_step": None, "solopo_lora_alpha": 4.0},
+        "save": {"load": None, "ckpt_step": None, "save": folder / "lora-tp2-saved", "solopo_lora_alpha": 4.0},
     }.items():
         found[f"refused {name}"] = refusal(arguments(folder, "refused", resumed | flags))
     return found
@@ -273,7 +277,7 @@ def test_megatron_lm_saves_adapters_alone_and_continues_with_them(found: dict[st
     assert all("_adapter." in name for name in MegatronDirectory(saved).tensors)
     assert_equal_steps(found["lora-resumed"][:1], recorded(folder, "lora-tp2")[SAVED : SAVED + 1])
     assert "--load" in found["refused whole"] and "holds no adapters" in found["refused whole"]
-    for name in ("alpha", "base"):
+    for name in ("alpha", "base", "release", "save"):
         assert "belong to other weights or to other --solopo-lora flags" in found[f"refused {name}"]
 
 

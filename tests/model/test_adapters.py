@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor
 
-from megatron_solopo.model.adapters import ColumnAdapter, InputDropout, RowAdapter
+from megatron_solopo.model.adapters import ColumnAdapter, InputDropout, RowAdapter, begin_dropout
 from tests.ranks import layout, two_ranks
 
 # isort: split
@@ -96,6 +96,23 @@ def test_dropout_keeps_the_mean_and_drops_as_many_as_asked() -> None:
         assert abs(share - 0.3) < 5 * (0.3 * 0.7 / ones.numel()) ** 0.5
     both = float(((first == 0) & (second == 0)).float().mean())
     assert abs(both - 0.09) < 0.005, "the masks of two passes are independent"
+
+
+def test_masks_differ_by_seed_step_replica_and_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr("megatron_solopo.model.adapters.model_parallel_cuda_manual_seed", drawn.append)
+    for seed, step, replica, stage in (
+        (1, 2, 0, 0),
+        (9, 2, 0, 0),
+        (1, 3, 0, 0),
+        (1, 2, 1, 0),
+        (1, 2, 0, 1),
+        (1, 2, 0, 0),
+    ):
+        monkeypatch.setattr(parallel_state, "get_data_parallel_rank", mock.Mock(return_value=replica))
+        monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", mock.Mock(return_value=stage))
+        begin_dropout(seed, step)
+    assert len(set(drawn)) == 5 and drawn[0] == drawn[-1], "a continued run has the same masks"
 
 
 def test_without_dropout_nothing_changes() -> None:

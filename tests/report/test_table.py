@@ -71,6 +71,9 @@ def test_a_run_with_adapters_says_so(tmp_path: Path) -> None:
         "whole model",
     ]
     assert "trained" not in verdict_table(read_runs(paths[-1:])).columns
+    broken = verdict_table(read_runs([write_run(tmp_path / "broken", lora={"rank": 4, "unknown_to_us": 1})]))
+    place = broken.columns.index("trained")
+    assert [str(values[place]) for _, values in broken.rows] == ["adapters of unknown settings"]
 
 
 def test_runs_without_evaluation_have_no_verdict_and_no_empty_columns(tmp_path: Path) -> None:

@@ -267,8 +267,8 @@ def test_an_adapter_of_peft_comes_back_bit_by_bit(folder: Path) -> None:
         "rank": "lora=",
         "none": "lora=null",
         "base": "holds other weights",
-        "start": "other-adapter holds other adapters",
-        "no start": "model.adapter=null holds other adapters",
+        "start": "other-adapter: the run began with other adapters",
+        "no start": "model.adapter=null: the run began with other adapters",
     }.items(),
 )
 def test_a_run_keeps_its_adapters_their_start_and_its_base(found: dict[str, Any], name: str, part: str) -> None:

@@ -1,4 +1,4 @@
-"""The pictures of RESULTS.md, from `runs.jsonl`."""
+"""The pictures of RESULTS.md, from the kept lines of runs."""
 
 import statistics
 from collections.abc import Sequence
