@@ -15,7 +15,7 @@ HUGGINGFACE_FOLDER = "huggingface"
 METADATA, FORMAT = ".metadata", "metadata.json"
 # Without this, Megatron-LM takes a checkpoint for one of its oldest form, and reorders its attention weights.
 MEGATRON_LM_VERSION = {"checkpoint_version": 3.0}
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+CONFIG, ADAPTER_CONFIG, ADAPTER_BASE = "config.json", "adapter_config.json", "adapter_base.json"
 # Each row is one form of a tokenizer: all its files are needed.
 _TOKENIZER_FORMS = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _CHECKPOINTS = ("iter_*", "checkpoints/iter_*")

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_solopo.architecture.adapters import adapter_config, read_lora
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.model_directory import (
+    ADAPTER_BASE,
     ADAPTER_CONFIG,
     huggingface_directory,
     is_megatron_checkpoint,
@@ -26,8 +27,6 @@ from megatron_solopo.checkpoint.mapping import Index, Rule, huggingface_blocks, 
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
 from megatron_solopo.config import LoRAConfig
 from megatron_solopo.errors import UserError
-
-ADAPTER_BASE = "adapter_base.json"
 
 
 def is_adapter_checkpoint(path: Path) -> bool:

@@ -18,14 +18,13 @@ import torch
 
 from megatron_solopo.architecture.contradictions import CLASSES
 from megatron_solopo.architecture.huggingface_config import Architecture
-from megatron_solopo.architecture.model_directory import CONFIG, parse_model_json
+from megatron_solopo.architecture.model_directory import ADAPTER_CONFIG, CONFIG, parse_model_json
 from megatron_solopo.checkpoint.mapping import all_huggingface_shapes
 
 # Each of these makes transformers run a file of the directory or of the hub.
 _CODE = ("auto_map", "custom_pipelines")
 _ORIGINS = ("_name_or_path", "name_or_path")
 _FILE_KEYS = ("tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "added_tokens_file")
-_ADAPTER = "adapter_config.json"
 
 
 def export_files(
@@ -67,8 +66,8 @@ def absent_counterparts(folder: Path) -> list[str]:
     for name, fields in sorted(_json_objects(folder, files)):
         for key, value in fields.items():
             absent += [f"{name}: {key} names {file}" for file in _files_named(key, value) if file not in names]
-    if _ADAPTER in names:
-        absent.append(f"{_ADAPTER} describes an adapter")
+    if ADAPTER_CONFIG in names:
+        absent.append(f"{ADAPTER_CONFIG} describes an adapter")
     return [f"{folder}: {each}, which is not there; remove that statement, or add the file" for each in absent]
 
 

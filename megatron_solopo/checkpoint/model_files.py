@@ -11,7 +11,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
+from megatron_solopo.architecture.model_directory import (
+    ADAPTER_BASE,
+    ADAPTER_CONFIG,
+    huggingface_directory,
+    is_megatron_checkpoint,
+)
 from megatron_solopo.checkpoint.huggingface_weights import DTYPES, SafetensorsDirectory
 from megatron_solopo.checksums import CHECKSUMS_FILE
 from megatron_solopo.errors import UserError
@@ -25,8 +30,8 @@ _NOT_CARRIED = (
     CHECKSUMS_FILE,
     # These describe what does not travel: an adapter, Mistral's own form of the weights, quantized weights, another
     # training, folders of sentence-transformers.
-    "adapter_config.json",
-    "adapter_base.json",
+    ADAPTER_CONFIG,
+    ADAPTER_BASE,
     "params.json",
     "quantize_config.json",
     "trainer_state.json",

@@ -488,19 +488,21 @@ def make_answer(planner: Planner, search: SearchResult, settings: PlanSettings) 
     """
     if "lora" not in settings.vary:
         return _answer_of(planner, search, settings)
-    both = [(planner, search), (other := planner.for_other_weights(), other.search())]
-    if settings.explain is None and not search.ranked:
-        both.sort(key=lambda pair: not pair[1].ranked)
-    (shown, found), (compared, ranked) = both
+    other = planner.for_other_weights()
     other_weights: PlannedRun | Unplanned
     if settings.explain is not None:
         try:
-            layout = make_layout(compared.config, parse_sizes(settings.explain), compared.gpus)
-            other_weights = PlannedRun(compared, compared.best_variant(layout), settings.price)
+            layout = make_layout(other.config, parse_sizes(settings.explain), other.gpus)
+            other_weights = PlannedRun(other, other.best_variant(layout), settings.price)
         except UserError as error:  # the layout that is shown may still be legal
             nearest = RefusedLayout(settings.explain, str(error), None)
-            other_weights = Unplanned(_trained(compared.config), nearest)
-    elif ranked.ranked:
+            other_weights = Unplanned(_trained(other.config), nearest)
+        return replace(_answer_of(planner, search, settings), other_weights=other_weights)
+    both = [(planner, search), (other, other.search())]
+    if not search.ranked:
+        both.sort(key=lambda pair: not pair[1].ranked)
+    (shown, found), (compared, ranked) = both
+    if ranked.ranked:
         other_weights = PlannedRun(compared, ranked.ranked[0], settings.price)
     else:
         other_weights = Unplanned(_trained(compared.config), ranked.nearest)

@@ -23,7 +23,6 @@ from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.architecture.layout import data_parallel_overlap
 from megatron_solopo.architecture.pipeline_schedule import packs_at_peak
 from megatron_solopo.checkpoint.adapter_mapping import adapter_shapes
-from megatron_solopo.checkpoint.adapters import add_adapters
 from megatron_solopo.checkpoint.mapping import ReadTensor
 from megatron_solopo.config import Config, LoRAConfig
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
@@ -45,7 +44,7 @@ from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.plan.layouts import DistinctRank, Layout, distinct_ranks, replace_settings, without_gpu
 from megatron_solopo.plan.memory import RankCheck, peak_activations, rank_state
 from megatron_solopo.plan.workload import PackShape
-from megatron_solopo.train.policy import build_optimizer, freeze_routers, wrap_data_parallel
+from megatron_solopo.train.policy import build_optimizer, set_trainable, wrap_data_parallel
 from megatron_solopo.train.step import run_microbatches
 
 if TYPE_CHECKING:
@@ -88,10 +87,8 @@ def _check_rank(
         microbatch = _build_microbatch(config, pack, groups)
         with megatron_on_meta():
             chunks = _build_chunks(architecture, config)
-            if config.lora is None:
-                freeze_routers(chunks, config.moe)
-            else:
-                add_adapters(chunks, architecture, config.lora, _without_numbers(architecture, config.lora))
+            adapters = None if config.lora is None else _without_numbers(architecture, config.lora)
+            set_trainable(chunks, architecture, config, adapters=adapters)
             wrapped = wrap_data_parallel(chunks, config.optimizer, config.parallel)
             optimizer = build_optimizer(wrapped, config.optimizer)
             _initialize_moments(optimizer)

@@ -264,10 +264,8 @@ class StepTimer:
         """Seconds of a layer's adapters in forward. They compute in bfloat16, whatever the base does."""
         if self.config.lora is None:
             return 0.0
-        parallel, numbers = (
-            self.config.parallel,
-            sum(size for _, size in adapter_sizes(self.architecture, self.config.lora)),
-        )
+        parallel = self.config.parallel
+        numbers = sum(size for _, size in adapter_sizes(self.architecture, self.config.lora))
         ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
         rate = self.gpu.bf16_tflops * 1e12 * self.efficiency.gemm
         return 2.0 * numbers * pack.padded_tokens / ranks / rate

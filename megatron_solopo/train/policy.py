@@ -364,15 +364,21 @@ def check_starts_whole(path: Path) -> None:
         )
 
 
-def set_trainable(chunks: Sequence[ResponseModel], architecture: Architecture, config: Config) -> None:
+def set_trainable(
+    chunks: Sequence[ResponseModel], architecture: Architecture, config: Config, *, adapters: ReadTensor | None = None
+) -> None:
     """Freeze what the run does not train, and add the adapters that it trains. Call it before the chunks are wrapped.
+
+    Args:
+        adapters: reads the adapters; None: those that the run starts from.
 
     Raises UserError if `model.adapter` does not fit.
     """
     if config.lora is None:
         freeze_routers(chunks, config.moe)
     else:
-        add_adapters(chunks, architecture, config.lora, _adapters(config, config.lora, architecture))
+        read = _adapters(config, config.lora, architecture) if adapters is None else adapters
+        add_adapters(chunks, architecture, config.lora, read)
 
 
 def _adapters(config: Config, lora: LoRAConfig, architecture: Architecture) -> ReadTensor:

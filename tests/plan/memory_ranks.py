@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_solopo.architecture.layout import pack_multiple, sequence_multiple
-from megatron_solopo.checkpoint.adapters import add_adapters, fresh_adapters
 from megatron_solopo.config import Config, Role
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
@@ -21,7 +20,7 @@ from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.plan.dry_run import SavedTensorMeter, gradient_bytes, optimizer_state_bytes, parameter_bytes
 from megatron_solopo.plan.workload import PackShape, pack_shape
-from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, freeze_routers, wrap_data_parallel
+from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, set_trainable, wrap_data_parallel
 from megatron_solopo.train.step import ReferenceLogprobs, objective_loss
 from tests.parity.layouts import Layout, make_config
 
@@ -110,11 +109,7 @@ def _train(config: Config, groups: Topology, idle_experts: int) -> MemoryInUse:
         torch.nn.init.normal_(parameter, std=0.05)
     for _, router in (pair for chunk in chunks for pair in layers_and_routers(chunk)):
         router.weight.data[len(router.weight) - idle_experts :] = 0.0  # below the greatest of the others
-    if config.lora is None:
-        freeze_routers(chunks, config.moe)
-    else:
-        fresh = fresh_adapters(model.architecture, config.lora, config.seed)
-        add_adapters(chunks, model.architecture, config.lora, fresh)
+    set_trainable(chunks, model.architecture, config)
     wrapped = wrap_data_parallel(chunks, config.optimizer, config.parallel)
     optimizer = build_optimizer(wrapped, config.optimizer)
     policy = Policy(wrapped, optimizer, build_scheduler(optimizer, config.optimizer, 2))
