@@ -1,9 +1,13 @@
-"""What every test needs: one thread per process, no network, no time limit for an example, no GPU test without GPU."""
+"""What every test needs: one thread per process, no network, heeded interrupts, no GPU test without GPU."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A shell makes its background jobs ignore SIGINT, and every process that they start: tests that send it would hang.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from hypothesis import settings

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,15 +151,6 @@ def test_a_missing_tokenizer_is_in_the_report(folder: Path) -> None:
     assert "files" not in dict(import_model(folder / "hf", folder / "two", verification="none").rows)
 
 
-@pytest.fixture
-def heeded_interrupts() -> Iterator[None]:
-    """Those who start processes in the background make them ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("heeded_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", ["import", "export"])
 def test_an_interrupted_command_is_one_line_and_leaves_nothing(
