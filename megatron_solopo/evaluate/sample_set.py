@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_solopo.checkpoint.fingerprint import sample_weights, weights_fingerprint
+from megatron_solopo.config import Context
 from megatron_solopo.data.rendering import check_arguments
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.template_arguments import KWARGS_FIELD, TemplateArguments
 from megatron_solopo.data.template_effects import warn_about_clock
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.evaluate.samples import LengthNotMet, QuestionFile, SampleSource, SampleSpec, Side
+from megatron_solopo.evaluate.samples import LengthNotMet, QuestionFile, SampleSource, SampleSpec
 from megatron_solopo.evaluate.target import Target
 from megatron_solopo.evaluate.tasks.generated_tasks import GeneratedTasks, TaskSettings
 from megatron_solopo.evaluate.tasks.question_corpus import QuestionCorpus
@@ -157,7 +158,7 @@ def _generated_tasks(settings: LongContextSettings, tokenizer: Tokenizer) -> Gen
 
 
 def _question_files(settings: LongContextSettings, tokenizer: Tokenizer) -> list[SampleSource]:
-    sides: tuple[Side, ...] = ("short", "long") if settings.side == "both" else (settings.side,)
+    sides: tuple[Context, ...] = ("short", "long") if settings.side == "both" else (settings.side,)
     return [
         QuestionFile(
             path,

@@ -7,10 +7,11 @@ long. `QuestionFile` reads what `data build` or `data select` wrote; generated t
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 from pydantic import AfterValidator, Field
 
+from megatron_solopo.config import Context
 from megatron_solopo.data.rendering import check_arguments, check_template, template_of
 from megatron_solopo.data.rows import Content
 from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
@@ -84,7 +85,6 @@ class SampleSource(Protocol):
         """One sample with its prompt, the same whenever it is built. Raises LengthNotMet."""
 
 
-Side = Literal["short", "long"]
 DEFAULT_MAX_NEW_TOKENS = 256
 
 
@@ -110,7 +110,7 @@ class QuestionRow(RowWithArguments):
     response_tokens: int | None = Field(default=None, ge=1)
     """The most tokens of a response."""
 
-    def prompt(self, side: Side) -> Content | None:
+    def prompt(self, side: Context) -> Content | None:
         """The prompt of one side; None where the row has none."""
         return self.prompt_short if side == "short" else self.prompt_long
 
@@ -138,7 +138,7 @@ class QuestionFile:
     def __init__(
         self,
         path: Path,
-        sides: Sequence[Side],
+        sides: Sequence[Context],
         tokenizer: Tokenizer,
         buckets: Sequence[int],
         depths: Sequence[float],
@@ -167,7 +167,7 @@ class QuestionFile:
         assert prompt is not None
         return Sample(spec, prompt, tuple(row.answers), row.arguments(self._kwargs))
 
-    def _side_specs(self, side: Side, limit: int | None) -> Iterator[SampleSpec]:
+    def _side_specs(self, side: Context, limit: int | None) -> Iterator[SampleSpec]:
         asked: set[str] = set()
         for number, offset, row in self._file.rows(QuestionRow):
             if limit is not None and len(asked) >= limit:

@@ -23,6 +23,9 @@ _HEADER_BEGIN = b'{"journal": '
 _HASH = re.compile("[0-9a-f]{64}")
 # Of a header. Older versions did not keep it.
 _ADDED_LATER = ("weights",)
+SIDE_FIELD = "side"
+"""Of a header of `data sample`: which contexts were answered. Older versions did not keep it, and asked short ones."""
+_FORMER_VALUES = {SIDE_FIELD: "short"}
 
 
 class StoredResponse(BaseModel):
@@ -31,6 +34,7 @@ class StoredResponse(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
     question_id: str
+    """Name of what was asked: a question, a row of long contexts, a sample of an evaluation."""
     index: int = Field(ge=0)
     """Number of the sample, from 0."""
     text: str
@@ -250,6 +254,7 @@ def _check_header(path: Path, header: dict[str, Any], command: str) -> None:
     old = read_header(path)
     if old is None:
         raise _foreign(path, command)
+    old = {name: value for name, value in _FORMER_VALUES.items() if name in header} | old
     unknown = [name for name in _ADDED_LATER if name in header and name not in old]
     names = sorted((old.keys() | header.keys()) - set(unknown))
     if differing := [_difference(name, old, header) for name in names if old.get(name) != header.get(name)]:

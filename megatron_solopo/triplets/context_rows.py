@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from megatron_solopo.config import Context
 from megatron_solopo.data.row_files import open_as_lines
 from megatron_solopo.data.rows import Content
 from megatron_solopo.data.template_arguments import TemplateArguments, check_kwargs, check_tools
@@ -45,6 +46,21 @@ class ContextRow(RowWithArguments):
     """Room for a response in tokens, its end included."""
     short_tokens: int | None = None
     """Tokens of the short prompt and the room for a response, by the tokenizer of `data build`."""
+    long_tokens: int | None = None
+    """The same of the long prompt."""
+
+    def prompt(self, side: Context) -> Content:
+        """The prompt of one side."""
+        return self.prompt_short if side == "short" else self.prompt_long
+
+    def prompt_tokens(self, side: Context) -> int | None:
+        """Tokens of that prompt, by the tokenizer of `data build`; None where nobody counted them."""
+        total = self.short_tokens if side == "short" else self.long_tokens
+        return None if total is None else total - self.response_tokens
+
+    def asked_as(self, side: Context) -> str:
+        """Name of the prompt in a journal. Rows of one question share the short prompt, and so its responses."""
+        return self.question_id if side == "short" else self.id
 
 
 class ContextFile:

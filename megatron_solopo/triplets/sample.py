@@ -1,4 +1,4 @@
-"""Ask a model for responses to short contexts, many per question.
+"""Ask a model for responses to short or to long contexts, many per prompt.
 
 The model is a Hugging Face directory, or it is behind a server with OpenAI's API. Responses go into a journal as they
 come. A run that starts again, after a kill or for more samples, asks only for the missing ones.
@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from megatron_solopo.architecture.model_directory import check_huggingface_directory
 from megatron_solopo.checksums import directory_fingerprint
+from megatron_solopo.config import Context
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.template_arguments import KWARGS_FIELD, TemplateArguments
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file
-from megatron_solopo.generate.journal import Journal, StoredResponse, read_offsets, read_refusals
+from megatron_solopo.generate.journal import SIDE_FIELD, Journal, StoredResponse, read_offsets, read_refusals
 from megatron_solopo.generate.model import Answer, Model, Request, Traffic
 from megatron_solopo.generate.refusals import Refusals
 from megatron_solopo.progress import bar_style
@@ -35,7 +36,9 @@ class SampleReport:
     """What a run of `data sample` did, as `report.json` holds it."""
 
     provenance: dict[str, Any]
+    side: Context
     questions: int
+    """With `side` long, each row counts as one."""
     responses: int
     """Responses in the journal at the end."""
     received_now: int
@@ -52,7 +55,7 @@ class SampleReport:
     without_text: int
     """Responses whose thought used up all of their tokens."""
     repeated: int
-    """Responses with the same text as another of their question."""
+    """Responses with the same text as another to their prompt."""
     prompts_not_counted: int
     """Responses for which the server did not say how many tokens of the prompt it read."""
     other_models: dict[str, int]
@@ -68,7 +71,7 @@ class SampleReport:
 
         waited = f", after {self.waited_seconds:.1f} s of waiting in all" if self.retried else ""
         lines = [
-            f"questions: {self.questions}",
+            f"{self.side} contexts: {self.questions}",
             f"responses: {self.responses}, {self.received_now} of them now",
             f"requests sent again: {listed(self.retried)}{waited}",
             f"why responses ended: {listed(self.finish_reasons)}",
@@ -79,7 +82,7 @@ class SampleReport:
         if self.without_text:
             lines.append(f"responses without text, as the thought used all of --max-tokens: {self.without_text}")
         if self.repeated:
-            lines.append(f"responses with the same text as another of their question: {self.repeated}")
+            lines.append(f"responses with the same text as another to their prompt: {self.repeated}")
         if self.prompts_not_counted:
             lines.append(
                 f"responses whose server did not say how much of the prompt it read: {self.prompts_not_counted}; "
@@ -94,9 +97,10 @@ class SampleReport:
 class _Missing:
     """Samples to ask for in one request."""
 
-    question_id: str
+    name: str
+    """See `ContextRow.asked_as`."""
     offset: int
-    """Place of the question's first row in the file. All its rows have the same short context."""
+    """Place of the first row with this prompt in the file."""
     indices: tuple[int, ...]
 
 
@@ -109,7 +113,7 @@ def sample(settings: SampleSettings) -> SampleReport:
     """
     check_output(settings.output, True, [settings.contexts])
     contexts = ContextFile(settings.contexts)
-    questions, response_tokens = _index(contexts, settings.chat_template_kwargs)
+    prompts, response_tokens = _index(contexts, settings)
     max_tokens = response_tokens - END_TOKENS if settings.max_tokens is None else settings.max_tokens
     if max_tokens < 1 and settings.max_tokens is None:
         raise UserError(
@@ -124,16 +128,16 @@ def sample(settings: SampleSettings) -> SampleReport:
     with Journal(settings.output, _header(settings, max_tokens), retry_refused=settings.retry_refused) as journal:
         before = journal.count
         model = _load(settings)
-        refusals = Refusals(journal, settings, len(questions), settings.num_samples)
-        missing = list(_missing(settings, questions, journal))
+        refusals = Refusals(journal, settings, len(prompts), settings.num_samples)
+        missing = list(_missing(settings, prompts, journal))
         _ask(contexts, settings, model, missing, journal, refusals, max_tokens)
         received_now = journal.count - before
-    return _report(settings, made, len(questions), received_now, model.traffic)
+    return _report(settings, made, len(prompts), received_now, model.traffic)
 
 
 def _header(settings: SampleSettings, max_tokens: int) -> dict[str, Any]:
     """Everything that decides a response; neither how many there are nor which server gives them."""
-    names = ("model", "temperature", "top_p", "seed")
+    names = ("model", SIDE_FIELD, "temperature", "top_p", "seed")
     header = {name: getattr(settings, name) for name in names}
     if settings.server is None and Path(settings.model).is_dir():
         check_huggingface_directory(Path(settings.model), "--model")
@@ -143,20 +147,23 @@ def _header(settings: SampleSettings, max_tokens: int) -> dict[str, Any]:
     return header | {"max_tokens": max_tokens, "contexts": sha256_file(settings.contexts)}
 
 
-def _index(contexts: ContextFile, kwargs: dict[str, Any]) -> tuple[dict[str, int], int]:
-    """Byte offset of each question's first row, and the least `response_tokens` in the file.
+def _index(contexts: ContextFile, settings: SampleSettings) -> tuple[dict[str, int], int]:
+    """Byte offset of the first row of each prompt, and the least `response_tokens` in the file.
 
     Raises UserError if there are arguments for a chat template but a prompt is plain text.
     """
     offsets: dict[str, int] = {}
     least = 0
     for number, offset, row in contexts.rows(ContextRow):
-        if isinstance(row.prompt_short, str) and (names := row.arguments(kwargs).names()):
+        kwargs, name = settings.chat_template_kwargs, row.asked_as(settings.side)
+        if isinstance(row.prompt(settings.side), str) and (names := row.arguments(kwargs).names()):
             raise UserError(
                 f"{contexts.path}:{number}: the prompt is plain text, so no chat template reads {', '.join(names)}; "
                 "leave it out, or build the contexts with --template chat"
             )
-        offsets.setdefault(row.question_id, offset)
+        if settings.side == "long" and name in offsets:
+            raise UserError(f"{contexts.path}:{number}: id: {name!r} is already the id of another row")
+        offsets.setdefault(name, offset)
         least = min(least or row.response_tokens, row.response_tokens)
     return offsets, least
 
@@ -185,12 +192,12 @@ def _load(settings: SampleSettings) -> Model:
     return TransformersModel(settings.model, tokenizer, device, temperature=settings.temperature, top_p=settings.top_p)
 
 
-def _missing(settings: SampleSettings, questions: dict[str, int], journal: Journal) -> Iterator[_Missing]:
+def _missing(settings: SampleSettings, prompts: dict[str, int], journal: Journal) -> Iterator[_Missing]:
     size = settings.samples_per_request
-    for question, offset in questions.items():
-        indices = sorted(set(range(settings.num_samples)) - journal.done(question))
+    for name, offset in prompts.items():
+        indices = sorted(set(range(settings.num_samples)) - journal.done(name))
         for start in range(0, len(indices), size):
-            yield _Missing(question, offset, tuple(indices[start : start + size]))
+            yield _Missing(name, offset, tuple(indices[start : start + size]))
 
 
 def _ask(
@@ -208,17 +215,15 @@ def _ask(
 
         def build(item: _Missing) -> Request:
             row = contexts.row_at(item.offset, ContextRow)
-            seed = derived_seed(settings.seed, f"{item.question_id}:{item.indices[0]}")
-            # A model in this process may have another tokenizer than `data build` had.
-            counted = row.short_tokens if settings.server is not None else None
-            tokens = None if counted is None else counted - row.response_tokens
+            seed = derived_seed(settings.seed, f"{item.name}:{item.indices[0]}")
             return Request(
-                item.question_id,
-                row.prompt_short,
+                item.name,
+                row.prompt(settings.side),
                 item.indices,
                 max_tokens,
                 seed,
-                prompt_tokens=tokens,
+                # A model in this process may have another tokenizer than `data build` had.
+                prompt_tokens=None if settings.server is None else row.prompt_tokens(settings.side),
                 arguments=row.arguments(settings.chat_template_kwargs),
             )
 
@@ -244,7 +249,7 @@ def _ask(
 
 
 def _report(
-    settings: SampleSettings, made: dict[str, Any], questions: int, received_now: int, traffic: Traffic
+    settings: SampleSettings, made: dict[str, Any], prompts: int, received_now: int, traffic: Traffic
 ) -> SampleReport:
     finish: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -263,7 +268,8 @@ def _report(
         refused[each.refused] += len(each.indices)
     report = SampleReport(
         made,
-        questions,
+        settings.side,
+        prompts,
         len(lengths),
         received_now,
         dict(traffic.retried),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from megatron_solopo.config import Context
 from megatron_solopo.data.rendering import check_arguments, check_template, template_of
 from megatron_solopo.data.row_files import check_plain_lines
 from megatron_solopo.data.rows import Content
@@ -19,7 +20,7 @@ from megatron_solopo.data.template_arguments import KWARGS_FIELD
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, sha256_file
-from megatron_solopo.generate.journal import StoredResponse, parse_response, read_header, read_offsets
+from megatron_solopo.generate.journal import SIDE_FIELD, StoredResponse, parse_response, read_header, read_offsets
 from megatron_solopo.generate.scoring import SCORERS, final_answer, token_f1
 from megatron_solopo.progress import bar_style
 from megatron_solopo.triplets.context_rows import ContextRow, read_by_question, to_line
@@ -158,6 +159,8 @@ class SelectReport:
     """What a selection read, wrote and left out, as `report.json` holds it."""
 
     provenance: dict[str, Any]
+    side: Context = "short"
+    """Which contexts the responses answer. With long, each row counts as a question."""
     questions: int = 0
     questions_with_pairs: int = 0
     triplets_written: int = 0
@@ -183,7 +186,7 @@ class SelectReport:
     def __str__(self) -> str:
         used = self.responses - self.excluded.total()
         lines = [
-            f"questions: {self.questions}, {self.questions_with_pairs} of them with pairs, "
+            f"{self.side} contexts: {self.questions}, {self.questions_with_pairs} of them with pairs, "
             f"{self.questions_tied} of these by chance between equals",
             *(f"  without, {reason}: {count}" for reason, count in sorted(self.questions_without_pair.items())),
             f"responses: {self.responses}, {used} scored, {self.responses_right} of them right",
@@ -240,7 +243,9 @@ class _Selection:
         self._tokenizer = tokenizer
         self._judge = Judge(settings)
         # What the prompts were sampled with is what they are trained with.
-        self._kwargs: dict[str, Any] = (read_header(settings.responses) or {}).get(KWARGS_FIELD, {})
+        header = read_header(settings.responses) or {}
+        self._kwargs: dict[str, Any] = header.get(KWARGS_FIELD, {})
+        report.side = self._side = header.get(SIDE_FIELD, "short")
         self._places: defaultdict[str, list[int]] = defaultdict(list)
         self._scores: list[float] = []
         self._ratios: list[float] = []
@@ -259,23 +264,27 @@ class _Selection:
                     "together, as data build writes them"
                 )
             known.add(rows[0].question_id)
-            for number, pair in enumerate(self._pairs(rows[0])):
-                for row in rows:
-                    self.report.triplets_written += 1
-                    self._depths += row.evidence_depths
-                    arguments = row.arguments(self._kwargs).fields()
-                    yield to_line(_triplet(row, pair, number, self._settings) | arguments)
-        others = (len(places) for question, places in self._places.items() if question not in known)
-        self.report.responses_to_other_questions = sum(others)
+            for same_prompt in [rows] if self._side == "short" else [[row] for row in rows]:
+                yield from self._triplets(same_prompt)
+        self.report.responses_to_other_questions = sum(map(len, self._places.values()))
         self.report.mean_length_ratio = sum(self._ratios) / max(1, len(self._ratios))
 
+    def _triplets(self, rows: Sequence[ContextRow]) -> Iterator[str]:
+        """The triplets of rows whose responses answer the same prompt."""
+        for number, pair in enumerate(self._pairs(rows[0])):
+            for row in rows:
+                self.report.triplets_written += 1
+                self._depths += row.evidence_depths
+                yield to_line(_triplet(row, pair, number, self._settings) | row.arguments(self._kwargs).fields())
+
     def _pairs(self, row: ContextRow) -> list[Pair]:
-        """The pairs of one question. Counts them in the report."""
+        """The pairs from the responses to one prompt. Counts them in the report."""
         report = self.report
-        responses = self._responses(row.question_id)
+        name = row.asked_as(self._side)
+        responses = self._responses(name)
         candidates, excluded = self._judge.candidates(responses, row, self._measure(row))
         right, wrong = self._judge.divide(candidates)
-        pairs = list(self._judge.pairs(right, wrong, generator(self._settings.seed, row.question_id)))
+        pairs = list(self._judge.pairs(right, wrong, generator(self._settings.seed, name)))
         report.questions += 1
         report.responses += len(responses)
         report.excluded += excluded
@@ -298,12 +307,12 @@ class _Selection:
         check_arguments(template, self._tokenizer, arguments, f"{self._settings.contexts}: row {row.id}")
         return Measure(self._tokenizer, template, arguments)
 
-    def _responses(self, question: str) -> list[StoredResponse]:
-        """The responses to a question. If two have one number, as in a file made by hand, the first counts."""
+    def _responses(self, name: str) -> list[StoredResponse]:
+        """Take the responses to a prompt. If two have one number, as in a file made by hand, the first counts."""
         path = self._settings.responses
         found: dict[int, StoredResponse] = {}
         with path.open("rb") as stream:
-            for place in self._places.get(question, ()):
+            for place in self._places.pop(name, ()):
                 stream.seek(place)
                 response = parse_response(path, place, stream.readline())
                 found.setdefault(response.index, response)

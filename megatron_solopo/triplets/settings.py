@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator
 
 from megatron_solopo.command_settings import CommandSettings
+from megatron_solopo.config import Context
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.template_arguments import TemplateKwargs
 from megatron_solopo.errors import UserError
@@ -209,8 +210,10 @@ class SampleSettings(ServerSettings):
     """JSONL of responses. An existing file is continued."""
     model: str
     """Hugging Face directory. With --server, the name of the model on the server."""
+    side: Context = "short"
+    """Which context the model answers. short: once per question, for all its rows. long: every row by itself."""
     num_samples: int = Field(default=32, ge=1)
-    """Responses per question."""
+    """Responses per prompt."""
     temperature: float = Field(default=0.85, gt=0)
     """Temperature of sampling."""
     top_p: float = Field(default=1.0, gt=0, le=1)

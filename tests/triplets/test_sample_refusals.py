@@ -178,4 +178,4 @@ def test_the_same_response_again_is_counted(contexts, monkeypatch) -> None:
     with completion_server() as server:
         report = sample(settings(contexts, server.url))
     assert report.repeated == QUESTIONS * (SAMPLES - 1)
-    assert "responses with the same text as another of their question: 18" in str(report)
+    assert "responses with the same text as another to their prompt: 18" in str(report)

@@ -12,7 +12,8 @@ import pytest
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.journal import StoredResponse, read_offsets
 from megatron_solopo.triplets.sample import SampleReport, sample
-from megatron_solopo.triplets.settings import SampleSettings
+from megatron_solopo.triplets.select import select
+from megatron_solopo.triplets.settings import SampleSettings, SelectSettings
 from tests.generate.completion_server import CompletionServer, choices_of, completion_server
 from tests.triplets.context_files import context, write_lines
 
@@ -92,6 +93,47 @@ def test_rows_of_one_question_share_their_responses(tmp_path) -> None:
     with completion_server() as server:
         sample(settings(contexts, server.url))
         check_complete(tmp_path / "responses.jsonl", server)
+
+
+def test_long_contexts_are_answered_row_by_row_and_become_the_triplets_of_their_row(tmp_path, tokenizer_path) -> None:
+    rows = [context(number, suffix=f"@{length}") for number in range(2) for length in (1, 2)]
+    contexts = write_lines(tmp_path / "contexts.jsonl", rows)
+    with completion_server() as server:
+        asked = settings(contexts, server.url, side="long", num_samples=2)
+        report = sample(asked)
+        with pytest.raises(UserError, match="was begun with side long, not short"):
+            sample(settings(contexts, server.url))
+    assert (report.questions, report.responses, report.side) == (4, 8, "long")
+    assert sorted(each.prompt for each in server.log) == sorted(row["prompt_long"] for row in rows)
+    output = tmp_path / "triplets.jsonl"
+    selected = select(
+        SelectSettings(contexts=contexts, responses=asked.output, output=output, tokenizer=tokenizer_path)
+    )
+    triplets = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["id"] for row in triplets] == [row["id"] for row in rows]
+    # The server's answers begin with the prompt.
+    assert all(row[name].startswith(row["prompt_long"]) for row in triplets for name in ("chosen", "rejected"))
+    assert (selected.questions, selected.triplets_written, selected.responses_to_other_questions) == (4, 4, 0)
+    assert "long contexts: 4, 4 of them with pairs" in str(selected)
+
+
+def test_a_journal_of_an_older_version_without_a_side_is_of_short_contexts(contexts) -> None:
+    output = contexts.with_name("responses.jsonl")
+    with completion_server() as server:
+        sample(settings(contexts, server.url, num_samples=1))
+        header, *responses = output.read_text().splitlines(keepends=True)
+        values = json.loads(header)
+        del values["journal"]["side"]
+        output.write_text("".join([json.dumps(values) + "\n", *responses]))
+        assert sample(settings(contexts, server.url, num_samples=1)).received_now == 0
+        with pytest.raises(UserError, match="was begun with side short, not long"):
+            sample(settings(contexts, server.url, num_samples=1, side="long"))
+
+
+def test_two_rows_of_one_id_are_refused_where_every_row_is_asked(tmp_path) -> None:
+    contexts = write_lines(tmp_path / "contexts.jsonl", [context(0), context(0)])
+    with pytest.raises(UserError, match=r"contexts.jsonl:2: id: 'q0' is already the id of another row"):
+        sample(settings(contexts, "http://127.0.0.1:9/v1", side="long"))
 
 
 FAULTS = {
