@@ -429,6 +429,9 @@ class ReferenceConfig(Section):
     """Hugging Face directory or Megatron checkpoint. null: the initial weights of the policy."""
     cache: _Path | None = None
     """Directory of the stored log-probabilities. null: `<run_dir>/reference`."""
+    context: Literal["short"] | None = None
+    """short: the reference reads every response behind the short context, also where the policy reads it behind the
+    long one (LongPO, arXiv 2502.13922). null: behind the policy's own context."""
 
 
 class OptimizerConfig(Section):
@@ -604,3 +607,18 @@ class Config(Section):
     def reference_cache(self) -> Path:
         """Directory of the reference's stored log-probabilities."""
         return self.reference.cache or self.run_dir / "reference"
+
+    def reference_role(self, role: Role) -> Role:
+        """The sequence whose reference log-probability belongs to the policy's sequence `role`."""
+        return role if self.reference.context is None else role.on_short_context
+
+    @property
+    def reference_roles(self) -> tuple[Role, ...]:
+        """The sequences of a triplet that the reference model reads."""
+        return tuple(dict.fromkeys(map(self.reference_role, self.objective.roles.all)))
+
+    @property
+    def contexts_read(self) -> set[Context]:
+        """The contexts that the policy reads, and those of its reference if the objective needs one."""
+        references = self.reference_roles if self.objective.needs_reference else ()
+        return {role.context for role in self.objective.roles.all + references}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_solopo.config.load import as_override, dotted
-from megatron_solopo.config.schema import Config, ObjectiveConfig, ParallelConfig
+from megatron_solopo.config.schema import Config, ParallelConfig
 
 _Cause = tuple[str, tuple[str, ...]]
 """Why, and the keys that then change nothing."""
@@ -32,7 +32,7 @@ def warning_without_effect(config: Config, surroundings: Surroundings | None) ->
     """
     values = dict(dotted(config.model_dump(mode="json")))
     defaults = dict(dotted(_with_defaults(config).model_dump(mode="json")))
-    causes = [*_objective_causes(config.objective), *_run_causes(config), *_parallel_causes(config.parallel)]
+    causes = [*_objective_causes(config), *_run_causes(config), *_parallel_causes(config.parallel)]
     if surroundings is not None:
         causes += _surrounding_causes(config, surroundings)
     found: dict[str, str] = {}
@@ -52,7 +52,8 @@ def _with_defaults(config: Config) -> Config:
     return Config.model_validate({"run_dir": config.run_dir, **required})
 
 
-def _objective_causes(objective: ObjectiveConfig) -> Iterator[_Cause]:
+def _objective_causes(config: Config) -> Iterator[_Cause]:
+    objective = config.objective
     name, loss_type = objective.name, objective.loss_type
     if name != "solopo":
         keys = ("alpha", "align", "distance", "huber_delta", "detach_short")
@@ -64,7 +65,10 @@ def _objective_causes(objective: ObjectiveConfig) -> Iterator[_Cause]:
     if loss_type != "orpo":
         yield f"objective.loss_type={loss_type}", ("objective.orpo_lambda",)
     if not objective.needs_reference:
-        yield f"objective.loss_type={loss_type} has no reference", ("reference.model_path", "reference.cache")
+        of_reference = ("reference.model_path", "reference.cache", "reference.context")
+        yield f"objective.loss_type={loss_type} has no reference", of_reference
+    if config.reference_roles == objective.roles.all:
+        yield f"objective.name={name} reads no long context", ("reference.context",)
 
 
 def _run_causes(config: Config) -> Iterator[_Cause]:

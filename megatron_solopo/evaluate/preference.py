@@ -93,6 +93,8 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
 def _evaluation_config(subject: Subject, config: Config, split: Split) -> Config:
     """The config to score `subject` with: both answers behind both contexts, and the reference model of `config`.
 
+    The reference reads the same contexts, so that runs compare.
+
     Raises UserError if the data have no such split.
     """
     prepared = load_prepared(config.data.path)
@@ -102,7 +104,7 @@ def _evaluation_config(subject: Subject, config: Config, split: Split) -> Config
             "--split train"
         )
     objective = {"name": "solopo", "align": "both"} if prepared.manifest.kind == "triplet" else {"name": "short_po"}
-    reference = {"model_path": config.reference.model_path or config.model.path}
+    reference = {"model_path": config.reference.model_path or config.model.path, "context": None}
     return config.model_copy(
         update={
             "run_dir": subject.run_dir or config.run_dir,

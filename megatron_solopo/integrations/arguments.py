@@ -38,7 +38,7 @@ _SECTIONS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
     "data": (DataConfig, {"path": "data_path", "max_tokens_per_pack": "", "max_triplets_per_pack": ""}),
     "objective": (ObjectiveConfig, {"name": "objective"} | dict.fromkeys(list(ObjectiveConfig.model_fields)[1:], "")),
     "logprob": (LogprobConfig, {"chunk_tokens": ""}),
-    "reference": (ReferenceConfig, {"model_path": "reference_model_path", "cache": "reference_cache"}),
+    "reference": (ReferenceConfig, {key: f"reference_{key}" for key in ReferenceConfig.model_fields}),
     "moe": (MoEConfig, dict.fromkeys(MoEConfig.model_fields, "")),
 }
 _OPTIONAL = "lora"

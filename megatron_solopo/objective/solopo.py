@@ -7,6 +7,9 @@
 The second term of solopo is SoLo-RA, the alignment of rewards between the short and the long context. With `align:
 both`, the distance of y_l is added to that of y_w, under the same alpha. Each objective also adds `nll_coefficient` *
 NLL per token of y_w on the pair's own context (the likelihood term of RPO, arXiv 2404.19733).
+
+With `reference.context: short`, log pi_ref(y|x) is log pi_ref(y|x_short) also behind x_long. With long_po, `dpo` and
+`nll_coefficient`, this is LongPO (arXiv 2502.13922).
 """
 
 from collections.abc import Callable, Mapping
@@ -74,7 +77,8 @@ def compute_objective(
     Args:
         logps: role -> log pi(y|x) summed over the response tokens, float32 or float64 `[T]`, for every required role.
         lengths: role -> response tokens of the whole response, `[T]`, at least 1.
-        reference_logps: role -> log pi_ref(y|x), `[T]`; required if `config.needs_reference`, else ignored.
+        reference_logps: role of the policy's sequence -> log pi_ref(y|x), `[T]`; required if `config.needs_reference`,
+            else ignored.
 
     Metrics per triplet:
         loss = po_loss + alpha * solo_ra/loss + nll_coefficient * nll_loss

@@ -466,7 +466,8 @@ def make_planner(config: Config, settings: PlanSettings, stated: Sequence[str] =
     if stages is not None and (wrong := wrong_letters(architecture.num_layers, stages)):
         raise UserError(f"parallel.pipeline_model_parallel_layout={stages} {wrong}; set it to null, or correct it")
     planner = Planner(architecture, config, workload, gpu, gpus, efficiency, vary=settings.vary, stated=stated)
-    if (longest := workload.longest(planner.packer.roles)) > architecture.max_sequence_length:
+    read = planner.packer.roles + (config.reference_roles if config.objective.needs_reference else ())
+    if (longest := workload.longest(read)) > architecture.max_sequence_length:
         raise UserError(
             f"{workload.source}: sequences of up to {longest:,} tokens, but the model {config.model.path} has "
             f"{architecture.max_sequence_length:,} positions; shorten them, or extend the model in its config.json "

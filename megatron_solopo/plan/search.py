@@ -199,10 +199,13 @@ class Planner:
 
     def time_reference(self, layout: Layout) -> PassTime:
         """The time of the pass of the reference model over all triplets."""
+        packer, roles = self.packer, layout.config.reference_roles
+        if roles != layout.config.objective.roles.all:
+            packer = Packer(self.workload, layout.config, self.architecture, roles)
         update = {"model": layout.config.model.without_gradients, "lora": None}
         scored = replace(layout, config=layout.config.model_copy(update=update))
         # The packs are padded for the precision of training.
-        return self._timer(scored).time_pass(self.packer.single_pass(layout.config, layout.data_parallel_size))
+        return self._timer(scored).time_pass(packer.single_pass(layout.config, layout.data_parallel_size))
 
     def _quick_seconds(self, layout: Layout) -> float:
         packs = self.packer.pack(layout.config, layout.data_parallel_size).heaviest_rank

@@ -188,11 +188,17 @@ class _PackingRules:
 
 
 class Packer:
-    """Packs one sample batch of a workload under many layouts. Layouts that pack alike share the work."""
+    """Packs one sample batch of a workload under many layouts. Layouts that pack alike share the work.
 
-    def __init__(self, workload: Workload, config: Config, architecture: ModelShape) -> None:
+    Args:
+        roles: the sequences of a triplet; None: those that the objective reads.
+    """
+
+    def __init__(
+        self, workload: Workload, config: Config, architecture: ModelShape, roles: tuple[Role, ...] | None = None
+    ) -> None:
         self.workload, self.config, self.architecture = workload, config, architecture
-        self.roles = config.objective.roles.all
+        self.roles = config.objective.roles.all if roles is None else roles
         size = config.training.global_batch_size
         available = len(workload.responses["chosen"])
         generator = np.random.default_rng(_SEED)

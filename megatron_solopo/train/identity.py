@@ -30,6 +30,7 @@ _DECAY = "optimizer.lr_decay_iters"
 _CONFIG, WEIGHTS = "model.path (its config.json)", "model.path (its weights)"
 _ADAPTER = "model.adapter (its weights)"
 _TOKENS, _REFERENCE = "data.path (its tokens)", "reference.model_path (its weights)"
+_REFERENCE_CONTEXT = "reference.context"
 _HASHES = {
     _CONFIG: "model.path={} has another config.json",
     WEIGHTS: "model.path={} holds other weights",
@@ -90,7 +91,7 @@ class RunIdentity:
             for key, field in type(section).model_fields.items()
         }
         keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
-        self._defaults["lora"] = None
+        self._defaults |= {"lora": None, _REFERENCE_CONTEXT: None}
         has_decay = config.optimizer.lr_decay_style != "constant"
         self.values: dict[str, Any] = keys | {
             _DECAY: decay_iters(config.optimizer, max_steps) if has_decay else None,
@@ -107,6 +108,7 @@ class RunIdentity:
         if config.objective.needs_reference:
             path = config.reference.model_path or config.model.path
             self.values[_REFERENCE] = model_fingerprint(path, progress)
+            self.values[_REFERENCE_CONTEXT] = config.reference.context
 
     def check(self, saved: Mapping[str, Any], checkpoint: Path) -> list[str]:
         """Compare with what a checkpoint of this run keeps; returns lines to say.

@@ -10,7 +10,7 @@ The numbers do not depend on TP, PP, CP or packing, so a cache made under one la
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def reference_logprobs(
         journals = _open_journals(cache, expected, datasets, topology, overwrite)
         computed = _compute(config, model, datasets, topology, separate_roles, points, journals)
         on_rank_0(lambda: _write(cache, expected, datasets, computed))
-        return computed
+        return {split: for_policy(config, logprobs) for split, logprobs in computed.items()}
     return cached_reference(config, model, datasets)
 
 
@@ -92,8 +92,18 @@ def cached_reference(config: Config, model: ResolvedModel, datasets: RunDatasets
     cache, expected = config.reference_cache, reference_dependencies(config, model, datasets)
     on_rank_0(lambda: _check(cache, expected, datasets.manifest.fingerprint_parts))
     return on_rank_0(
-        lambda: {name: _read(cache, name, dataset, expected["roles"]) for name, dataset in datasets.by_split.items()}
+        lambda: {
+            name: for_policy(config, _read(cache, name, dataset, config.reference_roles))
+            for name, dataset in datasets.by_split.items()
+        }
     )
+
+
+def for_policy(config: Config, logprobs: ReferenceLogprobs) -> ReferenceLogprobs:
+    """For each sequence that the objective reads, the reference's log-probability that belongs to it."""
+    roles = config.objective.roles.all
+    places = [logprobs.roles.index(config.reference_role(role)) for role in roles]
+    return ReferenceLogprobs(roles, logprobs.logps[:, places])
 
 
 def reference_dependencies(config: Config, model: ResolvedModel, datasets: RunDatasets) -> dict[str, Any]:
@@ -105,9 +115,14 @@ def reference_dependencies(config: Config, model: ResolvedModel, datasets: RunDa
         "fp8": precision_settings(config.model.without_gradients),
         "implementation": "transformer_engine" if model.uses_transformer_engine else "local",
         "scoring_version": _SCORING_VERSION,
-        "replay": config.moe.replay if config.objective.name == "solopo" else None,  # else there are no pairs
-        "roles": list(config.objective.roles.all),
+        "replay": config.moe.replay if _reads_both_contexts(config.reference_roles) else None,
+        "roles": list(config.reference_roles),
     }
+
+
+def _reads_both_contexts(roles: Sequence[Role]) -> bool:
+    """Whether a response is read behind both contexts. Routes are replayed from the one to the other."""
+    return any(role.context == "long" and role.on_short_context in roles for role in roles)
 
 
 def _check(cache: Path, expected: dict[str, Any], data: dict[str, Any]) -> None:
@@ -130,7 +145,8 @@ def _check(cache: Path, expected: dict[str, Any], data: dict[str, Any]) -> None:
     differing = _differences(expected, found, data)
     if missing := set(expected["roles"]) - set(found["roles"]):
         names = ", ".join(sorted(missing))
-        differing.append(f"objective (without {names}, which objective.name or objective.align needs)")
+        needing = "objective.name, objective.align or reference.context"
+        differing.append(f"objective (without {names}, which {needing} needs)")
     if differing:
         raise UserError(
             f"{cache}: the cached reference log-probs are stale, made for another {', '.join(differing)}; {_REMEDY}"
@@ -194,6 +210,7 @@ def _compute(
             dataset,
             topology,
             f"reference {split}",
+            roles=config.reference_roles,
             separate_roles=separate_roles,
             points=points,
             journal=journals[split],
@@ -251,7 +268,7 @@ def _damaged(cache: Path, file: str) -> UserError:
     return UserError(f"{cache / file}: missing or damaged; delete {cache}, and it is computed again")
 
 
-def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[Role]) -> ReferenceLogprobs:
+def _read(cache: Path, name: str, dataset: TripletDataset, roles: tuple[Role, ...]) -> ReferenceLogprobs:
     try:
         table = pq.read_table(cache / f"{name}.parquet")
     except (OSError, pa.ArrowException):
@@ -267,4 +284,4 @@ def _read(cache: Path, name: str, dataset: TripletDataset, roles: list[Role]) ->
             f"{cache / name}.parquet: holds log-probabilities that are not finite; delete {cache}, and they are "
             "computed again"
         )
-    return ReferenceLogprobs(tuple(roles), logps)
+    return ReferenceLogprobs(roles, logps)

@@ -16,6 +16,8 @@ from megatron_solopo.files import counted
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.topology import Topology
 
+_SHORT_REFERENCE = ("reference.context=short", "reference.context=null")
+
 
 @dataclass(frozen=True)
 class RunDatasets:
@@ -60,19 +62,20 @@ def _check(
 ) -> tuple[PreparedManifest, str, list[str]]:
     """On rank 0: the manifest with the hash of the tokens, what was checked, and what could not be."""
     manifest = prepared.hashed_manifest()
-    if manifest.kind == "pair" and config.objective.name == "solopo":
+    if manifest.kind == "pair" and len(config.contexts_read) == 2:
+        is_solopo = config.objective.name == "solopo"
+        key, instead = ("objective.name=solopo", "objective.name=short_po") if is_solopo else _SHORT_REFERENCE
         raise UserError(
-            f"{config.data.path}: holds plain pairs (prompt, chosen, rejected), but objective.name=solopo needs "
-            "prompt_short and prompt_long; prepare triplets, or set objective.name=short_po"
+            f"{config.data.path}: holds plain pairs (prompt, chosen, rejected), but {key} needs "
+            f"prompt_short and prompt_long; prepare triplets, or set {instead}"
         )
     if prepared.eval is None and config.training.eval_steps is not None:
         raise UserError(
             f"training.eval_steps={config.training.eval_steps}, but {config.data.path} has no held-out split; "
             "prepare it with --eval-count, or remove the key"
         )
-    contexts = {role.context for role in config.objective.roles.all}
     readers = _readers(config, architecture)
-    notes = check_readers(readers, prepared, config.data.path, contexts)
+    notes = check_readers(readers, prepared, config.data.path, config.contexts_read)
     unknown = f" ({counted(len(notes), 'tokenizer')} not known)" if notes else ""
     return (
         manifest,

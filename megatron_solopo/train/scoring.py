@@ -59,21 +59,23 @@ def score_sequences(
     topology: Topology,
     label: str,
     *,
+    roles: tuple[Role, ...] | None = None,
     separate_roles: bool = False,
     points: PassPoints | None = None,
     journal: ReferenceJournal | None = None,
 ) -> ReferenceLogprobs:
-    """Run every sequence that the objective reads through the model once; every rank returns all the numbers.
+    """Run sequences of every triplet through the model once; every rank returns all the numbers.
 
     Args:
         label: of the progress bar.
+        roles: the sequences; None: those that the objective reads.
         separate_roles: one pass for each role, so that a pack must hold the longest sequence and not the largest
             triplet.
         points: see `run_single_pass`.
         journal: keeps the numbers as they come. Triplets that it holds already are not computed again. A pack runs
             whole, so under one layout the numbers are the same bits as those of a pass that never stopped.
     """
-    roles = config.objective.roles.all
+    roles = config.objective.roles.all if roles is None else roles
     passes = {f"{label}, {role}": (role,) for role in roles} if separate_roles else {label: roles}
     logps = [
         _score_pass(config, chunks, dataset, topology, pass_label, pass_roles, points, journal)

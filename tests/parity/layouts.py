@@ -22,6 +22,7 @@ from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.megatron_internals import replica_group
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import Policy, build_policy, load_frozen
+from megatron_solopo.train.reference import for_policy
 from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss, run_schedule
 from tests.conversions import join_shards
 from tests.parity.plain import Row
@@ -69,6 +70,8 @@ class Case:
     layout: Layout
     reference: str = "reference"
     """Folder of the reference weights; `policy` for the policy's own."""
+    reference_context: str | None = None
+    """As `reference.context`."""
 
     @property
     def trains_routers(self) -> bool:
@@ -88,7 +91,8 @@ class Case:
     def name(self) -> str:
         settings = "-".join(str(value) for value in self.objective.values() if isinstance(value, str))
         adapted = "" if self.lora is None else f"-rank{self.lora.rank}"
-        return f"{self.family}-{settings}-{self.layout.name}{adapted}-{self.reference}"
+        context = "" if self.reference_context is None else f"-{self.reference_context}"
+        return f"{self.family}-{settings}-{self.layout.name}{adapted}-{self.reference}{context}"
 
 
 @dataclass
@@ -123,6 +127,8 @@ def run_cases(models: Path, cases: Sequence[Case], batches: Sequence[Sequence[Ro
 def run_case(models: Path, case: Case, batches: Sequence[Sequence[Row]]) -> RankResult:
     """One case on this rank."""
     config = make_config(models / "policy", case.objective, case.layout, case.adapter(models / "policy"))
+    reference = config.reference.model_copy(update={"context": case.reference_context})
+    config = config.model_copy(update={"reference": reference})
     groups = topology.initialize(config.parallel, seed=1)
     try:
         return _train(config, groups, case.layout, models / case.reference, batches)
@@ -163,7 +169,10 @@ def _train(
     packs = [my_packs(batch, number, layout, roles, groups) for number, batch in enumerate(batches)]
     references = None
     if config.objective.needs_reference:
-        references = live_reference(config, reference, groups, packs, num_rows=sum(map(len, batches)))
+        read = config.reference_roles
+        scored = [my_packs(batch, number, layout, read, groups) for number, batch in enumerate(batches)]
+        found = live_reference(config, reference, groups, scored, num_rows=sum(map(len, batches)))
+        references = for_policy(config, found)
     policy = build_policy(config, resolve_model(config.model, config.parallel), groups, max_steps=len(batches))
     loss = objective_loss(config.objective, references, groups)
     result = RankResult(_is_counted(groups))

@@ -233,9 +233,19 @@ def _distance(o: Mapping[str, Any], gap: Tensor) -> Tensor:
 
 
 def triplet_loss(
-    o: Mapping[str, Any], model: torch.nn.Module, reference: torch.nn.Module, row: Row, *, replay: bool = False
+    o: Mapping[str, Any],
+    model: torch.nn.Module,
+    reference: torch.nn.Module,
+    row: Row,
+    *,
+    replay: bool = False,
+    reference_context: str | None = None,
 ) -> Tensor:
-    """Loss of one triplet under objective `o` (the keys of the `objective` section)."""
+    """Loss of one triplet under objective `o` (the keys of the `objective` section).
+
+    Args:
+        reference_context: the context that the reference reads; None: that of the policy.
+    """
     beta = o["beta"]
     kept: list[Replayed | None] = [{}, {}] if replay else [None, None]
 
@@ -244,7 +254,8 @@ def triplet_loss(
         with replaying(model, row, context, answer, kept[0]):
             logp = response_logprob(model, prompt, response)
         with torch.no_grad(), replaying(reference, row, context, answer, kept[1]):
-            reference_logp = response_logprob(reference, prompt, response)
+            reference_prompt = row[f"prompt_{reference_context or context}"]
+            reference_logp = response_logprob(reference, reference_prompt, response)
         nll = -logp / len(response)
         return _reward(o["loss_type"], beta, logp, len(response), reference_logp), nll
 
@@ -275,6 +286,7 @@ def train(
     z: float = 0.0,
     adapter: Path | None = None,
     replay: bool = False,
+    reference_context: str | None = None,
 ) -> list[PlainStep]:
     """AdamW steps (betas 0.9, 0.95, no decay, no clipping), one per batch, of all parameters or all but routers.
 
@@ -282,6 +294,7 @@ def train(
         aux, z: weights of the losses of routers.
         adapter: directory of a PEFT adapter, which alone is trained.
         replay: whether responses take the experts behind the long context that they take behind the short one.
+        reference_context: see `triplet_loss`.
     """
     model, frozen = load(policy), load(reference)
     learning = trained(model, routers)
@@ -293,7 +306,8 @@ def train(
     steps = []
     for batch in batches:
         model.zero_grad()
-        loss = torch.stack([triplet_loss(o, model, frozen, row, replay=replay) for row in batch]).mean()
+        of_rows = {"replay": replay, "reference_context": reference_context}
+        loss = torch.stack([triplet_loss(o, model, frozen, row, **of_rows) for row in batch]).mean()
         routing = {}
         if hasattr(model.config, "num_experts_per_tok"):
             batch_routes = [routes(o, model, row, replay) for row in batch]

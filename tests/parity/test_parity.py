@@ -52,6 +52,8 @@ NUM_TRIPLETS = 4
 
 DPO_BOTH = {"name": "solopo", "loss_type": "dpo", "beta": 0.1, "align": "both"}
 ORPO_NLL = {"name": "solopo", "loss_type": "orpo", "beta": 0.1, "nll_coefficient": 0.5}
+# The reference's answers are behind the short context, the policy's behind the long one.
+LONGPO = {"name": "long_po", "loss_type": "dpo", "beta": 0.1, "nll_coefficient": 0.3}
 PLAIN_DPO = [{"name": name, "loss_type": "dpo", "beta": 0.1} for name in ("short_po", "long_po")]
 OBJECTIVES: list[dict[str, Any]] = [
     {"name": "solopo", "loss_type": "dpo", "beta": 0.1},
@@ -127,6 +129,7 @@ LAYOUTS: dict[int, list[Layout]] = {
 }
 
 
+WITH_LONGPO = ("packed", "cp2", "pp2", "tp2-dp2")
 TRAINED = {"router_trainable": True}
 REPLAYED = {"replay": "short"}
 BALANCED = TRAINED | {"aux_loss_coefficient": 0.03, "z_loss_coefficient": 0.02}
@@ -234,10 +237,13 @@ def dense_cases(world_size: int) -> list[Case]:
         return [*found, Case("qwen3", DPO_BOTH, layouts[-1], reference="policy")]
     found += [Case("qwen3", DPO_BOTH, layouts[0], reference="policy")]
     found += [Case("qwen3", objective, layouts[0], reference="policy") for objective in PLAIN_DPO]
+    behind_short = {"reference_context": "short"}
+    found += [Case("qwen2", LONGPO, layout, **behind_short) for layout in layouts if layout.name in WITH_LONGPO]
     # Norms of queries and keys: with and without sequence parallelism, whole heads and split groups.
     found += [Case("qwen3", DPO_BOTH, layout) for layout in layouts if layout.name.startswith("tp")][:2]
     if world_size == 1:
         found += [Case("qwen2", objective, Layout(f"objective-{n}")) for n, objective in enumerate(OBJECTIVES)]
+        found += [Case("qwen2", DPO_BOTH, layouts[0], **behind_short)]
         found += [Case(family, DPO_BOTH, Layout("family")) for family in FAMILIES]
     else:
         found += [Case("qwen3", DPO_BOTH, layouts[-1], reference="policy")]
@@ -306,7 +312,8 @@ def expected(models: Path) -> Any:
     done: dict[str, list[plain.PlainStep]] = {}
 
     def run(case: Case) -> list[plain.PlainStep]:
-        key = f"{case.family} {case.objective} {case.reference} {case.layout.moe} {case.layout.lora}"
+        settings = case.objective, case.reference, case.reference_context, case.layout.moe, case.layout.lora
+        key = f"{case.family} {settings}"
         if key not in done:
             folder = models / case.family
             reference = folder / case.reference
@@ -322,6 +329,7 @@ def expected(models: Path) -> Any:
                 z=case.layout.moe.get("z_loss_coefficient", 0.0),
                 adapter=case.adapter(folder / "policy"),
                 replay="replay" in case.layout.moe,
+                reference_context=case.reference_context,
             )
         return done[key]
 
