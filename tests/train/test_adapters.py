@@ -264,7 +264,7 @@ def test_an_adapter_of_peft_comes_back_bit_by_bit(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "part"),
     {
-        "rank": "lora=",
+        "rank": "but now lora.rank=8 (it was 4);",
         "none": "lora=null",
         "base": "holds other weights",
         "start": "other-adapter: the run began with other adapters",
