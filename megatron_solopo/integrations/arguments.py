@@ -94,7 +94,6 @@ def config_from_args(args: argparse.Namespace) -> Config:
     run_dir = args.solopo_run_dir or args.save
     if run_dir is None:
         raise UserError("--solopo-run-dir is required where --save is not given")
-    check_arguments(args)
     sections = {
         section: {key: getattr(args, f"{_PREFIX}_{name or key}") for key, name in keys.items()}
         for section, (_, keys) in _SECTIONS.items()
@@ -103,6 +102,7 @@ def config_from_args(args: argparse.Namespace) -> Config:
     adapters = {key: value for key, value in sections.pop(_OPTIONAL).items() if value is not None}
     if adapters.get("target_modules") == [ALL_LINEAR]:  # a list of modules, or this word
         adapters["target_modules"] = ALL_LINEAR
+    check_arguments(args, has_adapters=bool(adapters))
     values = sections | {
         _OPTIONAL: adapters or None,
         "run_dir": run_dir,
@@ -136,8 +136,12 @@ def _precision(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise UserError naming every argument that does not work with packs of triplets, and its required value."""
+def check_arguments(args: argparse.Namespace, *, has_adapters: bool = False) -> None:
+    """Raise UserError naming every argument that does not work with packs of triplets, and its required value.
+
+    Args:
+        has_adapters: whether adapters are trained, so that checkpoints must hold them alone.
+    """
     required = {
         "dataloader_type": ("external", "--dataloader-type external: our iterator makes the packs"),
         "calculate_per_token_loss": (True, "--calculate-per-token-loss: it makes the loss the mean over triplets"),
@@ -155,6 +159,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         "init_model_with_meta_device": (False, "no --init-model-with-meta-device: weights are read into the model"),
         "overlap_moe_expert_parallel_comm": (False, "no --overlap-moe-expert-parallel-comm"),
     }
+    if has_adapters:
+        whole = "with --solopo-lora-* flags, as torch would save the whole model"
+        required["ckpt_format"] = ("torch_dist", f"--ckpt-format torch_dist {whole}")
+        if getattr(args, "ckpt_convert_format", None) == "torch":
+            required["ckpt_convert_format"] = ("torch_dist", f"--ckpt-convert-format torch_dist {whole}")
     # An argument that this Megatron-LM does not have cannot be wrong.
     wrong = [hint for name, (value, hint) in required.items() if getattr(args, name, value) != value]
     if wrong:

@@ -33,14 +33,17 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_solopo.architecture.adapters import ADAPTER
-from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER, is_megatron_checkpoint
-from megatron_solopo.checkpoint.adapter_checkpoint import adapter_files
-from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
+from megatron_solopo.architecture.adapters import ADAPTER, read_lora
+from megatron_solopo.architecture.model_directory import (
+    ADAPTER_CONFIG,
+    HUGGINGFACE_FOLDER,
+    is_megatron_checkpoint,
+    parse_model_json,
+)
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.checkpoint.megatron_reader import read_metadata
 from megatron_solopo.checkpoint.model_files import write_files
-from megatron_solopo.config import Config, LoRAConfig
+from megatron_solopo.config import Config
 from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
@@ -189,17 +192,17 @@ def _check_description(now: Mapping[str, bytes], flag: str, folders: Sequence[Pa
                 f"{flag}: nothing says what its adapters belong to; bring {file} back into {folders[0]}, where --save "
                 "had put it"
             )
-        if kept is not None and _without_place(kept.read_bytes()) != _without_place(content):
+        if kept is not None and _meaning(kept.read_bytes(), kept) != _meaning(content, kept):
             raise UserError(
                 f"{flag}: its adapters belong to other weights or to other --solopo-lora flags ({kept} differs); bring "
                 "those back, or give another --load and --save"
             )
 
 
-def _without_place(content: bytes) -> dict[str, Any]:
-    """What a file of `adapter_files` says, except where the base is."""
-    found: dict[str, Any] = json.loads(content)
-    return found | {"base_model_name_or_path": None}
+def _meaning(content: bytes, file: Path) -> Any:
+    """What a file of `adapter_files` says: the settings of the adapters wherever their base is, or the base's hash."""
+    found = parse_model_json(content, file)
+    return read_lora(found, file) if file.name == ADAPTER_CONFIG else found
 
 
 class Solopo:
@@ -275,21 +278,21 @@ class Solopo:
             for name in _LOADED
             if checkpoint_exists(getattr(self.args, name, None))
         }
-        lora = self.config.lora
-        if lora is not None:
-            on_rank_0(lambda: self._keep_base(lora, present))
-        if lora is not None or not present:
+        has_adapters = self.config.lora is not None
+        if has_adapters:
+            on_rank_0(lambda: self._keep_base(present))
+        if has_adapters or not present:
             load_weights(chunks, self.task.architecture, self.config.model.path)
-        if lora is not None:
+        if has_adapters:
             for chunk in chunks:
                 add_base_class(chunk, StoresAdapters)
 
-    def _keep_base(self, lora: LoRAConfig, present: Mapping[str, Path]) -> None:
+    def _keep_base(self, present: Mapping[str, Path]) -> None:
         """Raise UserError if a checkpoint holds no adapters, or those of other settings or weights.
 
         What they belong to is in two files of `--save`, from the beginning: a run that was killed has no other ones.
         """
-        now = adapter_files(lora, self.config.model.path, weights_fingerprint(self.config.model.path))
+        now = self.task.adapter_files
         for name, path in present.items():
             flag = f"--{name.replace('_', '-')}={getattr(self.args, name)}"
             if not any(ADAPTER in key for key in read_metadata(path).state_dict_metadata):

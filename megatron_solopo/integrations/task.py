@@ -18,7 +18,6 @@ from megatron_solopo.architecture.adapters import check_targets
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.layout import check_training
 from megatron_solopo.checkpoint.adapter_checkpoint import adapter_files
-from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.checkpoint.model_files import read_model_files
 from megatron_solopo.config import Config, ParallelConfig
 from megatron_solopo.data.loader import GlobalBatchLoader
@@ -35,6 +34,7 @@ from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.megatron_internals import pipeline_settings, set_rotary_frequencies
 from megatron_solopo.parallel.topology import Topology, current
 from megatron_solopo.train.callbacks import say
+from megatron_solopo.train.identity import model_fingerprint
 from megatron_solopo.train.metrics import reduce_sums
 from megatron_solopo.train.policy import check_starts_whole, set_trainable
 from megatron_solopo.train.reference import cached_reference
@@ -200,6 +200,8 @@ def _check_groups(parallel: ParallelConfig) -> None:
 class PreferenceTask:
     """Data, objective and reference of one run, on the process groups that Megatron-Core already has.
 
+    All ranks create it together. With `lora` they read the model's weights once, if their checksums are not known yet.
+
     It reads these parts of the config: `model`, `lora`, `data`, `objective`, `logprob`, `reference`, `moe`, `seed`,
     `training.global_batch_size` and the sizes in `parallel`. The loop decides everything else.
 
@@ -240,6 +242,9 @@ class PreferenceTask:
             name: objective_loss(config.objective, references.get(name), self.topology)
             for name in self.datasets.by_split
         }
+        path, lora = config.model.path, config.lora
+        self.adapter_files = {} if lora is None else adapter_files(lora, path, model_fingerprint(path))
+        """The files beside a checkpoint of adapters that say what they belong to, by name. None without `lora`."""
 
     def prepare_model(self, model: Any) -> Any:
         """Give a GPTModel the response-only head and the rotary frequencies of config.json, and return it.
@@ -264,14 +269,9 @@ class PreferenceTask:
     def model_files(self) -> dict[str, bytes]:
         """What a checkpoint's folder `huggingface/` must hold so that our commands take the checkpoint as a model.
 
-        With `lora` these files describe the adapters, too. Then the first call reads the model's weights, if their
-        checksums are not known yet. One rank should call it.
+        With `lora` these files describe the adapters, too.
         """
-        config = self.config
-        files = read_model_files(config.model.path)
-        if config.lora is not None:
-            files |= adapter_files(config.lora, config.model.path, weights_fingerprint(config.model.path))
-        return files
+        return read_model_files(self.config.model.path) | self.adapter_files
 
     def batches(
         self, split: str = "train", *, global_batch_size: int | None = None, packs_multiple: int | None = None

@@ -39,6 +39,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_solopo.architecture.adapters import ADAPTER
+from megatron_solopo.errors import UserError
 
 Segments = tuple[tuple[str, int], ...]
 """The rows of a linear layer, in their order: PEFT's module and the number of its rows."""
@@ -256,11 +257,23 @@ class StoresAdapters:
         return {name: value for name, value in state.items() if ADAPTER in name}
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> Any:
-        """Load adapters. The base stays as it is."""
+        """Load adapters. The base stays as it is.
+
+        Args:
+            state: all adapters of the chunk, and nothing else.
+            strict: has no effect. Megatron-LM catches a strict error and loads once more without it.
+
+        Raises UserError naming an adapter that the state lacks, or an entry that the chunk has no place for.
+        """
         missing, unexpected = super().load_state_dict(state, strict=False)  # type: ignore[misc]
         missing = [name for name in missing if ADAPTER in name]
-        assert not strict or not (missing or unexpected), (missing, unexpected)
-        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+        for problem, names in (("lacks", missing), ("has entries of no adapter here:", list(unexpected))):
+            if names:
+                raise UserError(
+                    f"--load: the checkpoint {problem} {', '.join(names[:3])} ({len(names)} in all); give a checkpoint "
+                    "of this model with the same --solopo-lora-* flags"
+                )
+        return torch.nn.modules.module._IncompatibleKeys([], [])
 
 
 def cut_segments(segments: Segments, start: int, stop: int) -> Iterator[tuple[str, int]]:

@@ -1,5 +1,6 @@
 """Builds this rank's model chunks."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -132,6 +133,11 @@ def precision_settings(settings: ModelConfig) -> dict[str, Any]:
         "num_layers_at_start_in_bf16": settings.num_layers_at_start_in_bf16,
         "num_layers_at_end_in_bf16": settings.num_layers_at_end_in_bf16,
     }
+
+
+def precision_defaults() -> dict[str, Any]:
+    """What a field of `precision_settings` is where it is not set: Megatron-Core's own default."""
+    return {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
 
 
 def build_model(model: ResolvedModel, *, chunk_tokens: int, device: torch.device) -> list[ResponseModel]:

@@ -17,10 +17,10 @@ from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.checkpoint.fingerprint import unread_weights, weights_fingerprint
 from megatron_solopo.checkpoint.peft_directory import adapter_fingerprint
 from megatron_solopo.checksums import FILES_AT_ONCE, KnownFile, read_checksums
-from megatron_solopo.config import Config, ModelConfig
+from megatron_solopo.config import Config, LoRAConfig, ModelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
-from megatron_solopo.model.build import precision_settings
+from megatron_solopo.model.build import precision_defaults, precision_settings
 from megatron_solopo.parallel.agreement import from_rank, on_every_rank, on_rank_0
 from megatron_solopo.train.policy import decay_iters
 from megatron_solopo.train.run_data import RunDatasets
@@ -66,6 +66,20 @@ def model_fingerprint(path: Path, progress: Callable[[], None] = lambda: None) -
     return on_rank_0(partial(weights_fingerprint, path, read))
 
 
+def differing_parts(
+    now: Mapping[str, Any], kept: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """The settings of a section that differ, by name: the value of now, and the kept one.
+
+    Args:
+        defaults: the value of a setting that one side lacks: it is of a version that did not have it.
+    """
+    pairs = {
+        name: (now.get(name, defaults.get(name)), kept.get(name, defaults.get(name))) for name in sorted({*now, *kept})
+    }
+    return {name: (value, former) for name, (value, former) in pairs.items() if value != former}
+
+
 class RunIdentity:
     """What one run is. All ranks create it together.
 
@@ -92,6 +106,10 @@ class RunIdentity:
         }
         keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
         self._defaults |= {"lora": None, _REFERENCE_CONTEXT: None}
+        self._part_defaults = {
+            "lora": {key: field.default for key, field in LoRAConfig.model_fields.items()},
+            "model.fp8": precision_defaults(),
+        }
         has_decay = config.optimizer.lr_decay_style != "constant"
         self.values: dict[str, Any] = keys | {
             _DECAY: decay_iters(config.optimizer, max_steps) if has_decay else None,
@@ -120,7 +138,7 @@ class RunIdentity:
         """
         self._check_steps(saved["step"])
         kept = saved["identity"]
-        changed = [problem for key in self.values if key != _DECAY and (problem := self._problem(key, kept))]
+        changed = [problem for key in self.values if key != _DECAY for problem in self._problems(key, kept)]
         if _TOKENS not in kept and self._data.format_version == 1:
             # The checkpoint and the data are of the same age.
             changed += (
@@ -158,6 +176,16 @@ class RunIdentity:
         if training.max_steps is not None:
             return f"training.max_steps={training.max_steps}"
         return f"training.num_train_epochs={training.num_train_epochs:g} ({self._max_steps} steps)"
+
+    def _problems(self, key: str, kept: Mapping[str, Any]) -> list[str]:
+        """How a value differs from the kept one. The settings of a section are compared one by one."""
+        value, former = self.values[key], kept.get(key)
+        if isinstance(value, dict) and isinstance(former, dict):
+            section = key.partition(".")[0]
+            differing = differing_parts(value, former, self._part_defaults[key])
+            return [f"{section}.{name}={_shown(now)} (it was {_shown(was)})" for name, (now, was) in differing.items()]
+        problem = self._problem(key, kept)
+        return [] if problem is None else [problem]
 
     def _problem(self, key: str, kept: Mapping[str, Any]) -> str | None:
         """How a value differs from the kept one; None if it does not."""

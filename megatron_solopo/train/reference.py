@@ -26,11 +26,11 @@ from megatron_solopo.config import Config, Role
 from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, remove, write_json
-from megatron_solopo.model.build import precision_settings
+from megatron_solopo.model.build import precision_defaults, precision_settings
 from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.train.identity import model_fingerprint
+from megatron_solopo.train.identity import differing_parts, model_fingerprint
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.reference_journal import (
     UNFINISHED,
@@ -155,8 +155,12 @@ def _check(cache: Path, expected: dict[str, Any], data: dict[str, Any]) -> None:
 
 def _differences(expected: dict[str, Any], found: dict[str, Any], data: dict[str, Any]) -> list[str]:
     """What is not as expected, roles aside, with both values where they are readable; `data` as in `_check`."""
-    keys = [key for key in expected if key not in ("tokens", "roles") and expected[key] != found.get(key)]
-    differing = [_both_values(key, expected[key], found.get(key)) for key in keys]
+    differing = [
+        _both_values(name, new, old)
+        for key in expected
+        if key not in ("tokens", "roles")
+        for name, (new, old) in _differing_values(key, expected[key], found.get(key)).items()
+    ]
     if expected["tokens"] == found.get("tokens"):
         return differing
     parts = [f"data.{key}" for key in data if data[key] != found.get("data", {}).get(key)]
@@ -164,15 +168,19 @@ def _differences(expected: dict[str, Any], found: dict[str, Any], data: dict[str
     return [*(parts or [same]), *differing]
 
 
+def _differing_values(key: str, expected: Any, found: Any) -> dict[str, tuple[Any, Any]]:
+    """The value if it differs, by its name: that of this run, and that of the cache. FP8 has several."""
+    if expected and found and isinstance(expected, dict):
+        return differing_parts(expected, found, precision_defaults())
+    if isinstance(expected, dict):  # without FP8 it is empty
+        expected, found = expected.get(key), (found or {}).get(key)
+    return {} if expected == found else {key: (expected, found)}
+
+
 def _both_values(key: str, expected: Any, found: Any) -> str:
     """A difference with the value of the cache, and the config's key with the value of this run."""
     if key == "weights":  # the values are hashes
         return key
-    if isinstance(expected, dict):
-        # The fields of FP8. Without FP8 there are none.
-        old, new = found or {"fp8": None}, expected or {"fp8": None}
-        names = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
-        return ", ".join(_both_values(name, new[name], old[name]) for name in names)
     shown = {"scoring_version": key, "replay": "moe.replay"}.get(key, f"model.{key}")
     before, now = ("null" if value is None else value for value in (found, expected))
     return f"{key} ({before}; this run has {shown}={now})"

@@ -83,14 +83,27 @@ def flags_with_experts(folder: Path) -> dict[str, Any]:
     }
 
 
-def with_adapters() -> dict[str, Any]:
-    """Sections of a run with adapters. With a small `adam_eps` Adam makes noise of what is zero but for rounding."""
-    return {"lora": {"rank": 4, "alpha": 8.0}, "optimizer": OPTIMIZER | {"lr": 1e-2, "adam_eps": 1e-4}}
+def with_adapters(folder: Path, dropout: float) -> dict[str, Any]:
+    """Sections of a run with adapters. With a small `adam_eps` Adam makes noise of what is zero but for rounding.
+
+    Dropout draws the same masks for the same packs alone. So the packs are Megatron-LM's, of one triplet each.
+    """
+    return {
+        "lora": {"rank": 4, "alpha": 8.0, "dropout": dropout},
+        "optimizer": OPTIMIZER | {"lr": 1e-2, "adam_eps": 1e-4},
+        "data": {"path": folder / "prepared", "max_tokens_per_pack": 600, "max_triplets_per_pack": 1},
+    }
 
 
-def flags_with_adapters() -> dict[str, Any]:
+def flags_with_adapters(dropout: float) -> dict[str, Any]:
     """The same for Megatron-LM."""
-    return {"solopo_lora_rank": 4, "solopo_lora_alpha": 8.0, "lr": 1e-2, "adam_eps": 1e-4}
+    return {
+        "solopo_lora_rank": 4,
+        "solopo_lora_alpha": 8.0,
+        "solopo_lora_dropout": dropout,
+        "lr": 1e-2,
+        "adam_eps": 1e-4,
+    }
 
 
 def arguments(folder: Path, name: str, parallel: dict[str, Any], **changes: Any) -> list[str]:

@@ -155,6 +155,21 @@ def test_a_wrong_combination_is_refused_by_name(name: str, value: Any, part: str
     assert str(error.value).count(";") == 0  # the only thing wrong
 
 
+@pytest.mark.parametrize("flag", ["ckpt_format", "ckpt_convert_format"])
+def test_a_format_that_would_save_the_whole_model_is_refused_with_adapters(flag: str) -> None:
+    formats = {"ckpt_format": "torch_dist", "ckpt_convert_format": None}
+    assert config_from_args(parse("--solopo-lora-rank", "8", megatron=formats)).lora is not None
+    wrong = formats | {flag: "torch"}
+    with pytest.raises(UserError) as error:
+        config_from_args(parse("--solopo-lora-rank", "8", megatron=wrong))
+    name = f"--{flag.replace('_', '-')}"
+    wanted = (
+        f"arguments: SoLoPO needs {name} torch_dist with --solopo-lora-* flags, as torch would save the whole model"
+    )
+    assert str(error.value) == wanted
+    assert config_from_args(parse(megatron=wrong)).lora is None, "the whole model is what such a run saves"
+
+
 def test_keys_become_flags_in_messages_and_paths_do_not() -> None:
     message = "/runs/model.path/x: data.path and model.fp8_recipe=mxfp8 need training.global_batch_size (parallel.*)"
     with pytest.raises(UserError) as error, flags_for_keys():

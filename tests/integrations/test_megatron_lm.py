@@ -1,5 +1,8 @@
 """`pretrain()` of Megatron-LM with our plug-in, against our own trainer. One launch on two ranks runs them all."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -8,9 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_solopo.architecture.model_directory import ADAPTER_CONFIG
+from megatron_solopo.checkpoint.adapter_checkpoint import adapter_files
 from megatron_solopo.checkpoint.conversion import export_adapter, export_model, import_model
 from megatron_solopo.checkpoint.megatron_reader import MegatronDirectory
+from megatron_solopo.config import LoRAConfig
 from megatron_solopo.files import read_jsonl
+from megatron_solopo.integrations.megatron_lm import PackStream, _check_description
+from megatron_solopo.model.adapters import begin_dropout
 from megatron_solopo.model.layers import layer_spec
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
@@ -61,8 +69,8 @@ EXPERTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         EP2 | TP2 | {"expert_tensor_parallel_size": 1, "micro_batch_size": 1},
     ),
 }
-# Layouts that also train adapters. Under the second each rank has several chunks.
-ADAPTERS = ("tp2", "vpp2")
+# Layouts that also train adapters, and their dropout. Under the second each rank has several chunks.
+ADAPTERS = {"tp2": 0.3, "vpp2": 0.0}
 EVALUATED = {"eval_iters": 1, "eval_interval": 2}
 
 
@@ -114,14 +122,18 @@ def run_with_experts(folder: Path) -> dict[str, Any]:
 
 def run_with_adapters(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name in ADAPTERS:
+    for name, dropout in ADAPTERS.items():
         ours, theirs = LAYOUTS[name]
-        train(config(folder, f"lora-{name}", ours, **with_adapters()))
+        settings = config(folder, f"lora-{name}", ours, **with_adapters(folder, dropout))
+        train(settings)
         save = {"save": folder / f"lora-{name}-saved", "save_interval": SAVED}
-        found[f"lora-{name}"] = pretrain(arguments(folder, f"lora-{name}-lm", theirs | flags_with_adapters() | save))
+        flags = flags_with_adapters(dropout)
+        with same_masks(settings.seed) if dropout else nullcontext():
+            found[f"lora-{name}"] = pretrain(arguments(folder, f"lora-{name}-lm", theirs | flags | save))
     load = {"load": folder / "lora-tp2-saved", "ckpt_step": SAVED, "no_load_optim": True}
-    resumed = LAYOUTS["tp2"][1] | flags_with_adapters() | load
-    found["lora-resumed"] = pretrain(arguments(folder, "lora-resumed-lm", resumed))
+    resumed = LAYOUTS["tp2"][1] | flags_with_adapters(ADAPTERS["tp2"]) | load
+    with same_masks(settings.seed):
+        found["lora-resumed"] = pretrain(arguments(folder, "lora-resumed-lm", resumed))
     other = {"solopo_model_path": folder / "reference_model"}
     release = loadable(folder / "lora-tp2-saved" / f"iter_{SAVED:07d}", folder / "lora-release")
     for name, flags in {
@@ -134,6 +146,19 @@ def run_with_adapters(folder: Path) -> dict[str, Any]:
     }.items():
         found[f"refused {name}"] = refusal(arguments(folder, "refused", resumed | flags))
     return found
+
+
+@contextmanager
+def same_masks(seed: int) -> Iterator[None]:
+    """Within, `pretrain()` seeds the masks of dropout of each step as our trainer does. It has one chunk per rank."""
+    read = PackStream._read
+
+    def seed_and_read(stream: PackStream) -> Iterator[Any]:
+        begin_dropout(seed, stream._loader.consumed_triplets // BATCH + 1)
+        return read(stream)
+
+    with mock.patch.object(PackStream, "_read", seed_and_read):
+        yield
 
 
 def own_model(pre_process: bool = True, post_process: bool = True, **others: Any) -> GPTModel:
@@ -279,6 +304,17 @@ def test_megatron_lm_saves_adapters_alone_and_continues_with_them(found: dict[st
     assert "--load" in found["refused whole"] and "holds no adapters" in found["refused whole"]
     for name in ("alpha", "base", "release", "save"):
         assert "belong to other weights or to other --solopo-lora flags" in found[f"refused {name}"]
+
+
+def test_a_description_of_adapters_that_lacks_a_setting_means_its_default(tmp_path: Path) -> None:
+    lora, base = LoRAConfig(), Path("model")
+    older = json.loads(adapter_files(lora, base, "hash")[ADAPTER_CONFIG])
+    del older["lora_dropout"], older["use_rslora"]
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(older))
+    _check_description(adapter_files(lora, base, "hash"), "--save", [tmp_path], is_needed=False)
+    with pytest.raises(UserError, match="belong to other weights or to other --solopo-lora flags"):
+        changed = adapter_files(LoRAConfig(dropout=0.1), base, "hash")
+        _check_description(changed, "--save", [tmp_path], is_needed=False)
 
 
 @pytest.mark.usefixtures("found")

@@ -1,5 +1,6 @@
 """The loop that the README shows, against our own trainer: the same losses and gradient norms."""
 
+import json
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -11,23 +12,28 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from megatron_solopo.architecture.model_directory import HUGGINGFACE_FOLDER
+from megatron_solopo import checksums
+from megatron_solopo.architecture.model_directory import ADAPTER_BASE, HUGGINGFACE_FOLDER
 from megatron_solopo.checkpoint.conversion import export_adapter
+from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.checkpoint.model_files import write_files
 from megatron_solopo.checkpoint.peft_directory import ADAPTER_WEIGHTS
 from megatron_solopo.config import Config
-from megatron_solopo.data.loader import GlobalBatch
+from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
 from megatron_solopo.errors import UserError
 from megatron_solopo.integrations import PreferenceTask
 from megatron_solopo.model import routing
+from megatron_solopo.model.adapters import begin_dropout
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
+from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.train.step import logprob_report, run_schedule
 from megatron_solopo.train.trainer import precompute_reference, train
 from tests.distributed import run_distributed
-from tests.integrations.megatron_runs import STEPS, config, recorded, with_experts
+from tests.integrations.megatron_runs import BATCH, STEPS, config, recorded, with_experts
 from tests.ranks import layout
 from tests.tiny_models import make_model
 from tests.train.runs import make_inputs
@@ -51,7 +57,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
 LAYERS_WITH_EXPERTS = 2
 # Layouts that also train adapters.
 ADAPTERS = ("tp2", "pp2")
-LORA = {"rank": 4, "alpha": 8.0}
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.3}
 
 
 def run_all(folder: Path) -> dict[str, Any]:
@@ -65,6 +71,7 @@ def run_all(folder: Path) -> dict[str, Any]:
         found[name] = example["train"](settings)
         parallel_state.destroy_model_parallel()
     found |= run_with_adapters(folder, example["train"])
+    found["files read"] = files_read(folder)
     sections = with_experts(folder) | {"optimizer": CONSTANT}
     precompute_reference(config(folder, "unused", EP2, **sections), overwrite=False)
     example["train"].__globals__["build_model"] = model_with_experts  # the example's has none
@@ -82,7 +89,10 @@ def run_all(folder: Path) -> dict[str, Any]:
 
 
 def run_with_adapters(folder: Path, train_in_loop: Any) -> dict[str, Any]:
-    """Both trainers. Then the loop's model is saved as it is, with our files beside it."""
+    """Both trainers. Then the loop's model is saved as it is, with our files beside it.
+
+    The loop seeds the masks of dropout as ours does, so both drop the same numbers.
+    """
     found: dict[str, Any] = {}
     prepare, kept = PreferenceTask.prepare_model, []
 
@@ -90,10 +100,19 @@ def run_with_adapters(folder: Path, train_in_loop: Any) -> dict[str, Any]:
         kept.append((task, prepare(task, model)))
         return model
 
+    read = GlobalBatchLoader.next_batch
+
+    def seed_and_read(loader: GlobalBatchLoader) -> GlobalBatch:
+        begin_dropout(settings.seed, loader.consumed_triplets // BATCH + 1)
+        return read(loader)
+
     for name in ADAPTERS:
         settings = config(folder, f"lora-{name}", LAYOUTS[name], lora=LORA, optimizer=CONSTANT | {"lr": 1e-2})
         train(settings)
-        with mock.patch.object(PreferenceTask, "prepare_model", spy):
+        with (
+            mock.patch.object(PreferenceTask, "prepare_model", spy),
+            mock.patch.object(GlobalBatchLoader, "next_batch", seed_and_read),
+        ):
             found[f"lora-{name}"] = train_in_loop(settings)
         task, model = kept.pop()
         checkpoint = folder / f"lora-{name}-loop"
@@ -103,6 +122,18 @@ def run_with_adapters(folder: Path, train_in_loop: Any) -> dict[str, Any]:
         dist_checkpointing.save({"model": model.sharded_state_dict()}, str(checkpoint))
         parallel_state.destroy_model_parallel()
     return found
+
+
+def files_read(folder: Path) -> tuple[int, int]:
+    """Files of weights that this rank reads for the checksum of the adapters' base: by the task, and afterwards."""
+    objective = {"loss_type": "simpo"}  # without a reference, which would need the checksum too
+    settings = config(folder, "unused", {}, model={"path": folder / "shards"}, lora=LORA, objective=objective)
+    with layout(), mock.patch.object(checksums, "_read_file", wraps=checksums._read_file) as reading:
+        task = PreferenceTask(settings)
+        by_task = reading.call_count
+        base = json.loads(task.model_files()[ADAPTER_BASE])["weights_fingerprint"]
+        assert base == on_rank_0(lambda: weights_fingerprint(folder / "shards"))
+    return by_task, reading.call_count - by_task
 
 
 def routes_beside_evaluation(settings: Config) -> dict[str, Any]:
@@ -140,6 +171,7 @@ def model_with_experts(settings: Config, task: PreferenceTask) -> ResponseModel:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = make_inputs(tmp_path_factory.mktemp("own_loop"), rows=12, eval_count=2)
+    AutoModelForCausalLM.from_pretrained(path / "model").save_pretrained(path / "shards", max_shard_size="20KB")
     make_model(path / "moe", "qwen2_moe", seed=0)
     make_model(path / "reference_moe", "qwen2_moe", seed=1)
     return path
@@ -170,6 +202,11 @@ def test_adapters_in_a_checkpoint_of_the_loop_are_exported(folder: Path, name: s
         exported.append(load_file(folder / f"{kind}-{name}" / ADAPTER_WEIGHTS))
     torch.testing.assert_close(exported[0], exported[1], rtol=1e-4, atol=1e-6)
     assert any(value.any() for key, value in exported[0].items() if "lora_B" in key)
+
+
+def test_ranks_share_the_reading_of_the_adapters_base(found: Any) -> None:
+    (one, again), (other, other_again) = (rank["files read"] for rank in found)
+    assert min(one, other) > 0 and again == other_again == 0
 
 
 @pytest.mark.parametrize("name", ["own", "replayed"])

@@ -10,7 +10,8 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor
 
-from megatron_solopo.model.adapters import ColumnAdapter, InputDropout, RowAdapter, begin_dropout
+from megatron_solopo.errors import UserError
+from megatron_solopo.model.adapters import ColumnAdapter, InputDropout, RowAdapter, StoresAdapters, begin_dropout
 from tests.ranks import layout, two_ranks
 
 # isort: split
@@ -189,3 +190,23 @@ def test_tensor_parallel_ranks_share_a_mask_where_they_share_the_input(kind: str
 def test_ranks_with_other_features_have_other_masks(kind: str) -> None:
     (one, _), (other, _) = (rank[kind] for rank in two_ranks(__name__))
     assert not torch.equal(one[0], other[0])
+
+
+class Chunk(StoresAdapters, torch.nn.Module):
+    """Stands for a model chunk: a base and the adapter of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.linear_adapter = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_with_other_entries_than_the_adapters_is_refused(strict: bool) -> None:
+    """Megatron-LM loads strictly, catches every exception, and loads once more without."""
+    chunk, weight = Chunk(), torch.ones(2, 2)
+    chunk.load_state_dict({"linear_adapter.weight": weight}, strict=strict)
+    assert torch.equal(chunk.linear_adapter.weight, weight)
+    with pytest.raises(UserError, match=r"--load: the checkpoint lacks linear_adapter.weight \(1 in all\); give"):
+        chunk.load_state_dict({}, strict=strict)
+    with pytest.raises(UserError, match=r"--load: the checkpoint has entries of no adapter here: other \(1 in all\)"):
+        chunk.load_state_dict({"linear_adapter.weight": weight, "other": weight}, strict=strict)

@@ -14,11 +14,15 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.manifest import sealed_files, write_manifest
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import read_jsonl
+from megatron_solopo.train.identity import RunIdentity
+from megatron_solopo.train.run_data import load_run_datasets
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
+from tests.ranks import layout
 from tests.tiny_models import make_model
 from tests.train.runs import make_inputs, small_config
 
@@ -108,6 +112,7 @@ def run_all(folder: Path) -> dict[str, str]:
     found["other"] = refused(folder, "second", model={"path": folder / "other"})
     found["edited"] = refused(folder, "second", model={"path": folder / "edited"})
     found["objective"] = refused(folder, "second", objective={"alpha": 1.0})
+    found["context"] = refused(folder, "second", reference={"context": "short"})
     found["longer"] = refused(folder, "whole", training={"global_batch_size": 4, "max_steps": 8})
     found["shorter"] = refused(folder, "whole", training={"global_batch_size": 4, "max_steps": 3})
     found["again"] = launch(folder, "whole")
@@ -122,7 +127,7 @@ def run_all(folder: Path) -> dict[str, str]:
     on_rank_0(add_to_cache, interrupted(folder, "far"), 0.5)
     found["far"] = refused(folder, "far")
     keys = ("model.path (its weights)", "reference.model_path (its weights)", "optimizer.lr_decay_iters")
-    on_rank_0(forget, interrupted(folder, "older"), *keys, "data.path (its tokens)", "optimizer.min_lr")
+    on_rank_0(forget, interrupted(folder, "older"), *keys, "data.path (its tokens)", "optimizer.min_lr", "reference.context")
     found["older"] = launch(folder, "older")
     return found
 
@@ -215,3 +220,26 @@ def test_a_checkpoint_of_an_older_version_continues_and_says_what_was_not_compar
     assert "model.path (its weights), data.path (its tokens), reference.model_path (its weights)" in note
     assert "optimizer.lr_decay_iters" in note and "min_lr" not in note
     assert losses(folder, "older") == losses(folder, "whole")
+
+
+def test_a_section_is_compared_by_its_keys_and_one_that_was_not_kept_had_its_default(folder: Path) -> None:
+    model = {"path": folder / "model", "dtype": "bfloat16", "fp8": "hybrid", "fp8_recipe": "blockwise"}
+
+    def identity(**lora: Any) -> RunIdentity:
+        config = small_config(folder, "sections", {}, model=model, lora={"rank": 4} | lora)
+        return RunIdentity(config, load_run_datasets(config, read_architecture(folder / "model")), STEPS)
+
+    with layout():
+        plain, dropped = identity(), identity(dropout=0.1)
+        kept = json.loads(json.dumps(plain.values))
+        del kept["lora"]["dropout"], kept["model.fp8"]["first_last_layers_bf16"]
+        saved = {"step": SAVED, "identity": kept}
+        assert plain.check(saved, folder / "older") == []
+        kept["model.fp8"]["fp8_recipe"] = "tensorwise"
+        with pytest.raises(
+            UserError, match=r"but now model.fp8_recipe=blockwise \(it was tensorwise\), lora.dropout=0.1 \(it was 0"
+        ):
+            dropped.check(saved, folder / "older")
+        kept["lora"] = None
+        with pytest.raises(UserError, match=r"lora=\{'rank': 4, .* \(it was null\)"):
+            plain.check(saved, folder / "older")

@@ -11,7 +11,7 @@ import pytest
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import topology
-from megatron_solopo.train.reference import _both_values, cached_reference
+from megatron_solopo.train.reference import _differences, cached_reference
 from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.trainer import precompute_reference
 from tests.distributed import run_distributed
@@ -100,9 +100,20 @@ def test_a_cache_of_another_precision_or_objective_names_both_values_and_the_key
 
 
 def test_other_fp8_settings_are_named_with_both_values() -> None:
-    both = {"fp8": "hybrid", "fp8_recipe": "delayed"}, {"fp8": "hybrid", "fp8_recipe": "blockwise"}
-    assert _both_values("fp8", *both) == "fp8_recipe (blockwise; this run has model.fp8_recipe=delayed)"
-    assert _both_values("fp8", {}, both[0]) == "fp8 (hybrid; this run has model.fp8=null)"
+    plain, delayed, blockwise = ({}, *({"fp8": "hybrid", "fp8_recipe": each} for each in ("delayed", "blockwise")))
+    for new, old, wanted in (
+        (delayed, blockwise, ["fp8_recipe (blockwise; this run has model.fp8_recipe=delayed)"]),
+        (plain, delayed, ["fp8 (hybrid; this run has model.fp8=null)"]),
+        (delayed, plain, ["fp8 (null; this run has model.fp8=hybrid)"]),
+        # A cache of a version that did not have a setting, which then was Megatron-Core's default.
+        (delayed | {"first_last_layers_bf16": False}, delayed, []),
+        (
+            delayed | {"first_last_layers_bf16": True},
+            delayed,
+            ["first_last_layers_bf16 (False; this run has model.first_last_layers_bf16=True)"],
+        ),
+    ):
+        assert _differences({"fp8": new, "tokens": ""}, {"fp8": old, "tokens": ""}, {}) == wanted
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
