@@ -33,6 +33,8 @@ TWO_CPUS = Surroundings(2, 2, uses_transformer_engine=False)
         (["objective.gamma=1"], TWO_CPUS, "objective.gamma=1 (objective.loss_type=dpo)"),
         (["objective.orpo_lambda=2"], TWO_CPUS, "objective.orpo_lambda=2 (objective.loss_type=dpo)"),
         (["objective.loss_type=simpo", "reference.cache=x"], TWO_CPUS, "reference.cache=x (objective.loss_type=simpo"),
+        (["objective.loss_type=orpo", "reference.context=short"], TWO_CPUS, "context=short (objective.loss_type=orpo"),
+        (["objective.name=short_po", "reference.context=short"], TWO_CPUS, "context=short (objective.name=short_po"),
         (["model.fp8_recipe=mxfp8"], EIGHT_GPUS, "model.fp8_recipe=mxfp8 (model.fp8=null)"),
         (["model.num_layers_at_end_in_bf16=2"], EIGHT_GPUS, "(model.first_last_layers_bf16=false)"),
         (["training.max_steps=9", "training.num_train_epochs=2"], TWO_CPUS, "(training.max_steps=9 decides)"),
@@ -64,6 +66,8 @@ def test_a_key_without_effect_is_named_with_the_reason(
         (["model.dtype=bfloat16", "optimizer.grad_reduce_in_fp32=false"], ONE_CPU),
         (["parallel.recompute_granularity=full", "parallel.recompute_num_layers=2"], ONE_CPU),
         (["objective.loss_type=simpo", "objective.gamma=1"], ONE_CPU),
+        (["objective.name=long_po", "reference.context=short"], ONE_CPU),
+        (["reference.context=short"], ONE_CPU),
     ],
 )
 def test_a_key_with_an_effect_is_not(tmp_path: Path, overrides: list[str], where: Surroundings | None) -> None:

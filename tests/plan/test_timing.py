@@ -128,6 +128,19 @@ def test_the_reference_of_adapters_is_the_model_without_them() -> None:
     assert seconds[0] == seconds[1]
 
 
+def test_a_reference_that_reads_short_contexts_costs_what_the_pass_of_short_po_costs() -> None:
+    def seconds(objective: str, *more: str) -> float:
+        overrides = (f"objective.name={objective}", "data.max_tokens_per_pack=262144", *more)
+        planner = make_planner("llama-3.1-8b", *overrides, gpus=8)
+        return planner.time_reference(estimate(planner, tp=8).layout).seconds
+
+    short, long, solopo = (
+        (seconds(name), seconds(name, "reference.context=short")) for name in ("short_po", "long_po", "solopo")
+    )
+    assert short[0] == short[1] == long[1] == solopo[1]
+    assert long[0] > solopo[0] > 5 * short[0]
+
+
 def test_a_reference_pass_fills_the_pipeline_once_in_a_while() -> None:
     """Triplets of a pack each on PP 8. Each costs its share of the time, and filling the pipeline comes on top."""
     planners = {count: make_planner(gpus=8, num_triplets=count) for count in (150, 1000, 2000)}

@@ -127,7 +127,9 @@ def run_all(folder: Path) -> dict[str, str]:
     on_rank_0(add_to_cache, interrupted(folder, "far"), 0.5)
     found["far"] = refused(folder, "far")
     keys = ("model.path (its weights)", "reference.model_path (its weights)", "optimizer.lr_decay_iters")
-    on_rank_0(forget, interrupted(folder, "older"), *keys, "data.path (its tokens)", "optimizer.min_lr", "reference.context")
+    on_rank_0(
+        forget, interrupted(folder, "older"), *keys, "data.path (its tokens)", "optimizer.min_lr", "reference.context"
+    )
     found["older"] = launch(folder, "older")
     return found
 
@@ -165,6 +167,7 @@ def test_another_model_of_the_same_config_is_refused_and_no_file_changes(
 
 def test_a_key_that_was_not_set_is_called_so(found: Mapping[str, str]) -> None:
     assert "objective.alpha=1.0 (it was null)" in found["objective"]
+    assert "reference.context=short (it was null)" in found["context"]
 
 
 def test_more_steps_do_not_draw_the_learning_rate_anew_unasked(found: Mapping[str, str]) -> None:
