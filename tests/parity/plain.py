@@ -263,7 +263,8 @@ def triplet_loss(
     (chosen, nll), (rejected, _) = score(context, "chosen"), score(context, "rejected")
     loss = _pair_loss(o, chosen, rejected, nll) + o.get("nll_coefficient", 0.0) * nll
     if o["name"] == "solopo":
-        alpha = o.get("alpha") or (3.0 if o["loss_type"] == "dpo" else 1.0)
+        usual = 3.0 if o["loss_type"] == "dpo" else 1.0
+        alpha = usual if o.get("alpha") is None else o["alpha"]
         answers = {"chosen": chosen}
         if o.get("align") == "both":
             answers["rejected"] = rejected

@@ -1,0 +1,131 @@
+"""The rows of the paper: every one is a legal run, trains what it says, and has a plan; results become its table."""
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_solopo.config import Config, load_config, warning_without_effect
+from megatron_solopo.data.prepared import load_prepared
+from megatron_solopo.files import read_jsonl
+from megatron_solopo.train.trainer import precompute_reference, train
+from tests.distributed import run_distributed
+from tests.parity import plain
+from tests.train.runs import make_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "paper"
+sys.path.insert(0, str(EXAMPLE))
+
+from paper_rows import MODELS, Row, assignments, read_rows  # noqa: E402
+
+ROWS = read_rows()
+TRAINED = {name: row for name, row in ROWS.items() if row.pairs is not None}
+# Those whose loss differs: not of other pairs, of other lengths, nor of one more alpha.
+RUN = [
+    name
+    for name, row in TRAINED.items()
+    if not name.startswith("expand-") and (row.sweep in (None, "align") or name == "solo-dpo-alpha-0")
+]
+TRIPLETS = 4
+
+
+def config_of(row: Row, model: str, *overrides: str) -> Config:
+    return load_config(EXAMPLE / f"{model}.yaml", [*row.settings(model), *overrides])
+
+
+def tiny_config(folder: Path, name: str, *overrides: str) -> Config:
+    """Two steps of a row on a tiny model and two context-parallel ranks, all triplets in each step."""
+    paths = {"run_dir": name, "model.path": "model", "data.path": "prepared", "reference.cache": "reference"}
+    sizes = {
+        "model.dtype": "float32",
+        "data.max_tokens_per_pack": 600,
+        "training.global_batch_size": TRIPLETS,
+        "training.max_steps": 2,
+        "parallel.tensor_model_parallel_size": 1,
+        "parallel.context_parallel_size": 2,
+        "optimizer.lr": 1e-3,
+        "optimizer.lr_warmup_iters": 0,
+        "logging.tensorboard": "false",
+    }
+    changed = {key: folder / value for key, value in paths.items()} | sizes
+    return config_of(ROWS[name], MODELS[0], *(f"{key}={value}" for key, value in changed.items()), *overrides)
+
+
+def run_all(folder: Path) -> None:
+    """On both ranks: the reference of all sequences, then every row."""
+    precompute_reference(tiny_config(folder, "solo-dpo", "objective.align=both"), overwrite=False)
+    for name in RUN:
+        train(tiny_config(folder, name))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = make_inputs(tmp_path_factory.mktemp("paper"), rows=TRIPLETS, eval_count=0)
+    run_distributed(run_all, 2, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scored(folder: Path) -> tuple[torch.nn.Module, list[Mapping[str, Any]]]:
+    """The model that every row starts from, and all triplets."""
+    return plain.load(folder / "model"), list(load_prepared(folder / "prepared").train)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_row_is_a_legal_configuration_without_idle_keys(model: str) -> None:
+    for name, row in TRAINED.items():
+        config = config_of(row, model)
+        assert warning_without_effect(config, None) is None
+        assert config.run_dir == Path("runs/paper") / model / name
+
+
+def test_published_values_of_alpha_are_those_of_the_rows() -> None:
+    published = {"solo-dpo": 3, "solo-simpo": 1, "solo-orpo": 1}
+    assert {name: config_of(ROWS[name], "qwen2.5-7b").objective.alpha for name in published} == published
+    assert config_of(ROWS["solo-orpo"], "llama-3.1-8b").objective.alpha == 4
+    assert config_of(ROWS["solo-orpo-alpha-10"], "llama-3.1-8b").objective.alpha == 10
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_row_trains_what_it_says(name: str, folder: Path, scored: Any) -> None:
+    """The first step's loss against transformers: loss type, contexts, alignment and alpha all act."""
+    model, triplets = scored
+    config = tiny_config(folder, name)
+    first, second = read_jsonl(folder / name / "metrics.jsonl")
+    objective = config.objective.model_dump()
+    with torch.no_grad():
+        losses = [
+            plain.triplet_loss(objective, model, model, row, reference_context=config.reference.context)
+            for row in triplets
+        ]
+    assert first["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    assert second["loss"] != first["loss"] and first["num_triplets"] == TRIPLETS
+    starts_equal = objective["loss_type"] == "dpo" and config.reference.context is None
+    assert (abs(first["po_loss"] - math.log(2)) < 1e-6) == starts_equal
+    roles = config.objective.roles.all
+    largest = max(
+        sum(len(row[f"prompt_{role.context}"]) + len(row[role.response]) for role in roles) for row in triplets
+    )
+    assert first["pack_fill"] * config.data.max_tokens_per_pack > largest, "a pack holds several triplets"
+
+
+def test_rows_differ_in_the_loss_that_they_begin_with(folder: Path) -> None:
+    firsts = {name: read_jsonl(folder / name / "metrics.jsonl")[0]["loss"] for name in RUN}
+    # The policy is its own reference, so that no context and no alignment shows before the first step.
+    equal = {name for name in RUN if abs(firsts[name] - math.log(2)) < 1e-6}
+    assert equal == {"short-dpo", "long-dpo", "solo-dpo", "solo-dpo-alpha-0", "solo-dpo-align-both"}
+    seconds = {name: read_jsonl(folder / name / "metrics.jsonl")[1]["loss"] for name in RUN}
+    assert len({round(loss, 7) for loss in seconds.values()}) == len(RUN) - 1, "alpha 0 is the loss of the short pair"
+    assert seconds["solo-dpo-alpha-0"] == seconds["short-dpo"]
+
+
+def test_bash_gets_what_a_row_needs() -> None:
+    text = assignments(ROWS["long-dpo"], "qwen2.5-7b")
+    assert "pairs=long\n" in text and "data=data/paper/qwen2.5-7b/long-1100" in text
+    assert "overrides=(run_dir=runs/paper/qwen2.5-7b/long-dpo " in text
+    assert "short_tokens=3750" in assignments(ROWS["solo-orpo-short-tokens-3750"], "llama-3.1-8b")
