@@ -1,5 +1,6 @@
 """The rows of the paper: every one is a legal run, trains what it says, and has a plan; results become its table."""
 
+import json
 import math
 import sys
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "paper"
 sys.path.insert(0, str(EXAMPLE))
 
+import make_costs  # noqa: E402
+import make_results  # noqa: E402
 from paper_rows import MODELS, Row, assignments, read_rows  # noqa: E402
 
 ROWS = read_rows()
@@ -129,3 +132,68 @@ def test_bash_gets_what_a_row_needs() -> None:
     assert "pairs=long\n" in text and "data=data/paper/qwen2.5-7b/long-1100" in text
     assert "overrides=(run_dir=runs/paper/qwen2.5-7b/long-dpo " in text
     assert "short_tokens=3750" in assignments(ROWS["solo-orpo-short-tokens-3750"], "llama-3.1-8b")
+
+
+@pytest.mark.parametrize(("name", "model"), [("longpo", "qwen2.5-7b"), ("solo-orpo-short-tokens-3750", "llama-3.1-8b")])
+def test_a_kept_plan_and_its_figures_are_what_the_command_writes_today(
+    name: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text, figures = make_costs.make_plan(ROWS[name], model)
+    assert text in (EXAMPLE / "plans" / f"{model}.txt").read_text(encoding="utf-8")
+    costs = (EXAMPLE / "COSTS.md").read_text(encoding="utf-8").split(f"## {model}")[1]
+    assert make_costs.cost_line(ROWS[name], figures) in costs
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_row_that_trains_has_a_plan_of_a_layout_that_fits(model: str) -> None:
+    text = (EXAMPLE / "plans" / f"{model}.txt").read_text(encoding="utf-8")
+    commands = [line for line in text.splitlines() if line.startswith("$ ")]
+    assert [line.split(f"runs/paper/{model}/")[1].split()[0] for line in commands] == list(make_costs.planned_rows())
+    assert text.count("fits into 79.1 GiB") == len(commands)
+    costs = (EXAMPLE / "COSTS.md").read_text(encoding="utf-8").split(f"## {model}")[1]
+    assert all(f"| {name} |" in costs for name in make_costs.planned_rows())
+
+
+# As lm-evaluation-harness 0.4.13 writes them, without what the table does not read.
+RESULTS: dict[str, dict[str, dict[str, float]]] = {
+    "longbench": {
+        f"longbench_{task}": {"alias": 0, "qa_f1_score,none": number / 10, "score,none": 0.9}
+        for number, task in enumerate(make_results.QA_TASKS)
+    },
+    "ruler": {
+        task: {"4096,none": first, "8192,none": 0.5, "131072,none": -1, "4096_stderr,none": 0.7}
+        for task, first in zip(make_results.RULER_QA_TASKS, (0.3, 0.7), strict=True)
+    },
+    "longbench2": {"longbench2": {"acc,none": 0.3}, "longbench2_code": {"acc,none": 0.9}},
+    "leaderboard": {
+        task: {metric: 0.1 * number + 0.2 * place for place, metric in enumerate(metrics)}
+        for number, (task, metrics) in enumerate(make_results.LEADERBOARD.items())
+    },
+}
+
+
+def write_results(folder: Path, groups: Mapping[str, Any], stamp: str = "2026-01-02") -> None:
+    for group, scores in groups.items():
+        file = folder / group / "exports__aligned" / f"results_{stamp}T00-00-00.000000.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"results": scores, "versions": {}}))
+
+
+def test_results_become_the_papers_table_and_what_was_not_run_stays_empty(tmp_path: Path) -> None:
+    assert make_results.make_results(tmp_path) == (EXAMPLE / "RESULTS.md").read_text(encoding="utf-8")
+    write_results(tmp_path / "qwen2.5-7b" / "solo-dpo", RESULTS, stamp="2026-01-03")
+    write_results(tmp_path / "qwen2.5-7b" / "solo-dpo", {"longbench2": {"longbench2": {"acc,none": 0.9}}})  # older
+    write_results(tmp_path / "llama-3.1-8b" / "solo-dpo-alpha-5", {"ruler": RESULTS["ruler"]})
+    qwen, llama = make_results.make_results(tmp_path).split("## llama-3.1-8b")
+    assert "| SoLo-DPO | 47.8 | 25.00 | 62.8 | 50.00 | 35.2 | 30.00 | 48.12 | 26.67 | 65.56 |  |" in qwen
+    assert "| Long-DPO | 46.9 |  | 62.2 |  | 29.7 |  | 49.01 |  |  |  |" in qwen and "alpha 5" not in qwen
+    assert "| SoLo-DPO, alpha 5 |  |  |  | 50.00 |  |  |  |  |  |  |" in llama
+
+
+def test_results_of_a_part_of_a_group_are_refused_by_name(tmp_path: Path) -> None:
+    scores = dict(RESULTS["leaderboard"])
+    del scores["leaderboard_musr"]
+    write_results(tmp_path / "qwen2.5-7b" / "base", {"leaderboard": scores})
+    with pytest.raises(SystemExit, match="base/leaderboard: the results have no 'leaderboard_musr'"):
+        make_results.make_results(tmp_path)

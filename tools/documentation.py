@@ -34,6 +34,7 @@ INCLUDED = {
     "examples/musique.md": "examples/musique/README.md",
     "examples/long-context-128k.md": "examples/long-context-128k/README.md",
     "examples/plans.md": "examples/plans/README.md",
+    "examples/paper.md": "examples/paper/README.md",
     "examples/evaluation.md": "examples/evaluation/README.md",
     "examples/slurm.md": "examples/slurm/README.md",
     "examples/megatron-lm.md": "examples/megatron_lm/README.md",
@@ -41,6 +42,8 @@ INCLUDED = {
     "results/measurements.md": "tools/RESULTS.md",
     "results/musique.md": "examples/musique/RESULTS.md",
     "results/slurm.md": "examples/slurm/RESULTS.md",
+    "results/paper.md": "examples/paper/RESULTS.md",
+    "results/paper-costs.md": "examples/paper/COSTS.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }

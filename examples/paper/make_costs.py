@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plan every row on 8 H100: plans/MODEL.txt holds the plans, COSTS.md their figures. Takes about a minute.
 
-    python examples/paper/make_costs.py
+python examples/paper/make_costs.py
 """
 
 import json
@@ -16,9 +16,9 @@ ANSWER_TOKENS = 250
 LAYOUT = "tp=2,cp=2"
 HEADER = f"""# What the rows cost
 
-Estimates of `megatron-solopo plan` for 8 H100, {TRIPLETS:,} triplets and answers of {ANSWER_TOKENS} tokens. `plans/` holds
-the plans in full. Nothing of this was measured. Sampling and evaluation come on top. Rows that differ in alpha cost the
-same. To write these files again:
+Estimates of `megatron-solopo plan` for 8 H100, {TRIPLETS:,} triplets and answers of {ANSWER_TOKENS} tokens. `plans/`
+holds the plans in full. Nothing of this was measured. Sampling and evaluation come on top. Rows that differ in alpha
+cost the same. To write these files again:
 
     python examples/paper/make_costs.py
 """
@@ -72,7 +72,7 @@ def cost_line(row: Row, figures: dict[str, Any]) -> str:
 
 def write_costs() -> None:
     """Write all files."""
-    parts = [HEADER]
+    parts = [HEADER.rstrip()]
     for model in MODELS:
         plans = {name: make_plan(row, model) for name, row in planned_rows().items()}
         text = "\n".join(text for text, _ in plans.values())

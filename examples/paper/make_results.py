@@ -110,16 +110,20 @@ def table_line(row: Row, model: str, results: Path) -> str:
     for name, column in COLUMNS.items():
         published = row.published.get(name) if model == MODELS[0] else None
         found = measured(results / model / row.name, column)
-        cells += ["" if value is None else f"{value:.2f}".removesuffix("0") for value in (published, found)]
+        cells += ["" if published is None else str(published), "" if found is None else f"{found:.2f}"]
     return f"| {' | '.join(cells)} |"
 
 
 def make_results(results: Path) -> str:
     """The content of RESULTS.md."""
     titles = " | ".join(f"{column.title}, paper | ours" for column in COLUMNS.values())
-    parts = [HEADER]
+    parts = [HEADER.rstrip()]
     for model in MODELS:
-        rows = [row for row in read_rows().values() if row.sweep is None or (results / model / row.name).is_dir()]
+        rows = [
+            row
+            for row in read_rows().values()
+            if model in row.models and (row.sweep is None or (results / model / row.name).is_dir())
+        ]
         parts += [f"\n## {model}\n", f"| method | {titles} |", f"|---|{'---:|' * 2 * len(COLUMNS)}"]
         parts += [table_line(row, model, results) for row in rows]
     return "\n".join(parts) + "\n"

@@ -8,7 +8,7 @@ python examples/paper/paper_rows.py solo-dpo llama-3.1-8b      # what run.sh nee
 import shlex
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,10 @@ class Row:
     """Of the model's configuration, such as `objective.alpha=3`."""
     by_model: Mapping[str, list[str]] = field(default_factory=dict)
     """Overrides of one model, which win."""
+    models: Sequence[str] = MODELS
+    """The base models that have this row."""
+    weights: str | None = None
+    """Hugging Face directory that is evaluated where nothing is trained. None: the base model."""
     short_tokens: int = SHORT_TOKENS
     published: Mapping[str, float] = field(default_factory=dict)
     """Figures for Qwen2.5-7B-Instruct, in percent, by column."""
@@ -98,6 +102,7 @@ def assignments(row: Row, model: str) -> str:
         "long_tokens": str(LONG_TOKENS),
         "triplets": str(TRIPLETS),
         "data": str(row.data(model)),
+        "weights": row.weights or f"models/{model}",
     }
     lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
     return "\n".join([*lines, f"overrides=({' '.join(map(shlex.quote, row.settings(model)))})"])
@@ -108,7 +113,7 @@ if __name__ == "__main__":
     name, model = [*sys.argv[1:], MODELS[0]][:2] if sys.argv[1:] else ("", "")
     if not name:
         print("\n".join(rows))
-    elif name not in rows or model not in MODELS:
+    elif name not in rows or model not in rows[name].models:
         sys.exit(f"error: no row {name} of {model}; rows: {' '.join(rows)}; models: {' '.join(MODELS)}")
     else:
         print(assignments(rows[name], model))
