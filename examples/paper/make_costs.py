@@ -31,7 +31,7 @@ def planned_rows() -> dict[str, Row]:
 
 def plan_arguments(row: Row, model: str) -> list[str]:
     """Arguments of `megatron-solopo` for the plan of a row; start it in the repository's root."""
-    tokens = f"short={row.short_tokens - ANSWER_TOKENS},long={LONG_TOKENS - ANSWER_TOKENS},response={ANSWER_TOKENS}"
+    tokens = f"short={row.short_tokens},long={LONG_TOKENS},response={ANSWER_TOKENS}"
     return [
         *("plan", "--config", f"examples/paper/{model}.yaml", "--gpus", "8", "--gpu", "h100"),
         *("--tokens", tokens, "--triplets", str(TRIPLETS), "--vary", "recompute", "--explain", LAYOUT),

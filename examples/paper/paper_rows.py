@@ -16,7 +16,9 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 MODELS = ("qwen2.5-7b", "llama-3.1-8b")
 SHORT_TOKENS, LONG_TOKENS = 1100, 7500
-"""Of a context with its answer, as published: about 1.1K and 7.5K."""
+"""Of a prompt, as published: about 1.1K and 7.5K."""
+ANSWER_ROOM = 512
+"""Tokens of the longest answer."""
 TRIPLETS = 5000
 
 
@@ -98,8 +100,9 @@ def assignments(row: Row, model: str) -> str:
     """Variables of bash."""
     values = {
         "pairs": row.pairs or "",
-        "short_tokens": str(row.short_tokens),
-        "long_tokens": str(LONG_TOKENS),
+        "short_tokens": str(row.short_tokens + ANSWER_ROOM),
+        "long_tokens": str(LONG_TOKENS + ANSWER_ROOM),
+        "answer_room": str(ANSWER_ROOM),
         "triplets": str(TRIPLETS),
         "data": str(row.data(model)),
         "weights": row.weights or f"models/{model}",

@@ -15,7 +15,7 @@ row=${1:?a row} model=${2:-qwen2.5-7b}
 : "${GROUPS_OF_TASKS:=ruler longbench longbench2 leaderboard}"
 : "${GPUS_PER_NODE:=8}" "${SLURM=$(command -v sbatch || true)}"
 
-pairs='' short_tokens='' long_tokens='' triplets='' data='' weights='' overrides=()
+pairs='' short_tokens='' long_tokens='' answer_room='' triplets='' data='' weights='' overrides=()
 settings=$(python examples/paper/paper_rows.py "$row" "$model")
 eval "$settings"
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
@@ -23,13 +23,14 @@ say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 draw() { shuf --random-source=<(yes) -n "$1" "$2"; }
 
 if [[ $pairs ]]; then
-    contexts=data/paper/$model/contexts-$short_tokens.jsonl
+    contexts=${data%/*}/contexts-${data##*-}.jsonl
     questions=data/paper/questions-$QUESTIONS.jsonl
     mkdir -p "$data"
     say "1. Contexts: $contexts"
     [[ -f $questions ]] || { draw "$QUESTIONS" "$MUSIQUE" >"$questions.part" && mv "$questions.part" "$questions"; }
     [[ -f $contexts ]] || megatron-solopo data build --input "$questions" --output "$contexts" --tokenizer "$weights" \
-        --template chat --short-tokens "$short_tokens" --long-tokens "$long_tokens" --num-proc "$(nproc)"
+        --template chat --short-tokens "$short_tokens" --long-tokens "$long_tokens" --response-tokens "$answer_room" \
+        --num-proc "$(nproc)"
 
     if [[ ! -d $data/prepared ]]; then
         say "2. Answers to the $pairs contexts, and $triplets triplets of them: $data"
