@@ -131,7 +131,10 @@ def test_bash_gets_what_a_row_needs() -> None:
     text = assignments(ROWS["long-dpo"], "qwen2.5-7b")
     assert "pairs=long\n" in text and "data=data/paper/qwen2.5-7b/long-1100" in text
     assert "overrides=(run_dir=runs/paper/qwen2.5-7b/long-dpo " in text
-    assert "short_tokens=4262\nlong_tokens=8012\nanswer_room=512\n" in assignments(ROWS["solo-orpo-short-tokens-3750"], "llama-3.1-8b")
+    longer = assignments(ROWS["solo-orpo-short-tokens-3750"], "llama-3.1-8b")
+    assert "short_tokens=4262\nlong_tokens=8012\nanswer_room=512\n" in longer
+        ROWS["solo-orpo-short-tokens-3750"], "llama-3.1-8b"
+    )
 
 
 @pytest.mark.parametrize(("name", "model"), [("longpo", "qwen2.5-7b"), ("solo-orpo-short-tokens-3750", "llama-3.1-8b")])
