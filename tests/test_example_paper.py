@@ -133,8 +133,6 @@ def test_bash_gets_what_a_row_needs() -> None:
     assert "overrides=(run_dir=runs/paper/qwen2.5-7b/long-dpo " in text
     longer = assignments(ROWS["solo-orpo-short-tokens-3750"], "llama-3.1-8b")
     assert "short_tokens=4262\nlong_tokens=8012\nanswer_room=512\n" in longer
-        ROWS["solo-orpo-short-tokens-3750"], "llama-3.1-8b"
-    )
 
 
 @pytest.mark.parametrize(("name", "model"), [("longpo", "qwen2.5-7b"), ("solo-orpo-short-tokens-3750", "llama-3.1-8b")])
