@@ -54,7 +54,9 @@ def run_all(folder: Path) -> dict[str, str]:
     base = find_subject(folder / "model", "--model")
     for name, parallel in LAYOUTS.items():
         output = folder / "results" / f"{name}.json"
-        evaluate_preference(base, config(folder, parallel=parallel), split="eval", output=output)
+        # The context is of the run alone: in an evaluation, the reference reads every sequence's own one.
+        reference = {"model_path": folder / "reference_model", "context": "short"}
+        evaluate_preference(base, config(folder, parallel=parallel, reference=reference), split="eval", output=output)
     experts = {
         "run_dir": folder / "run_moe",
         "model": {"path": folder / "moe"},
