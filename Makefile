@@ -73,7 +73,7 @@ lint: $(VENV)/.installed ## check style, format, types, shell scripts and the Do
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
-	$(VENV)/bin/shellcheck --external-sources examples/slurm/*.sh examples/slurm/*.sbatch
+	$(VENV)/bin/shellcheck --external-sources examples/slurm/*.sh examples/slurm/*.sbatch examples/paper/*.sh
 	$(VENV)/bin/hadolint Dockerfile
 
 docs: export NO_MKDOCS_2_WARNING := 1
