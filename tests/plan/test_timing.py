@@ -138,7 +138,7 @@ def test_a_reference_that_reads_short_contexts_costs_what_the_pass_of_short_po_c
         (seconds(name), seconds(name, "reference.context=short")) for name in ("short_po", "long_po", "solopo")
     )
     assert short[0] == short[1] == long[1] == solopo[1]
-    assert long[0] > solopo[0] > 5 * short[0]
+    assert min(long[0], solopo[0]) > 5 * short[0]
 
 
 def test_a_reference_pass_fills_the_pipeline_once_in_a_while() -> None:
