@@ -29,10 +29,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart musique test test-slow test-py312 test-emulated-gpu test-lowest find-py312 lint format docs
+.PHONY: help quickstart musique test test-slow test-long test-py312 test-emulated-gpu test-lowest find-py312 lint format docs
 
 # Distributed tests start several processes; one thread each keeps them from fighting over the cores.
-test test-slow test-py312 test-emulated-gpu test-lowest: export OMP_NUM_THREADS := 1
+test test-slow test-long test-py312 test-emulated-gpu test-lowest: export OMP_NUM_THREADS := 1
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -51,6 +51,9 @@ test: $(VENV)/.installed ## set up, then run all tests
 
 test-slow: $(VENV)/.installed ## set up, then run the tests that start eight processes
 	$(VENV)/bin/python -m pytest -m slow
+
+test-long: $(VENV)/.installed ## set up, then run the tests that take minutes and repeat in full what others check in short
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m long
 
 test-py312: $(VENV312)/.installed ## set up, then run the parity tests on Python 3.12 and megatron-core 0.19.2
 	$(VENV312)/bin/python -m pytest $(PARALLEL) -m "parity and not slow"

@@ -35,7 +35,9 @@ def make_row() -> dict[str, Any]:
 
 def score(chunks: Sequence[torch.nn.Module], groups: Topology) -> Tensor | None:
     """This rank's addend to the log-probabilities [N] of the row's response tokens; None where it has none."""
-    pack = build_pack([tokenized(make_row(), 0)], ROLES, groups.sequence_multiple, groups.pack_multiple())
+    pack = build_pack(
+        [tokenized(make_row(), 0)], ROLES, groups.sequence_multiple, groups.pack_multiple(), share_prompts=False
+    )
     count = torch.tensor(1, dtype=torch.int)
 
     def keep(microbatch: Microbatch, logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +54,7 @@ def score(chunks: Sequence[torch.nn.Module], groups: Topology) -> Tensor | None:
 
 def _at_their_places(here_N: Tensor, pack: Pack, groups: Topology) -> Tensor:
     size, rank = groups.context_group.size(), groups.context_group.rank()
-    held = shard_indices(pack.cu_seqlens_S1, size, rank)
+    held = shard_indices(pack.cu_seqlens_B1, size, rank)
     found = torch.zeros(len(pack.response_rows_N))
     found[torch.isin(pack.response_rows_N, held)] = here_N.float()
     return found

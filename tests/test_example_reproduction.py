@@ -172,8 +172,8 @@ def test_the_smallest_slice_runs(tmp_path) -> None:
     metrics = [json.loads(line) for line in (tmp_path / "runs" / run.name / "metrics.jsonl").read_text().splitlines()]
     assert found["name"] == run.name and found["accuracy"].keys() == {"16", "32"} == again.keys()
     assert [step["step"] for step in metrics] == [1, 2, 3, 4, 5, 6]
-    # Per triplet: two short sequences of 16 + 2 + 2 tokens and a long one of 32 + 2 + 2.
-    assert found["tokens"] == 6 * runs.BATCH * (2 * 20 + 36)
+    # Per triplet: a short prompt of 16 + 2 tokens with two answers of 2, and a long sequence of 32 + 2 + 2.
+    assert found["tokens"] == 6 * runs.BATCH * (18 + 2 * 2 + 36)
     assert adapted["tokens"] == found["tokens"] and adapted["flops"] < found["flops"]
     assert adapted["accuracy"].keys() == found["accuracy"].keys()
     assert adapted["trajectories"]["rewards/chosen"][0] == 0.0 != adapted["trajectories"]["rewards/chosen"][-1]

@@ -1,6 +1,7 @@
 """Counts a model's floating-point operations from the true lengths of sequences."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_solopo.architecture.huggingface_config import ModelShape
 
@@ -12,7 +13,8 @@ class Flops:
     linear: float
     """Matrix products of the layers: 2 per weight and token."""
     attention: float
-    """Causal attention: 2 x heads x head_dim x L^2 per sequence and layer, half a square each for scores and values."""
+    """Causal attention: 2 x heads x head_dim x L^2 per sequence and layer, half a square each for scores and values.
+    What several responses share of L^2 counts once."""
     head: float
     """The output layer, which sees only response tokens."""
 
@@ -50,12 +52,25 @@ def routed_weights(architecture: ModelShape) -> int:
     return 0 if experts is None else experts.num_layers * experts.topk * 3 * a.hidden_size * experts.ffn_hidden_size
 
 
+def attended_squares(prompts: Any, sequences: Any) -> Any:
+    """Twice the pairs of a query and a key that it sees, behind one prompt: the `squares` of `forward_flops`.
+
+    The prompt sees itself. Each response sees the prompt and itself. One response alone gives its sequence squared.
+
+    Args:
+        prompts: tokens of the prompt, a number or an array [...].
+        sequences: tokens of the prompt and each response together, an array [responses, ...].
+    """
+    return (sequences**2).sum(axis=0) - (len(sequences) - 1) * prompts**2
+
+
 def forward_flops(architecture: ModelShape, tokens: float, squares: float, responses: float) -> Flops:
     """Return the FLOPs of one forward pass.
 
     Args:
         tokens: number of tokens of all sequences.
-        squares: sum of the squared lengths of the sequences.
+        squares: sum of the squared lengths of the sequences; for responses that share a prompt, see
+            `attended_squares`.
         responses: number of response tokens of all sequences.
     """
     a = architecture

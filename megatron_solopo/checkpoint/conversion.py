@@ -86,7 +86,10 @@ def export_model(
     or beyond the range of `dtype`, and files that do not verify, are refused as well. Then no `output` is left behind.
     """
     check_megatron_checkpoint(checkpoint, "--checkpoint")
-    if is_adapter_checkpoint(checkpoint) and not merge:
+    has_adapters = is_adapter_checkpoint(checkpoint)
+    if merge and not has_adapters:
+        raise UserError(f"--checkpoint={checkpoint}: holds a whole model and no adapters; leave out --merge")
+    if has_adapters and not merge:
         raise UserError(
             f"--checkpoint={checkpoint}: holds adapters; --adapter writes them for PEFT, --merge writes the whole model"
         )

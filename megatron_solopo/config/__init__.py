@@ -25,6 +25,7 @@ from megatron_solopo.config.schema import (
     TargetModule,
     TrainingConfig,
     WatchdogConfig,
+    prompt_groups,
 )
 from megatron_solopo.config.without_effect import Surroundings, warning_without_effect
 
@@ -57,6 +58,7 @@ __all__ = [
     "dotted",
     "load_config",
     "parse_config",
+    "prompt_groups",
     "save_config",
     "warning_without_effect",
 ]

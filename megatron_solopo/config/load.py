@@ -8,11 +8,12 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
 from megatron_solopo.config.schema import Config
@@ -99,11 +100,10 @@ def _legal(detail: Any) -> str:
     while len(names) < len(detail["loc"]):
         names.append(detail["loc"][len(names)])
         field = section.model_fields[names[-1]]
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        nested = _section(field)
+        if nested is None or len(names) == len(detail["loc"]):
             break
-        section = field.annotation
-    else:
-        return ""
+        section = nested
     example = field.examples[0] if field.examples else field.get_default()
     if example is None or (field.is_required() and not field.examples):
         return ""
@@ -148,6 +148,14 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+        if (nested := _section(field)) is not None:
+            keys += _all_keys(nested, f"{prefix}{name}.")
     return keys
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    """The class of a field that is a section, or may be one or null."""
+    for each in get_args(field.annotation) or (field.annotation,):
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            return each
+    return None

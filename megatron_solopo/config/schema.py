@@ -5,6 +5,7 @@ below a key is its documentation.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -101,6 +102,10 @@ class DataConfig(Section):
     afterwards. A pipeline gets smaller packs if it would wait otherwise."""
     max_triplets_per_pack: PositiveInt | None = Field(default=None, examples=[4])
     """Most triplets of one pack. null: no limit. 1: no packing."""
+    share_prompts: bool = True
+    """Compute a prompt once for the chosen and the rejected response behind it. The result is the same up to rounding.
+    false: each response has its own copy of the prompt, as in most other trainers. Under context parallelism, shared
+    prompts need all keys and values on every rank; `plan --vary share_prompts` says which is faster."""
 
 
 class TrainingConfig(Section):
@@ -323,6 +328,17 @@ class Role(StrEnum):
     def on_short_context(self) -> "Role":
         """The sequence with the same response and the short context."""
         return Role(f"short_{self.response}")
+
+
+def prompt_groups(roles: Sequence[Role], share_prompts: bool) -> tuple[tuple[int, ...], ...]:
+    """Numbers of the roles whose sequences lie behind one copy of their prompt.
+
+    They are those with the same prompt, in their order. Without sharing, each role is alone.
+    """
+    if not share_prompts:
+        return tuple((number,) for number in range(len(roles)))
+    contexts = dict.fromkeys(role.context for role in roles)
+    return tuple(tuple(n for n, role in enumerate(roles) if role.context == context) for context in contexts)
 
 
 @dataclass(frozen=True)

@@ -101,11 +101,13 @@ def _parallel_causes(parallel: ParallelConfig) -> Iterator[_Cause]:
 
 def _surrounding_causes(config: Config, surroundings: Surroundings) -> Iterator[_Cause]:
     cp = config.parallel.context_parallel_size
+    exchange = ("parallel.cp_comm_type", "parallel.hierarchical_context_parallel_sizes")
     if cp == 1:
         yield "parallel.context_parallel_size=1", ("parallel.cp_comm_type",)
     if not surroundings.uses_transformer_engine:
-        keys = ("parallel.cp_comm_type", "parallel.hierarchical_context_parallel_sizes")
-        yield "plain PyTorch's attention gathers keys and values", keys
+        yield "plain PyTorch's attention gathers keys and values", exchange
+    elif cp > 1 and config.data.share_prompts:
+        yield "data.share_prompts=true: attention gathers keys and values", exchange
     if surroundings.sharing_ranks == 1:
         keys = ("parallel.overlap_grad_reduce", "parallel.overlap_param_gather")
         yield "one rank has each gradient: DP x CP is 1", keys

@@ -1,7 +1,7 @@
 """The plan of a global batch: which triplets share a pack, and which rank computes which packs.
 
-A triplet yields one sequence for each role. Each sequence is padded at its end to a multiple that the parallel layout
-needs, so budgets count padded tokens.
+A triplet yields blocks: a prompt, and the responses behind it. Each block is padded at its end to a multiple that the
+parallel layout needs, so budgets count padded tokens.
 
 1. Best-fit decreasing packs the triplets by padded tokens, so that few packs are needed.
 2. The costliest packs are divided until their number is a multiple of the number of ranks. Data-parallel ranks step
@@ -13,15 +13,15 @@ All arithmetic is on integers, and positions break ties, so all ranks make the s
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_solopo.architecture.flops import forward_flops
+from megatron_solopo.architecture.flops import attended_squares, forward_flops
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.config import Role
+from megatron_solopo.config import Role, prompt_groups
 from megatron_solopo.errors import UserError
 
 IntArray = NDArray[np.int64]
@@ -39,20 +39,22 @@ class TripletSize(NamedTuple):
     """The space and the time that one triplet takes in its pack."""
 
     padded_tokens: int
-    """Positions in the pack: every sequence rounded up to the multiple."""
+    """Positions in the pack: every block rounded up to the multiple."""
     tokens: int
-    """Prompt and response tokens of all its sequences, without padding."""
+    """Prompt and response tokens of all its blocks, without padding."""
     cost: int
-    """Forward FLOPs of all its sequences with their padding, in millions."""
+    """Forward FLOPs of all its blocks with their padding, in millions."""
 
 
 @dataclass(frozen=True, eq=False)
 class TripletSizes:
-    """Sizes of D triplets as int64 arrays [D], one for each field of `TripletSize`."""
+    """Sizes of D triplets as int64 arrays [D]: one for each field of `TripletSize`, and one more."""
 
     padded_tokens: IntArray
     tokens: IntArray
     cost: IntArray
+    sequence_tokens: IntArray
+    """Tokens of all sequences, as if no prompt was shared."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -61,6 +63,10 @@ class TripletSizes:
     def flops(self) -> float:
         """Forward FLOPs of all triplets."""
         return float(self.cost.sum()) * _FLOPS_PER_COST
+
+    def take(self, rows: IntArray) -> "TripletSizes":
+        """The arrays of some rows, in their order."""
+        return TripletSizes(*(getattr(self, each.name)[rows] for each in fields(self)))
 
     def select(self, rows: IntArray) -> list[TripletSize]:
         """The sizes of some rows, in their order."""
@@ -74,6 +80,8 @@ def triplet_sizes(
     roles: Sequence[Role],
     sequence_multiple: int,
     architecture: ModelShape,
+    *,
+    share_prompts: bool,
 ) -> TripletSizes:
     """Compute the sizes of all triplets from token counts.
 
@@ -81,20 +89,30 @@ def triplet_sizes(
         prompt_lengths: Context (`short`, `long`) -> tokens of its prompt [D].
         response_lengths: Response (`chosen`, `rejected`) -> its tokens [D].
         roles: The sequences of each triplet.
-        sequence_multiple: Each sequence is padded to a multiple of this.
+        sequence_multiple: Each block is padded to a multiple of this.
         architecture: The model, which decides how many FLOPs a sequence takes.
+        share_prompts: Whether responses behind the same prompt share it.
     """
     responses_RD = np.stack([response_lengths[role.response] for role in roles]).astype(np.int64)
-    lengths_RD = np.stack([prompt_lengths[role.context] for role in roles]).astype(np.int64) + responses_RD
-    padded_RD = padded_lengths(lengths_RD, sequence_multiple)
-    padded_D = padded_RD.sum(axis=0)
+    tokens_D, padded_D, squares_D, sequence_tokens_D = np.zeros((4, responses_RD.shape[1]), dtype=np.int64)
+    for group in prompt_groups(roles, share_prompts):
+        prompt_D = np.asarray(prompt_lengths[roles[group[0]].context], dtype=np.int64)
+        responses_GD = responses_RD[list(group)]
+        length_D = prompt_D + responses_GD.sum(axis=0)
+        sequence_tokens_D += length_D + (len(group) - 1) * prompt_D
+        block_D = padded_lengths(length_D, sequence_multiple)
+        responses_GD[-1] += block_D - length_D  # padding continues the last response
+        tokens_D += length_D
+        padded_D += block_D
+        squares_D += attended_squares(prompt_D, prompt_D + responses_GD)
     flops_D = (
         forward_flops(architecture, 1, 0, 0).total * padded_D
-        + forward_flops(architecture, 0, 1, 0).total * np.square(padded_RD).sum(axis=0)
+        + forward_flops(architecture, 0, 1, 0).total * squares_D
         + forward_flops(architecture, 0, 0, 1).total * responses_RD.sum(axis=0)
     )
     # Rounded up, so that every triplet costs something.
-    return TripletSizes(padded_D, lengths_RD.sum(axis=0), np.ceil(flops_D / _FLOPS_PER_COST).astype(np.int64))
+    cost_D = np.ceil(flops_D / _FLOPS_PER_COST).astype(np.int64)
+    return TripletSizes(padded_D, tokens_D, cost_D, sequence_tokens_D)
 
 
 RankPacks = list[list[list[int]]]

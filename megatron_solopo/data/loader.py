@@ -47,9 +47,11 @@ class GlobalBatch:
     num_triplets: int
     """Triplets of the global batch."""
     num_tokens: int
-    """Tokens of these triplets, without padding."""
+    """Tokens of these triplets, without padding. A shared prompt counts once."""
+    num_sequence_tokens: int
+    """Tokens of all their sequences, as if no prompt was shared."""
     padded_tokens: int
-    """Tokens of these triplets, with every sequence padded to its multiple."""
+    """Tokens of these triplets, with every block padded to its multiple."""
     num_packs: int
     """Packs of all ranks."""
     pack_fill: float
@@ -61,7 +63,9 @@ class Packing:
     """How triplets become packs, and which packs this rank computes."""
 
     sequence_multiple: int
-    """Each sequence is padded to a multiple of this."""
+    """Each block is padded to a multiple of this."""
+    share_prompts: bool
+    """Whether responses behind the same prompt share it."""
     max_tokens_per_pack: int
     """Padded tokens that one pack may hold."""
     dp_rank: int
@@ -107,7 +111,7 @@ class TripletDataset:
             self._table.select(range(min(count, len(self)))), self._prompt_columns, self._architecture
         )
 
-    def sizes(self, roles: Sequence[Role], sequence_multiple: int) -> TripletSizes:
+    def sizes(self, roles: Sequence[Role], sequence_multiple: int, *, share_prompts: bool) -> TripletSizes:
         """Size of every row. Reads the list offsets, no token.
 
         Raises UserError if a context has no column, or if a prompt or response is empty.
@@ -120,6 +124,7 @@ class TripletDataset:
             roles,
             sequence_multiple,
             self._architecture,
+            share_prompts=share_prompts,
         )
 
     def response_lengths(self, response: str) -> IntArray:
@@ -353,7 +358,8 @@ class _Packer:
 
     def __post_init__(self) -> None:
         packing = self.packing
-        object.__setattr__(self, "sizes", self.dataset.sizes(self.roles, packing.sequence_multiple))
+        sizes = self.dataset.sizes(self.roles, packing.sequence_multiple, share_prompts=packing.share_prompts)
+        object.__setattr__(self, "sizes", sizes)
         over = np.flatnonzero(self.sizes.padded_tokens > packing.max_sequence_tokens)
         if len(over):
             largest = padded_lengths(self.sizes.padded_tokens.max(), packing.pack_multiple)
@@ -372,6 +378,7 @@ class _Packer:
             packs=[self.pack(rows[positions]) for positions in plan[packing.dp_rank]],
             num_triplets=len(rows),
             num_tokens=num_tokens,
+            num_sequence_tokens=int(self.sizes.sequence_tokens[rows].sum()),
             padded_tokens=int(self.sizes.padded_tokens[rows].sum()),
             num_packs=num_packs,
             pack_fill=num_tokens / (num_packs * packing.max_tokens_per_pack),
@@ -382,7 +389,8 @@ class _Packer:
 
     def pack(self, rows: IntArray) -> Pack:
         multiples = self.packing.sequence_multiple, self.packing.pack_multiple
-        return build_pack(self.dataset.rows(rows, self.roles), self.roles, *multiples)
+        triplets = self.dataset.rows(rows, self.roles)
+        return build_pack(triplets, self.roles, *multiples, share_prompts=self.packing.share_prompts)
 
     def packs_needed(self, rows: IntArray) -> int:
         packing = self.packing

@@ -1,6 +1,10 @@
-"""A pack: the sequences of whole triplets, one behind the other in a single row of tokens.
+"""A pack: the sequences of whole triplets in a single row of tokens, with every prompt once.
 
-Shapes: T padded positions of the pack, S sequences, S1 = S + 1, N response tokens of all sequences, R roles.
+A sequence is a prompt and one response. A block is a prompt and the responses that share it, one behind the other. A
+response sees the prompt and itself, and its positions follow those of the prompt. Without sharing, every sequence is a
+block.
+
+Shapes: T padded positions of the pack, B blocks, B1 = B + 1, S sequences, N response tokens of all sequences, R roles.
 Sequences are ordered by triplet and then by role, so a tensor [S] reshapes to [num_triplets, R].
 """
 
@@ -12,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_solopo.config import Role
+from megatron_solopo.config import Role, prompt_groups
 from megatron_solopo.data.batch_plan import padded_lengths
 
 PAD_TOKEN = 0
@@ -37,16 +41,20 @@ class Pack:
     """One micro-batch on the host, before context parallelism divides it. Tensors are int64 unless noted."""
 
     tokens_T: Tensor
-    """Input ids. `PAD_TOKEN` fills up each sequence."""
-    cu_seqlens_S1: Tensor
-    """Boundaries of the padded sequences, int32: sequence s is at [cu_seqlens[s], cu_seqlens[s + 1])."""
-    sequence_lengths_S: Tensor
-    """Tokens of prompt and response in each sequence, without padding."""
+    """Input ids. `PAD_TOKEN` fills up each block."""
+    cu_seqlens_B1: Tensor
+    """Boundaries of the padded blocks, int32: block b is at [cu_seqlens[b], cu_seqlens[b + 1])."""
+    prompt_lengths_B: Tensor
+    """Tokens of the prompt at the start of each block."""
+    blocks_S: Tensor
+    """Block of each sequence."""
+    response_starts_S: Tensor
+    """Position in [0, T) of the first token of each response. The first response of a block follows the prompt."""
     response_lengths_S: Tensor
     """Response tokens of each sequence."""
     response_rows_N: Tensor
-    """Position in [0, T) whose hidden state predicts each response token: the position before the token. Labels are
-    shifted here, before context parallelism divides the pack, so no token at an edge is lost."""
+    """Position in [0, T) whose hidden state predicts each response token: the position before the token, or the end of
+    the prompt. Labels are shifted here, before context parallelism divides the pack, so no token at an edge is lost."""
     response_labels_N: Tensor
     """The response tokens themselves."""
     response_sequences_N: Tensor
@@ -59,14 +67,54 @@ class Pack:
     """Id of each triplet."""
 
     @property
-    def max_sequence_length(self) -> int:
-        """Length of the longest sequence with its padding, which attention kernels ask for beside `cu_seqlens_S1`."""
-        return int(self.cu_seqlens_S1.diff().max())
+    def squares(self) -> int:
+        """What `forward_flops` calls so: twice the pairs of a query and a key that it sees, without padding."""
+        prompts_S = self.prompt_lengths_B[self.blocks_S]
+        own = self.sequence_lengths_S.square().sum() - prompts_S.square().sum()
+        return int(own + self.prompt_lengths_B.square().sum())
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a block has more than one response."""
+        return len(self.blocks_S) > len(self.prompt_lengths_B)
+
+    @property
+    def sequence_lengths_S(self) -> Tensor:
+        """Tokens of prompt and response in each sequence, without padding."""
+        return self.prompt_lengths_B[self.blocks_S] + self.response_lengths_S
+
+    @property
+    def block_lengths_B(self) -> Tensor:
+        """Tokens of each block, without padding."""
+        return self.prompt_lengths_B.index_add(0, self.blocks_S, self.response_lengths_S)
+
+    @property
+    def max_block_length(self) -> int:
+        """Length of the longest block with its padding, which attention kernels ask for beside `cu_seqlens_B1`."""
+        return int(self.cu_seqlens_B1.diff().max())
 
     @property
     def num_tokens(self) -> int:
-        """Tokens without padding."""
-        return int(self.sequence_lengths_S.sum())
+        """Tokens without padding. A shared prompt counts once."""
+        return int(self.prompt_lengths_B.sum() + self.response_lengths_S.sum())
+
+    @property
+    def runs_T(self) -> Tensor:
+        """The run that each position belongs to: b for the prompt of block b, B + s for the response of sequence s.
+
+        Padding belongs to the last response of its block.
+        """
+        starts = torch.cat([self.cu_seqlens_B1[:-1].long(), self.response_starts_S])
+        starts, runs = starts.sort()
+        return runs.repeat_interleave(torch.cat([starts, starts.new_tensor([self.padded_tokens])]).diff())
+
+    @property
+    def positions_T(self) -> Tensor:
+        """The place of each token in its sequence, from 0."""
+        prompts_B = torch.zeros_like(self.prompt_lengths_B)
+        first = torch.cat([prompts_B, self.prompt_lengths_B[self.blocks_S]])
+        starts = torch.cat([self.cu_seqlens_B1[:-1].long(), self.response_starts_S])
+        return torch.arange(self.padded_tokens) - (starts - first)[self.runs_T]
 
     @property
     def padded_tokens(self) -> int:
@@ -75,45 +123,75 @@ class Pack:
 
 
 def build_pack(
-    rows: Sequence[TokenizedTriplet], roles: Sequence[Role], sequence_multiple: int, pack_multiple: int = 1
+    rows: Sequence[TokenizedTriplet],
+    roles: Sequence[Role],
+    sequence_multiple: int,
+    pack_multiple: int = 1,
+    *,
+    share_prompts: bool,
 ) -> Pack:
     """Make a pack of some triplets.
 
     Args:
         rows: The triplets, at least one.
         roles: The sequences of each triplet, in their order.
-        sequence_multiple: Each sequence is padded at its end to a multiple of this.
-        pack_multiple: The pack is padded to a multiple of this, at the end of its last sequence. It is 1 or a multiple
-            of `sequence_multiple`.
+        sequence_multiple: Each block is padded at its end to a multiple of this.
+        pack_multiple: The pack is padded to a multiple of this, at the end of its last block. It is 1 or a multiple of
+            `sequence_multiple`.
+        share_prompts: Whether responses behind the same prompt share it.
     """
-    prompts = [row.prompts[role.context] for row in rows for role in roles]
+    groups = prompt_groups(roles, share_prompts)
+    prompts = [row.prompts[roles[group[0]].context] for row in rows for group in groups]
     responses = [row.responses[role.response] for row in rows for role in roles]
-    prompt_lengths_S = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+    prompt_lengths_B = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     response_lengths_S = np.array([len(response) for response in responses], dtype=np.int64)
-    # With an empty prompt, the end of the sequence before it would predict the first response token.
-    assert prompt_lengths_S.min() > 0 and response_lengths_S.min() > 0
+    # With an empty prompt, the end of the block before it would predict the first response token.
+    assert prompt_lengths_B.min() > 0 and response_lengths_S.min() > 0
 
-    lengths_S = prompt_lengths_S + response_lengths_S
-    cu_seqlens_S1 = np.concatenate([[0], np.cumsum(padded_lengths(lengths_S, sequence_multiple))])
-    cu_seqlens_S1[-1] = padded_lengths(cu_seqlens_S1[-1], pack_multiple)
-    tokens_T = np.full(cu_seqlens_S1[-1], PAD_TOKEN, dtype=np.int64)
-    for start, length, prompt, response in zip(cu_seqlens_S1[:-1], lengths_S, prompts, responses, strict=True):
-        tokens_T[start : start + length] = np.concatenate([prompt, response])
+    sequences_B = [[len(roles) * number + role for role in group] for number in range(len(rows)) for group in groups]
+    blocks_S, before_S = _order_responses(sequences_B, response_lengths_S)
+    lengths_B = prompt_lengths_B + np.bincount(blocks_S, weights=response_lengths_S).astype(np.int64)
+    cu_seqlens_B1 = np.concatenate([[0], np.cumsum(padded_lengths(lengths_B, sequence_multiple))])
+    cu_seqlens_B1[-1] = padded_lengths(cu_seqlens_B1[-1], pack_multiple)
+    prompt_ends_S = (cu_seqlens_B1[:-1] + prompt_lengths_B)[blocks_S]
+    response_starts_S = prompt_ends_S + before_S
 
-    num_sequences = len(lengths_S)
-    first_rows_S = cu_seqlens_S1[:-1] + prompt_lengths_S - 1
+    tokens_T = np.full(cu_seqlens_B1[-1], PAD_TOKEN, dtype=np.int64)
+    for start, tokens in zip((*cu_seqlens_B1[:-1], *response_starts_S), (*prompts, *responses), strict=True):
+        tokens_T[start : start + len(tokens)] = tokens
+
     place_in_response_N = np.concatenate([np.arange(length) for length in response_lengths_S])
-    response_rows_N = np.repeat(first_rows_S, response_lengths_S) + place_in_response_N
+    token_places_N = np.repeat(response_starts_S, response_lengths_S) + place_in_response_N
+    prompt_ends_N = np.repeat(prompt_ends_S, response_lengths_S)
+    response_rows_N = np.where(place_in_response_N == 0, prompt_ends_N, token_places_N) - 1
     return Pack(
         tokens_T=torch.from_numpy(tokens_T),
-        cu_seqlens_S1=torch.from_numpy(cu_seqlens_S1.astype(np.int32)),
-        sequence_lengths_S=torch.from_numpy(lengths_S),
+        cu_seqlens_B1=torch.from_numpy(cu_seqlens_B1.astype(np.int32)),
+        prompt_lengths_B=torch.from_numpy(prompt_lengths_B),
+        blocks_S=torch.from_numpy(blocks_S),
+        response_starts_S=torch.from_numpy(response_starts_S),
         response_lengths_S=torch.from_numpy(response_lengths_S),
         response_rows_N=torch.from_numpy(response_rows_N),
-        response_labels_N=torch.from_numpy(tokens_T[response_rows_N + 1]),
-        response_sequences_N=torch.from_numpy(np.repeat(np.arange(num_sequences), response_lengths_S)),
+        response_labels_N=torch.from_numpy(tokens_T[token_places_N]),
+        response_sequences_N=torch.from_numpy(np.repeat(np.arange(len(responses)), response_lengths_S)),
         num_triplets=len(rows),
         roles=tuple(roles),
         triplet_indices=torch.tensor([row.index for row in rows]),
         ids=tuple(row.id for row in rows),
     )
+
+
+def _order_responses(
+    sequences_B: Sequence[Sequence[int]], response_lengths_S: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each sequence, its block, and the response tokens before its own in that block.
+
+    Args:
+        sequences_B: numbers of each block's sequences.
+    """
+    blocks_S, before_S = np.empty((2, len(response_lengths_S)), dtype=np.int64)
+    for block, sequences in enumerate(sequences_B):
+        own = list(sequences)
+        blocks_S[own] = block
+        before_S[own] = np.cumsum(response_lengths_S[own]) - response_lengths_S[own]
+    return blocks_S, before_S

@@ -196,7 +196,7 @@ def _check_finite(
 def _tokens(dataset: TripletDataset, roles: Sequence[Role]) -> dict[str, IntArray]:
     """Tokens of prompt and chosen answer by context, the long one last."""
     chosen = [role for role in roles if role.response == "chosen"]
-    return {f"tokens_{role.context}": dataset.sizes((role,), 1).tokens for role in chosen}
+    return {f"tokens_{role.context}": dataset.sizes((role,), 1, share_prompts=False).tokens for role in chosen}
 
 
 def _write(

@@ -163,7 +163,8 @@ class StepLog:
 
     def _write(self, means: list[float], batch: GlobalBatch) -> None:
         metrics = dict(zip(self._names, means, strict=True))
-        counts = {"num_triplets": batch.num_triplets, "num_tokens": batch.num_tokens, "pack_fill": batch.pack_fill}
+        counted = ("num_triplets", "num_tokens", "num_sequence_tokens", "pack_fill")
+        counts = {name: getattr(batch, name) for name in counted}
         # JSON has no NaN, so null stands for it. Megatron-LM's own checks stop such a run.
         line = {name: value if value - value == 0 else None for name, value in (metrics | counts).items()}
         with self._path.open("a", encoding="utf-8") as stream:
@@ -357,7 +358,7 @@ class Solopo:
             item: StepPack = next(data_iterator)
         # Once per pack, although it runs through every chunk.
         if item.split == "train" and not get_attr_wrapped_model(model, "vp_stage"):
-            count_sequence_lengths(item.pack.sequence_lengths_S)
+            count_sequence_lengths(item.pack.block_lengths_B)
         output, loss = self.task.forward(item.pack, model, item.split)
         return output, partial(self._loss, item, loss)
 

@@ -24,6 +24,7 @@ from megatron_solopo.data.loader import GlobalBatchLoader
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.adapters import set_dropout
+from megatron_solopo.model.attention import attach_shared_prompts
 from megatron_solopo.model.head import attach_response_head
 from megatron_solopo.model.head_norms import AllHeadsNormAttention
 from megatron_solopo.model.layers import layers_with_experts
@@ -56,6 +57,7 @@ def prepare_model(model: Any, architecture: Architecture, chunk_tokens: int) -> 
     # Packs differ in length, so pipeline messages must carry shapes. Megatron-LM's arguments cannot say so.
     model.config.variable_seq_lengths = True
     set_rotary_frequencies(model, architecture.inv_freq.clone())
+    attach_shared_prompts(model, parallel_state.get_context_parallel_group())
     attach_response_head(model, real_vocab_size=architecture.vocab_size, chunk_tokens=chunk_tokens)
 
 

@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.config import ModelConfig, ParallelConfig
+from megatron_solopo.model.attention import attach_shared_prompts
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.layers import layer_spec
 from megatron_solopo.model.resolve import ResolvedModel
@@ -178,4 +179,5 @@ def build_chunk(
         chunk_tokens=chunk_tokens,
     )
     set_rotary_frequencies(chunk, architecture.inv_freq.clone())
+    attach_shared_prompts(chunk, parallel_state.get_context_parallel_group())
     return chunk

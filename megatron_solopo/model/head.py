@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_ent
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_solopo.model.segments import Segments
 from megatron_solopo.parallel.megatron_internals import OutputOverride, add_base_class, run_forward_pre_hooks
 
 
@@ -25,18 +26,29 @@ from megatron_solopo.parallel.megatron_internals import OutputOverride, add_base
 class PackedResponses(PackedSeqParams):  # type: ignore[misc]
     """Megatron's packing metadata, and the response positions of this context-parallel rank.
 
+    Where responses share prompts, Megatron sees the whole pack as one sequence. Its own fields then serve the rotary
+    embedding alone, and attention reads `segments`.
+
     It goes with the pack through every pipeline stage. Only the last stage reads the responses. All of it is made when
     the pack is cut, so that the head never waits for a number from the device.
     """
 
     response_rows: Tensor | None = None
-    """int64 [N], ascending: local positions whose hidden state predicts a response token."""
+    """int64 [N]: local positions whose hidden state predicts a response token. The end of a shared prompt comes for
+    each of its responses."""
     response_labels: Tensor | None = None
     """int64 [N]: the predicted tokens."""
     gathering: "RowGathering | None" = None
     """How sequence-parallel ranks gather those rows; None without tensor parallelism."""
     places: Any = None
     """`routing.TokenPlaces` of this rank's positions, where routers of experts are watched."""
+    segments: Segments | None = None
+    """What the queries of this rank see; None: each sequence sees itself, and shares nothing."""
+    positions: Tensor | None = None
+    """int64 [T]: the place in its sequence of each token that this rank holds, where Megatron's rotary embedding looks
+    for it. None: the boundaries tell."""
+    kernel_packing: PackedSeqParams | None = None
+    """The segments as Transformer Engine's kernels take them; None as for `segments`."""
 
 
 class ResponseHead(OutputOverride):
@@ -110,16 +122,19 @@ def plan_gathering(rows_N: Tensor, local_positions: int, size: int, rank: int) -
     """Plan `gather_rows` on the host.
 
     Args:
-        rows_N: ascending positions over all ranks, equal on every rank.
+        rows_N: positions over all ranks, equal on every rank. A position may come more than once.
         local_positions: positions that each rank holds.
         size: tensor-parallel size.
         rank: tensor-parallel rank.
     """
-    counts = torch.bincount(rows_N // local_positions, minlength=size).tolist()
-    sent, first = max(*counts, 1), sum(counts[:rank])
-    own = rows_N[first : first + counts[rank]] - rank * local_positions
-    kept = [torch.arange(count) + owner * sent for owner, count in enumerate(counts)]
-    return RowGathering(F.pad(own, (0, sent - len(own))), torch.cat(kept))
+    owners_N = rows_N // local_positions
+    counts = torch.bincount(owners_N, minlength=size)
+    sent = max(int(counts.max()), 1)
+    own = rows_N[owners_N == rank] - rank * local_positions
+    # Rows arrive by owner, and in their order within an owner.
+    order = owners_N.argsort(stable=True)
+    places = torch.cat([torch.arange(count) + owner * sent for owner, count in enumerate(counts.tolist())])
+    return RowGathering(F.pad(own, (0, sent - len(own))), torch.empty_like(order).index_copy(0, order, places))
 
 
 def gather_rows(hidden_tH: Tensor, gathering: RowGathering, group: torch.distributed.ProcessGroup) -> Tensor:

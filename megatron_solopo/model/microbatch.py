@@ -3,15 +3,19 @@
 Shapes: T positions of the pack, t = T / CP, N response rows on this rank, S sequences.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.model.head import PackedResponses, RowGathering, plan_gathering
 from megatron_solopo.model.routing import token_places
+from megatron_solopo.model.segments import blocks_of, plan_segments
 from megatron_solopo.parallel.context import shard_indices, sum_over_context
 from megatron_solopo.parallel.topology import Topology
 
@@ -57,12 +61,11 @@ def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False, is_
         device = topology.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    indices = shard_indices(pack.cu_seqlens_S1, topology.context_group.size(), topology.context_group.rank())
+    indices = shard_indices(pack.cu_seqlens_B1, topology.context_group.size(), topology.context_group.rank())
     local_of_T = torch.full_like(pack.tokens_T, -1)
     local_of_T[indices] = torch.arange(len(indices))
     rows = local_of_T[pack.response_rows_N]
     here = rows >= 0
-    boundaries = moved(pack.cu_seqlens_S1)
     gathering = None
     if tensor_group.size() > 1:
         plan = plan_gathering(rows[here], len(indices) // tensor_group.size(), tensor_group.size(), tensor_group.rank())
@@ -72,20 +75,10 @@ def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False, is_
         shards = indices.chunk(tensor_group.size())  # experts need sequence parallelism
         positions, context_size = shards[tensor_group.rank()], topology.context_group.size()
         places = token_places(pack, positions, context_size, is_trained=is_trained).moved(moved)
-    # An upper bound is enough. Megatron keeps a table of rotary angles for each bound that it has seen, and powers of
-    # two are few.
-    max_seqlen = 1 << (pack.max_sequence_length - 1).bit_length()
     return Microbatch(
         tokens_1t=moved(pack.tokens_T[indices]).unsqueeze(0),
-        # The padded boundaries in every field: padding follows each sequence, and a causal mask never looks ahead.
         packing=PackedResponses(
-            qkv_format="thd",
-            cu_seqlens_q=boundaries,
-            cu_seqlens_kv=boundaries,
-            cu_seqlens_q_padded=boundaries,
-            cu_seqlens_kv_padded=boundaries,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_kv=max_seqlen,
+            **_attended(pack, indices, topology.context_group, moved),
             response_rows=moved(rows[here]),
             response_labels=moved(pack.response_labels_N[here]),
             gathering=gathering,
@@ -96,3 +89,62 @@ def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False, is_
         triplet_indices=moved(pack.triplet_indices),
         pack=pack,
     )
+
+
+def _attended(
+    pack: Pack, indices: Tensor, context_group: dist.ProcessGroup, moved: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    """The fields of `PackedResponses` that say what each query sees, and where it stands in its sequence.
+
+    Args:
+        indices: positions of the pack that this rank holds.
+        moved: brings a tensor to the device.
+    """
+    if not pack.shares_prompts:
+        boundaries, longest = moved(pack.cu_seqlens_B1), _bound(pack.max_block_length)
+        return _packed(boundaries, boundaries, longest, longest) | {
+            # The padded boundaries in every field: padding follows each block, and a causal mask never looks ahead.
+            "cu_seqlens_q_padded": boundaries,
+            "cu_seqlens_kv_padded": boundaries,
+        }
+    size, rank = context_group.size(), context_group.rank()
+    segments = plan_segments(blocks_of(pack), size, rank)
+    queries, keys = segments.boundaries
+    assert segments.keys_K is not None, "keys of a shared prompt occur more than once"
+    whole, longest = moved(pack.cu_seqlens_B1[[0, -1]]), _bound(int(pack.positions_T.max()) + 1)
+    return _packed(whole, whole, longest, longest) | {
+        "segments": replace(segments, keys_K=moved(segments.keys_K)),
+        "positions": moved(_rotary_places(pack.positions_T[indices], size, rank)),
+        "kernel_packing": PackedSeqParams(
+            **_packed(
+                moved(queries), moved(keys), _bound(max(segments.query_lengths)), _bound(max(segments.key_lengths))
+            )
+        ),
+    }
+
+
+def _packed(queries: Tensor, keys: Tensor, longest_query: int, longest_key: int) -> dict[str, Any]:
+    """Fields of `PackedSeqParams`."""
+    return {
+        "qkv_format": "thd",
+        "cu_seqlens_q": queries,
+        "cu_seqlens_kv": keys,
+        "max_seqlen_q": longest_query,
+        "max_seqlen_kv": longest_key,
+    }
+
+
+def _bound(length: int) -> int:
+    """The next power of two. Megatron keeps a table of rotary angles for each bound, so there must be few."""
+    return 1 << (length - 1).bit_length()
+
+
+def _rotary_places(positions_t: Tensor, size: int, rank: int) -> Tensor:
+    """Put this rank's positions where Megatron looks for those of one sequence in 2 x CP chunks. Returns [T]."""
+    if size == 1:
+        return positions_t
+    half = len(positions_t) // 2
+    positions_T = positions_t.new_zeros(size * len(positions_t))
+    positions_T[rank * half : (rank + 1) * half] = positions_t[:half]
+    positions_T[len(positions_T) - (rank + 1) * half : len(positions_T) - rank * half] = positions_t[half:]
+    return positions_T

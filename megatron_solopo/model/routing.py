@@ -3,11 +3,11 @@
 A router sees positions and no sequences. So a pack of a model with experts carries the places of its positions, and
 each layer hands them to its router, also where the backward pass computes the layer again.
 
-Padding counts nowhere. Losses are those of single sequences, so the packing, the layout and the number of ranks change
-neither losses nor metrics.
+Padding counts nowhere. Losses are those of single sequences, so the packing, the layout, the number of ranks and shared
+prompts change no loss. Metrics count a shared prompt once.
 
-Shapes: t positions on this rank, which context and sequence parallelism divide; S sequences; N response tokens of the
-whole pack; E experts.
+Shapes: t positions on this rank, which context and sequence parallelism divide; B blocks; S sequences; M = B + S runs,
+see `Pack.runs_T`; N response tokens of the whole pack; E experts.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,8 +33,12 @@ class TokenPlaces:
 
     real_t: Tensor
     """bool: whether a position holds a token, not padding."""
-    sequences_t: Tensor
-    """The sequence of each position."""
+    runs_t: Tensor
+    """The run of each position."""
+    blocks_S: Tensor
+    """The block of each sequence, whose prompt is the run of the same number."""
+    num_blocks: int
+    """B"""
     lengths_S: Tensor
     """Tokens of each sequence, on all ranks together."""
     response_tokens: Tensor
@@ -65,14 +69,16 @@ def token_places(pack: Pack, positions_t: Tensor, context_size: int, *, is_train
         positions_t: positions in [0, T) of the pack, in the order in which this rank holds them.
         is_trained: whether the pack is one of a training step.
     """
-    sequences_t = torch.searchsorted(pack.cu_seqlens_S1.long(), positions_t, right=True) - 1
-    offsets_t = positions_t - pack.cu_seqlens_S1[sequences_t]
+    blocks_t = torch.searchsorted(pack.cu_seqlens_B1.long(), positions_t, right=True) - 1
+    offsets_t = positions_t - pack.cu_seqlens_B1[blocks_t]
     local_of_T = torch.full((pack.padded_tokens,), -1)
     local_of_T[positions_t] = torch.arange(len(positions_t))
     local_N = local_of_T[pack.response_rows_N]
     return TokenPlaces(
-        real_t=offsets_t < pack.sequence_lengths_S[sequences_t],
-        sequences_t=sequences_t,
+        real_t=offsets_t < pack.block_lengths_B[blocks_t],
+        runs_t=pack.runs_T[positions_t],
+        blocks_S=pack.blocks_S,
+        num_blocks=len(pack.prompt_lengths_B),
         lengths_S=pack.sequence_lengths_S,
         response_tokens=(local_N >= 0).nonzero().squeeze(1),
         response_positions=local_N[local_N >= 0],
@@ -156,17 +162,19 @@ class RouterWatch:
         Args:
             chosen_tE: the routers' own choices, also where others are replayed.
         """
-        real_t, sequences_t = places.real_t, places.sequences_t
-        lengths_t = places.lengths_S[sequences_t].float()
-        weights_t = real_t / lengths_t  # a choice of rows would make the host wait for their number
+        real_t, num_blocks = places.real_t, places.num_blocks
+        weights_S = 1 / places.lengths_S.float()
+        # A choice of rows by `real_t` would make the host wait for their number.
+        weights_t = real_t * _over_runs(weights_S, places)[places.runs_t]
         loss = (logits_tE.logsumexp(dim=1).square() * weights_t).sum() * self._config.z_loss_coefficient
         if self._config.aux_loss_coefficient:
-            counts_SE = logits_tE.new_zeros(len(places.lengths_S), logits_tE.shape[1])
-            counts_SE.index_add_(0, sequences_t, (chosen_tE & real_t[:, None]).to(logits_tE.dtype))
-            _sum_over_shards(counts_SE)
-            shares_tE = counts_SE[sequences_t] / lengths_t[:, None]
+            counts_ME = logits_tE.new_zeros(num_blocks + len(weights_S), logits_tE.shape[1])
+            counts_ME.index_add_(0, places.runs_t, (chosen_tE & real_t[:, None]).to(logits_tE.dtype))
+            _sum_over_shards(counts_ME)
+            counts_SE = counts_ME[places.blocks_S] + counts_ME[num_blocks:]
+            shares_tE = _over_runs(counts_SE * weights_S[:, None].square(), places)[places.runs_t]
             balance_t = (shares_tE * logits_tE.softmax(dim=1)).sum(dim=1) * logits_tE.shape[1]
-            loss = loss + (balance_t * weights_t).sum() * self._config.aux_loss_coefficient
+            loss = loss + (balance_t * real_t).sum() * self._config.aux_loss_coefficient
         scaled: Tensor = loss * places.loss_scale
         return scaled
 
@@ -218,6 +226,12 @@ class _LayerSums:
         short, long = places.pairs_2P
         self.others_3[1] += (chosen_NE[short] & chosen_NE[long]).sum()
         self.others_3[2] += len(short)
+
+
+def _over_runs(values_S: Tensor, places: TokenPlaces) -> Tensor:
+    """[S, ...] -> [M, ...]: of a response that of its sequence, of a prompt the sum over its sequences."""
+    prompts_B = values_S.new_zeros(places.num_blocks, *values_S.shape[1:]).index_add_(0, places.blocks_S, values_S)
+    return torch.cat([prompts_B, values_S])
 
 
 def _of_responses(chosen_tE: Tensor, places: TokenPlaces) -> Tensor:

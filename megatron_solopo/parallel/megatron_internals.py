@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 from unittest import mock
 
@@ -28,7 +29,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.enums import ModelType
-from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -56,7 +57,11 @@ from megatron_solopo.parallel.cpu import is_cpu
 
 
 class OutputOverride:
-    """Base class that lets the last pipeline stage of a GPTModel return something else than logits.
+    """Base class of a GPTModel: another output than logits, and rotary angles by token.
+
+    The last pipeline stage may return something else than logits. Where the packing metadata has `positions`, their
+    angles replace the table of angles. Megatron's rotary embedding takes them if the pack is one sequence of as many
+    tokens.
 
     Versions: 0.16 and 0.19. 0.16 has no other place for it than the method `_postprocess`. 0.19 also has the argument
     `output_processor`, but only of `forward`, which a script of Megatron-LM's calls without it.
@@ -71,6 +76,13 @@ class OutputOverride:
         """Return the model's output from the hidden states [t, 1, H] of the last layer."""
         raise NotImplementedError
 
+    def _preprocess(self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any) -> Any:
+        hidden, angles, *others = super()._preprocess(  # type: ignore[misc]
+            *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        positions = getattr(packed_seq_params, "positions", None)
+        return (hidden, angles if positions is None else angles.index_select(0, positions), *others)
+
     def _postprocess(
         self: Any, hidden_states: Tensor, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any
     ) -> Tensor:
@@ -83,13 +95,49 @@ class OutputOverride:
         return plain
 
 
-def add_base_class(model: GPTModel, base: type[Any]) -> None:
-    """Put `base` before the class of a model that exists already. Parameters and their names stay.
+def add_base_class(module: torch.nn.Module, base: type) -> None:
+    """Put `base` before the class of a module that exists already. Parameters and their names stay.
 
     Versions: all. Megatron-LM and its forks build the model in their own code, of a subclass of their own.
     """
-    built = type(model)
-    model.__class__ = type(f"{base.__name__}{built.__name__}", (base, built), {})
+    built = type(module)
+    module.__class__ = type(f"{base.__name__}{built.__name__}", (base, built), {})
+
+
+LOWER_RIGHT_MASK = SimpleNamespace(name="padding_causal_bottom_right")
+"""A mask of Transformer Engine: the last query sees all keys, the one before sees one key less.
+
+Versions: 0.16 and 0.19 pass the name on, and have no member of `AttnMaskType` with this one.
+Upstream: `megatron/core/extensions/transformer_engine.py`, `megatron/core/transformer/enums.py`.
+"""
+
+
+def is_transformer_engine_attention(module: torch.nn.Module) -> bool:
+    """Whether a module is Megatron's wrapper of Transformer Engine's attention, which may be absent."""
+    return HAVE_TE and isinstance(module, TEDotProductAttention)
+
+
+@contextmanager
+def attending_to_gathered_keys(attention: Any) -> Iterator[None]:
+    """Within the block, Transformer Engine's attention takes its keys as complete, and as others than its queries.
+
+    Versions: 0.16 and 0.19. They can turn context parallelism off for one pack, but do not turn it on again. Unequal
+    numbers of queries and keys are "cross" attention in Transformer Engine, whose own code sets this attribute so.
+    Upstream: `TEDotProductAttention.forward` in `megatron/core/extensions/transformer_engine.py`, and
+    `transformer_engine/pytorch/attention/dot_product_attention/dot_product_attention.py`.
+    """
+    group, ranks, stream = attention.cp_group, attention.cp_global_ranks, attention.cp_stream
+    attention.set_context_parallel_group(None, None, None, attention.cp_comm_type)
+    parts = [part for part in attention.modules() if hasattr(part, "attention_type")]
+    kinds = [part.attention_type for part in parts]
+    for part in parts:
+        part.attention_type = "cross"
+    try:
+        yield
+    finally:
+        attention.set_context_parallel_group(group, ranks, stream, attention.cp_comm_type)
+        for part, kind in zip(parts, kinds, strict=True):
+            part.attention_type = kind
 
 
 def set_rotary_frequencies(model: GPTModel, inv_freq: Tensor) -> None:
@@ -878,9 +926,10 @@ def call_pretrain(
     pretrain(container, datasets, model_type, forward_step, model_provider=model_provider, **keywords)
 
 
-def count_sequence_lengths(lengths_S: Tensor) -> None:
-    """Tell Megatron-LM's throughput the real lengths [S] of a pack's sequences.
+def count_sequence_lengths(lengths_B: Tensor) -> None:
+    """Tell Megatron-LM's throughput the real lengths [B] of a pack's blocks.
 
+    It takes responses behind one prompt for one sequence, and so counts a little too much attention.
     Versions: since 0.19. Earlier ones assume that every sequence has the length of `--seq-length`.
     Upstream: `megatron/training/training.py`.
     """
@@ -888,4 +937,4 @@ def count_sequence_lengths(lengths_S: Tensor) -> None:
 
     count = getattr(training, "update_seqlen_stats_from_cu_seqlens", None)
     if count is not None:
-        count(torch.nn.functional.pad(lengths_S.cumsum(0), (1, 0)))
+        count(torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0)))

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from megatron_solopo.command_settings import CommandSettings
 
-VARIED = ("recompute", "fp8", "offload", "cp_comm", "lora")
+VARIED = ("recompute", "fp8", "offload", "cp_comm", "share_prompts", "lora")
 """What a search may choose besides the parallel sizes. `lora` compares adapters with the whole model."""
 
 
@@ -28,9 +28,9 @@ class PlanSettings(CommandSettings):
     """Lengths to plan for, without prepared data in data.path: short=1024,long=8192:131072,response=512."""
     triplets: PositiveInt = 10_000
     """Number of triplets that have the lengths of --tokens."""
-    vary: tuple[str, ...] = ("recompute", "offload", "cp_comm")
-    """What the plan chooses besides the sizes: recompute, offload, cp_comm, fp8. The config decides the others. lora
-    shows training of adapters and of the whole model side by side."""
+    vary: tuple[str, ...] = ("recompute", "offload", "cp_comm", "share_prompts")
+    """What the plan chooses besides the sizes: recompute, offload, cp_comm, share_prompts, fp8. The config decides the
+    others. lora shows training of adapters and of the whole model side by side."""
     calibration: Path | None = None
     """JSON of tools.benchmarks.benchmark: use its measured efficiencies, not the assumed ones."""
     expert_imbalance: Annotated[float, Field(ge=1)] | None = None

@@ -43,6 +43,8 @@ class LayerBytes:
     attention: float
     core_attention: float
     """What `recompute_modules: [core_attn]` computes again."""
+    gathered: float
+    """Keys and values that core attention gathers, less those that it then need not keep. It gathers them again."""
     mlp: float
     """What `recompute_modules: [mlp]` computes again."""
     experts: float = 0.0
@@ -51,12 +53,13 @@ class LayerBytes:
     @property
     def total(self) -> float:
         """Bytes per token without recomputation; `boundary` is part of `norms`."""
-        return self.norms + self.attention + self.core_attention + self.mlp + self.experts
+        return self.norms + self.attention + self.core_attention + self.gathered + self.mlp + self.experts
 
     def again(self, config: Config) -> float:
         """What selective recomputation computes again of these bytes, at most at a time."""
         return max(
-            {"core_attn": self.core_attention, "mlp": self.mlp}[name] for name in config.parallel.recompute_modules
+            {"core_attn": self.core_attention + self.gathered, "mlp": self.mlp}[name]
+            for name in config.parallel.recompute_modules
         )
 
 
@@ -116,18 +119,37 @@ def _adapter_bytes(config: Config, block: str) -> float:
     return element_bytes(config) * config.lora.rank * columns
 
 
-def layer_bytes(architecture: ModelShape, config: Config, *, local: bool, has_experts: bool = False) -> LayerBytes:
-    """Bytes per token that one layer of this rank keeps."""
+def keys_per_token(config: Config, pack: PackShape, *, local: bool) -> float:
+    """Keys that attention gathers for each token of a rank; 0 if it gathers none.
+
+    Transformer Engine's own exchange under context parallelism keeps what the rank had before.
+    """
+    cp = config.parallel.context_parallel_size
+    if not (config.data.share_prompts or (local and cp > 1)):
+        return 0.0
+    return pack.gathered_keys * cp / pack.padded_tokens
+
+
+def layer_bytes(
+    architecture: ModelShape, config: Config, keys: float, *, local: bool, has_experts: bool = False
+) -> LayerBytes:
+    """Bytes per token that one layer of this rank keeps.
+
+    Args:
+        keys: see `keys_per_token`.
+    """
     inputs = _kept_inputs(config, local=local, has_experts=has_experts)
     attention, mlp = (_adapter_bytes(config, block) for block in ("self_attention", "mlp"))
-    found = _base_bytes(architecture, config, inputs, local=local)
+    found = _base_bytes(architecture, config, inputs, keys, local=local)
     if has_experts:
         experts = _expert_bytes(architecture, config, inputs, local=local)
         return replace(found, attention=found.attention + attention, mlp=0.0, experts=experts)
     return replace(found, attention=found.attention + attention, mlp=found.mlp + mlp)
 
 
-def _base_bytes(architecture: ModelShape, config: Config, inputs: _Inputs, *, local: bool) -> LayerBytes:
+def _base_bytes(
+    architecture: ModelShape, config: Config, inputs: _Inputs, keys_per_token: float, *, local: bool
+) -> LayerBytes:
     """What a dense layer keeps without its adapters' own outputs."""
     a, e, tp = architecture, element_bytes(config), config.parallel.tensor_model_parallel_size
     learns = config.lora is None
@@ -143,19 +165,21 @@ def _base_bytes(architecture: ModelShape, config: Config, inputs: _Inputs, *, lo
     norm_copies = 2 if learns else 1
     # One norm over all heads has its input anyway in fp32, and normalises it in the model's precision.
     all_heads_norm = (e * learns + (0 if e == _FP32 else _FP32)) * (queries + keys) if a.norms_all_heads else 0
+    # The tensor of mixed queries, keys and values lives as long as its last view, the values of core attention.
+    before = mixed + keys
+    # Where core attention gathers keys and values, it keeps those instead. But a norm of heads in fp32 keeps its input,
+    # which is a view of the mixed tensor.
+    held = mixed - queries - keys if local and a.qk_layernorm and e == _FP32 else 0.0
+    gathered = e * (2 * keys * keys_per_token + held - before) if keys_per_token else 0.0
     if local:
-        cp = config.parallel.context_parallel_size
-        # The tensor of mixed queries, keys and values lives as long as its last view, the values of core attention.
-        before = mixed + keys
-        # Under context parallelism, core attention gathers keys and values, and keeps those instead.
-        gathered = 2 * keys * cp - before if cp > 1 else 0.0
         norms = (2 * norm_copies * _FP32 + inputs.qkv + inputs.fc1) * hidden + 2 * _FP32 * share  # and the outputs
         head_norms = norm_copies * _FP32 * (queries + keys) + 2 * _FP32 * heads if a.qk_layernorm else all_heads_norm
         return LayerBytes(
             boundary=e * hidden,
             norms=norms,
             attention=e * (before + queries) + inputs.proj * queries + 4 * e * a.head_dim + head_norms,
-            core_attention=e * (queries + gathered) + lse,
+            core_attention=e * queries + lse,
+            gathered=gathered,
             # Both halves, the activated gate, the other half shifted, their product.
             mlp=(4 * e + inputs.fc2) * ffn + inputs.fc1_copies * hidden,
         )
@@ -167,8 +191,9 @@ def _base_bytes(architecture: ModelShape, config: Config, inputs: _Inputs, *, lo
     return LayerBytes(
         boundary=e * hidden,
         norms=(2 * e + inputs.qkv + inputs.fc1) * hidden + 2 * _FP32 * share,
-        attention=e * (mixed + queries + keys) + head_norms + copied,
+        attention=e * (before + queries) + head_norms + copied,
         core_attention=e * queries + lse,
+        gathered=gathered,
         mlp=(2 * e + inputs.fc2) * ffn + inputs.fc1_copies * hidden,
     )
 
@@ -229,20 +254,23 @@ class ActivationRate:
         return (self.layers + self.other) * pack.padded_tokens / self.context_parallel_size + self.head(pack)
 
 
-def activation_rate(architecture: ModelShape, config: Config, chunk: ModelChunk, *, local: bool) -> ActivationRate:
+def activation_rate(
+    architecture: ModelShape, config: Config, chunk: ModelChunk, keys: float, *, local: bool
+) -> ActivationRate:
     """The rates of one model chunk.
 
     Args:
+        keys: see `keys_per_token`.
         local: whether its layers are plain PyTorch.
     """
-    layers = chunk_layers(architecture, config, chunk, local=local)
+    layers = chunk_layers(architecture, config, chunk, keys, local=local)
     parallel = config.parallel
     kept = sum(layer.total for layer in layers)
     received = layers[0].boundary if local and not chunk.has_embedding and layers else 0.0
     if parallel.recompute_granularity == "selective":
         # The output projection keeps the attention output itself; only plain layers keep a second one.
-        if "core_attn" in parallel.recompute_modules and local:
-            kept -= sum(layer.core_attention for layer in layers)
+        if "core_attn" in parallel.recompute_modules:
+            kept -= sum(layer.gathered + (layer.core_attention if local else 0.0) for layer in layers)
         if "mlp" in parallel.recompute_modules:
             kept -= sum(layer.mlp for layer in layers)
     elif parallel.recompute_granularity == "full":
@@ -267,11 +295,13 @@ def sequence_shards(config: Config) -> int:
     return config.parallel.tensor_model_parallel_size if config.parallel.uses_sequence_parallel else 1
 
 
-def chunk_layers(architecture: ModelShape, config: Config, chunk: ModelChunk, *, local: bool) -> list[LayerBytes]:
+def chunk_layers(
+    architecture: ModelShape, config: Config, chunk: ModelChunk, keys: float, *, local: bool
+) -> list[LayerBytes]:
     """Bytes per token of each layer of a chunk."""
     experts, end = architecture.experts, chunk.first_layer + chunk.num_layers
     layers = (False,) * chunk.num_layers if experts is None else experts.layers[chunk.first_layer : end]
-    kinds = {kind: layer_bytes(architecture, config, local=local, has_experts=kind) for kind in set(layers)}
+    kinds = {kind: layer_bytes(architecture, config, keys, local=local, has_experts=kind) for kind in set(layers)}
     found = [kinds[kind] for kind in layers]
     if config.lora is not None and chunk.has_embedding and config.parallel.recompute_granularity is None:
         found[0] = _without_gradient(found[0], architecture, config, local=local)
@@ -293,8 +323,9 @@ def _without_gradient(layer: LayerBytes, architecture: ModelShape, config: Confi
             norms=layer.norms - norm,
             attention=_adapter_bytes(config, "self_attention") + of_input,
             core_attention=0.0,
+            gathered=0.0,
         )
-    alone = replace(layer, norms=inputs.fc1 * hidden, attention=0.0, core_attention=0.0)
+    alone = replace(layer, norms=inputs.fc1 * hidden, attention=0.0, core_attention=0.0, gathered=0.0)
     if inputs.fc1:
         return alone
     ffn = architecture.ffn_hidden_size / config.parallel.tensor_model_parallel_size
@@ -321,7 +352,8 @@ def recomputed_bytes(
     `recompute_method: block` computes the first layers again. The layers behind them have been freed by then.
     """
     parallel, count = config.parallel, config.parallel.recompute_num_layers
-    each = [chunk_layers(architecture, config, chunk, local=local) for chunk in chunks]
+    keys = keys_per_token(config, pack, local=local)
+    each = [chunk_layers(architecture, config, chunk, keys, local=local) for chunk in chunks]
     again = 0.0
     if parallel.recompute_granularity == "full":
         if parallel.recompute_method == "uniform":
@@ -353,7 +385,7 @@ def working_bytes(
     """
     a, e, parallel = architecture, element_bytes(config), config.parallel
     tokens = pack.padded_tokens / parallel.context_parallel_size
-    boundary = layer_bytes(a, config, local=local).boundary
+    boundary = layer_bytes(a, config, keys_per_token(config, pack, local=local), local=local).boundary
     # Under sequence parallelism: the gradient of a product's input, and the input itself where the weight learns.
     gathered = (2 if config.lora is None else 1) * e * a.hidden_size if parallel.uses_sequence_parallel else 0
     widest = 0.0 if a.experts and a.experts.in_all_layers else a.ffn_hidden_size / parallel.tensor_model_parallel_size

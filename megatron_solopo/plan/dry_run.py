@@ -26,9 +26,9 @@ from megatron_solopo.checkpoint.adapter_mapping import adapter_shapes
 from megatron_solopo.checkpoint.mapping import ReadTensor
 from megatron_solopo.config import Config, LoRAConfig
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
+from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
-from megatron_solopo.model.layers import PackedAttention
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.parallel import topology
@@ -233,11 +233,7 @@ def _without_numbers(architecture: Architecture, lora: LoRAConfig) -> ReadTensor
 class _AttentionWithoutKernel(PackedAttention):
     """The attention module with a kernel that computes nothing."""
 
-    def _gather_over_context(self, key: Tensor, value: Tensor, boundaries_S1: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.device("cpu"):  # the module reads the order of the chunks
-            return super()._gather_over_context(key, value, boundaries_S1)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, size: int, rank: int) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output: Tensor = _FlashAttentionShapes.apply(query, key, value)  # type: ignore[no-untyped-call]
         return output
 
@@ -271,9 +267,15 @@ def _build_microbatch(config: Config, pack: PackShape, groups: Topology) -> Micr
         )
         for number, lengths in enumerate(pack.triplets)
     ]
-    built = build_pack(rows, config.objective.roles.all, groups.sequence_multiple, groups.pack_multiple(config.model))
+    multiples = groups.sequence_multiple, groups.pack_multiple(config.model)
+    built = build_pack(rows, config.objective.roles.all, *multiples, share_prompts=config.data.share_prompts)
     whole = shard_pack(built, groups)
-    return replace(whole, tokens_1t=whole.tokens_1t.to(_META))
+    packing = whole.packing
+    if packing.segments is not None and packing.segments.keys_K is not None:
+        # All layers keep the same tensor, as on a GPU.
+        segments = replace(packing.segments, keys_K=packing.segments.keys_K.to(_META))
+        packing = replace(packing, segments=segments)
+    return replace(whole, tokens_1t=whole.tokens_1t.to(_META), packing=packing)
 
 
 def _run_schedule(

@@ -86,7 +86,9 @@ class Layout:
         if parallel.cpu_offloading_num_layers:
             found.append(f"offload {parallel.cpu_offloading_num_layers} layers")
         if parallel.context_parallel_size > 1:
-            found.append(f"cp {parallel.cp_comm_type}")
+            found.append("cp gather" if self.config.data.share_prompts else f"cp {parallel.cp_comm_type}")
+        if not self.config.data.share_prompts:
+            found.append("prompts not shared")
         if parallel.pipeline_model_parallel_layout is not None:
             found.append(f"stages {parallel.pipeline_model_parallel_layout}")
         return ", ".join(found) or "none"
@@ -251,18 +253,26 @@ def layout_variants(architecture: ModelShape, layout: Layout, gpu: Gpu, vary: Se
         without = {"fp8": None, "fp8_param": False, "first_last_layers_bf16": False}
         precisions = [without, {"fp8": config.model.fp8 or of_recipe}]
     recompute = list(_recomputation(architecture)) if "recompute" in vary else [{}]
-    # If the model allows none, the caller's check says why.
-    exchanges = (list(_exchanges(architecture, config)) if "cp_comm" in vary else []) or [{}]
+    sharings = [True, False] if "share_prompts" in vary else [config.data.share_prompts]
     offloads: list[dict[str, Any]] = [{}]
     if "offload" in vary and config.optimizer.use_distributed_optimizer and config.model.dtype == "bfloat16":
         offloads = [{"optimizer_offload_fraction": share} for share in (0.0, 1.0)]
     rows = []
-    for precision, exchange, offload in product(precisions, exchanges, offloads):
-        row = [
-            replace_settings(config, model=precision, parallel=exchange | saver, optimizer=offload)
-            for saver in recompute
-        ]
-        rows.append([Layout(each, layout.data_parallel_size) for each in row])
+    for precision, sharing, offload in product(precisions, sharings, offloads):
+        # Attention gathers the keys of shared prompts itself. If the model allows no exchange, the check says why.
+        choices = list(_exchanges(architecture, config)) if "cp_comm" in vary and not sharing else []
+        for exchange in choices or [{}]:
+            row = [
+                replace_settings(
+                    config,
+                    model=precision,
+                    data={"share_prompts": sharing},
+                    parallel=exchange | saver,
+                    optimizer=offload,
+                )
+                for saver in recompute
+            ]
+            rows.append([Layout(each, layout.data_parallel_size) for each in row])
     return rows
 
 

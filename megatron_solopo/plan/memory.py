@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +14,10 @@ from megatron_solopo.architecture.pipeline_schedule import peak_in_flight, stage
 from megatron_solopo.config import Config, ModelConfig
 from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.plan.activations import (
+    ActivationRate,
     activation_rate,
     element_bytes,
+    keys_per_token,
     logits_bytes,
     recomputed_bytes,
     rotary_bytes,
@@ -309,18 +311,25 @@ def peak_activations(
     """
     size = config.parallel.pipeline_model_parallel_size
     chunks = model_chunks(architecture, config.parallel, pipeline_rank)
-    rates = [activation_rate(architecture, config, chunk, local=local) for chunk in chunks]
+
+    @cache
+    def rate(chunk: int, keys: float) -> ActivationRate:
+        return activation_rate(architecture, config, chunks[chunk], keys, local=local)
+
+    def rate_of(chunk: int, pack: PackShape) -> ActivationRate:
+        return rate(chunk, keys_per_token(config, pack, local=local))
+
     largest = sorted(packs, key=lambda pack: -pack.padded_tokens)
     order = stage_order(pipeline_rank, size, len(chunks), len(packs))[: 4 * size * len(chunks)]
     recomputed = recomputed_bytes(architecture, config, chunks, largest[0], local=local)
     if chunks[-1].has_head:
         # When the layers' backward begins, the head's is over.
-        recomputed = max(0.0, recomputed - rates[-1].head(largest[0]))
+        recomputed = max(0.0, recomputed - rate_of(len(chunks) - 1, largest[0]).head(largest[0]))
         if largest[0].response_rows > config.logprob.chunk_tokens:
             recomputed = max(recomputed, logits_bytes(architecture, config, largest[0]))
     return PeakActivations(
-        saved=peak_in_flight(order, lambda chunk, number: rates[chunk].total(largest[number])),
-        head=peak_in_flight(order, lambda chunk, number: rates[chunk].head(largest[number])),
+        saved=peak_in_flight(order, lambda chunk, number: rate_of(chunk, largest[number]).total(largest[number])),
+        head=peak_in_flight(order, lambda chunk, number: rate_of(chunk, largest[number]).head(largest[number])),
         recomputed=recomputed,
         packs_in_flight=round(peak_in_flight(order, lambda chunk, number: 1.0)),
     )

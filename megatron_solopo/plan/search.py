@@ -111,7 +111,8 @@ class Planner:
         # The widest layout pads most. A budget for it means that no layout is refused for the budget alone.
         fp8 = "fp8" in self.vary or config.model.fp8 is not None
         pack_multiple = 2 * self.gpus * (FP8_BLOCK if fp8 else 1)
-        largest = Packer(self.workload, config, self.architecture).largest_triplet(2 * self.gpus, pack_multiple)
+        shares = config.data.share_prompts and "share_prompts" not in self.vary
+        largest = Packer(self.workload, config, self.architecture).largest_triplet(2 * self.gpus, pack_multiple, shares)
         budget = max(config.data.max_tokens_per_pack, largest)
         data = config.data.model_copy(update={"max_tokens_per_pack": budget})
         return replace(self, config=config.model_copy(update={"data": data}))

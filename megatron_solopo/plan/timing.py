@@ -378,6 +378,9 @@ class StepTimer:
             return 0.0
         queries = a.num_attention_heads * a.head_dim / tp
         keys = max(a.num_query_groups / tp, 1) * a.head_dim
+        if self.config.data.share_prompts:
+            # A gather before attention, and a reduce-scatter of the gradients behind it.
+            return self._collective(2 * e * pack.padded_tokens * keys, cp, tp * cp)
         heads = cp if parallel.cp_comm_type == "a2a" else (parallel.hierarchical_context_parallel_sizes or [1])[0]
         by_heads = 0.0
         if heads > 1:

@@ -4,13 +4,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from megatron_solopo.architecture import layout
+from megatron_solopo.architecture.flops import attended_squares
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.config import Config, Role
+from megatron_solopo.config import Config, Role, prompt_groups
 from megatron_solopo.data.batch_plan import (
     IntArray,
     RankPacks,
@@ -21,6 +23,7 @@ from megatron_solopo.data.batch_plan import (
     plan_single_pass,
     triplet_sizes,
 )
+from megatron_solopo.data.blocks import Block, attended_runs
 from megatron_solopo.errors import UserError
 
 _SEED = 0
@@ -56,12 +59,14 @@ class PackShape:
 
     padded_tokens: int
     squares: int
-    """Sum over its sequences of the padded length squared."""
+    """Sum over its sequences of the padded length squared. What sequences share counts once, see `attended_squares`."""
     tokens: int
     response_rows: int
     """Most response positions on any one context-parallel rank."""
     longest: int
     """Padded length of the longest sequence."""
+    gathered_keys: int
+    """Keys that attention gathers, on the context-parallel rank with most of them. 0: it gathers none."""
     triplets: tuple[dict[str, int], ...]
     """Tokens of each triplet's prompts (`short`, `long`) and answers (`chosen`, `rejected`)."""
 
@@ -168,6 +173,7 @@ class _PackingRules:
     sequence_multiple: int
     pack_multiple: int
     packs_multiple: int
+    share_prompts: bool
     max_tokens: int
     """Of a pack's sequences, so that the padded pack stays within its budget."""
 
@@ -183,6 +189,7 @@ class _PackingRules:
             layout.packs_multiple(
                 parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
             ),
+            config.data.share_prompts,
             config.data.max_tokens_per_pack // pack_multiple * pack_multiple,
         )
 
@@ -207,13 +214,13 @@ class Packer:
                 f"training.global_batch_size={size}: more than the {available} triplets of {workload.source}; lower it"
             )
         self.rows = generator.permutation(available)[:size]
-        self._sizes_by_multiple: dict[int, TripletSizes] = {}
+        self._sizes_by_rule: dict[tuple[int, bool], TripletSizes] = {}
         self._plans: dict[tuple[int, ...], RankPacks] = {}
         self._shapes: dict[tuple[tuple[int, ...], int, int], BatchShape] = {}
 
-    def largest_triplet(self, multiple: int, pack_multiple: int) -> int:
+    def largest_triplet(self, multiple: int, pack_multiple: int, share_prompts: bool) -> int:
         """Padded tokens of the largest triplet in a pack of its own; see `pack_shape` for the arguments."""
-        return int(padded_lengths(self._sizes(multiple).padded_tokens.max(), pack_multiple))
+        return int(padded_lengths(self._sizes(multiple, share_prompts).padded_tokens.max(), pack_multiple))
 
     def pack(self, config: Config, data_parallel_size: int) -> BatchShape:
         """The batch under a layout.
@@ -223,17 +230,17 @@ class Packer:
         rules, budget = _PackingRules.of(config), config.data.max_tokens_per_pack
         multiple, pack_multiple, cp = rules.sequence_multiple, rules.pack_multiple, rules.cp
         check_batch_size(config.training.global_batch_size, data_parallel_size, rules.packs_multiple)
-        if (largest := self.largest_triplet(multiple, pack_multiple)) > budget:
+        if (largest := self.largest_triplet(multiple, pack_multiple, rules.share_prompts)) > budget:
             raise UserError(
                 f"the largest triplet needs {largest:,} padded tokens (multiples of {pack_multiple}), more than "
                 f"data.max_tokens_per_pack={budget}; raise it to that"
             )
         wanted = layout.wanted_packs(config.parallel.pipeline_model_parallel_size)
-        key = (multiple, rules.max_tokens, rules.packs_multiple, wanted, data_parallel_size)
+        key = (multiple, rules.share_prompts, rules.max_tokens, rules.packs_multiple, wanted, data_parallel_size)
         if (key, pack_multiple, cp) not in self._shapes:
             if key not in self._plans:
                 self._plans[key] = self._plan(*key)
-            self._shapes[key, pack_multiple, cp] = self._batch(self._plans[key], multiple, pack_multiple, cp)
+            self._shapes[key, pack_multiple, cp] = self._batch(self._plans[key], rules)
         return self._shapes[key, pack_multiple, cp]
 
     def single_pass(self, config: Config, data_parallel_size: int) -> PassShape:
@@ -246,28 +253,29 @@ class Packer:
         share = {"num_ranks": data_parallel_size, "packs_multiple": rules.packs_multiple, "wanted_packs": wanted}
         if whole > 1:  # the sample is a part of a long pass, which need not divide evenly
             share = {"num_ranks": 1, "wanted_packs": math.ceil(data_parallel_size * wanted / whole)}
-        sizes = self._sizes(rules.sequence_multiple)
+        sizes = self._sizes(rules.sequence_multiple, rules.share_prompts)
         planned = plan_single_pass(
-            TripletSizes(sizes.padded_tokens[rows], sizes.tokens[rows], sizes.cost[rows]),
+            sizes.take(rows),
             max_tokens=rules.max_tokens,
             max_triplets=self.config.data.max_triplets_per_pack,
             **share,
         )
         return PassShape(
-            tuple(self._shape(rows[pack], rules.sequence_multiple, rules.pack_multiple, rules.cp) for pack in planned),
+            tuple(self._shape(rows[pack], rules) for pack in planned),
             math.ceil(len(planned) * whole),
         )
 
-    def _sizes(self, multiple: int) -> TripletSizes:
-        if multiple not in self._sizes_by_multiple:
-            workload = self.workload
-            sizes = triplet_sizes(workload.prompts, workload.responses, self.roles, multiple, self.architecture)
-            self._sizes_by_multiple[multiple] = sizes
-        return self._sizes_by_multiple[multiple]
+    def _sizes(self, multiple: int, share_prompts: bool) -> TripletSizes:
+        if (multiple, share_prompts) not in self._sizes_by_rule:
+            lengths = self.workload.prompts, self.workload.responses
+            self._sizes_by_rule[multiple, share_prompts] = triplet_sizes(
+                *lengths, self.roles, multiple, self.architecture, share_prompts=share_prompts
+            )
+        return self._sizes_by_rule[multiple, share_prompts]
 
-    def _plan(self, multiple: int, budget: int, packs: int, wanted: int, ranks: int) -> RankPacks:
+    def _plan(self, multiple: int, share_prompts: bool, budget: int, packs: int, wanted: int, ranks: int) -> RankPacks:
         return plan_global_batch(
-            self._sizes(multiple).select(self.rows),
+            self._sizes(multiple, share_prompts).select(self.rows),
             max_tokens=budget,
             max_triplets=self.config.data.max_triplets_per_pack,
             num_ranks=ranks,
@@ -275,53 +283,82 @@ class Packer:
             wanted_packs=wanted,
         )
 
-    def _batch(self, planned: RankPacks, multiple: int, pack_multiple: int, cp: int) -> BatchShape:
-        sizes = self._sizes(multiple)
+    def _batch(self, planned: RankPacks, rules: _PackingRules) -> BatchShape:
+        sizes = self._sizes(rules.sequence_multiple, rules.share_prompts)
         loads = [sum(int(sizes.cost[self.rows[pack]].sum()) for pack in rank) for rank in planned]
         heaviest = planned[loads.index(max(loads))]
         packs = [self.rows[pack] for rank in planned for pack in rank]
-        positions = sum(int(padded_lengths(sizes.padded_tokens[rows].sum(), pack_multiple)) for rows in packs)
+        positions = sum(int(padded_lengths(sizes.padded_tokens[rows].sum(), rules.pack_multiple)) for rows in packs)
         return BatchShape(
-            heaviest_rank=tuple(self._shape(self.rows[pack], multiple, pack_multiple, cp) for pack in heaviest),
+            heaviest_rank=tuple(self._shape(self.rows[pack], rules) for pack in heaviest),
             num_triplets=len(self.rows),
             num_packs=len(packs),
             pad_waste=1 - int(sizes.tokens[self.rows].sum()) / positions,
             balance=sum(loads) / len(loads) / max(loads),
         )
 
-    def _shape(self, rows: IntArray, multiple: int, pack_multiple: int, cp: int) -> PackShape:
+    def _shape(self, rows: IntArray, rules: _PackingRules) -> PackShape:
         columns = {**self.workload.prompts, **self.workload.responses}
         triplets = [{name: int(column[row]) for name, column in columns.items()} for row in rows]
-        return pack_shape(triplets, self.roles, multiple, pack_multiple, cp)
+        multiples = rules.sequence_multiple, rules.pack_multiple
+        return pack_shape(triplets, self.roles, *multiples, rules.cp, share_prompts=rules.share_prompts)
 
 
 def pack_shape(
-    triplets: Sequence[Mapping[str, int]], roles: Sequence[Role], multiple: int, pack_multiple: int, cp: int
+    triplets: Sequence[Mapping[str, int]],
+    roles: Sequence[Role],
+    multiple: int,
+    pack_multiple: int,
+    cp: int,
+    *,
+    share_prompts: bool,
 ) -> PackShape:
     """The shape of one pack.
 
     Args:
         triplets: tokens by prompt (`short`, `long`) and answer (`chosen`, `rejected`).
-        multiple: the length of each sequence is padded to a multiple of this.
+        multiple: the length of each block is padded to a multiple of this.
         pack_multiple: the length of the pack is padded to a multiple of this.
         cp: context-parallel size.
+        share_prompts: whether responses behind the same prompt share it.
     """
-    prompts_S = np.array([triplet[role.context] for triplet in triplets for role in roles])
-    responses_S = np.array([triplet[role.response] for triplet in triplets for role in roles])
-    padded_S = padded_lengths(prompts_S + responses_S, multiple)
-    padded_S[-1] += int(padded_lengths(padded_S.sum(), pack_multiple)) - int(padded_S.sum())
-    chunk_S1 = (padded_S // (2 * cp))[:, None]
-    start_C = np.arange(2 * cp)[None, :]
-    first_S1 = (prompts_S - 1)[:, None]
-    low = np.maximum(first_S1, start_C * chunk_S1)
-    high = np.minimum(first_S1 + responses_S[:, None], (start_C + 1) * chunk_S1)
-    rows_C = np.maximum(high - low, 0).sum(axis=0)
-    rows_by_rank = rows_C[:cp] + rows_C[cp:][::-1]  # rank r holds chunks r and 2 x CP - 1 - r
+    blocks, spans, start, tokens, squares, longest = [], [], 0, 0, 0, 0
+    groups = prompt_groups(roles, share_prompts)
+    for number, (triplet, group) in enumerate(product(triplets, groups), start=1):
+        prompt = triplet[roles[group[0]].context]
+        responses = np.array([triplet[roles[role].response] for role in group])
+        starts = start + prompt + np.cumsum(responses) - responses
+        end = start + int(padded_lengths(prompt + responses.sum(), multiple))
+        if number == len(triplets) * len(groups):
+            end = -(-end // pack_multiple) * pack_multiple
+        blocks.append(Block(start, start + prompt, tuple(starts.tolist()), end))
+        spans += [(start, end, start + prompt - 1, start + prompt)] * len(group)
+        spans += [(start, end, low, low + count - 1) for low, count in zip(starts.tolist(), responses, strict=True)]
+        tokens += int(prompt + responses.sum())
+        responses[-1] = end - starts[-1]  # with padding
+        squares += int(attended_squares(prompt, prompt + responses))
+        longest, start = max(longest, prompt + int(responses.max())), end
     return PackShape(
-        padded_tokens=int(padded_S.sum()),
-        squares=int(np.square(padded_S).sum()),
-        tokens=int((prompts_S + responses_S).sum()),
-        response_rows=int(rows_by_rank.max()),
-        longest=int(padded_S.max()),
+        padded_tokens=start,
+        squares=squares,
+        tokens=tokens,
+        response_rows=_most_rows(np.array(spans), cp),
+        longest=longest,
+        gathered_keys=max(
+            sum(len(run) for _, keys in attended_runs(blocks, cp, rank) for run in keys) for rank in range(cp)
+        ),
         triplets=tuple(dict(triplet) for triplet in triplets),
     )
+
+
+def _most_rows(spans_X4: IntArray, cp: int) -> int:
+    """Response rows on the context-parallel rank that has most of them.
+
+    Args:
+        spans_X4: for each run of rows, start and end of its block, and its own start and end.
+    """
+    start, end, low, high = spans_X4.T[:, :, None]
+    chunk, number_C = (end - start) // (2 * cp), np.arange(2 * cp)[None, :]
+    inside = np.minimum(high, start + (number_C + 1) * chunk) - np.maximum(low, start + number_C * chunk)
+    rows_C = np.maximum(inside, 0).sum(axis=0)
+    return int((rows_C[:cp] + rows_C[cp:][::-1]).max())  # rank r holds chunks r and 2 x CP - 1 - r

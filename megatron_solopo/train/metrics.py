@@ -39,10 +39,9 @@ def training_flops(architecture: Architecture, packs: Sequence[Pack], *, base_le
     Args:
         base_learns: see `Flops.of_training`.
     """
-    lengths = [pack.sequence_lengths_S.double() for pack in packs]
-    tokens = sum(float(each.sum()) for each in lengths)
-    squares = sum(float(each.square().sum()) for each in lengths)
-    responses = sum(float(pack.response_lengths_S.sum()) for pack in packs)
+    tokens = sum(pack.num_tokens for pack in packs)
+    squares = sum(pack.squares for pack in packs)
+    responses = sum(int(pack.response_lengths_S.sum()) for pack in packs)
     return forward_flops(architecture, tokens, squares, responses).of_training(base_learns=base_learns)
 
 

@@ -142,6 +142,7 @@ def single_pass(
 def _packing(config: Config, topology: Topology) -> Packing:
     return Packing(
         sequence_multiple=topology.sequence_multiple,
+        share_prompts=config.data.share_prompts,
         pack_multiple=topology.pack_multiple(config.model),
         max_tokens_per_pack=config.data.max_tokens_per_pack,
         max_triplets_per_pack=config.data.max_triplets_per_pack,

@@ -312,7 +312,8 @@ class Trainer:
         step_flops, step_seconds = metrics["flops"], metrics["step_time"]
         if not step_flops or not step_seconds:
             return False
-        sizes = self.datasets["eval"].sizes(self.config.objective.roles.all, 1)
+        share_prompts = self.config.data.share_prompts
+        sizes = self.datasets["eval"].sizes(self.config.objective.roles.all, 1, share_prompts=share_prompts)
         return step_seconds * sizes.flops / step_flops > _LONG_EVALUATION_SECONDS
 
     def _save(self, state: TrainState, reason: str) -> Path | None:
@@ -414,6 +415,7 @@ class Trainer:
             "learning_rate": result.learning_rate,
             "num_triplets": batch.num_triplets,
             "num_tokens": batch.num_tokens,
+            "num_sequence_tokens": batch.num_sequence_tokens,
             "pack_fill": batch.pack_fill,
             "step_time": seconds,
             "tokens_per_second": batch.num_tokens / seconds,

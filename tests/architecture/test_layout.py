@@ -155,12 +155,12 @@ def test_every_rank_holds_a_multiple_of_tokens(context: int, tensor: int, recipe
                          {n: np.ones(k, int) for n, k in zip(names[2:], row[2:], strict=True)})
         for i, row in enumerate(lengths)
     ]  # fmt: skip
-    pack = build_pack(rows, ROLES, sequence_multiple(context), multiple)
-    plain = build_pack(rows, ROLES, sequence_multiple(context))
+    pack = build_pack(rows, ROLES, sequence_multiple(context), multiple, share_prompts=False)
+    plain = build_pack(rows, ROLES, sequence_multiple(context), share_prompts=False)
     for rank in range(context):
-        assert len(shard_indices(pack.cu_seqlens_S1, context, rank)) % (tensor * TOKENS_PER_RANK[recipe]) == 0
+        assert len(shard_indices(pack.cu_seqlens_B1, context, rank)) % (tensor * TOKENS_PER_RANK[recipe]) == 0
     assert 0 <= pack.padded_tokens - plain.padded_tokens < multiple
-    assert pack.cu_seqlens_S1[:-1].tolist() == plain.cu_seqlens_S1[:-1].tolist()
+    assert pack.cu_seqlens_B1[:-1].tolist() == plain.cu_seqlens_B1[:-1].tolist()
     assert pack.response_rows_N.tolist() == plain.response_rows_N.tolist()
     assert pack.tokens_T[: plain.padded_tokens].tolist() == plain.tokens_T.tolist()
 
@@ -206,7 +206,7 @@ def test_a_large_bubble_is_warned_of_and_the_wanted_packs_avoid_it(stages: int, 
 
 @given(st.integers(1, 5000), st.sampled_from([1, 16, 96, 128, 1024]))
 def test_a_pack_filled_to_its_budget_stays_within_it_when_padded(budget: int, multiple: int) -> None:
-    packing = Packing(2, budget, dp_rank=0, dp_size=1, pack_multiple=multiple)
+    packing = Packing(2, True, budget, dp_rank=0, dp_size=1, pack_multiple=multiple)
     fullest = packing.max_sequence_tokens
     assert -(-fullest // multiple) * multiple <= budget
     assert -(-(fullest + 1) // multiple) * multiple > budget

@@ -37,8 +37,6 @@ from tests.ranks import layout
 from tests.scoring import expected, joined, score_path
 from tests.tiny_models import FAMILIES, make_model
 
-pytestmark = pytest.mark.parity
-
 TP2, PP2, CP2 = (
     {f"{name}_parallel_size": 2} for name in ("tensor_model", "pipeline_model", "context")
 )  # fmt: skip
@@ -48,7 +46,12 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     # More tensor-parallel ranks than key-value heads.
     4: {"tp4": {"tensor_model_parallel_size": 4}, "tp2-pp2": TP2 | PP2},
 }
-CASES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
+# Files are read and written without Megatron. What its versions do with them shows on one and on two ranks.
+CASES = [
+    pytest.param(world, name, marks=[pytest.mark.parity] if world < 4 else [])
+    for world, layouts in LAYOUTS.items()
+    for name in layouts
+]
 # Log-probabilities of about -5 in fp32.
 TOLERANCE = 2e-5
 SMALL_FILES = (
@@ -169,6 +172,7 @@ def test_the_rotation_travels_with_the_checkpoint(family: str) -> None:
     assert torch.equal(found.inv_freq, rotary.inv_freq) and found.rotary_scale == rotary.attention_scaling
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("family", ["llama3", "qwen2_tied", "qwen3"])
 def test_megatrons_own_loader_needs_no_help(family: str) -> None:
     """Every key that the model asks for is there, whatever else Megatron keeps beside weights."""

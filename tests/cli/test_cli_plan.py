@@ -48,7 +48,7 @@ def test_json_says_everything_and_the_overrides_make_the_layout() -> None:
     assert best == found["ranking"][0] and len(found["ranking"]) == 3
     assert best["fits"] and best["gpus"] == 64 and 0.2 < best["mfu"] < 0.65
     assert best["cost"] == pytest.approx(2.5 * best["gpu_hours"]) and best["reference_seconds"] > 0
-    assert 1.5 < vanilla["hours"] / best["hours"] < 2.5
+    assert 0.9 < vanilla["hours"] / best["hours"] < 1.1, "both share their prompts"
     config = load_config(PLANS / "llama-3.1-70b.yaml", best["overrides"])
     assert config.parallel.tensor_model_parallel_size == best["layout"]["tp"]
     for stage in best["memory_bytes"]:

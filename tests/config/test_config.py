@@ -106,8 +106,9 @@ def test_a_learning_rate_is_a_float_in_every_notation(tmp_path: Path, text: str)
         ("objectives.alpha=2", "objectives", "objective"),
         ("parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size", "parallel.tensor_model_parallel_size"),
         ("context_parallel_size=2", "context_parallel_size", "parallel.context_parallel_size"),
-        ("alpha=2", "alpha", "objective.alpha"),
+        ("alpha=2", "alpha", "lora.alpha or objective.alpha"),
         ("optimizer.beta=0.1", "optimizer.beta", "objective.beta"),
+        ("lora.rnk=8", "lora.rnk", "lora.rank"),
     ],
 )
 def test_an_unknown_key_suggests_the_nearest(tmp_path: Path, override: str, unknown: str, suggested: str) -> None:
@@ -120,6 +121,15 @@ def test_an_unknown_key_like_no_other_lists_the_legal_ones(tmp_path: Path) -> No
     assert "unknown key logging.zzz" in line and "legal here: console_steps, tensorboard, wandb_project" in line
     (line,) = mistakes(tmp_path, "", ("optimizer.foo=1",))
     assert "did you mean" not in line and "min_lr" in line and "clip_grad" in line
+    (line,) = mistakes(tmp_path, "", ("lora.r=8",))
+    assert "unknown key lora.r; legal here: rank, alpha, use_rslora, dropout, target_modules" in line
+
+
+def test_an_illegal_value_in_a_section_that_may_be_null_has_an_example(tmp_path: Path) -> None:
+    (line,) = mistakes(tmp_path, "", ("lora.rank=0",))
+    assert "lora.rank=0: Input should be greater than 0; for example lora.rank=16" in line and "null" not in line
+    (line,) = mistakes(tmp_path, "", ("lora=16",))
+    assert "for example lora={'rank': 16}, or null (train the whole model)" in line
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,11 @@ TWO_CPUS = Surroundings(2, 2, uses_transformer_engine=False)
             TWO_CPUS,
             "cp_comm_type=a2a (plain PyTorch's attention",
         ),
+        (
+            ["parallel.cp_comm_type=a2a", "parallel.context_parallel_size=2"],
+            EIGHT_GPUS,
+            "cp_comm_type=a2a (data.share_prompts=true: attention gathers",
+        ),
         (["parallel.recompute_num_layers=2"], TWO_CPUS, "recompute_num_layers=2 (parallel.recompute_granularity=null)"),
         (["parallel.recompute_modules=[mlp]"], TWO_CPUS, "recompute_modules=[mlp] (parallel.recompute_granularity"),
         (["objective.name=long_po", "objective.alpha=2"], TWO_CPUS, "objective.alpha=2 (objective.name=long_po aligns"),
@@ -61,7 +66,7 @@ def test_a_key_without_effect_is_named_with_the_reason(
     [
         ([], ONE_CPU),
         (["parallel.overlap_param_gather=true", "training.manual_gc_interval=9"], TWO_CPUS),
-        (["parallel.context_parallel_size=2", "parallel.cp_comm_type=a2a"], EIGHT_GPUS),
+        (["parallel.context_parallel_size=2", "parallel.cp_comm_type=a2a", "data.share_prompts=false"], EIGHT_GPUS),
         (["parallel.cp_comm_type=a2a", "parallel.overlap_grad_reduce=true"], None),
         (["model.dtype=bfloat16", "optimizer.grad_reduce_in_fp32=false"], ONE_CPU),
         (["parallel.recompute_granularity=full", "parallel.recompute_num_layers=2"], ONE_CPU),

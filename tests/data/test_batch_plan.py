@@ -39,7 +39,7 @@ def lognormal_sizes(count, seed):
 
     prompts = {"short": lengths(1100, 0.4), "long": lengths(7500, 0.5)}
     responses = {"chosen": lengths(150, 0.6), "rejected": lengths(150, 0.6)}
-    return triplet_sizes(prompts, responses, SOLOPO, 8, TINY).select(np.arange(count))
+    return triplet_sizes(prompts, responses, SOLOPO, 8, TINY, share_prompts=False).select(np.arange(count))
 
 
 def rank_loads(plan, sizes):
@@ -76,7 +76,8 @@ def test_plan_is_complete_even_within_budget_and_deterministic(num_ranks, packs_
 
 
 def columns(sizes):
-    return TripletSizes(*(np.array(column, dtype=np.int64) for column in zip(*sizes, strict=True)))
+    padded, tokens, cost = (np.array(column, dtype=np.int64) for column in zip(*sizes, strict=True))
+    return TripletSizes(padded, tokens, cost, sequence_tokens=tokens)
 
 
 @settings(max_examples=200, deadline=None)
@@ -241,7 +242,7 @@ def _flops(length, prompt_and_response):
 def test_triplet_sizes_against_a_loop():
     prompts = {"short": np.array([3, 47]), "long": np.array([123, 31])}
     responses = {"chosen": np.array([5, 2]), "rejected": np.array([1, 7])}
-    sizes = triplet_sizes(prompts, responses, SOLOPO, 8, TINY)
+    sizes = triplet_sizes(prompts, responses, SOLOPO, 8, TINY, share_prompts=False)
     for row, expected in enumerate([[(3, 5), (3, 1), (123, 5)], [(47, 2), (47, 7), (31, 2)]]):
         lengths = [prompt + response for prompt, response in expected]
         padded = [length if length % 8 == 0 else length + 8 - length % 8 for length in lengths]

@@ -44,7 +44,7 @@ def split(changes):
         name: changes.pop(name) for name in ("global_batch_size", "seed", "packs_per_part", "done") if name in changes
     }
     layout = {"sequence_multiple": 4, "max_tokens_per_pack": MAX_TOKENS, "dp_rank": 0, "dp_size": 1}
-    return own, Packing(**layout | changes)
+    return own, Packing(**layout | changes, share_prompts=False)
 
 
 def loader(table=TABLE, roles=SOLOPO, **changes):
@@ -156,7 +156,7 @@ def test_a_foreign_state_is_refused_by_name(name, key, change):
 def test_packs_hold_the_tokens_of_their_rows():
     for pack in loader().next_batch().packs:
         lengths = pack.sequence_lengths_S.reshape(pack.num_triplets, 3).tolist()
-        starts = pack.cu_seqlens_S1[:-1].reshape(pack.num_triplets, 3).tolist()
+        starts = pack.cu_seqlens_B1[:-1].reshape(pack.num_triplets, 3).tolist()
         for triplet, index in enumerate(pack.triplet_indices.tolist()):
             row = TABLE[index]
             assert pack.ids[triplet] == row["id"]
@@ -185,7 +185,7 @@ def test_totals_are_of_all_ranks_and_known_to_each(dp_size):
 
 def test_sequences_are_padded_for_the_layout():
     for pack in loader(sequence_multiple=16).next_batch().packs:
-        assert all(length % 16 == 0 for length in pack.cu_seqlens_S1.diff().tolist())
+        assert all(length % 16 == 0 for length in pack.cu_seqlens_B1.diff().tolist())
 
 
 def test_dataset_smaller_than_a_batch():
@@ -234,7 +234,7 @@ def test_a_selected_table_is_read_through_its_selection():
     chosen = [40, 3, 17, 3]
     dataset = TripletDataset(TABLE.select(chosen), COLUMNS, TINY)
     whole = TripletDataset(TABLE, COLUMNS, TINY)
-    sizes, expected = dataset.sizes(SOLOPO, 4), whole.sizes(SOLOPO, 4)
+    sizes, expected = dataset.sizes(SOLOPO, 4, share_prompts=False), whole.sizes(SOLOPO, 4, share_prompts=False)
     assert sizes.select(np.arange(4)) == expected.select(np.array(chosen))
     for row, original in zip(dataset.rows([3, 0], SOLOPO), whole.rows([3, 40], SOLOPO), strict=True):
         assert row.id == original.id
@@ -242,13 +242,13 @@ def test_a_selected_table_is_read_through_its_selection():
 
 
 def test_sizes_equal_the_packs_built_from_them():
-    sizes = TripletDataset(TABLE, COLUMNS, TINY).sizes(LONG_PO, 8)
+    sizes = TripletDataset(TABLE, COLUMNS, TINY).sizes(LONG_PO, 8, share_prompts=False)
     for batch in sequential(roles=LONG_PO, sequence_multiple=8, max_triplets_per_pack=1):
         for pack in batch.packs:
             (index,) = pack.triplet_indices.tolist()
             assert sizes.tokens[index] == pack.num_tokens
             assert sizes.padded_tokens[index] == pack.padded_tokens
-            squares = int(pack.cu_seqlens_S1.diff().square().sum())
+            squares = int(pack.cu_seqlens_B1.diff().square().sum())
             flops = forward_flops(TINY, pack.padded_tokens, squares, int(pack.response_lengths_S.sum())).total
             assert sizes.cost[index] == math.ceil(flops / 1e6)
 

@@ -30,47 +30,90 @@ def triplets_of(lengths):
     return [triplet(10 + i, *row, start=int(starts[i])) for i, row in enumerate(lengths)]
 
 
-def naive_pack(rows, roles, multiple):
+COLUMNS = ("tokens", "positions", "runs", "boundaries", "lengths", "blocks", "responses", "rows", "labels", "sequences")
+
+
+def naive_pack(rows, roles, multiple, share_prompts):
     """What a pack must hold, by appending one token at a time."""
-    expected = {name: [] for name in ("tokens", "boundaries", "lengths", "responses", "rows", "labels", "sequences")}
+    expected = {name: [] for name in COLUMNS}
     expected["boundaries"].append(0)
+    num_blocks = len(rows) * (len({role.context for role in roles}) if share_prompts else len(roles))
+
+    def append(token, position, run):
+        for name, value in (("tokens", token), ("positions", position), ("runs", run)):
+            expected[name].append(value)
+
     for row in rows:
+        before = None
         for role in roles:
-            prompt = row.prompts[role.context].tolist()
+            if role.context != before or not share_prompts:
+                while len(expected["tokens"]) % multiple:
+                    append(PAD_TOKEN, expected["positions"][-1] + 1, expected["runs"][-1])
+                if expected["tokens"]:
+                    expected["boundaries"].append(len(expected["tokens"]))
+                prompt, before = row.prompts[role.context].tolist(), role.context
+                for position, token in enumerate(prompt):
+                    append(token, position, len(expected["boundaries"]) - 1)
+                prompt_end = len(expected["tokens"]) - 1
+            predictor = prompt_end
             response = row.responses[role.response].tolist()
-            expected["tokens"] += prompt
-            for token in response:
-                expected["rows"].append(len(expected["tokens"]) - 1)
+            for position, token in enumerate(response, start=len(prompt)):
+                expected["rows"].append(predictor)
                 expected["labels"].append(token)
                 expected["sequences"].append(len(expected["lengths"]))
-                expected["tokens"].append(token)
+                append(token, position, num_blocks + len(expected["lengths"]))
+                predictor = len(expected["tokens"]) - 1
+            expected["blocks"].append(len(expected["boundaries"]) - 1)
             expected["lengths"].append(len(prompt) + len(response))
             expected["responses"].append(len(response))
-            while len(expected["tokens"]) % multiple:
-                expected["tokens"].append(PAD_TOKEN)
-            expected["boundaries"].append(len(expected["tokens"]))
+    while len(expected["tokens"]) % multiple:
+        append(PAD_TOKEN, expected["positions"][-1] + 1, expected["runs"][-1])
+    expected["boundaries"].append(len(expected["tokens"]))
     return expected
 
 
-def assert_equals_naive(pack, rows, roles, multiple):
-    expected = naive_pack(rows, roles, multiple)
+def assert_equals_naive(rows, roles, multiple, share_prompts):
+    pack = build_pack(rows, roles, multiple, share_prompts=share_prompts)
+    expected = naive_pack(rows, roles, multiple, share_prompts)
+    assert all(length % multiple == 0 for length in pack.cu_seqlens_B1.diff().tolist())
+    assert pack.shares_prompts == (len(set(expected["blocks"])) < len(expected["blocks"]))
+    assert pack.positions_T.tolist() == expected["positions"]
+    assert pack.runs_T.tolist() == expected["runs"]
+    assert pack.blocks_S.tolist() == expected["blocks"]
     assert pack.tokens_T.tolist() == expected["tokens"]
-    assert pack.cu_seqlens_S1.tolist() == expected["boundaries"]
+    assert pack.cu_seqlens_B1.tolist() == expected["boundaries"]
     assert pack.sequence_lengths_S.tolist() == expected["lengths"]
     assert pack.response_lengths_S.tolist() == expected["responses"]
     assert pack.response_rows_N.tolist() == expected["rows"]
     assert pack.response_labels_N.tolist() == expected["labels"]
     assert pack.response_sequences_N.tolist() == expected["sequences"]
-    assert pack.num_tokens == sum(expected["lengths"])
+    once = {block: prompt for block, prompt in zip(expected["blocks"], prompts_of(expected), strict=True)}
+    assert pack.num_tokens == sum(expected["responses"]) + sum(once.values())
+    assert pack.squares == 2 * attended_pairs(expected) - pack.num_tokens
     assert pack.padded_tokens == len(expected["tokens"])
-    assert pack.max_sequence_length == max(np.diff(expected["boundaries"]))
+    assert pack.max_block_length == max(np.diff(expected["boundaries"]))
 
 
+def prompts_of(expected):
+    return [length - response for length, response in zip(expected["lengths"], expected["responses"], strict=True)]
+
+
+def attended_pairs(expected):
+    """Pairs of a query and a key that it sees, itself included: a shared prompt's queries count once."""
+    pairs = {
+        block: prompt * (prompt + 1) // 2
+        for block, prompt in zip(expected["blocks"], prompts_of(expected), strict=True)
+    }
+    responses = zip(prompts_of(expected), expected["responses"], strict=True)
+    return sum(pairs.values()) + sum(prompt * count + count * (count + 1) // 2 for prompt, count in responses)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
 @pytest.mark.parametrize("roles", ROLE_SETS)
 @pytest.mark.parametrize("multiple", [1, 2, 8, 16])
-def test_awkward_lengths(roles, multiple):
+def test_awkward_lengths(roles, multiple, share_prompts):
     rows = triplets_of([(3, 47, 31, 1), (31, 123, 1, 3), (1, 1, 1, 1)])
-    assert_equals_naive(build_pack(rows, roles, multiple), rows, roles, multiple)
+    assert_equals_naive(rows, roles, multiple, share_prompts)
 
 
 @settings(max_examples=100, deadline=None)
@@ -78,25 +121,23 @@ def test_awkward_lengths(roles, multiple):
     st.lists(st.tuples(*[st.integers(1, 20)] * 4), min_size=1, max_size=5),
     st.sampled_from(ROLE_SETS),
     st.integers(1, 24),
+    st.booleans(),
 )
-def test_any_lengths(lengths, roles, multiple):
-    rows = triplets_of(lengths)
-    pack = build_pack(rows, roles, multiple)
-    assert_equals_naive(pack, rows, roles, multiple)
-    assert all(length % multiple == 0 for length in pack.cu_seqlens_S1.diff().tolist())
+def test_any_lengths(lengths, roles, multiple, share_prompts):
+    assert_equals_naive(triplets_of(lengths), roles, multiple, share_prompts)
 
 
 def test_labels_are_the_tokens_after_their_rows_and_stay_inside_the_sequence():
-    pack = build_pack(triplets_of([(3, 47, 31, 5), (31, 123, 2, 3)]), tuple(Role), 8)
+    pack = build_pack(triplets_of([(3, 47, 31, 5), (31, 123, 2, 3)]), tuple(Role), 8, share_prompts=False)
     assert torch.equal(pack.tokens_T[pack.response_rows_N + 1], pack.response_labels_N)
-    starts = pack.cu_seqlens_S1[:-1].long()[pack.response_sequences_N]
+    starts = pack.cu_seqlens_B1[:-1].long()[pack.response_sequences_N]
     ends = starts + pack.sequence_lengths_S[pack.response_sequences_N]
     assert bool(((pack.response_rows_N >= starts) & (pack.response_rows_N + 1 < ends)).all())
 
 
 def test_sequences_are_triplet_major_with_roles_inner():
     rows = triplets_of([(3, 10, 2, 4), (5, 20, 1, 6)])
-    pack = build_pack(rows, SOLOPO, 4)
+    pack = build_pack(rows, SOLOPO, 4, share_prompts=False)
     lengths_per_triplet = pack.sequence_lengths_S.reshape(pack.num_triplets, len(pack.roles))
     assert lengths_per_triplet.tolist() == [[5, 7, 12], [6, 11, 21]]
     assert pack.roles == ("short_chosen", "short_rejected", "long_chosen")
@@ -105,8 +146,8 @@ def test_sequences_are_triplet_major_with_roles_inner():
 
 
 def test_types_are_what_kernels_and_indexing_want():
-    pack = build_pack(triplets_of([(3, 10, 2, 4)]), SOLOPO, 4)
-    assert pack.cu_seqlens_S1.dtype == torch.int32
+    pack = build_pack(triplets_of([(3, 10, 2, 4)]), SOLOPO, 4, share_prompts=False)
+    assert pack.cu_seqlens_B1.dtype == torch.int32
     for tensor in (pack.tokens_T, pack.response_rows_N, pack.response_labels_N, pack.response_sequences_N,
                    pack.sequence_lengths_S, pack.response_lengths_S, pack.triplet_indices):  # fmt: skip
         assert tensor.dtype == torch.int64

@@ -54,7 +54,11 @@ def peak_bytes(folder: Path, long_prompt: int) -> int:
         policy = Policy(wrapped, optimizer, build_scheduler(optimizer, OptimizerConfig(), 2))
         roles = SOLOPO.roles.all
         pack = build_pack(
-            [TokenizedTriplet("0", 0, prompts, responses)], roles, groups.sequence_multiple, groups.pack_multiple()
+            [TokenizedTriplet("0", 0, prompts, responses)],
+            roles,
+            groups.sequence_multiple,
+            groups.pack_multiple(),
+            share_prompts=False,
         )
         torch.cuda.reset_peak_memory_stats()
         references = ReferenceLogprobs(roles, torch.zeros(1, len(roles)))

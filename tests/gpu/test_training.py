@@ -141,6 +141,15 @@ def test_packed_equals_unpacked(family: str) -> None:
     torch.testing.assert_close(losses(packed), losses(unpacked), rtol=2e-2, atol=0)
 
 
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])
+def test_shared_prompts_equal_separate_ones(family: str) -> None:
+    shared, separate = train(family, TE), train(family, TE, share_prompts=False)
+    noise = gradient_error(shared, exact(family))
+    print(f"{family}: gradient error {noise:.2e}, difference {gradient_error(shared, separate):.2e}")
+    assert gradient_error(shared, separate) < 2 * noise
+    torch.testing.assert_close(losses(shared), losses(separate), rtol=2e-2, atol=0)
+
+
 @pytest.mark.parametrize(
     "parallel",
     [

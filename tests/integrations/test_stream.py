@@ -44,7 +44,12 @@ def stream(
     **limits: Any,
 ) -> Any:
     packing = Packing(
-        2, **({"max_tokens_per_pack": 1000} | limits), dp_rank=rank, dp_size=size, packs_multiple=num_packs
+        2,
+        True,
+        **({"max_tokens_per_pack": 1000} | limits),
+        dp_rank=rank,
+        dp_size=size,
+        packs_multiple=num_packs,
     )
     loader = GlobalBatchLoader(dataset, ROLES, packing, global_batch_size=BATCH, seed=3)
     return PackStream(loader, "train", num_packs, consumed_triplets=start, num_batches=num_batches)
@@ -86,7 +91,7 @@ def test_a_budget_too_small_for_a_later_batch_is_refused_at_the_start(dataset: T
 
 
 def test_a_budget_of_micro_batch_size_times_the_largest_triplet_always_suffices(dataset: TripletDataset) -> None:
-    largest = int(dataset.sizes(ROLES, 2).padded_tokens.max())
+    largest = int(dataset.sizes(ROLES, 2, share_prompts=True).padded_tokens.max())
     for num_packs in (1, 2, 4):
         items = list(
             islice(stream(dataset, num_packs, max_tokens_per_pack=BATCH // num_packs * largest), 20 * num_packs)

@@ -60,7 +60,7 @@ def expected_rows(rows: list[TokenizedTriplet], pack: Pack, size: int) -> list[t
         for role in ROLES:
             context, answer = role.context, role.response
             tokens = [*triplet.prompts[context], *triplet.responses[answer]]
-            start, end = pack.cu_seqlens_S1[sequence : sequence + 2].tolist()
+            start, end = pack.cu_seqlens_B1[sequence : sequence + 2].tolist()
             for place in range(len(triplet.prompts[context]) - 1, len(tokens) - 1):
                 rank = owner(start + place, start, end, size)
                 found.append((rank, int(tokens[place]), int(tokens[place + 1]), sequence))
@@ -83,14 +83,14 @@ LENGTHS = st.tuples(st.integers(1, 6), st.integers(1, 30), st.integers(1, 9), st
 @given(st.lists(LENGTHS, min_size=1, max_size=3), st.sampled_from([1, 2, 4]))
 def test_every_response_token_is_counted_once_beside_its_predictor(lengths, size) -> None:
     rows = triplets(lengths)
-    pack = build_pack(rows, ROLES, 2 * size)
+    pack = build_pack(rows, ROLES, 2 * size, share_prompts=False)
     assert sorted(found_rows(shards(pack, size))) == sorted(expected_rows(rows, pack, size))
 
 
 def test_a_token_across_a_boundary_is_counted_where_its_predictor_is() -> None:
     rows = triplets([(1, 9, 5, 4)])
-    pack = build_pack(rows, ROLES, 4)
-    boundaries = pack.cu_seqlens_S1.tolist()
+    pack = build_pack(rows, ROLES, 4, share_prompts=False)
+    boundaries = pack.cu_seqlens_B1.tolist()
     crossing = []
     columns = (pack.response_rows_N, pack.response_labels_N, pack.response_sequences_N)
     for row, label, sequence in zip(*(column.tolist() for column in columns), strict=True):
@@ -105,7 +105,7 @@ def test_a_token_across_a_boundary_is_counted_where_its_predictor_is() -> None:
 
 def test_a_rank_may_hold_no_response_at_all() -> None:
     rows = triplets([(40, 60, 1, 1)])
-    parts = shards(build_pack(rows, ROLES, 8), 4)
+    parts = shards(build_pack(rows, ROLES, 8, share_prompts=False), 4)
     counts = [len(part.packing.response_rows) for part in parts]
     assert 0 in counts and sum(counts) == 3
     empty = parts[counts.index(0)]
@@ -114,17 +114,17 @@ def test_a_rank_may_hold_no_response_at_all() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_ranks_share_the_tokens_equally_and_know_the_whole_pack(size: int) -> None:
-    pack = build_pack(triplets([(3, 17, 5, 4), (1, 2, 1, 1)]), ROLES, 2 * size)
+    pack = build_pack(triplets([(3, 17, 5, 4), (1, 2, 1, 1)]), ROLES, 2 * size, share_prompts=False)
     parts = shards(pack, size)
     assert all(part.tokens_1t.shape == (1, pack.padded_tokens // size) for part in parts)
     assert sorted(torch.cat([part.tokens_1t[0] for part in parts]).tolist()) == sorted(pack.tokens_T.tolist())
     for part in parts:
         packing = part.packing
-        assert torch.equal(packing.cu_seqlens_q, pack.cu_seqlens_S1)
+        assert torch.equal(packing.cu_seqlens_q, pack.cu_seqlens_B1)
         # One tensor: Transformer Engine compares by identity, and disables FlashAttention 2 for equal copies.
         assert packing.cu_seqlens_q is packing.cu_seqlens_q_padded
         assert packing.cu_seqlens_kv is packing.cu_seqlens_kv_padded is packing.cu_seqlens_q
-        assert packing.max_seqlen_q == packing.max_seqlen_kv >= max(pack.cu_seqlens_S1.diff().tolist())
+        assert packing.max_seqlen_q == packing.max_seqlen_kv >= max(pack.cu_seqlens_B1.diff().tolist())
         assert torch.equal(packing.response_rows, packing.response_rows.sort().values)
 
 

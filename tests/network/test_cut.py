@@ -14,7 +14,8 @@ from tests.slurm.cluster import wait_until
 from tests.slurm.runs import steps_done, write_config
 from tests.train.runs import recorded
 
-pytestmark = [NEEDS_NAMESPACES, pytest.mark.timeout(600)]
+# In short: a rank that stops (tests/train/test_watchdog.py).
+pytestmark = [NEEDS_NAMESPACES, pytest.mark.long, pytest.mark.timeout(600)]
 
 STEPS = 24
 LIMIT_MINUTES = 0.25

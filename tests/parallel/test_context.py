@@ -57,7 +57,7 @@ def test_gathered_order_undoes_the_cut(size, chunks) -> None:
 
 
 def test_a_sequence_that_does_not_divide_is_our_own_mistake() -> None:
-    with pytest.raises(AssertionError, match="sequence of 6 positions is not padded to a multiple of 4"):
+    with pytest.raises(AssertionError, match="block of 6 positions is not padded to a multiple of 4"):
         shard_indices(torch.tensor([0, 4, 10]), 2, 0)
 
 

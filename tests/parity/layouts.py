@@ -55,6 +55,7 @@ class Layout:
     """With it, a rank's gradient buffer holds its own shard only: whole gradients cannot be compared."""
     chunk_tokens: int = 1024
     pack_multiple: int = 1
+    share_prompts: bool = True
     model: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     moe: Mapping[str, Any] = field(default_factory=dict)
@@ -91,8 +92,9 @@ class Case:
     def name(self) -> str:
         settings = "-".join(str(value) for value in self.objective.values() if isinstance(value, str))
         adapted = "" if self.lora is None else f"-rank{self.lora.rank}"
+        shared = "" if self.layout.share_prompts else "-unshared"
         context = "" if self.reference_context is None else f"-{self.reference_context}"
-        return f"{self.family}-{settings}-{self.layout.name}{adapted}-{self.reference}{context}"
+        return f"{self.family}-{settings}-{self.layout.name}{shared}{adapted}-{self.reference}{context}"
 
 
 @dataclass
@@ -142,7 +144,7 @@ def make_config(model: Path, objective: Mapping[str, Any], layout: Layout, adapt
         {
             "run_dir": "unused",
             "model": {"path": model, "adapter": adapter} | dict(layout.model),
-            "data": {"path": "unused", "max_tokens_per_pack": 100_000},
+            "data": {"path": "unused", "max_tokens_per_pack": 100_000, "share_prompts": layout.share_prompts},
             "training": {"global_batch_size": 4},
             "objective": dict(objective),
             "parallel": dict(layout.parallel),
@@ -233,7 +235,7 @@ def my_packs(batch: Sequence[Row], number: int, layout: Layout, roles: Sequence[
     triplets = [tokenized(row, number * len(batch) + position) for position, row in enumerate(batch)]
     multiples = groups.sequence_multiple, math.lcm(groups.pack_multiple(), layout.pack_multiple)
     return [
-        build_pack([triplets[position] for position in pack], roles, *multiples)
+        build_pack([triplets[position] for position in pack], roles, *multiples, share_prompts=layout.share_prompts)
         for pack in layout.plan[groups.data_group.rank()]
     ]
 

@@ -155,12 +155,27 @@ def router_loss(model: Any, batch: Sequence[Routes], aux: float, z: float) -> Te
     return total / count
 
 
-def routing_metrics(topk: int, batch: Sequence[Routes], rows: Sequence[Row], replay: bool) -> dict[str, float]:
-    """How full the fullest expert is, how undecided the routers are, and whether the contexts share their experts."""
+def routing_metrics(
+    topk: int, batch: Sequence[Routes], rows: Sequence[Row], replay: bool, share_prompts: bool
+) -> dict[str, float]:
+    """How full the fullest expert is, how undecided the routers are, and whether the contexts share their experts.
+
+    A shared prompt counts once: with the chosen response.
+    """
+
+    def counted(row: Row, context: str, answer: str) -> slice:
+        return slice(len(row[f"prompt_{context}"]) if share_prompts and answer == "rejected" else 0, None)
+
     layers = range(len(next(iter(batch[0].values()))))
     loads, entropies, same, pairs = [], [], 0, 0
     for layer in layers:
-        everything = torch.cat([logits[layer].detach() for logits_of in batch for logits in logits_of.values()])
+        everything = torch.cat(
+            [
+                logits[layer].detach()[counted(row, *key)]
+                for row, logits_of in zip(rows, batch, strict=True)
+                for key, logits in logits_of.items()
+            ]
+        )
         entropies.append(torch.distributions.Categorical(logits=everything.double()).entropy())
         chosen = []
         for row, logits_of in zip(rows, batch, strict=True):
@@ -178,7 +193,7 @@ def routing_metrics(topk: int, batch: Sequence[Routes], rows: Sequence[Row], rep
                         len(set(one) & set(other)) for one, other in zip(short.tolist(), long.tolist(), strict=True)
                     )
                     pairs += topk * len(short)
-            chosen += list(experts.values())
+            chosen += [each[counted(row, *key)] for key, each in experts.items()]
         counts = torch.cat(chosen).flatten().bincount(minlength=everything.shape[1]).double()
         loads.append(float(counts.max() / counts.mean()))
     return {
@@ -287,6 +302,7 @@ def train(
     z: float = 0.0,
     adapter: Path | None = None,
     replay: bool = False,
+    share_prompts: bool = False,
     reference_context: str | None = None,
 ) -> list[PlainStep]:
     """AdamW steps (betas 0.9, 0.95, no decay, no clipping), one per batch, of all parameters or all but routers.
@@ -295,6 +311,7 @@ def train(
         aux, z: weights of the losses of routers.
         adapter: directory of a PEFT adapter, which alone is trained.
         replay: whether responses take the experts behind the long context that they take behind the short one.
+        share_prompts: whether metrics of routers count a prompt once for both responses.
         reference_context: see `triplet_loss`.
     """
     model, frozen = load(policy), load(reference)
@@ -313,7 +330,8 @@ def train(
         if hasattr(model.config, "num_experts_per_tok"):
             batch_routes = [routes(o, model, row, replay) for row in batch]
             (loss + router_loss(model, batch_routes, aux, z)).backward()
-            routing = routing_metrics(model.config.num_experts_per_tok, batch_routes, batch, replay)
+            topk = model.config.num_experts_per_tok
+            routing = routing_metrics(topk, batch_routes, batch, replay, share_prompts)
         else:
             loss.backward()
         gradients = {

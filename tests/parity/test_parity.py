@@ -7,6 +7,7 @@ step's loss shows that the update was right, too.
 import functools
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,8 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout("cp4", PACKED, cp(4)),
         Layout("cp4-padded-pack", PACKED, cp(4), pack_multiple=128),
         # Triplet 0 alone in a pack: three of the four ranks hold no response token, see `make_rows`.
-        Layout("cp4-lonely", UNPACKED, cp(4)),
-        Layout("tp2-cp2-lonely", UNPACKED, tp(2, **cp(2))),
+        Layout("cp4-lonely", UNPACKED, cp(4), share_prompts=False),
+        Layout("tp2-cp2-lonely", UNPACKED, tp(2, **cp(2)), share_prompts=False),
         Layout("tp2-pp2", UNPACKED, tp(2, **pp(2))),
         Layout("tp2-pp2-vpp2", UNPACKED, tp(2, **pp(2, 2)), distributed_optimizer=True),
         Layout("tp2-cp2", PACKED, tp(2, **cp(2))),
@@ -173,10 +174,11 @@ NORMS_ALL_HEADS = ("routers", "ep2-within-tp2", "expert-tp2", "ep2-expert-tp2", 
 
 
 def expert_cases(world_size: int) -> list[Case]:
-    """The layouts of experts: all of them with one family, and some with the others."""
+    """The layouts of experts: all of them with one family, and some with the others and without shared prompts."""
     layouts = EXPERT_LAYOUTS.get(world_size, [])
     found = [Case("qwen2_moe", DPO_BOTH, layout) for layout in layouts]
-    found += [Case(family, ORPO_NLL, layout) for family in ("qwen3_moe", "mixtral") for layout in layouts[:2]]
+    found += [Case("qwen3_moe", ORPO_NLL, layout) for layout in layouts[:2]]
+    found += [Case("mixtral", ORPO_NLL, unshared(layout)) for layout in layouts[:2]]
     found += [Case("olmoe", DPO_BOTH, layout) for layout in layouts if layout.name in NORMS_ALL_HEADS]
     if world_size == 1:
         replayed = next(layout for layout in layouts if layout.moe.get("replay"))
@@ -216,6 +218,11 @@ ADAPTER_LAYOUTS: dict[int, list[Layout]] = {
 ADAPTED_FAMILIES = ("qwen2_tied", "qwen3")
 
 
+def unshared(layout: Layout) -> Layout:
+    """The same layout, in which every response has its own prompt."""
+    return replace(layout, share_prompts=False)
+
+
 def adapter_cases(world_size: int) -> list[Case]:
     """The layouts of adapters; every one with one family, and the first of each kind with the other."""
     layouts = ADAPTER_LAYOUTS.get(world_size, [])
@@ -229,10 +236,13 @@ def cases(world_size: int) -> list[Case]:
 
 
 def dense_cases(world_size: int) -> list[Case]:
-    """Every layout with tied and untied weights, with and without a reference; on one rank also the rest."""
+    """Every layout with tied and untied weights, with and without a reference; on one rank also the rest.
+
+    Prompts are shared with tied weights, and not with untied ones.
+    """
     layouts = LAYOUTS[world_size]
     found = [Case("qwen2_tied", DPO_BOTH, layout) for layout in layouts]
-    found += [Case("llama3", ORPO_NLL, layout) for layout in layouts if layout.name != "pp2-vpp2-recompute"]
+    found += [Case("llama3", ORPO_NLL, unshared(layout)) for layout in layouts if layout.name != "pp2-vpp2-recompute"]
     if world_size == 8:
         return [*found, Case("qwen3", DPO_BOTH, layouts[-1], reference="policy")]
     found += [Case("qwen3", DPO_BOTH, layouts[0], reference="policy")]
@@ -314,6 +324,8 @@ def expected(models: Path) -> Any:
     def run(case: Case) -> list[plain.PlainStep]:
         settings = case.objective, case.reference, case.reference_context, case.layout.moe, case.layout.lora
         key = f"{case.family} {settings}"
+        if hasattr(FAMILIES[case.family], "num_experts_per_tok"):
+            key += f" {case.layout.share_prompts}"  # of dense models, nothing counts prompts
         if key not in done:
             folder = models / case.family
             reference = folder / case.reference
@@ -329,6 +341,7 @@ def expected(models: Path) -> Any:
                 z=case.layout.moe.get("z_loss_coefficient", 0.0),
                 adapter=case.adapter(folder / "policy"),
                 replay="replay" in case.layout.moe,
+                share_prompts=case.layout.share_prompts,
                 reference_context=case.reference_context,
             )
         return done[key]
@@ -380,9 +393,9 @@ def test_ranks_without_a_response_token_are_among_the_cases(context: int, tensor
     """The layouts called lonely are what they are called: their first pack's rows lie on one rank."""
     roles = ObjectiveConfig(**DPO_BOTH).roles.all
     for batch in BATCHES:
-        pack = build_pack([tokenized(batch[0], 0)], roles, 2 * context * tensor)
+        pack = build_pack([tokenized(batch[0], 0)], roles, 2 * context * tensor, share_prompts=False)
         for rank in range(context):
-            here = torch.isin(pack.response_rows_N, shard_indices(pack.cu_seqlens_S1, context, rank))
+            here = torch.isin(pack.response_rows_N, shard_indices(pack.cu_seqlens_B1, context, rank))
             assert int(here.sum()) == (len(roles) if rank == 0 else 0)
 
 

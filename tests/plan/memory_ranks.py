@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_solopo.architecture.layout import pack_multiple, sequence_multiple
-from megatron_solopo.config import Config, Role
+from megatron_solopo.config import Config
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.layers import layers_and_routers
@@ -45,6 +45,7 @@ class Case:
     moe: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] | None = None
     chunk_tokens: int = 1024
+    share_prompts: bool = True
     idle_experts: int = 0
     """The last experts of each layer, to which the routers send hardly any token."""
 
@@ -58,6 +59,7 @@ class Case:
             lora=self.lora,
             distributed_optimizer=self.distributed_optimizer,
             chunk_tokens=self.chunk_tokens,
+            share_prompts=self.share_prompts,
         )
         return make_config(models / self.family, {"name": "solopo", "loss_type": "dpo"}, layout)
 
@@ -86,7 +88,8 @@ def shapes(config: Config) -> list[PackShape]:
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     multiples = sequence_multiple(cp), pack_multiple(tp, cp)
     roles = config.objective.roles.all
-    return [pack_shape([triplet], roles, *multiples, cp) for triplet in TRIPLETS]
+    share_prompts = config.data.share_prompts
+    return [pack_shape([triplet], roles, *multiples, cp, share_prompts=share_prompts) for triplet in TRIPLETS]
 
 
 def run_cases(models: Path, cases: Sequence[Case]) -> list[MemoryInUse]:
@@ -117,7 +120,7 @@ def _train(config: Config, groups: Topology, idle_experts: int) -> MemoryInUse:
     loss = objective_loss(config.objective, ReferenceLogprobs(roles, torch.zeros(2, len(roles))), groups)
     meter = SavedTensorMeter(parameter for chunk in chunks for parameter in chunk.parameters())
     with meter.counting():
-        policy.step([_pack(number, roles, groups) for number in range(2)], loss, groups)
+        policy.step([_pack(number, config, groups) for number in range(2)], loss, groups)
     return MemoryInUse(
         pipeline_rank=groups.pipeline_group.rank(),
         data_parallel_size=groups.data_group.size(),
@@ -141,7 +144,7 @@ def expert_groups() -> dict[str, list[int]]:
     return {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
 
 
-def _pack(number: int, roles: tuple[Role, ...], groups: Topology) -> Pack:
+def _pack(number: int, config: Config, groups: Topology) -> Pack:
     generator = np.random.default_rng(number)
     tokens = {name: generator.integers(VOCAB_SIZE, size=length) for name, length in TRIPLETS[number].items()}
     triplet = TokenizedTriplet(
@@ -150,4 +153,5 @@ def _pack(number: int, roles: tuple[Role, ...], groups: Topology) -> Pack:
         prompts={name: tokens[name] for name in ("short", "long")},
         responses={name: tokens[name] for name in ("chosen", "rejected")},
     )
-    return build_pack([triplet], roles, groups.sequence_multiple, groups.pack_multiple())
+    multiples = groups.sequence_multiple, groups.pack_multiple()
+    return build_pack([triplet], config.objective.roles.all, *multiples, share_prompts=config.data.share_prompts)

@@ -26,8 +26,10 @@ def test_a_perfect_gpu_without_overheads_reaches_its_peak() -> None:
     assert PlannedRun(long, found, None).model_flops_utilization == pytest.approx(useful / found.time.seconds, rel=1e-3)
 
 
-def test_vanilla_long_training_costs_about_twice_and_its_reference_pass_is_counted() -> None:
-    planner = make_planner(gpus=8)
+def test_vanilla_long_training_costs_about_twice_where_it_shares_no_prompts() -> None:
+    shared, ours = (estimate(make_planner(gpus=8).for_objective(name), cp=8) for name in ("long_po", "solopo"))
+    assert 0.95 < shared.time.seconds / ours.time.seconds < 1.0
+    planner = make_planner("llama-3.1-8b", "data.share_prompts=false", gpus=8)
     other = planner.for_objective("long_po")
     ours, vanilla = estimate(planner, cp=8), estimate(other, cp=8)
     assert 1.8 < vanilla.time.seconds / ours.time.seconds < 2.0

@@ -29,6 +29,8 @@ MLP = {"recompute_granularity": "selective", "recompute_modules": ["mlp", "core_
 ONE = [
     Case("one"),
     Case("one-bf16", model=BF16),
+    Case("one-unshared", model=BF16, share_prompts=False),
+    Case("one-core-unshared", parallel=CORE, share_prompts=False),
     Case("one-bf16-plain-optimizer", model=BF16, distributed_optimizer=False),
     Case("one-core", parallel=CORE, model=BF16),
     Case("one-mlp", parallel=MLP),
@@ -47,6 +49,7 @@ TWO = [
     Case("tp2-no-sp", parallel=tp(2, sequence_parallel=False)),
     Case("cp2-full", parallel=cp(2, **FULL), family="qwen2"),
     Case("cp2", parallel=cp(2)),
+    Case("cp2-unshared", parallel=cp(2), share_prompts=False),
     Case("cp2-core", parallel=cp(2, **CORE), model=BF16),
     Case("cp2-mlp", parallel=cp(2, **MLP)),
     Case("pp2", parallel=pp(2), model=BF16),

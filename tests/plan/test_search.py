@@ -54,7 +54,7 @@ def test_a_layout_over_the_memory_is_refused_by_what_it_is_over() -> None:
 
 
 def test_the_exchange_by_heads_is_tried_where_heads_allow_it() -> None:
-    planner = make_planner("llama-3.1-8b", gpus=64)
+    planner = make_planner("llama-3.1-8b", "data.share_prompts=false", gpus=64)
     for cp, exchanges in ((8, {"p2p", "a2a"}), (16, {"p2p"}), (1, {"p2p"})):
         layout = make_layout(planner.config, {"tp": 1, "pp": 1, "vpp": None, "cp": cp}, 64)
         rows = layout_variants(planner.architecture, layout, planner.gpu, SAVERS)
@@ -63,7 +63,7 @@ def test_the_exchange_by_heads_is_tried_where_heads_allow_it() -> None:
 
 def test_a_configured_hierarchy_is_tried_where_it_fits_beside_the_others() -> None:
     keys = ("context_parallel_size=8", "cp_comm_type=a2a+p2p", "hierarchical_context_parallel_sizes=[2,4]")
-    planner = make_planner("llama-3.1-8b", *(f"parallel.{key}" for key in keys), gpus=64)
+    planner = make_planner("llama-3.1-8b", "data.share_prompts=false", *(f"parallel.{key}" for key in keys), gpus=64)
     for tp, cp, exchanges in ((1, 8, {"a2a+p2p", "p2p", "a2a"}), (8, 8, {"p2p"}), (1, 16, {"p2p"}), (1, 1, {"p2p"})):
         layout = make_layout(planner.config, {"tp": tp, "pp": 1, "vpp": None, "cp": cp}, 64)
         rows = layout_variants(planner.architecture, layout, planner.gpu, SAVERS)
@@ -86,7 +86,9 @@ def test_variants_of_a_row_take_less_memory_and_more_time_one_after_the_other() 
     layout = make_layout(planner.config, {"tp": 8, "pp": 2, "vpp": None, "cp": 4}, 64)
     rows = layout_variants(planner.architecture, layout, planner.gpu, VARIED)
     offloaded = [row[0].config.optimizer.optimizer_offload_fraction for row in rows]
-    assert set(offloaded) == {0.0, 1.0} and len(rows) == 4  # both with and without FP8
+    assert (
+        set(offloaded) == {0.0, 1.0} and len(rows) == 8
+    )  # both with and without FP8, and with and without shared prompts
     for row in rows:
         estimates = [planner.estimate(each) for each in row]
         sizes = [estimate.fullest.total for estimate in estimates]

@@ -60,7 +60,7 @@ def test_copies_of_the_optimizer_gather_within_a_node_and_hold_more() -> None:
 
 
 def test_an_exchange_by_heads_within_a_node_shortens_the_ring() -> None:
-    planner = make_planner("llama-3.1-8b", gpus=16)
+    planner = make_planner("llama-3.1-8b", "data.share_prompts=false", gpus=16)
     slow = replace(planner, gpu=planner.gpu.model_copy(update={"network_gb_per_s": 0.1}))
     both = {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [8, 2]}
     ring, nested = (estimate(slow, cp=16, parallel=each).time.compute.context_traffic for each in ({}, both))

@@ -1,10 +1,12 @@
 """Packs of a plan are those that training would build."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,10 +15,12 @@ from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.layout import packs_per_part
 from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.batch_plan import plan_global_batch, triplet_sizes
+from megatron_solopo.data.blocks import attended_runs
 from megatron_solopo.data.loader import Packing, SinglePass, TripletDataset
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
+from megatron_solopo.model.segments import blocks_of, plan_segments
 from megatron_solopo.parallel.context import shard_indices
 from megatron_solopo.plan.layouts import replace_settings
 from megatron_solopo.plan.workload import BatchShape, Packer, pack_shape, prepared_workload, stated_workload
@@ -29,8 +33,8 @@ ROLES = ObjectiveConfig().roles.all
 LENGTHS = st.fixed_dictionaries({name: st.integers(1, 70) for name in NAMES})
 
 
-@given(st.lists(LENGTHS, min_size=1, max_size=3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 64]))
-def test_a_shape_is_the_real_packs(triplets: list[dict[str, int]], cp: int, whole: int) -> None:
+@given(st.lists(LENGTHS, min_size=1, max_size=3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 64]), st.booleans())
+def test_a_shape_is_the_real_packs(triplets: list[dict[str, int]], cp: int, whole: int, share: bool) -> None:
     rows = [
         TokenizedTriplet(
             id=str(number),
@@ -40,14 +44,19 @@ def test_a_shape_is_the_real_packs(triplets: list[dict[str, int]], cp: int, whol
         )
         for number, lengths in enumerate(triplets)
     ]
-    pack = build_pack(rows, ROLES, 2 * cp, whole)
-    shape = pack_shape(triplets, ROLES, 2 * cp, whole, cp)
+    pack = build_pack(rows, ROLES, 2 * cp, whole, share_prompts=share)
+    shape = pack_shape(triplets, ROLES, 2 * cp, whole, cp, share_prompts=share)
     assert shape.padded_tokens == pack.padded_tokens and shape.tokens == pack.num_tokens
-    assert shape.squares == int(pack.cu_seqlens_S1.diff().long().square().sum())
-    assert shape.longest == pack.max_sequence_length and shape.num_triplets == pack.num_triplets
-    rows_N = set(pack.response_rows_N.tolist())
-    shards = [set(shard_indices(pack.cu_seqlens_S1, cp, rank).tolist()) for rank in range(cp)]
-    assert shape.response_rows == max(len(rows_N & shard) for shard in shards)
+    keys_seen = sum(
+        2 * (len(keys) - len(queries)) * len(queries) + len(queries) ** 2
+        for queries, keys in ((queries, list(chain(*runs))) for queries, runs in attended_runs(blocks_of(pack), 1, 0))
+    )
+    assert shape.squares == keys_seen
+    assert shape.longest == int(pack.positions_T.max()) + 1 and shape.num_triplets == pack.num_triplets
+    shards = [shard_indices(pack.cu_seqlens_B1, cp, rank) for rank in range(cp)]
+    assert shape.response_rows == max(int(torch.isin(pack.response_rows_N, shard).sum()) for shard in shards)
+    keys = [sum(plan_segments(blocks_of(pack), cp, rank).key_lengths) for rank in range(cp)]
+    assert shape.gathered_keys == max(keys)
 
 
 def test_prepared_lengths_are_those_of_the_rows(tmp_path) -> None:
@@ -86,7 +95,7 @@ def test_a_batch_is_counted_whole() -> None:
     assert len(batch.heaviest_rank) == batch.num_packs // 4
     everything = packer.pack(config, 1)
     mean = _flops(model, everything) / 4
-    assert _flops(model, batch) * batch.balance == pytest.approx(mean, rel=1e-4)
+    assert _flops(model, batch) * batch.balance == pytest.approx(mean, rel=5e-4)
 
 
 def _flops(model: ModelShape, batch: BatchShape) -> float:
@@ -104,7 +113,9 @@ def test_data_parallel_ranks_do_equal_work_in_flops(model: str, lengths: tuple[i
         long = np.exp(generator.uniform(*np.log(lengths), 64)).astype(np.int64)
         rows = np.arange(64)
         responses = {name: generator.integers(50, 500, 64) for name in ("chosen", "rejected")}
-        sizes = triplet_sizes({"short": long // 8, "long": long}, responses, ROLES, 2, architecture)
+        sizes = triplet_sizes(
+            {"short": long // 8, "long": long}, responses, ROLES, 2, architecture, share_prompts=False
+        )
         plan = plan_global_batch(sizes.select(rows), max_tokens=65_536, max_triplets=None, num_ranks=8)
         flops = []
         for rank in plan:
@@ -121,7 +132,7 @@ def test_data_parallel_ranks_do_equal_work_in_flops(model: str, lengths: tuple[i
 @pytest.mark.parametrize(
     ("keys", "dp", "words"),
     [
-        ({"data": {"max_tokens_per_pack": 100_000}}, 4, "the largest triplet needs 139,264 padded tokens"),
+        ({"data": {"max_tokens_per_pack": 100_000}}, 4, "the largest triplet needs 135,680 padded tokens"),
         ({"training": {"global_batch_size": 6}}, 4, "training.global_batch_size=6: must be a multiple of 4"),
     ],
 )
@@ -146,6 +157,7 @@ def test_a_planned_pass_has_the_packs_that_the_reference_pass_runs(tmp_path: Pat
         dp_rank=0,
         dp_size=dp,
         wanted_packs=packs_per_part(pipeline) if pipeline > 1 else 1,
+        share_prompts=True,
     )
     real = SinglePass(TripletDataset(load_prepared(path).train, prompts, model), ROLES, packing, packs_per_part=1000)
     (batch,) = real

@@ -82,7 +82,7 @@ def test_weights_stand_still_so_that_every_step_computes_the_same(rows) -> None:
 
 def test_derived_numbers_follow_from_the_times(rows) -> None:
     for (system, length), row in rows.items():
-        tokens = {"solopo": length + 2 * SHORT, "long_po": 2 * length}[system]
+        tokens = {"solopo": length + SHORT + RESPONSE, "long_po": length + RESPONSE}[system]
         assert row["tokens_per_step"] == tokens
         assert row["median_seconds"] == median(row["seconds"])
         assert row["tokens_per_second"] == pytest.approx(tokens / row["median_seconds"])
@@ -93,10 +93,14 @@ def test_flops_are_counted_by_true_lengths(rows) -> None:
     hidden, ffn, layers, heads, kv_heads, vocab = 64, 160, 2, 4, 2, 512
     weights = hidden * hidden * 2 + hidden * (hidden // heads * kv_heads) * 2 + 3 * hidden * ffn
     for length in LONG:
-        for system, sequences in (("long_po", [length] * 2), ("solopo", [SHORT, SHORT, length])):
-            forward = sum(
-                layers * (2 * weights * n + 2 * hidden * n**2) + 2 * hidden * vocab * RESPONSE for n in sequences
-            )
+        # Two answers behind one prompt: what the second attends to is the square of its sequence, less the prompt's.
+        pair_tokens = {n: n + RESPONSE for n in (SHORT, length)}
+        pair_squares = {n: 2 * n**2 - (n - RESPONSE) ** 2 for n in (SHORT, length)}
+        for system, tokens, squares, answers in (
+            ("long_po", pair_tokens[length], pair_squares[length], 2),
+            ("solopo", pair_tokens[SHORT] + length, pair_squares[SHORT] + length**2, 3),
+        ):
+            forward = layers * (2 * weights * tokens + 2 * hidden * squares) + 2 * hidden * vocab * answers * RESPONSE
             assert rows[system, length]["flops_per_step"] == pytest.approx(3 * forward)
 
 
@@ -106,7 +110,7 @@ def test_ratios_stand_beside_their_predictions(result, rows) -> None:
         length = ratio["long_tokens"]
         solopo, long_po = rows["solopo", length], rows["long_po", length]
         assert ratio["solopo_long_po_time"] == solopo["median_seconds"] / long_po["median_seconds"]
-        assert ratio["solopo_long_po_tokens"] == (length + 2 * SHORT) / (2 * length)
+        assert ratio["solopo_long_po_tokens"] == (length + SHORT + RESPONSE) / (length + RESPONSE)
         assert ratio["solopo_long_po_flops"] == solopo["flops_per_step"] / long_po["flops_per_step"]
         assert not any("trl" in key for key in ratio)
 
@@ -136,13 +140,14 @@ def test_plot_and_traces_are_written(rows, folder) -> None:
 
 def test_an_override_changes_what_is_computed(rows, tmp_path) -> None:
     path = tmp_path / "b.json"
-    overrides = ["objective.beta=0.2", "parallel.recompute_granularity=full"]
+    overrides = ["objective.beta=0.2", "parallel.recompute_granularity=full", "data.share_prompts=false"]
     run = run_benchmark("--systems=long_po", f"--json={path}", *overrides)
     assert run.returncode == 0, run.stderr
     result = json.loads(path.read_text())
     assert result["configs"]["as given"]["parallel"]["recompute_granularity"] == "full"
     for (system, length), row in by_system(result["measurements"]).items():
-        # At the reference, DPO's gradient is proportional to beta.
+        assert row["tokens_per_step"] == 2 * length
+        # At the reference, DPO's gradient is proportional to beta. Sharing changes none.
         assert row["grad_norms"][0] == pytest.approx(2 * rows[system, length]["grad_norms"][0], rel=1e-4)
 
 
@@ -183,7 +188,7 @@ def test_a_missing_trl_is_named() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 def test_trl_computes_the_same_loss_and_gradient(tmp_path) -> None:
     path = tmp_path / "b.json"
-    run = run_benchmark(f"--json={path}", "--triplets=2")
+    run = run_benchmark(f"--json={path}", "--triplets=2", "data.share_prompts=false")
     assert run.returncode == 0, run.stderr
     result = json.loads(path.read_text())
     rows = by_system(result["measurements"])

@@ -21,7 +21,7 @@ def make_plan(folder: Path, *long_tokens: int, fallbacks: tuple[str, ...] = (), 
     sizes: dict[str, Any] = {"short_tokens": SHORT, "response_tokens": RESPONSE, "long_tokens": list(long_tokens)}
     sizes |= {"systems": ["solopo", "long_po"], "triplets": 1, "warmup": WARMUP, "steps": STEPS}
     sizes |= {"trl_variants": [], "every_variant": False, "profile": None}
-    return benchmark.make_plan(folder, "tiny", None, overrides, fallbacks, **sizes)
+    return benchmark.make_plan(folder, "tiny", None, (*overrides, "data.share_prompts=false"), fallbacks, **sizes)
 
 
 def measure_with_little_memory(folder: Path, limit: int, fallbacks: tuple[str, ...]) -> list[dict]:
@@ -118,6 +118,41 @@ def test_a_table_sets_adapters_beside_the_whole_model() -> None:
     assert list(lora_benchmark.disagreements(rows)) == []
     rows["trl", "rank 4"]["grad_norms"] = [1.01]
     assert list(lora_benchmark.disagreements(rows)) == ["rank 4: the norm of the gradient is 1 here and 1.01 in trl"]
+
+
+def test_a_table_sets_shared_prompts_beside_separate_ones_and_trl(tmp_path) -> None:
+    from tools.benchmarks import sharing_benchmark
+
+    sizes = {"short_tokens": SHORT, "response_tokens": RESPONSE, "long_tokens": [128], "triplets": 1, "warmup": 1}
+    sizes |= {"steps": 1, "trl_variants": [], "every_variant": False, "profile": None}
+    rows = {}
+    for label, share, system, overrides in sharing_benchmark.cases(with_trl=True):
+        plan = sharing_benchmark.make_plan(tmp_path, "tiny", None, overrides, (), systems=[system], **sizes)
+        tokens, flops = sharing_benchmark.step_size(plan, system, 128)
+        counts = {"tokens_per_step": tokens, "flops_per_step": flops, "allocated_bytes": 2**20 * tokens}
+        rows[SHORT, label, share] = row(system, 128) | counts | {"seconds": [2.0 - share], "cpu_seconds": [1.0]}
+    tokens = {key[1:]: each["tokens_per_step"] for key, each in rows.items()}
+    pair, long_pair = SHORT + RESPONSE, 128 + RESPONSE
+    assert tokens == {
+        ("solopo", False): 2 * SHORT + 128,
+        ("solopo", True): pair + 128,
+        ("solopo, align: both", False): 2 * SHORT + 2 * 128,
+        ("solopo, align: both", True): pair + long_pair,
+        ("long_po", False): 2 * 128,
+        ("long_po", True): long_pair,
+        ("short_po", False): 2 * SHORT,
+        ("short_po", True): pair,
+        ("trl", False): 2 * 128,
+    }
+    lines = sharing_benchmark.ratios_table(rows).splitlines()
+    (line,) = [line for line in lines if line.startswith("| 32 | long_po | 1.000 | 0.500 | 0.531 |")]
+    assert line.endswith("| 0.531 |")
+    assert any(line.startswith("| 32 | short_po / trl | 1.000 | 0.500 | 0.156 |") for line in lines)
+    assert "| 32 | trl | no | 1.00 | 2.00 | 256 | 256.0 | 1 |" in sharing_benchmark.cases_table(rows)
+    assert list(sharing_benchmark.disagreements(rows)) == []
+    rows[SHORT, "short_po", True]["grad_norms"] = [1.01]
+    (wrong,) = sharing_benchmark.disagreements(rows)
+    assert wrong == "short_po, S 32: the norm of the gradient is 1.01, unshared 1"
 
 
 def test_a_fallback_serves_all_systems_from_that_length_on(tmp_path) -> None:

@@ -59,6 +59,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found | {"metrics": read_jsonl(folder / "runs" / "killed" / "metrics.jsonl")}
 
 
+@pytest.mark.long  # in short: kills in a save and in an evaluation (tests/train/test_saving.py)
 def test_a_run_that_dies_in_every_phase_ends_as_one_that_never_died(result: dict[str, Any]) -> None:
     assert result["differences"] == [] and result["per_phase"] == dict.fromkeys(result["per_phase"], 1)
     assert {kill["phase"] for kill in result["killed"]} == PHASES

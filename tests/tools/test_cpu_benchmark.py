@@ -8,6 +8,8 @@ import pytest
 
 RESPONSE_TOKENS, VOCAB_SIZE = 16, 4096
 ROWS = 3 * RESPONSE_TOKENS
+# In short: the heads in tests/model/test_head.py, FLOPs in tests/architecture.
+MEASURED = pytest.mark.long
 SIZES = [f"--response-tokens={RESPONSE_TOKENS}", f"--vocab-size={VOCAB_SIZE}", "--repeats=1"]
 
 
@@ -31,6 +33,7 @@ def memory(result) -> dict:
     return {(row["head"], row["prompt_tokens"]): row for row in result["memory"]}
 
 
+@MEASURED
 def test_the_heads_give_the_same_loss_and_gradients(memory) -> None:
     for prompt_tokens in (256, 512):
         one, other = memory["response-only", prompt_tokens], memory["full logits", prompt_tokens]
@@ -40,6 +43,7 @@ def test_the_heads_give_the_same_loss_and_gradients(memory) -> None:
     assert memory["full logits", 256]["loss"] != memory["full logits", 512]["loss"]
 
 
+@MEASURED
 def test_response_only_head_does_not_grow_with_the_prompt(memory) -> None:
     short, long = memory["response-only", 256], memory["response-only", 512]
     assert long["positions"] > 1.5 * short["positions"]
@@ -48,6 +52,7 @@ def test_response_only_head_does_not_grow_with_the_prompt(memory) -> None:
     assert short["head_tensor_bytes"] >= ROWS * VOCAB_SIZE * 4  # the logits of the response rows are seen
 
 
+@MEASURED
 def test_full_logits_grow_by_a_vocabulary_per_position(memory) -> None:
     short, long = memory["full logits", 256], memory["full logits", 512]
     logits_growth = (long["positions"] - short["positions"]) * VOCAB_SIZE * 4
@@ -55,12 +60,14 @@ def test_full_logits_grow_by_a_vocabulary_per_position(memory) -> None:
     assert long["head_tensor_bytes"] > 9 * memory["response-only", 512]["head_tensor_bytes"]
 
 
+@MEASURED
 def test_the_step_holds_at_least_its_head(memory) -> None:
     for row in memory.values():
         assert row["step_tensor_bytes"] >= row["head_tensor_bytes"]
         assert row["step_resident_bytes"] > 0.5 * row["step_tensor_bytes"]
 
 
+@MEASURED
 def test_times_stand_beside_both_predictions(result) -> None:
     (row,) = result["times"]
     assert row["tokens_ratio"] == (128 + 2 * 32) / (2 * 128)

@@ -311,3 +311,10 @@ def test_runs_with_and_without_adapters_share_a_reference_cache(found: dict[str,
 def test_an_export_says_what_it_writes(folder: Path, exported: Path) -> None:
     with pytest.raises(UserError, match="--adapter writes them for PEFT"):
         export_model(folder / "whole" / "checkpoints" / LAST, folder / "out", dtype=None, verification="none")
+    whole = folder / "full" / "checkpoints" / SAVED
+    for flag, export in (
+        ("--adapter", lambda: export_adapter(whole, folder / "out", dtype=None)),
+        ("--merge", lambda: export_model(whole, folder / "out", dtype=None, verification="none", merge=True)),
+    ):
+        with pytest.raises(UserError, match=f"holds a whole model and no adapters; leave out {flag}$"):
+            export()

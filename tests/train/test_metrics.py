@@ -224,7 +224,7 @@ def make_pack(triplets: int, multiple: int = 2) -> Pack:
         )
         for number in range(triplets)
     ]
-    return build_pack(rows, ROLES, multiple)
+    return build_pack(rows, ROLES, multiple, share_prompts=False)
 
 
 def read(path: Path, family: str) -> Architecture:

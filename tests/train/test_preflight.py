@@ -48,7 +48,7 @@ def run_all(folder: Path) -> dict[str, Any]:
     left = sorted(path.name for path in (folder / "rows").iterdir())
     data = load_prepared(folder / "prepared").train
     dataset = TripletDataset(data, {"short": "prompt_short", "long": "prompt_long"}, TINY)
-    longest = int(dataset.sizes(ObjectiveConfig().roles.all, 1).padded_tokens.max())
+    longest = int(dataset.sizes(ObjectiveConfig().roles.all, 1, share_prompts=True).padded_tokens.max())
     found["longest"] = longest + longest % 2
     mine = {"optimizer": {"lr": 1e-2 if rank == 3 else 1e-3}}
     found["config"] = refused(config(folder, "differs", **mine))

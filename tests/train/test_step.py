@@ -59,7 +59,7 @@ def reads(loss_type: str, sizes: dict[str, Any], groups: Topology, path: Path) -
         build_model(resolved, chunk_tokens=16, device=groups.device), OptimizerConfig(), resolved.parallel
     )
     multiples = groups.sequence_multiple, groups.pack_multiple()
-    packs = [build_pack([tokenized(make_row(), index)], roles, *multiples) for index in range(2)]
+    packs = [build_pack([tokenized(make_row(), index)], roles, *multiples, share_prompts=False) for index in range(2)]
     loss = objective_loss(objective, ReferenceLogprobs(roles, torch.zeros(2, len(roles))), groups)
     microbatches = [shard_pack(pack, groups) for pack in packs]
     positions = [each.tokens_1t.shape[1] for each in microbatches]
@@ -87,8 +87,8 @@ def test_the_host_does_not_wait_for_the_device_within_a_step(name: str) -> None:
 
 
 def test_a_number_that_our_code_reads_is_seen() -> None:
-    pack = build_pack([tokenized(make_row(), 0)], ObjectiveConfig().roles.all, 1)
+    pack = build_pack([tokenized(make_row(), 0)], ObjectiveConfig().roles.all, 1, share_prompts=False)
     with HostReads() as found:
         assert pack.num_tokens > 0
     (line,) = found.lines
-    assert line.startswith("packing.py:") and "self.sequence_lengths_S.sum()" in line
+    assert line.startswith("packing.py:") and "self.prompt_lengths_B.sum()" in line

@@ -11,6 +11,9 @@ from megatron_solopo.triplets.contexts import uniform_distance
 from megatron_solopo.triplets.corpus.formats import entity_golds, mentions, normalise
 from tests.triplets.musique_example import QUESTIONS, Row, construct, evidence, passages, read
 
+# In short: 2,048 tokens in tests/triplets/test_build.py.
+pytestmark = pytest.mark.long
+
 LENGTHS = (2048, 8192, 32768, 131072)
 
 

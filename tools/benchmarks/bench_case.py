@@ -26,8 +26,8 @@ from megatron_solopo.errors import UserError
 from tools.benchmarks.cpu_counts import TensorPeak, held_bytes
 from tools.benchmarks.random_triplets import random_triplet
 
-SOLOPO, LONG_PO, TRL = SYSTEMS = ("solopo", "long_po", "trl")
-OURS = (SOLOPO, LONG_PO)
+SOLOPO, LONG_PO, SHORT_PO, TRL = SYSTEMS = ("solopo", "long_po", "short_po", "trl")
+OURS = (SOLOPO, LONG_PO, SHORT_PO)
 OK, OUT_OF_MEMORY, NOT_TRIED, FAILED = "ok", "out of memory", "not tried", "failed"
 _INIT_STD = 0.02
 Emit = Callable[..., None]
@@ -117,6 +117,8 @@ class Measurement:
     """How it was run, where there is a choice."""
     seconds: list[float] = field(default_factory=list)
     """Of the steps that count."""
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Of the same steps: the processor time of all threads of the process, which waits for nothing else."""
     losses: list[float] = field(default_factory=list)
     """Of all steps, warm-up included."""
     grad_norms: list[float] = field(default_factory=list)
@@ -141,7 +143,7 @@ class StepMeter:
     def __init__(self, measurement: Measurement, warmup: int) -> None:
         self.measurement, self.warmup = measurement, warmup
         self.started_steps = 0
-        self._start = 0.0
+        self._start = self._cpu_start = 0.0
         self._flops, self._peak, self._counting = FlopCounterMode(display=False), TensorPeak(), ExitStack()
 
     def begin(self, held: Callable[[], Iterable[Tensor]]) -> None:
@@ -154,7 +156,7 @@ class StepMeter:
                 torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         synchronize()
-        self._start = time.perf_counter()
+        self._start, self._cpu_start = time.perf_counter(), time.process_time()
 
     def _begin_counts(self, held: Callable[[], Iterable[Tensor]]) -> None:
         if self.started_steps == 1:
@@ -176,11 +178,13 @@ class StepMeter:
 
     def end(self) -> None:
         synchronize()
-        seconds, result = time.perf_counter() - self._start, self.measurement
+        seconds, cpu_seconds = time.perf_counter() - self._start, time.process_time() - self._cpu_start
+        result = self.measurement
         if not torch.cuda.is_available():
             self._end_counts()
         if self.started_steps > self.warmup:
             result.seconds.append(seconds)
+            result.cpu_seconds.append(cpu_seconds)
         if torch.cuda.is_available() and self.started_steps >= self.warmup:
             result.allocated_bytes = max(result.allocated_bytes or 0, torch.cuda.max_memory_allocated())
             if self.started_steps == self.warmup:

@@ -107,7 +107,10 @@ class Series:
         roles = self.objective.roles.all
         multiples = topology.sequence_multiple, topology.pack_multiple(config.model)
         # A triplet is a pack: long sequences are what fills the memory.
-        self.packs: list[Pack] = [build_pack([triplet], roles, *multiples) for triplet in plan.batch(long_tokens)]
+        self.packs: list[Pack] = [
+            build_pack([triplet], roles, *multiples, share_prompts=config.data.share_prompts)
+            for triplet in plan.batch(long_tokens)
+        ]
         self.result = Measurement(name, long_tokens)
         self.meter = StepMeter(self.result, plan.warmup)
         self.loss: Any = None

@@ -61,6 +61,46 @@ def run_worker(module: str, plan_file: Path) -> Iterator[dict[str, Any]]:
         yield {"kind": "died", "text": f"its process ended with {code}; its last words are above"}
 
 
+def measure_alone(system: str, plan: Plan, folder: Path) -> Row:
+    """One case, in a process of its own.
+
+    Raises:
+        click.ClickException: it gave no measurement.
+    """
+    worker = "bench_trl" if system == TRL else "bench_ours"
+    messages = list(run_worker(f"tools.benchmarks.{worker}", plan.write(folder / "plan.json")))
+    for message in messages:
+        if message["kind"] in ("error", "died"):
+            raise click.ClickException(f"{system}: {message['text']}")
+    row = next(message for message in messages if message["kind"] == "measurement")
+    if row["status"] != OK:
+        raise click.ClickException(f"{system}: {row['status']}: {row['detail']}")
+    return row
+
+
+def merged(rounds: list[Row]) -> Row:
+    """One case: counts of the first round, times of all."""
+    times = {key: [second for row in rounds for second in row[key]] for key in ("seconds", "cpu_seconds")}
+    return rounds[0] | times
+
+
+def step_size(plan: Plan, system: str, long_tokens: int) -> tuple[int, float]:
+    """Tokens and model FLOPs of one step."""
+    # Slow to import; a process measures meanwhile.
+    from megatron_solopo.architecture.huggingface_config import read_architecture
+    from megatron_solopo.config import parse_config
+    from megatron_solopo.data.packing import build_pack
+    from megatron_solopo.train.metrics import training_flops
+
+    config = parse_config(plan.config, "benchmark")
+    objective = config.objective.model_copy(update={"name": LONG_PO if system == TRL else system})
+    # TRL computes the prompt of each answer.
+    share_prompts = config.data.share_prompts and system != TRL
+    pack = build_pack(plan.batch(long_tokens), objective.roles.all, sequence_multiple=1, share_prompts=share_prompts)
+    flops = training_flops(read_architecture(Path(plan.model_path)), [pack], base_learns=config.lora is None)
+    return pack.num_tokens, flops
+
+
 class Results:
     """Collects what the processes report and writes it down after every measurement."""
 
@@ -101,20 +141,9 @@ class Results:
         return complete(row, *self._size(row["system"], row["long_tokens"]), peak_flops())
 
     def _size(self, system: str, long_tokens: int) -> tuple[int, float]:
-        """Tokens and model FLOPs of one step."""
-        from megatron_solopo.architecture.huggingface_config import read_architecture
-        from megatron_solopo.config import parse_config
-        from megatron_solopo.data.packing import build_pack
-        from megatron_solopo.train.metrics import training_flops
-
-        key = (LONG_PO if system == TRL else system, long_tokens)
+        key = system, long_tokens
         if key not in self._sizes:
-            config = parse_config(self.plan.config, "benchmark")
-            objective = config.objective.model_copy(update={"name": key[0]})
-            pack = build_pack(self.plan.batch(long_tokens), objective.roles.all, sequence_multiple=1)
-            architecture = read_architecture(Path(self.plan.model_path))
-            flops = training_flops(architecture, [pack], base_learns=config.lora is None)
-            self._sizes[key] = pack.num_tokens, flops
+            self._sizes[key] = step_size(self.plan, *key)
         return self._sizes[key]
 
     def save(self) -> None:

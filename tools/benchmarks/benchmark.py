@@ -10,10 +10,10 @@ On a CPU, at toy size:
 
 Weights and data are random and the same for all systems. solopo and long_po run in one process, whole optimizer steps
 in turn; TRL runs in a process of its own, in every variant that could be its fastest, the reference log-probs
-precomputed as ours are. Running out of memory is a result: the next --fallback or variant is tried, and if there is
-none, no longer length. The learning rate is too small to move a weight, so that every step of every system computes
-the same thing, and loss and gradient norm can be compared. OVERRIDES are keys of the training configuration, as
-`megatron-solopo train` takes them.
+precomputed as ours are. Ours compute a prompt once, TRL for each answer; data.share_prompts=false compares equal work.
+Running out of memory is a result: the next --fallback or variant is tried, and if there is none, no longer length. The
+learning rate is too small to move a weight, so that every step of every system computes the same thing, and loss and
+gradient norm can be compared. OVERRIDES are keys of the training configuration, as `megatron-solopo train` takes them.
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ import yaml
 
 from megatron_solopo.config import load_config
 from megatron_solopo.errors import UserError
-from tools.benchmarks.bench_case import OURS, SHAPES, SYSTEMS, TRL, Plan, model_config
+from tools.benchmarks.bench_case import LONG_PO, OURS, SHAPES, SOLOPO, SYSTEMS, TRL, Plan, model_config
 from tools.benchmarks.bench_report import markdown, plot
 from tools.benchmarks.bench_results import ROOT, Results, on_gpu, run_worker
 from tools.reporting import environment
@@ -132,7 +132,7 @@ def split_systems(_: click.Context, __: click.Parameter, value: str) -> list[str
 @click.command(help=__doc__)
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="qwen2.5-1.5b", show_default=True)
 @click.option("--layers", type=click.IntRange(1), help="Layers, where they are not to be the published number.")
-@click.option("--systems", callback=split_systems, default=",".join(SYSTEMS), show_default=True)
+@click.option("--systems", callback=split_systems, default=f"{SOLOPO},{LONG_PO},{TRL}", show_default=True)
 @click.option("--long-tokens", type=click.IntRange(2), multiple=True, default=(8192, 32768, 131072), show_default=True)
 @click.option("--short-tokens", type=click.IntRange(2), default=1024, show_default=True)
 @click.option("--response-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of each answer.")

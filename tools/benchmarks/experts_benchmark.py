@@ -140,7 +140,11 @@ def load(config: Config, groups: Topology, steps: int) -> tuple[Any, Policy]:
 
 
 def packed(triplet: TokenizedTriplet, objective: ObjectiveConfig, groups: Topology) -> list[Pack]:
-    return [build_pack([triplet], objective.roles.all, groups.sequence_multiple, groups.pack_multiple())]
+    return [
+        build_pack(
+            [triplet], objective.roles.all, groups.sequence_multiple, groups.pack_multiple(), share_prompts=False
+        )
+    ]
 
 
 def measure_times(sizes: Sizes, repeats: int) -> Times:
@@ -191,7 +195,14 @@ def measure_memory(sizes: Sizes) -> Memory:
         loss_function = objective_loss(SOLOPO, zero_references(SOLOPO, 1), groups)
         with meter.counting():
             policy.step(packed(sizes.triplet(0), SOLOPO, groups), loss_function, groups)
-        shape = pack_shape([text_tokens(sizes)], SOLOPO.roles.all, groups.sequence_multiple, groups.pack_multiple(), 1)
+        shape = pack_shape(
+            [text_tokens(sizes)],
+            SOLOPO.roles.all,
+            groups.sequence_multiple,
+            groups.pack_multiple(),
+            1,
+            share_prompts=False,
+        )
         state = rank_state(architecture, config, 0, 1)
         return Memory(
             measured={

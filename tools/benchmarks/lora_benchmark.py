@@ -16,38 +16,21 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import click
 
 from megatron_solopo.files import write_json
-from tools.benchmarks.bench_case import LONG_PO, OK, SHAPES, TRL, Plan
-from tools.benchmarks.bench_results import run_worker
+from tools.benchmarks.bench_case import LONG_PO, SHAPES, TRL
+from tools.benchmarks.bench_report import Row
+from tools.benchmarks.bench_results import measure_alone, merged
 from tools.benchmarks.benchmark import check, make_plan
 from tools.reporting import environment, table
 
-WORKERS = {LONG_PO: "bench_ours", TRL: "bench_trl"}
+SAME_WORK = "data.share_prompts=false"
+"""TRL computes the prompt of each answer."""
 AGREEMENT = 1e-3
 """Greatest relative difference between the gradient norms of the two systems."""
 _MIB = 2**20
-Row = dict[str, Any]
-
-
-def measure(system: str, plan: Plan, folder: Path) -> Row:
-    """One case, in a process of its own."""
-    messages = list(run_worker(f"tools.benchmarks.{WORKERS[system]}", plan.write(folder / "plan.json")))
-    for message in messages:
-        if message["kind"] in ("error", "died"):
-            raise click.ClickException(f"{system}: {message['text']}")
-    row = next(message for message in messages if message["kind"] == "measurement")
-    if row["status"] != OK:
-        raise click.ClickException(f"{system}: {row['status']}: {row['detail']}")
-    return row
-
-
-def merged(rounds: list[Row]) -> Row:
-    """One case: counts of the first round, times of all."""
-    return rounds[0] | {"seconds": [second for row in rounds for second in row["seconds"]]}
 
 
 def disagreements(rows: dict[tuple[str, str], Row]) -> Iterator[str]:
@@ -107,7 +90,7 @@ def main(
     without_trl: bool,
     json_path: Path | None,
 ) -> None:
-    systems = [LONG_PO] if without_trl else list(WORKERS)
+    systems = [LONG_PO] if without_trl else [LONG_PO, TRL]
     check(systems, long_tokens, [long_tokens], response_tokens)
     sizes = {"long_tokens": [long_tokens], "short_tokens": long_tokens, "response_tokens": response_tokens}
     sizes |= {"triplets": 1, "warmup": 2, "steps": steps, "trl_variants": ["sdpa"]}
@@ -118,8 +101,8 @@ def main(
         for trained, overrides in (("whole model", []), (f"rank {rank}", [f"lora.rank={rank}"])):
             for system in systems:
                 with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-                    plan = make_plan(Path(name), shape, None, overrides, (), systems=[system], **sizes)
-                    row = measure(system, plan, Path(name))
+                    plan = make_plan(Path(name), shape, None, [*overrides, SAME_WORK], (), systems=[system], **sizes)
+                    row = measure_alone(system, plan, Path(name))
                 found.setdefault((system, trained), []).append(row)
                 seconds = median(row["seconds"])
                 click.echo(f"[{number + 1}/{rounds}] {system}, {trained}: {seconds:.2f} s per step", err=True)

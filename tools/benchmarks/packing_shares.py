@@ -78,7 +78,7 @@ def _batch(model: ModelShape, long: IntArray, multiple: int, seed: int) -> tuple
     generator = np.random.default_rng(seed)
     prompts = {"short": long // 8, "long": long}
     responses = {name: generator.integers(50, 500, len(long)) for name in ("chosen", "rejected")}
-    sizes = triplet_sizes(prompts, responses, _ROLES, multiple, model)
+    sizes = triplet_sizes(prompts, responses, _ROLES, multiple, model, share_prompts=False)
     lengths = [prompts[role.context] + responses[role.response] for role in _ROLES]
     squares = np.square(padded_lengths(np.stack(lengths), multiple)).sum(axis=0)
     return sizes.select(np.arange(len(long))), squares
@@ -125,7 +125,8 @@ def pass_shares(pp: int, length: int) -> tuple[float, float, float]:
             (packs,) = plan_global_batch(sizes, max_tokens=_BUDGET, max_triplets=None, num_ranks=1, wanted_packs=wanted)
             rounds.append([sum(sizes[i].cost for i in pack) for pack in packs])
         shares.append(_busy_share(rounds, pp))
-    whole_pass = TripletSizes(*(np.array(column) for column in zip(*chosen, strict=True)))
+    padded, tokens, cost = (np.array(column) for column in zip(*chosen, strict=True))
+    whole_pass = TripletSizes(padded, tokens, cost, sequence_tokens=tokens)
     packs_of_pass = plan_single_pass(
         whole_pass, max_tokens=_BUDGET, max_triplets=None, num_ranks=1, wanted_packs=packs_per_part(pp)
     )

@@ -172,7 +172,10 @@ def _packs(groups: Topology) -> list[Pack]:
         )
         for index in range(8)
     ]
-    return [build_pack([row], _OBJECTIVE.roles.all, groups.sequence_multiple, groups.pack_multiple()) for row in rows]
+    return [
+        build_pack([row], _OBJECTIVE.roles.all, groups.sequence_multiple, groups.pack_multiple(), share_prompts=False)
+        for row in rows
+    ]
 
 
 if __name__ == "__main__":

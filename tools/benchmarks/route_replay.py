@@ -45,7 +45,9 @@ def gaps(path: Path, dtype: str, replay: str | None) -> Tensor:
     config = make_config(path, {"name": "solopo", "loss_type": "dpo"}, layout)
     groups, roles = topology.initialize(config.parallel, seed=1), config.objective.roles.all
     try:
-        packs = [build_pack([tokenized(row, number)], roles, 1) for number, row in enumerate(triplets())]
+        packs = [
+            build_pack([tokenized(row, number)], roles, 1, share_prompts=False) for number, row in enumerate(triplets())
+        ]
         found = live_reference(config, path, groups, [packs], _TRIPLETS)
     finally:
         topology.destroy(groups)

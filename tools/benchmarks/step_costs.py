@@ -158,7 +158,9 @@ def measure_memory(head: str, prompt_tokens: int, response_tokens: int, vocab_si
             use_full_logits(model)
         short = min(_MEMORY_SHORT_TOKENS, prompt_tokens) + response_tokens
         triplet = random_triplet(short, prompt_tokens + response_tokens, response_tokens, vocab_size, index=0)
-        pack = build_pack([triplet], SOLOPO.roles.all, groups.sequence_multiple, groups.pack_multiple())
+        pack = build_pack(
+            [triplet], SOLOPO.roles.all, groups.sequence_multiple, groups.pack_multiple(), share_prompts=False
+        )
         loss_function = objective_loss(SOLOPO, zero_references(SOLOPO, rows=1), groups)
         reports: list[Tensor] = []
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: imports may have raised it
@@ -205,7 +207,15 @@ def measure_times(short: int, long: int, response_tokens: int, repeats: int) -> 
         for index in range(repeats + 1):
             triplet = random_triplet(short, long, response_tokens, _TIME_VOCAB_SIZE, index)
             for objective in OBJECTIVES:
-                packs = [build_pack([triplet], objective.roles.all, groups.sequence_multiple, groups.pack_multiple())]
+                packs = [
+                    build_pack(
+                        [triplet],
+                        objective.roles.all,
+                        groups.sequence_multiple,
+                        groups.pack_multiple(),
+                        share_prompts=False,
+                    )
+                ]
                 loss_function = objective_loss(objective, zero_references(objective, repeats + 1), groups)
                 wall_start, cpu_start = time.perf_counter(), time.process_time()
                 policy.step(packs, loss_function, groups)
