@@ -72,16 +72,16 @@ def cost_line(row: Row, figures: dict[str, Any]) -> str:
 
 def write_costs() -> None:
     """Write all files."""
-    parts = [HEADER.rstrip()]
+    parts, rows = [HEADER.rstrip()], planned_rows()
     for model in MODELS:
-        plans = {name: make_plan(row, model) for name, row in planned_rows().items()}
+        plans = {name: make_plan(row, model) for name, row in rows.items()}
         text = "\n".join(text for text, _ in plans.values())
         (FOLDER / "plans").mkdir(exist_ok=True)
         (FOLDER / "plans" / f"{model}.txt").write_text(text, encoding="utf-8")
         parts += [
             f"\n## {model}\n\n| row | steps | s per step | reference pass, min | run, min | GPU-hours | GiB per GPU |",
             "|---|---:|---:|---:|---:|---:|---:|",
-            *(cost_line(planned_rows()[name], figures) for name, (_, figures) in plans.items()),
+            *(cost_line(rows[name], figures) for name, (_, figures) in plans.items()),
         ]
     (FOLDER / "COSTS.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
 

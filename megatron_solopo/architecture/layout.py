@@ -20,6 +20,20 @@ FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 16}
 FP8_BLOCK = 128
 
 
+def context_chunks(start: int, end: int, size: int, rank: int) -> list[range]:
+    """What context-parallel rank `rank` of `size` holds of the positions [start, end), in its local order.
+
+    They are cut into 2 x CP equal chunks. Rank r holds chunks r and 2 x CP - 1 - r, so that causal attention costs
+    every rank the same. Transformer Engine expects this order.
+    """
+    if size == 1:
+        return [range(start, end)]
+    chunk, remainder = divmod(end - start, 2 * size)
+    assert remainder == 0, f"block of {end - start} positions is not padded to a multiple of {2 * size}"
+    first, last = start + rank * chunk, end - rank * chunk
+    return [range(first, first + chunk), range(last - chunk, last)]
+
+
 def sequence_multiple(context_parallel_size: int) -> int:
     """Every packed sequence is padded to a multiple of this: context parallelism cuts it into 2 x CP chunks."""
     return 2 * context_parallel_size if context_parallel_size > 1 else 1

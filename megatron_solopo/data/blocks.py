@@ -1,12 +1,13 @@
 """Blocks of a pack: a prompt and the responses that share it, and which keys the queries of a rank see.
 
-A response sees the prompt and itself. Context parallelism cuts every block into 2 x CP equal chunks, and rank r holds
-chunks r and 2 x CP - 1 - r.
+A response sees the prompt and itself. Context parallelism cuts every block, see `architecture.layout.context_chunks`.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+from megatron_solopo.architecture.layout import context_chunks
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,9 @@ def attended_runs(blocks: Sequence[Block], size: int, rank: int) -> Iterator[tup
     for block in blocks:
         # Each response behind the first one is a branch of its own. The first continues the prompt.
         branches = [block.start, *block.response_starts[1:], block.end]
-        for low, high in _chunks(block, size, rank):
+        for chunk in context_chunks(block.start, block.end, size, rank):
             for branch, following in pairwise(branches):
-                first, last = max(low, branch), min(high, following)
+                first, last = max(chunk.start, branch), min(chunk.stop, following)
                 if first < last:
                     prompt = [range(block.start, block.prompt_end)] if branch > block.start else []
                     yield range(first, last), [*prompt, range(branch, last)]
-
-
-def _chunks(block: Block, size: int, rank: int) -> list[tuple[int, int]]:
-    if size == 1:
-        return [(block.start, block.end)]
-    chunk = (block.end - block.start) // (2 * size)
-    return [
-        (block.start + rank * chunk, block.start + (rank + 1) * chunk),
-        (block.end - (rank + 1) * chunk, block.end - rank * chunk),
-    ]

@@ -104,8 +104,7 @@ class Pack:
 
         Padding belongs to the last response of its block.
         """
-        starts = torch.cat([self.cu_seqlens_B1[:-1].long(), self.response_starts_S])
-        starts, runs = starts.sort()
+        starts, runs = self._run_starts.sort()
         return runs.repeat_interleave(torch.cat([starts, starts.new_tensor([self.padded_tokens])]).diff())
 
     @property
@@ -113,8 +112,12 @@ class Pack:
         """The place of each token in its sequence, from 0."""
         prompts_B = torch.zeros_like(self.prompt_lengths_B)
         first = torch.cat([prompts_B, self.prompt_lengths_B[self.blocks_S]])
-        starts = torch.cat([self.cu_seqlens_B1[:-1].long(), self.response_starts_S])
-        return torch.arange(self.padded_tokens) - (starts - first)[self.runs_T]
+        return torch.arange(self.padded_tokens) - (self._run_starts - first)[self.runs_T]
+
+    @property
+    def _run_starts(self) -> Tensor:
+        """First position of each prompt, then of each response."""
+        return torch.cat([self.cu_seqlens_B1[:-1].long(), self.response_starts_S])
 
     @property
     def padded_tokens(self) -> int:

@@ -87,7 +87,8 @@ class PackedAttention(torch.nn.Module):
         Returns [s, b, heads / TP * d].
         """
         if packed_seq_params is None:
-            return self._attend_cached(query, key, value)
+            assert self.context_group.size() == 1
+            return self._attend_batch(query, key, value).flatten(2)
         assert packed_seq_params.qkv_format == "thd", "packed or cached sequences only"
         segments = getattr(packed_seq_params, "segments", None)
         if segments is None:
@@ -100,18 +101,14 @@ class PackedAttention(torch.nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend within one segment."""
-        mask = _causal(query, key)
-        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # [t, h, d] -> [1, h, t, d]
-        out = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale, enable_gqa=True, **mask)
-        return out.squeeze(0).transpose(0, 1)
+        return self._attend_batch(*(x.unsqueeze(1) for x in (query, key, value))).squeeze(1)
 
-    def _attend_cached(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend within a batch, with or without keys of earlier positions. Not for context parallelism."""
-        assert self.context_group.size() == 1
+    def _attend_batch(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend within each of b sequences, with or without keys of earlier positions: [s, b, heads / TP, d]."""
         mask = _causal(query, key)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [s, b, h, d] -> [b, h, s, d]
         out = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale, enable_gqa=True, **mask)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return out.permute(2, 0, 1, 3)
 
 
 def _causal(query: Tensor, key: Tensor) -> dict[str, Any]:

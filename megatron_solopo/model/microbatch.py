@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_solopo.architecture.layout import context_chunks
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.model.head import PackedResponses, RowGathering, plan_gathering
 from megatron_solopo.model.routing import token_places
@@ -141,10 +142,8 @@ def _bound(length: int) -> int:
 
 def _rotary_places(positions_t: Tensor, size: int, rank: int) -> Tensor:
     """Put this rank's positions where Megatron looks for those of one sequence in 2 x CP chunks. Returns [T]."""
-    if size == 1:
-        return positions_t
-    half = len(positions_t) // 2
     positions_T = positions_t.new_zeros(size * len(positions_t))
-    positions_T[rank * half : (rank + 1) * half] = positions_t[:half]
-    positions_T[len(positions_T) - (rank + 1) * half : len(positions_T) - rank * half] = positions_t[half:]
+    chunks = context_chunks(0, len(positions_T), size, rank)
+    for chunk, positions in zip(chunks, positions_t.chunk(len(chunks)), strict=True):
+        positions_T[chunk.start : chunk.stop] = positions
     return positions_T

@@ -1,7 +1,6 @@
 """Context parallelism over packed sequences: which rank holds which token, and sums over the ranks.
 
-Every block (see `data.packing`) is cut into 2 x CP equal chunks. Rank r holds chunks r and 2 x CP - 1 - r, so that
-causal attention costs every rank the same. Transformer Engine expects this order.
+Every block (see `data.packing`) is cut as `architecture.layout.context_chunks` says.
 """
 
 from itertools import pairwise
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_solopo.architecture.layout import context_chunks
 
 
 def shard_indices(cu_seqlens_B1: Tensor, size: int, rank: int) -> Tensor:
@@ -21,16 +22,8 @@ def shard_indices(cu_seqlens_B1: Tensor, size: int, rank: int) -> Tensor:
     Returns:
         int64 positions [T / size], on the CPU.
     """
-    boundaries = cu_seqlens_B1.tolist()
-    if size == 1:
-        return torch.arange(boundaries[-1], device="cpu")
-    chunks = []
-    for start, end in pairwise(boundaries):
-        chunk, remainder = divmod(end - start, 2 * size)
-        assert remainder == 0, f"block of {end - start} positions is not padded to a multiple of {2 * size}"
-        chunks.append(torch.arange(start + rank * chunk, start + (rank + 1) * chunk, device="cpu"))
-        chunks.append(torch.arange(end - (rank + 1) * chunk, end - rank * chunk, device="cpu"))
-    return torch.cat(chunks)
+    chunks = [each for ends in pairwise(cu_seqlens_B1.tolist()) for each in context_chunks(*ends, size, rank)]
+    return torch.cat([torch.arange(each.start, each.stop, device="cpu") for each in chunks])
 
 
 def gathered_order(cu_seqlens_B1: Tensor, size: int) -> Tensor:

@@ -121,14 +121,14 @@ def test_a_table_sets_adapters_beside_the_whole_model() -> None:
 
 
 def test_a_table_sets_shared_prompts_beside_separate_ones_and_trl(tmp_path) -> None:
-    from tools.benchmarks import sharing_benchmark
+    from tools.benchmarks import benchmark, sharing_benchmark
 
     sizes = {"short_tokens": SHORT, "response_tokens": RESPONSE, "long_tokens": [128], "triplets": 1, "warmup": 1}
     sizes |= {"steps": 1, "trl_variants": [], "every_variant": False, "profile": None}
     rows = {}
     for label, share, system, overrides in sharing_benchmark.cases(with_trl=True):
-        plan = sharing_benchmark.make_plan(tmp_path, "tiny", None, overrides, (), systems=[system], **sizes)
-        tokens, flops = sharing_benchmark.step_size(plan, system, 128)
+        plan = benchmark.make_plan(tmp_path, "tiny", None, overrides, (), systems=[system], **sizes)
+        tokens, flops = benchmark.step_size(plan, system, 128)
         counts = {"tokens_per_step": tokens, "flops_per_step": flops, "allocated_bytes": 2**20 * tokens}
         rows[SHORT, label, share] = row(system, 128) | counts | {"seconds": [2.0 - share], "cpu_seconds": [1.0]}
     tokens = {key[1:]: each["tokens_per_step"] for key, each in rows.items()}

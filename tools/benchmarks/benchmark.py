@@ -34,8 +34,8 @@ import yaml
 from megatron_solopo.config import load_config
 from megatron_solopo.errors import UserError
 from tools.benchmarks.bench_case import LONG_PO, OURS, SHAPES, SOLOPO, SYSTEMS, TRL, Plan, model_config
-from tools.benchmarks.bench_report import markdown, plot
-from tools.benchmarks.bench_results import ROOT, Results, on_gpu, run_worker
+from tools.benchmarks.bench_report import Row, markdown, plot
+from tools.benchmarks.bench_results import ROOT, Results, measure_alone, on_gpu, run_worker, step_size
 from tools.reporting import environment
 
 _PACKAGES = (
@@ -85,6 +85,15 @@ def make_plan(
             )
         configs[fallback or "as given"] = config.model_dump(mode="json")
     return Plan(str(folder), architecture.vocab_size, configs, **sizes)
+
+
+def measure_case(system: str, shape: str, overrides: Sequence[str], sizes: dict[str, Any]) -> Row:
+    """One case in a process of its own, with the tokens and the model's FLOPs of its step."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        plan = make_plan(Path(name), shape, None, overrides, (), systems=[system], **sizes)
+        row = measure_alone(system, plan, Path(name))
+        tokens, flops = step_size(plan, system, row["long_tokens"])
+    return row | {"tokens_per_step": tokens, "flops_per_step": flops}
 
 
 def check(systems: Sequence[str], short: int, long: Sequence[int], response: int) -> None:

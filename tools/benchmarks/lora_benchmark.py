@@ -12,7 +12,6 @@ products, counted by torch, which counts no attention on a CPU. Neither depends 
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -22,8 +21,8 @@ import click
 from megatron_solopo.files import write_json
 from tools.benchmarks.bench_case import LONG_PO, SHAPES, TRL
 from tools.benchmarks.bench_report import Row
-from tools.benchmarks.bench_results import measure_alone, merged
-from tools.benchmarks.benchmark import check, make_plan
+from tools.benchmarks.bench_results import merged
+from tools.benchmarks.benchmark import check, measure_case
 from tools.reporting import environment, table
 
 SAME_WORK = "data.share_prompts=false"
@@ -100,9 +99,7 @@ def main(
     for number in range(rounds):
         for trained, overrides in (("whole model", []), (f"rank {rank}", [f"lora.rank={rank}"])):
             for system in systems:
-                with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-                    plan = make_plan(Path(name), shape, None, [*overrides, SAME_WORK], (), systems=[system], **sizes)
-                    row = measure_alone(system, plan, Path(name))
+                row = measure_case(system, shape, [*overrides, SAME_WORK], sizes)
                 found.setdefault((system, trained), []).append(row)
                 seconds = median(row["seconds"])
                 click.echo(f"[{number + 1}/{rounds}] {system}, {trained}: {seconds:.2f} s per step", err=True)

@@ -11,19 +11,17 @@ included (megatron_solopo.train.metrics).
 """
 
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import click
 
 from megatron_solopo.files import write_json
-from tools.benchmarks.bench_case import LONG_PO, SHAPES, SHORT_PO, SOLOPO, TRL, Plan
+from tools.benchmarks.bench_case import LONG_PO, SHAPES, SHORT_PO, SOLOPO, TRL
 from tools.benchmarks.bench_report import Row
-from tools.benchmarks.bench_results import measure_alone, merged, step_size
-from tools.benchmarks.benchmark import check, make_plan
+from tools.benchmarks.bench_results import merged
+from tools.benchmarks.benchmark import check, measure_case
 from tools.reporting import environment, table
 
 ALIGN_BOTH = "solopo, align: both"
@@ -47,15 +45,6 @@ def cases(with_trl: bool) -> Iterator[tuple[str, bool, str, list[str]]]:
             yield label, share, system, [*overrides, f"data.share_prompts={str(share).lower()}"]
     if with_trl:
         yield TRL, False, TRL, []
-
-
-def measure(system: str, shape: str, overrides: list[str], sizes: dict[str, Any]) -> Row:
-    """One case in a process of its own, with the tokens and the model's FLOPs of its step."""
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
-        plan: Plan = make_plan(Path(name), shape, None, overrides, (), systems=[system], **sizes)
-        row = measure_alone(system, plan, Path(name))
-        tokens, flops = step_size(plan, system, row["long_tokens"])
-    return row | {"tokens_per_step": tokens, "flops_per_step": flops}
 
 
 def cases_table(rows: Cases) -> str:
@@ -122,7 +111,7 @@ def main(
     for number in range(rounds):
         for short in short_tokens:
             for label, share, system, overrides in cases(not without_trl):
-                row = measure(system, shape, overrides, sizes | {"short_tokens": short})
+                row = measure_case(system, shape, overrides, sizes | {"short_tokens": short})
                 found.setdefault((short, label, share), []).append(row)
                 where = f"S {short:,}, {label}, {'shared' if share else 'unshared'}"
                 click.echo(f"[{number + 1}/{rounds}] {where}: {median(row['seconds']):.2f} s per step", err=True)
