@@ -115,6 +115,7 @@ def reference_dependencies(config: Config, model: ResolvedModel, datasets: RunDa
         "fp8": precision_settings(config.model.without_gradients),
         "implementation": "transformer_engine" if model.uses_transformer_engine else "local",
         "scoring_version": _SCORING_VERSION,
+        "ld_alpha": config.objective.ld_alpha,
         "replay": config.moe.replay if _reads_both_contexts(config.reference_roles) else None,
         "roles": list(config.reference_roles),
     }
