@@ -182,7 +182,8 @@ def _both_values(key: str, expected: Any, found: Any) -> str:
     """A difference with the value of the cache, and the config's key with the value of this run."""
     if key == "weights":  # the values are hashes
         return key
-    shown = {"scoring_version": key, "replay": "moe.replay"}.get(key, f"model.{key}")
+    named = {"scoring_version": key, "replay": "moe.replay", "ld_alpha": "objective.ld_alpha"}
+    shown = named.get(key, f"model.{key}")
     before, now = ("null" if value is None else value for value in (found, expected))
     return f"{key} ({before}; this run has {shown}={now})"
 
