@@ -145,7 +145,7 @@ def objective_loss(
     def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pack = microbatch.pack
         logps_TR = _per_triplet(microbatch.sequence_logprobs(token_logprobs_N, topology.context_group), pack)
-        lengths_TR = _per_triplet(microbatch.response_lengths_S, pack)
+        lengths_TR = _per_triplet(microbatch.counted_lengths_S, pack)
         reference = None
         if objective.needs_reference:
             assert references is not None

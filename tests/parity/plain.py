@@ -18,7 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
-Row = Mapping[str, Any]  # id, prompt_short, prompt_long, chosen, rejected: token ids
+Row = Mapping[str, Any]
+"""id; prompt_short, prompt_long, chosen, rejected: token ids. A row may have chosen_mask and rejected_mask: whether
+each token counts."""
 
 
 @dataclass
@@ -39,11 +41,20 @@ def load(path: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
 
 
-def response_logprob(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
-    """Sum of the log-probabilities of the response tokens after the prompt."""
+def counted(row: Row, answer: str) -> list[int]:
+    """The places in a response of the tokens that count."""
+    mask = row.get(f"{answer}_mask", [True] * len(row[answer]))
+    return [place for place, counts in enumerate(mask) if counts]
+
+
+def response_logprob(
+    model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int], places: Sequence[int] | None = None
+) -> Tensor:
+    """Sum of the log-probabilities of the response tokens after the prompt: all, or those at some places."""
     logits = model(torch.tensor([[*prompt, *response]])).logits[0]
     predictions = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
-    return predictions.gather(1, torch.tensor(response)[:, None]).sum()
+    logprobs = predictions.gather(1, torch.tensor(response)[:, None]).squeeze(1)
+    return (logprobs if places is None else logprobs[list(places)]).sum()
 
 
 def saved_name(name: str) -> str:
@@ -163,7 +174,7 @@ def routing_metrics(
     A shared prompt counts once: with the chosen response.
     """
 
-    def counted(row: Row, context: str, answer: str) -> slice:
+    def counted_once(row: Row, context: str, answer: str) -> slice:
         return slice(len(row[f"prompt_{context}"]) if share_prompts and answer == "rejected" else 0, None)
 
     layers = range(len(next(iter(batch[0].values()))))
@@ -171,7 +182,7 @@ def routing_metrics(
     for layer in layers:
         everything = torch.cat(
             [
-                logits[layer].detach()[counted(row, *key)]
+                logits[layer].detach()[counted_once(row, *key)]
                 for row, logits_of in zip(rows, batch, strict=True)
                 for key, logits in logits_of.items()
             ]
@@ -193,7 +204,7 @@ def routing_metrics(
                         len(set(one) & set(other)) for one, other in zip(short.tolist(), long.tolist(), strict=True)
                     )
                     pairs += topk * len(short)
-            chosen += [each[counted(row, *key)] for key, each in experts.items()]
+            chosen += [each[counted_once(row, *key)] for key, each in experts.items()]
         counts = torch.cat(chosen).flatten().bincount(minlength=everything.shape[1]).double()
         loads.append(float(counts.max() / counts.mean()))
     return {
@@ -265,14 +276,14 @@ def triplet_loss(
     kept: list[Replayed | None] = [{}, {}] if replay else [None, None]
 
     def score(context: str, answer: str) -> tuple[Tensor, Tensor]:
-        prompt, response = row[f"prompt_{context}"], row[answer]
+        prompt, response, places = row[f"prompt_{context}"], row[answer], counted(row, answer)
         with replaying(model, row, context, answer, kept[0]):
-            logp = response_logprob(model, prompt, response)
+            logp = response_logprob(model, prompt, response, places)
         with torch.no_grad(), replaying(reference, row, context, answer, kept[1]):
             reference_prompt = row[f"prompt_{reference_context or context}"]
-            reference_logp = response_logprob(reference, reference_prompt, response)
-        nll = -logp / len(response)
-        return _reward(o["loss_type"], beta, logp, len(response), reference_logp), nll
+            reference_logp = response_logprob(reference, reference_prompt, response, places)
+        nll = -logp / len(places)
+        return _reward(o["loss_type"], beta, logp, len(places), reference_logp), nll
 
     context = "long" if o["name"] == "long_po" else "short"
     (chosen, nll), (rejected, _) = score(context, "chosen"), score(context, "rejected")
