@@ -207,11 +207,18 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
     if metrics.get("eval_loss") is not None:
         parts.append(f"eval loss {metrics['eval_loss']:.4f} accuracy {metrics['eval_rewards/accuracies']:.2f}")
     parts.append(f"grad {metrics['grad_norm']:.3f} lr {metrics['learning_rate']:.2e}")
+    parts += computed_tokens(metrics)
     parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
     if (share := metrics.get("straggler_share")) is not None and share >= _SHOWN_STRAGGLER_SHARE:
         parts.append(f"waits for rank {metrics['straggler_rank']} {share:.0%}")
     parts.append(f"ETA {timedelta(seconds=round(remaining_seconds))}")
     return " | ".join(parts)
+
+
+def computed_tokens(counts: Metrics) -> list[str]:
+    """In words, how many of all sequences' tokens a step computes; nothing where it computes every one."""
+    computed, all_sequences = counts["num_tokens"], counts["num_sequence_tokens"]
+    return [] if computed == all_sequences else [f"{computed:,} of {all_sequences:,} tokens computed"]
 
 
 def keep_before(path: Path, first_step: int) -> None:
