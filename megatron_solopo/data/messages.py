@@ -1,7 +1,8 @@
 """Chat messages of rows: their legal forms, and the texts that they hold.
 
     system, user   {"role", "content"}
-    assistant      {"role", "content"}, and perhaps "tool_calls" and a thought: "reasoning_content" or "thinking"
+    assistant      {"role", "content"}, and perhaps "tool_calls" and a thought: "reasoning_content", "reasoning" or
+                   "thinking"
     tool           {"role", "content"}, and perhaps "name" and "tool_call_id"
 
 A tool call is {"type": "function", "id", "function": {"name", "arguments"}}, where type and id may be missing. Its
@@ -18,8 +19,8 @@ Message = dict[str, Any]
 Content = str | list[Message]
 
 TOOL_CALLS = "tool_calls"
-THOUGHTS = ("reasoning_content", "thinking")
-"""Keys of an assistant message that hold its thought. Each template knows one of them or none."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of an assistant message that hold its thought. transformers gives each template the one that it reads."""
 
 _KEYS: dict[str, tuple[str, ...]] = {
     "system": ("role", "content"),

@@ -29,7 +29,7 @@ _OPENED = re.compile(r"(<(?:seed:)?think(?:ing)?>|\[THINK\])\s*\Z")
 _CLOSED = re.compile(r"(</(?:seed:)?think(?:ing)?>|\[/THINK\])\s*\Z")
 # Two answers that no template changes. What stands around both is the template's.
 _PROBES = ("Qxqz vrrk", "Zwlm jpty")
-_SHOWN = 40
+_SHOWN, _SHOWN_BEFORE = 40, 10
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _generated(start: str, alone: str, following: str) -> str | None:
 
 
 def _edited(what: str, before: str, after: str, name: str) -> UserError:
-    place = _first_difference(before, after)
+    place = max(0, _first_difference(before, after) - _SHOWN_BEFORE)
     return UserError(
         f"{name}: the chat template edits earlier turns, so prompt and response do not concatenate; it writes {what} "
         f"as {after[place : place + _SHOWN]!r} once later turns follow, and {before[place : place + _SHOWN]!r} before "

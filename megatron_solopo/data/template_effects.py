@@ -126,7 +126,7 @@ def _lost_texts(kind: EffectKind, name: str, message: Message, texts: Sequence[s
 def header_effects(name: str, response: Content, parts: Sequence[ResponsePart], template: str) -> Iterator[Effect]:
     """Whether the start of an answer's turn is trained, since the template does not write it behind a prompt."""
     first, written = as_messages(response, "assistant")[0], parts[0].text
-    texts = [message_text(first), *(first[key] for key in THOUGHTS if key in first), *tool_texts(first)]
+    texts = [message_text(first), *(first[key] for key in THOUGHTS if key in first)]
     places = [written.find(text.strip()) for text in texts if text.strip()]
     header = written[: min((place for place in places if place >= 0), default=0)]
     if header.strip() and _GENERATION_PROMPT not in template:

@@ -316,8 +316,8 @@ def tokenize_rows(
     """Tokenize a valid file into Arrow files under `work`, row by row in the file's order.
 
     Columns: id, line, problem, effects, evidence_depths, the token columns and the masks. If a row cannot be tokenized,
-    `problem` says why and its tokens are empty. For all other rows `problem` is "". `effects` is JSON: what the template
-    did to the row, by `EffectKind`; "" for nothing.
+    `problem` says why and its tokens are empty. For all other rows `problem` is "". `effects` is JSON: what the
+    template did to the row, by `EffectKind`; "" for nothing.
     """
     carried = {"id": Value("string"), "line": Value("int64"), DEPTHS_FIELD: List(Value("float32"))}
     rows = Dataset.from_generator(

@@ -116,7 +116,11 @@ def test_a_pair_without_id_is_known_by_its_line(tmp_path):
         (triplet("c", chosen="\ud800"), "chosen", "holds a lone surrogate at character 1, which is not Unicode text"),
         (triplet("c", chosen=[assistant("y")]), "chosen", "is messages, but prompt_short is text"),
         (pair(), "", "is a pair, but line 1 is a triplet; one file holds one kind"),
-        (chat_triplet("c", prompt_short=[]), "prompt_short", "expected messages that end with a user or a tool message"),
+        (
+            chat_triplet("c", prompt_short=[]),
+            "prompt_short",
+            "expected messages that end with a user or a tool",
+        ),
         (
             chat_triplet("c", prompt_short=[user("s"), assistant("y")]),
             "prompt_short",
@@ -364,7 +368,7 @@ def test_answers_that_are_whole_conversations(tmp_path, row, prompt, chosen):
             {"prompt": QUESTION, "chosen": [*OTHER, assistant("y")], "rejected": [*QUESTION, assistant("n")]},
             "is not what chosen and rejected begin with",
         ),
-        ({"chosen": "p yes", "rejected": "p no"}, "write it into its own field, as trl.extract_prompt does"),
+        ({"id": "x", "chosen": "p yes", "rejected": "p no"}, "write it into its own field, as trl.extract_prompt does"),
     ],
 )
 def test_conversations_that_do_not_tell_their_prompt(tmp_path, row, reason):
