@@ -41,6 +41,15 @@ class TokenizedTriplet:
     masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     """Response -> whether each of its tokens counts, at least one. All tokens of a response without a mask count."""
 
+    def counted(self, response: str) -> NDArray[np.bool_]:
+        """Whether each token of a response counts."""
+        return self.masks[response] if response in self.masks else np.ones(len(self.responses[response]), bool)
+
+    @property
+    def shorter_response(self) -> int:
+        """Tokens that count in the shorter response."""
+        return min(int(self.counted(response).sum()) for response in self.responses)
+
 
 @dataclass(frozen=True, eq=False)
 class Pack:
@@ -69,6 +78,9 @@ class Pack:
     """The tokens that count."""
     response_sequences_N: Tensor
     """Number in [0, S) of the sequence of each token that counts."""
+    verbose_N: Tensor
+    """bool: whether the token lies beyond the length of the shorter response of its triplet, in the pack or not. Tokens
+    that do not count have no part in lengths."""
     num_triplets: int
     roles: tuple[Role, ...]
     triplet_indices: Tensor
@@ -156,13 +168,7 @@ def build_pack(
     groups = prompt_groups(roles, share_prompts)
     prompts = [row.prompts[roles[group[0]].context] for row in rows for group in groups]
     responses = [row.responses[role.response] for row in rows for role in roles]
-    counted_L = np.concatenate(
-        [
-            row.masks.get(role.response, np.ones(len(row.responses[role.response]), bool))
-            for row in rows
-            for role in roles
-        ]
-    )
+    counted_L = np.concatenate([row.counted(role.response) for row in rows for role in roles])
     prompt_lengths_B = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     response_lengths_S = np.array([len(response) for response in responses], dtype=np.int64)
     # With an empty prompt, the end of the block before it would predict the first response token.
@@ -187,6 +193,10 @@ def build_pack(
     sequences_L = np.repeat(np.arange(len(responses)), response_lengths_S)
     counted_lengths_S = np.bincount(sequences_L[counted_L], minlength=len(responses))
     assert counted_lengths_S.min() > 0, "a mean over the tokens of a response needs one"
+    places_N = np.arange(counted_lengths_S.sum()) - np.repeat(
+        np.cumsum(counted_lengths_S) - counted_lengths_S, counted_lengths_S
+    )
+    shared_lengths_S = np.repeat([row.shorter_response for row in rows], len(roles))
     return Pack(
         tokens_T=torch.from_numpy(tokens_T),
         cu_seqlens_B1=torch.from_numpy(cu_seqlens_B1.astype(np.int32)),
@@ -199,6 +209,7 @@ def build_pack(
         response_rows_N=torch.from_numpy(predictors_L[counted_L]),
         response_labels_N=torch.from_numpy(tokens_T[token_places_L[counted_L]]),
         response_sequences_N=torch.from_numpy(sequences_L[counted_L]),
+        verbose_N=torch.from_numpy(places_N >= np.repeat(shared_lengths_S, counted_lengths_S)),
         num_triplets=len(rows),
         roles=tuple(roles),
         triplet_indices=torch.tensor([row.index for row in rows]),
