@@ -168,7 +168,6 @@ def build_pack(
     groups = prompt_groups(roles, share_prompts)
     prompts = [row.prompts[roles[group[0]].context] for row in rows for group in groups]
     responses = [row.responses[role.response] for row in rows for role in roles]
-    counted_L = np.concatenate([row.counted(role.response) for row in rows for role in roles])
     prompt_lengths_B = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     response_lengths_S = np.array([len(response) for response in responses], dtype=np.int64)
     # With an empty prompt, the end of the block before it would predict the first response token.
@@ -186,17 +185,10 @@ def build_pack(
     for start, tokens in zip((*cu_seqlens_B1[:-1], *response_starts_S), (*prompts, *responses), strict=True):
         tokens_T[start : start + len(tokens)] = tokens
 
-    place_in_response_L = np.concatenate([np.arange(length) for length in response_lengths_S])
+    place_in_response_L = _places(response_lengths_S)
     token_places_L = np.repeat(response_starts_S, response_lengths_S) + place_in_response_L
-    prompt_ends_L = np.repeat(prompt_ends_S, response_lengths_S)
-    predictors_L = np.where(place_in_response_L == 0, prompt_ends_L, token_places_L) - 1
-    sequences_L = np.repeat(np.arange(len(responses)), response_lengths_S)
-    counted_lengths_S = np.bincount(sequences_L[counted_L], minlength=len(responses))
-    assert counted_lengths_S.min() > 0, "a mean over the tokens of a response needs one"
-    places_N = np.arange(counted_lengths_S.sum()) - np.repeat(
-        np.cumsum(counted_lengths_S) - counted_lengths_S, counted_lengths_S
-    )
-    shared_lengths_S = np.repeat([row.shorter_response for row in rows], len(roles))
+    predictors_L = np.where(place_in_response_L == 0, np.repeat(prompt_ends_S, response_lengths_S), token_places_L) - 1
+    counted_L, counted_lengths_S, verbose_N = _count(rows, roles)
     return Pack(
         tokens_T=torch.from_numpy(tokens_T),
         cu_seqlens_B1=torch.from_numpy(cu_seqlens_B1.astype(np.int32)),
@@ -208,13 +200,29 @@ def build_pack(
         predictors_L=torch.from_numpy(predictors_L),
         response_rows_N=torch.from_numpy(predictors_L[counted_L]),
         response_labels_N=torch.from_numpy(tokens_T[token_places_L[counted_L]]),
-        response_sequences_N=torch.from_numpy(sequences_L[counted_L]),
-        verbose_N=torch.from_numpy(places_N >= np.repeat(shared_lengths_S, counted_lengths_S)),
+        response_sequences_N=torch.from_numpy(np.repeat(np.arange(len(responses)), counted_lengths_S)),
+        verbose_N=torch.from_numpy(verbose_N),
         num_triplets=len(rows),
         roles=tuple(roles),
         triplet_indices=torch.tensor([row.index for row in rows]),
         ids=tuple(row.id for row in rows),
     )
+
+
+def _count(
+    rows: Sequence[TokenizedTriplet], roles: Sequence[Role]
+) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.bool_]]:
+    """Which response tokens count [L], how many of each sequence [S], and which of these are verbose [N]."""
+    counted_S = [row.counted(role.response) for row in rows for role in roles]
+    lengths_S = np.array([counted.sum() for counted in counted_S], dtype=np.int64)
+    assert lengths_S.min() > 0, "a mean over the tokens of a response needs one"
+    shared_lengths_S = np.repeat([row.shorter_response for row in rows], len(roles))
+    return np.concatenate(counted_S), lengths_S, _places(lengths_S) >= np.repeat(shared_lengths_S, lengths_S)
+
+
+def _places(lengths_S: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place of each token in its sequence, for tokens of sequences one behind the other."""
+    return np.concatenate([np.arange(length) for length in lengths_S])
 
 
 def _order_responses(
