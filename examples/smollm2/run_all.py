@@ -54,7 +54,7 @@ class Results:
 def missing_jobs(work: Path, sizes: Sizes, results: Results, runs: list[Run]) -> Iterator[Job]:
     """Training first, then every run's first part, every run's second part, and so on."""
     missing = {run: [part for part in run.parts(sizes) if part not in results.of(run)] for run in runs}
-    for run, parts in missing.items():
+    for run, parts in reversed(missing.items()):  # the longest first
         is_trained = TRAINING in results.of(run) and (not parts or model_directory(work, run).is_dir())
         if run.method != BASE and not is_trained:
             yield Job(run, TRAINING, partial(train_run, work, run, sizes))
