@@ -37,8 +37,10 @@ class TokenAlignment:
 
     def to(self, device: torch.device) -> "TokenAlignment":
         """The same rows on another device."""
-        places = (self.sent_rows, self.student_rows_K, self.teachers_K)
-        return TokenAlignment(*(each.to(device) for each in places), self.host_rows)
+        sent_rows, student_rows_K, teachers_K = (
+            each.to(device) for each in (self.sent_rows, self.student_rows_K, self.teachers_K)
+        )
+        return TokenAlignment(sent_rows, student_rows_K, teachers_K, self.host_rows)
 
     def within(self, rows: slice) -> slice:
         """The students among a chunk of response rows."""
