@@ -164,7 +164,7 @@ def cpu_masks(config: Config, chunks: Sequence[ModelChunk], rank: MemoryInUse) -
     if parallel.recompute_granularity == "selective":
         return 0.0  # one is made again when the head's logits, which are more, have gone
     order = stage_order(rank.pipeline_rank, parallel.pipeline_model_parallel_size, len(chunks), len(packs))
-    return peak_in_flight(order, lambda chunk, number: chunks[chunk].num_layers * one_layer(number))
+    return peak_in_flight(order, lambda chunk, number: one_layer(number))  # all layers of a chunk share it
 
 
 @pytest.fixture(scope="module")
