@@ -61,6 +61,8 @@ class Pack:
     """The response tokens themselves."""
     response_sequences_N: Tensor
     """Number in [0, S) of the sequence of each response token."""
+    verbose_N: Tensor
+    """bool: whether the token lies beyond the length of the shorter response of its triplet, in the pack or not."""
     num_triplets: int
     roles: tuple[Role, ...]
     triplet_indices: Tensor
@@ -165,6 +167,7 @@ def build_pack(
     for start, tokens in zip((*boundaries_B1[:-1], *response_starts_S), (*prompts, *responses), strict=True):
         tokens_T[start : start + len(tokens)] = tokens
 
+    shared_lengths_S = np.repeat([min(map(len, row.responses.values())) for row in rows], len(roles))
     place_in_response_N = np.concatenate([np.arange(length) for length in response_lengths_S])
     token_places_N = np.repeat(response_starts_S, response_lengths_S) + place_in_response_N
     prompt_ends_N = np.repeat(prompt_ends_S, response_lengths_S)
@@ -180,6 +183,7 @@ def build_pack(
         response_rows_N=torch.from_numpy(response_rows_N),
         response_labels_N=torch.from_numpy(tokens_T[token_places_N]),
         response_sequences_N=torch.from_numpy(np.repeat(np.arange(len(responses)), response_lengths_S)),
+        verbose_N=torch.from_numpy(place_in_response_N >= np.repeat(shared_lengths_S, response_lengths_S)),
         num_triplets=len(rows),
         roles=tuple(roles),
         triplet_indices=torch.tensor([row.index for row in rows]),

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from megatron_solopo.data.blocks import Block, attended_runs
 from megatron_solopo.parallel.context import gathered_order
@@ -68,6 +67,8 @@ def causal_mask(num_queries: int, num_keys: int, query: Tensor) -> dict[str, Any
     if num_queries == num_keys:
         return {"is_causal": True}
     if query.device.type == "cuda":  # no tensor: the kernel knows this mask
+        from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler: a second
+
         return {"attn_mask": causal_lower_right(num_queries, num_keys)}
     # Of booleans, the kernel would make this for itself in every layer, and keep it for backward.
     hidden = query.new_full((num_queries, num_keys), -torch.inf)

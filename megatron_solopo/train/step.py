@@ -21,7 +21,7 @@ from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.model.adapters import dropout_in
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
-from megatron_solopo.objective import compute_objective, metric_names
+from megatron_solopo.objective import FurtherSum, compute_objective, further_sums, metric_names
 from megatron_solopo.parallel.megatron_internals import without_delayed_fp8, without_shape_messages
 from megatron_solopo.parallel.topology import Topology
 
@@ -142,17 +142,21 @@ def objective_loss(
     # A copy of 4 bytes per sequence. Reading it on the host for every pack would make the host wait for the device.
     references = None if references is None else references.to(topology.device)
 
-    def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(microbatch: Microbatch, head_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pack = microbatch.pack
-        logps_TR = _per_triplet(microbatch.sequence_logprobs(token_logprobs_N, topology.context_group), pack)
+        token_logprobs_N, *squares_N = head_output.unbind() if objective.use_weighting else (head_output,)
+        values = [token_logprobs_N]
+        if objective.ld_alpha is not None:
+            values.append(token_logprobs_N.where(microbatch.verbose_N, 0))
+        sums = microbatch.sequence_sums(torch.stack([*values, *squares_N]), topology.context_group)
+        logps, *others = (_by_role(_per_triplet(sums_S, pack), pack.roles) for sums_S in sums)
+        further: dict[FurtherSum, dict[Role, Tensor]] = dict(zip(further_sums(objective), others, strict=True))
         lengths_TR = _per_triplet(microbatch.response_lengths_S, pack)
         reference = None
         if objective.needs_reference:
             assert references is not None
             reference = references.select(pack.roles, microbatch.triplet_indices)
-        result = compute_objective(
-            objective, _by_role(logps_TR, pack.roles), _by_role(lengths_TR, pack.roles), reference
-        )
+        result = compute_objective(objective, logps, _by_role(lengths_TR, pack.roles), reference, further)
         if observe is not None:
             observe(microbatch.pack, result.loss_T)
         report_M = torch.stack([result.metrics[name].sum() for name in metric_names(objective)]).float()
@@ -161,11 +165,17 @@ def objective_loss(
     return lambda microbatch: partial(loss, microbatch)
 
 
-def logprob_report(topology: Topology) -> Callable[[Microbatch], LossFunction]:
-    """The loss function of forward-only passes; reports the sequence log-probabilities, fp32 [T, R]."""
+def logprob_report(topology: Topology, ld_alpha: float | None = None) -> Callable[[Microbatch], LossFunction]:
+    """The loss function of forward-only passes; reports the sequence log-probabilities, fp32 [T, R].
+
+    Args:
+        ld_alpha: weight of verbose tokens, see `Pack.verbose_N`; None: 1.
+    """
 
     def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logps_S = microbatch.sequence_logprobs(token_logprobs_N, topology.context_group)
+        if ld_alpha is not None:
+            token_logprobs_N = token_logprobs_N.where(~microbatch.verbose_N, ld_alpha * token_logprobs_N)
+        logps_S = microbatch.sequence_sums(token_logprobs_N, topology.context_group)
         return logps_S.sum(), _count(microbatch.pack, topology), _per_triplet(logps_S, microbatch.pack)
 
     return lambda microbatch: partial(loss, microbatch)
