@@ -151,7 +151,7 @@ def objective_loss(
         sums = microbatch.sequence_sums(torch.stack([*values, *squares_N]), topology.context_group)
         logps, *others = (_by_role(_per_triplet(sums_S, pack), pack.roles) for sums_S in sums)
         further: dict[FurtherSum, dict[Role, Tensor]] = dict(zip(further_sums(objective), others, strict=True))
-        lengths_TR = _per_triplet(microbatch.response_lengths_S, pack)
+        lengths_TR = _per_triplet(microbatch.counted_lengths_S, pack)
         reference = None
         if objective.needs_reference:
             assert references is not None
