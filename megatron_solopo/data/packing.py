@@ -186,7 +186,6 @@ def build_pack(
     tokens_T = np.full(boundaries_B1[-1], PAD_TOKEN, dtype=np.int64)
     for start, tokens in zip((*boundaries_B1[:-1], *response_starts_S), (*prompts, *responses), strict=True):
         tokens_T[start : start + len(tokens)] = tokens
-
     place_in_response_L = _places(response_lengths_S)
     token_places_L = np.repeat(response_starts_S, response_lengths_S) + place_in_response_L
     predictors_L = np.where(place_in_response_L == 0, np.repeat(prompt_ends_S, response_lengths_S), token_places_L) - 1
