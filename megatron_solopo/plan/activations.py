@@ -135,7 +135,7 @@ def _adapter_bytes(config: Config, block: str) -> float:
     return element_bytes(config) * config.lora.rank * columns
 
 
-def _gathers_keys(config: Config, *, local: bool) -> bool:
+def gathers_keys(config: Config, *, local: bool) -> bool:
     """Whether attention keeps the keys that it gathers.
 
     Transformer Engine's own exchange under context parallelism keeps what the rank had before.
@@ -175,7 +175,7 @@ def _base_bytes(architecture: ModelShape, config: Config, inputs: _Inputs, *, lo
     # Where core attention gathers keys and values, it keeps those instead. But a norm of heads in fp32 keeps its input,
     # which is a view of the mixed tensor.
     held = mixed - queries - keys if local and a.qk_layernorm and e == _FP32 else 0.0
-    gathered = PackBytes(e * (held - before), 2 * e * keys) if _gathers_keys(config, local=local) else PackBytes()
+    gathered = PackBytes(e * (held - before), 2 * e * keys) if gathers_keys(config, local=local) else PackBytes()
     if local:
         norms = (2 * norm_copies * _FP32 + inputs.qkv + inputs.fc1) * hidden + 2 * _FP32 * share  # and the outputs
         head_norms = norm_copies * _FP32 * (queries + keys) + 2 * _FP32 * heads if a.qk_layernorm else all_heads_norm
@@ -251,11 +251,15 @@ class ActivationRate:
     """A response row's logits. They are kept only if one chunk of `logprob.chunk_tokens` holds all rows."""
     chunk_rows: int
     context_parallel_size: int
+    aligns_tokens: bool
+    """Whether kept logits come with the gradient of a divergence for each student, see `student_rows`."""
 
     def head(self, pack: PackShape) -> float:
         """Bytes that the head keeps of a pack."""
-        row = self.row + (self.logits if pack.response_rows <= self.chunk_rows else 0)
-        return self.norm * pack.padded_tokens / self.context_parallel_size + row * pack.response_rows
+        kept = self.norm * pack.padded_tokens / self.context_parallel_size + self.row * pack.response_rows
+        if pack.response_rows > self.chunk_rows:
+            return kept
+        return kept + self.logits * (pack.response_rows + student_rows(pack) * self.aligns_tokens)
 
     def total(self, pack: PackShape) -> float:
         """Bytes that the chunk keeps of a pack."""
@@ -292,6 +296,7 @@ def activation_rate(architecture: ModelShape, config: Config, chunk: ModelChunk,
         row=e * hidden if chunk.has_head else 0.0,
         logits=_FP32 * padded_vocab_size(architecture.vocab_size, tp) / tp if chunk.has_head else 0.0,
         chunk_rows=config.logprob.chunk_tokens,
+        aligns_tokens=config.objective.aligns_tokens,
         context_parallel_size=parallel.context_parallel_size,
     )
 
@@ -372,6 +377,11 @@ def recomputed_bytes(
     return max((part.of(pack, parallel.context_parallel_size) for part in set(again)), default=0.0)
 
 
+def student_rows(pack: PackShape) -> int:
+    """Most tokens of chosen answers behind the long context on any one context-parallel rank, or somewhat more."""
+    return min(pack.response_rows, sum(triplet["chosen"] for triplet in pack.triplets))
+
+
 def logits_bytes(architecture: ModelShape, config: Config, pack: PackShape) -> float:
     """Bytes of the fp32 logits of one chunk of response rows. No more of them exist at a time."""
     tp = config.parallel.tensor_model_parallel_size
@@ -379,15 +389,24 @@ def logits_bytes(architecture: ModelShape, config: Config, pack: PackShape) -> f
     return rows * _FP32 * padded_vocab_size(architecture.vocab_size, tp) / tp
 
 
+def _gathering_bytes(architecture: ModelShape, config: Config, pack: PackShape, *, local: bool) -> float:
+    """Bytes of the gradients of gathered keys and values in a layer, and of their sums, which are in fp32 first."""
+    if not gathers_keys(config, local=local):
+        return 0.0
+    a, e = architecture, element_bytes(config)
+    keys = max(a.num_query_groups / config.parallel.tensor_model_parallel_size, 1) * a.head_dim
+    return 2 * keys * (e * pack.gathered_keys + max(e, _FP32) * pack.padded_tokens)
+
+
 def working_bytes(
     architecture: ModelShape, config: Config, chunks: Sequence[ModelChunk], pack: PackShape, *, local: bool
 ) -> float:
     """Bytes that backward needs for a moment besides what forward kept.
 
-    This is the greater of two: the backward of a layer and that of the head. A layer needs what it computes again,
-    the gradients around its widest product and, under sequence parallelism, gathered inputs. Experts need the gradients
-    of the tokens that reach them. The head needs the logits
-    of one chunk of rows and their gradient in the model's precision.
+    This is the greater of two: the backward of a layer and that of the head. A layer needs what it computes again, and
+    the greater of two again: the gradients around its widest product with, under sequence parallelism, gathered inputs;
+    and the gradients of gathered keys and values. Experts need the gradients of the tokens that reach them. The head
+    needs the logits of one chunk of rows and their gradient in the model's precision.
     """
     a, e, parallel = architecture, element_bytes(config), config.parallel
     tokens = pack.padded_tokens / parallel.context_parallel_size
@@ -400,11 +419,14 @@ def working_bytes(
         # The gradients of what the experts return and of what they are given: an exchange turns one into the other.
         columns = 3 * a.experts.ffn_hidden_size / parallel.expert_tensor_size
         gradients = max(gradients, e * routed_tokens(a.experts, config) * (columns + 2 * a.hidden_size))
-    gradients += 2 * boundary
-    layer = recomputed_bytes(a, config, chunks, pack, local=local) + tokens * gradients
+    layer = recomputed_bytes(a, config, chunks, pack, local=local)
+    layer += tokens * 2 * boundary + max(tokens * gradients, _gathering_bytes(a, config, pack, local=local))
     if not any(chunk.has_head for chunk in chunks):
         return layer
-    # The forward of WPO's weights has two copies in fp32, and no gradient.
-    copies = 2.0 if config.objective.use_weighting else 1.0 if e == _FP32 else (_FP32 + e) / _FP32
-    logits = logits_bytes(a, config, pack) * copies
+    logits = logits_bytes(a, config, pack)
+    backward = logits * (1 if e == _FP32 else (_FP32 + e) / _FP32)
+    # The forward of WPO's weights has another copy in fp32. A divergence has the students, their teachers and a copy.
+    rows = min(pack.response_rows, config.logprob.chunk_tokens)
+    students = min(student_rows(pack), rows) / max(rows, 1) if config.objective.aligns_tokens else 0.0
+    logits = max(backward, logits * (1 + max(float(config.objective.use_weighting), 3 * students)))
     return max(layer, logits + 2 * tokens * boundary)
