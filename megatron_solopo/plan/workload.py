@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from megatron_solopo.data.batch_plan import (
     plan_single_pass,
     triplet_sizes,
 )
-from megatron_solopo.data.blocks import Block, attended_runs
+from megatron_solopo.data.blocks import attended_runs, layout_blocks
 from megatron_solopo.errors import UserError
 
 _SEED = 0
@@ -265,6 +265,10 @@ class Packer:
             math.ceil(len(planned) * whole),
         )
 
+    def unpadded_sizes(self, share_prompts: bool) -> TripletSizes:
+        """Of the batch's triplets."""
+        return self._sizes(1, share_prompts).take(self.rows)
+
     def _sizes(self, multiple: int, share_prompts: bool) -> TripletSizes:
         if (multiple, share_prompts) not in self._sizes_by_rule:
             lengths = self.workload.prompts, self.workload.responses
@@ -322,28 +326,23 @@ def pack_shape(
         cp: context-parallel size.
         share_prompts: whether responses behind the same prompt share it.
     """
-    blocks, spans, start, tokens, squares, longest = [], [], 0, 0, 0, 0
     groups = prompt_groups(roles, share_prompts)
-    for number, (triplet, group) in enumerate(product(triplets, groups), start=1):
-        prompt = triplet[roles[group[0]].context]
-        responses = np.array([triplet[roles[role].response] for role in group])
-        starts = start + prompt + np.cumsum(responses) - responses
-        end = start + int(padded_lengths(prompt + responses.sum(), multiple))
-        if number == len(triplets) * len(groups):
-            end = -(-end // pack_multiple) * pack_multiple
-        blocks.append(Block(start, start + prompt, tuple(starts.tolist()), end))
-        spans += [(start, end, start + prompt - 1, start + prompt)] * len(group)
-        spans += [(start, end, low, low + count - 1) for low, count in zip(starts.tolist(), responses, strict=True)]
-        tokens += int(prompt + responses.sum())
-        responses[-1] = end - starts[-1]  # with padding
-        squares += int(attended_squares(prompt, prompt + responses))
-        longest, start = max(longest, prompt + int(responses.max())), end
+    lengths = [
+        (triplet[roles[group[0]].context], [triplet[roles[role].response] for role in group])
+        for triplet, group in product(triplets, groups)
+    ]
+    blocks = layout_blocks(lengths, multiple, pack_multiple)
+    sequences = [block.prompt + np.array(block.padded_responses) for block in blocks]
+    spans = []
+    for block in blocks:
+        for first, last in pairwise(block.ends):
+            spans += [(block.start, block.end, *run) for run in ((block.ends[0] - 1, block.ends[0]), (first, last - 1))]
     return PackShape(
-        padded_tokens=start,
-        squares=squares,
-        tokens=tokens,
+        padded_tokens=blocks[-1].end,
+        squares=sum(int(attended_squares(*each)) for each in zip((b.prompt for b in blocks), sequences, strict=True)),
+        tokens=sum(block.tokens for block in blocks),
         response_rows=_most_rows(np.array(spans), cp),
-        longest=longest,
+        longest=max(int(each.max()) for each in sequences),
         gathered_keys=max(
             sum(len(run) for _, keys in attended_runs(blocks, cp, rank) for run in keys) for rank in range(cp)
         ),

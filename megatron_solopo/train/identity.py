@@ -31,6 +31,7 @@ _CONFIG, WEIGHTS = "model.path (its config.json)", "model.path (its weights)"
 _ADAPTER = "model.adapter (its weights)"
 _TOKENS, _REFERENCE = "data.path (its tokens)", "reference.model_path (its weights)"
 _REFERENCE_CONTEXT = "reference.context"
+_SHARING = "data.share_prompts"
 _HASHES = {
     _CONFIG: "model.path={} has another config.json",
     WEIGHTS: "model.path={} holds other weights",
@@ -119,6 +120,7 @@ class RunIdentity:
             WEIGHTS: model_fingerprint(config.model.path, progress),
             "lora": None if config.lora is None else config.lora.model_dump(mode="json"),
             _TOKENS: datasets.manifest.fingerprint,
+            _SHARING: config.data.share_prompts,
         }
         if config.lora is not None:
             start = config.model.adapter
@@ -138,7 +140,8 @@ class RunIdentity:
         """
         self._check_steps(saved["step"])
         kept = saved["identity"]
-        changed = [problem for key in self.values if key != _DECAY for problem in self._problems(key, kept)]
+        may_change = (_DECAY, _SHARING)
+        changed = [problem for key in self.values if key not in may_change for problem in self._problems(key, kept)]
         if _TOKENS not in kept and self._data.format_version == 1:
             # The checkpoint and the data are of the same age.
             changed += (
@@ -150,12 +153,13 @@ class RunIdentity:
                 f"{', '.join(changed)}; restore that, or set run_dir to another directory"
             )
         self._check_decay(kept, checkpoint)
-        unknown = [key for key in (*_HASHES, _DECAY) if key in self.values and key not in kept]
-        if not unknown:
-            return []
-        return [
-            f"note: {checkpoint.name} is of an older version, which did not keep {', '.join(unknown)}: not compared"
-        ]
+        notes = []
+        if kept.get(_SHARING, self.values[_SHARING]) != self.values[_SHARING]:
+            notes.append(f"note: {self._problem(_SHARING, kept)}: the run computes the same, but rounds otherwise")
+        if unknown := [key for key in (*_HASHES, _DECAY) if key in self.values and key not in kept]:
+            kind = f"{checkpoint.name} is of an older version, which did not keep {', '.join(unknown)}"
+            notes.append(f"note: {kind}: not compared")
+        return notes
 
     def redrawn_decay(self, saved: Mapping[str, Any]) -> int | None:
         """The former number of decay steps, if the run draws the decay of its learning rate anew."""
