@@ -13,6 +13,8 @@ from megatron_solopo.config.schema import Config, ParallelConfig
 _Cause = tuple[str, tuple[str, ...]]
 """Why, and the keys that then change nothing."""
 
+_OF_REFERENCE = ("reference.model_path", "reference.cache", "reference.context")
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -32,7 +34,7 @@ def warning_without_effect(config: Config, surroundings: Surroundings | None) ->
     """
     values = dict(dotted(config.model_dump(mode="json")))
     defaults = dict(dotted(_with_defaults(config).model_dump(mode="json")))
-    causes = [*_objective_causes(config), *_run_causes(config), *_parallel_causes(config.parallel)]
+    causes = [*_causes_in_all_sources(config), *_run_causes(config), *_parallel_causes(config.parallel)]
     if surroundings is not None:
         causes += _surrounding_causes(config, surroundings)
     found: dict[str, str] = {}
@@ -49,7 +51,18 @@ def _with_defaults(config: Config) -> Config:
         name: {key: getattr(section, key) for key, field in type(section).model_fields.items() if field.is_required()}
         for name, section in (("model", config.model), ("data", config.data), ("training", config.training))
     }
+    required["data"] |= {"path": config.data.path, "sources": config.data.sources}
     return Config.model_validate({"run_dir": config.run_dir, **required})
+
+
+def _causes_in_all_sources(config: Config) -> Iterator[_Cause]:
+    """What changes nothing for any row. The cause is that of the first source."""
+    first, *others = [list(_objective_causes(source.config)) for source in config.sources]
+    for why, keys in first:
+        idle = (key for key in keys if all(any(key in more for _, more in causes) for causes in others))
+        yield why, tuple(idle)
+    if config.data.sources is not None and all(source.objective for source in config.data.sources):
+        yield "every one of data.sources has its own objective", ("objective.name",)
 
 
 def _objective_causes(config: Config) -> Iterator[_Cause]:
@@ -58,6 +71,11 @@ def _objective_causes(config: Config) -> Iterator[_Cause]:
     if name != "solopo":
         keys = ("alpha", "align", "distance", "huber_delta", "detach_short")
         yield f"objective.name={name} aligns no rewards", (*(f"objective.{key}" for key in keys), "moe.replay")
+    if name == "sft":
+        idle = ("loss_type", "beta", "gamma", "orpo_lambda", "label_smoothing", "nll_coefficient")
+        yield "objective.name=sft compares no responses", tuple(f"objective.{key}" for key in idle)
+        yield "objective.name=sft has no reference", _OF_REFERENCE
+        return
     if objective.distance != "huber":
         yield f"objective.distance={objective.distance}", ("objective.huber_delta",)
     if loss_type != "simpo":
@@ -65,8 +83,7 @@ def _objective_causes(config: Config) -> Iterator[_Cause]:
     if loss_type != "orpo":
         yield f"objective.loss_type={loss_type}", ("objective.orpo_lambda",)
     if not objective.needs_reference:
-        of_reference = ("reference.model_path", "reference.cache", "reference.context")
-        yield f"objective.loss_type={loss_type} has no reference", of_reference
+        yield f"objective.loss_type={loss_type} has no reference", _OF_REFERENCE
     if config.reference_roles == objective.roles.all:
         yield f"objective.name={name} reads no long context", ("reference.context",)
 

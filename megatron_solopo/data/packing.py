@@ -4,12 +4,17 @@ A sequence is a prompt and one response. A block is a prompt and the responses t
 response sees the prompt and itself, and its positions follow those of the prompt. Without sharing, every sequence is a
 block.
 
+A pack may hold rows of several sources, whose rows have other sequences: a triplet three or four, a pair two, an
+instruction one. All are called triplets here.
+
 Shapes: T padded positions of the pack, B blocks, B1 = B + 1, S sequences, N response tokens of all sequences, R roles.
-Sequences are ordered by triplet and then by role, so a tensor [S] reshapes to [num_triplets, R].
+Sequences are ordered by source, then by triplet and then by role. So those of one source, [S_own], reshape to
+[its triplets, R].
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +41,20 @@ class TokenizedTriplet:
     """Response (`chosen`, `rejected`) -> its ids."""
 
 
+class PackGroup(NamedTuple):
+    """The triplets of one source in a pack. They follow each other and have the same sequences."""
+
+    source: int
+    """Number of the source in the run."""
+    roles: tuple[Role, ...]
+    num_triplets: int
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of all its triplets."""
+        return len(self.roles) * self.num_triplets
+
+
 @dataclass(frozen=True, eq=False)
 class Pack:
     """One micro-batch on the host, before context parallelism divides it. Tensors are int64 unless noted."""
@@ -59,12 +78,17 @@ class Pack:
     """The response tokens themselves."""
     response_sequences_N: Tensor
     """Number in [0, S) of the sequence of each response token."""
-    num_triplets: int
-    roles: tuple[Role, ...]
+    groups: tuple[PackGroup, ...]
+    """In the order of their sources. A source without a triplet here has none."""
     triplet_indices: Tensor
-    """Dataset row of each triplet, [num_triplets]."""
+    """Row of each triplet in the data of its source, [num_triplets]."""
     ids: tuple[str, ...]
     """Id of each triplet."""
+
+    @property
+    def num_triplets(self) -> int:
+        """Triplets of all sources."""
+        return sum(group.num_triplets for group in self.groups)
 
     @property
     def squares(self) -> int:
@@ -125,6 +149,14 @@ class Pack:
         return len(self.tokens_T)
 
 
+class SourceRows(NamedTuple):
+    """Triplets of one source, which have the same sequences in the same order."""
+
+    source: int
+    roles: Sequence[Role]
+    rows: Sequence[TokenizedTriplet]
+
+
 def build_pack(
     rows: Sequence[TokenizedTriplet],
     roles: Sequence[Role],
@@ -133,25 +165,37 @@ def build_pack(
     *,
     share_prompts: bool,
 ) -> Pack:
+    """Make a pack of triplets of one source; see `build_mixed_pack`."""
+    return build_mixed_pack([SourceRows(0, roles, rows)], sequence_multiple, pack_multiple, share_prompts=share_prompts)
+
+
+def build_mixed_pack(
+    parts: Sequence[SourceRows], sequence_multiple: int, pack_multiple: int = 1, *, share_prompts: bool
+) -> Pack:
     """Make a pack of some triplets.
 
     Args:
-        rows: The triplets, at least one.
-        roles: The sequences of each triplet, in their order.
+        parts: The triplets of each source, at least one.
         sequence_multiple: Each block is padded at its end to a multiple of this.
         pack_multiple: The pack is padded to a multiple of this, at the end of its last block. It is 1 or a multiple of
             `sequence_multiple`.
         share_prompts: Whether responses behind the same prompt share it.
     """
-    groups = prompt_groups(roles, share_prompts)
-    prompts = [row.prompts[roles[group[0]].context] for row in rows for group in groups]
-    responses = [row.responses[role.response] for row in rows for role in roles]
+    prompts: list[NDArray[np.integer]] = []
+    responses: list[NDArray[np.integer]] = []
+    sequences_B: list[list[int]] = []
+    for part in parts:
+        for row in part.rows:
+            for group in prompt_groups(part.roles, share_prompts):
+                prompts.append(row.prompts[part.roles[group[0]].context])
+                sequences_B.append([len(responses) + role for role in group])
+            responses += [row.responses[role.response] for role in part.roles]
+    rows = [row for part in parts for row in part.rows]
     prompt_lengths_B = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     response_lengths_S = np.array([len(response) for response in responses], dtype=np.int64)
     # With an empty prompt, the end of the block before it would predict the first response token.
     assert prompt_lengths_B.min() > 0 and response_lengths_S.min() > 0
 
-    sequences_B = [[len(roles) * number + role for role in group] for number in range(len(rows)) for group in groups]
     blocks_S, before_S = _order_responses(sequences_B, response_lengths_S)
     lengths_B = prompt_lengths_B + np.bincount(blocks_S, weights=response_lengths_S).astype(np.int64)
     cu_seqlens_B1 = np.concatenate([[0], np.cumsum(padded_lengths(lengths_B, sequence_multiple))])
@@ -177,8 +221,7 @@ def build_pack(
         response_rows_N=torch.from_numpy(response_rows_N),
         response_labels_N=torch.from_numpy(tokens_T[token_places_N]),
         response_sequences_N=torch.from_numpy(np.repeat(np.arange(len(responses)), response_lengths_S)),
-        num_triplets=len(rows),
-        roles=tuple(roles),
+        groups=tuple(PackGroup(part.source, tuple(part.roles), len(part.rows)) for part in parts),
         triplet_indices=torch.tensor([row.index for row in rows]),
         ids=tuple(row.id for row in rows),
     )

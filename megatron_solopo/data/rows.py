@@ -1,7 +1,8 @@
-"""Preference rows: their two kinds, their two forms, the files that hold them, and every check of them.
+"""Rows: their three kinds, their two forms, the files that hold them, and every check of them.
 
     triplet   {"id", "prompt_short", "prompt_long", "chosen", "rejected"}   for SoLoPO and the plain objectives
     pair      {"prompt", "chosen", "rejected"} and perhaps "id"             TRL's form, for the plain objectives
+    instruction   {"prompt", "completion"} and perhaps "id"                 TRL's form, for the objective sft
 
 Prompts and responses are strings, or lists of chat messages {"role", "content"}. A prompt of messages ends with a
 user message. A response of messages is exactly one assistant message. A row may have `evidence_depths`: the places of
@@ -33,18 +34,30 @@ from megatron_solopo.data.template_arguments import (
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted, first_few, parse_json
 
-Kind = Literal["triplet", "pair"]
+Kind = Literal["triplet", "pair", "instruction"]
 Form = Literal["text", "messages"]
 Message = dict[str, str]
 Content = str | list[Message]
 
-PROMPT_FIELDS: dict[Kind, tuple[str, ...]] = {"triplet": ("prompt_short", "prompt_long"), "pair": ("prompt",)}
-RESPONSE_FIELDS = ("chosen", "rejected")
+PROMPT_FIELDS: dict[Kind, tuple[str, ...]] = {
+    "triplet": ("prompt_short", "prompt_long"),
+    "pair": ("prompt",),
+    "instruction": ("prompt",),
+}
+RESPONSE_FIELDS: dict[Kind, tuple[str, ...]] = {
+    "triplet": ("chosen", "rejected"),
+    "pair": ("chosen", "rejected"),
+    "instruction": ("completion",),
+}
 DEPTHS_FIELD = "evidence_depths"
 """Where each piece of evidence lies in the long context, from 0 (its start) to 1. A row may lack it."""
 
-_FIELDS = ("id", *PROMPT_FIELDS["triplet"], *PROMPT_FIELDS["pair"], *RESPONSE_FIELDS, DEPTHS_FIELD, *ARGUMENT_FIELDS)
-_EXPECTED_FIELDS = "prompt_short and prompt_long (a triplet), or prompt (a pair), with chosen and rejected"
+_RESPONSES = tuple(dict.fromkeys(name for names in RESPONSE_FIELDS.values() for name in names))
+_FIELDS = ("id", *PROMPT_FIELDS["triplet"], "prompt", *_RESPONSES, DEPTHS_FIELD, *ARGUMENT_FIELDS)
+_EXPECTED_FIELDS = (
+    "prompt_short and prompt_long (a triplet), or prompt (a pair), with chosen and rejected; or prompt and completion "
+    "(an instruction)"
+)
 _ROLES = ("system", "user", "assistant")
 _PLACES_SHOWN = 5
 
@@ -193,9 +206,10 @@ def parse_row(line: int, value: Any) -> PreferenceRow:
     row = PreferenceRow(line)
     row.kind = _parse_kind(value, row)
     row.id = _parse_id(value, row)
-    for name in (*PROMPT_FIELDS.get(row.kind, ()), *RESPONSE_FIELDS) if row.kind else RESPONSE_FIELDS:
+    kind = row.kind or "pair"
+    for name in (*(PROMPT_FIELDS[kind] if row.kind else ()), *RESPONSE_FIELDS[kind]):
         try:
-            row.contents[name] = _parse_content(value.get(name), is_response=name in RESPONSE_FIELDS)
+            row.contents[name] = _parse_content(value.get(name), is_response=name in _RESPONSES)
         except _IllegalValue as error:
             row.reject(name, str(error))
     try:
@@ -225,7 +239,15 @@ def _parse_arguments(value: dict[str, Any], row: PreferenceRow) -> TemplateArgum
 
 
 def _parse_kind(value: dict[str, Any], row: PreferenceRow) -> Kind | None:
-    kinds = [kind for kind, names in PROMPT_FIELDS.items() if any(value.get(name) is not None for name in names)]
+    given = {name for name in _FIELDS if value.get(name) is not None}
+    kinds: list[Kind] = []
+    if given & {"prompt_short", "prompt_long"}:
+        kinds.append("triplet")
+    if "prompt" in given:
+        kinds.append("instruction" if "completion" in given else "pair")
+    if "completion" in given and (more := given & {"prompt_short", "prompt_long", "chosen", "rejected"}):
+        row.reject("completion", f"does not go with {', '.join(sorted(more))}; an instruction has a prompt beside it")
+        return None
     if len(kinds) == 1:
         return kinds[0]
     found = "both, so its kind is unclear" if kinds else "neither"
@@ -235,7 +257,7 @@ def _parse_kind(value: dict[str, Any], row: PreferenceRow) -> Kind | None:
 
 def _parse_id(value: dict[str, Any], row: PreferenceRow) -> str | None:
     given = value.get("id")
-    if given is None and row.kind == "pair":
+    if given is None and row.kind in ("pair", "instruction"):
         return str(row.line)
     try:
         if given is None:
@@ -315,7 +337,7 @@ def _check_consistency(row: PreferenceRow) -> None:
             row.reject(name, f"is {form}, but {first} is {forms[first]}; a row is all strings or all messages")
     if len(set(forms.values())) == 1:
         row.form = next(iter(forms.values()))
-    chosen, rejected = (row.contents.get(name) for name in RESPONSE_FIELDS)
+    chosen, rejected = (row.contents.get(name) for name in ("chosen", "rejected"))
     if chosen is not None and rejected is not None and _plain_text(chosen) == _plain_text(rejected):
         row.reject("rejected", "is the same as chosen")
 

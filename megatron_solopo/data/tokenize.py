@@ -28,11 +28,13 @@ from megatron_solopo.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     PROMPT_COLUMNS,
+    RESPONSE_COLUMNS,
     EffectCount,
     LengthStatistics,
     PreparedManifest,
     is_prepared,
     largest_token_id,
+    token_columns,
     token_fingerprint,
     token_lengths,
 )
@@ -61,7 +63,7 @@ _WRITER_BATCH_ROWS = 64
 
 
 def prepare(settings: PrepareSettings) -> PreparedManifest:
-    """Validate, tokenize and split a file of triplets or pairs. The output is complete or absent.
+    """Validate, tokenize and split a file of triplets, pairs or instructions. The output is complete or absent.
 
     Raises UserError if a row is bad or too long, if no row remains, or if the output exists. Also raises it if the
     tokenizer lacks what the template needs, or if the template loses content of a row.
@@ -121,7 +123,7 @@ class _Job:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (*PROMPT_COLUMNS[self.kind], *RESPONSE_FIELDS)
+        return token_columns(self.kind)
 
     def fingerprint_parts(self) -> dict[str, Any]:
         """What the tokens are made from and with."""
@@ -225,7 +227,7 @@ def _select_by_length(job: _Job, tokens: Dataset) -> NDArray[np.int64]:
     """Indices of the rows whose longest sequence fits."""
     path = job.settings.input
     prompts = np.max([token_lengths(tokens, name) for name in PROMPT_COLUMNS[job.kind]], axis=0)
-    responses = np.max([token_lengths(tokens, name) for name in RESPONSE_FIELDS], axis=0)
+    responses = np.max([token_lengths(tokens, name) for name in RESPONSE_COLUMNS[job.kind]], axis=0)
     longest = prompts + responses
     limit = job.settings.max_length or longest.max()
     too_long = longest > limit
@@ -311,7 +313,7 @@ def tokenize_rows(
         cache_dir=str(work),
         writer_batch_size=_WRITER_BATCH_ROWS,
     )
-    tokens = {name: List(Value("int32")) for name in (*PROMPT_COLUMNS[kind], *RESPONSE_FIELDS)}
+    tokens = {name: List(Value("int32")) for name in token_columns(kind)}
     return rows.map(
         _tokenize_record,
         fn_kwargs={
@@ -351,7 +353,9 @@ def _tokenize_record(
 ) -> dict[str, Any]:
     contents: dict[str, Content] = json.loads(record["contents"])
     prompts = {column: contents[name] for column, name in zip(PROMPT_COLUMNS[kind], PROMPT_FIELDS[kind], strict=True)}
-    responses = {name: contents[name] for name in RESPONSE_FIELDS}
+    responses = {
+        column: contents[name] for column, name in zip(RESPONSE_COLUMNS[kind], RESPONSE_FIELDS[kind], strict=True)
+    }
     arguments = TemplateArguments(**json.loads(record["arguments"])).over(chat_template_kwargs)
     tokenizer = _process_tokenizer(tokenizer_path, tokenizer_fingerprint)
     row, problem = TokenizedRow({name: [] for name in (*prompts, *responses)}), ""

@@ -3,10 +3,11 @@
     solopo:    L = L_PO(x_short, y_w, y_l) + alpha * s(r(x_short, y_w) - r(x_long, y_w))     (SoLoPO, arXiv 2505.11166)
     short_po:  L = L_PO(x_short, y_w, y_l)
     long_po:   L = L_PO(x_long, y_w, y_l)
+    sft:       L = -log pi(y_w|x_short) / |y_w|
 
 The second term of solopo is SoLo-RA, the alignment of rewards between the short and the long context. With `align:
-both`, the distance of y_l is added to that of y_w, under the same alpha. Each objective also adds `nll_coefficient` *
-NLL per token of y_w on the pair's own context (the likelihood term of RPO, arXiv 2404.19733).
+both`, the distance of y_l is added to that of y_w, under the same alpha. Each objective but sft also adds
+`nll_coefficient` * NLL per token of y_w on the pair's own context (the likelihood term of RPO, arXiv 2404.19733).
 
 With `reference.context: short`, log pi_ref(y|x) is log pi_ref(y|x_short) also behind x_long. With long_po, `dpo` and
 `nll_coefficient`, this is LongPO (arXiv 2502.13922).
@@ -88,7 +89,8 @@ def compute_objective(
         solo_ra/gap_abs_rejected: the size for the rejected response, with `align: both`.
         rewards/*, logps/*: rewards and summed log-probabilities of the pair; `chosen_long`: on the long context.
         nll_loss: -log pi(y_w|x) / |y_w| on the pair's context.
-    Only solopo has solo_ra/* and *_long. The pair of long_po is on the long context.
+    Only solopo has solo_ra/* and *_long. The pair of long_po is on the long context. sft has loss, which is nll_loss,
+    and logps/chosen.
     """
     roles = config.roles.all
     assert all(logps[role].dtype in (torch.float32, torch.float64) for role in roles), "sums of log-probs need float32"
@@ -98,6 +100,8 @@ def compute_objective(
         role: ResponseLogprobs(logps[role], lengths[role], None if references is None else references[role])
         for role in roles
     }
+    if config.name == "sft":
+        return _likelihood(responses[config.roles.pair[0]])
     loss_type = PREFERENCE_LOSSES[config.loss_type]
     rewards = {role: loss_type.reward(response, config.beta) for role, response in responses.items()}
 
@@ -112,6 +116,13 @@ def compute_objective(
         metrics |= {"solo_ra/loss": alignment_T} | _alignment_metrics(rewards, logps)
     metrics = {"loss": loss_T} | metrics | _pair_metrics(rewards[chosen], rewards[rejected])
     metrics |= {"logps/chosen": logps[chosen], "logps/rejected": logps[rejected], "nll_loss": nll_T}
+    return ObjectiveOutput(loss_T, {name: value_T.detach() for name, value_T in metrics.items()})
+
+
+def _likelihood(chosen: ResponseLogprobs) -> ObjectiveOutput:
+    """Supervised fine-tuning. Every row counts the same, however long its response is."""
+    loss_T = -chosen.mean_logp_T
+    metrics = {"loss": loss_T, "logps/chosen": chosen.logp_T, "nll_loss": loss_T}
     return ObjectiveOutput(loss_T, {name: value_T.detach() for name, value_T in metrics.items()})
 
 

@@ -123,7 +123,7 @@ def read_workload(config: Config, tokens: str | None, num_triplets: int) -> Work
     if tokens is not None:
         return stated_workload(tokens, num_triplets, sample=4 * config.training.global_batch_size)
     try:
-        return prepared_workload(config.data.path)
+        return prepared_workload(config.data.directory)
     except UserError as error:
         raise UserError(f"{error}; or state the lengths with --tokens") from None
 

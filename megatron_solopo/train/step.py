@@ -18,7 +18,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_solopo.config import ObjectiveConfig, Role
-from megatron_solopo.data.packing import Pack
+from megatron_solopo.data.packing import Pack, PackGroup
 from megatron_solopo.model.adapters import dropout_in
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.objective import compute_objective, metric_names
@@ -127,57 +127,84 @@ def forward_microbatch(
     return output, loss_function(microbatch)
 
 
+@dataclass(frozen=True)
+class SourceLoss:
+    """How the rows of one source are judged."""
+
+    objective: ObjectiveConfig
+    references: ReferenceLogprobs | None
+    """Of its rows; None if its objective needs none."""
+
+
 def objective_loss(
     objective: ObjectiveConfig,
     references: ReferenceLogprobs | None,
     topology: Topology,
     observe: Callable[[Pack, Tensor], None] | None = None,
 ) -> Callable[[Microbatch], LossFunction]:
-    """The loss function of training and evaluation; reports fp32 [M], the sums of `metric_names(objective)`.
+    """`mixture_loss` of one source; reports fp32 [M], the sums of `metric_names(objective)`."""
+    return mixture_loss([SourceLoss(objective, references)], topology, observe)
+
+
+def mixture_loss(
+    sources: Sequence[SourceLoss],
+    topology: Topology,
+    observe: Callable[[Pack, Tensor], None] | None = None,
+) -> Callable[[Microbatch], LossFunction]:
+    """The loss function of training and evaluation.
+
+    The loss of a pack is the sum over its triplets, whatever their sources. So the gradient of a step is that of the
+    mean over all triplets of the batch, and a source counts as many triplets as it has there.
+
+    The report is fp32 [M]: for each source in turn, the sums of `metric_names` of its objective. They are 0 for a
+    source without a triplet in the pack, so all ranks reduce reports of one length.
 
     Args:
+        sources: by the number that the packs give them.
         observe: called with every pack and its triplets' losses [T].
     """
-
     # A copy of 4 bytes per sequence. Reading it on the host for every pack would make the host wait for the device.
-    references = None if references is None else references.to(topology.device)
+    references = [None if each.references is None else each.references.to(topology.device) for each in sources]
 
     def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pack = microbatch.pack
-        logps_TR = _per_triplet(microbatch.sequence_logprobs(token_logprobs_N, topology.context_group), pack)
-        lengths_TR = _per_triplet(microbatch.response_lengths_S, pack)
-        reference = None
-        if objective.needs_reference:
-            assert references is not None
-            reference = references.select(pack.roles, microbatch.triplet_indices)
-        result = compute_objective(
-            objective, _by_role(logps_TR, pack.roles), _by_role(lengths_TR, pack.roles), reference
-        )
+        counts = [group.num_sequences for group in pack.groups]
+        logps = torch.split(microbatch.sequence_logprobs(token_logprobs_N, topology.context_group), counts)
+        lengths = torch.split(microbatch.response_lengths_S, counts)
+        rows = torch.split(microbatch.triplet_indices, [group.num_triplets for group in pack.groups])
+        losses = []
+        reports = [torch.zeros(len(metric_names(each.objective)), device=topology.device) for each in sources]
+        for group, logps_S, lengths_S, rows_T in zip(pack.groups, logps, lengths, rows, strict=True):
+            objective, reference, known = sources[group.source].objective, references[group.source], None
+            if objective.needs_reference:
+                assert reference is not None
+                known = reference.select(group.roles, rows_T)
+            result = compute_objective(objective, _by_role(logps_S, group), _by_role(lengths_S, group), known)
+            losses.append(result.loss_T)
+            reports[group.source] = torch.stack([each.sum() for each in result.metrics.values()]).float()
+        loss_T = torch.cat(losses)
         if observe is not None:
-            observe(microbatch.pack, result.loss_T)
-        report_M = torch.stack([result.metrics[name].sum() for name in metric_names(objective)]).float()
-        return result.loss_T.sum() * topology.context_group.size(), _count(pack, topology), report_M
+            observe(pack, loss_T)
+        return loss_T.sum() * topology.context_group.size(), _count(pack, topology), torch.cat(reports)
 
     return lambda microbatch: partial(loss, microbatch)
 
 
 def logprob_report(topology: Topology) -> Callable[[Microbatch], LossFunction]:
-    """The loss function of forward-only passes; reports the sequence log-probabilities, fp32 [T, R]."""
+    """The loss function of forward-only passes over one source; reports sequence log-probabilities, fp32 [T, R]."""
 
     def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logps_S = microbatch.sequence_logprobs(token_logprobs_N, topology.context_group)
-        return logps_S.sum(), _count(microbatch.pack, topology), _per_triplet(logps_S, microbatch.pack)
+        (group,) = microbatch.pack.groups
+        return logps_S.sum(), _count(microbatch.pack, topology), logps_S.view(group.num_triplets, len(group.roles))
 
     return lambda microbatch: partial(loss, microbatch)
 
 
-def _per_triplet(values_S: Tensor, pack: Pack) -> Tensor:
-    """[S] -> [T, R]: sequences are ordered by triplet, then by role."""
-    return values_S.view(pack.num_triplets, len(pack.roles))
-
-
-def _by_role(values_TR: Tensor, roles: Sequence[Role]) -> dict[Role, Tensor]:
-    return dict(zip(roles, values_TR.unbind(dim=1), strict=True))
+def _by_role(values_S: Tensor, group: PackGroup) -> dict[Role, Tensor]:
+    """[S] -> [T] for each role: sequences are ordered by triplet, then by role."""
+    values_TR = values_S.view(group.num_triplets, len(group.roles))
+    return dict(zip(group.roles, values_TR.unbind(dim=1), strict=True))
 
 
 def _count(pack: Pack, topology: Topology) -> Tensor:

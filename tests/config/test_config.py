@@ -189,6 +189,7 @@ def test_every_example_of_the_schema_is_legal(tmp_path: Path) -> None:
     """Each with the keys that it needs besides."""
     needed = {
         "hierarchical_context_parallel_sizes": ("parallel.cp_comm_type=a2a+p2p", "parallel.context_parallel_size=8"),
+        "sources": ("data.path=null",),
     }
     for section, field in Config.model_fields.items():
         for name, key in getattr(field.annotation, "model_fields", {}).items():

@@ -1,6 +1,7 @@
 """The loader: which triplets come when, under every layout and after every resume."""
 
 import math
+import re
 
 import datasets
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.config import ObjectiveConfig
-from megatron_solopo.data.loader import GlobalBatchLoader, Packing, SinglePass, TripletDataset
+from megatron_solopo.data.loader import GlobalBatchLoader, LoaderSource, Packing, SinglePass, TripletDataset
 from megatron_solopo.errors import UserError
 from tests.tiny_models import TINY
 
@@ -50,7 +51,7 @@ def split(changes):
 def loader(table=TABLE, roles=SOLOPO, **changes):
     own, packing = split(changes)
     own = {"global_batch_size": 8, "seed": 1234} | own
-    return GlobalBatchLoader(TripletDataset(table, COLUMNS, TINY), roles, packing, **own)
+    return GlobalBatchLoader([LoaderSource(TripletDataset(table, COLUMNS, TINY), roles)], packing, **own)
 
 
 def sequential(table=TABLE, roles=SOLOPO, **changes):
@@ -140,14 +141,14 @@ def test_state_is_the_same_on_every_rank_and_plain():
     ("name", "key", "change"),
     [
         ("seed", "seed", {"seed": 7}),
-        ("dataset_length", "data.path", {"table": TABLE.select(range(40))}),
+        ("dataset_length", "data.path (or data.sources)", {"table": TABLE.select(range(40))}),
         ("global_batch_size", "training.global_batch_size", {"global_batch_size": 4}),
     ],
 )
 def test_a_foreign_state_is_refused_by_name(name, key, change):
     ours = loader()
     ours.next_batch()
-    with pytest.raises(UserError, match=f"{name} .*restore {key}, or set run_dir") as error:
+    with pytest.raises(UserError, match=f"{name} .*restore {re.escape(key)}, or set run_dir") as error:
         ours.load_state_dict(loader(**change).state_dict())
     assert "\n" not in str(error.value)
     assert ours.consumed_triplets == 8
