@@ -166,7 +166,7 @@ def validate_file(path: Path) -> ValidationReport:
         if row.kind is not None and kind is None:
             kind, kind_line = row.kind, row.line
         if row.kind not in (None, kind):
-            row.reject("", f"is a {row.kind}, but {unit} {kind_line} is a {kind}; one file holds one kind")
+            row.reject("", f"is of kind {row.kind}, but {unit} {kind_line} of kind {kind}; one file holds one kind")
         if row.form is not None:
             forms.add(row.form)
         if row.id is not None and id_lines.setdefault(row.id, row.line) != row.line:

@@ -129,7 +129,7 @@ def test_an_illegal_value_in_a_section_that_may_be_null_has_an_example(tmp_path:
     (line,) = mistakes(tmp_path, "", ("lora.rank=0",))
     assert "lora.rank=0: Input should be greater than 0; for example lora.rank=16" in line and "null" not in line
     (line,) = mistakes(tmp_path, "", ("lora=16",))
-    assert "for example lora={'rank': 16}, or null (train the whole model)" in line
+    assert "for example lora={rank: 16}, or null (train the whole model)" in line
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The loader: which triplets come when, under every layout and after every resume."""
 
+import itertools
 import math
 import re
 
@@ -292,3 +293,35 @@ def test_one_triplet_on_four_ranks():
     assert sorted(batch.counted for batch in batches) == [[False], [False], [False], [True]]
     assert {batch.packs[0].ids for batch in batches} == {("row-5",)}
     assert {tuple(batch.triplets_at) for batch in batches} == {(1,)}
+
+
+SFT = ObjectiveConfig(name="sft").roles.all
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_rows_of_all_sources_share_packs_with_the_sequences_of_their_own(share_prompts: bool) -> None:
+    """Each pack against the rows themselves, over two ranks."""
+    tables = [TABLE.select(range(20)), TABLE.select(range(20, 30)), TABLE.select(range(30, 47))]
+    sources = [
+        LoaderSource(TripletDataset(table, COLUMNS, TINY), roles, weight)
+        for table, roles, weight in zip(tables, (SOLOPO, LONG_PO, SFT), (3.0, 1.0, 2.0), strict=True)
+    ]
+    seen: list[tuple[int, int]] = []
+    for rank in range(2):
+        packing = Packing(4, share_prompts, MAX_TOKENS, rank, 2)
+        batch = GlobalBatchLoader(sources, packing, global_batch_size=12, seed=3).next_batch()
+        assert batch.triplets_of == (6, 2, 4)
+        for pack in batch.packs:
+            rows = iter(pack.triplet_indices.tolist())
+            expected = []
+            for group in pack.groups:
+                for row in itertools.islice(rows, group.num_triplets):
+                    seen.append((group.source, row))
+                    tokens = tables[group.source][row]
+                    expected += [(tokens[f"prompt_{role.context}"], tokens[role.response]) for role in group.roles]
+            prompts_S = (pack.cu_seqlens_B1[pack.blocks_S], pack.prompt_lengths_B[pack.blocks_S])
+            places = zip(*prompts_S, pack.response_starts_S, pack.response_lengths_S, expected, strict=True)
+            for start, length, response_start, response_length, (prompt, response) in places:
+                assert pack.tokens_T[start : start + length].tolist() == prompt
+                assert pack.tokens_T[response_start : response_start + response_length].tolist() == response
+    assert len(set(seen)) == 12 and [source for source, _ in sorted(seen)] == [0] * 6 + [1] * 2 + [2] * 4
