@@ -179,7 +179,6 @@ def check_layout(architecture: ModelShape, parallel: ParallelConfig) -> None:
         )
     _check_experts(architecture, parallel)
     _check_recomputation(stage_layers(architecture.num_layers, parallel), parallel)
-    _check_exchange_by_heads(architecture, parallel)
     _check_activation_offload(architecture, parallel)
 
 
@@ -266,7 +265,11 @@ def _check_recomputation(layers: Sequence[int], parallel: ParallelConfig) -> Non
         raise UserError(f"parallel.recompute_num_layers={count} {problem}")
 
 
-def _check_exchange_by_heads(architecture: ModelShape, parallel: ParallelConfig) -> None:
+def check_exchange_by_heads(architecture: ModelShape, parallel: ParallelConfig) -> None:
+    """Refuse a `cp_comm_type` that the model's heads do not allow; raises UserError naming both numbers and the key.
+
+    Ask only where it acts: in Transformer Engine's attention, over packs without shared prompts.
+    """
     tp, kind = parallel.tensor_model_parallel_size, parallel.cp_comm_type
     if kind == "p2p":
         return

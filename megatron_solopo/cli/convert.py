@@ -11,6 +11,7 @@ from typing import Literal, NoReturn
 
 import click
 
+from megatron_solopo.cli.imports import no_garbage_collection
 from megatron_solopo.errors import UserError
 
 _DIRECTORY = click.Path(path_type=Path)
@@ -68,7 +69,8 @@ def import_(source: Path, output: Path, verification: Literal["full", "tensors",
       megatron-solopo convert import --hf Qwen2.5-7B-Instruct --out qwen2.5-7b
     """
     with _interruptible(output):
-        from megatron_solopo.checkpoint.conversion import import_model
+        with no_garbage_collection():
+            from megatron_solopo.checkpoint.conversion import import_model
 
         report = import_model(source, output, verification=verification)
     click.echo(f"{output}\n{report}")
@@ -99,7 +101,8 @@ def export(
       megatron-solopo convert export --checkpoint runs/first/checkpoints/iter_0000100 --out aligned
     """
     with _interruptible(output):
-        from megatron_solopo.checkpoint.conversion import export_adapter, export_model
+        with no_garbage_collection():
+            from megatron_solopo.checkpoint.conversion import export_adapter, export_model
 
         if adapter and merge:
             raise UserError("--adapter and --merge: choose one")
@@ -127,7 +130,8 @@ def verify(source: Path, checkpoint: Path, logits: bool) -> None:
       megatron-solopo convert verify --hf aligned --checkpoint runs/first/checkpoints/iter_0000100
     """
     with _interruptible():
-        from megatron_solopo.checkpoint.conversion import verify_models
+        with no_garbage_collection():
+            from megatron_solopo.checkpoint.conversion import verify_models
 
         report = verify_models(source, checkpoint, logits=logits)
     click.echo(str(report))

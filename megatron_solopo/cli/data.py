@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from megatron_solopo.cli.imports import no_garbage_collection
 from megatron_solopo.cli.options import JSON, PATH, settings_options
 from megatron_solopo.data.settings import PrepareSettings
 from megatron_solopo.triplets.settings import BuildSettings, SampleSettings, SelectSettings
@@ -106,7 +107,8 @@ def prepare(settings: PrepareSettings, as_json: bool) -> None:
       megatron-solopo data prepare --input triplets.jsonl --output prepared \\
           --tokenizer examples/musique/work/model --eval-count 16
     """
-    from megatron_solopo.data.tokenize import prepare as run
+    with no_garbage_collection():
+        from megatron_solopo.data.tokenize import prepare as run
 
     manifest = run(settings)
     click.echo(manifest.model_dump_json(indent=2) if as_json else f"{settings.output}\n{manifest}")

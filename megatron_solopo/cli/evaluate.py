@@ -5,6 +5,7 @@ import os
 
 import click
 
+from megatron_solopo.cli.imports import no_garbage_collection
 from megatron_solopo.cli.options import JSON, settings_options
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluation_settings import LongContextSettings, PreferenceSettings
@@ -34,7 +35,8 @@ def long_context(settings: LongContextSettings, as_json: bool) -> None:
       megatron-solopo evaluate long-context --server http://localhost:8000/v1 --model MODEL_NAME \\
           --tokenizer MODEL_DIR --tasks needle_single --lengths 4096,32768 --output results/base.json
     """
-    from megatron_solopo.evaluate.long_context import evaluate_long_context
+    with no_garbage_collection():
+        from megatron_solopo.evaluate.long_context import evaluate_long_context
     from megatron_solopo.evaluate.scores import render
 
     results = evaluate_long_context(settings)
@@ -74,7 +76,8 @@ def preference(settings: PreferenceSettings, overrides: tuple[str, ...], as_json
         path = subject.run_dir / RUN_CONFIG
     config = load_config(path, overrides)
     # Only now, so that a mistake in the config is told before megatron has been imported.
-    from megatron_solopo.evaluate.preference import default_output, evaluate_preference
+    with no_garbage_collection():
+        from megatron_solopo.evaluate.preference import default_output, evaluate_preference
 
     output = settings.output or default_output(subject, config)
     results = evaluate_preference(subject, config, split=settings.split, output=output)

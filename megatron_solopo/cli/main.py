@@ -21,6 +21,7 @@ from megatron_solopo.cli.convert import convert
 from megatron_solopo.cli.data import data
 from megatron_solopo.cli.doctor import doctor
 from megatron_solopo.cli.evaluate import evaluate
+from megatron_solopo.cli.imports import no_garbage_collection
 from megatron_solopo.cli.plan import plan
 from megatron_solopo.cli.report import report
 from megatron_solopo.errors import UserError, describe_os_error
@@ -147,7 +148,8 @@ def reference(path: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
 
     config = load_config(path, overrides)
     # The import is slow; a mistake in the config is reported before it.
-    from megatron_solopo.train.trainer import precompute_reference
+    with no_garbage_collection():
+        from megatron_solopo.train.trainer import precompute_reference
 
     cache = precompute_reference(config, overwrite=overwrite)
     if os.environ.get("RANK", "0") == "0":
@@ -185,8 +187,9 @@ def train(path: Path, overrides: tuple[str, ...], preflight_only: bool) -> None:
 
     config = load_config(path, overrides)
     # The import is slow; a mistake in the config is reported before it.
-    from megatron_solopo.train.trainer import preflight
-    from megatron_solopo.train.trainer import train as run
+    with no_garbage_collection():
+        from megatron_solopo.train.trainer import preflight
+        from megatron_solopo.train.trainer import train as run
 
     if preflight_only:
         for check, found in preflight(config):

@@ -55,7 +55,7 @@ from megatron_solopo.model.build import build_chunk
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.megatron_internals import add_base_class, call_pretrain, count_sequence_lengths
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.train.metrics import keep_before
+from megatron_solopo.train.metrics import computed_tokens, keep_before
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +169,8 @@ class StepLog:
         line = {name: value if value - value == 0 else None for name, value in (metrics | counts).items()}
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": self._step} | line, allow_nan=False) + "\n")
-        shown = " | ".join(f"{name} {value:+.4f}" for name, value in metrics.items())
-        tqdm.write(f" solopo iteration {self._step} | {shown}")
+        shown = [f"{name} {value:+.4f}" for name, value in metrics.items()] + computed_tokens(counts)
+        tqdm.write(f" solopo iteration {self._step} | {' | '.join(shown)}")
 
 
 _LOADED = ("load", "pretrained_checkpoint")

@@ -29,7 +29,7 @@ from megatron_solopo.model.head import attach_response_head
 from megatron_solopo.model.head_norms import AllHeadsNormAttention
 from megatron_solopo.model.layers import layers_with_experts
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
-from megatron_solopo.model.resolve import ResolvedModel, uses_transformer_engine
+from megatron_solopo.model.resolve import ResolvedModel, check_attention, uses_transformer_engine
 from megatron_solopo.model.routing import RouterWatch
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.megatron_internals import pipeline_settings, set_rotary_frequencies
@@ -228,6 +228,7 @@ class PreferenceTask:
         self.model = ResolvedModel(
             config.model, config.parallel, self.architecture, uses_transformer_engine(config.model)
         )
+        check_attention(self.model, share_prompts=config.data.share_prompts)
         self.datasets = load_run_datasets(config, self.architecture)
         for note in self.datasets.notes:
             say(note)

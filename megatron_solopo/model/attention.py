@@ -16,7 +16,6 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from megatron_solopo.model.segments import Segments, segments_of_sequences
 from megatron_solopo.parallel.megatron_internals import (
@@ -117,6 +116,8 @@ def _causal(query: Tensor, key: Tensor) -> dict[str, Any]:
     if num_queries == num_keys:
         return {"is_causal": True}
     if query.device.type == "cuda":  # no tensor: the kernel knows this mask
+        from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler: a second
+
         return {"attn_mask": causal_lower_right(num_queries, num_keys)}
     ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
     return {"attn_mask": ones.tril(num_keys - num_queries)}

@@ -9,12 +9,14 @@ from packaging.version import Version
 
 from megatron_solopo.architecture.gpus import FP8_QUESTIONS
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
-from megatron_solopo.architecture.layout import check_fp8, check_layout
+from megatron_solopo.architecture.layout import check_exchange_by_heads, check_fp8, check_layout
 from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.megatron_internals import (
     FP8_PARAMETERS_SINCE,
+    LOWER_RIGHT_MASK,
+    computes_lower_right_masks,
     has_deep_ep,
     has_transformer_engine,
     installed_version,
@@ -63,18 +65,33 @@ def resolve_model(
     """
     architecture = architecture or read_architecture(settings.path)
     check_layout(architecture, parallel)
-    model = ResolvedModel(settings, parallel, architecture, uses_transformer_engine(settings))
-    _check_context_exchange(model)
     _check_dispatcher(parallel)
-    return model
+    return ResolvedModel(settings, parallel, architecture, uses_transformer_engine(settings))
 
 
-def _check_context_exchange(model: ResolvedModel) -> None:
-    """Older versions disable every kernel that could exchange packed sequences by heads and in a ring."""
-    if model.parallel.cp_comm_type != "a2a+p2p" or not model.uses_transformer_engine:
+def check_attention(model: ResolvedModel, *, share_prompts: bool) -> None:
+    """Refuse packs that Transformer Engine's attention cannot compute here. Plain attention computes them all.
+
+    Without shared prompts, these are packs that it cannot exchange over context-parallel ranks.
+
+    Raises UserError naming the key to change.
+    """
+    if not model.uses_transformer_engine:
         return
-    installed = get_te_version()
-    if installed < _HIERARCHICAL_PACKING_SINCE:
+    installed, parallel, shape = get_te_version(), model.parallel, model.architecture
+    if share_prompts:
+        tp = parallel.tensor_model_parallel_size
+        heads = shape.num_attention_heads // tp, max(shape.num_query_groups // tp, 1)
+        if not computes_lower_right_masks(*heads, shape.head_dim):
+            raise UserError(
+                f"data.share_prompts=true needs the mask {LOWER_RIGHT_MASK.name} over packed sequences, which no "
+                f"attention kernel of transformer-engine {installed} computes here (NVTE_* variables choose among "
+                "them); set data.share_prompts=false"
+            )
+        return
+    check_exchange_by_heads(shape, parallel)
+    # Older versions disable every kernel that could exchange packed sequences by heads and in a ring.
+    if parallel.cp_comm_type == "a2a+p2p" and installed < _HIERARCHICAL_PACKING_SINCE:
         raise UserError(
             f"parallel.cp_comm_type=a2a+p2p needs transformer-engine {_HIERARCHICAL_PACKING_SINCE} or newer for packed "
             f"sequences; {installed} is installed. Set parallel.cp_comm_type=p2p"

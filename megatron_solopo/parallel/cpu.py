@@ -57,6 +57,7 @@ def adapt_if_needed() -> None:
     _adapt_tensors()
     _share_gloo_device()
     _let_gloo_exchange_what_experts_need()
+    _let_megatron_run_line_by_line()
 
 
 def _hide_gpu_libraries() -> None:
@@ -208,6 +209,22 @@ def _let_gloo_exchange_what_experts_need() -> None:
 def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
     """A copy with more rows, which hold zeros."""
     return torch.cat([tensor, tensor.new_zeros(length - len(tensor), *tensor.shape[1:])])
+
+
+def _let_megatron_run_line_by_line() -> None:
+    """Leave Megatron's fused functions as they are: compiling them pays on a GPU alone.
+
+    Megatron decorates them with torch.compile when it is imported. The compiler's own import takes a second.
+    """
+    library: Any = torch
+    compile_ = torch.compile
+
+    @functools.wraps(compile_)
+    def compile_others(model: Any = None, **options: Any) -> Any:
+        is_megatron = getattr(model, "__module__", "").startswith("megatron.")
+        return model if is_megatron else compile_(model, **options)
+
+    library.compile = compile_others
 
 
 @functools.cache

@@ -6,6 +6,7 @@ each entry. It fails when the installed Megatron changes what the entry relies o
 The adaptation of `torch.cuda` to a CPU is in `parallel/cpu.py`.
 """
 
+import importlib
 import inspect
 import queue
 from collections import defaultdict
@@ -110,6 +111,35 @@ LOWER_RIGHT_MASK = SimpleNamespace(name="padding_causal_bottom_right")
 Versions: 0.16 and 0.19 pass the name on, and have no member of `AttnMaskType` with this one.
 Upstream: `megatron/core/extensions/transformer_engine.py`, `megatron/core/transformer/enums.py`.
 """
+
+
+def computes_lower_right_masks(heads: int, groups: int, head_dim: int) -> bool:
+    """Whether Transformer Engine has an attention kernel here for packs under `LOWER_RIGHT_MASK`.
+
+    Its version, those of its kernels, the device and the NVTE_* variables decide. Versions: 2.9 to 2.20. Transformer
+    Engine asks itself the same in the first forward pass, and raises there.
+    Upstream: `transformer_engine/pytorch/attention/dot_product_attention/utils.py`.
+
+    Args:
+        heads: query heads of a tensor-parallel rank.
+        groups: its key-value heads.
+    """
+    try:
+        utils = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
+        asked = utils.AttentionParams(
+            qkv_layout="thd_thd_thd",
+            num_heads=heads,
+            num_gqa_groups=groups,
+            max_seqlen_q=128,
+            max_seqlen_kv=256,
+            head_dim_qk=head_dim,
+            head_dim_v=head_dim,
+            attn_mask_type=LOWER_RIGHT_MASK.name,
+        )
+    except (ImportError, AttributeError, TypeError):
+        return False
+    flash, _, fused, _, unfused, *_ = utils.get_attention_backend(asked)
+    return bool(flash or fused or unfused)
 
 
 def is_transformer_engine_attention(module: torch.nn.Module) -> bool:

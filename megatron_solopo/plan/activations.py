@@ -34,8 +34,26 @@ _INT64 = 8
 
 
 @dataclass(frozen=True)
+class PackBytes:
+    """Bytes that grow with a pack: for each token of a rank, and for each key that its attention gathers."""
+
+    token: float = 0.0
+    key: float = 0.0
+
+    def __add__(self, other: "PackBytes") -> "PackBytes":
+        return PackBytes(self.token + other.token, self.key + other.key)
+
+    def __sub__(self, other: "PackBytes") -> "PackBytes":
+        return PackBytes(self.token - other.token, self.key - other.key)
+
+    def of(self, pack: PackShape, context_parallel_size: int) -> float:
+        """Bytes of one pack."""
+        return self.token * pack.padded_tokens / context_parallel_size + self.key * pack.gathered_keys
+
+
+@dataclass(frozen=True)
 class LayerBytes:
-    """Bytes per token that one layer keeps."""
+    """Bytes per token that one layer keeps, unless noted."""
 
     boundary: float
     """The layer's input. Full recomputation keeps only this."""
@@ -43,7 +61,7 @@ class LayerBytes:
     attention: float
     core_attention: float
     """What `recompute_modules: [core_attn]` computes again."""
-    gathered: float
+    gathered: PackBytes
     """Keys and values that core attention gathers, less those that it then need not keep. It gathers them again."""
     mlp: float
     """What `recompute_modules: [mlp]` computes again."""
@@ -51,16 +69,14 @@ class LayerBytes:
     """What stands in the place of `mlp` in a layer with experts. Only full recomputation computes it again."""
 
     @property
-    def total(self) -> float:
-        """Bytes per token without recomputation; `boundary` is part of `norms`."""
-        return self.norms + self.attention + self.core_attention + self.gathered + self.mlp + self.experts
+    def total(self) -> PackBytes:
+        """All bytes without recomputation; `boundary` is part of `norms`."""
+        return self.gathered + PackBytes(self.norms + self.attention + self.core_attention + self.mlp + self.experts)
 
-    def again(self, config: Config) -> float:
-        """What selective recomputation computes again of these bytes, at most at a time."""
-        return max(
-            {"core_attn": self.core_attention + self.gathered, "mlp": self.mlp}[name]
-            for name in config.parallel.recompute_modules
-        )
+    def computed_again(self, config: Config) -> list[PackBytes]:
+        """What selective recomputation computes again of these bytes, one after the other."""
+        parts = {"core_attn": self.gathered + PackBytes(self.core_attention), "mlp": PackBytes(self.mlp)}
+        return [parts[name] for name in config.parallel.recompute_modules]
 
 
 def uses_local_layers(config: Config) -> bool:
@@ -119,37 +135,26 @@ def _adapter_bytes(config: Config, block: str) -> float:
     return element_bytes(config) * config.lora.rank * columns
 
 
-def keys_per_token(config: Config, pack: PackShape, *, local: bool) -> float:
-    """Keys that attention gathers for each token of a rank; 0 if it gathers none.
+def _gathers_keys(config: Config, *, local: bool) -> bool:
+    """Whether attention keeps the keys that it gathers.
 
     Transformer Engine's own exchange under context parallelism keeps what the rank had before.
     """
-    cp = config.parallel.context_parallel_size
-    if not (config.data.share_prompts or (local and cp > 1)):
-        return 0.0
-    return pack.gathered_keys * cp / pack.padded_tokens
+    return config.data.share_prompts or (local and config.parallel.context_parallel_size > 1)
 
 
-def layer_bytes(
-    architecture: ModelShape, config: Config, keys: float, *, local: bool, has_experts: bool = False
-) -> LayerBytes:
-    """Bytes per token that one layer of this rank keeps.
-
-    Args:
-        keys: see `keys_per_token`.
-    """
+def layer_bytes(architecture: ModelShape, config: Config, *, local: bool, has_experts: bool = False) -> LayerBytes:
+    """What one layer of this rank keeps."""
     inputs = _kept_inputs(config, local=local, has_experts=has_experts)
     attention, mlp = (_adapter_bytes(config, block) for block in ("self_attention", "mlp"))
-    found = _base_bytes(architecture, config, inputs, keys, local=local)
+    found = _base_bytes(architecture, config, inputs, local=local)
     if has_experts:
         experts = _expert_bytes(architecture, config, inputs, local=local)
         return replace(found, attention=found.attention + attention, mlp=0.0, experts=experts)
     return replace(found, attention=found.attention + attention, mlp=found.mlp + mlp)
 
 
-def _base_bytes(
-    architecture: ModelShape, config: Config, inputs: _Inputs, keys_per_token: float, *, local: bool
-) -> LayerBytes:
+def _base_bytes(architecture: ModelShape, config: Config, inputs: _Inputs, *, local: bool) -> LayerBytes:
     """What a dense layer keeps without its adapters' own outputs."""
     a, e, tp = architecture, element_bytes(config), config.parallel.tensor_model_parallel_size
     learns = config.lora is None
@@ -170,7 +175,7 @@ def _base_bytes(
     # Where core attention gathers keys and values, it keeps those instead. But a norm of heads in fp32 keeps its input,
     # which is a view of the mixed tensor.
     held = mixed - queries - keys if local and a.qk_layernorm and e == _FP32 else 0.0
-    gathered = e * (2 * keys * keys_per_token + held - before) if keys_per_token else 0.0
+    gathered = PackBytes(e * (held - before), 2 * e * keys) if _gathers_keys(config, local=local) else PackBytes()
     if local:
         norms = (2 * norm_copies * _FP32 + inputs.qkv + inputs.fc1) * hidden + 2 * _FP32 * share  # and the outputs
         head_norms = norm_copies * _FP32 * (queries + keys) + 2 * _FP32 * heads if a.qk_layernorm else all_heads_norm
@@ -230,9 +235,12 @@ def _expert_bytes(architecture: ModelShape, config: Config, inputs: _Inputs, *, 
 
 @dataclass(frozen=True)
 class ActivationRate:
-    """What one model chunk keeps of a pack between forward and backward: bytes per token and per response row."""
+    """What one model chunk keeps of a pack between forward and backward.
 
-    layers: float
+    Bytes are per token, but those of `row` and `logits` are per response row.
+    """
+
+    layers: PackBytes
     norm: float
     """The final norm, on the last stage."""
     other: float
@@ -251,32 +259,30 @@ class ActivationRate:
 
     def total(self, pack: PackShape) -> float:
         """Bytes that the chunk keeps of a pack."""
-        return (self.layers + self.other) * pack.padded_tokens / self.context_parallel_size + self.head(pack)
+        return (self.layers + PackBytes(self.other)).of(pack, self.context_parallel_size) + self.head(pack)
 
 
-def activation_rate(
-    architecture: ModelShape, config: Config, chunk: ModelChunk, keys: float, *, local: bool
-) -> ActivationRate:
+def activation_rate(architecture: ModelShape, config: Config, chunk: ModelChunk, *, local: bool) -> ActivationRate:
     """The rates of one model chunk.
 
     Args:
-        keys: see `keys_per_token`.
         local: whether its layers are plain PyTorch.
     """
-    layers = chunk_layers(architecture, config, chunk, keys, local=local)
+    layers = chunk_layers(architecture, config, chunk, local=local)
     parallel = config.parallel
-    kept = sum(layer.total for layer in layers)
+    kept = _total(layers)
     received = layers[0].boundary if local and not chunk.has_embedding and layers else 0.0
     if parallel.recompute_granularity == "selective":
         # The output projection keeps the attention output itself; only plain layers keep a second one.
         if "core_attn" in parallel.recompute_modules:
-            kept -= sum(layer.gathered + (layer.core_attention if local else 0.0) for layer in layers)
+            for layer in layers:
+                kept -= layer.gathered + PackBytes(layer.core_attention if local else 0.0)
         if "mlp" in parallel.recompute_modules:
-            kept -= sum(layer.mlp for layer in layers)
+            kept -= PackBytes(sum(layer.mlp for layer in layers))
     elif parallel.recompute_granularity == "full":
         kept, received = _kept_by_full_recomputation(config, layers), 0.0
     else:
-        kept -= sum(layer.total for layer in layers[: parallel.cpu_offloading_num_layers])
+        kept -= _total(layers[: parallel.cpu_offloading_num_layers])
     tp, e = parallel.tensor_model_parallel_size, element_bytes(config)
     hidden, final_copies = architecture.hidden_size, 2 if config.lora is None else 1
     return ActivationRate(
@@ -295,13 +301,15 @@ def sequence_shards(config: Config) -> int:
     return config.parallel.tensor_model_parallel_size if config.parallel.uses_sequence_parallel else 1
 
 
-def chunk_layers(
-    architecture: ModelShape, config: Config, chunk: ModelChunk, keys: float, *, local: bool
-) -> list[LayerBytes]:
-    """Bytes per token of each layer of a chunk."""
+def _total(layers: Sequence[LayerBytes]) -> PackBytes:
+    return sum((layer.total for layer in layers), PackBytes())
+
+
+def chunk_layers(architecture: ModelShape, config: Config, chunk: ModelChunk, *, local: bool) -> list[LayerBytes]:
+    """What each layer of a chunk keeps."""
     experts, end = architecture.experts, chunk.first_layer + chunk.num_layers
     layers = (False,) * chunk.num_layers if experts is None else experts.layers[chunk.first_layer : end]
-    kinds = {kind: layer_bytes(architecture, config, keys, local=local, has_experts=kind) for kind in set(layers)}
+    kinds = {kind: layer_bytes(architecture, config, local=local, has_experts=kind) for kind in set(layers)}
     found = [kinds[kind] for kind in layers]
     if config.lora is not None and chunk.has_embedding and config.parallel.recompute_granularity is None:
         found[0] = _without_gradient(found[0], architecture, config, local=local)
@@ -323,20 +331,20 @@ def _without_gradient(layer: LayerBytes, architecture: ModelShape, config: Confi
             norms=layer.norms - norm,
             attention=_adapter_bytes(config, "self_attention") + of_input,
             core_attention=0.0,
-            gathered=0.0,
+            gathered=PackBytes(),
         )
-    alone = replace(layer, norms=inputs.fc1 * hidden, attention=0.0, core_attention=0.0, gathered=0.0)
+    alone = replace(layer, norms=inputs.fc1 * hidden, attention=0.0, core_attention=0.0, gathered=PackBytes())
     if inputs.fc1:
         return alone
     ffn = architecture.ffn_hidden_size / config.parallel.tensor_model_parallel_size
     return replace(alone, mlp=_adapter_bytes(config, "mlp") + inputs.fc2 * ffn)
 
 
-def _kept_by_full_recomputation(config: Config, layers: Sequence[LayerBytes]) -> float:
+def _kept_by_full_recomputation(config: Config, layers: Sequence[LayerBytes]) -> PackBytes:
     count = config.parallel.recompute_num_layers
     if config.parallel.recompute_method == "uniform":
-        return sum(layer.boundary for layer in layers[::count])
-    return sum(layer.boundary for layer in layers[:count]) + sum(layer.total for layer in layers[count:])
+        return PackBytes(sum(layer.boundary for layer in layers[::count]))
+    return PackBytes(sum(layer.boundary for layer in layers[:count])) + _total(layers[count:])
 
 
 def rotary_bytes(architecture: ModelShape, longest: int) -> int:
@@ -352,18 +360,16 @@ def recomputed_bytes(
     `recompute_method: block` computes the first layers again. The layers behind them have been freed by then.
     """
     parallel, count = config.parallel, config.parallel.recompute_num_layers
-    keys = keys_per_token(config, pack, local=local)
-    each = [chunk_layers(architecture, config, chunk, keys, local=local) for chunk in chunks]
-    again = 0.0
+    each = [chunk_layers(architecture, config, chunk, local=local) for chunk in chunks]
+    again: list[PackBytes] = []
     if parallel.recompute_granularity == "full":
         if parallel.recompute_method == "uniform":
-            groups = [layers[first : first + count] for layers in each for first in range(0, len(layers), count)]
-            again = max((sum(layer.total for layer in group) for group in groups), default=0.0)
+            again = [_total(layers[first : first + count]) for layers in each for first in range(0, len(layers), count)]
         else:
-            again = max((layer.total for layers in each if len(layers) <= count for layer in layers), default=0.0)
+            again = [layer.total for layers in each if len(layers) <= count for layer in layers]
     elif parallel.recompute_granularity == "selective":
-        again = max((layer.again(config) for layers in each for layer in layers), default=0.0)
-    return again * pack.padded_tokens / parallel.context_parallel_size
+        again = [part for layers in each for layer in layers for part in layer.computed_again(config)]
+    return max((part.of(pack, parallel.context_parallel_size) for part in set(again)), default=0.0)
 
 
 def logits_bytes(architecture: ModelShape, config: Config, pack: PackShape) -> float:
@@ -385,7 +391,7 @@ def working_bytes(
     """
     a, e, parallel = architecture, element_bytes(config), config.parallel
     tokens = pack.padded_tokens / parallel.context_parallel_size
-    boundary = layer_bytes(a, config, keys_per_token(config, pack, local=local), local=local).boundary
+    boundary = layer_bytes(a, config, local=local).boundary
     # Under sequence parallelism: the gradient of a product's input, and the input itself where the weight learns.
     gathered = (2 if config.lora is None else 1) * e * a.hidden_size if parallel.uses_sequence_parallel else 0
     widest = 0.0 if a.experts and a.experts.in_all_layers else a.ffn_hidden_size / parallel.tensor_model_parallel_size

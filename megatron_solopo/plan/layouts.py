@@ -13,10 +13,17 @@ import yaml
 from megatron_solopo.architecture.adapters import check_adapters
 from megatron_solopo.architecture.gpus import Gpu, has_fp8
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.architecture.layout import check_fp8, check_layout, check_training, check_world_size
+from megatron_solopo.architecture.layout import (
+    check_exchange_by_heads,
+    check_fp8,
+    check_layout,
+    check_training,
+    check_world_size,
+)
 from megatron_solopo.architecture.pipeline_layout import parse_layout
 from megatron_solopo.config import Config
 from megatron_solopo.errors import UserError
+from megatron_solopo.plan.activations import uses_local_layers
 
 _SIZE_KEYS = {
     "tp": "tensor_model_parallel_size",
@@ -208,6 +215,8 @@ def check_supported(architecture: ModelShape, layout: Layout) -> None:
     """Raise UserError with the first reason why the model does not allow a layout."""
     config = layout.config
     check_layout(architecture, config.parallel)
+    if not (config.data.share_prompts or uses_local_layers(config)):
+        check_exchange_by_heads(architecture, config.parallel)
     check_adapters(architecture, config)
     check_training(architecture, config.parallel, config.optimizer, config.moe)
     check_fp8(architecture, config.model, config.parallel, config.optimizer)
@@ -222,7 +231,7 @@ def _exchanges(architecture: ModelShape, config: Config) -> Iterator[dict[str, A
         found.append(_BY_HEADS)
     for exchange in found:
         with suppress(UserError):
-            check_layout(architecture, replace_settings(config, parallel=exchange).parallel)
+            check_exchange_by_heads(architecture, replace_settings(config, parallel=exchange).parallel)
             yield exchange
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +15,8 @@ from megatron_solopo.architecture.pipeline_schedule import peak_in_flight, stage
 from megatron_solopo.config import Config, ModelConfig
 from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.plan.activations import (
-    ActivationRate,
     activation_rate,
     element_bytes,
-    keys_per_token,
     logits_bytes,
     recomputed_bytes,
     rotary_bytes,
@@ -304,32 +303,26 @@ def peak_activations(
 ) -> PeakActivations:
     """What Megatron's schedule of these packs keeps.
 
-    The estimate assumes that the largest packs meet. Then the first rounds of the schedule are the fullest.
+    The estimate assumes that the packs that keep most meet. Then the first rounds of the schedule are the fullest.
 
     Args:
         local: whether the layers are plain PyTorch.
     """
     size = config.parallel.pipeline_model_parallel_size
     chunks = model_chunks(architecture, config.parallel, pipeline_rank)
-
-    @cache
-    def rate(chunk: int, keys: float) -> ActivationRate:
-        return activation_rate(architecture, config, chunks[chunk], keys, local=local)
-
-    def rate_of(chunk: int, pack: PackShape) -> ActivationRate:
-        return rate(chunk, keys_per_token(config, pack, local=local))
-
-    largest = sorted(packs, key=lambda pack: -pack.padded_tokens)
+    rates = [activation_rate(architecture, config, chunk, local=local) for chunk in chunks]
+    # Tokens alone do not decide: packs of as many tokens gather unequal numbers of keys, or compute them again.
+    fullest = sorted(packs, key=lambda pack: (-sum(rate.total(pack) for rate in rates), -pack.gathered_keys))
     order = stage_order(pipeline_rank, size, len(chunks), len(packs))[: 4 * size * len(chunks)]
-    recomputed = recomputed_bytes(architecture, config, chunks, largest[0], local=local)
+    recomputed = recomputed_bytes(architecture, config, chunks, fullest[0], local=local)
     if chunks[-1].has_head:
         # When the layers' backward begins, the head's is over.
-        recomputed = max(0.0, recomputed - rate_of(len(chunks) - 1, largest[0]).head(largest[0]))
-        if largest[0].response_rows > config.logprob.chunk_tokens:
-            recomputed = max(recomputed, logits_bytes(architecture, config, largest[0]))
+        recomputed = max(0.0, recomputed - rates[-1].head(fullest[0]))
+        if fullest[0].response_rows > config.logprob.chunk_tokens:
+            recomputed = max(recomputed, logits_bytes(architecture, config, fullest[0]))
     return PeakActivations(
-        saved=peak_in_flight(order, lambda chunk, number: rate_of(chunk, largest[number]).total(largest[number])),
-        head=peak_in_flight(order, lambda chunk, number: rate_of(chunk, largest[number]).head(largest[number])),
+        saved=peak_in_flight(order, lambda chunk, number: rates[chunk].total(fullest[number])),
+        head=peak_in_flight(order, lambda chunk, number: rates[chunk].head(fullest[number])),
         recomputed=recomputed,
         packs_in_flight=round(peak_in_flight(order, lambda chunk, number: 1.0)),
     )
@@ -390,7 +383,7 @@ def stage_memory(
     local = uses_local_layers(config)
     peak = peak_activations(architecture, config, pipeline_rank, packs, local=local)
     chunks = model_chunks(architecture, config.parallel, pipeline_rank)
-    extremes = (max(packs, key=lambda pack: pack.padded_tokens), max(packs, key=lambda pack: pack.response_rows))
+    extremes = {max(packs, key=attrgetter(name)) for name in ("padded_tokens", "response_rows", "gathered_keys")}
     working = max(working_bytes(architecture, config, chunks, pack, local=local) for pack in extremes)
     communication = _communication(architecture, config, data_parallel_size, packs, reserve)
     rotary = rotary_bytes(architecture, max(pack.longest for pack in packs))

@@ -213,6 +213,7 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
         of_pairs = "" if accuracy is None else f" accuracy {accuracy:.2f}"
         parts.append(f"eval loss {metrics['eval_loss']:.4f}{of_pairs}")
     parts.append(f"grad {metrics['grad_norm']:.3f} lr {metrics['learning_rate']:.2e}")
+    parts += computed_tokens(metrics)
     parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
     if (share := metrics.get("straggler_share")) is not None and share >= _SHOWN_STRAGGLER_SHARE:
         parts.append(f"waits for rank {metrics['straggler_rank']} {share:.0%}")
@@ -224,6 +225,12 @@ def source_losses(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Each source that has rows in a step, and the name of its loss."""
     pattern = re.compile("source/([^/]+)/loss")
     return [(found[1], name) for name, value in metrics.items() if value is not None and (found := pattern.match(name))]
+
+
+def computed_tokens(counts: Metrics) -> list[str]:
+    """In words, how many of all sequences' tokens a step computes; nothing where it computes every one."""
+    computed, all_sequences = counts["num_tokens"], counts["num_sequence_tokens"]
+    return [] if computed == all_sequences else [f"{computed:,} of {all_sequences:,} tokens computed"]
 
 
 def keep_before(path: Path, first_step: int) -> None:

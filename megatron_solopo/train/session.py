@@ -21,7 +21,7 @@ from megatron_solopo.config import Config, check_not_by_hand
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import check_writable
-from megatron_solopo.model.resolve import ResolvedModel, check_precision, resolve_model
+from megatron_solopo.model.resolve import ResolvedModel, check_attention, check_precision, resolve_model
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.topology import Topology
@@ -112,6 +112,7 @@ def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, tuple[RunSo
     check_adapters(model.architecture, config)
     check_offload(config.optimizer, model)
     check_precision(model, config.optimizer)
+    check_attention(model, share_prompts=config.data.share_prompts)
     reference = _resolve_reference(config, model)
     prepared = [load_prepared(source.config.data.directory) for source in config.sources]
     check_writable(config.run_dir, "run_dir")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_solopo.architecture.experts import ExpertShape
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.layout import (
+    check_exchange_by_heads,
     check_fp8,
     check_layout,
     check_training,
@@ -63,8 +64,7 @@ def sizes(tensor: int = 1, pipeline: int = 1, chunks: int | None = None, **more:
         sizes(sequence_parallel=False),
         sizes(2, sequence_parallel=True),
         sizes(context_parallel_size=8),
-        sizes(context_parallel_size=2, cp_comm_type="a2a"),
-        sizes(context_parallel_size=8, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes=[2, 4]),
+        sizes(context_parallel_size=16, cp_comm_type="a2a"),
         sizes(cpu_offloading_num_layers=3),
     ],
 )
@@ -84,17 +84,6 @@ def test_a_layout_that_divides_the_model_is_accepted(architecture: Architecture,
         (sizes(pipeline=3), {}, ["4 layers", "3 pipeline stages", "pipeline_model_parallel_size"]),
         (sizes(pipeline=2, chunks=3), {}, ["4 layers", "6 pipeline stages", "virtual_pipeline_model_parallel_size"]),
         (sizes(pipeline=8), {}, ["4 layers", "8 pipeline stages"]),
-        (
-            sizes(2, context_parallel_size=2, cp_comm_type="a2a"),
-            {},
-            ["cp_comm_type=a2a", "1 key-value heads", "context_parallel_size=2", "p2p"],
-        ),
-        (
-            sizes(2, context_parallel_size=4, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes=[2, 2]),
-            {},
-            ["cp_comm_type=a2a+p2p", "1 key-value heads", "hierarchical_context_parallel_sizes=2", "p2p"],
-        ),
-        (sizes(context_parallel_size=3, cp_comm_type="a2a"), {}, ["4 attention heads", "context_parallel_size=3"]),
         (sizes(cpu_offloading_num_layers=4), {}, ["cpu_offloading_num_layers=4", "4 layers"]),
         (sizes(pipeline=2, cpu_offloading_num_layers=1), {}, ["cpu_offloading_num_layers=1", "pipeline"]),
         (
@@ -109,6 +98,31 @@ def test_another_is_refused_with_the_numbers_and_the_key(architecture, parallel,
         check_layout(replace(architecture, **changes), parallel)
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("parallel", "words"),
+    [
+        (sizes(context_parallel_size=2, cp_comm_type="a2a"), None),
+        (sizes(context_parallel_size=16), None),
+        (sizes(context_parallel_size=8, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes=[2, 4]), None),
+        (
+            sizes(2, context_parallel_size=2, cp_comm_type="a2a"),
+            "cp_comm_type=a2a: the 1 key-value heads .*context_parallel_size=2; set .*p2p",
+        ),
+        (
+            sizes(2, context_parallel_size=4, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes=[2, 2]),
+            r"cp_comm_type=a2a\+p2p: the 1 key-value heads .*hierarchical_context_parallel_sizes=2; set .*p2p",
+        ),
+        (sizes(context_parallel_size=3, cp_comm_type="a2a"), "4 attention heads .*context_parallel_size=3"),
+    ],
+)
+def test_an_exchange_by_heads_needs_heads_that_divide(architecture, parallel, words: str | None) -> None:
+    if words is None:
+        check_exchange_by_heads(architecture, parallel)
+        return
+    with pytest.raises(UserError, match=words):
+        check_exchange_by_heads(architecture, parallel)
 
 
 @given(st.integers(1, 300_000), st.sampled_from([1, 2, 4, 8]))

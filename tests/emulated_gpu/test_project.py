@@ -1,5 +1,6 @@
 """What the project asks of a GPU beside its layers: settings before CUDA starts, checks, devices of whole models."""
 
+import importlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from tests.gpu.models import make_model
 from tests.triplets.context_files import context, write_lines
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+KERNEL_CHOICE = "transformer_engine.pytorch.attention.dot_product_attention.utils"
 TE = {"dtype": "bfloat16", "implementation": "transformer_engine"}
 
 
@@ -108,6 +110,19 @@ def test_older_packages_and_plain_layers_are_refused(model: Path, monkeypatch: p
     plain = resolve.resolve_model(ModelConfig(path=model, implementation="local"), ParallelConfig())
     with pytest.raises(UserError, match=r"optimizer_offload_fraction=0\.5 needs a CUDA device"):
         check_offload(OptimizerConfig(optimizer_offload_fraction=0.5), plain)
+
+
+def test_masks_of_shared_prompts_are_asked_of_transformer_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = resolve.resolve_model(ModelConfig(path=model, **TE), ParallelConfig())
+    resolve.check_attention(resolved, share_prompts=True)
+    found = importlib.import_module(KERNEL_CHOICE)
+    monkeypatch.setattr(found, "get_attention_backend", lambda asked: (False, None, False, None, False, [False] * 3))
+    with pytest.raises(UserError, match=r"no attention kernel of .* computes here .*set data\.share_prompts=false"):
+        resolve.check_attention(resolved, share_prompts=True)
+    monkeypatch.delattr(found, "AttentionParams")  # an older version keeps it elsewhere
+    with pytest.raises(UserError, match=r"set data\.share_prompts=false"):
+        resolve.check_attention(resolved, share_prompts=True)
+    resolve.check_attention(resolved, share_prompts=False)
 
 
 def test_the_nearest_recipe_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,17 +55,43 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **answers: str | None) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", SimpleNamespace(**functions))
 
 
+def on_transformer_engine(architecture, parallel, monkeypatch, version: str = "2.17.1") -> resolve.ResolvedModel:
+    monkeypatch.setattr(resolve, "uses_transformer_engine", lambda settings: True)
+    monkeypatch.setattr(resolve, "get_te_version", lambda: Version(version))
+    return resolve.resolve_model(settings(), parallel, architecture=architecture)
+
+
 @pytest.mark.parametrize(("version", "accepted"), [("2.17.1", False), ("2.18.0", True)])
 def test_packs_are_exchanged_by_heads_and_in_a_ring_since_2_18(architecture, monkeypatch, version, accepted) -> None:
     exchange = {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [2, 2]}
     parallel = ParallelConfig(context_parallel_size=4, **exchange)
-    monkeypatch.setattr(resolve, "uses_transformer_engine", lambda settings: True)
-    monkeypatch.setattr(resolve, "get_te_version", lambda: Version(version))
+    model = on_transformer_engine(architecture, parallel, monkeypatch, version)
     if accepted:
-        resolve.resolve_model(settings(), parallel, architecture=architecture)
+        resolve.check_attention(model, share_prompts=False)
         return
     with pytest.raises(UserError, match=r"a2a\+p2p needs transformer-engine 2\.18 or newer.*2\.17\.1 is installed"):
-        resolve.resolve_model(settings(), parallel, architecture=architecture)
+        resolve.check_attention(model, share_prompts=False)
+
+
+def test_heads_count_only_where_attention_exchanges_them(architecture, monkeypatch) -> None:
+    """Attention gathers the keys of shared prompts itself, and plain layers gather all keys."""
+    parallel = ParallelConfig(context_parallel_size=16, cp_comm_type="a2a")
+    model = on_transformer_engine(architecture, parallel, monkeypatch)
+    monkeypatch.setattr(resolve, "computes_lower_right_masks", lambda *heads: True)
+    resolve.check_attention(model, share_prompts=True)
+    resolve.check_attention(replace(model, uses_transformer_engine=False), share_prompts=False)
+    with pytest.raises(UserError, match=r"cp_comm_type=a2a: .*set parallel\.cp_comm_type=p2p"):
+        resolve.check_attention(model, share_prompts=False)
+
+
+def test_an_attention_without_masks_for_shared_prompts_is_refused(architecture, monkeypatch) -> None:
+    model = on_transformer_engine(architecture, ParallelConfig(), monkeypatch)
+    monkeypatch.setattr(resolve, "computes_lower_right_masks", lambda *heads: False)
+    refused = r"padding_causal_bottom_right .*transformer-engine 2\.17\.1 .*set data\.share_prompts=false"
+    with pytest.raises(UserError, match=refused) as error:
+        resolve.check_attention(model, share_prompts=True)
+    assert "\n" not in str(error.value)
+    resolve.check_attention(model, share_prompts=False)
 
 
 @pytest.mark.parametrize(

@@ -193,3 +193,16 @@ def test_process_groups_wait_for_messages_in_one_thread() -> None:
 
 def backend(group: Any) -> Any:
     return group._get_backend(torch.device("cpu"))
+
+
+@on_cpu
+def test_training_imports_no_compiler() -> None:
+    """Megatron decorates functions with torch.compile. Its import would take a second of every process."""
+    command = (
+        "import sys, torch, megatron_solopo.train.trainer; from megatron.core.fusions import fused_bias_swiglu; "
+        "assert fused_bias_swiglu.jit_fuser is torch.compile; "
+        "print([name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules]); "
+        "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item(), 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "2.0 True"]

@@ -133,6 +133,8 @@ LAYOUTS: dict[int, list[Layout]] = {
 # One row of each objective, so that some packs lack some of the sources.
 MIXTURE = ("sft", "solopo", "long_po", "short_po")
 WITH_MIXTURE = ("one-pack", "uneven-accumulation", "tp2-sp", "pp2", "cp2", "dp2", "dp2-uneven", "tp2-cp2")
+# With `align: chosen`, the short prompt is shared and the long one is not.
+ALIGN_CHOSEN = ("tp2-sp", "pp2-vpp2", "cp2", "cp4", "tp2-cp2", "cp4-lonely", "tp2-cp2-lonely")
 WITH_LONGPO = ("packed", "cp2", "pp2", "tp2-dp2")
 TRAINED = {"router_trainable": True}
 REPLAYED = {"replay": "short"}
@@ -226,6 +228,11 @@ def unshared(layout: Layout) -> Layout:
     return replace(layout, share_prompts=False)
 
 
+def shared(layout: Layout) -> Layout:
+    """The same layout, in which responses share their prompt."""
+    return replace(layout, share_prompts=True)
+
+
 def adapter_cases(world_size: int) -> list[Case]:
     """The layouts of adapters; every one with one family, and the first of each kind with the other."""
     layouts = ADAPTER_LAYOUTS.get(world_size, [])
@@ -253,6 +260,7 @@ def dense_cases(world_size: int) -> list[Case]:
     behind_short = {"reference_context": "short"}
     found += [Case("qwen2", DPO_BOTH, layout, mixture=MIXTURE) for layout in layouts if layout.name in WITH_MIXTURE]
     found += [Case("qwen2", LONGPO, layout, **behind_short) for layout in layouts if layout.name in WITH_LONGPO]
+    found += [Case("qwen2", OBJECTIVES[0], shared(layout)) for layout in layouts if layout.name in ALIGN_CHOSEN]
     # Norms of queries and keys: with and without sequence parallelism, whole heads and split groups.
     found += [Case("qwen3", DPO_BOTH, layout) for layout in layouts if layout.name.startswith("tp")][:2]
     if world_size == 1:
@@ -277,6 +285,7 @@ def make_rows(count: int, seed: int) -> list[Row]:
 
     The first one's answers are a single token, and its prompts end where context-parallel rank 0
     holds that token's predictor, for 2 and for 4 ranks: the others hold no response token of it.
+    The last one's answers are longer than its long prompt.
     """
     generator = random.Random(seed)
 
@@ -293,8 +302,8 @@ def make_rows(count: int, seed: int) -> list[Row]:
         }
 
     between = generator.randint
-    others = [row(n, between(1, 11), between(13, 47), between(2, 9), between(2, 9)) for n in range(1, count)]
-    return [row(0, 1, 15, 1, 1), *others]
+    others = [row(n, between(1, 11), between(13, 47), between(2, 9), between(2, 9)) for n in range(1, count - 1)]
+    return [row(0, 1, 15, 1, 1), *others, row(count - 1, 7, 11, 23, 14)]
 
 
 BATCHES = [make_rows(NUM_TRIPLETS, seed=0), make_rows(NUM_TRIPLETS, seed=1)]
@@ -401,11 +410,14 @@ def test_an_expert_without_any_token_is_among_the_cases(family: str, expected: A
 
 
 @pytest.mark.parametrize(("context", "tensor"), [(4, 1), (2, 2)])
-def test_ranks_without_a_response_token_are_among_the_cases(context: int, tensor: int) -> None:
+@pytest.mark.parametrize(("objective", "share"), [(DPO_BOTH, False), (OBJECTIVES[0], True)])
+def test_ranks_without_a_response_token_are_among_the_cases(
+    context: int, tensor: int, objective: dict[str, Any], share: bool
+) -> None:
     """The layouts called lonely are what they are called: their first pack's rows lie on one rank."""
-    roles = ObjectiveConfig(**DPO_BOTH).roles.all
+    roles = ObjectiveConfig(**objective).roles.all
     for batch in BATCHES:
-        pack = build_pack([tokenized(batch[0], 0)], roles, 2 * context * tensor, share_prompts=False)
+        pack = build_pack([tokenized(batch[0], 0)], roles, 2 * context * tensor, share_prompts=share)
         for rank in range(context):
             here = torch.isin(pack.response_rows_N, shard_indices(pack.cu_seqlens_B1, context, rank))
             assert int(here.sum()) == (len(roles) if rank == 0 else 0)

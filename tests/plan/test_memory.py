@@ -12,8 +12,9 @@ from megatron_solopo.config import Config
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.megatron_internals import simulated_rank
 from megatron_solopo.plan.activations import element_bytes
-from megatron_solopo.plan.memory import peak_activations, rank_state
+from megatron_solopo.plan.memory import PeakActivations, peak_activations, rank_state
 from megatron_solopo.plan.parameters import ModelChunk, model_chunks, ranks_of_a_copy, sharing_ranks
+from megatron_solopo.plan.workload import PackShape, pack_shape
 from tests.distributed import run_distributed
 from tests.layouts import cp, ep, pp, stages, tp
 from tests.plan.memory_ranks import Case, MemoryInUse, expert_groups, run_cases, shapes
@@ -216,6 +217,23 @@ def test_activations_are_those_that_autograd_keeps(case: Case, models: Path, in_
         peak = peak_activations(architecture, config, rank.pipeline_rank, packs, local=True)
         expected = peak.total + cpu_masks(config, model_chunks(architecture, config.parallel, rank.pipeline_rank), rank)
         assert expected == pytest.approx(rank.saved, rel=ACTIVATION_TOLERANCE)
+
+
+@pytest.mark.parametrize("parallel", [{}, FULL])
+def test_the_fullest_pack_is_the_one_that_keeps_most(parallel: dict, models: Path) -> None:
+    """Of two packs with as many tokens, that with the longer shared prompt gathers more keys."""
+    config = Case("one", parallel=parallel).config(models)
+    answers = {"chosen": 20, "rejected": 15}
+    triplets = [{"short": 40, "long": 300}, {"short": 300, "long": 40}]
+    few, many = (
+        pack_shape([triplet | answers], config.objective.roles.all, 1, 1, 1, share_prompts=True) for triplet in triplets
+    )
+    assert few.padded_tokens == many.padded_tokens and few.gathered_keys + 260 == many.gathered_keys
+
+    def peak(*packs: PackShape) -> PeakActivations:
+        return peak_activations(read_architecture(config.model.path), config, 0, packs, local=True)
+
+    assert peak(few, many) == peak(many, few) == peak(many, many) and peak(many).total > peak(few).total
 
 
 def test_a_rank_keeps_the_tokens_that_reach_its_experts(models: Path, in_use: dict) -> None:

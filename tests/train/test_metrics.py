@@ -57,6 +57,8 @@ def step_metrics(step: int, **changes: Any) -> Metrics:
         "rewards/accuracies": 0.75,
         "grad_norm": 2.0,
         "learning_rate": 1e-6,
+        "num_tokens": 3940,
+        "num_sequence_tokens": 3940,
         "tokens_per_second": 12345.6,
         "mfu": None,
         **changes,
@@ -148,6 +150,11 @@ def test_the_console_shows_signs_losses_and_time_to_go() -> None:
         "step 3/12 | loss 0.1667 | rewards +0.2500 -1.5000 accuracy 0.75 | grad 2.000 lr 1.00e-06 "
         "| 12,346 tokens/s | ETA 1:02:03"
     )
+
+
+def test_the_console_shows_how_many_tokens_shared_prompts_leave() -> None:
+    line = console_line(step_metrics(3, num_tokens=2340), total_steps=12, remaining_seconds=0)
+    assert " | 2,340 of 3,940 tokens computed | 12,346 tokens/s | " in line
 
 
 def test_the_console_shows_alignment_and_evaluation_where_there_are_any() -> None:
