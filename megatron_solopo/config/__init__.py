@@ -2,6 +2,7 @@
 
 from megatron_solopo.config.load import check_not_by_hand, dotted, load_config, parse_config, save_config
 from megatron_solopo.config.schema import (
+    LOSS_ALIASES,
     CheckpointConfig,
     Config,
     Context,
@@ -32,6 +33,7 @@ from megatron_solopo.config.schema import (
 from megatron_solopo.config.without_effect import Surroundings, warning_without_effect
 
 __all__ = [
+    "LOSS_ALIASES",
     "CheckpointConfig",
     "Config",
     "Context",

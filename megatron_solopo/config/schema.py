@@ -28,7 +28,12 @@ from pydantic import (
 
 from megatron_solopo.errors import UserError
 
-LossType = Literal["dpo", "simpo", "orpo", "ipo", "cpo", "hinge", "robust"]
+LossType = Literal[
+    "dpo", "simpo", "orpo", "ipo", "cpo", "hinge", "robust", "dpo_norm", "apo_zero", "apo_down", "exo_pair", "nca_pair",
+    "sppo_hard",
+]  # fmt: skip
+LOSS_ALIASES: dict[str, LossType] = {"sigmoid": "dpo", "sigmoid_norm": "dpo_norm"}
+"""TRL's name of a loss -> ours, where they differ."""
 ObjectiveName = Literal["solopo", "short_po", "long_po", "sft"]
 FP8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 Context = Literal["short", "long"]
@@ -38,6 +43,9 @@ _Path = Annotated[Path, Strict(False)]  # YAML holds it as a string
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 _PAPER_ALPHA = {"dpo": 3.0}
+_WITHOUT_REFERENCE = ("simpo", "orpo", "cpo")
+_SMOOTHED = {"dpo": "[0, 0.5]", "robust": "[0, 0.5)", "exo_pair": "(0, 0.5)"}
+"""The losses that read `label_smoothing`, and its legal values."""
 
 
 class Section(BaseModel):
@@ -409,7 +417,8 @@ class ObjectiveConfig(Section):
     short_po, long_po: the pair loss alone, on that context. long_po is the usual method. sft: the negative
     log-likelihood per token of the chosen response, or of an instruction's completion, behind the short context."""
     loss_type: LossType = "dpo"
-    """The pair loss, and the reward that belongs to it."""
+    """The pair loss, and the reward that belongs to it. TRL's names `sigmoid` and `sigmoid_norm` stand for dpo and
+    dpo_norm."""
     beta: PositiveFloat = 0.1
     """Scale of the reward. orpo has none."""
     gamma: NonNegativeFloat = 0.5
@@ -417,10 +426,16 @@ class ObjectiveConfig(Section):
     orpo_lambda: NonNegativeFloat = 1.0
     """Weight of the odds-ratio term of orpo (TRL's `beta`)."""
     label_smoothing: float = 0.0
-    """Probability that a preference label is wrong. dpo (as cDPO) takes 0 to 0.5, robust less than 0.5; the other
-    losses take only 0."""
+    """Probability that a preference label is wrong. dpo (as cDPO) takes 0 to 0.5, robust less than 0.5. exo_pair needs
+    more than 0 and less than 0.5; its paper takes 0.001. The other losses take only 0."""
     nll_coefficient: NonNegativeFloat = 0.0
     """Weight of an added negative log-likelihood per token of the chosen response."""
+    ld_alpha: Annotated[float, Field(ge=0, le=1)] | None = Field(default=None, examples=[0.5])
+    """Weight of the log-probabilities of a response's verbose tokens, those beyond the length of the shorter response
+    (LD-DPO, arXiv 2409.06411), in the policy and in the reference. For losses with a reference. null: 1."""
+    use_weighting: bool = False
+    """Weight each pair loss by how likely the policy is to write both responses (WPO, arXiv 2406.11827). The alignment
+    and `nll_coefficient` keep their weights. orpo, whose loss holds a likelihood, refuses it."""
     alpha: NonNegativeFloat | None = Field(default=None, examples=[3])
     """Weight of the alignment. null: the paper's values, 3 for dpo and 1 for simpo and orpo; 1 for the losses that are
     not in the paper."""
@@ -433,18 +448,44 @@ class ObjectiveConfig(Section):
     detach_short: bool = False
     """Stop the gradient of the alignment on the short side, so that it moves only the long reward."""
 
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _accept_trls_name(cls, value: Any) -> Any:
+        """TRL keeps a list of losses, mostly of one."""
+        if isinstance(value, list):
+            if len(value) != 1:
+                raise UserError(
+                    f"{value} is not one loss; name one of {', '.join(get_args(LossType))} "
+                    "(TRL's `sft` beside it is nll_coefficient)"
+                )
+            (value,) = value
+        return LOSS_ALIASES.get(value, value) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _check_label_smoothing(self) -> Self:
         smoothing, loss_type = self.label_smoothing, self.loss_type
-        if loss_type not in ("dpo", "robust"):
+        if loss_type not in _SMOOTHED:
             if smoothing != 0:
                 raise UserError(
                     f"label_smoothing={smoothing} has no effect with loss_type={loss_type}; "
-                    "set it to 0, or loss_type to dpo or robust"
+                    f"set it to 0, or loss_type to {', '.join(_SMOOTHED)}"
                 )
-        elif not 0 <= smoothing <= 0.5 or (loss_type == "robust" and smoothing == 0.5):
-            legal = "[0, 0.5]" if loss_type == "dpo" else "[0, 0.5)"
+            return self
+        legal = _SMOOTHED[loss_type]
+        above = smoothing > 0 or (smoothing == 0 and legal.startswith("["))
+        below = smoothing < 0.5 or (smoothing == 0.5 and legal.endswith("]"))
+        if not (above and below):
             raise UserError(f"label_smoothing={smoothing} is not in {legal}, which loss_type={loss_type} needs")
+        return self
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if self.ld_alpha is not None and not self.needs_reference:
+            raise UserError(
+                f"ld_alpha={self.ld_alpha} needs a loss_type with a reference; loss_type={self.loss_type} has none"
+            )
+        if self.use_weighting and self.loss_type == "orpo":
+            raise UserError("use_weighting=true would also weight the likelihood in loss_type=orpo; set it to false")
         return self
 
     @model_validator(mode="after")
@@ -476,7 +517,7 @@ class ObjectiveConfig(Section):
     @property
     def needs_reference(self) -> bool:
         """Whether the reward compares the policy with a reference model."""
-        return self.name != "sft" and self.loss_type in ("dpo", "ipo", "hinge", "robust")
+        return self.name != "sft" and self.loss_type not in _WITHOUT_REFERENCE
 
 
 class LogprobConfig(Section):

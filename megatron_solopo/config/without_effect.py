@@ -72,7 +72,16 @@ def _objective_causes(config: Config) -> Iterator[_Cause]:
         keys = ("alpha", "align", "distance", "huber_delta", "detach_short")
         yield f"objective.name={name} aligns no rewards", (*(f"objective.{key}" for key in keys), "moe.replay")
     if name == "sft":
-        idle = ("loss_type", "beta", "gamma", "orpo_lambda", "label_smoothing", "nll_coefficient")
+        idle = (
+            "loss_type",
+            "beta",
+            "gamma",
+            "orpo_lambda",
+            "label_smoothing",
+            "nll_coefficient",
+            "ld_alpha",
+            "use_weighting",
+        )
         yield "objective.name=sft compares no responses", tuple(f"objective.{key}" for key in idle)
         yield "objective.name=sft has no reference", _OF_REFERENCE
         return

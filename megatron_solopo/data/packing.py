@@ -78,6 +78,8 @@ class Pack:
     """The response tokens themselves."""
     response_sequences_N: Tensor
     """Number in [0, S) of the sequence of each response token."""
+    verbose_N: Tensor
+    """bool: whether the token lies beyond the length of the shorter response of its triplet, in the pack or not."""
     groups: tuple[PackGroup, ...]
     """In the order of their sources. A source without a triplet here has none."""
     triplet_indices: Tensor
@@ -207,6 +209,9 @@ def build_mixed_pack(
     for start, tokens in zip((*cu_seqlens_B1[:-1], *response_starts_S), (*prompts, *responses), strict=True):
         tokens_T[start : start + len(tokens)] = tokens
 
+    shared_lengths_S = np.array(
+        [min(map(len, row.responses.values())) for part in parts for row in part.rows for _ in part.roles]
+    )
     place_in_response_N = np.concatenate([np.arange(length) for length in response_lengths_S])
     token_places_N = np.repeat(response_starts_S, response_lengths_S) + place_in_response_N
     prompt_ends_N = np.repeat(prompt_ends_S, response_lengths_S)
@@ -221,6 +226,7 @@ def build_mixed_pack(
         response_rows_N=torch.from_numpy(response_rows_N),
         response_labels_N=torch.from_numpy(tokens_T[token_places_N]),
         response_sequences_N=torch.from_numpy(np.repeat(np.arange(len(responses)), response_lengths_S)),
+        verbose_N=torch.from_numpy(place_in_response_N >= np.repeat(shared_lengths_S, response_lengths_S)),
         groups=tuple(PackGroup(part.source, tuple(part.roles), len(part.rows)) for part in parts),
         triplet_indices=torch.tensor([row.index for row in rows]),
         ids=tuple(row.id for row in rows),

@@ -94,7 +94,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
 def _evaluation_config(subject: Subject, config: Config, split: Split) -> Config:
     """The config to score `subject` with: both answers behind both contexts, and the reference model of `config`.
 
-    The reference reads the same contexts, so that runs compare.
+    The reference reads the same contexts, and every token has the same weight, so that runs compare.
 
     Raises UserError if the data have no such split.
     """
@@ -112,7 +112,7 @@ def _evaluation_config(subject: Subject, config: Config, split: Split) -> Config
         update={
             "run_dir": subject.run_dir or config.run_dir,
             "model": config.model.model_copy(update={"path": subject.path}),
-            "objective": config.objective.model_copy(update=objective),
+            "objective": config.objective.model_copy(update=objective | {"ld_alpha": None}),
             "reference": config.reference.model_copy(update=reference),
             "training": config.training.model_copy(update={"eval_steps": None}),
             "optimizer": OptimizerConfig(),  # nothing is optimized

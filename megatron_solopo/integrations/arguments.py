@@ -18,10 +18,12 @@ from pydantic.fields import FieldInfo
 from megatron_solopo.architecture.adapters import ALL_LINEAR
 from megatron_solopo.command_settings import alternatives, choices
 from megatron_solopo.config import (
+    LOSS_ALIASES,
     Config,
     DataConfig,
     LogprobConfig,
     LoRAConfig,
+    LossType,
     ModelConfig,
     MoEConfig,
     ObjectiveConfig,
@@ -203,7 +205,8 @@ def _argparse_options(field: FieldInfo) -> dict[str, Any]:
     if any(get_origin(each) is list for each in alternatives(field)):  # the configuration checks its values
         return {"nargs": "+"}
     if legal := choices(field):
-        return {"choices": legal}
+        is_loss = legal == list(get_args(LossType))
+        return {"choices": legal} | ({"type": lambda name: LOSS_ALIASES.get(name, name)} if is_loss else {})
     (kind,) = alternatives(field)
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]

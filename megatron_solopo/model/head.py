@@ -54,6 +54,8 @@ class PackedResponses(PackedSeqParams):  # type: ignore[misc]
 class ResponseHead(OutputOverride):
     """Makes the last stage of a GPTModel return label log-probabilities, fp32 [N], instead of logits.
 
+    With `with_squares` it returns [2, N], as `label_logprobs` says.
+
     Parameters, checkpoints, tied weights and pipeline stages are GPTModel's own. Call the model as
     `model(tokens, None, None, packed_seq_params=PackedResponses(...))`. With any other packing it returns logits.
     """
@@ -62,6 +64,8 @@ class ResponseHead(OutputOverride):
     """Vocabulary without padding. Padding gets no probability."""
     chunk_tokens: int
     """Response rows projected at a time."""
+    with_squares: bool = False
+    """Whether to return the log of the sum of squared probabilities, too."""
 
     def overrides(self, packed_seq_params: PackedSeqParams | None) -> bool:
         return isinstance(packed_seq_params, PackedResponses)
@@ -84,6 +88,7 @@ class ResponseHead(OutputOverride):
             labels,
             vocab_size=self.real_vocab_size,
             chunk_tokens=self.chunk_tokens,
+            with_squares=self.with_squares,
             tensor_group=tensor_group,
             # Under sequence parallelism the gather's backward sums the gradients already.
             reduce_hidden_gradient=tensor_group.size() > 1 and not self.config.sequence_parallel,
@@ -162,6 +167,7 @@ def label_logprobs(
     chunk_tokens: int,
     tensor_group: torch.distributed.ProcessGroup,
     reduce_hidden_gradient: bool,
+    with_squares: bool = False,
 ) -> Tensor:
     """Return the log-probability of each row's label under a vocabulary-parallel output layer, fp32 [N].
 
@@ -177,12 +183,19 @@ def label_logprobs(
         vocab_size: the real vocabulary. Rows of the weight beyond it are padding and get no probability.
         reduce_hidden_gradient: sum the gradient of `hidden_NH` over the tensor-parallel ranks here, because no
             gather's backward does.
+        with_squares: return fp32 [2, N]. The second row is log(sum over the vocabulary of p**2), without gradient. It
+            takes another fp32 copy of a chunk's logits for a moment.
     """
     first_column = tensor_group.rank() * weight_VH.shape[0]
     num_real = max(0, min(vocab_size - first_column, weight_VH.shape[0]))
-    settings = _HeadSettings(num_real, chunk_tokens, tensor_group if reduce_hidden_gradient else None)
-    logprobs_N: Tensor = _LabelLogprobs.apply(hidden_NH, weight_VH, labels_N, settings)  # type: ignore[no-untyped-call]
-    return logprobs_N
+    settings = _HeadSettings(
+        num_real,
+        chunk_tokens,
+        tensor_group if reduce_hidden_gradient else None,
+        tensor_group if with_squares else None,
+    )
+    logprobs_N, squares_N = _LabelLogprobs.apply(hidden_NH, weight_VH, labels_N, settings)  # type: ignore[no-untyped-call]
+    return torch.stack([logprobs_N, squares_N]) if with_squares else logprobs_N
 
 
 @dataclass(frozen=True)
@@ -192,39 +205,53 @@ class _HeadSettings:
     chunk_tokens: int
     reduce_group: torch.distributed.ProcessGroup | None
     """Sum the gradient of the hidden states over this group; None: do not."""
+    squares_group: torch.distributed.ProcessGroup | None
+    """The tensor-parallel ranks, over which squared probabilities are summed; None: they are not wanted."""
 
 
 class _LabelLogprobs(torch.autograd.Function):
     """`label_logprobs` as one node of the graph, so that its backward sees the weight's gradients of all chunks."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, settings: _HeadSettings) -> Tensor:
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, settings: _HeadSettings
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(hidden_NH, labels_N)
         ctx.weight, ctx.settings = weight_VH, settings
-        logprobs = []
+        logprobs, squares = [], []
         for rows in _chunks(len(labels_N), settings.chunk_tokens):
             ctx.projected = None  # frees a chunk before the next one is projected
-            ctx.projected = _project(hidden_NH[rows], weight_VH, labels_N[rows], settings.num_real)
+            logits_CV = _logits(hidden_NH[rows], weight_VH, settings.num_real)
+            if settings.squares_group is not None:
+                squares.append(_log_sum_of_squares(logits_CV, settings.squares_group))
+            ctx.projected = logits_CV, _logprobs(logits_CV, labels_N[rows])
+            del logits_CV
             logprobs.append(ctx.projected[1].detach())
         if len(logprobs) > 1:
             ctx.projected = None
-        return torch.cat(logprobs)
+        if not squares:
+            return torch.cat(logprobs), None
+        squares_N = torch.cat(squares)
+        ctx.mark_non_differentiable(squares_N)
+        return torch.cat(logprobs), squares_N
 
     @staticmethod
-    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient_N: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None, None, None]:
         hidden_NH, labels_N = ctx.saved_tensors
         weight, settings = ctx.weight, ctx.settings
         hidden_gradient_NH = torch.empty_like(hidden_NH)
         weight_gradient = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
         for rows in _chunks(len(labels_N), settings.chunk_tokens):
-            projected = ctx.projected or _project(hidden_NH[rows], weight, labels_N[rows], settings.num_real)
-            (logits_gradient_CV,) = torch.autograd.grad(projected[1], projected[0], gradient_N[rows])
+            logits_CV, logprobs_C = ctx.projected or (_logits(hidden_NH[rows], weight, settings.num_real), None)
+            if logprobs_C is None:
+                logprobs_C = _logprobs(logits_CV, labels_N[rows])
+            (logits_gradient_CV,) = torch.autograd.grad(logprobs_C, logits_CV, gradient_N[rows])
             logits_gradient_CV = logits_gradient_CV.to(weight.dtype)
             hidden_gradient_NH[rows] = logits_gradient_CV @ weight
             if weight_gradient is not None:
                 weight_gradient.add(logits_gradient_CV.t() @ hidden_NH[rows])
-            ctx.projected = projected = None
-            del logits_gradient_CV  # frees the chunk before the next one is projected
+            ctx.projected = None
+            del logits_CV, logprobs_C, logits_gradient_CV  # frees the chunk before the next one is projected
         if settings.reduce_group is not None:
             torch.distributed.all_reduce(hidden_gradient_NH, group=settings.reduce_group)
         return hidden_gradient_NH, None if weight_gradient is None else weight_gradient.result(), None, None
@@ -235,15 +262,31 @@ def _chunks(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, max(count, 1), size)]
 
 
-def _project(hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, num_real: int) -> tuple[Tensor, Tensor]:
-    """The logits [C, V / W] as a leaf of a graph of their own, and the log-probabilities [C] that it computes."""
+def _logits(hidden_CH: Tensor, weight_VH: Tensor, num_real: int) -> Tensor:
+    """This rank's logits, fp32 [C, V / W]. Padding has none."""
     logits_CV = (hidden_CH @ weight_VH.t()).float()
     logits_CV[:, num_real:].fill_(-torch.inf)
+    return logits_CV
+
+
+def _logprobs(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
+    """The log-probabilities [C], in a graph whose leaf is the logits. The logits are overwritten."""
     with torch.enable_grad():
         logits_CV.requires_grad_()
         # Batch axis: the loss is written for [sequence, batch, vocabulary].
         losses_C1: Tensor = vocab_parallel_cross_entropy(logits_CV.unsqueeze(1), labels_C.unsqueeze(1))
-        return logits_CV, -losses_C1.squeeze(1)
+        return -losses_C1.squeeze(1)
+
+
+def _log_sum_of_squares(logits_CV: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """log(sum over the whole vocabulary of p**2), fp32 [C]."""
+    largest_C = logits_CV.amax(dim=1)
+    torch.distributed.all_reduce(largest_C, torch.distributed.ReduceOp.MAX, group=group)
+    shifted_CV = logits_CV - largest_C.unsqueeze(1)
+    powers_2C = torch.stack([shifted_CV.exp_().sum(dim=1), shifted_CV.square_().sum(dim=1)])
+    torch.distributed.all_reduce(powers_2C, group=group)
+    sum_C, squares_C = powers_2C.log().unbind()
+    return squares_C - 2 * sum_C
 
 
 class _WeightGradient:

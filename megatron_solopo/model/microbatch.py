@@ -29,6 +29,8 @@ class Microbatch:
     packing: PackedResponses
     response_sequences_N: Tensor
     """int64: the sequence of the pack that each response row belongs to."""
+    verbose_N: Tensor
+    """bool: as `Pack.verbose_N`, for the response rows of this rank."""
     response_lengths_S: Tensor
     """int64: response tokens of each sequence, on all context-parallel ranks together."""
     triplet_indices: Tensor
@@ -36,13 +38,16 @@ class Microbatch:
     pack: Pack
     """The whole pack, on the host."""
 
-    def sequence_logprobs(self, token_logprobs_N: Tensor, context_group: dist.ProcessGroup) -> Tensor:
-        """Sum the log-probabilities of response tokens for every sequence, over the context-parallel ranks.
+    def sequence_sums(self, token_values: Tensor, context_group: dist.ProcessGroup) -> Tensor:
+        """Sum values of response tokens for every sequence, over the context-parallel ranks.
 
-        Returns fp32 [S], equal on all context-parallel ranks. The gradient reaches only this rank's rows.
+        Args:
+            token_values: fp32 `[..., N]`, log-probabilities for example.
+
+        Returns fp32 `[..., S]`, equal on all context-parallel ranks. The gradient reaches only this rank's rows.
         """
-        local_S = token_logprobs_N.new_zeros(len(self.response_lengths_S))
-        return sum_over_context(local_S.index_add(0, self.response_sequences_N, token_logprobs_N), context_group)
+        local = token_values.new_zeros(*token_values.shape[:-1], len(self.response_lengths_S))
+        return sum_over_context(local.index_add(-1, self.response_sequences_N, token_values), context_group)
 
 
 def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False, is_trained: bool = True) -> Microbatch:
@@ -86,6 +91,7 @@ def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False, is_
             places=places,
         ),
         response_sequences_N=moved(pack.response_sequences_N[here]),
+        verbose_N=moved(pack.verbose_N[here]),
         response_lengths_S=moved(pack.response_lengths_S),
         triplet_indices=moved(pack.triplet_indices),
         pack=pack,

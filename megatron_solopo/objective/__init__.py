@@ -4,6 +4,6 @@ All are pure functions of `[T]` tensors, T triplets of a pack, with one number p
 function in `preference.py` and add a line to `PREFERENCE_LOSSES`.
 """
 
-from megatron_solopo.objective.solopo import ObjectiveOutput, compute_objective, metric_names
+from megatron_solopo.objective.solopo import FurtherSum, ObjectiveOutput, compute_objective, further_sums, metric_names
 
-__all__ = ["ObjectiveOutput", "compute_objective", "metric_names"]
+__all__ = ["FurtherSum", "ObjectiveOutput", "compute_objective", "further_sums", "metric_names"]

@@ -1,7 +1,8 @@
 """The losses of preference pairs: for each loss type, the reward of a response and the loss of a pair.
 
-m is the reward margin r(x, y_w) - r(x, y_l) of one context x, with the reward of the same loss type. The convex
-functions of m are instances of GPO (arXiv 2402.05749).
+r_w and r_l are the rewards r(x, y_w) and r(x, y_l) of one context x, with the reward of the same loss type, and m is
+their margin r_w - r_l. The convex functions of m are instances of GPO (arXiv 2402.05749). Every loss is a function of
+the two rewards, so each may be aligned between contexts.
 
 All functions take and return `[T]`. Token counts are of the whole response, over all context-parallel ranks, and at
 least 1.
@@ -51,9 +52,9 @@ def log_ratio_reward(response: ResponseLogprobs, beta: float) -> Tensor:
 
 
 def mean_log_ratio_reward(response: ResponseLogprobs, beta: float) -> Tensor:
-    """beta * (log pi(y|x) - log pi_ref(y|x)) / |y|, the averaged form in the loss of TRL's `ipo`.
+    """beta * (log pi(y|x) - log pi_ref(y|x)) / |y|, the averaged form in the losses of TRL's `ipo` and `sigmoid_norm`.
 
-    TRL's charts show the rewards of `ipo` without the division by |y|.
+    TRL's charts show the rewards of these losses without the division by |y|.
     """
     return beta * response.log_ratio_T / response.length_T
 
@@ -94,7 +95,8 @@ def log1mexp(x: Tensor) -> Tensor:
 def dpo_loss(margin_T: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """-(1 - e) logsigmoid(m) - e logsigmoid(-m): DPO (arXiv 2305.18290, TRL `sigmoid`); e > 0 is conservative DPO.
 
-    e is the probability that a label is wrong (Mitchell, "A note on DPO with noisy preferences", 2023).
+    e is the probability that a label is wrong (Mitchell, "A note on DPO with noisy preferences", 2023). On rewards per
+    token it is length-normalised DPO (TRL `sigmoid_norm`, open-instruct `dpo_norm`; arXiv 2411.15124).
     """
     return -(1 - label_smoothing) * logsigmoid(margin_T) - label_smoothing * logsigmoid(-margin_T)
 
@@ -116,6 +118,40 @@ def hinge_loss(margin_T: Tensor) -> Tensor:
 def ipo_loss(margin_T: Tensor, beta: float) -> Tensor:
     """(m / beta - 1 / (2 beta))**2: IPO (arXiv 2310.12036, eq. 17) on token-averaged log ratios, as TRL `ipo`."""
     return (margin_T / beta - 1 / (2 * beta)) ** 2
+
+
+def apo_zero_loss(chosen_T: Tensor, rejected_T: Tensor) -> Tensor:
+    """1 - sigmoid(r_w) + sigmoid(r_l): APO-zero (arXiv 2408.06266, eq. 7), for chosen answers above the model's own."""
+    return torch.sigmoid(-chosen_T) + torch.sigmoid(rejected_T)
+
+
+def apo_down_loss(chosen_T: Tensor, rejected_T: Tensor) -> Tensor:
+    """sigmoid(r_w) + 1 - sigmoid(m): APO-down (arXiv 2408.06266, eq. 8), for chosen answers below the model's own."""
+    return torch.sigmoid(chosen_T) + torch.sigmoid(rejected_T - chosen_T)
+
+
+def exo_pair_loss(margin_T: Tensor, label_smoothing: float) -> Tensor:
+    """q log(q / (1 - e)) + (1 - q) log((1 - q) / e), q = sigmoid(m): EXO of a pair (arXiv 2402.00856, eq. 16).
+
+    It is the reverse KL divergence from the labels, of which a share e in (0, 0.5) is wrong. It is least where m is
+    log((1 - e) / e).
+    """
+    log_chosen_T, log_rejected_T = logsigmoid(margin_T), logsigmoid(-margin_T)
+    chosen_T = log_chosen_T.exp() * (log_chosen_T - math.log1p(-label_smoothing))
+    return chosen_T + log_rejected_T.exp() * (log_rejected_T - math.log(label_smoothing))
+
+
+def nca_pair_loss(chosen_T: Tensor, rejected_T: Tensor) -> Tensor:
+    """-logsigmoid(r_w) - [logsigmoid(-r_w) + logsigmoid(-r_l)] / 2: NCA of a pair (arXiv 2402.05369)."""
+    return -logsigmoid(chosen_T) - 0.5 * logsigmoid(-chosen_T) - 0.5 * logsigmoid(-rejected_T)
+
+
+def sppo_hard_loss(chosen_T: Tensor, rejected_T: Tensor, beta: float) -> Tensor:
+    """[(r_w - 1/2)**2 + (r_l + 1/2)**2] / beta**2: SPPO (arXiv 2405.00675, eq. 4.7) where the winner is sure.
+
+    Its rewards are beta times the log ratios, so this is (log ratio - 1 / (2 beta))**2 of y_w, and + of y_l.
+    """
+    return ((chosen_T - 0.5).square() + (rejected_T + 0.5).square()) / beta**2
 
 
 def simpo_loss(margin_T: Tensor, gamma: float) -> Tensor:
@@ -145,16 +181,29 @@ class PreferenceLoss:
 
     reward: Callable[[ResponseLogprobs, float], Tensor]
     """(response, beta) -> reward [T]."""
-    pair_loss: Callable[[Tensor, Tensor, ObjectiveConfig], Tensor]
-    """(reward margin [T], NLL per token of the chosen response [T], config) -> loss [T]."""
+    pair_loss: Callable[[Tensor, Tensor, Tensor, ObjectiveConfig], Tensor]
+    """(reward of the chosen response [T], that of the rejected one [T], NLL per token of the chosen response [T],
+    config) -> loss [T]."""
 
 
 PREFERENCE_LOSSES: dict[LossType, PreferenceLoss] = {
-    "dpo": PreferenceLoss(log_ratio_reward, lambda margin, _, config: dpo_loss(margin, config.label_smoothing)),
-    "robust": PreferenceLoss(log_ratio_reward, lambda margin, _, config: robust_loss(margin, config.label_smoothing)),
-    "hinge": PreferenceLoss(log_ratio_reward, lambda margin, _, config: hinge_loss(margin)),
-    "ipo": PreferenceLoss(mean_log_ratio_reward, lambda margin, _, config: ipo_loss(margin, config.beta)),
-    "simpo": PreferenceLoss(mean_logp_reward, lambda margin, _, config: simpo_loss(margin, config.gamma)),
-    "cpo": PreferenceLoss(logp_reward, lambda margin, _, config: cpo_loss(margin)),
-    "orpo": PreferenceLoss(log_odds_reward, lambda margin, nll, config: orpo_loss(margin, nll, config.orpo_lambda)),
+    "dpo": PreferenceLoss(log_ratio_reward, lambda won, lost, _, config: dpo_loss(won - lost, config.label_smoothing)),
+    "robust": PreferenceLoss(
+        log_ratio_reward, lambda won, lost, _, config: robust_loss(won - lost, config.label_smoothing)
+    ),
+    "hinge": PreferenceLoss(log_ratio_reward, lambda won, lost, _, config: hinge_loss(won - lost)),
+    "ipo": PreferenceLoss(mean_log_ratio_reward, lambda won, lost, _, config: ipo_loss(won - lost, config.beta)),
+    "dpo_norm": PreferenceLoss(mean_log_ratio_reward, lambda won, lost, _, config: dpo_loss(won - lost)),
+    "apo_zero": PreferenceLoss(log_ratio_reward, lambda won, lost, _, config: apo_zero_loss(won, lost)),
+    "apo_down": PreferenceLoss(log_ratio_reward, lambda won, lost, _, config: apo_down_loss(won, lost)),
+    "exo_pair": PreferenceLoss(
+        log_ratio_reward, lambda won, lost, _, config: exo_pair_loss(won - lost, config.label_smoothing)
+    ),
+    "nca_pair": PreferenceLoss(log_ratio_reward, lambda won, lost, _, config: nca_pair_loss(won, lost)),
+    "sppo_hard": PreferenceLoss(log_ratio_reward, lambda won, lost, _, config: sppo_hard_loss(won, lost, config.beta)),
+    "simpo": PreferenceLoss(mean_logp_reward, lambda won, lost, _, config: simpo_loss(won - lost, config.gamma)),
+    "cpo": PreferenceLoss(logp_reward, lambda won, lost, _, config: cpo_loss(won - lost)),
+    "orpo": PreferenceLoss(
+        log_odds_reward, lambda won, lost, nll, config: orpo_loss(won - lost, nll, config.orpo_lambda)
+    ),
 }

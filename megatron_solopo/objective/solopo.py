@@ -9,6 +9,11 @@ The second term of solopo is SoLo-RA, the alignment of rewards between the short
 both`, the distance of y_l is added to that of y_w, under the same alpha. Each objective but sft also adds
 `nll_coefficient` * NLL per token of y_w on the pair's own context (the likelihood term of RPO, arXiv 2404.19733).
 
+With `ld_alpha`, rewards take log pi(y|x) - (1 - ld_alpha) * log pi(verbose tokens of y|x), and the reference's numbers
+come so (LD-DPO, arXiv 2409.06411). With `use_weighting`, w(y_w) * w(y_l) multiplies L_PO (WPO, arXiv 2406.11827):
+
+    w(y) = exp(mean over the tokens t of log(pi(y_t) / sum_v pi(v)**2)), without gradient
+
 With `reference.context: short`, log pi_ref(y|x) is log pi_ref(y|x_short) also behind x_long. With long_po, `dpo` and
 `nll_coefficient`, this is LongPO (arXiv 2502.13922).
 """
@@ -26,6 +31,12 @@ from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES, ResponseLogprobs
 
 Distance = Literal["l1", "l2", "huber"]
+FurtherSum = Literal["verbose_logps", "log_squares"]
+"""What some objectives sum over the response tokens besides their log-probabilities:
+
+- verbose_logps: log-probabilities of the tokens beyond the length of the shorter response of the triplet
+- log_squares: log of the sum of the squared probabilities of the whole vocabulary, at each token
+"""
 
 DISTANCES: dict[Distance, Callable[[Tensor, float], Tensor]] = {
     "l1": lambda gap_T, _: gap_T.abs(),
@@ -64,7 +75,14 @@ class ObjectiveOutput:
 def metric_names(config: ObjectiveConfig) -> tuple[str, ...]:
     """The keys of `ObjectiveOutput.metrics`, in order. Pipeline ranks that compute no loss need them too."""
     nothing = dict.fromkeys(config.roles.all, torch.zeros(0))
-    return tuple(compute_objective(config, nothing, nothing, nothing).metrics)
+    further = dict.fromkeys(further_sums(config), nothing)
+    return tuple(compute_objective(config, nothing, nothing, nothing, further).metrics)
+
+
+def further_sums(config: ObjectiveConfig) -> tuple[FurtherSum, ...]:
+    """What the objective needs besides the summed log-probabilities."""
+    needed: dict[FurtherSum, bool] = {"verbose_logps": config.ld_alpha is not None, "log_squares": config.use_weighting}
+    return tuple(name for name, is_needed in needed.items() if is_needed)
 
 
 def compute_objective(
@@ -72,6 +90,7 @@ def compute_objective(
     logps: Mapping[Role, Tensor],
     lengths: Mapping[Role, Tensor],
     reference_logps: Mapping[Role, Tensor] | None = None,
+    further: Mapping[FurtherSum, Mapping[Role, Tensor]] | None = None,
 ) -> ObjectiveOutput:
     """Loss and metrics of T triplets; T may be 0.
 
@@ -79,11 +98,13 @@ def compute_objective(
         logps: role -> log pi(y|x) summed over the response tokens, float32 or float64 `[T]`, for every required role.
         lengths: role -> response tokens of the whole response, `[T]`, at least 1.
         reference_logps: role of the policy's sequence -> log pi_ref(y|x), `[T]`; required if `config.needs_reference`,
-            else ignored.
+            else ignored. With `ld_alpha`, verbose tokens have their weight in it.
+        further: for each name in `further_sums(config)`, role -> the sum, `[T]`.
 
     Metrics per triplet:
         loss = po_loss + alpha * solo_ra/loss + nll_coefficient * nll_loss
-        po_loss: the pair loss (with ORPO's own likelihood term).
+        po_loss: the pair loss (with ORPO's own likelihood term, and with WPO's weight).
+        wpo_weights: that weight, with `use_weighting`.
         solo_ra/loss: the distance before alpha; with `align: both`, the sum of both distances.
         solo_ra/gap_signed, solo_ra/gap_abs: chosen reward on the short minus the long context, and its size.
         solo_ra/gap_abs_rejected: the size for the rejected response, with `align: both`.
@@ -94,22 +115,32 @@ def compute_objective(
     """
     roles = config.roles.all
     assert all(logps[role].dtype in (torch.float32, torch.float64) for role in roles), "sums of log-probs need float32"
+    if config.name == "sft":
+        (role,) = roles
+        return _likelihood(logps[role], lengths[role])
     assert reference_logps is not None or not config.needs_reference, f"{config.loss_type} needs reference log-probs"
     references = reference_logps if config.needs_reference else None
+    further = further or {}
+    rewarded = logps
+    if config.ld_alpha is not None:
+        rewarded = {role: logps[role] - (1 - config.ld_alpha) * further["verbose_logps"][role] for role in roles}
     responses = {
-        role: ResponseLogprobs(logps[role], lengths[role], None if references is None else references[role])
+        role: ResponseLogprobs(rewarded[role], lengths[role], None if references is None else references[role])
         for role in roles
     }
-    if config.name == "sft":
-        return _likelihood(responses[config.roles.pair[0]])
     loss_type = PREFERENCE_LOSSES[config.loss_type]
     rewards = {role: loss_type.reward(response, config.beta) for role, response in responses.items()}
 
     chosen, rejected = config.roles.pair
-    nll_T = -responses[chosen].mean_logp_T
-    po_loss_T = loss_type.pair_loss(rewards[chosen] - rewards[rejected], nll_T, config)
-    loss_T = po_loss_T + config.nll_coefficient * nll_T
+    nll_T = -logps[chosen] / lengths[chosen]
+    po_loss_T = loss_type.pair_loss(rewards[chosen], rewards[rejected], nll_T, config)
     metrics = {"po_loss": po_loss_T}
+    if config.use_weighting:
+        log_weights = [(logps[role] - further["log_squares"][role]) / lengths[role] for role in config.roles.pair]
+        weights_T = torch.stack(log_weights).sum(dim=0).exp().detach()
+        po_loss_T = po_loss_T * weights_T
+        metrics = {"po_loss": po_loss_T, "wpo_weights": weights_T}
+    loss_T = po_loss_T + config.nll_coefficient * nll_T
     if config.name == "solopo":
         alignment_T = _alignment(config, rewards)
         loss_T = loss_T + config.alignment_weight * alignment_T
@@ -119,10 +150,10 @@ def compute_objective(
     return ObjectiveOutput(loss_T, {name: value_T.detach() for name, value_T in metrics.items()})
 
 
-def _likelihood(chosen: ResponseLogprobs) -> ObjectiveOutput:
+def _likelihood(logp_T: Tensor, length_T: Tensor) -> ObjectiveOutput:
     """Supervised fine-tuning. Every row counts the same, however long its response is."""
-    loss_T = -chosen.mean_logp_T
-    metrics = {"loss": loss_T, "logps/chosen": chosen.logp_T, "nll_loss": loss_T}
+    loss_T = -logp_T / length_T
+    metrics = {"loss": loss_T, "logps/chosen": logp_T, "nll_loss": loss_T}
     return ObjectiveOutput(loss_T, {name: value_T.detach() for name, value_T in metrics.items()})
 
 

@@ -404,5 +404,7 @@ def working_bytes(
     layer = recomputed_bytes(a, config, chunks, pack, local=local) + tokens * gradients
     if not any(chunk.has_head for chunk in chunks):
         return layer
-    logits = logits_bytes(a, config, pack) * (1 if e == _FP32 else (_FP32 + e) / _FP32)
+    # The forward of WPO's weights has two copies in fp32, and no gradient.
+    copies = 2.0 if config.objective.use_weighting else 1.0 if e == _FP32 else (_FP32 + e) / _FP32
+    logits = logits_bytes(a, config, pack) * copies
     return max(layer, logits + 2 * tokens * boundary)

@@ -369,11 +369,15 @@ def set_trainable(
 ) -> None:
     """Freeze what the run does not train, and add the adapters that it trains. Call it before the chunks are wrapped.
 
+    Each chunk's response head learns what the objective needs.
+
     Args:
         adapters: reads the adapters; None: those that the run starts from.
 
     Raises UserError if `model.adapter` does not fit.
     """
+    for chunk in chunks:
+        chunk.with_squares = config.objective.use_weighting
     if config.lora is None:
         freeze_routers(chunks, config.moe)
     else:

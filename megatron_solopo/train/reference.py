@@ -126,6 +126,7 @@ def reference_dependencies(config: Config, model: ResolvedModel, datasets: RunDa
         "fp8": precision_settings(config.model.without_gradients),
         "implementation": "transformer_engine" if model.uses_transformer_engine else "local",
         "scoring_version": _SCORING_VERSION,
+        "ld_alpha": config.objective.ld_alpha,
         "replay": config.moe.replay if _reads_both_contexts(config.reference_roles) else None,
         "roles": list(config.reference_roles),
     }
@@ -192,7 +193,8 @@ def _both_values(key: str, expected: Any, found: Any) -> str:
     """A difference with the value of the cache, and the config's key with the value of this run."""
     if key == "weights":  # the values are hashes
         return key
-    shown = {"scoring_version": key, "replay": "moe.replay"}.get(key, f"model.{key}")
+    named = {"scoring_version": key, "replay": "moe.replay", "ld_alpha": "objective.ld_alpha"}
+    shown = named.get(key, f"model.{key}")
     before, now = ("null" if value is None else value for value in (found, expected))
     return f"{key} ({before}; this run has {shown}={now})"
 

@@ -66,6 +66,8 @@ def score_sequences(
 ) -> ReferenceLogprobs:
     """Run sequences of every triplet through the model once; every rank returns all the numbers.
 
+    Verbose tokens have the weight `objective.ld_alpha`.
+
     Args:
         label: of the progress bar.
         roles: the sequences; None: those that the objective reads.
@@ -113,7 +115,7 @@ def _score_pass(
             chunks,
             dataset,
             topology,
-            logprob_report(topology),
+            logprob_report(topology, config.objective.ld_alpha),
             scores.observe,
             label,
             roles=roles,

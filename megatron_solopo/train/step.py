@@ -21,7 +21,7 @@ from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.data.packing import Pack, PackGroup
 from megatron_solopo.model.adapters import dropout_in
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
-from megatron_solopo.objective import compute_objective, metric_names
+from megatron_solopo.objective import FurtherSum, compute_objective, further_sums, metric_names
 from megatron_solopo.parallel.megatron_internals import without_delayed_fp8, without_shape_messages
 from megatron_solopo.parallel.topology import Topology
 
@@ -160,26 +160,30 @@ def mixture_loss(
     source without a triplet in the pack, so all ranks reduce reports of one length.
 
     Args:
-        sources: by the number that the packs give them.
+        sources: by the number that the packs give them. Their objectives differ by name alone.
         observe: called with every pack and its triplets' losses [T].
     """
     # A copy of 4 bytes per sequence. Reading it on the host for every pack would make the host wait for the device.
     references = [None if each.references is None else each.references.to(topology.device) for each in sources]
 
-    def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(microbatch: Microbatch, head_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pack = microbatch.pack
         counts = [group.num_sequences for group in pack.groups]
-        logps = torch.split(microbatch.sequence_logprobs(token_logprobs_N, topology.context_group), counts)
+        further = further_sums(sources[0].objective)
+        sums_by_group = torch.split(_sums(microbatch, head_output, further, topology), counts, dim=1)
         lengths = torch.split(microbatch.response_lengths_S, counts)
         rows = torch.split(microbatch.triplet_indices, [group.num_triplets for group in pack.groups])
         losses = []
         reports = [torch.zeros(len(metric_names(each.objective)), device=topology.device) for each in sources]
-        for group, logps_S, lengths_S, rows_T in zip(pack.groups, logps, lengths, rows, strict=True):
+        for group, sums, lengths_S, rows_T in zip(pack.groups, sums_by_group, lengths, rows, strict=True):
             objective, reference, known = sources[group.source].objective, references[group.source], None
             if objective.needs_reference:
                 assert reference is not None
                 known = reference.select(group.roles, rows_T)
-            result = compute_objective(objective, _by_role(logps_S, group), _by_role(lengths_S, group), known)
+            logps, *others = (_by_role(sums_S, group) for sums_S in sums)
+            result = compute_objective(
+                objective, logps, _by_role(lengths_S, group), known, dict(zip(further, others, strict=True))
+            )
             losses.append(result.loss_T)
             reports[group.source] = torch.stack([each.sum() for each in result.metrics.values()]).float()
         loss_T = torch.cat(losses)
@@ -190,11 +194,26 @@ def mixture_loss(
     return lambda microbatch: partial(loss, microbatch)
 
 
-def logprob_report(topology: Topology) -> Callable[[Microbatch], LossFunction]:
-    """The loss function of forward-only passes over one source; reports sequence log-probabilities, fp32 [T, R]."""
+def _sums(microbatch: Microbatch, head_output: Tensor, further: Sequence[FurtherSum], topology: Topology) -> Tensor:
+    """Sums over the response tokens of each sequence: of log-probabilities, then of `further`. Returns [1 + ..., S]."""
+    token_logprobs_N, *squares_N = head_output.unbind() if "log_squares" in further else (head_output,)
+    values = [token_logprobs_N]
+    if "verbose_logps" in further:
+        values.append(token_logprobs_N.where(microbatch.verbose_N, 0))
+    return microbatch.sequence_sums(torch.stack([*values, *squares_N]), topology.context_group)
+
+
+def logprob_report(topology: Topology, ld_alpha: float | None = None) -> Callable[[Microbatch], LossFunction]:
+    """The loss function of forward-only passes over one source; reports sequence log-probabilities, fp32 [T, R].
+
+    Args:
+        ld_alpha: weight of verbose tokens, see `Pack.verbose_N`; None: 1.
+    """
 
     def loss(microbatch: Microbatch, token_logprobs_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logps_S = microbatch.sequence_logprobs(token_logprobs_N, topology.context_group)
+        if ld_alpha is not None:
+            token_logprobs_N = token_logprobs_N.where(~microbatch.verbose_N, ld_alpha * token_logprobs_N)
+        logps_S = microbatch.sequence_sums(token_logprobs_N, topology.context_group)
         (group,) = microbatch.pack.groups
         return logps_S.sum(), _count(microbatch.pack, topology), logps_S.view(group.num_triplets, len(group.roles))
 

@@ -125,6 +125,26 @@ def test_an_unknown_key_like_no_other_lists_the_legal_ones(tmp_path: Path) -> No
     assert "unknown key lora.r; legal here: rank, alpha, use_rslora, dropout, target_modules" in line
 
 
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (("loss_type=exo_pair",), "label_smoothing=0.0 is not in (0, 0.5), which loss_type=exo_pair needs"),
+        (("loss_type=robust", "label_smoothing=0.5"), "label_smoothing=0.5 is not in [0, 0.5)"),
+        (("loss_type=nca_pair", "label_smoothing=0.1"), "set it to 0, or loss_type to dpo, robust, exo_pair"),
+        (("loss_type=[sigmoid,sft]",), "['sigmoid', 'sft'] is not one loss; name one of dpo, simpo"),
+        (("loss_type=bco_pair",), "'nca_pair' or 'sppo_hard'"),
+        (("loss_type=simpo", "ld_alpha=0.5"), "ld_alpha=0.5 needs a loss_type with a reference; loss_type=simpo has"),
+        (("ld_alpha=1.5",), "less than or equal to 1; for example objective.ld_alpha=0.5, or null (1)"),
+        (("loss_type=orpo", "use_weighting=true"), "use_weighting=true would also weight the likelihood"),
+    ],
+)
+def test_losses_and_their_weights_that_do_not_go_together(
+    tmp_path: Path, overrides: tuple[str, ...], complaint: str
+) -> None:
+    (line,) = mistakes(tmp_path, "", tuple(f"objective.{each}" for each in overrides))
+    assert complaint in line
+
+
 def test_an_illegal_value_in_a_section_that_may_be_null_has_an_example(tmp_path: Path) -> None:
     (line,) = mistakes(tmp_path, "", ("lora.rank=0",))
     assert "lora.rank=0: Input should be greater than 0; for example lora.rank=16" in line and "null" not in line

@@ -63,16 +63,17 @@ def test_every_key_of_the_objective_has_a_flag_that_sets_it() -> None:
     given = {
         "objective": "solopo", "loss-type": "robust", "beta": "0.3", "gamma": "0.7", "orpo-lambda": "2",
         "label-smoothing": "0.2", "nll-coefficient": "0.1", "alpha": "1.5", "align": "both", "distance": "huber",
-        "huber-delta": "0.5",
+        "huber-delta": "0.5", "ld-alpha": "0.4",
     }  # fmt: skip
     words = [word for name, value in given.items() for word in (f"--solopo-{name}", value)]
-    objective = config_from_args(parse(*words, "--solopo-detach-short")).objective
+    objective = config_from_args(parse(*words, "--solopo-detach-short", "--solopo-use-weighting")).objective
     wanted = {name.replace("-", "_").replace("objective", "name"): value for name, value in given.items()}
-    assert set(wanted) | {"detach_short"} == set(ObjectiveConfig.model_fields)
+    assert set(wanted) | {"detach_short", "use_weighting"} == set(ObjectiveConfig.model_fields)
     assert {name: type(getattr(objective, name))(value) for name, value in wanted.items()} == {
         name: getattr(objective, name) for name in wanted
     }
-    assert objective.detach_short is True
+    assert objective.detach_short is True and objective.use_weighting is True
+    assert config_from_args(parse("--solopo-loss-type", "sigmoid_norm")).objective.loss_type == "dpo_norm"
 
 
 def test_layout_precision_and_batch_are_megatron_lms() -> None:

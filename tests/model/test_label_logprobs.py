@@ -38,10 +38,11 @@ def measure(
     *,
     chunk_tokens: int = 100,
     reduce_hidden_gradient: bool = False,
+    with_squares: bool = False,
     rows: int = 10,
     padding: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Value and gradients with this rank's share of the weight."""
+    """Value and gradients with this rank's share of the weight; with squares, also their logarithms."""
     hidden, weight, labels, gradient = inputs(vocabulary, rows, padding)
     group = groups.tensor_group
     hidden, weight = hidden.requires_grad_(), weight.chunk(group.size())[group.rank()].clone().requires_grad_()
@@ -53,9 +54,13 @@ def measure(
         chunk_tokens=chunk_tokens,
         tensor_group=group,
         reduce_hidden_gradient=reduce_hidden_gradient,
+        with_squares=with_squares,
     )
+    squares = {}
+    if with_squares:
+        value, squares["squares"] = value[0], value[1].detach()
     (value * gradient).sum().backward()
-    return {"value": value.detach(), "hidden": hidden.grad, "weight": weight.grad}
+    return squares | {"value": value.detach(), "hidden": hidden.grad, "weight": weight.grad}
 
 
 def plain(vocabulary: int, rows: int = 10) -> dict[str, Tensor]:
@@ -65,7 +70,8 @@ def plain(vocabulary: int, rows: int = 10) -> dict[str, Tensor]:
     logprobs = (hidden @ weight[:vocabulary].T).log_softmax(dim=-1)
     value = logprobs.gather(1, labels[:, None]).squeeze(1)
     (value * gradient).sum().backward()
-    return {"value": value.detach(), "hidden": hidden.grad, "weight": weight.grad}
+    squares = logprobs.detach().exp().square().sum(dim=-1).log()
+    return {"value": value.detach(), "squares": squares, "hidden": hidden.grad, "weight": weight.grad}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,8 @@ def one_rank() -> Iterator[Topology]:
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
+        if name == "squares" and name not in found:
+            continue
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
@@ -83,6 +91,14 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("chunk_tokens", [100, 10, 9, 3, 1])
 def test_equals_log_softmax_and_gather(one_rank: Topology, vocabulary: int, chunk_tokens: int) -> None:
     assert_close(measure(vocabulary, one_rank, chunk_tokens=chunk_tokens), plain(vocabulary))
+
+
+@pytest.mark.parametrize("chunk_tokens", [100, 3])
+def test_squares_come_beside_and_change_nothing(one_rank: Topology, chunk_tokens: int) -> None:
+    without = measure(131, one_rank, chunk_tokens=chunk_tokens, padding=1e4)
+    found = measure(131, one_rank, chunk_tokens=chunk_tokens, padding=1e4, with_squares=True)
+    assert_close({"squares": found.pop("squares")}, {"squares": plain(131)["squares"]})
+    assert all(torch.equal(found[name], value) for name, value in without.items())
 
 
 def test_labels_of_probability_one_keep_their_gradient_finite(one_rank: Topology) -> None:
@@ -206,7 +222,14 @@ def on_two_ranks() -> dict[Any, dict[str, Tensor]]:
     """Every case with the vocabulary split over two ranks."""
     with layout(tensor_model_parallel_size=2) as groups:
         return {
-            case: measure(case[0], groups, chunk_tokens=case[1], reduce_hidden_gradient=case[2], padding=50.0)
+            case: measure(
+                case[0],
+                groups,
+                chunk_tokens=case[1],
+                reduce_hidden_gradient=case[2],
+                with_squares=case[2],
+                padding=50.0,
+            )
             for case in CASES
         }
 
@@ -219,6 +242,7 @@ def test_a_split_vocabulary_changes_nothing(vocabulary: int, chunk: int, reduce:
         assert torch.equal(first["hidden"], second["hidden"])
     joined = {
         "value": first["value"],
+        **{name: first[name] for name in ("squares",) if reduce},
         "hidden": first["hidden"] if reduce else first["hidden"] + second["hidden"],
         "weight": torch.cat([first["weight"], second["weight"]]),
     }

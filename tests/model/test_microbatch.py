@@ -137,8 +137,10 @@ def sums(logprobs: torch.Tensor, sequences: torch.Tensor, group: Any) -> tuple[t
     """The sums of three sequences, and the rows' gradient of their weighted sum."""
     logprobs = logprobs.clone().requires_grad_()
     pack: Any = None
-    microbatch = Microbatch(torch.zeros(1, 1), PackedResponses(), sequences, torch.ones(3), torch.zeros(1), pack)
-    total = microbatch.sequence_logprobs(logprobs, group)
+    microbatch = Microbatch(
+        torch.zeros(1, 1), PackedResponses(), sequences, sequences > 9, torch.ones(3), torch.zeros(1), pack
+    )
+    total = microbatch.sequence_sums(logprobs, group)
     (total * WEIGHTS).sum().backward()
     return total.detach(), logprobs.grad
 

@@ -13,8 +13,11 @@ from megatron_solopo.config import LossType, ObjectiveConfig
 from megatron_solopo.objective.preference import (
     PREFERENCE_LOSSES,
     ResponseLogprobs,
+    apo_down_loss,
+    apo_zero_loss,
     cpo_loss,
     dpo_loss,
+    exo_pair_loss,
     hinge_loss,
     ipo_loss,
     log1mexp,
@@ -23,11 +26,14 @@ from megatron_solopo.objective.preference import (
     logp_reward,
     mean_log_ratio_reward,
     mean_logp_reward,
+    nca_pair_loss,
     orpo_loss,
     robust_loss,
     simpo_loss,
+    sppo_hard_loss,
 )
 
+SMOOTHING = {"exo_pair": 0.1}  # it needs some
 MARGINS = [-30.0, -2.5, -0.3, 0.0, 0.4, 1.7, 25.0]
 NLL = 1.25
 
@@ -39,6 +45,15 @@ def softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
+def sigmoid(x: float) -> float:
+    return math.exp(-softplus(-x))
+
+
+def divergence(q: float, p: float) -> float:
+    """KL(q, 1 - q || p, 1 - p)."""
+    return sum(a * math.log(a / b) if a else 0.0 for a, b in ((q, p), (1 - q, 1 - p)))
+
+
 LOSSES = {
     "dpo": (lambda m: dpo_loss(m), lambda m: softplus(-m)),
     "cdpo": (lambda m: dpo_loss(m, 0.2), lambda m: 0.8 * softplus(-m) + 0.2 * softplus(m)),
@@ -48,6 +63,7 @@ LOSSES = {
     "simpo": (lambda m: simpo_loss(m, 0.5), lambda m: softplus(0.5 - m)),
     "cpo": (lambda m: cpo_loss(m), lambda m: softplus(-m)),
     "orpo": (lambda m: orpo_loss(m, torch.full_like(m, NLL), 0.4), lambda m: NLL + 0.4 * softplus(-m)),
+    "exo_pair": (lambda m: exo_pair_loss(m, 0.2), lambda m: divergence(sigmoid(m), 0.8)),
 }
 
 
@@ -96,7 +112,7 @@ def test_robust_is_unbiased_under_flipped_labels(margin, noise):
 def test_losses_are_convex_in_the_margin(first, second):
     points_T = torch.tensor([first, (first + second) / 2, second], dtype=torch.float64)
     for name, (loss, _) in LOSSES.items():
-        if name == "robust":  # not a convex function: it subtracts one
+        if name in ("robust", "exo_pair"):  # not convex: the first subtracts one, the second flattens far out
             continue
         left, middle, right = loss(points_T).tolist()
         assert middle <= (left + right) / 2 + 1e-9 * max(1.0, abs(left + right)), name
@@ -122,25 +138,53 @@ EXPECTED = {
     "simpo": LOSSES["simpo"][1],
     "cpo": LOSSES["cpo"][1],
     "orpo": LOSSES["orpo"][1],
+    "dpo_norm": LOSSES["dpo"][1],
+    "exo_pair": LOSSES["exo_pair"][1],
+}
+# What both rewards decide, not their margin alone; of rewards of 0.3 times the log ratios.
+OF_BOTH = {
+    "apo_zero": lambda won, lost: 1 - sigmoid(won) + sigmoid(lost),
+    "apo_down": lambda won, lost: sigmoid(won) + 1 - sigmoid(won - lost),
+    "nca_pair": lambda won, lost: softplus(-won) + (softplus(won) + softplus(lost)) / 2,
+    "sppo_hard": lambda won, lost: (won / 0.3 - 1 / 0.6) ** 2 + (lost / 0.3 + 1 / 0.6) ** 2,
 }
 
 
 @pytest.mark.parametrize("loss_type", get_args(LossType))
 def test_registry_binds_the_keys_of_the_config(loss_type):
-    smoothing = 0.2 if loss_type in ("dpo", "robust") else 0.0
+    smoothing = 0.2 if loss_type in ("dpo", "robust", "exo_pair") else 0.0
     settings = CONFIG | ({"beta": 0.1} if loss_type == "orpo" else {})  # ORPO has none, and refuses another
     config = ObjectiveConfig(loss_type=loss_type, label_smoothing=smoothing, **settings)
-    margin_T = torch.tensor(MARGINS, dtype=torch.float64)
-    loss_T = PREFERENCE_LOSSES[loss_type].pair_loss(margin_T, torch.full_like(margin_T, NLL), config)
-    expected = torch.tensor([EXPECTED[loss_type](m) for m in MARGINS], dtype=torch.float64)
-    torch.testing.assert_close(loss_T, expected, rtol=1e-12, atol=1e-14)
+    chosen_T = torch.tensor([2.0, -1.5, 0.7, 0.0, 0.2, -3.0, 20.0], dtype=torch.float64)
+    rejected_T = chosen_T - torch.tensor(MARGINS, dtype=torch.float64)
+    loss_T = PREFERENCE_LOSSES[loss_type].pair_loss(chosen_T, rejected_T, torch.full_like(chosen_T, NLL), config)
+    formula = OF_BOTH.get(loss_type) or (lambda won, lost: EXPECTED[loss_type](won - lost))
+    expected = [formula(*pair) for pair in zip(chosen_T.tolist(), rejected_T.tolist(), strict=True)]
+    torch.testing.assert_close(loss_T, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [apo_zero_loss, apo_down_loss, nca_pair_loss, lambda w, r: sppo_hard_loss(w, r, 0.3)])
+def test_gradients_of_losses_of_both_rewards(loss):
+    rewards = [
+        torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in ([-2.0, 0.0, 3], [1, -1.0, 2])
+    ]
+    assert torch.autograd.gradcheck(loss, rewards)
+    assert loss(torch.full((1,), 500.0), torch.full((1,), -500.0)).isfinite().all()
+
+
+def test_exo_is_content_where_the_odds_are_those_of_the_labels():
+    margin_T = torch.tensor([math.log(0.9 / 0.1), 400.0, -400.0], dtype=torch.float64, requires_grad=True)
+    loss_T = exo_pair_loss(margin_T, 0.1)
+    loss_T.sum().backward()
+    assert loss_T.tolist() == pytest.approx([0.0, -math.log(0.9), -math.log(0.1)], abs=1e-12)
+    assert margin_T.grad.tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-12)
 
 
 @pytest.mark.parametrize("loss_type", get_args(LossType))
 def test_the_reward_reads_a_reference_exactly_where_the_config_says_so(loss_type):
     reward = PREFERENCE_LOSSES[loss_type].reward
     logp_T, length_T = torch.tensor([-4.0]), torch.tensor([3])
-    if ObjectiveConfig(loss_type=loss_type).needs_reference:
+    if ObjectiveConfig(loss_type=loss_type, label_smoothing=SMOOTHING.get(loss_type, 0.0)).needs_reference:
         assert reward(ResponseLogprobs(logp_T, length_T, logp_T), 0.1).item() == 0.0
     else:
         assert math.isfinite(reward(ResponseLogprobs(logp_T, length_T, None), 0.1).item())

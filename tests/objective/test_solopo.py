@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_solopo.config import LossType, ObjectiveConfig, Role
-from megatron_solopo.objective import compute_objective, metric_names
+from megatron_solopo.objective import compute_objective, further_sums, metric_names
 from megatron_solopo.objective.solopo import DISTANCES, alignment_distance
 
 ROLES = ("short_chosen", "short_rejected", "long_chosen", "long_rejected")
@@ -40,7 +40,7 @@ LONG_METRICS = {"solo_ra/loss", "solo_ra/gap_abs", "solo_ra/gap_signed", "reward
 
 
 def objective(loss_type: str, face: dict) -> ObjectiveConfig:
-    smoothing = 0.1 if loss_type in ("dpo", "robust") else 0.0
+    smoothing = 0.1 if loss_type in ("dpo", "robust", "exo_pair") else 0.0
     settings = SETTINGS | ({"beta": 0.1} if loss_type == "orpo" else {})  # ORPO has none, and refuses another
     return ObjectiveConfig(loss_type=loss_type, label_smoothing=smoothing, **settings, **face)
 
@@ -64,18 +64,18 @@ def softplus(x: float) -> float:
 def plain_reward(config: ObjectiveConfig, logp: float, length: int, reference: float) -> float:
     p = math.exp(logp / length)
     return {
-        "dpo": config.beta * (logp - reference),
-        "robust": config.beta * (logp - reference),
-        "hinge": config.beta * (logp - reference),
         "ipo": config.beta * (logp - reference) / length,
         "simpo": config.beta * logp / length,
         "cpo": config.beta * logp,
         "orpo": math.log(p / (1 - p)),
-    }[config.loss_type]
+        "dpo_norm": config.beta * (logp - reference) / length,
+    }.get(config.loss_type, config.beta * (logp - reference))
 
 
-def plain_pair_loss(config: ObjectiveConfig, margin: float, nll: float) -> float:
-    e = config.label_smoothing
+def plain_pair_loss(config: ObjectiveConfig, chosen: float, rejected: float, nll: float) -> float:
+    e, margin, half = config.label_smoothing, chosen - rejected, 1 / (2 * config.beta)
+    q = math.exp(-softplus(-margin))
+    divergence = q * math.log(q / (1 - e)) + (1 - q) * math.log((1 - q) / e) if e else 0.0
     return {
         "dpo": (1 - e) * softplus(-margin) + e * softplus(margin),
         "robust": ((1 - e) * softplus(-margin) - e * softplus(margin)) / (1 - 2 * e),
@@ -84,6 +84,12 @@ def plain_pair_loss(config: ObjectiveConfig, margin: float, nll: float) -> float
         "simpo": softplus(config.gamma - margin),
         "cpo": softplus(-margin),
         "orpo": nll + config.orpo_lambda * softplus(-margin),
+        "dpo_norm": softplus(-margin),
+        "apo_zero": 1 / (1 + math.exp(chosen)) + 1 / (1 + math.exp(-rejected)),
+        "apo_down": 1 / (1 + math.exp(-chosen)) + 1 / (1 + math.exp(margin)),
+        "exo_pair": divergence,
+        "nca_pair": softplus(-chosen) + softplus(chosen) / 2 + softplus(rejected) / 2,
+        "sppo_hard": (chosen / config.beta - half) ** 2 + (rejected / config.beta + half) ** 2,
     }[config.loss_type]
 
 
@@ -100,7 +106,7 @@ def plain_triplet(config: ObjectiveConfig, row: dict[str, tuple[float, int, floa
     chosen, rejected = rewards[f"{side}_chosen"], rewards[f"{side}_rejected"]
     logp, length, _ = row[f"{side}_chosen"]
     expected = {
-        "po_loss": plain_pair_loss(config, chosen - rejected, -logp / length),
+        "po_loss": plain_pair_loss(config, chosen, rejected, -logp / length),
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
@@ -213,6 +219,60 @@ def test_detach_short_leaves_the_short_side_to_the_pair_loss(loss_type, align):
     assert gradients["detached"]["long_chosen"].abs().min() > 0
 
 
+def test_verbose_tokens_have_their_weight_in_rewards_alone():
+    """LD-DPO: log pi(y) = log pi(y up to the shorter length) + ld_alpha * log pi(the rest)."""
+    logps, lengths, references = random_batch()
+    verbose = {role: 0.4 * logps[role] * torch.arange(T) / T for role in ROLES}
+    config = ObjectiveConfig(ld_alpha=0.3, nll_coefficient=0.2, beta=0.7)
+    found = compute_objective(config, logps, lengths, references, {"verbose_logps": verbose}).metrics
+    weighted = {role: (logps[role] - verbose[role]) + 0.3 * verbose[role] for role in ROLES}
+    plain = ObjectiveConfig(nll_coefficient=0.2, beta=0.7)
+    expected = compute_objective(plain, weighted, lengths, references).metrics
+    for name in ("po_loss", "solo_ra/loss", "rewards/chosen", "rewards/rejected", "rewards/chosen_long"):
+        torch.testing.assert_close(found[name], expected[name])
+    torch.testing.assert_close(found["nll_loss"], -logps["short_chosen"] / lengths["short_chosen"])
+    torch.testing.assert_close(found["logps/chosen"], logps["short_chosen"])
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "simpo"])
+def test_the_weight_of_a_pair_multiplies_the_pair_loss_and_its_gradient(loss_type):
+    """WPO: the product over both answers of exp(mean over tokens of log p - log sum of p**2)."""
+    logps, lengths, references = random_batch()
+    leaves = {role: logps[role].clone().requires_grad_() for role in ROLES}
+    squares = {role: 0.5 * logps[role] for role in ROLES}
+    settings = {"loss_type": loss_type, "nll_coefficient": 0.2, "beta": 0.7}
+    config = ObjectiveConfig(use_weighting=True, **settings)
+    output = compute_objective(config, leaves, lengths, references, {"log_squares": squares})
+    output.loss_T.sum().backward()
+    without = {role: logps[role].clone().requires_grad_() for role in ROLES}
+    plain = compute_objective(ObjectiveConfig(**settings), without, lengths, references)
+    weights = [
+        math.exp(sum((logps[role][t].item() - squares[role][t].item()) / lengths[role][t].item() for role in ROLES[:2]))
+        for t in range(T)
+    ]
+    weights_T = torch.tensor(weights, dtype=torch.float64)
+    torch.testing.assert_close(output.metrics["wpo_weights"], weights_T)
+    torch.testing.assert_close(output.metrics["po_loss"], weights_T * plain.metrics["po_loss"])
+    others_T = plain.loss_T - plain.metrics["po_loss"]
+    torch.testing.assert_close(output.loss_T, weights_T * plain.metrics["po_loss"] + others_T)
+    (plain.loss_T + (weights_T - 1) * _pair_loss_of(without, lengths, references, settings)).sum().backward()
+    for role in ROLES[:3]:
+        torch.testing.assert_close(leaves[role].grad, without[role].grad)
+
+
+def _pair_loss_of(leaves, lengths, references, settings):
+    """The pair loss alone, with its gradient."""
+    config = ObjectiveConfig(name="short_po", **(settings | {"nll_coefficient": 0.0}))
+    return compute_objective(config, leaves, lengths, references).loss_T
+
+
+def test_what_an_objective_sums_besides_log_probabilities():
+    assert further_sums(ObjectiveConfig()) == ()
+    both = ObjectiveConfig(ld_alpha=0.0, use_weighting=True)
+    assert further_sums(both) == ("verbose_logps", "log_squares")
+    assert "wpo_weights" in metric_names(both) and "wpo_weights" not in metric_names(ObjectiveConfig())
+
+
 def test_alpha_defaults_to_the_papers():
     logps, lengths, references = random_batch()
     for loss_type, alpha in {"dpo": 3.0, "simpo": 1.0, "orpo": 1.0}.items():
@@ -287,14 +347,14 @@ def test_metric_names_are_those_computed(face, loss_type):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_no_triplets_give_an_empty_differentiable_loss(loss_type):
     empty = {role: torch.zeros(0, requires_grad=True) for role in ROLES}
-    loss_T = compute_objective(ObjectiveConfig(loss_type=loss_type), empty, empty, empty).loss_T
+    loss_T = compute_objective(objective(loss_type, {}), empty, empty, empty).loss_T
     loss_T.sum().backward()
     assert loss_T.shape == (0,)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_reference_is_demanded_exactly_where_needed(loss_type):
-    config = ObjectiveConfig(loss_type=loss_type)
+    config = objective(loss_type, {})
     logps, lengths, references = random_batch()
     if config.needs_reference:
         with pytest.raises(AssertionError, match="reference"):

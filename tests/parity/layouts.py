@@ -246,7 +246,8 @@ def live_reference(
     logps = torch.zeros(num_rows, len(roles))
     for step_packs in packs:
         with torch.no_grad():
-            reports = run_schedule(chunks, step_packs, logprob_report(groups), groups, forward_only=True)
+            scores = logprob_report(groups, config.objective.ld_alpha)
+            reports = run_schedule(chunks, step_packs, scores, groups, forward_only=True)
         for pack, report in zip(step_packs, reports, strict=bool(reports)):
             logps[pack.triplet_indices] = report.cpu()
     return ReferenceLogprobs(roles, logps)

@@ -39,11 +39,20 @@ def load(path: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
 
 
+def predictions(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    """Log-probabilities of the whole vocabulary where the response tokens are predicted, [tokens, vocabulary]."""
+    logits = model(torch.tensor([[*prompt, *response]])).logits[0]
+    return logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
+
+
+def of_tokens(predicted: Tensor, response: Sequence[int]) -> Tensor:
+    """Log-probability of each response token."""
+    return predicted.gather(1, torch.tensor(response)[:, None]).squeeze(1)
+
+
 def response_logprob(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
     """Sum of the log-probabilities of the response tokens after the prompt."""
-    logits = model(torch.tensor([[*prompt, *response]])).logits[0]
-    predictions = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
-    return predictions.gather(1, torch.tensor(response)[:, None]).sum()
+    return of_tokens(predictions(model, prompt, response), response).sum()
 
 
 def saved_name(name: str) -> str:
@@ -211,7 +220,7 @@ def _reward(loss_type: str, beta: float, logp: Tensor, length: int, reference: T
         return mean - torch.log(1 - torch.exp(mean))
     if loss_type == "cpo":
         return beta * logp
-    if loss_type == "ipo":
+    if loss_type in ("ipo", "dpo_norm"):
         return beta * (logp - reference) / length
     return beta * (logp - reference)
 
@@ -219,7 +228,7 @@ def _reward(loss_type: str, beta: float, logp: Tensor, length: int, reference: T
 def _pair_loss(o: Mapping[str, Any], chosen: Tensor, rejected: Tensor, nll: Tensor) -> Tensor:
     beta, margin, smoothing = o["beta"], chosen - rejected, o.get("label_smoothing", 0.0)
     match o["loss_type"]:
-        case "dpo":
+        case "dpo" | "dpo_norm":
             return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
         case "robust":
             return (-(1 - smoothing) * F.logsigmoid(margin) + smoothing * F.logsigmoid(-margin)) / (1 - 2 * smoothing)
@@ -233,6 +242,17 @@ def _pair_loss(o: Mapping[str, Any], chosen: Tensor, rejected: Tensor, nll: Tens
             return -F.logsigmoid(margin)
         case "orpo":
             return nll - o.get("orpo_lambda", 1.0) * F.logsigmoid(margin)
+        case "apo_zero":
+            return 1 - torch.sigmoid(chosen) + torch.sigmoid(rejected)
+        case "apo_down":
+            return torch.sigmoid(chosen) + 1 - torch.sigmoid(margin)
+        case "nca_pair":
+            return -F.logsigmoid(chosen) - (F.logsigmoid(-chosen) + F.logsigmoid(-rejected)) / 2
+        case "sppo_hard":
+            return (chosen / beta - 1 / (2 * beta)) ** 2 + (rejected / beta + 1 / (2 * beta)) ** 2
+        case "exo_pair":
+            model, labels = torch.stack([margin, 0 * margin]).softmax(0), torch.tensor([1 - smoothing, smoothing])
+            return (model * (model / labels).log()).sum()
     raise KeyError(o["loss_type"])
 
 
@@ -264,21 +284,33 @@ def triplet_loss(
     beta = o["beta"]
     kept: list[Replayed | None] = [{}, {}] if replay else [None, None]
 
-    def score(context: str, answer: str) -> tuple[Tensor, Tensor]:
+    shorter = min(len(row["chosen"]), len(row["rejected"]))
+    verbose = 1.0 if o.get("ld_alpha") is None else o["ld_alpha"]
+
+    def score(context: str, answer: str) -> tuple[Tensor, Tensor, Tensor]:
         prompt, response = row[f"prompt_{context}"], row[answer]
         with replaying(model, row, context, answer, kept[0]):
-            logp = response_logprob(model, prompt, response)
+            predicted = predictions(model, prompt, response)
+            logps = of_tokens(predicted, response)
         with torch.no_grad(), replaying(reference, row, context, answer, kept[1]):
             reference_prompt = row[f"prompt_{reference_context or context}"]
-            reference_logp = response_logprob(reference, reference_prompt, response)
-        nll = -logp / len(response)
-        return _reward(o["loss_type"], beta, logp, len(response), reference_logp), nll
+            reference_logps = of_tokens(predictions(reference, reference_prompt, response), response)
+        logp, reference_logp = (
+            each[:shorter].sum() + verbose * each[shorter:].sum() for each in (logps, reference_logps)
+        )
+        confidence = logps - predicted.exp().square().sum(dim=-1).log()
+        reward = _reward(o["loss_type"], beta, logp, len(response), reference_logp)
+        return reward, -logps.mean(), confidence.mean().exp().detach()
 
     if o["name"] == "sft":
         return score("short", "chosen")[1]
     context = "long" if o["name"] == "long_po" else "short"
-    (chosen, nll), (rejected, _) = score(context, "chosen"), score(context, "rejected")
-    loss = _pair_loss(o, chosen, rejected, nll) + o.get("nll_coefficient", 0.0) * nll
+    chosen, nll, chosen_weight = score(context, "chosen")
+    rejected, _, rejected_weight = score(context, "rejected")
+    loss = _pair_loss(o, chosen, rejected, nll)
+    if o.get("use_weighting"):
+        loss = loss * chosen_weight * rejected_weight
+    loss = loss + o.get("nll_coefficient", 0.0) * nll
     if o["name"] == "solopo":
         usual = 3.0 if o["loss_type"] == "dpo" else 1.0
         alpha = usual if o.get("alpha") is None else o["alpha"]

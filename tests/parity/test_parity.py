@@ -55,6 +55,15 @@ DPO_BOTH = {"name": "solopo", "loss_type": "dpo", "beta": 0.1, "align": "both"}
 ORPO_NLL = {"name": "solopo", "loss_type": "orpo", "beta": 0.1, "nll_coefficient": 0.5}
 # The reference's answers are behind the short context, the policy's behind the long one.
 LONGPO = {"name": "long_po", "loss_type": "dpo", "beta": 0.1, "nll_coefficient": 0.3}
+# Weights of tokens and of pairs; the NLL has neither.
+WEIGHTED = {
+    "name": "solopo",
+    "loss_type": "dpo_norm",
+    "beta": 0.5,
+    "ld_alpha": 0.3,
+    "use_weighting": True,
+    "nll_coefficient": 0.2,
+}
 PLAIN_DPO = [{"name": name, "loss_type": "dpo", "beta": 0.1} for name in ("short_po", "long_po")]
 OBJECTIVES: list[dict[str, Any]] = [
     {"name": "solopo", "loss_type": "dpo", "beta": 0.1},
@@ -73,6 +82,12 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"name": "solopo", "loss_type": "hinge", "beta": 0.05},
     {"name": "solopo", "loss_type": "robust", "beta": 0.1, "label_smoothing": 0.1, "align": "chosen"},
     {"name": "solopo", "loss_type": "simpo", "beta": 2.0, "detach_short": True},
+    {"name": "solopo", "loss_type": "apo_zero", "beta": 0.1, "ld_alpha": 0.0, "align": "both"},
+    {"name": "solopo", "loss_type": "apo_down", "beta": 0.1},
+    {"name": "solopo", "loss_type": "exo_pair", "beta": 0.1, "label_smoothing": 0.1},
+    {"name": "solopo", "loss_type": "nca_pair", "beta": 0.1},
+    {"name": "solopo", "loss_type": "sppo_hard", "beta": 0.1},
+    {"name": "short_po", "loss_type": "simpo", "beta": 2.0, "use_weighting": True},
     {"name": "short_po", "loss_type": "dpo", "beta": 0.1},
     {"name": "short_po", "loss_type": "simpo", "beta": 2.0},
     {"name": "long_po", "loss_type": "dpo", "beta": 0.1},
@@ -135,6 +150,7 @@ MIXTURE = ("sft", "solopo", "long_po", "short_po")
 WITH_MIXTURE = ("one-pack", "uneven-accumulation", "tp2-sp", "pp2", "cp2", "dp2", "dp2-uneven", "tp2-cp2")
 # With `align: chosen`, the short prompt is shared and the long one is not.
 ALIGN_CHOSEN = ("tp2-sp", "pp2-vpp2", "cp2", "cp4", "tp2-cp2", "cp4-lonely", "tp2-cp2-lonely")
+WITH_WEIGHTS = ("packed", "chunked-head", "tp2-chunked-recompute", "pp2", "cp2", "tp2-cp2")
 WITH_LONGPO = ("packed", "cp2", "pp2", "tp2-dp2")
 TRAINED = {"router_trainable": True}
 REPLAYED = {"replay": "short"}
@@ -261,6 +277,7 @@ def dense_cases(world_size: int) -> list[Case]:
     found += [Case("qwen2", DPO_BOTH, layout, mixture=MIXTURE) for layout in layouts if layout.name in WITH_MIXTURE]
     found += [Case("qwen2", LONGPO, layout, **behind_short) for layout in layouts if layout.name in WITH_LONGPO]
     found += [Case("qwen2", OBJECTIVES[0], shared(layout)) for layout in layouts if layout.name in ALIGN_CHOSEN]
+    found += [Case("qwen2", WEIGHTED, layout) for layout in layouts if layout.name in WITH_WEIGHTS]
     # Norms of queries and keys: with and without sequence parallelism, whole heads and split groups.
     found += [Case("qwen3", DPO_BOTH, layout) for layout in layouts if layout.name.startswith("tp")][:2]
     if world_size == 1:
