@@ -65,16 +65,17 @@ def load_run_sources(
 
     Raises UserError also if `training.eval_steps` is set and no source has a held-out split.
     """
+    sources = tuple(
+        RunSource(source, load_run_datasets(source.config, architecture, opened))
+        for source, opened in zip(config.sources, prepared, strict=True)
+    )
     if config.training.eval_steps is not None and all(each.eval is None for each in prepared):
         places = ", ".join(str(source.config.data.directory) for source in config.sources)
         raise UserError(
             f"training.eval_steps={config.training.eval_steps}, but {places} has no held-out split; "
             "prepare it with --eval-count, or remove the key"
         )
-    return tuple(
-        RunSource(source, load_run_datasets(source.config, architecture, opened))
-        for source, opened in zip(config.sources, prepared, strict=True)
-    )
+    return sources
 
 
 def load_run_datasets(config: Config, architecture: Architecture, prepared: PreparedData | None = None) -> RunDatasets:
