@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from megatron_solopo import __version__
 from megatron_solopo.architecture.model_directory import CONFIG, huggingface_directory
 from megatron_solopo.data.end_tokens import GENERATION_CONFIG, end_tokens
+from megatron_solopo.data.messages import Content
 from megatron_solopo.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -32,8 +33,11 @@ from megatron_solopo.data.prepared import (
     EffectCount,
     LengthStatistics,
     PreparedManifest,
+    counted_tokens,
     is_prepared,
     largest_token_id,
+    mask_column,
+    mask_columns,
     token_columns,
     token_fingerprint,
     token_lengths,
@@ -43,7 +47,6 @@ from megatron_solopo.data.rows import (
     DEPTHS_FIELD,
     PROMPT_FIELDS,
     RESPONSE_FIELDS,
-    Content,
     Kind,
     ValidationReport,
     read_rows,
@@ -90,7 +93,7 @@ def prepare(settings: PrepareSettings) -> PreparedManifest:
         _refuse_problems(settings, tokens)
         effects = _count_effects(tokens)
         _refuse_losses(job, effects)
-        tokens = tokens.remove_columns(["line", "problem", "effects"])
+        tokens = _without_full_masks(job.kind, tokens.remove_columns(["line", "problem", "effects"]))
         kept = _select_by_length(job, tokens)
         train, held_out = _split(kept, settings.eval_count, settings.seed)
         tokens.select(train).save_to_disk(str(temporary / "train"))
@@ -223,6 +226,14 @@ def _describe_end_tokens(job: _Job) -> str:
     return f" (end tokens of {path}: {found}{'' if has_settings else missing})"
 
 
+def _without_full_masks(kind: Kind, tokens: Dataset) -> Dataset:
+    """The same without the columns of masks, if all tokens of all responses count."""
+    counted = {name: counted_tokens(tokens, mask_column(name)) for name in RESPONSE_COLUMNS[kind]}
+    if any((counts < token_lengths(tokens, name)).any() for name, counts in counted.items()):
+        return tokens
+    return tokens.remove_columns(list(mask_columns(kind)))
+
+
 def _select_by_length(job: _Job, tokens: Dataset) -> NDArray[np.int64]:
     """Indices of the rows whose longest sequence fits."""
     path = job.settings.input
@@ -273,6 +284,11 @@ def _manifest(
         train=len(kept) - job.settings.eval_count,
         eval=job.settings.eval_count,
         lengths={name: _statistics(token_lengths(tokens, name)[kept]) for name in job.columns},
+        counted={
+            name: _statistics(counted_tokens(tokens, mask_column(name))[kept])
+            for name in RESPONSE_COLUMNS[job.kind]
+            if mask_column(name) in tokens.column_names
+        },
         largest_token_id=largest_token_id(tokens.select(kept), job.columns),
         chat_template_kwargs=job.settings.chat_template_kwargs,
         effects=effects,
@@ -301,9 +317,9 @@ def tokenize_rows(
 ) -> Dataset:
     """Tokenize a valid file into Arrow files under `work`, row by row in the file's order.
 
-    Columns: id, line, problem, effects, evidence_depths and the token columns. If a row cannot be tokenized, `problem`
-    says why and the token columns are empty. For all other rows `problem` is "". `effects` is JSON: what the template
-    did to the row, by `EffectKind`; "" for nothing.
+    Columns: id, line, problem, effects, evidence_depths, the token columns and the masks. If a row cannot be tokenized,
+    `problem` says why and its tokens are empty. For all other rows `problem` is "". `effects` is JSON: what the
+    template did to the row, by `EffectKind`; "" for nothing.
     """
     carried = {"id": Value("string"), "line": Value("int64"), DEPTHS_FIELD: List(Value("float32"))}
     rows = Dataset.from_generator(
@@ -314,6 +330,7 @@ def tokenize_rows(
         writer_batch_size=_WRITER_BATCH_ROWS,
     )
     tokens = {name: List(Value("int32")) for name in token_columns(kind)}
+    tokens |= {name: List(Value("bool")) for name in mask_columns(kind)}
     return rows.map(
         _tokenize_record,
         fn_kwargs={
@@ -367,6 +384,7 @@ def _tokenize_record(
     for effect in row.effects:
         effects.setdefault(effect.kind, effect.shown)
     tokens = {name: np.asarray(ids, np.int32) for name, ids in row.ids.items()}
+    tokens |= {mask_column(name): np.asarray(row.masks.get(name, []), bool) for name in responses}
     return {"problem": problem, "effects": json.dumps(effects) if effects else "", **tokens}
 
 

@@ -1,6 +1,6 @@
 """A pack as one rank sees it: its context-parallel share of the tokens and of the response rows.
 
-Shapes: T positions of the pack, t = T / CP, N response rows on this rank, S sequences.
+Shapes: T positions of the pack, t = T / CP, N response rows on this rank (of tokens that count), S sequences.
 """
 
 from collections.abc import Callable
@@ -31,8 +31,8 @@ class Microbatch:
     """int64: the sequence of the pack that each response row belongs to."""
     verbose_N: Tensor
     """bool: as `Pack.verbose_N`, for the response rows of this rank."""
-    response_lengths_S: Tensor
-    """int64: response tokens of each sequence, on all context-parallel ranks together."""
+    counted_lengths_S: Tensor
+    """int64: response tokens of each sequence that count, on all context-parallel ranks together."""
     triplet_indices: Tensor
     """int64 [triplets]: the dataset row of each triplet."""
     pack: Pack
@@ -46,7 +46,7 @@ class Microbatch:
 
         Returns fp32 `[..., S]`, equal on all context-parallel ranks. The gradient reaches only this rank's rows.
         """
-        local = token_values.new_zeros(*token_values.shape[:-1], len(self.response_lengths_S))
+        local = token_values.new_zeros(*token_values.shape[:-1], len(self.counted_lengths_S))
         return sum_over_context(local.index_add(-1, self.response_sequences_N, token_values), context_group)
 
 
@@ -92,7 +92,7 @@ def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False, is_
         ),
         response_sequences_N=moved(pack.response_sequences_N[here]),
         verbose_N=moved(pack.verbose_N[here]),
-        response_lengths_S=moved(pack.response_lengths_S),
+        counted_lengths_S=moved(pack.counted_lengths_S),
         triplet_indices=moved(pack.triplet_indices),
         pack=pack,
     )

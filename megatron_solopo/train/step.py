@@ -171,7 +171,7 @@ def mixture_loss(
         counts = [group.num_sequences for group in pack.groups]
         further = further_sums(sources[0].objective)
         sums_by_group = torch.split(_sums(microbatch, head_output, further, topology), counts, dim=1)
-        lengths = torch.split(microbatch.response_lengths_S, counts)
+        lengths = torch.split(microbatch.counted_lengths_S, counts)
         rows = torch.split(microbatch.triplet_indices, [group.num_triplets for group in pack.groups])
         losses = []
         reports = [torch.zeros(len(metric_names(each.objective)), device=topology.device) for each in sources]

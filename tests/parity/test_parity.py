@@ -298,7 +298,7 @@ ALL_CASES = [marked(world_size, world_size, case) for world_size in LAYOUTS for 
 
 
 def make_rows(count: int, seed: int) -> list[Row]:
-    """Triplets of odd lengths.
+    """Triplets of odd lengths. Some tokens of every other row's answers do not count, as those of tools do not.
 
     The first one's answers are a single token, and its prompts end where context-parallel rank 0
     holds that token's predictor, for 2 and for 4 ranks: the others hold no response token of it.
@@ -309,7 +309,7 @@ def make_rows(count: int, seed: int) -> list[Row]:
     def tokens(length: int) -> list[int]:
         return [generator.randrange(VOCAB_SIZE) for _ in range(length)]
 
-    def row(number: int, short: int, long: int, chosen: int, rejected: int) -> Row:
+    def row(number: int, short: int, long: int, chosen: int, rejected: int) -> dict[str, Any]:
         return {
             "id": f"{seed}-{number}",
             "prompt_short": tokens(short),
@@ -318,9 +318,18 @@ def make_rows(count: int, seed: int) -> list[Row]:
             "rejected": tokens(rejected),
         }
 
+    masks = random.Random(seed)
+
+    def counted(length: int) -> list[bool]:
+        mask = [masks.random() < 0.6 for _ in range(length)]
+        return mask if any(mask) else [True] * length
+
     between = generator.randint
     others = [row(n, between(1, 11), between(13, 47), between(2, 9), between(2, 9)) for n in range(1, count - 1)]
-    return [row(0, 1, 15, 1, 1), *others, row(count - 1, 7, 11, 23, 14)]
+    found = [row(0, 1, 15, 1, 1), *others, row(count - 1, 7, 11, 23, 14)]
+    for each in found[1::2]:
+        each |= {f"{answer}_mask": counted(len(each[answer])) for answer in ("chosen", "rejected")}
+    return found
 
 
 BATCHES = [make_rows(NUM_TRIPLETS, seed=0), make_rows(NUM_TRIPLETS, seed=1)]
