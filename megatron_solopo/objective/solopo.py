@@ -119,17 +119,9 @@ def compute_objective(
         (role,) = roles
         return _likelihood(logps[role], lengths[role])
     assert reference_logps is not None or not config.needs_reference, f"{config.loss_type} needs reference log-probs"
-    references = reference_logps if config.needs_reference else None
     further = further or {}
-    rewarded = logps
-    if config.ld_alpha is not None:
-        rewarded = {role: logps[role] - (1 - config.ld_alpha) * further["verbose_logps"][role] for role in roles}
-    responses = {
-        role: ResponseLogprobs(rewarded[role], lengths[role], None if references is None else references[role])
-        for role in roles
-    }
+    rewards = _rewards(config, logps, lengths, reference_logps if config.needs_reference else None, further)
     loss_type = PREFERENCE_LOSSES[config.loss_type]
-    rewards = {role: loss_type.reward(response, config.beta) for role, response in responses.items()}
 
     chosen, rejected = config.roles.pair
     nll_T = -logps[chosen] / lengths[chosen]
@@ -148,6 +140,26 @@ def compute_objective(
     metrics = {"loss": loss_T} | metrics | _pair_metrics(rewards[chosen], rewards[rejected])
     metrics |= {"logps/chosen": logps[chosen], "logps/rejected": logps[rejected], "nll_loss": nll_T}
     return ObjectiveOutput(loss_T, {name: value_T.detach() for name, value_T in metrics.items()})
+
+
+def _rewards(
+    config: ObjectiveConfig,
+    logps: Mapping[Role, Tensor],
+    lengths: Mapping[Role, Tensor],
+    references: Mapping[Role, Tensor] | None,
+    further: Mapping[FurtherSum, Mapping[Role, Tensor]],
+) -> dict[Role, Tensor]:
+    """role -> reward `[T]`."""
+    roles = config.roles.all
+    if config.ld_alpha is not None:
+        logps = {role: logps[role] - (1 - config.ld_alpha) * further["verbose_logps"][role] for role in roles}
+    reward = PREFERENCE_LOSSES[config.loss_type].reward
+    return {
+        role: reward(
+            ResponseLogprobs(logps[role], lengths[role], None if references is None else references[role]), config.beta
+        )
+        for role in roles
+    }
 
 
 def _likelihood(logp_T: Tensor, length_T: Tensor) -> ObjectiveOutput:
