@@ -176,7 +176,7 @@ def _generated(start: str, alone: str, following: str) -> str | None:
         following: the conversation up to the next turn, as it is in the whole one.
     """
     if following.startswith(alone):
-        return alone[len(start) :]
+        return alone[len(start) :] or None
     later = following[len(start) :]
     length = next((size for size in range(min(len(later), len(alone)), 0, -1) if alone.endswith(later[:size])), 0)
     left_out = alone[len(start) : len(alone) - length]

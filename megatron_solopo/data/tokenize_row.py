@@ -68,8 +68,8 @@ def tokenize_row(
     for name, each in encoded.items():
         row.ids[name] = [token for tokens, _ in each for token in tokens]
         row.masks[name] = [counts for tokens, counts in each for _ in tokens]
-    for name, tokens in row.ids.items():
-        if not tokens or not any(row.masks.get(name, [True])):
+    for name in row.ids:
+        if not all(tokens for tokens, counts in encoded.get(name, [(row.ids[name], True)]) if counts):
             raise UserError(f"{name}: tokenizes to nothing")
     for name, response in responses.items():
         row.effects += unknown_effects("unknown_in_answer", name, response, row.ids[name], end_tokens, tokenizer)

@@ -275,12 +275,14 @@ def _build_microbatch(config: Config, pack: PackShape, groups: Topology) -> Micr
         for number, (roles, own) in enumerate(groupby(zip(pack.roles, rows, strict=True), key=itemgetter(0)))
     ]
     built = build_mixed_pack(parts, *multiples, share_prompts=config.data.share_prompts)
-    whole = shard_pack(built, groups)
+    whole = shard_pack(built, groups, aligns_tokens=config.objective.aligns_tokens)
     packing = whole.packing
     if packing.segments is not None and packing.segments.keys_K is not None:
         # All layers keep the same tensor, as on a GPU.
         segments = replace(packing.segments, keys_K=packing.segments.keys_K.to(_META))
         packing = replace(packing, segments=segments)
+    if packing.alignment is not None:
+        packing = replace(packing, alignment=packing.alignment.to(_META))
     return replace(whole, tokens_1t=whole.tokens_1t.to(_META), packing=packing)
 
 

@@ -14,7 +14,7 @@ from itertools import tee
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from megatron_solopo.config import ObjectiveConfig, Role
@@ -65,8 +65,16 @@ def run_schedule(
     settings = get_model_config(chunks[0])
     has_experts = settings.num_moe_experts is not None
     watches_routers = has_experts and (not forward_only or settings.moe_enable_routing_replay)
+    aligns_tokens = get_attr_wrapped_model(chunks[0], "aligns_tokens")
     microbatches: Iterable[Microbatch] = (
-        shard_pack(pack, topology, with_places=watches_routers, is_trained=not forward_only) for pack in packs
+        shard_pack(
+            pack,
+            topology,
+            with_places=watches_routers,
+            is_trained=not forward_only,
+            aligns_tokens=aligns_tokens,
+        )
+        for pack in packs
     )
     if not forward_only:  # a pass over a data set has many packs, so each moves to the device when its turn comes
         microbatches = list(microbatches)
@@ -196,11 +204,11 @@ def mixture_loss(
 
 def _sums(microbatch: Microbatch, head_output: Tensor, further: Sequence[FurtherSum], topology: Topology) -> Tensor:
     """Sums over the response tokens of each sequence: of log-probabilities, then of `further`. Returns [1 + ..., S]."""
-    token_logprobs_N, *squares_N = head_output.unbind() if "log_squares" in further else (head_output,)
+    token_logprobs_N, *others_N = head_output.unbind() if head_output.dim() > 1 else (head_output,)
     values = [token_logprobs_N]
     if "verbose_logps" in further:
         values.append(token_logprobs_N.where(microbatch.verbose_N, 0))
-    return microbatch.sequence_sums(torch.stack([*values, *squares_N]), topology.context_group)
+    return microbatch.sequence_sums(torch.stack([*values, *others_N]), topology.context_group)
 
 
 def logprob_report(topology: Topology, ld_alpha: float | None = None) -> Callable[[Microbatch], LossFunction]:

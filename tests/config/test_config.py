@@ -354,3 +354,23 @@ def test_only_models_with_delayed_scales_are_scored_in_another_precision() -> No
 
     assert (scored("delayed").fp8, scored("delayed").fp8_param) == (None, False)
     assert (scored("blockwise").fp8, scored("blockwise").fp8_param) == ("hybrid", True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("data.path=null",), "data: needs either path, a directory of data prepare, or sources"),
+        (("data.sources=[{path: a}]",), "data: needs either path, a directory of data prepare, or sources"),
+        (("data.path=null", "data.sources=[{path: x/a},{path: y/a}]"), "several are called 'a'; give each a name"),
+        (("data.path=null", "data.sources=[{path: a b}]"), "the name 'a b' has other characters than A-Z"),
+        (("data.path=null", "data.sources=[{path: a,wieght: 2}]"), "did you mean data.sources.weight?"),
+        (("data.path=null", "data.sources=[{path: a,weight: 0}]"), "data.sources.0.weight=0: Input should be greater"),
+        (
+            ("data.path=null", "data.sources=[{path: a}]", "objective.token_alignment=reverse_kl"),
+            "objective.token_alignment=reverse_kl works with data.path alone",
+        ),
+    ],
+)
+def test_sources_that_cannot_be_are_refused(tmp_path: Path, overrides: tuple[str, ...], words: str) -> None:
+    (line,) = mistakes(tmp_path, "", overrides)
+    assert words in line

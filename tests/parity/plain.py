@@ -295,7 +295,7 @@ def triplet_loss(
     shorter = min(len(counted(row, answer)) for answer in ("chosen", "rejected"))
     verbose = 1.0 if o.get("ld_alpha") is None else o["ld_alpha"]
 
-    def score(context: str, answer: str) -> tuple[Tensor, Tensor, Tensor]:
+    def score(context: str, answer: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         prompt, response, places = row[f"prompt_{context}"], row[answer], counted(row, answer)
         with replaying(model, row, context, answer, kept[0]):
             predicted = predictions(model, prompt, response)[places]
@@ -308,13 +308,13 @@ def triplet_loss(
         )
         confidence = logps - predicted.exp().square().sum(dim=-1).log()
         reward = _reward(o["loss_type"], beta, logp, len(places), reference_logp)
-        return reward, -logps.mean(), confidence.mean().exp().detach()
+        return reward, -logps.mean(), confidence.mean().exp().detach(), predicted
 
     if o["name"] == "sft":
         return score("short", "chosen")[1]
     context = "long" if o["name"] == "long_po" else "short"
-    chosen, nll, chosen_weight = score(context, "chosen")
-    rejected, _, rejected_weight = score(context, "rejected")
+    chosen, nll, chosen_weight, teacher = score(context, "chosen")
+    rejected, _, rejected_weight, _ = score(context, "rejected")
     loss = _pair_loss(o, chosen, rejected, nll)
     if o.get("use_weighting"):
         loss = loss * chosen_weight * rejected_weight
@@ -327,7 +327,11 @@ def triplet_loss(
             answers["rejected"] = rejected
         for answer, short in answers.items():
             short = short.detach() if o.get("detach_short") else short
-            loss = loss + alpha * _distance(o, short - score("long", answer)[0])
+            long, _, _, student = score("long", answer)
+            loss = loss + alpha * _distance(o, short - long)
+            if o.get("token_alignment") and answer == "chosen":
+                divergence = F.kl_div(teacher.detach(), student, reduction="none", log_target=True).sum(dim=-1)
+                loss = loss + o.get("token_alignment_weight", 1.0) * divergence.mean()
     return loss
 
 

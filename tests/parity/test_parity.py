@@ -64,6 +64,14 @@ WEIGHTED = {
     "use_weighting": True,
     "nll_coefficient": 0.2,
 }
+# A term per token beside the alignment of rewards.
+TOKENS = {
+    "name": "solopo",
+    "loss_type": "simpo",
+    "beta": 2.0,
+    "token_alignment": "reverse_kl",
+    "token_alignment_weight": 3.0,
+}
 PLAIN_DPO = [{"name": name, "loss_type": "dpo", "beta": 0.1} for name in ("short_po", "long_po")]
 OBJECTIVES: list[dict[str, Any]] = [
     {"name": "solopo", "loss_type": "dpo", "beta": 0.1},
@@ -151,6 +159,10 @@ WITH_MIXTURE = ("one-pack", "uneven-accumulation", "tp2-sp", "pp2", "cp2", "dp2"
 # With `align: chosen`, the short prompt is shared and the long one is not.
 ALIGN_CHOSEN = ("tp2-sp", "pp2-vpp2", "cp2", "cp4", "tp2-cp2", "cp4-lonely", "tp2-cp2-lonely")
 WITH_WEIGHTS = ("packed", "chunked-head", "tp2-chunked-recompute", "pp2", "cp2", "tp2-cp2")
+WITH_TOKENS = (
+    *("packed", "unpacked", "chunked-head", "tp2-sp", "tp2-chunked-recompute", "pp2", "cp2"),
+    *("tp2-cp2", "cp4-lonely", "pp2-cp2"),
+)
 WITH_LONGPO = ("packed", "cp2", "pp2", "tp2-dp2")
 TRAINED = {"router_trainable": True}
 REPLAYED = {"replay": "short"}
@@ -278,6 +290,8 @@ def dense_cases(world_size: int) -> list[Case]:
     found += [Case("qwen2", LONGPO, layout, **behind_short) for layout in layouts if layout.name in WITH_LONGPO]
     found += [Case("qwen2", OBJECTIVES[0], shared(layout)) for layout in layouts if layout.name in ALIGN_CHOSEN]
     found += [Case("qwen2", WEIGHTED, layout) for layout in layouts if layout.name in WITH_WEIGHTS]
+    found += [Case("qwen2_tied", TOKENS, layout) for layout in layouts if layout.name in WITH_TOKENS]
+    found += [Case("qwen2", TOKENS | {"align": "both"}, unshared(layouts[0]))] if world_size == 1 else []
     # Norms of queries and keys: with and without sequence parallelism, whole heads and split groups.
     found += [Case("qwen3", DPO_BOTH, layout) for layout in layouts if layout.name.startswith("tp")][:2]
     if world_size == 1:
