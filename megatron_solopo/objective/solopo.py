@@ -129,8 +129,7 @@ def compute_objective(
     roles = config.roles.all
     assert all(logps[role].dtype in (torch.float32, torch.float64) for role in roles), "sums of log-probs need float32"
     if config.name == "sft":
-        (role,) = roles
-        return _likelihood(logps[role], lengths[role])
+        return _likelihood(logps[roles[0]], lengths[roles[0]])
     assert reference_logps is not None or not config.needs_reference, f"{config.loss_type} needs reference log-probs"
     further = further or {}
     responses = _responses(config, logps, lengths, reference_logps, further)
