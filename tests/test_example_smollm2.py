@@ -1,6 +1,5 @@
 """SmolLM2: splits without shared evidence, legal runs, a driver that goes on, tables from results, the same logits."""
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,9 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "smollm2"
 sys.path.insert(0, str(EXAMPLE))
 
 import make_model  # noqa: E402
-import make_questions  # noqa: E402
 import run_all  # noqa: E402
 import write_results  # noqa: E402
-from smollm2 import tables  # noqa: E402
+from smollm2 import questions, tables  # noqa: E402
 from smollm2.plan import BASE, DEV, FULL, QUICK, Run, comparison, groups  # noqa: E402
 
 RUNS = [run for group in groups(FULL, everything=True) for run in group]
@@ -33,9 +31,8 @@ class TestQuestions:
     """From MuSiQue's decompositions to splits."""
 
     @pytest.fixture
-    def splits(self) -> dict[str, list[make_questions.Row]]:
-        rows = [json.loads(line) for line in make_questions.CORPUS.read_text(encoding="utf-8").splitlines()]
-        return make_questions.splits(make_questions.questions(rows))
+    def splits(self) -> dict[str, list[questions.Row]]:
+        return questions.splits(questions.questions(questions.read_rows()))
 
     def test_a_hop_is_a_question_of_its_own(self) -> None:
         hops = [
@@ -43,18 +40,18 @@ class TestQuestions:
             {"question": "#1 >> father", "answer": "Bob", "paragraph_support_idx": 0},
             {"question": "Where was #2 born?", "answer": "Rome", "paragraph_support_idx": 1},
         ]
-        assert list(make_questions.single_hops({"question_decomposition": hops})) == [
+        assert list(questions.single_hops({"question_decomposition": hops})) == [
             ("Who wrote it?", "Ann", 3),
             ("What is the father of Ann?", "Bob", 0),
             ("Where was Bob born?", "Rome", 1),
         ]
 
-    def test_every_question_is_in_one_split(self, splits: dict[str, list[make_questions.Row]]) -> None:
-        questions = [question for members in splits.values() for question in members]
+    def test_every_question_is_in_one_split(self, splits: dict[str, list[questions.Row]]) -> None:
+        found = [question for members in splits.values() for question in members]
         assert {name: len(members) for name, members in splits.items()} == {"train": 151, "dev": 34, "test": 85}
-        assert len({each["question"].lower() for each in questions}) == len({each["id"] for each in questions}) == 270
+        assert len({each["question"].lower() for each in found}) == len({each["id"] for each in found}) == 270
 
-    def test_no_split_holds_evidence_of_another_one(self, splits: dict[str, list[make_questions.Row]]) -> None:
+    def test_no_split_holds_evidence_of_another_one(self, splits: dict[str, list[questions.Row]]) -> None:
         for name, members in splits.items():
             evidence = {d["text"] for each in members for d in each["documents"] if d["supporting"]}
             others = {
@@ -139,11 +136,12 @@ class TestTables:
 
     def test_seeds_are_averaged_by_question_and_differences_are_paired(self, tmp_path: Path) -> None:
         results = run_all.Results(tmp_path)
+        names = [each["id"] for each in questions.questions(questions.read_rows())[:4]]
 
         def add(run: Run, *scores: float) -> None:
             rows = [
-                {"length": 400, "id": f"test-400.short:q{n}", "tokens": 9, "score": score, "answer": "x|y"}
-                for n, score in enumerate(scores)
+                {"length": 400, "id": f"test-400.short:{name}", "tokens": 9, "score": score, "answer": "x|y"}
+                for name, score in zip(names, scores, strict=True)
             ]
             results.add(run, "test-400", {"answers": rows, "seconds": 1.0})
 

@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from make_model import make_model
 from make_pairs import make_pairs
-from make_questions import write_questions
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import write_json
 from smollm2.measuring import contexts_of, measure
 from smollm2.plan import BASE, FULL, NEEDLES, QUICK, Run, Sizes, groups
+from smollm2.questions import write_questions
 from smollm2.steps import HERE
 from smollm2.training import model_directory, train_run
 

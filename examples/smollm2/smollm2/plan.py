@@ -41,7 +41,7 @@ class Sizes:
         return self.triplets // self.batch
 
 
-FULL = Sizes("full", SEEDS, 400, 2048, 40, 4, 16, 64, 48, 24, (400, 1024, 2048, 4096), (1024, 2048, 4096), 5)
+FULL = Sizes("full", SEEDS, 400, 2048, 28, 4, 16, 64, 48, 24, (400, 1024, 2048, 4096), (1024, 2048, 4096), 5)
 QUICK = Sizes("quick", SEEDS[:1], 400, 640, 3, 1, 8, 14, 2, 2, (400, 640), (512,), 1)
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from megatron_solopo.evaluate.statistics import mean_measure, mean_score
 from megatron_solopo.results.results_file import MeanWithInterval
 from smollm2.plan import BASE, DEV, FULL, NEEDLES, Run, comparison, groups
+from smollm2.questions import questions, read_rows
 
 TRAINING = "training"
 LENGTHS = FULL.lengths
@@ -203,11 +204,12 @@ def examples(results: Sequence[Result]) -> Iterator[str]:
 
     def rows() -> Rows:
         if parts:
+            asked = {each["id"]: each for each in questions(read_rows())}
             answers = [{question_of(row["id"]): row for row in each.found[parts[-1]]["answers"]} for each in shown]
-            for question in sorted(answers[0])[:8]:
-                yield [question, *(_answer(each[question]) for each in answers)]
+            for name in sorted(answers[0])[:8]:
+                yield [asked[name]["question"], asked[name]["answers"][0], *(_answer(each[name]) for each in answers)]
 
-    return table([f"question, {parts[-1] if parts else NOTHING}", *(each.run.method for each in shown)], rows())
+    return table([f"question, {parts[-1] if parts else NOTHING}", "gold", *(each.run.method for each in shown)], rows())
 
 
 def _answer(row: dict[str, Any]) -> str:
