@@ -246,7 +246,6 @@ def _our_logits(
     path: Path, architecture: Architecture, precision: SafetensorsDirectory, sequences: list[Tensor]
 ) -> Tensor:
     """Logits by our model, fp32 [T, V]. The sequences are packed into one."""
-    from megatron.core.packed_seq_params import PackedSeqParams
 
     from megatron_solopo.checkpoint.load import load_weights
     from megatron_solopo.model.build import build_model
@@ -260,18 +259,8 @@ def _our_logits(
         (model,) = build_model(resolved, chunk_tokens=1, device=groups.device)
         load_weights([model], architecture, path)
         _round(model, architecture, precision)
-        lengths = torch.tensor([0, *(len(tokens) for tokens in sequences)])
-        boundaries_S1 = lengths.cumsum(0).to(torch.int32)
-        longest = int(lengths.max())
-        packing = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=boundaries_S1,
-            cu_seqlens_kv=boundaries_S1,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
-        logits_1TV: Tensor = model(torch.cat(sequences).unsqueeze(0), None, None, packed_seq_params=packing)
-        return logits_1TV[0, :, : architecture.vocab_size].clone()
+        logits_TV = torch.cat([model(tokens.unsqueeze(0), None, None)[0] for tokens in sequences])
+        return logits_TV[:, : architecture.vocab_size].clone()
     finally:
         topology.destroy(groups)
 

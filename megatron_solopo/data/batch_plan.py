@@ -48,13 +48,16 @@ class TripletSize(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TripletSizes:
-    """Sizes of D triplets as int64 arrays [D]: one for each field of `TripletSize`, and one more."""
+    """Sizes of D triplets as int64 arrays [D]: one for each field of `TripletSize`, and others."""
 
     padded_tokens: IntArray
     tokens: IntArray
     cost: IntArray
     sequence_tokens: IntArray
     """Tokens of all sequences, as if no prompt was shared."""
+    squares: IntArray
+    """Of all blocks with their padding, see `architecture.flops.attended_squares`."""
+    response_tokens: IntArray
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -111,14 +114,15 @@ def triplet_sizes(
         tokens_D += length_D
         padded_D += block_D
         squares_D += attended_squares(prompt_D, prompt_D + responses_GD)
+    response_tokens_D = responses_RD.sum(axis=0)
     flops_D = (
         forward_flops(architecture, 1, 0, 0).total * padded_D
         + forward_flops(architecture, 0, 1, 0).total * squares_D
-        + forward_flops(architecture, 0, 0, 1).total * responses_RD.sum(axis=0)
+        + forward_flops(architecture, 0, 0, 1).total * response_tokens_D
     )
     # Rounded up, so that every triplet costs something.
     cost_D = np.ceil(flops_D / _FLOPS_PER_COST).astype(np.int64)
-    return TripletSizes(padded_D, tokens_D, cost_D, sequence_tokens_D)
+    return TripletSizes(padded_D, tokens_D, cost_D, sequence_tokens_D, squares_D, response_tokens_D)
 
 
 RankPacks = list[list[list[int]]]

@@ -6,8 +6,8 @@
     tool           {"role", "content"}, and perhaps "name" and "tool_call_id"
 
 A tool call is {"type": "function", "id", "function": {"name", "arguments"}}, where type and id may be missing. Its
-arguments are an object, or the JSON text of one. A message with tool calls needs no content. Keys that are null count
-as missing, since tables give every message all keys.
+arguments are an object, or the JSON text of one. A message with tool calls needs no content. A content may also be a
+list of one part {"type": "text", "text"}. Keys that are null count as missing: tables give every message all keys.
 """
 
 from collections.abc import Iterator
@@ -103,6 +103,8 @@ def _checked_message(value: Any) -> Message:
         raise IllegalValue(f"expected an object with role and content, got {type_name(value)}")
     message = {key: entry for key, entry in value.items() if entry is not None}
     role, calls = message.get("role"), message.pop(TOOL_CALLS, [])
+    if isinstance(message.get("content"), list):
+        message["content"] = _text_of_parts(message["content"])
     if not isinstance(role, str) or role not in _KEYS:
         raise IllegalValue(f"role {role!r}; legal: {', '.join(_KEYS)}")
     given = [*message, *([TOOL_CALLS] if calls else [])]
@@ -122,6 +124,16 @@ def _checked_message(value: Any) -> Message:
         except IllegalValue as error:
             raise IllegalValue(f"content {error}") from None
     return message
+
+
+def _text_of_parts(parts: list[Any]) -> str:
+    """The text of a content of one part. How several are joined, each template decides for itself."""
+    are_objects = all(isinstance(part, dict) for part in parts)
+    given = [{key: entry for key, entry in part.items() if entry is not None} for part in parts] if are_objects else []
+    if len(given) != 1 or given[0].keys() != {"type", "text"} or given[0]["type"] != "text":
+        raise IllegalValue('content: expected a string, or a list of one part {"type": "text", "text": ...}')
+    text: str = given[0]["text"]
+    return text
 
 
 def _checked_calls(value: Any) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_solopo.config import Role, prompt_groups
-from megatron_solopo.data.batch_plan import padded_lengths
+from megatron_solopo.data.blocks import Block, layout_blocks
 
 PAD_TOKEN = 0
 """Id at padded positions. Any legal id would do: padding follows its sequence and has no label."""
@@ -74,6 +74,8 @@ class PackGroup(NamedTuple):
 class Pack:
     """One micro-batch on the host, before context parallelism divides it. Tensors are int64 unless noted."""
 
+    blocks: tuple[Block, ...]
+    """Where its blocks and their responses lie."""
     tokens_T: Tensor
     """Input ids. `PAD_TOKEN` fills up each block."""
     cu_seqlens_B1: Tensor
@@ -213,30 +215,30 @@ def build_mixed_pack(
                 sequences_B.append([len(responses) + role for role in group])
             responses += [row.responses[role.response] for role in part.roles]
     rows = [row for part in parts for row in part.rows]
-    prompt_lengths_B = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     response_lengths_S = np.array([len(response) for response in responses], dtype=np.int64)
     # With an empty prompt, the end of the block before it would predict the first response token.
-    assert prompt_lengths_B.min() > 0 and response_lengths_S.min() > 0
+    assert min(map(len, prompts)) > 0 and response_lengths_S.min() > 0
 
-    blocks_S, before_S = _order_responses(sequences_B, response_lengths_S)
-    lengths_B = prompt_lengths_B + np.bincount(blocks_S, weights=response_lengths_S).astype(np.int64)
-    cu_seqlens_B1 = np.concatenate([[0], np.cumsum(padded_lengths(lengths_B, sequence_multiple))])
-    cu_seqlens_B1[-1] = padded_lengths(cu_seqlens_B1[-1], pack_multiple)
-    prompt_ends_S = (cu_seqlens_B1[:-1] + prompt_lengths_B)[blocks_S]
-    response_starts_S = prompt_ends_S + before_S
+    responses_B = [response_lengths_S[sequences].tolist() for sequences in sequences_B]
+    blocks = layout_blocks(zip(map(len, prompts), responses_B, strict=True), sequence_multiple, pack_multiple)
+    boundaries_B1 = [*(block.start for block in blocks), blocks[-1].end]
+    blocks_S, prompt_ends_S, response_starts_S = np.empty((3, len(responses)), dtype=np.int64)
+    for number, (block, sequences) in enumerate(zip(blocks, sequences_B, strict=True)):
+        blocks_S[sequences], prompt_ends_S[sequences] = number, block.ends[0]
+        response_starts_S[sequences] = block.response_starts
 
-    tokens_T = np.full(cu_seqlens_B1[-1], PAD_TOKEN, dtype=np.int64)
-    for start, tokens in zip((*cu_seqlens_B1[:-1], *response_starts_S), (*prompts, *responses), strict=True):
+    tokens_T = np.full(boundaries_B1[-1], PAD_TOKEN, dtype=np.int64)
+    for start, tokens in zip((*boundaries_B1[:-1], *response_starts_S), (*prompts, *responses), strict=True):
         tokens_T[start : start + len(tokens)] = tokens
-
     place_in_response_L = _places(response_lengths_S)
     token_places_L = np.repeat(response_starts_S, response_lengths_S) + place_in_response_L
     predictors_L = np.where(place_in_response_L == 0, np.repeat(prompt_ends_S, response_lengths_S), token_places_L) - 1
     counted_L, counted_lengths_S, verbose_N = _count(parts)
     return Pack(
+        blocks=blocks,
         tokens_T=torch.from_numpy(tokens_T),
-        cu_seqlens_B1=torch.from_numpy(cu_seqlens_B1.astype(np.int32)),
-        prompt_lengths_B=torch.from_numpy(prompt_lengths_B),
+        cu_seqlens_B1=torch.tensor(boundaries_B1, dtype=torch.int32),
+        prompt_lengths_B=torch.tensor([block.prompt for block in blocks]),
         blocks_S=torch.from_numpy(blocks_S),
         response_starts_S=torch.from_numpy(response_starts_S),
         response_lengths_S=torch.from_numpy(response_lengths_S),
@@ -265,19 +267,3 @@ def _count(parts: Sequence[SourceRows]) -> tuple[NDArray[np.bool_], NDArray[np.i
 def _places(lengths_S: NDArray[np.int64]) -> NDArray[np.int64]:
     """The place of each token in its sequence, for tokens of sequences one behind the other."""
     return np.concatenate([np.arange(length) for length in lengths_S])
-
-
-def _order_responses(
-    sequences_B: Sequence[Sequence[int]], response_lengths_S: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each sequence, its block, and the response tokens before its own in that block.
-
-    Args:
-        sequences_B: numbers of each block's sequences.
-    """
-    blocks_S, before_S = np.empty((2, len(response_lengths_S)), dtype=np.int64)
-    for block, sequences in enumerate(sequences_B):
-        own = list(sequences)
-        blocks_S[own] = block
-        before_S[own] = np.cumsum(response_lengths_S[own]) - response_lengths_S[own]
-    return blocks_S, before_S

@@ -37,14 +37,17 @@ _PREFIX = "solopo"
 _SECTIONS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
     "model": (ModelConfig, {"path": "model_path", "adapter": "model_adapter"}),
     "lora": (LoRAConfig, {key: f"lora_{key}" for key in LoRAConfig.model_fields}),
-    "data": (DataConfig, {"path": "data_path", "max_tokens_per_pack": "", "max_triplets_per_pack": ""}),
+    "data": (
+        DataConfig,
+        {"path": "data_path", "max_tokens_per_pack": "", "max_triplets_per_pack": "", "share_prompts": ""},
+    ),
     "objective": (ObjectiveConfig, {"name": "objective"} | dict.fromkeys(list(ObjectiveConfig.model_fields)[1:], "")),
     "logprob": (LogprobConfig, {"chunk_tokens": ""}),
     "reference": (ReferenceConfig, {key: f"reference_{key}" for key in ReferenceConfig.model_fields}),
     "moe": (MoEConfig, dict.fromkeys(MoEConfig.model_fields, "")),
 }
 _OPTIONAL = "lora"
-# Keys that flags of Megatron-LM set.
+# Keys that flags of Megatron-LM set, and values that have a flag of their own.
 _MEGATRON_FLAGS = {
     "training.global_batch_size": "--global-batch-size",
     "training.eval_steps": "--eval-interval",
@@ -60,6 +63,8 @@ _MEGATRON_FLAGS = {
     "parallel.sequence_parallel": "--sequence-parallel",
     "optimizer.use_distributed_optimizer": "--use-distributed-optimizer",
     "parallel.*": "the parallel sizes",
+    "data.share_prompts=false": "--no-solopo-share-prompts",
+    "data.share_prompts=true": "--solopo-share-prompts",
     "run_dir": "--solopo-run-dir",
 }
 
@@ -210,4 +215,6 @@ def _argparse_options(field: FieldInfo) -> dict[str, Any]:
     (kind,) = alternatives(field)
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
-    return {"action": "store_true"} if kind is bool else {"type": kind}
+    if kind is bool:  # argparse adds `--no-...` to what is on by default
+        return {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+    return {"type": kind}

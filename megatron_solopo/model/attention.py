@@ -17,11 +17,12 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_solopo.model.segments import Segments, segments_of_sequences
+from megatron_solopo.model.segments import Segments, causal_mask
 from megatron_solopo.parallel.megatron_internals import (
     LOWER_RIGHT_MASK,
     add_base_class,
     attending_to_gathered_keys,
+    attention_kernels,
     is_transformer_engine_attention,
 )
 
@@ -32,7 +33,7 @@ def gather_keys(
     """Gather the keys and values of all segments, [t, groups, d] -> [K, groups, d].
 
     All-gather over the context-parallel ranks, and a choice of rows. Backward adds the gradients of every copy of a key
-    and reduce-scatters them.
+    in fp32 and in a fixed order, rounds the sum, and reduce-scatters it.
     """
     if segments.keys_K is None:
         return key, value
@@ -41,8 +42,29 @@ def gather_keys(
             torch.cat([key, value], dim=-1), tensor_parallel_output_grad=True, group=context_group
         )
         key, value = both[..., : key.shape[-1]], both[..., key.shape[-1] :]
-    places_K = segments.keys_K.to(key.device)
-    return key.index_select(0, places_K), value.index_select(0, places_K)
+    return _CopyRows.apply(key, segments), _CopyRows.apply(value, segments)  # type: ignore[no-untyped-call]
+
+
+class _CopyRows(torch.autograd.Function):
+    """The rows of `Segments.keys_K`.
+
+    torch's own `index_select` adds the gradients of copies in their precision. On CUDA it adds them in any order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_T: Tensor, segments: Segments) -> Tensor:
+        assert segments.keys_K is not None
+        ctx.copies, ctx.length = segments.copies, len(rows_T)
+        return rows_T.index_select(0, segments.keys_K)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient_K,) = gradients
+        wide = torch.promote_types(gradient_K.dtype, torch.float32)
+        sum_T = gradient_K.new_zeros(ctx.length, *gradient_K.shape[1:], dtype=wide)
+        for places, rows in ctx.copies:  # no place twice, so the order of additions is that of the copies
+            sum_T.index_add_(0, places, gradient_K.index_select(0, rows).to(wide))
+        return sum_T.to(gradient_K.dtype), None
 
 
 class PackedAttention(torch.nn.Module):
@@ -87,40 +109,23 @@ class PackedAttention(torch.nn.Module):
         """
         if packed_seq_params is None:
             assert self.context_group.size() == 1
-            return self._attend_batch(query, key, value).flatten(2)
+            return self._attend_batch(query, key, value, causal_mask(len(query), len(key), query)).flatten(2)
         assert packed_seq_params.qkv_format == "thd", "packed or cached sequences only"
-        segments = getattr(packed_seq_params, "segments", None)
-        if segments is None:
-            boundaries = tuple(packed_seq_params.cu_seqlens_q.tolist())
-            segments = segments_of_sequences(boundaries, self.context_group.size(), self.context_group.rank())
+        segments: Segments = packed_seq_params.segments
         key, value = gather_keys(key, value, segments, self.context_group)
         lengths = (segments.query_lengths, segments.key_lengths, segments.key_lengths)
         parts = [torch.split(x, list(own)) for x, own in zip((query, key, value), lengths, strict=True)]
-        return torch.cat([self._attend(*each) for each in zip(*parts, strict=True)]).flatten(1)
+        return torch.cat([self._attend(*each) for each in zip(*parts, segments.masks(query), strict=True)]).flatten(1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: dict[str, Any]) -> Tensor:
         """Attend within one segment."""
-        return self._attend_batch(*(x.unsqueeze(1) for x in (query, key, value))).squeeze(1)
+        return self._attend_batch(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), mask).squeeze(1)
 
-    def _attend_batch(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend_batch(self, query: Tensor, key: Tensor, value: Tensor, mask: dict[str, Any]) -> Tensor:
         """Attend within each of b sequences, with or without keys of earlier positions: [s, b, heads / TP, d]."""
-        mask = _causal(query, key)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [s, b, h, d] -> [b, h, s, d]
         out = F.scaled_dot_product_attention(query, key, value, scale=self.softmax_scale, enable_gqa=True, **mask)
         return out.permute(2, 0, 1, 3)
-
-
-def _causal(query: Tensor, key: Tensor) -> dict[str, Any]:
-    """The mask for queries that are the last positions of the keys, as keywords of torch's attention."""
-    num_queries, num_keys = len(query), len(key)
-    if num_queries == num_keys:
-        return {"is_causal": True}
-    if query.device.type == "cuda":  # no tensor: the kernel knows this mask
-        from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler: a second
-
-        return {"attn_mask": causal_lower_right(num_queries, num_keys)}
-    ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-    return {"attn_mask": ones.tril(num_keys - num_queries)}
 
 
 class SharedPromptAttention:
@@ -131,6 +136,8 @@ class SharedPromptAttention:
     """
 
     context_group: dist.ProcessGroup
+    kernels: list[torch.nn.Module]
+    """Its parts that tell attention of a sequence to itself from others."""
 
     def forward(
         self: Any,
@@ -151,7 +158,7 @@ class SharedPromptAttention:
             return plain
         assert packed_seq_params is not None
         key, value = gather_keys(key, value, packed_seq_params.segments, self.context_group)
-        with attending_to_gathered_keys(self):
+        with attending_to_gathered_keys(self, self.kernels):
             keywords |= {"attn_mask_type": LOWER_RIGHT_MASK, "packed_seq_params": kernel}
             shared: Tensor = super().forward(query, key, value, None, **keywords)  # type: ignore[misc]
         return shared
@@ -163,3 +170,4 @@ def attach_shared_prompts(chunk: torch.nn.Module, context_group: dist.ProcessGro
         if is_transformer_engine_attention(module) and not isinstance(module, SharedPromptAttention):
             add_base_class(module, SharedPromptAttention)
             module.context_group = context_group  # type: ignore[assignment]
+            module.kernels = attention_kernels(module)  # type: ignore[assignment]

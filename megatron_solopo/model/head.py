@@ -46,12 +46,12 @@ class PackedResponses(PackedSeqParams):  # type: ignore[misc]
     places: Any = None
     """`routing.TokenPlaces` of this rank's positions, where routers of experts are watched."""
     segments: Segments | None = None
-    """What the queries of this rank see; None: each sequence sees itself, and shares nothing."""
+    """What the queries of this rank see."""
     positions: Tensor | None = None
     """int64 [T]: the place in its sequence of each token that this rank holds, where Megatron's rotary embedding looks
     for it. None: the boundaries tell."""
     kernel_packing: PackedSeqParams | None = None
-    """The segments as Transformer Engine's kernels take them; None as for `segments`."""
+    """The segments as Transformer Engine's kernels take them; None: no prompt is shared, and its own fields tell."""
 
 
 class ResponseHead(OutputOverride):

@@ -4,7 +4,7 @@ Shapes: T positions of the pack, t = T / CP, N response rows on this rank (of to
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from megatron_solopo.data.packing import Pack
 from megatron_solopo.model.divergence import plan_token_alignment
 from megatron_solopo.model.head import PackedResponses, RowGathering, plan_gathering
 from megatron_solopo.model.routing import token_places
-from megatron_solopo.model.segments import blocks_of, plan_segments
+from megatron_solopo.model.segments import plan_segments
 from megatron_solopo.parallel.context import shard_indices, sum_over_context
 from megatron_solopo.parallel.topology import Topology
 
@@ -98,7 +98,7 @@ def shard_pack(
     return Microbatch(
         tokens_1t=moved(pack.tokens_T[indices]).unsqueeze(0),
         packing=PackedResponses(
-            **_attended(pack, indices, topology.context_group, moved),
+            **_attention_fields(pack, indices, topology.context_group, moved),
             response_rows=moved(rows[here]),
             response_labels=moved(pack.response_labels_N[here]),
             gathering=gathering,
@@ -121,7 +121,7 @@ def _owners(pack: Pack, size: int) -> Tensor:
     return owners_T
 
 
-def _attended(
+def _attention_fields(
     pack: Pack, indices: Tensor, context_group: dist.ProcessGroup, moved: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
     """The fields of `PackedResponses` that say what each query sees, and where it stands in its sequence.
@@ -130,31 +130,37 @@ def _attended(
         indices: positions of the pack that this rank holds.
         moved: brings a tensor to the device.
     """
-    if not pack.shares_prompts:
-        boundaries, longest = moved(pack.cu_seqlens_B1), _bound(pack.max_block_length)
-        return _packed(boundaries, boundaries, longest, longest) | {
-            # The padded boundaries in every field: padding follows each block, and a causal mask never looks ahead.
-            "cu_seqlens_q_padded": boundaries,
-            "cu_seqlens_kv_padded": boundaries,
-        }
     size, rank = context_group.size(), context_group.rank()
-    segments = plan_segments(blocks_of(pack), size, rank)
-    queries, keys = segments.boundaries
-    assert segments.keys_K is not None, "keys of a shared prompt occur more than once"
-    whole, longest = moved(pack.cu_seqlens_B1[[0, -1]]), _bound(int(pack.positions_T.max()) + 1)
-    return _packed(whole, whole, longest, longest) | {
-        "segments": replace(segments, keys_K=moved(segments.keys_K)),
-        "positions": moved(_rotary_places(pack.positions_T[indices], size, rank)),
-        "kernel_packing": PackedSeqParams(
-            **_packed(
-                moved(queries), moved(keys), _bound(max(segments.query_lengths)), _bound(max(segments.key_lengths))
-            )
-        ),
-    }
+    segments = plan_segments(pack.blocks, size, rank)
+    found: dict[str, Any] = {"segments": segments.moved(moved)}
+    if not pack.shares_prompts:
+        boundaries, longest = moved(pack.cu_seqlens_B1), _next_power_of_two(pack.max_block_length)
+        return (
+            found
+            | _thd_fields(boundaries, boundaries, longest, longest)
+            | {
+                # The padded boundaries in every field: padding follows each block, and a causal mask never looks ahead.
+                "cu_seqlens_q_padded": boundaries,
+                "cu_seqlens_kv_padded": boundaries,
+            }
+        )
+    longest_queries, longest_keys = (
+        _next_power_of_two(max(lengths)) for lengths in (segments.query_lengths, segments.key_lengths)
+    )
+    queries, keys = (moved(boundaries) for boundaries in segments.boundaries)
+    whole, longest = moved(pack.cu_seqlens_B1[[0, -1]]), _next_power_of_two(int(pack.positions_T.max()) + 1)
+    return (
+        found
+        | _thd_fields(whole, whole, longest, longest)
+        | {
+            "positions": moved(_rotary_places(pack.positions_T[indices], size, rank)),
+            "kernel_packing": PackedSeqParams(**_thd_fields(queries, keys, longest_queries, longest_keys)),
+        }
+    )
 
 
-def _packed(queries: Tensor, keys: Tensor, longest_query: int, longest_key: int) -> dict[str, Any]:
-    """Fields of `PackedSeqParams`."""
+def _thd_fields(queries: Tensor, keys: Tensor, longest_query: int, longest_key: int) -> dict[str, Any]:
+    """Fields of `PackedSeqParams` for sequences one behind the other in a single dimension."""
     return {
         "qkv_format": "thd",
         "cu_seqlens_q": queries,
@@ -164,8 +170,8 @@ def _packed(queries: Tensor, keys: Tensor, longest_query: int, longest_key: int)
     }
 
 
-def _bound(length: int) -> int:
-    """The next power of two. Megatron keeps a table of rotary angles for each bound, so there must be few."""
+def _next_power_of_two(length: int) -> int:
+    """Megatron keeps a table of rotary angles for each greatest length, so there must be few of them."""
     return 1 << (length - 1).bit_length()
 
 

@@ -8,17 +8,16 @@ context parallelism has two chunks of each block, and each chunk has its own seg
 Shapes: T positions of the pack, t = T / CP, K keys of all segments, which occur in several segments.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_solopo.data.blocks import Block, attended_runs
-from megatron_solopo.data.packing import Pack
 from megatron_solopo.parallel.context import gathered_order
 
 
@@ -33,6 +32,10 @@ class Segments:
     keys_K: Tensor | None
     """int64: places of the keys among those of all context-parallel ranks, one rank behind the other. None: each key
     occurs once and in its order, so there is nothing to gather."""
+    copies: tuple[tuple[Tensor, Tensor], ...] = ()
+    """The same from the place to its copies: the places that have a first copy, and the rows of `keys_K` with it; then
+    those that have a second one, and so on. int64, and no place comes twice among those of one number."""
+    _masks: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     @property
     def boundaries(self) -> tuple[Tensor, Tensor]:
@@ -41,18 +44,35 @@ class Segments:
         queries, keys = (torch.from_numpy(np.cumsum((0, *each), dtype=np.int32)) for each in lengths)
         return queries, keys
 
+    def masks(self, query: Tensor) -> list[dict[str, Any]]:
+        """The mask of each segment, see `causal_mask`. Built once, and shared by all layers."""
+        if not self._masks:
+            lengths = zip(self.query_lengths, self.key_lengths, strict=True)
+            self._masks.extend(causal_mask(*each, query) for each in lengths)
+        return self._masks
 
-def blocks_of(pack: Pack) -> list[Block]:
-    """The blocks of a pack, in their order."""
-    starts, ends = pack.cu_seqlens_B1[:-1].tolist(), pack.cu_seqlens_B1[1:].tolist()
-    responses: list[list[int]] = [[] for _ in starts]
-    for block, start in zip(pack.blocks_S.tolist(), pack.response_starts_S.tolist(), strict=True):
-        responses[block].append(start)
-    prompts = pack.prompt_lengths_B.tolist()
-    return [
-        Block(start, start + prompt, tuple(sorted(own)), end)
-        for start, prompt, own, end in zip(starts, prompts, responses, ends, strict=True)
-    ]
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Segments":
+        """The same on the device that `move` brings tensors to."""
+        keys_K = None if self.keys_K is None else move(self.keys_K)
+        copies = tuple((move(places), move(rows)) for places, rows in self.copies)
+        return Segments(self.query_lengths, self.key_lengths, keys_K, copies)
+
+
+def causal_mask(num_queries: int, num_keys: int, query: Tensor) -> dict[str, Any]:
+    """The mask for queries that are the last positions of the keys, as keywords of torch's attention.
+
+    Args:
+        query: any tensor of the precision and on the device of the queries.
+    """
+    if num_queries == num_keys:
+        return {"is_causal": True}
+    if query.device.type == "cuda":  # no tensor: the kernel knows this mask
+        from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler: a second
+
+        return {"attn_mask": causal_lower_right(num_queries, num_keys)}
+    # Of booleans, the kernel would make this for itself in every layer, and keep it for backward.
+    hidden = query.new_full((num_queries, num_keys), -torch.inf)
+    return {"attn_mask": hidden.triu(num_keys - num_queries + 1)}
 
 
 def plan_segments(blocks: Sequence[Block], size: int, rank: int) -> Segments:
@@ -66,11 +86,14 @@ def plan_segments(blocks: Sequence[Block], size: int, rank: int) -> Segments:
     if size > 1:
         boundaries = torch.tensor([*(block.start for block in blocks), blocks[-1].end], device="cpu")
         places_K = gathered_order(boundaries, size).numpy()[places_K]
-    return Segments(query_lengths, key_lengths, torch.from_numpy(places_K))
+    return Segments(query_lengths, key_lengths, torch.from_numpy(places_K), _copies(places_K))
 
 
-@lru_cache(maxsize=4)
-def segments_of_sequences(boundaries: tuple[int, ...], size: int, rank: int) -> Segments:
-    """The segments of sequences that share nothing. Every layer asks for them, also when it is computed again."""
-    blocks = [Block(start, end, (), end) for start, end in pairwise(boundaries)]
-    return plan_segments(blocks, size, rank)
+def _copies(places_K: NDArray[np.int64]) -> tuple[tuple[Tensor, Tensor], ...]:
+    """See `Segments.copies`."""
+    rows_K = np.argsort(places_K, kind="stable")
+    ordered_K = places_K[rows_K]
+    first = np.flatnonzero(np.diff(ordered_K, prepend=-1))
+    number_K = np.arange(len(rows_K)) - np.repeat(first, np.diff(first, append=len(rows_K)))
+    chosen = [number_K == number for number in range(number_K.max() + 1)]
+    return tuple((torch.from_numpy(ordered_K[here]), torch.from_numpy(rows_K[here])) for here in chosen)

@@ -147,8 +147,13 @@ def is_transformer_engine_attention(module: torch.nn.Module) -> bool:
     return HAVE_TE and isinstance(module, TEDotProductAttention)
 
 
+def attention_kernels(attention: torch.nn.Module) -> list[torch.nn.Module]:
+    """The parts of a Transformer Engine attention that `attending_to_gathered_keys` sets."""
+    return [part for part in attention.modules() if hasattr(part, "attention_type")]
+
+
 @contextmanager
-def attending_to_gathered_keys(attention: Any) -> Iterator[None]:
+def attending_to_gathered_keys(attention: Any, kernels: Sequence[Any]) -> Iterator[None]:
     """Within the block, Transformer Engine's attention takes its keys as complete, and as others than its queries.
 
     Versions: 0.16 and 0.19. They can turn context parallelism off for one pack, but do not turn it on again. Unequal
@@ -158,16 +163,15 @@ def attending_to_gathered_keys(attention: Any) -> Iterator[None]:
     """
     group, ranks, stream = attention.cp_group, attention.cp_global_ranks, attention.cp_stream
     attention.set_context_parallel_group(None, None, None, attention.cp_comm_type)
-    parts = [part for part in attention.modules() if hasattr(part, "attention_type")]
-    kinds = [part.attention_type for part in parts]
-    for part in parts:
-        part.attention_type = "cross"
+    kinds = [kernel.attention_type for kernel in kernels]
+    for kernel in kernels:
+        kernel.attention_type = "cross"
     try:
         yield
     finally:
         attention.set_context_parallel_group(group, ranks, stream, attention.cp_comm_type)
-        for part, kind in zip(parts, kinds, strict=True):
-            part.attention_type = kind
+        for kernel, kind in zip(kernels, kinds, strict=True):
+            kernel.attention_type = kind
 
 
 def set_rotary_frequencies(model: GPTModel, inv_freq: Tensor) -> None:

@@ -135,7 +135,7 @@ def _adapter_bytes(config: Config, block: str) -> float:
     return element_bytes(config) * config.lora.rank * columns
 
 
-def _gathers_keys(config: Config, *, local: bool) -> bool:
+def gathers_keys(config: Config, *, local: bool) -> bool:
     """Whether attention keeps the keys that it gathers.
 
     Transformer Engine's own exchange under context parallelism keeps what the rank had before.
@@ -175,7 +175,7 @@ def _base_bytes(architecture: ModelShape, config: Config, inputs: _Inputs, *, lo
     # Where core attention gathers keys and values, it keeps those instead. But a norm of heads in fp32 keeps its input,
     # which is a view of the mixed tensor.
     held = mixed - queries - keys if local and a.qk_layernorm and e == _FP32 else 0.0
-    gathered = PackBytes(e * (held - before), 2 * e * keys) if _gathers_keys(config, local=local) else PackBytes()
+    gathered = PackBytes(e * (held - before), 2 * e * keys) if gathers_keys(config, local=local) else PackBytes()
     if local:
         norms = (2 * norm_copies * _FP32 + inputs.qkv + inputs.fc1) * hidden + 2 * _FP32 * share  # and the outputs
         head_norms = norm_copies * _FP32 * (queries + keys) + 2 * _FP32 * heads if a.qk_layernorm else all_heads_norm
@@ -389,15 +389,24 @@ def logits_bytes(architecture: ModelShape, config: Config, pack: PackShape) -> f
     return rows * _FP32 * padded_vocab_size(architecture.vocab_size, tp) / tp
 
 
+def _gathering_bytes(architecture: ModelShape, config: Config, pack: PackShape, *, local: bool) -> float:
+    """Bytes of the gradients of gathered keys and values in a layer, and of their sums, which are in fp32 first."""
+    if not gathers_keys(config, local=local):
+        return 0.0
+    a, e = architecture, element_bytes(config)
+    keys = max(a.num_query_groups / config.parallel.tensor_model_parallel_size, 1) * a.head_dim
+    return 2 * keys * (e * pack.gathered_keys + max(e, _FP32) * pack.padded_tokens)
+
+
 def working_bytes(
     architecture: ModelShape, config: Config, chunks: Sequence[ModelChunk], pack: PackShape, *, local: bool
 ) -> float:
     """Bytes that backward needs for a moment besides what forward kept.
 
-    This is the greater of two: the backward of a layer and that of the head. A layer needs what it computes again,
-    the gradients around its widest product and, under sequence parallelism, gathered inputs. Experts need the gradients
-    of the tokens that reach them. The head needs the logits
-    of one chunk of rows and their gradient in the model's precision.
+    This is the greater of two: the backward of a layer and that of the head. A layer needs what it computes again, and
+    the greater of two again: the gradients around its widest product with, under sequence parallelism, gathered inputs;
+    and the gradients of gathered keys and values. Experts need the gradients of the tokens that reach them. The head
+    needs the logits of one chunk of rows and their gradient in the model's precision.
     """
     a, e, parallel = architecture, element_bytes(config), config.parallel
     tokens = pack.padded_tokens / parallel.context_parallel_size
@@ -410,8 +419,8 @@ def working_bytes(
         # The gradients of what the experts return and of what they are given: an exchange turns one into the other.
         columns = 3 * a.experts.ffn_hidden_size / parallel.expert_tensor_size
         gradients = max(gradients, e * routed_tokens(a.experts, config) * (columns + 2 * a.hidden_size))
-    gradients += 2 * boundary
-    layer = recomputed_bytes(a, config, chunks, pack, local=local) + tokens * gradients
+    layer = recomputed_bytes(a, config, chunks, pack, local=local)
+    layer += tokens * 2 * boundary + max(tokens * gradients, _gathering_bytes(a, config, pack, local=local))
     if not any(chunk.has_head for chunk in chunks):
         return layer
     logits = logits_bytes(a, config, pack)

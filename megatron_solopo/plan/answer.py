@@ -7,15 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from megatron_solopo.architecture.adapters import check_adapters, num_adapter_parameters
-from megatron_solopo.architecture.flops import attended_squares, forward_flops
+from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import Efficiency, check_fp8_of, find_gpu, read_gpus
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.layout import check_training, describe_bubble
 from megatron_solopo.architecture.pipeline_layout import wrong_letters
-from megatron_solopo.config import Config, ParallelConfig, dotted, prompt_groups
+from megatron_solopo.config import Config, ParallelConfig, dotted
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
 from megatron_solopo.plan import PlanSettings
@@ -96,17 +94,9 @@ class PlannedRun:
         A shared prompt counts once, as the log counts it.
         """
         planner, gpu = self.planner, self.estimate.gpu
-        workload = planner.workload
-        tokens = squares = responses = 0.0
-        for source, roles in enumerate(planner.packer.roles):
-            rows = planner.packer.rows[np.isin(planner.packer.rows, workload.rows(source))]
-            for group in prompt_groups(roles, self.layout.config.data.share_prompts):
-                prompts = workload.prompts[roles[group[0]].context][rows].astype(float)
-                answers = np.stack([workload.responses[roles[role].response][rows] for role in group])
-                tokens += float(prompts.sum() + answers.sum())
-                squares += float(attended_squares(prompts, prompts + answers).sum())
-                responses += float(answers.sum())
-        forward = forward_flops(planner.architecture, tokens, squares, responses)
+        sizes = planner.packer.unpadded_sizes(self.layout.config.data.share_prompts)
+        counts = (float(each.sum()) for each in (sizes.tokens, sizes.squares, sizes.response_tokens))
+        forward = forward_flops(planner.architecture, *counts)
         flops = forward.of_training(base_learns=planner.config.lora is None)
         return flops / (self.estimate.time.seconds * self.layout.gpus * gpu.bf16_tflops * 1e12)
 

@@ -235,7 +235,7 @@ def _without_numbers(architecture: Architecture, lora: LoRAConfig) -> ReadTensor
 class _AttentionWithoutKernel(PackedAttention):
     """The attention module with a kernel that computes nothing."""
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: dict[str, Any]) -> Tensor:
         output: Tensor = _FlashAttentionShapes.apply(query, key, value)  # type: ignore[no-untyped-call]
         return output
 
@@ -276,11 +276,8 @@ def _build_microbatch(config: Config, pack: PackShape, groups: Topology) -> Micr
     ]
     built = build_mixed_pack(parts, *multiples, share_prompts=config.data.share_prompts)
     whole = shard_pack(built, groups, aligns_tokens=config.objective.aligns_tokens)
-    packing = whole.packing
-    if packing.segments is not None and packing.segments.keys_K is not None:
-        # All layers keep the same tensor, as on a GPU.
-        segments = replace(packing.segments, keys_K=packing.segments.keys_K.to(_META))
-        packing = replace(packing, segments=segments)
+    assert whole.packing.segments is not None
+    packing = replace(whole.packing, segments=whole.packing.segments.moved(lambda tensor: tensor.to(_META)))
     if packing.alignment is not None:
         packing = replace(packing, alignment=packing.alignment.to(_META))
     return replace(whole, tokens_1t=whole.tokens_1t.to(_META), packing=packing)

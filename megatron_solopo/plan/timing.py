@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle, islice
+from operator import attrgetter
 
 import numpy as np
 
@@ -32,13 +33,21 @@ from megatron_solopo.architecture.layout import (
 from megatron_solopo.architecture.pipeline_schedule import ChunkPass
 from megatron_solopo.config import Config
 from megatron_solopo.data.batch_plan import packs_in_part, share_out_pass
-from megatron_solopo.plan.activations import element_bytes, routed_tokens, sequence_shards, student_rows
+from megatron_solopo.plan.activations import (
+    element_bytes,
+    gathers_keys,
+    routed_tokens,
+    sequence_shards,
+    student_rows,
+    uses_local_layers,
+)
 from megatron_solopo.plan.memory import RankState
 from megatron_solopo.plan.parameters import ModelChunk, model_chunks, ranks_of_a_copy, sharing_ranks
 from megatron_solopo.plan.pipeline import Timeline, simulate_schedule
 from megatron_solopo.plan.workload import PackShape, PassShape
 
 _NANO = 1e9
+_FP32 = 4
 _ATTENTION_BACKWARD = 2.5
 """Times forward: five products instead of two, because flash attention computes the scores again."""
 
@@ -175,8 +184,9 @@ class StepTimer:
     def _busiest(self, packs: Sequence[PackShape], *, forward_only: bool = False) -> PackSeconds:
         """All packs through the pipeline rank that they keep busy longest."""
         sums = [PackSeconds()] * 3
-        alike = Counter((pack.padded_tokens, pack.squares, pack.response_rows) for pack in packs)
-        one = {(pack.padded_tokens, pack.squares, pack.response_rows): pack for pack in packs}
+        figures = attrgetter("padded_tokens", "squares", "response_rows", "gathered_keys")
+        alike = Counter(map(figures, packs))
+        one = {figures(pack): pack for pack in packs}
         for key, count in alike.items():
             for way in (True,) if forward_only else (True, False):
                 found = self._pass(one[key], is_forward=way)
@@ -211,11 +221,11 @@ class StepTimer:
         backward = PackSeconds(
             # The gradients of the inputs, and of the weights that learn.
             gemm=forward.gemm + (forward.gemm if learns else self._adapter_gemm(pack)),
-            attention=_ATTENTION_BACKWARD * forward.attention,
+            attention=_ATTENTION_BACKWARD * self._attention(pack) + self._copying(pack, backward=True),
             memory=2 * forward.memory,
             # Backward gathers the two inputs again for the weights' gradients.
             tensor_traffic=(1.5 if learns else 1.0) * forward.tensor_traffic,
-            context_traffic=self._context_traffic(pack, _ATTENTION_BACKWARD * forward.attention, backward=True),
+            context_traffic=self._context_traffic(pack, _ATTENTION_BACKWARD * self._attention(pack), backward=True),
             expert_traffic=forward.expert_traffic,
         )
         return backward, self._recomputed(forward), head
@@ -245,20 +255,40 @@ class StepTimer:
         return found
 
     def _forward(self, pack: PackShape) -> PackSeconds:
-        a, parallel, rates = self.architecture, self.config.parallel, self.efficiency
+        a, parallel = self.architecture, self.config.parallel
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-        flops = forward_flops(a, pack.padded_tokens, pack.squares, 0)
         ranks = tp * cp * a.num_layers
-        attention = flops.attention / ranks / (self.gpu.bf16_tflops * 1e12 * rates.attention)
+        attention = self._attention(pack)
         return PackSeconds(
             gemm=2 * self._busiest_weights * pack.padded_tokens / ranks / self._gemm_rate + self._adapter_gemm(pack),
-            attention=attention,
-            memory=self._memory_bytes(pack.padded_tokens / cp) / (self.gpu.hbm_gb_per_s * 1e9 * rates.memory),
+            attention=attention + self._copying(pack, backward=False),
+            memory=self._memory_bytes(pack.padded_tokens / cp) / self._memory_rate,
             tensor_traffic=self._tensor_traffic(pack.padded_tokens / cp)
             + self._adapter_traffic(pack.padded_tokens / cp),
             context_traffic=self._context_traffic(pack, attention, backward=False),
             expert_traffic=self._sparse_share * self._expert_traffic(pack.padded_tokens / cp),
         )
+
+    def _attention(self, pack: PackShape) -> float:
+        """Seconds of a layer's attention kernels in forward."""
+        a, parallel = self.architecture, self.config.parallel
+        ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size * a.num_layers
+        flops = forward_flops(a, pack.padded_tokens, pack.squares, 0)
+        return flops.attention / ranks / (self.gpu.bf16_tflops * 1e12 * self.efficiency.attention)
+
+    def _copying(self, pack: PackShape, *, backward: bool) -> float:
+        """Seconds in which a layer copies the keys and values that attention gathers, or adds their gradients."""
+        if not gathers_keys(self.config, local=uses_local_layers(self.config)):
+            return 0.0
+        e, tp = element_bytes(self.config), self.config.parallel.tensor_model_parallel_size
+        # Rows are read and written. Gradients of rows are copied, widened to fp32 and added; the sums are rounded.
+        of_key, of_token = (3 * e + 4 * _FP32, 2 * _FP32 + e) if backward else (2 * e, 0)
+        columns = 2 * max(self.architecture.num_query_groups / tp, 1) * self.architecture.head_dim
+        return columns * (of_key * pack.gathered_keys + of_token * pack.padded_tokens) / self._memory_rate
+
+    @property
+    def _memory_rate(self) -> float:
+        return self.gpu.hbm_gb_per_s * 1e9 * self.efficiency.memory
 
     def _adapter_gemm(self, pack: PackShape) -> float:
         """Seconds of a layer's adapters in forward. They compute in bfloat16, whatever the base does."""

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from megatron_solopo.data.batch_plan import (
     plan_single_pass,
     triplet_sizes,
 )
-from megatron_solopo.data.blocks import Block, attended_runs
+from megatron_solopo.data.blocks import attended_runs, layout_blocks
 from megatron_solopo.data.mixture import Stream
 from megatron_solopo.errors import UserError
 
@@ -313,6 +314,10 @@ class Packer:
             math.ceil(len(planned) * whole),
         )
 
+    def unpadded_sizes(self, share_prompts: bool) -> TripletSizes:
+        """Of the batch's triplets."""
+        return self._sizes(1, share_prompts).take(self.rows)
+
     def _sizes(self, multiple: int, share_prompts: bool) -> TripletSizes:
         if (multiple, share_prompts) not in self._sizes_by_rule:
             self._sizes_by_rule[multiple, share_prompts] = TripletSizes.join(
@@ -382,32 +387,23 @@ def pack_shape(
         cp: context-parallel size.
         share_prompts: whether responses behind the same prompt share it.
     """
-    blocks, spans, start, tokens, squares, longest = [], [], 0, 0, 0, 0
-    groups = [
-        (triplet, [own[role] for role in group])
+    lengths = [
+        (triplet[own[group[0]].context], [triplet[own[role].response] for role in group])
         for triplet, own in zip(triplets, roles, strict=True)
         for group in prompt_groups(own, share_prompts)
     ]
-    for number, (triplet, sharing) in enumerate(groups, start=1):
-        prompt = triplet[sharing[0].context]
-        responses = np.array([triplet[role.response] for role in sharing])
-        starts = start + prompt + np.cumsum(responses) - responses
-        end = start + int(padded_lengths(prompt + responses.sum(), multiple))
-        if number == len(groups):
-            end = -(-end // pack_multiple) * pack_multiple
-        blocks.append(Block(start, start + prompt, tuple(starts.tolist()), end))
-        spans += [(start, end, start + prompt - 1, start + prompt)] * len(sharing)
-        spans += [(start, end, low, low + count - 1) for low, count in zip(starts.tolist(), responses, strict=True)]
-        tokens += int(prompt + responses.sum())
-        responses[-1] = end - starts[-1]  # with padding
-        squares += int(attended_squares(prompt, prompt + responses))
-        longest, start = max(longest, prompt + int(responses.max())), end
+    blocks = layout_blocks(lengths, multiple, pack_multiple)
+    sequences = [block.prompt + np.array(block.padded_responses) for block in blocks]
+    spans = []
+    for block in blocks:
+        for first, last in pairwise(block.ends):
+            spans += [(block.start, block.end, *run) for run in ((block.ends[0] - 1, block.ends[0]), (first, last - 1))]
     return PackShape(
-        padded_tokens=start,
-        squares=squares,
-        tokens=tokens,
+        padded_tokens=blocks[-1].end,
+        squares=sum(int(attended_squares(*each)) for each in zip((b.prompt for b in blocks), sequences, strict=True)),
+        tokens=sum(block.tokens for block in blocks),
         response_rows=_most_rows(np.array(spans), cp),
-        longest=longest,
+        longest=max(int(each.max()) for each in sequences),
         gathered_keys=max(
             sum(len(run) for _, keys in attended_runs(blocks, cp, rank) for run in keys) for rank in range(cp)
         ),

@@ -33,6 +33,7 @@ _TOKENS, _REFERENCE = "data.path (its tokens)", "reference.model_path (its weigh
 _REFERENCE_CONTEXT = "reference.context"
 _SOURCES = "sources"
 """A key without a section: its settings are called sources.NAME.weight, for example."""
+_SHARING = "data.share_prompts"
 _HASHES = {
     _CONFIG: "model.path={} has another config.json",
     WEIGHTS: "model.path={} holds other weights",
@@ -122,6 +123,7 @@ class RunIdentity:
             WEIGHTS: model_fingerprint(config.model.path, progress),
             "lora": None if config.lora is None else config.lora.model_dump(mode="json"),
             _SOURCES: None if config.data.sources is None else _source_values(sources),
+            _SHARING: config.data.share_prompts,
         }
         if self._data is not None:
             self.values[_TOKENS] = self._data.fingerprint
@@ -143,7 +145,8 @@ class RunIdentity:
         """
         self._check_steps(saved["step"])
         kept = saved["identity"]
-        changed = [problem for key in self.values if key != _DECAY for problem in self._problems(key, kept)]
+        may_change = (_DECAY, _SHARING)
+        changed = [problem for key in self.values if key not in may_change for problem in self._problems(key, kept)]
         if self._data is not None and _TOKENS not in kept and self._data.format_version == 1:
             # The checkpoint and the data are of the same age.
             changed += (
@@ -155,12 +158,13 @@ class RunIdentity:
                 f"{', '.join(changed)}; restore that, or set run_dir to another directory"
             )
         self._check_decay(kept, checkpoint)
-        unknown = [key for key in (*_HASHES, _DECAY) if key in self.values and key not in kept]
-        if not unknown:
-            return []
-        return [
-            f"note: {checkpoint.name} is of an older version, which did not keep {', '.join(unknown)}: not compared"
-        ]
+        notes = []
+        if kept.get(_SHARING, self.values[_SHARING]) != self.values[_SHARING]:
+            notes.append(f"note: {self._problem(_SHARING, kept)}: the run computes the same, but rounds otherwise")
+        if unknown := [key for key in (*_HASHES, _DECAY) if key in self.values and key not in kept]:
+            kind = f"{checkpoint.name} is of an older version, which did not keep {', '.join(unknown)}"
+            notes.append(f"note: {kind}: not compared")
+        return notes
 
     def redrawn_decay(self, saved: Mapping[str, Any]) -> int | None:
         """The former number of decay steps, if the run draws the decay of its learning rate anew."""

@@ -13,6 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from megatron_solopo.architecture.flops import forward_flops
+from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.cli import main as cli
 from megatron_solopo.config import LoRAConfig, load_config
 from tests.plan.models import PLANS, ROOT, TOKENS
@@ -48,7 +50,13 @@ def test_json_says_everything_and_the_overrides_make_the_layout() -> None:
     assert best == found["ranking"][0] and len(found["ranking"]) == 3
     assert best["fits"] and best["gpus"] == 64 and 0.2 < best["mfu"] < 0.65
     assert best["cost"] == pytest.approx(2.5 * best["gpu_hours"]) and best["reference_seconds"] > 0
-    assert 0.9 < vanilla["hours"] / best["hours"] < 1.1, "both share their prompts"
+    # By the formulae: of L + 2 A where both answers share the long prompt, and of (L + A) + (S + 2 A).
+    short, long, answer = 3584, 130560, 512
+    squares = [2 * (long + answer) ** 2 - long**2, (long + answer) ** 2 + 2 * (short + answer) ** 2 - short**2]
+    tokens = [long + 2 * answer, long + answer + short + 2 * answer]
+    model = read_architecture(ROOT / load_config(PLANS / "llama-3.1-70b.yaml").model.path)
+    flops = [forward_flops(model, *each, 0).total for each in zip(tokens, squares, strict=True)]
+    assert vanilla["hours"] / best["hours"] == pytest.approx(flops[0] / flops[1], rel=0.05)
     config = load_config(PLANS / "llama-3.1-70b.yaml", best["overrides"])
     assert config.parallel.tensor_model_parallel_size == best["layout"]["tp"]
     for stage in best["memory_bytes"]:

@@ -21,6 +21,9 @@ def tool(content):
     return {"role": "tool", "content": content}
 
 
+PART = {"type": "text", "text": "yes"}
+
+
 def call(name, arguments=None):
     return {"type": "function", "function": {"name": name, "arguments": {} if arguments is None else arguments}}
 
@@ -159,6 +162,8 @@ def test_a_pair_without_id_is_known_by_its_line(tmp_path):
             "prompt_long",
             "message 0: unknown key 'tool_calls'; legal: role, content",
         ),
+        (chat_triplet("c", chosen=[assistant([{"type": "image"}])]), "chosen", "or a list of one part"),
+        (chat_triplet("c", chosen=[assistant([PART, PART])]), "chosen", "message 0: content: expected a string, or"),
         (chat_triplet("c", chosen=[calling(1)]), "chosen", "message 0: tool_calls: expected objects such as"),
         (
             chat_triplet("c", chosen=[calling(call("f") | {"result": 1})]),
@@ -238,6 +243,12 @@ def test_parquet_messages(tmp_path):
     report = validate_file(tmp_path / "data.parquet")
     assert (report.rows, report.kind, report.forms, report.errors) == (2, "triplet", ("messages",), [])
     assert next(read_rows(tmp_path / "data.parquet")).contents["chosen"] == [assistant("yes")]
+
+
+def test_a_content_of_one_part_is_its_text(tmp_path):
+    part = PART | {"image_url": None}
+    rows = list(read_rows(write_jsonl(tmp_path / "data.jsonl", [chat_triplet("a", chosen=[assistant([part])])])))
+    assert rows[0].errors == [] and rows[0].contents["chosen"] == [assistant("yes")]
 
 
 def test_parquet_bad_rows_beyond_one_batch(tmp_path):

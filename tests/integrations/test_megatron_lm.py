@@ -58,7 +58,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         PP2 | {"num_layers_per_virtual_pipeline_stage": 1, "micro_batch_size": 1},
     ),
     "cp2": (CP2, CP2 | {"micro_batch_size": 4}),
-    "dp2": ({}, {"micro_batch_size": 2}),
+    # Ours shares prompts, theirs does not.
+    "dp2": ({}, {"micro_batch_size": 2, "no_solopo_share_prompts": True}),
 }
 EP2 = {"expert_model_parallel_size": 2}
 # The same with experts, without and with both losses of routers, which learn only with them.

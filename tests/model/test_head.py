@@ -1,6 +1,7 @@
 """The response-only head against the same model's full logits; rows gathered over sequence-parallel ranks."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import ModelConfig, ParallelConfig
+from megatron_solopo.data.blocks import Block
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import PackedResponses, ResponseModel, gather_rows, plan_gathering
 from megatron_solopo.model.resolve import resolve_model
+from megatron_solopo.model.segments import plan_segments
 from megatron_solopo.parallel.topology import Topology
 from tests.ranks import layout, two_ranks
 from tests.tiny_models import VOCAB_SIZE, make_model
@@ -40,7 +43,7 @@ def response_model(path: Path, family: str, groups: Topology, chunk_tokens: int)
 
 def packing(kind: type[PackedSeqParams], **responses: Tensor) -> PackedSeqParams:
     longest = int(BOUNDARIES.diff().max())
-    return kind(
+    made = kind(
         qkv_format="thd",
         cu_seqlens_q=BOUNDARIES,
         cu_seqlens_kv=BOUNDARIES,
@@ -50,6 +53,9 @@ def packing(kind: type[PackedSeqParams], **responses: Tensor) -> PackedSeqParams
         max_seqlen_kv=longest,
         **responses,
     )
+    blocks = [Block(start, (start, end), end) for start, end in pairwise(BOUNDARIES.tolist())]
+    made.segments = plan_segments(blocks, 1, 0)
+    return made
 
 
 def gradients(model: torch.nn.Module, value: Tensor) -> dict[str, Tensor]:

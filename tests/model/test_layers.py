@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from megatron_solopo.data.blocks import Block
+from megatron_solopo.model.head import PackedResponses
 from megatron_solopo.model.layers import PackedAttention
+from megatron_solopo.model.segments import plan_segments
 from tests.ranks import layout, two_ranks
 
 HEADS, GROUPS, SIZE = 4, 2, 8
@@ -63,7 +65,8 @@ def module(group: Any, scale: float | None = None) -> PackedAttention:
 
 def packed(group: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """The same through the module, as Megatron-Core's SelfAttention calls it."""
-    packing = PackedSeqParams(qkv_format="thd", cu_seqlens_q=BOUNDARIES, cu_seqlens_kv=BOUNDARIES)
+    blocks = [Block(start, (start, end), end) for start, end in pairwise(BOUNDARIES.tolist())]
+    packing = PackedResponses(qkv_format="thd", segments=plan_segments(blocks, group.size(), group.rank()))
     return module(group, scale)(query, key, value, None, packed_seq_params=packing)
 
 

@@ -1,6 +1,8 @@
 """Which keys each query sees, against the definition pair by pair; gathered keys; FLOPs by torch's counter."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.layout import padded_vocab_size
 from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
+from megatron_solopo.model.attention import gather_keys
 from megatron_solopo.model.resolve import resolve_model
-from megatron_solopo.model.segments import Segments, blocks_of, plan_segments, segments_of_sequences
+from megatron_solopo.model.segments import Segments, plan_segments
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.context import shard_indices
 from megatron_solopo.train.policy import load_model
@@ -72,28 +75,63 @@ def test_a_query_sees_its_prompt_and_its_own_response(lengths, roles, size: int,
     gathered = [position for shard in shards for position in shard]
     found: set[tuple[int, int]] = set()
     for rank, held in enumerate(shards):
-        found |= seen(plan_segments(blocks_of(pack), size, rank), held, gathered)
+        found |= seen(plan_segments(pack.blocks, size, rank), held, gathered)
     assert found == defined(pack)
 
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.sampled_from(ROLE_SETS), st.sampled_from([1, 2, 4]))
-def test_at_most_twice_the_keys_are_gathered_that_unshared_prompts_need(lengths, roles, size: int) -> None:
-    shared, unshared = (make_pack(lengths, roles, size, share) for share in (True, False))
+def test_at_most_twice_the_bytes_are_gathered_that_unshared_prompts_need(lengths, roles, size: int) -> None:
+    """Keys and values that one layer's attention keeps. Under CP, the unshared path gathers them as well."""
     for rank in range(size):
-        ours = sum(plan_segments(blocks_of(shared), size, rank).key_lengths)
-        # Padding of the longer block may reach into one more chunk of a rank.
-        theirs = sum(plan_segments(blocks_of(unshared), size, rank).key_lengths)
+        kept = []
+        for share in (True, False):
+            pack = make_pack(lengths, roles, size, share)
+            segments = plan_segments(pack.blocks, size, rank)
+            keys = [torch.zeros(pack.padded_tokens, 2, 4, requires_grad=True) for _ in range(2)]
+            gathered = gather_keys(*keys, segments, SimpleNamespace(size=lambda: 1))
+            kept.append(saved_bytes(lambda given=gathered: given[0] * given[1]))
+        ours, theirs = kept
         assert ours <= 2 * theirs
 
 
-def test_sequences_that_share_nothing_have_the_segments_of_their_boundaries() -> None:
-    pack = make_pack([(3, 17, 5, 4), (1, 2, 1, 1)], ROLE_SETS[0], 2, share=False)
-    for rank in range(2):
-        ours = plan_segments(blocks_of(pack), 2, rank)
-        of_boundaries = segments_of_sequences(tuple(pack.cu_seqlens_B1.tolist()), 2, rank)
-        assert (ours.query_lengths, ours.key_lengths) == (of_boundaries.query_lengths, of_boundaries.key_lengths)
-        assert ours.keys_K is not None and torch.equal(ours.keys_K, of_boundaries.keys_K)
+def saved_bytes(run: Callable[[], torch.Tensor]) -> int:
+    """Bytes of the tensors that autograd keeps."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(LENGTHS, st.sampled_from(ROLE_SETS), st.sampled_from([1, 2, 4]), st.sampled_from(["float64", "bfloat16"]))
+def test_gradients_of_all_copies_of_a_key_are_added_in_fp32(lengths, roles, size: int, precision: str) -> None:
+    """Against torch's own gather, in float64."""
+    dtype = getattr(torch, precision)
+    pack = make_pack(lengths, roles, size, share=True)
+    segments = plan_segments(pack.blocks, size, size - 1)
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(pack.padded_tokens, 2, 3, generator=generator).to(dtype) for _ in range(2))
+    assert segments.keys_K is not None
+    found, gradients = [], []
+    for _ in range(2):
+        leaves = [x.clone().requires_grad_() for x in (key, value)]
+        copies = gather_keys(*leaves, segments, SimpleNamespace(size=lambda: 1))
+        assert all(torch.equal(copy, x[segments.keys_K]) for copy, x in zip(copies, (key, value), strict=True))
+        generator.manual_seed(1)
+        gradients = [torch.randn(copy.shape, generator=generator).to(dtype) for copy in copies]
+        torch.autograd.backward(copies, gradients)
+        found.append([leaf.grad for leaf in leaves])
+    for ours, again, gradient in zip(*found, gradients, strict=True):
+        assert torch.equal(ours, again)
+        exact = torch.zeros(key.shape, dtype=torch.float64).index_add(0, segments.keys_K, gradient.double())
+        # bfloat16 rounds once, by 2^-9 of the sum; its sum of three gradients rounds twice.
+        torch.testing.assert_close(ours.double(), exact, rtol=2**-8 if dtype is torch.bfloat16 else 1e-12, atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [False, True])

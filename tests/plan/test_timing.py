@@ -10,12 +10,27 @@ from tests.plan.models import estimate, make_planner
 
 
 def test_full_recomputation_adds_one_forward_pass_of_the_layers() -> None:
-    planner = make_planner(gpus=1)
+    planner = make_planner("llama-3.1-8b", "data.share_prompts=false", gpus=1)
     plain = estimate(planner).time.compute
     full = estimate(planner, parallel={"recompute_granularity": "full"}).time.compute
     assert full.gemm == pytest.approx(plain.gemm * 4 / 3)
     assert full.attention == pytest.approx(plain.attention * 4.5 / 3.5)
     assert full.head == plain.head
+
+
+def test_copies_of_shared_keys_take_the_time_to_read_and_write_them() -> None:
+    """Of keys that CP does not divide: bfloat16 keys and values of 8 heads of 128 in each of 32 layers."""
+    one, eight = (estimate(make_planner(gpus=8), cp=cp) for cp in (1, 8))
+    planner = make_planner("llama-3.1-8b", "data.share_prompts=false", gpus=8)
+    bare = [estimate(planner, cp=cp).time.compute.attention for cp in (1, 8)]
+    packs = one.batch.heaviest_rank
+    prompts = sum(pack.squares for pack in packs), sum(pack.squares for pack in estimate(planner).batch.heaviest_rank)
+    keys, tokens = sum(pack.gathered_keys for pack in packs), sum(pack.padded_tokens for pack in packs)
+    copied = 32 * 2 * 8 * 128 * (keys * (2 * 2) + keys * (3 * 2 + 4 * 4) + tokens * (2 * 4 + 2))
+    rate = planner.gpu.hbm_gb_per_s * 1e9 * planner.efficiency.memory
+    kernels = bare[0] * prompts[0] / prompts[1]
+    assert one.time.compute.attention == pytest.approx(kernels + copied / rate, rel=1e-9)
+    assert eight.time.compute.attention > kernels / 8 + copied / 8 / rate
 
 
 def test_work_is_shared_and_traffic_appears_with_the_group() -> None:

@@ -20,7 +20,7 @@ from megatron_solopo.data.loader import GlobalBatchLoader, LoaderSource, Packing
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
-from megatron_solopo.model.segments import blocks_of, plan_segments
+from megatron_solopo.model.segments import plan_segments
 from megatron_solopo.parallel.context import shard_indices
 from megatron_solopo.plan.layouts import replace_settings
 from megatron_solopo.plan.workload import (
@@ -56,13 +56,13 @@ def test_a_shape_is_the_real_packs(triplets: list[dict[str, int]], cp: int, whol
     assert shape.padded_tokens == pack.padded_tokens and shape.tokens == pack.num_tokens
     keys_seen = sum(
         2 * (len(keys) - len(queries)) * len(queries) + len(queries) ** 2
-        for queries, keys in ((queries, list(chain(*runs))) for queries, runs in attended_runs(blocks_of(pack), 1, 0))
+        for queries, keys in ((queries, list(chain(*runs))) for queries, runs in attended_runs(pack.blocks, 1, 0))
     )
     assert shape.squares == keys_seen
     assert shape.longest == int(pack.positions_T.max()) + 1 and shape.num_triplets == pack.num_triplets
     shards = [shard_indices(pack.cu_seqlens_B1, cp, rank) for rank in range(cp)]
     assert shape.response_rows == max(int(torch.isin(pack.response_rows_N, shard).sum()) for shard in shards)
-    keys = [sum(plan_segments(blocks_of(pack), cp, rank).key_lengths) for rank in range(cp)]
+    keys = [sum(plan_segments(pack.blocks, cp, rank).key_lengths) for rank in range(cp)]
     assert shape.gathered_keys == max(keys)
 
 

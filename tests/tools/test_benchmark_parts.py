@@ -153,6 +153,12 @@ def test_a_table_sets_shared_prompts_beside_separate_ones_and_trl(tmp_path) -> N
     rows[SHORT, "short_po", True]["grad_norms"] = [1.01]
     (wrong,) = sharing_benchmark.disagreements(rows)
     assert wrong == "short_po, S 32: the norm of the gradient is 1.01, unshared 1"
+    slow = list(sharing_benchmark.over_target(rows))
+    assert [line.partition(",")[0] for line in slow] == ["solopo", "solopo", "long_po"]
+    assert slow[2] == "long_po, S 32: takes 1.000 of the unshared time, target 0.580"
+    for label in sharing_benchmark.OBJECTIVES:
+        rows[SHORT, label, True]["cpu_seconds"] = [0.57]
+    assert list(sharing_benchmark.over_target(rows)) == []
 
 
 def test_a_fallback_serves_all_systems_from_that_length_on(tmp_path) -> None:

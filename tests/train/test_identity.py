@@ -124,7 +124,8 @@ def run_all(folder: Path) -> dict[str, str]:
     on_rank_0(shutil.rmtree, interrupted(folder, "lost") / "reference")
     found["lost"] = launch(folder, "lost")
     on_rank_0(shutil.rmtree, interrupted(folder, "layout") / "reference")
-    found["layout"] = launch(folder, "layout", DP2)
+    separate = {"path": folder / "prepared", "max_tokens_per_pack": 200, "max_triplets_per_pack": 1}
+    found["layout"] = launch(folder, "layout", DP2, data=separate | {"share_prompts": False})
     on_rank_0(add_to_cache, interrupted(folder, "far"), 0.5)
     found["far"] = refused(folder, "far")
     keys = ("model.path (its weights)", "reference.model_path (its weights)", "optimizer.lr_decay_iters")
@@ -208,6 +209,7 @@ def test_a_lost_reference_cache_is_computed_again(found: Mapping[str, str], fold
 def test_another_layout_may_compute_the_reference_again(found: Mapping[str, str], folder: Path) -> None:
     assert "at step 3" in found["layout"] and "the reference log-probs were computed again" in found["layout"]
     assert "will not have the same bits" in found["layout"]
+    assert "note: data.share_prompts=false (it was true): the run computes the same, but rounds" in found["layout"]
     assert losses(folder, "layout") == pytest.approx(losses(folder, "whole"), rel=1e-5)
 
 

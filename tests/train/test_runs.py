@@ -44,7 +44,7 @@ def config(folder: Path, name: str, parallel: dict[str, Any], **sections: Any) -
         {
             "run_dir": folder / name,
             "model": {"path": folder / "model"},
-            "data": {"path": folder / "prepared", "max_tokens_per_pack": 400},
+            "data": data(folder),
             "reference": {"model_path": folder / "reference_model", "cache": folder / "reference"},
             "training": {"global_batch_size": 4, "max_steps": STEPS, "eval_steps": 4},
             "optimizer": {"lr": 1e-3, "lr_warmup_iters": 1},
@@ -56,11 +56,15 @@ def config(folder: Path, name: str, parallel: dict[str, Any], **sections: Any) -
     )
 
 
+def data(folder: Path, **others: Any) -> dict[str, Any]:
+    return {"path": folder / "prepared", "max_tokens_per_pack": 400} | others
+
+
 def run_all(folder: Path) -> dict[str, Any]:
     """On every rank: the reference pass live and cached, a whole run, and its continuation under every layout."""
-    found: dict[str, Any] = {"live": live_and_cached(folder, "live", CP2)}
+    found: dict[str, Any] = {"live": live_and_cached(folder, "live", CP2, share_prompts=False)}
     precompute_reference(config(folder, "unused", TP2), overwrite=False)
-    found["cached"] = live_and_cached(folder, "reference", CP2)
+    found["cached"] = live_and_cached(folder, "reference", CP2, share_prompts=True)
     found["stale"] = stale_errors(folder)
     train(config(folder, "whole", TP2))
     found["changed"] = changed_errors(folder)
@@ -71,7 +75,8 @@ def run_all(folder: Path) -> dict[str, Any]:
     for name, (wrote, continues) in ACROSS.items():
         train(config(folder, f"{name}-whole", wrote))
         leave_interrupted(folder, f"{name}-whole", name, SAVED)
-        train(config(folder, name, continues))
+        # One of them with separate prompts, from the cache and the checkpoint of shared ones.
+        train(config(folder, name, continues, data=data(folder, share_prompts=name != "cp2-dp2")))
     plain = {"optimizer": {"lr": 1e-3, "lr_warmup_iters": 1, "use_distributed_optimizer": False}}
     train(config(folder, "plain-whole", TP2, **plain))
     for name, parallel in (("plain-tp2", TP2), ("plain-pp2", PP2)):
@@ -85,9 +90,11 @@ def run_all(folder: Path) -> dict[str, Any]:
     return found
 
 
-def live_and_cached(folder: Path, cache: str, parallel: dict[str, Any]) -> dict[str, torch.Tensor]:
+def live_and_cached(
+    folder: Path, cache: str, parallel: dict[str, Any], *, share_prompts: bool
+) -> dict[str, torch.Tensor]:
     """The reference log-probs as `train` would see them with this cache directory."""
-    settings = config(folder, "unused", parallel)
+    settings = config(folder, "unused", parallel, data=data(folder, share_prompts=share_prompts))
     settings = settings.model_copy(
         update={"reference": settings.reference.model_copy(update={"cache": folder / cache})}
     )
@@ -172,7 +179,9 @@ def losses(folder: Path, name: str) -> list[float]:
     return [step["loss"] for step in read_jsonl(folder / name / "metrics.jsonl")]
 
 
-def test_cached_reference_is_the_live_one_under_another_layout(found: dict[str, Any]) -> None:
+def test_cached_reference_is_the_live_one_of_another_layout_and_of_separate_prompts(
+    found: dict[str, Any],
+) -> None:
     assert found["live"].keys() == found["cached"].keys() == {"train", "eval"}
     for split, live in found["live"].items():
         assert live.shape == ({"train": 10, "eval": 5}[split], 3)

@@ -23,9 +23,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import torch
@@ -129,6 +129,35 @@ def source_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout"
+
+
+Command = TypeVar("Command", bound=Callable[..., None])
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def _count(name: str, default: int, text: str, least: int = 1) -> Callable[[Command], Command]:
+    return click.option(name, type=click.IntRange(least), default=default, show_default=True, help=text)
+
+
+def comparison_options(*, long_tokens: int, response_tokens: int, steps: int) -> Callable[[Command], Command]:
+    """The options of the benchmarks that compare a few cases in rounds, with these defaults."""
+
+    def with_options(command: Command) -> Command:
+        for option in reversed(
+            (
+                click.option("--shape", type=click.Choice(list(SHAPES)), default="small", show_default=True),
+                _count("--long-tokens", long_tokens, "With the answer.", least=2),
+                _count("--response-tokens", response_tokens, "Of each answer."),
+                _count("--rounds", 2, "In each of them, all cases run in turn."),
+                _count("--steps", steps, "Timed, per round and case."),
+                click.option("--without-trl", is_flag=True, help="Measure only this package."),
+                click.option("--json", "json_path", type=_FILE, help="Write the results here."),
+            )
+        ):
+            command = option(command)
+        return command
+
+    return with_options
 
 
 def split_systems(_: click.Context, __: click.Parameter, value: str) -> list[str]:

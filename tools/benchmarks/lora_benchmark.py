@@ -19,10 +19,10 @@ from statistics import median
 import click
 
 from megatron_solopo.files import write_json
-from tools.benchmarks.bench_case import LONG_PO, SHAPES, TRL
+from tools.benchmarks.bench_case import LONG_PO, TRL
 from tools.benchmarks.bench_report import Row
 from tools.benchmarks.bench_results import merged
-from tools.benchmarks.benchmark import check, measure_case
+from tools.benchmarks.benchmark import check, comparison_options, measure_case
 from tools.reporting import environment, table
 
 SAME_WORK = "data.share_prompts=false"
@@ -71,14 +71,8 @@ def ratios_table(rows: dict[tuple[str, str], Row]) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--shape", type=click.Choice(list(SHAPES)), default="small", show_default=True)
+@comparison_options(long_tokens=1024, response_tokens=128, steps=5)
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--long-tokens", type=click.IntRange(2), default=1024, show_default=True, help="With the answer.")
-@click.option("--response-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of each answer.")
-@click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=5, show_default=True, help="Timed, per round and case.")
-@click.option("--without-trl", is_flag=True, help="Measure only this package.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the results here.")
 def main(
     shape: str,
     rank: int,

@@ -126,7 +126,7 @@ def pass_shares(pp: int, length: int) -> tuple[float, float, float]:
             rounds.append([sum(sizes[i].cost for i in pack) for pack in packs])
         shares.append(_busy_share(rounds, pp))
     padded, tokens, cost = (np.array(column) for column in zip(*chosen, strict=True))
-    whole_pass = TripletSizes(padded, tokens, cost, sequence_tokens=tokens)
+    whole_pass = TripletSizes(padded, tokens, cost, *[tokens] * 3)  # the others are not read
     packs_of_pass = plan_single_pass(
         whole_pass, max_tokens=_BUDGET, max_triplets=None, num_ranks=1, wanted_packs=packs_per_part(pp)
     )
