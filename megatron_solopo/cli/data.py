@@ -1,7 +1,9 @@
 """The commands that make, check and tokenize preference data."""
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import click
 
 from megatron_solopo.cli.imports import no_garbage_collection
 from megatron_solopo.cli.options import JSON, PATH, settings_options
-from megatron_solopo.data.settings import PrepareSettings
+from megatron_solopo.data.settings import PrepareSettings, ShowSettings
+from megatron_solopo.errors import UserError
 from megatron_solopo.triplets.settings import BuildSettings, SampleSettings, SelectSettings
 
 
@@ -80,18 +83,28 @@ def select(settings: SelectSettings, as_json: bool) -> None:
 
 @data.command("validate")
 @click.argument("file", type=PATH)
+@settings_options(ShowSettings)
 @JSON
-def validate(file: Path, as_json: bool) -> None:
+def validate(settings: ShowSettings, file: Path, as_json: bool) -> None:
     """List every bad row of a triplet or pair file: line, field, reason. Exit code 1 if there is any.
 
     \b
-    Example:
+    Examples:
       megatron-solopo data validate triplets.jsonl
+      megatron-solopo data validate triplets.jsonl --show 2 --tokenizer MODEL_DIR   # which tokens count
     """
     from megatron_solopo.data.rows import validate_file
+    from megatron_solopo.data.shown_rows import show_rows
 
+    if (settings.show is None) != (settings.tokenizer is None):
+        raise UserError("--show N and --tokenizer go together: pass both, or none of them")
     report = validate_file(file)
-    click.echo(json.dumps(report.to_json(), indent=2) if as_json else str(report))
+    shown = [] if settings.show is None else show_rows(file, settings)
+    if as_json:
+        rows = {} if settings.show is None else {"shown": [row.to_json() for row in shown]}
+        click.echo(json.dumps(report.to_json() | rows, indent=2))
+    else:
+        click.echo("\n".join([*(row.page(_token_style()) for row in shown), str(report)]))
     if report.errors:
         sys.exit(1)
 
@@ -112,6 +125,14 @@ def prepare(settings: PrepareSettings, as_json: bool) -> None:
 
     manifest = run(settings)
     click.echo(manifest.model_dump_json(indent=2) if as_json else f"{settings.output}\n{manifest}")
+
+
+def _token_style() -> Callable[[str, str], str]:
+    """How `data validate --show` prints a token of some kind. `click.echo` takes colours out where no terminal is."""
+    if os.environ.get("NO_COLOR"):
+        return lambda _, token: token
+    colours = {"prompt": "bright_black", "context": "yellow", "counts": "green"}
+    return lambda kind, token: click.style(token, fg=colours[kind])
 
 
 def _show(report: Any, output: Path, as_json: bool) -> None:

@@ -401,6 +401,12 @@ class ObjectiveConfig(Section):
     """Gap where `distance: huber` becomes linear."""
     detach_short: bool = False
     """Stop the gradient of the alignment on the short side, so that it moves only the long reward."""
+    token_alignment: Literal["reverse_kl"] | None = None
+    """A term of solopo beside the alignment of rewards, per token of the chosen response (after OPSDL, arXiv
+    2604.17535). reverse_kl: KL(behind the long context || behind the short one), over the vocabulary. The short side
+    has no gradient. null: none."""
+    token_alignment_weight: NonNegativeFloat = 1.0
+    """Weight of `token_alignment`, whose mean over the tokens of a response counts."""
 
     @field_validator("loss_type", mode="before")
     @classmethod
@@ -465,6 +471,11 @@ class ObjectiveConfig(Section):
     def alignment_weight(self) -> float:
         """`alpha`, or the paper's value for this loss if `alpha` is null."""
         return _PAPER_ALPHA.get(self.loss_type, 1.0) if self.alpha is None else self.alpha
+
+    @property
+    def aligns_tokens(self) -> bool:
+        """Whether the model behind the long context is compared with itself behind the short one, at each token."""
+        return self.name == "solopo" and self.token_alignment is not None
 
     @property
     def needs_reference(self) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from megatron_solopo.config.load import as_override, dotted
 from megatron_solopo.config.schema import Config, ParallelConfig
 
+_TOKENS = ("token_alignment", "token_alignment_weight")
 _Cause = tuple[str, tuple[str, ...]]
 """Why, and the keys that then change nothing."""
 
@@ -56,8 +57,10 @@ def _objective_causes(config: Config) -> Iterator[_Cause]:
     objective = config.objective
     name, loss_type = objective.name, objective.loss_type
     if name != "solopo":
-        keys = ("alpha", "align", "distance", "huber_delta", "detach_short")
-        yield f"objective.name={name} aligns no rewards", (*(f"objective.{key}" for key in keys), "moe.replay")
+        keys = ("alpha", "align", "distance", "huber_delta", "detach_short", *_TOKENS)
+        yield f"objective.name={name} aligns nothing", (*(f"objective.{key}" for key in keys), "moe.replay")
+    if objective.token_alignment is None:
+        yield "objective.token_alignment=null", ("objective.token_alignment_weight",)
     if objective.distance != "huber":
         yield f"objective.distance={objective.distance}", ("objective.huber_delta",)
     if loss_type != "simpo":

@@ -30,7 +30,7 @@ from megatron_solopo.data.batch_plan import (
     triplet_sizes,
 )
 from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
-from megatron_solopo.data.prepared import token_lengths
+from megatron_solopo.data.prepared import counted_tokens, mask_column, token_lengths
 from megatron_solopo.data.rows import DEPTHS_FIELD
 from megatron_solopo.errors import UserError
 
@@ -90,7 +90,8 @@ class TripletDataset:
     """A memory-mapped `datasets.Dataset` of token ids, read as triplets.
 
     Args:
-        table: Columns `id` (string) and, as lists of integers, `chosen`, `rejected` and the prompts.
+        table: Columns `id` (string) and, as lists of integers, `chosen`, `rejected` and the prompts. The masks of
+            responses are lists of booleans, see `data.prepared`.
         prompt_columns: Context (`short`, `long`) -> the column that holds its prompt. Contexts that no role uses may
             be missing.
         architecture: The model that reads the triplets. It decides how much work each one is.
@@ -127,8 +128,10 @@ class TripletDataset:
             share_prompts=share_prompts,
         )
 
-    def response_lengths(self, response: str) -> IntArray:
-        """Number of tokens in every row's `chosen` or `rejected`, [rows]."""
+    def counted_lengths(self, response: str) -> IntArray:
+        """Number of tokens in every row's `chosen` or `rejected` that count, [rows]."""
+        if mask_column(response) in self._table.column_names:
+            return counted_tokens(self._table, mask_column(response))
         return self._lengths({response})[response]
 
     def ids(self, rows: Sequence[int] | IntArray) -> list[str]:
@@ -145,14 +148,17 @@ class TripletDataset:
     def rows(self, indices: Sequence[int] | IntArray, roles: Sequence[Role]) -> list[TokenizedTriplet]:
         """The triplets at some row numbers, with the prompts and responses that the roles need."""
         prompts, responses = self._columns(roles)
+        masks = {response: mask_column(response) for response in responses}
+        masks = {response: column for response, column in masks.items() if column in self._table.column_names}
         numbers = np.asarray(indices).tolist()
         chunk: pa.Table = self._table[numbers]
         return [
             TokenizedTriplet(
                 id=str(chunk["id"][place].as_py()),
                 index=number,
-                prompts={context: _tokens(chunk[column][place]) for context, column in prompts.items()},
-                responses={response: _tokens(chunk[column][place]) for response, column in responses.items()},
+                prompts={context: _values(chunk[column][place]) for context, column in prompts.items()},
+                responses={response: _values(chunk[column][place]) for response, column in responses.items()},
+                masks={response: _values(chunk[column][place]) for response, column in masks.items()},
             )
             for place, number in enumerate(numbers)
         ]
@@ -184,9 +190,10 @@ class TripletDataset:
         return lengths
 
 
-def _tokens(cell: pa.ListScalar) -> NDArray[np.integer]:
-    tokens: NDArray[np.integer] = cell.values.to_numpy()
-    return tokens
+def _values(cell: pa.ListScalar) -> NDArray[Any]:
+    # Arrow keeps booleans as bits, which numpy cannot share.
+    values: NDArray[Any] = cell.values.to_numpy(zero_copy_only=False)
+    return values
 
 
 class GlobalBatchLoader:

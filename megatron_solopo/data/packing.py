@@ -4,12 +4,16 @@ A sequence is a prompt and one response. A block is a prompt and the responses t
 response sees the prompt and itself, and its positions follow those of the prompt. Without sharing, every sequence is a
 block.
 
-Shapes: T padded positions of the pack, B blocks, B1 = B + 1, S sequences, N response tokens of all sequences, R roles.
+A response may hold tokens that nobody trains, such as the results of tools between two turns of the assistant. They
+are context: they take positions, and have no label.
+
+Shapes: T padded positions of the pack, B blocks, B1 = B + 1, S sequences, N response tokens of all sequences that
+count, L with those that do not, R roles.
 Sequences are ordered by triplet and then by role, so a tensor [S] reshapes to [num_triplets, R].
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,6 +38,17 @@ class TokenizedTriplet:
     """Context (`short`, `long`) -> ids of its prompt."""
     responses: Mapping[str, NDArray[np.integer]]
     """Response (`chosen`, `rejected`) -> its ids."""
+    masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    """Response -> whether each of its tokens counts, at least one. All tokens of a response without a mask count."""
+
+    def counted(self, response: str) -> NDArray[np.bool_]:
+        """Whether each token of a response counts."""
+        return self.masks[response] if response in self.masks else np.ones(len(self.responses[response]), bool)
+
+    @property
+    def shorter_response(self) -> int:
+        """Tokens that count in the shorter response."""
+        return min(int(self.counted(response).sum()) for response in self.responses)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +68,21 @@ class Pack:
     response_starts_S: Tensor
     """Position in [0, T) of the first token of each response. The first response of a block follows the prompt."""
     response_lengths_S: Tensor
-    """Response tokens of each sequence."""
-    response_rows_N: Tensor
+    """Response tokens of each sequence, whether they count or not."""
+    counted_lengths_S: Tensor
+    """Response tokens of each sequence that count."""
+    predictors_L: Tensor
     """Position in [0, T) whose hidden state predicts each response token: the position before the token, or the end of
     the prompt. Labels are shifted here, before context parallelism divides the pack, so no token at an edge is lost."""
+    response_rows_N: Tensor
+    """The same of the tokens that count."""
     response_labels_N: Tensor
-    """The response tokens themselves."""
+    """The tokens that count."""
     response_sequences_N: Tensor
-    """Number in [0, S) of the sequence of each response token."""
+    """Number in [0, S) of the sequence of each token that counts."""
     verbose_N: Tensor
-    """bool: whether the token lies beyond the length of the shorter response of its triplet, in the pack or not."""
+    """bool: whether the token lies beyond the length of the shorter response of its triplet, in the pack or not. Tokens
+    that do not count have no part in lengths."""
     num_triplets: int
     roles: tuple[Role, ...]
     triplet_indices: Tensor
@@ -166,12 +186,10 @@ def build_pack(
     tokens_T = np.full(boundaries_B1[-1], PAD_TOKEN, dtype=np.int64)
     for start, tokens in zip((*boundaries_B1[:-1], *response_starts_S), (*prompts, *responses), strict=True):
         tokens_T[start : start + len(tokens)] = tokens
-
-    shared_lengths_S = np.repeat([min(map(len, row.responses.values())) for row in rows], len(roles))
-    place_in_response_N = np.concatenate([np.arange(length) for length in response_lengths_S])
-    token_places_N = np.repeat(response_starts_S, response_lengths_S) + place_in_response_N
-    prompt_ends_N = np.repeat(prompt_ends_S, response_lengths_S)
-    response_rows_N = np.where(place_in_response_N == 0, prompt_ends_N, token_places_N) - 1
+    place_in_response_L = _places(response_lengths_S)
+    token_places_L = np.repeat(response_starts_S, response_lengths_S) + place_in_response_L
+    predictors_L = np.where(place_in_response_L == 0, np.repeat(prompt_ends_S, response_lengths_S), token_places_L) - 1
+    counted_L, counted_lengths_S, verbose_N = _count(rows, roles)
     return Pack(
         blocks=blocks,
         tokens_T=torch.from_numpy(tokens_T),
@@ -180,12 +198,30 @@ def build_pack(
         blocks_S=torch.from_numpy(blocks_S),
         response_starts_S=torch.from_numpy(response_starts_S),
         response_lengths_S=torch.from_numpy(response_lengths_S),
-        response_rows_N=torch.from_numpy(response_rows_N),
-        response_labels_N=torch.from_numpy(tokens_T[token_places_N]),
-        response_sequences_N=torch.from_numpy(np.repeat(np.arange(len(responses)), response_lengths_S)),
-        verbose_N=torch.from_numpy(place_in_response_N >= np.repeat(shared_lengths_S, response_lengths_S)),
+        counted_lengths_S=torch.from_numpy(counted_lengths_S),
+        predictors_L=torch.from_numpy(predictors_L),
+        response_rows_N=torch.from_numpy(predictors_L[counted_L]),
+        response_labels_N=torch.from_numpy(tokens_T[token_places_L[counted_L]]),
+        response_sequences_N=torch.from_numpy(np.repeat(np.arange(len(responses)), counted_lengths_S)),
+        verbose_N=torch.from_numpy(verbose_N),
         num_triplets=len(rows),
         roles=tuple(roles),
         triplet_indices=torch.tensor([row.index for row in rows]),
         ids=tuple(row.id for row in rows),
     )
+
+
+def _count(
+    rows: Sequence[TokenizedTriplet], roles: Sequence[Role]
+) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.bool_]]:
+    """Which response tokens count [L], how many of each sequence [S], and which of these are verbose [N]."""
+    counted_S = [row.counted(role.response) for row in rows for role in roles]
+    lengths_S = np.array([counted.sum() for counted in counted_S], dtype=np.int64)
+    assert lengths_S.min() > 0, "a mean over the tokens of a response needs one"
+    shared_lengths_S = np.repeat([row.shorter_response for row in rows], len(roles))
+    return np.concatenate(counted_S), lengths_S, _places(lengths_S) >= np.repeat(shared_lengths_S, lengths_S)
+
+
+def _places(lengths_S: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place of each token in its sequence, for tokens of sequences one behind the other."""
+    return np.concatenate([np.arange(length) for length in lengths_S])

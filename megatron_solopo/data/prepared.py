@@ -1,11 +1,14 @@
 """The directory that `data prepare` writes and training reads: a manifest and tokenized Arrow splits.
 
     manifest.json   what the data is, where it came from, how long its rows are
-    train/  eval/   columns id, evidence_depths, prompt_short, prompt_long (not for pairs), chosen, rejected
+    train/  eval/   columns id, evidence_depths, prompt_short, prompt_long (not for pairs), chosen, rejected, and
+                    perhaps chosen_mask, rejected_mask
 
 Token columns are list<int32>. A prompt includes BOS or the start of the chat template. A response includes EOS or the
-template's end of turn. A sequence is a prompt followed by a response. `evidence_depths` is empty if the row had none;
-directories of older versions lack the column.
+template's end of turn. A sequence is a prompt followed by a response. A mask says of each token of a response whether
+it counts, list<bool>. If the directory has no masks, all tokens of all responses count.
+
+`evidence_depths` is empty if the row had none; directories of older versions lack the column.
 
 The fingerprint is a hash of the tokens, not of what they were made from: a chat template may write today's date, for
 example. Directories of format version 1 state a hash of what they were made from instead. Their tokens are read and
@@ -39,6 +42,14 @@ _LENGTHS_BATCH_ROWS = 1024
 _TOKENS_BATCH_ROWS = 64
 
 PROMPT_COLUMNS: dict[Kind, tuple[str, ...]] = {"triplet": ("prompt_short", "prompt_long"), "pair": ("prompt_short",)}
+
+
+def mask_column(response: str) -> str:
+    """The column that says which tokens of `chosen` or `rejected` count."""
+    return f"{response}_mask"
+
+
+MASK_COLUMNS = tuple(mask_column(response) for response in RESPONSE_FIELDS)
 
 
 class _Record(BaseModel):
@@ -87,6 +98,8 @@ class PreparedManifest(_Record):
     eval: int
     lengths: dict[str, LengthStatistics]
     """By column, in tokens."""
+    counted: dict[str, LengthStatistics] = {}
+    """Tokens that count, by response; empty if all tokens of all responses do."""
     largest_token_id: int | None = None
     """Over all token columns and both splits. None in directories of older versions."""
     chat_template_kwargs: dict[str, Any] = {}
@@ -114,6 +127,9 @@ class PreparedManifest(_Record):
         for name, length in self.lengths.items():
             numbers = f"min {length.min}, median {length.median}, p95 {length.p95}, max {length.max}"
             lines.append(f"tokens of {name}: {numbers}")
+        for name, length in self.counted.items():
+            numbers = f"min {length.min}, median {length.median}, p95 {length.p95}, max {length.max}"
+            lines.append(f"tokens of {name} that count: {numbers}")
         for kind, count in self.effects.items():
             level = "warning" if MEANINGS[kind].is_loss else "note"
             lines.append(f"{level}: {counted(count.rows, 'row')}: {MEANINGS[kind].words} (first {count.first})")
@@ -170,8 +186,9 @@ def load_prepared(path: Path) -> PreparedData:
 
 
 def token_fingerprint(kind: Kind, train: Dataset, held_out: Dataset | None) -> str:
-    """Hex SHA-256 that tells ids, tokens and order of the rows, and their split. Holds a few rows in memory."""
-    columns = ("id", *PROMPT_COLUMNS[kind], *RESPONSE_FIELDS)
+    """Hex SHA-256 that tells ids, tokens, masks and order of the rows, and their split. Few rows are in memory."""
+    masks = [column for column in MASK_COLUMNS if column in train.column_names]
+    columns = ("id", *PROMPT_COLUMNS[kind], *RESPONSE_FIELDS, *masks)
     splits = {"train": train} | ({} if held_out is None else {"eval": held_out})
     return sha256_json(
         {name: {column: _hash_column(split, column) for column in columns} for name, split in splits.items()}
@@ -187,7 +204,7 @@ def _hash_column(split: Dataset, column: str) -> str:
         counts = pc.list_value_length(found) if is_tokens else pc.binary_length(found)
         lengths.update(counts.to_numpy().astype(np.int64))
         if is_tokens:
-            values.update(pc.list_flatten(found).to_numpy().astype(np.int32, copy=False))
+            values.update(pc.list_flatten(found).to_numpy(zero_copy_only=False).astype(np.int32, copy=False))
         else:
             values.update("".join(found.to_pylist()).encode())
     return f"{lengths.hexdigest()} {values.hexdigest()}"
@@ -215,6 +232,17 @@ def token_lengths(data: Dataset, column: str) -> NDArray[np.int64]:
     return np.concatenate([np.empty(0, np.int64), *lengths]).astype(np.int64)
 
 
+def counted_tokens(data: Dataset, column: str) -> NDArray[np.int64]:
+    """Number of tokens that count in each row of a mask's column, [rows]. Reads the masks, a few rows at a time."""
+    counts = [np.empty(0, np.int64)]
+    for table in data.select_columns([column]).with_format("arrow").iter(batch_size=_TOKENS_BATCH_ROWS):
+        masks = table.column(column)
+        ends = np.cumsum(pc.list_value_length(masks).to_numpy().astype(np.int64))
+        before = np.concatenate([[0], np.cumsum(pc.list_flatten(masks).to_numpy().astype(np.int64))])
+        counts.append(np.diff(before[ends], prepend=0))
+    return np.concatenate(counts)
+
+
 def _read_manifest(path: Path) -> PreparedManifest:
     if not (path / MANIFEST_NAME).is_file():
         raise _unusable(path, f"no {MANIFEST_NAME} there")
@@ -237,7 +265,8 @@ def _load_split(path: Path, name: str, rows: int, manifest: PreparedManifest) ->
         raise _unusable(path, f"{name}/ is missing or damaged ({' '.join(str(error).split())})") from None
     if len(split) != rows:
         raise _unusable(path, f"{name}/ has {len(split)} rows, the manifest says {rows}")
-    if set(split.column_names) - {DEPTHS_FIELD} != {"id", *manifest.columns}:
+    masks = set(MASK_COLUMNS) if manifest.counted else set()
+    if set(split.column_names) - {DEPTHS_FIELD} != {"id", *manifest.columns, *masks}:
         raise _unusable(path, f"{name}/ has columns {split.column_names}")
     return split
 

@@ -8,11 +8,17 @@ without, and the response is the rest. Two other forms are known:
                                         template writes behind the last message alone.
     a thought is opened in the prompt   The prompt ends with a tag such as <think>. The response is the answer without
                                         this beginning, and the template's end of a turn.
+
+A response of several messages is what the template writes for the whole conversation behind the prompt. Its parts
+alternate: what the model generated in one go, and what stands between, such as the results of tools. A part of the
+model begins where the template would have it answer. So each is a text that a server would have got from the model.
 """
 
 import re
+from dataclasses import dataclass
+from itertools import pairwise
 
-from megatron_solopo.data.rows import Content, Message
+from megatron_solopo.data.messages import Content, Message, as_messages, message_text
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
 from megatron_solopo.data.tokenizer import Tokenizer
@@ -23,6 +29,16 @@ _OPENED = re.compile(r"(<(?:seed:)?think(?:ing)?>|\[THINK\])\s*\Z")
 _CLOSED = re.compile(r"(</(?:seed:)?think(?:ing)?>|\[/THINK\])\s*\Z")
 # Two answers that no template changes. What stands around both is the template's.
 _PROBES = ("Qxqz vrrk", "Zwlm jpty")
+_SHOWN, _SHOWN_BEFORE = 40, 10
+
+
+@dataclass(frozen=True)
+class ResponsePart:
+    """A part of a response as text."""
+
+    text: str
+    counts: bool
+    """Whether the model generated it. If not, it is context: the header of a turn, the result of a tool."""
 
 
 def template_of(prompt: Content) -> Template:
@@ -96,7 +112,7 @@ def render_response(
     found = write.behind_last_message(before, answer, start, whole)
     if found is None:
         found = write.behind_opened_thought(before, answer, start, whole, names)
-    if found is None and _CLOSED.search(start) and THOUGHT_TAG.search(answer["content"]):
+    if found is None and _CLOSED.search(start) and THOUGHT_TAG.search(message_text(answer)):
         raise UserError(
             f"{names[1]}: has a thought, but the chat template ends {names[0]} with a closed one, as thinking is off; "
             "take the thought out, or turn thinking on for this row"
@@ -105,15 +121,77 @@ def render_response(
         place = _first_difference(start, whole)
         raise UserError(
             f"{names[1]}: the chat template does not write {names[0]} with an answer as it does without: "
-            f"{whole[place : place + 40]!r} instead of {start[place : place + 40]!r}; use a template that only adds to "
-            "the prompt, or write the rows as text for --template plain"
+            f"{whole[place : place + _SHOWN]!r} instead of {start[place : place + _SHOWN]!r}; "
+            "use a template that only adds to the prompt, or write the rows as text for --template plain"
         )
     return found
 
 
-def as_messages(content: Content, role: str) -> list[Message]:
-    """The messages of a content. A string is one message."""
-    return [{"role": role, "content": content}] if isinstance(content, str) else content
+def render_parts(
+    prompt: Content,
+    response: Content,
+    tokenizer: Tokenizer,
+    arguments: TemplateArguments = NO_ARGUMENTS,
+    *,
+    names: tuple[str, str] = ("the prompt", "response"),
+) -> list[ResponsePart]:
+    """A response of any number of messages by the chat template, from the end of `render_prompt(prompt)` on.
+
+    The first and the last part count. Joined behind the prompt, all parts are what the template writes for the whole
+    conversation. Of a single message, `render_response` tells what it is.
+
+    Raises UserError if the template writes a turn differently once later ones follow, so that the model is not trained
+    on what it generated.
+    """
+    answers = as_messages(response, "assistant")
+    if len(answers) == 1:
+        return [ResponsePart(render_response(prompt, response, tokenizer, arguments, names=names), True)]
+    write = _Writer(tokenizer, arguments)
+    messages = [*as_messages(prompt, "user"), *answers]
+    whole = write.text(messages)
+    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [place for place in turns if place >= len(messages) - len(answers)]
+    starts = [write.text(messages[:turn], for_answer=True) for turn in turns]
+    for turn, start in zip(turns, starts, strict=True):
+        if not whole.startswith(start):
+            raise _edited(f"{names[0]} and {names[1]} up to message {turn}", start, whole, names[1])
+    parts = []
+    for (start, following), turn in zip(pairwise(starts), turns, strict=False):
+        alone = write.text(messages[: turn + 1])
+        text = _generated(start, alone, following)
+        if text is None:
+            raise _edited(f"message {turn} (assistant)", alone, whole, names[1])
+        parts += [ResponsePart(text, True), ResponsePart(following[len(start) + len(text) :], False)]
+    return [*parts, ResponsePart(whole[len(starts[-1]) :], True)]
+
+
+def _generated(start: str, alone: str, following: str) -> str | None:
+    """What a turn that others follow is in the whole conversation; None if it is not what it was as the last turn.
+
+    A template may write an empty thought before the last turn alone.
+
+    Args:
+        start: the conversation up to the turn.
+        alone: the conversation up to the turn's end.
+        following: the conversation up to the next turn, as it is in the whole one.
+    """
+    if following.startswith(alone):
+        return alone[len(start) :] or None
+    later = following[len(start) :]
+    length = next((size for size in range(min(len(later), len(alone)), 0, -1) if alone.endswith(later[:size])), 0)
+    left_out = alone[len(start) : len(alone) - length]
+    is_empty_thought = alone.startswith(start) and not THOUGHT_TAG.sub("", left_out).strip()
+    return later[:length] if length and is_empty_thought else None
+
+
+def _edited(what: str, before: str, after: str, name: str) -> UserError:
+    place = max(0, _first_difference(before, after) - _SHOWN_BEFORE)
+    return UserError(
+        f"{name}: the chat template edits earlier turns, so prompt and response do not concatenate; it writes {what} "
+        f"as {after[place : place + _SHOWN]!r} once later turns follow, and {before[place : place + _SHOWN]!r} before "
+        "that; take out what it drops there (such as thoughts), move the earlier turns into the prompt, or use another "
+        "template"
+    )
 
 
 class _Writer:
@@ -137,7 +215,7 @@ class _Writer:
         if not with_answer.startswith(alone):
             return None
         written = with_answer[len(alone) :]
-        question = last[0]["content"].strip()
+        question = message_text(last[0]).strip()
         same_end = start.rpartition(question)[2] == alone.rpartition(question)[2]
         return written if question in start and same_end and whole.endswith(written) else None
 
@@ -149,7 +227,7 @@ class _Writer:
         header, found, end = first.rpartition(_PROBES[0])
         if not found or header + _PROBES[1] + end != second or not start.startswith(header):
             return None
-        added, content = start[len(header) :], answer["content"]
+        added, content = start[len(header) :], message_text(answer)
         if _CLOSED.search(added) and not THOUGHT_TAG.search(content):
             return self._as_written(content, content, end, whole)
         opened = _OPENED.search(added)

@@ -3,8 +3,9 @@
     triplet   {"id", "prompt_short", "prompt_long", "chosen", "rejected"}   for SoLoPO and the plain objectives
     pair      {"prompt", "chosen", "rejected"} and perhaps "id"             TRL's form, for the plain objectives
 
-Prompts and responses are strings, or lists of chat messages {"role", "content"}. A prompt of messages ends with a
-user message. A response of messages is exactly one assistant message. A row may have `evidence_depths`: the places of
+Prompts and responses are strings, or lists of chat messages, see `data.messages`. A prompt of messages ends with a user
+or tool message. A response of messages begins and ends with an assistant message. The answers of a pair may also be
+whole conversations, see `data.conversations`. A row may have `evidence_depths`: the places of
 the evidence in the long context. `tools` and `chat_template_kwargs` go to the chat template. Other fields are not read,
 and are counted.
 
@@ -20,6 +21,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from megatron_solopo.data.conversations import split_conversations
+from megatron_solopo.data.messages import Content, IllegalValue, check_text, parse_prompt, parse_response, type_name
 from megatron_solopo.data.row_files import Unit, read_file_rows, unit_of
 from megatron_solopo.data.template_arguments import (
     ARGUMENT_FIELDS,
@@ -35,9 +38,6 @@ from megatron_solopo.files import counted, first_few, parse_json
 
 Kind = Literal["triplet", "pair"]
 Form = Literal["text", "messages"]
-Message = dict[str, str]
-Content = str | list[Message]
-
 PROMPT_FIELDS: dict[Kind, tuple[str, ...]] = {"triplet": ("prompt_short", "prompt_long"), "pair": ("prompt",)}
 RESPONSE_FIELDS = ("chosen", "rejected")
 DEPTHS_FIELD = "evidence_depths"
@@ -45,7 +45,6 @@ DEPTHS_FIELD = "evidence_depths"
 
 _FIELDS = ("id", *PROMPT_FIELDS["triplet"], *PROMPT_FIELDS["pair"], *RESPONSE_FIELDS, DEPTHS_FIELD, *ARGUMENT_FIELDS)
 _EXPECTED_FIELDS = "prompt_short and prompt_long (a triplet), or prompt (a pair), with chosen and rejected"
-_ROLES = ("system", "user", "assistant")
 _PLACES_SHOWN = 5
 
 
@@ -69,7 +68,7 @@ class PreferenceRow:
     kind: Kind | None = None
     form: Form | None = None
     contents: dict[str, Content] = field(default_factory=dict)
-    """The legal prompts and responses by field name. Messages have role and content only."""
+    """The legal prompts and responses by field name."""
     evidence_depths: list[float] = field(default_factory=list)
     """Empty if the row has none."""
     arguments: TemplateArguments = NO_ARGUMENTS
@@ -179,28 +178,29 @@ def _bad_row(line: int, reason: str) -> PreferenceRow:
     return PreferenceRow(line, errors=[RowError(line, "", reason)])
 
 
-class _IllegalValue(Exception):
-    """Why a value is not legal in its field."""
-
-
 def parse_row(line: int, value: Any) -> PreferenceRow:
     """Check one row by itself: types, missing and blank fields, roles, equal responses."""
     if not isinstance(value, dict):
-        return _bad_row(line, f"expected a JSON object, got {_type_name(value)}")
+        return _bad_row(line, f"expected a JSON object, got {type_name(value)}")
     if not any(name in value for name in _FIELDS if name != "id"):
         found = ", ".join(list(value)[:_PLACES_SHOWN]) or "no fields"
         return _bad_row(line, f"is no preference row: it has {found}; expected {_EXPECTED_FIELDS}")
     row = PreferenceRow(line)
+    try:
+        value = split_conversations(value)
+    except IllegalValue as error:
+        row.reject("prompt", str(error))
+        return row
     row.kind = _parse_kind(value, row)
     row.id = _parse_id(value, row)
     for name in (*PROMPT_FIELDS.get(row.kind, ()), *RESPONSE_FIELDS) if row.kind else RESPONSE_FIELDS:
         try:
             row.contents[name] = _parse_content(value.get(name), is_response=name in RESPONSE_FIELDS)
-        except _IllegalValue as error:
+        except IllegalValue as error:
             row.reject(name, str(error))
     try:
         row.evidence_depths = _parse_depths(value.get(DEPTHS_FIELD))
-    except _IllegalValue as error:
+    except IllegalValue as error:
         row.reject(DEPTHS_FIELD, str(error))
     row.arguments = _parse_arguments(value, row)
     row.unread_fields = tuple(name for name, given in value.items() if name not in _FIELDS and given is not None)
@@ -229,6 +229,8 @@ def _parse_kind(value: dict[str, Any], row: PreferenceRow) -> Kind | None:
     if len(kinds) == 1:
         return kinds[0]
     found = "both, so its kind is unclear" if kinds else "neither"
+    if not kinds and all(isinstance(value.get(name), str) for name in RESPONSE_FIELDS):
+        found += "; if both answers begin with the prompt, write it into its own field, as trl.extract_prompt does"
     row.reject("prompt", f"expected prompt_short and prompt_long (a triplet), or prompt (a pair); the row has {found}")
     return None
 
@@ -239,49 +241,23 @@ def _parse_id(value: dict[str, Any], row: PreferenceRow) -> str | None:
         return str(row.line)
     try:
         if given is None:
-            raise _IllegalValue("is missing or null")
+            raise IllegalValue("is missing or null")
         if not isinstance(given, str | int) or isinstance(given, bool):
-            raise _IllegalValue(f"expected a string or an integer, got {_type_name(given)}")
-        return _check_text(str(given))
-    except _IllegalValue as error:
+            raise IllegalValue(f"expected a string or an integer, got {type_name(given)}")
+        return check_text(str(given))
+    except IllegalValue as error:
         row.reject("id", str(error))
         return None
 
 
 def _parse_content(value: Any, *, is_response: bool) -> Content:
     if value is None:
-        raise _IllegalValue("is missing or null")
+        raise IllegalValue("is missing or null")
     if isinstance(value, str):
-        return _check_text(value)
+        return check_text(value)
     if not isinstance(value, list):
-        raise _IllegalValue(f"expected a string or a list of messages, got {_type_name(value)}")
-    messages = [_parse_message(message, index) for index, message in enumerate(value)]
-    roles = [message["role"] for message in messages]
-    if is_response and roles != ["assistant"]:
-        raise _IllegalValue(f"expected exactly one assistant message, got roles {roles}")
-    if not is_response and roles[-1:] != ["user"]:
-        raise _IllegalValue(f"expected messages that end with a user message, got roles {roles}")
-    return messages
-
-
-def _parse_message(value: Any, index: int) -> Message:
-    if not isinstance(value, dict):
-        raise _IllegalValue(f"message {index}: expected an object with role and content, got {_type_name(value)}")
-    unknown = sorted(key for key, entry in value.items() if key not in ("role", "content") and entry is not None)
-    if unknown:
-        raise _IllegalValue(f"message {index}: unknown key {unknown[0]!r}; legal: role, content")
-    role, content = value.get("role"), value.get("content")
-    if role not in _ROLES:
-        raise _IllegalValue(f"message {index}: role {role!r}; legal: {', '.join(_ROLES)}")
-    if not isinstance(content, str):
-        raise _IllegalValue(f"message {index}: content: expected a string, got {_type_name(content)}")
-    # An empty system message is how a user turns a chat template's default one off.
-    if role != "system" or content:
-        try:
-            _check_text(content)
-        except _IllegalValue as error:
-            raise _IllegalValue(f"message {index}: content {error}") from None
-    return {"role": role, "content": content}
+        raise IllegalValue(f"expected a string or a list of messages, got {type_name(value)}")
+    return parse_response(value) if is_response else parse_prompt(value)
 
 
 def _parse_depths(value: Any) -> list[float]:
@@ -289,19 +265,8 @@ def _parse_depths(value: Any) -> list[float]:
         return []
     numbers = isinstance(value, list) and all(isinstance(each, int | float) for each in value)
     if not numbers or not all(0 <= each <= 1 for each in value):
-        raise _IllegalValue("expected a list of numbers from 0 to 1")
+        raise IllegalValue("expected a list of numbers from 0 to 1")
     return [float(each) for each in value]
-
-
-def _check_text(text: str) -> str:
-    if not text.strip():
-        raise _IllegalValue("is blank" if text else "is empty")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        reason = f"holds a lone surrogate at character {error.start + 1}, which is not Unicode text"
-        raise _IllegalValue(reason) from None
-    return text
 
 
 def _check_consistency(row: PreferenceRow) -> None:
@@ -316,19 +281,17 @@ def _check_consistency(row: PreferenceRow) -> None:
     if len(set(forms.values())) == 1:
         row.form = next(iter(forms.values()))
     chosen, rejected = (row.contents.get(name) for name in RESPONSE_FIELDS)
-    if chosen is not None and rejected is not None and _plain_text(chosen) == _plain_text(rejected):
+    if chosen is not None and rejected is not None and _comparable(chosen) == _comparable(rejected):
         row.reject("rejected", "is the same as chosen")
 
 
-def _plain_text(response: Content) -> str:
-    return (response if isinstance(response, str) else response[0]["content"]).strip()
+def _comparable(response: Content) -> Any:
+    """A response without white space at the ends of its texts."""
+    if isinstance(response, str):
+        return response.strip()
+    return [{key: each.strip() if isinstance(each, str) else each for key, each in one.items()} for one in response]
 
 
 def list_counts(counts: Mapping[str, int]) -> str:
     """Such as "source (12 rows), score (1 row)"."""
     return ", ".join(f"{name} ({counted(count, 'row')})" for name, count in counts.items())
-
-
-def _type_name(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), f"a {'number' if isinstance(value, int | float) else type(value).__name__}")

@@ -12,7 +12,27 @@ Template = Literal["chat", "plain"]
 """How a row becomes text: by the tokenizer's chat template, or as it is."""
 
 
-class PrepareSettings(CommandSettings):
+class TemplateSettings(CommandSettings):
+    """How rows become text."""
+
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """chat: messages by the tokenizer's chat template; a string is one user message. plain: BOS where it is usual, the
+    text, and EOS behind a response. auto: chat for messages, plain for strings."""
+    chat_template_kwargs: TemplateKwargs = Field(default={})
+    """Arguments for the chat template, such as '{"enable_thinking": false}'. Those of a row win."""
+
+
+class ShowSettings(TemplateSettings):
+    """What a user asks of `data validate` beside the checks."""
+
+    show: int | None = Field(default=None, ge=1)
+    """Print the first rows as tokens, this many, and which tokens count in training. It needs --tokenizer. Colours
+    follow the terminal and NO_COLOR."""
+    tokenizer: str | None = None
+    """Hugging Face directory or SentencePiece .model file, for --show."""
+
+
+class PrepareSettings(TemplateSettings):
     """What a user asks of `data prepare`. The same settings always give the same output."""
 
     input: Path
@@ -21,11 +41,6 @@ class PrepareSettings(CommandSettings):
     """Directory to write. It is `data.path` in a run's config."""
     tokenizer: str
     """Hugging Face directory or SentencePiece .model file."""
-    template: Literal["auto", "chat", "plain"] = "auto"
-    """chat: messages by the tokenizer's chat template; a string is one user message. plain: BOS where it is usual, the
-    text, and EOS behind a response. auto: chat for messages, plain for strings."""
-    chat_template_kwargs: TemplateKwargs = Field(default={})
-    """Arguments for the chat template, such as '{"enable_thinking": false}'. Those of a row win."""
     on_lost_content: Literal["refuse", "warn"] = "refuse"
     """Rows that lose content in the template, do not end with an end token, or whose answers have words that the
     tokenizer does not know, are an error (refuse), or kept and counted (warn)."""

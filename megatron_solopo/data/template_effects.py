@@ -15,8 +15,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from megatron_solopo.data.rendering import THOUGHT_TAG, as_messages
-from megatron_solopo.data.rows import Content
+from megatron_solopo.data.messages import THOUGHTS, Content, Message, as_messages, message_text, tool_texts
+from megatron_solopo.data.rendering import THOUGHT_TAG, ResponsePart
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments, is_free
 from megatron_solopo.data.template_clock import FUNCTION, OTHER_DAY, Clock, names_in
@@ -90,37 +90,71 @@ _LAST_TOKENS = 8
 
 
 def prompt_effects(name: str, prompt: Content, rendered: str) -> Iterator[Effect]:
-    """Text of user and system messages that the prompt lacks. Thoughts of earlier answers may be left out."""
+    """Text of messages that the prompt lacks. Thoughts of earlier answers may be left out."""
     for message in as_messages(prompt, "user"):
-        text = message["content"]
+        text = message_text(message)
         if message["role"] == "assistant":
             text = THOUGHT_TAG.split(text)[-1]
-        if text.strip() not in rendered:
-            yield Effect("prompt_text", f"{name}: {message['role']} {_short(text)} is not in {_short(rendered)}")
+        yield from _lost_texts("prompt_text", name, message, [text], rendered)
 
 
-def response_effects(name: str, response: Content, prompt: str, written: str) -> Iterator[Effect]:
-    """Text of an answer that what is trained lacks. A thought may begin in the prompt."""
-    content = as_messages(response, "assistant")[0]["content"]
+def response_effects(name: str, response: Content, prompt: str, parts: Sequence[ResponsePart]) -> Iterator[Effect]:
+    """Text of a response that what is written lacks. A thought may begin in the prompt."""
+    answers, written = as_messages(response, "assistant"), "".join(part.text for part in parts)
     begin = _opened_at_the_end(prompt)
-    if content in begin + written:
-        return
-    kind: EffectKind = "white_space" if _has_parts(content, begin + written) else "answer_text"
-    yield Effect(kind, f"{name}: {_short(content)} is trained as {_short(written)}")
+    for place, message in enumerate(answers):
+        others: list[str] = [message[key] for key in THOUGHTS if key in message]
+        content = message_text(message)
+        if message["role"] != "assistant":
+            others.append(content)
+        elif content not in begin + written:
+            is_trimmed = _has_parts(content, begin + written)
+            which = name if len(answers) == 1 else f"{name}, message {place}"
+            shown = f"{which}: {_short(content)} is trained as {_short(written)}"
+            yield Effect("white_space" if is_trimmed else "answer_text", shown)
+        yield from _lost_texts("answer_text", name, message, others, written)
 
 
-def header_effects(name: str, response: Content, written: str, template: str) -> Iterator[Effect]:
+def _lost_texts(kind: EffectKind, name: str, message: Message, texts: Sequence[str], written: str) -> Iterator[Effect]:
+    """Texts of a message, those of its tool calls included, that are not written; JSON may write them."""
+    for text in [*texts, *tool_texts(message)]:
+        forms = (text.strip(), *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True)))
+        if not any(form in written for form in forms):
+            yield Effect(kind, f"{name}: {message['role']} {_short(text)} is not in {_short(written)}")
+
+
+def header_effects(name: str, response: Content, parts: Sequence[ResponsePart], template: str) -> Iterator[Effect]:
     """Whether the start of an answer's turn is trained, since the template does not write it behind a prompt."""
-    content = as_messages(response, "assistant")[0]["content"]
-    header = written[: max(0, written.find(content.strip()))]
+    first, written = as_messages(response, "assistant")[0], parts[0].text
+    texts = [message_text(first), *(first[key] for key in THOUGHTS if key in first)]
+    places = [written.find(text.strip()) for text in texts if text.strip()]
+    header = written[: min((place for place in places if place >= 0), default=0)]
     if header.strip() and _GENERATION_PROMPT not in template:
         yield Effect("header_in_answer", f"{name} is trained from {_short(header)} on")
 
 
 def token_effects(
-    name: str, content: str, ids: Collection[int], ends: Collection[int], tokenizer: Tokenizer
+    name: str,
+    answers: Sequence[Message],
+    generated: Sequence[Sequence[int]],
+    ends: Collection[int],
+    tokenizer: Tokenizer,
 ) -> Iterator[Effect]:
-    """Whether the tokens of a response stop generation at their end, and nowhere else."""
+    """Whether what the model generates stops at its end, and nowhere else.
+
+    Args:
+        generated: tokens of each part that counts.
+    """
+    for ids in generated:
+        yield from _end_effects(name, ids, ends, tokenizer)
+    texts = {tokenizer.decode([end]).strip() for end in ends} - {""}
+    for content in [message_text(message) for message in answers if message["role"] == "assistant"]:
+        if inside := sorted(text for text in texts if text in content):
+            place = content.index(inside[0])
+            yield Effect("end_token_inside", f"{name}: {content[max(0, place - 20) : place + 20]!r}")
+
+
+def _end_effects(name: str, ids: Sequence[int], ends: Collection[int], tokenizer: Tokenizer) -> Iterator[Effect]:
     tokens = list(ids)
     while tokens and tokens[-1] not in ends and not tokenizer.decode(tokens[-1:]).strip():
         tokens.pop()
@@ -128,10 +162,6 @@ def token_effects(
         shown = f"{name} ends with {tokenizer.decode(list(ids)[-_LAST_TOKENS:])!r}"
         last = f", last token {tokenizer.pieces(tokens[-1:])[0]!r} with id {tokens[-1]}" if tokens else ""
         yield Effect("no_end_token", shown + last)
-    texts = {tokenizer.decode([end]).strip() for end in ends} - {""}
-    if inside := sorted(text for text in texts if text in content):
-        place = content.index(inside[0])
-        yield Effect("end_token_inside", f"{name}: {content[max(0, place - 20) : place + 20]!r}")
 
 
 def unknown_effects(
@@ -141,7 +171,7 @@ def unknown_effects(
 
     Some models use the unknown token as an end token too; then it says nothing.
     """
-    texts = [message["content"] for message in as_messages(content, "user")]
+    texts = [message_text(message) for message in as_messages(content, "user")]
     characters = sorted({each for text in texts for each in text if each.isprintable() and not each.isspace()})
     if suspects := [each for each in characters if tokenizer.drops(each)]:
         text = tokenizer.decode(ids)

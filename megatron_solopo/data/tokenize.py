@@ -24,15 +24,19 @@ from numpy.typing import NDArray
 from megatron_solopo import __version__
 from megatron_solopo.architecture.model_directory import CONFIG, huggingface_directory
 from megatron_solopo.data.end_tokens import GENERATION_CONFIG, end_tokens
+from megatron_solopo.data.messages import Content
 from megatron_solopo.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    MASK_COLUMNS,
     PROMPT_COLUMNS,
     EffectCount,
     LengthStatistics,
     PreparedManifest,
+    counted_tokens,
     is_prepared,
     largest_token_id,
+    mask_column,
     token_fingerprint,
     token_lengths,
 )
@@ -41,7 +45,6 @@ from megatron_solopo.data.rows import (
     DEPTHS_FIELD,
     PROMPT_FIELDS,
     RESPONSE_FIELDS,
-    Content,
     Kind,
     ValidationReport,
     read_rows,
@@ -88,7 +91,7 @@ def prepare(settings: PrepareSettings) -> PreparedManifest:
         _refuse_problems(settings, tokens)
         effects = _count_effects(tokens)
         _refuse_losses(job, effects)
-        tokens = tokens.remove_columns(["line", "problem", "effects"])
+        tokens = _without_full_masks(tokens.remove_columns(["line", "problem", "effects"]))
         kept = _select_by_length(job, tokens)
         train, held_out = _split(kept, settings.eval_count, settings.seed)
         tokens.select(train).save_to_disk(str(temporary / "train"))
@@ -221,6 +224,14 @@ def _describe_end_tokens(job: _Job) -> str:
     return f" (end tokens of {path}: {found}{'' if has_settings else missing})"
 
 
+def _without_full_masks(tokens: Dataset) -> Dataset:
+    """The same without the columns of masks, if all tokens of all responses count."""
+    counted = {name: counted_tokens(tokens, mask_column(name)) for name in RESPONSE_FIELDS}
+    if any((counts < token_lengths(tokens, name)).any() for name, counts in counted.items()):
+        return tokens
+    return tokens.remove_columns(list(MASK_COLUMNS))
+
+
 def _select_by_length(job: _Job, tokens: Dataset) -> NDArray[np.int64]:
     """Indices of the rows whose longest sequence fits."""
     path = job.settings.input
@@ -271,6 +282,11 @@ def _manifest(
         train=len(kept) - job.settings.eval_count,
         eval=job.settings.eval_count,
         lengths={name: _statistics(token_lengths(tokens, name)[kept]) for name in job.columns},
+        counted={
+            name: _statistics(counted_tokens(tokens, mask_column(name))[kept])
+            for name in RESPONSE_FIELDS
+            if mask_column(name) in tokens.column_names
+        },
         largest_token_id=largest_token_id(tokens.select(kept), job.columns),
         chat_template_kwargs=job.settings.chat_template_kwargs,
         effects=effects,
@@ -299,9 +315,9 @@ def tokenize_rows(
 ) -> Dataset:
     """Tokenize a valid file into Arrow files under `work`, row by row in the file's order.
 
-    Columns: id, line, problem, effects, evidence_depths and the token columns. If a row cannot be tokenized, `problem`
-    says why and the token columns are empty. For all other rows `problem` is "". `effects` is JSON: what the template
-    did to the row, by `EffectKind`; "" for nothing.
+    Columns: id, line, problem, effects, evidence_depths, the token columns and the masks. If a row cannot be tokenized,
+    `problem` says why and its tokens are empty. For all other rows `problem` is "". `effects` is JSON: what the
+    template did to the row, by `EffectKind`; "" for nothing.
     """
     carried = {"id": Value("string"), "line": Value("int64"), DEPTHS_FIELD: List(Value("float32"))}
     rows = Dataset.from_generator(
@@ -312,6 +328,7 @@ def tokenize_rows(
         writer_batch_size=_WRITER_BATCH_ROWS,
     )
     tokens = {name: List(Value("int32")) for name in (*PROMPT_COLUMNS[kind], *RESPONSE_FIELDS)}
+    tokens |= {name: List(Value("bool")) for name in MASK_COLUMNS}
     return rows.map(
         _tokenize_record,
         fn_kwargs={
@@ -363,6 +380,7 @@ def _tokenize_record(
     for effect in row.effects:
         effects.setdefault(effect.kind, effect.shown)
     tokens = {name: np.asarray(ids, np.int32) for name, ids in row.ids.items()}
+    tokens |= {mask_column(name): np.asarray(row.masks.get(name, []), bool) for name in responses}
     return {"problem": problem, "effects": json.dumps(effects) if effects else "", **tokens}
 
 

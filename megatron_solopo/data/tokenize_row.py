@@ -7,8 +7,8 @@ boundary, and a response has the same tokens behind the short and the long promp
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from megatron_solopo.data.rendering import as_messages, render_prompt, render_response, unread_arguments
-from megatron_solopo.data.rows import Content
+from megatron_solopo.data.messages import Content, as_messages
+from megatron_solopo.data.rendering import ResponsePart, render_parts, render_prompt, unread_arguments
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
 from megatron_solopo.data.template_effects import (
@@ -27,9 +27,11 @@ from megatron_solopo.errors import UserError
 
 @dataclass
 class TokenizedRow:
-    """Token ids by column, and what the template did to the row."""
+    """Token ids by column, which of them count, and what the template did to the row."""
 
     ids: dict[str, list[int]] = field(default_factory=dict)
+    masks: dict[str, list[bool]] = field(default_factory=dict)
+    """By response: whether each token counts."""
     effects: list[Effect] = field(default_factory=list)
 
 
@@ -52,17 +54,22 @@ def tokenize_row(
     """
     row = TokenizedRow()
     if template == "chat":
-        texts = _render(row, prompts, responses, tokenizer, arguments)
-        row.ids = {name: tokenizer.encode(texts[name], add_special_tokens=False) for name in prompts}
-        row.ids |= {name: tokenizer.encode_continuation(texts[name]) for name in responses}
+        texts, parts = _render(row, prompts, responses, tokenizer, arguments)
+        row.ids = {name: tokenizer.encode(text, add_special_tokens=False) for name, text in texts.items()}
         ends: list[int] = []
     else:
         assert tokenizer.eos_token_id is not None
         row.ids = {name: tokenizer.encode(str(text), add_special_tokens=True) for name, text in prompts.items()}
-        row.ids |= {name: tokenizer.encode_continuation(str(text)) for name, text in responses.items()}
+        parts = {name: [ResponsePart(str(text), True)] for name, text in responses.items()}
         ends = [tokenizer.eos_token_id]
-    for name, tokens in row.ids.items():
-        if not tokens:
+    encoded = {
+        name: [(tokenizer.encode_continuation(part.text), part.counts) for part in each] for name, each in parts.items()
+    }
+    for name, each in encoded.items():
+        row.ids[name] = [token for tokens, _ in each for token in tokens]
+        row.masks[name] = [counts for tokens, counts in each for _ in tokens]
+    for name in row.ids:
+        if not all(tokens for tokens, counts in encoded.get(name, [(row.ids[name], True)]) if counts):
             raise UserError(f"{name}: tokenizes to nothing")
     for name, response in responses.items():
         row.effects += unknown_effects("unknown_in_answer", name, response, row.ids[name], end_tokens, tokenizer)
@@ -70,8 +77,9 @@ def tokenize_row(
         raise UserError(_described_equality(row.effects))
     for name, response in responses.items():
         row.ids[name] += ends
-        content = as_messages(response, "assistant")[0]["content"]
-        row.effects += token_effects(name, content, row.ids[name], end_tokens, tokenizer)
+        row.masks[name] += [True] * len(ends)
+        generated = [[*tokens, *ends] for tokens, counts in encoded[name] if counts]
+        row.effects += token_effects(name, as_messages(response, "assistant"), generated, end_tokens, tokenizer)
     for name, prompt in prompts.items():
         row.effects += unknown_effects("unknown_in_prompt", name, prompt, row.ids[name], end_tokens, tokenizer)
     if unread := arguments.names() if template == "plain" else unread_arguments(tokenizer, arguments):
@@ -95,19 +103,20 @@ def _render(
     responses: dict[str, Content],
     tokenizer: Tokenizer,
     arguments: TemplateArguments,
-) -> dict[str, str]:
-    """Texts by the chat template: prompts up to the start of the answer, responses from there on."""
+) -> tuple[dict[str, str], dict[str, list[ResponsePart]]]:
+    """Texts by the chat template: prompts up to the start of the answer, responses from there on in parts."""
     texts: dict[str, str] = {}
+    parts: dict[str, list[ResponsePart]] = {}
     for prompt_name, prompt in prompts.items():
         texts[prompt_name] = render_prompt(prompt, tokenizer, arguments)
         row.effects += prompt_effects(prompt_name, prompt, texts[prompt_name])
         for name, response in responses.items():
-            text = render_response(prompt, response, tokenizer, arguments, names=(prompt_name, name))
-            if name not in texts:
-                texts[name] = text
-                row.effects += response_effects(name, response, texts[prompt_name], text)
-                row.effects += header_effects(name, response, text, tokenizer.template_for(arguments) or "")
-            elif texts[name] != text:
+            found = render_parts(prompt, response, tokenizer, arguments, names=(prompt_name, name))
+            if name not in parts:
+                parts[name] = found
+                row.effects += response_effects(name, response, texts[prompt_name], found)
+                row.effects += header_effects(name, response, found, tokenizer.template_for(arguments) or "")
+            elif parts[name] != found:
                 raise UserError(f"{name}: the chat template writes it differently behind {prompt_name}")
     row.effects += clock_effect(tokenizer, next(iter(prompts.values())), arguments)
-    return texts
+    return texts, parts

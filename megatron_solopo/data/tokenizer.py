@@ -13,10 +13,12 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from sentencepiece import SentencePieceProcessor
 
 from megatron_solopo.architecture.model_directory import huggingface_directory, missing_vocabulary
+from megatron_solopo.data.messages import TOOL_CALLS, Message
 from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
 from megatron_solopo.data.template_clock import FUNCTION, Clock, templates_see
 from megatron_solopo.data.tokenizer_contradictions import TokenizerFile, check_tokenizer_files
 from megatron_solopo.data.tokenizer_file import CLASSES_OF_THE_FILE, load_by_file
+from megatron_solopo.data.tool_calls import arguments_as_objects, arguments_as_text, takes_text
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
 
@@ -60,7 +62,7 @@ class Tokenizer(ABC):
 
     def render_chat(
         self,
-        messages: list[dict[str, str]],
+        messages: list[Message],
         add_generation_prompt: bool,
         arguments: TemplateArguments = NO_ARGUMENTS,
         clock: Clock | None = None,
@@ -204,7 +206,7 @@ class _HuggingFaceTokenizer(Tokenizer):
 
     def render_chat(
         self,
-        messages: list[dict[str, str]],
+        messages: list[Message],
         add_generation_prompt: bool,
         arguments: TemplateArguments = NO_ARGUMENTS,
         clock: Clock | None = None,
@@ -212,15 +214,12 @@ class _HuggingFaceTokenizer(Tokenizer):
         template = self.template_for(arguments)
         if template is None:
             return None
+        if any(TOOL_CALLS in message for message in messages):
+            as_text = self._takes_text(template, arguments)
+            messages = arguments_as_text(messages) if as_text else arguments_as_objects(messages)
         try:
             with templates_see(clock or Clock()) if FUNCTION in template else nullcontext():
-                text: str = self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=arguments.tools,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    **arguments.kwargs,
-                )
+                return self._apply(messages, arguments, add_generation_prompt=add_generation_prompt)
         except Exception as error:
             if not raised_in_template(error):
                 raise
@@ -231,7 +230,36 @@ class _HuggingFaceTokenizer(Tokenizer):
             if "system" in reason.lower() and any(message["role"] == "system" for message in messages):
                 way_out = "; write the system text into the first user message, or use another template"
             raise UserError(f"the chat template of {self._path} refuses the messages: {reason}{way_out}") from error
+
+    def _apply(self, messages: list[Message], arguments: TemplateArguments, *, add_generation_prompt: bool) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            messages,
+            tools=arguments.tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **arguments.kwargs,
+        )
         return text
+
+    def _takes_text(self, template: str, arguments: TemplateArguments) -> bool:
+        """Whether a template needs the arguments of tool calls as text."""
+
+        def render(messages: list[Message]) -> str:
+            try:
+                return self._apply(messages, arguments, add_generation_prompt=False)
+            except Exception as error:
+                if not raised_in_template(error):
+                    raise
+                return ""
+
+        if template not in self._needs_text:
+            self._needs_text[template] = takes_text(render)
+        return self._needs_text[template]
+
+    @cached_property
+    def _needs_text(self) -> dict[str, bool]:
+        """What `_takes_text` has found, by template."""
+        return {}
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)

@@ -63,7 +63,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
         is_writer, data_parallel_size = dist.get_rank() == 0, topology.data_group.size()
     finally:
         process_groups.destroy(topology)
-    lengths = {role: dataset.response_lengths(role.response) for role in logps.roles}
+    lengths = {role: dataset.counted_lengths(role.response) for role in logps.roles}
     columns = triplet_columns(
         settings.objective, _by_role(logps), lengths, None if references is None else _by_role(references)
     )

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Protocol
 from pydantic import AfterValidator, Field
 
 from megatron_solopo.config import Context
+from megatron_solopo.data.messages import Content
 from megatron_solopo.data.rendering import check_arguments, check_template, template_of
-from megatron_solopo.data.rows import Content
 from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
 from megatron_solopo.data.tokenizer import Tokenizer
 from megatron_solopo.errors import UserError

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
-from megatron_solopo.data.rows import Content
+from megatron_solopo.data.messages import Content
 from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
 from megatron_solopo.errors import UserError
 

@@ -24,6 +24,7 @@ import openai
 from pydantic import BaseModel, ValidationError
 
 from megatron_solopo.data.template_arguments import KWARGS_FIELD
+from megatron_solopo.data.tool_calls import arguments_as_text
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.model import (
     Answer,
@@ -157,7 +158,7 @@ class OpenAIServer:
             body["prompt"] = request.prompt
         else:
             create = self._client.chat.completions.with_raw_response.create
-            body["messages"] = request.prompt
+            body["messages"] = arguments_as_text(request.prompt)
             # vLLM and SGLang take the template's arguments, which are not OpenAI's.
             body |= {"tools": request.arguments.tools} if request.arguments.tools else {}
             if request.arguments.kwargs:

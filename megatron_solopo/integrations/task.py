@@ -310,7 +310,13 @@ class PreferenceTask:
     def forward(self, pack: Pack, model: torch.nn.Module, split: str) -> tuple[Tensor, LossFunction]:
         """Run one pack of a split; see `forward_step`."""
         set_dropout([model], is_training=split == "train")
-        microbatch = shard_pack(pack, self.topology, with_places=self._watched[split], is_trained=split == "train")
+        microbatch = shard_pack(
+            pack,
+            self.topology,
+            with_places=self._watched[split],
+            is_trained=split == "train",
+            aligns_tokens=self.config.objective.aligns_tokens,
+        )
         return forward_microbatch(model, microbatch, self._losses[split])
 
     def mean_metrics(self, reports: Sequence[Tensor], num_triplets: int) -> dict[str, float]:

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_ent
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_solopo.model.divergence import TokenAlignment, exchange_teachers, reverse_kl
 from megatron_solopo.model.segments import Segments
 from megatron_solopo.parallel.megatron_internals import OutputOverride, add_base_class, run_forward_pre_hooks
 
@@ -40,6 +41,8 @@ class PackedResponses(PackedSeqParams):  # type: ignore[misc]
     """int64 [N]: the predicted tokens."""
     gathering: "RowGathering | None" = None
     """How sequence-parallel ranks gather those rows; None without tensor parallelism."""
+    alignment: TokenAlignment | None = None
+    """Which response rows are compared with which, where a divergence is wanted."""
     places: Any = None
     """`routing.TokenPlaces` of this rank's positions, where routers of experts are watched."""
     segments: Segments | None = None
@@ -54,7 +57,7 @@ class PackedResponses(PackedSeqParams):  # type: ignore[misc]
 class ResponseHead(OutputOverride):
     """Makes the last stage of a GPTModel return label log-probabilities, fp32 [N], instead of logits.
 
-    With `with_squares` it returns [2, N], as `label_logprobs` says.
+    With `with_squares` or `aligns_tokens` it returns more rows of N numbers, as `label_logprobs` says.
 
     Parameters, checkpoints, tied weights and pipeline stages are GPTModel's own. Call the model as
     `model(tokens, None, None, packed_seq_params=PackedResponses(...))`. With any other packing it returns logits.
@@ -66,6 +69,8 @@ class ResponseHead(OutputOverride):
     """Response rows projected at a time."""
     with_squares: bool = False
     """Whether to return the log of the sum of squared probabilities, too."""
+    aligns_tokens: bool = False
+    """Whether packs say which response rows to compare, and their divergences are returned, too."""
 
     def overrides(self, packed_seq_params: PackedSeqParams | None) -> bool:
         return isinstance(packed_seq_params, PackedResponses)
@@ -82,6 +87,9 @@ class ResponseHead(OutputOverride):
             hidden = gather_rows(hidden, packed_seq_params.gathering, tensor_group)
         else:
             hidden = hidden.index_select(0, rows)
+        alignment, teachers = packed_seq_params.alignment, None
+        if alignment is not None:
+            teachers = alignment, exchange_teachers(hidden, alignment, self.pg_collection.cp)
         return label_logprobs(
             hidden,
             self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
@@ -89,6 +97,7 @@ class ResponseHead(OutputOverride):
             vocab_size=self.real_vocab_size,
             chunk_tokens=self.chunk_tokens,
             with_squares=self.with_squares,
+            teachers=teachers,
             tensor_group=tensor_group,
             # Under sequence parallelism the gather's backward sums the gradients already.
             reduce_hidden_gradient=tensor_group.size() > 1 and not self.config.sequence_parallel,
@@ -168,6 +177,7 @@ def label_logprobs(
     tensor_group: torch.distributed.ProcessGroup,
     reduce_hidden_gradient: bool,
     with_squares: bool = False,
+    teachers: tuple[TokenAlignment, Tensor] | None = None,
 ) -> Tensor:
     """Return the log-probability of each row's label under a vocabulary-parallel output layer, fp32 [N].
 
@@ -183,8 +193,11 @@ def label_logprobs(
         vocab_size: the real vocabulary. Rows of the weight beyond it are padding and get no probability.
         reduce_hidden_gradient: sum the gradient of `hidden_NH` over the tensor-parallel ranks here, because no
             gather's backward does.
-        with_squares: return fp32 [2, N]. The second row is log(sum over the vocabulary of p**2), without gradient. It
-            takes another fp32 copy of a chunk's logits for a moment.
+        with_squares: return another row of N: log(sum over the vocabulary of p**2), without gradient. It takes another
+            fp32 copy of a chunk's logits for a moment.
+        teachers: which rows are students, and the hidden states of their teachers [M, H]. Return another row of N: the
+            divergence of each student from its teacher, see `divergence.reverse_kl`, and 0 for other rows. It takes
+            three more fp32 copies of the logits of a chunk's students for a moment.
     """
     first_column = tensor_group.rank() * weight_VH.shape[0]
     num_real = max(0, min(vocab_size - first_column, weight_VH.shape[0]))
@@ -192,10 +205,13 @@ def label_logprobs(
         num_real,
         chunk_tokens,
         tensor_group if reduce_hidden_gradient else None,
-        tensor_group if with_squares else None,
+        tensor_group,
+        with_squares,
+        teachers,
     )
-    logprobs_N, squares_N = _LabelLogprobs.apply(hidden_NH, weight_VH, labels_N, settings)  # type: ignore[no-untyped-call]
-    return torch.stack([logprobs_N, squares_N]) if with_squares else logprobs_N
+    rows = _LabelLogprobs.apply(hidden_NH, weight_VH, labels_N, settings)  # type: ignore[no-untyped-call]
+    wanted = [row for row in rows if row is not None]
+    return torch.stack(wanted) if len(wanted) > 1 else wanted[0]
 
 
 @dataclass(frozen=True)
@@ -205,8 +221,25 @@ class _HeadSettings:
     chunk_tokens: int
     reduce_group: torch.distributed.ProcessGroup | None
     """Sum the gradient of the hidden states over this group; None: do not."""
-    squares_group: torch.distributed.ProcessGroup | None
-    """The tensor-parallel ranks, over which squared probabilities are summed; None: they are not wanted."""
+    tensor_group: torch.distributed.ProcessGroup
+    with_squares: bool
+    teachers: tuple[TokenAlignment, Tensor] | None
+    """As for `label_logprobs`."""
+
+
+@dataclass
+class _Chunk:
+    """Some projected rows."""
+
+    logits_CV: Tensor
+    """A leaf, which holds the probabilities instead once the log-probabilities are there."""
+    logprobs_C: Tensor
+    squares_C: Tensor | None
+    students: slice
+    """Which students are among the rows."""
+    divergence_K: Tensor | None
+    divergence_gradient_KV: Tensor | None
+    """Of each student's divergence with respect to its logits."""
 
 
 class _LabelLogprobs(torch.autograd.Function):
@@ -215,43 +248,55 @@ class _LabelLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, settings: _HeadSettings
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(hidden_NH, labels_N)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         ctx.weight, ctx.settings = weight_VH, settings
-        logprobs, squares = [], []
+        logprobs, squares, divergences = [], [], []
         for rows in _chunks(len(labels_N), settings.chunk_tokens):
-            ctx.projected = None  # frees a chunk before the next one is projected
-            logits_CV = _logits(hidden_NH[rows], weight_VH, settings.num_real)
-            if settings.squares_group is not None:
-                squares.append(_log_sum_of_squares(logits_CV, settings.squares_group))
-            ctx.projected = logits_CV, _logprobs(logits_CV, labels_N[rows])
-            del logits_CV
-            logprobs.append(ctx.projected[1].detach())
+            ctx.chunk = None  # frees a chunk before the next one is projected
+            ctx.chunk = _project(hidden_NH, weight_VH, labels_N, rows, settings)
+            logprobs.append(ctx.chunk.logprobs_C.detach())
+            squares.append(ctx.chunk.squares_C)
+            divergences.append(ctx.chunk.divergence_K)
+        kept_KV = ctx.chunk.divergence_gradient_KV
         if len(logprobs) > 1:
-            ctx.projected = None
-        if not squares:
-            return torch.cat(logprobs), None
-        squares_N = torch.cat(squares)
-        ctx.mark_non_differentiable(squares_N)
-        return torch.cat(logprobs), squares_N
+            ctx.chunk = kept_KV = None
+        else:
+            ctx.chunk.divergence_gradient_KV = None
+        ctx.save_for_backward(hidden_NH, labels_N, kept_KV)
+        squares_N = divergences_N = None
+        if settings.with_squares:
+            squares_N = torch.cat(squares)
+            ctx.mark_non_differentiable(squares_N)
+        if settings.teachers is not None:
+            rows_K = settings.teachers[0].student_rows_K
+            found_K = torch.cat([each for each in divergences if each is not None] or [logprobs[0].new_zeros(0)])
+            divergences_N = found_K.new_zeros(len(labels_N)).index_copy(0, rows_K, found_K)
+        return torch.cat(logprobs), squares_N, divergences_N
 
     @staticmethod
-    def backward(ctx: Any, gradient_N: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None, None, None]:
-        hidden_NH, labels_N = ctx.saved_tensors
+    def backward(
+        ctx: Any, gradient_N: Tensor, _: Tensor | None, divergence_gradient_N: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, None, None]:
+        hidden_NH, labels_N, kept_KV = ctx.saved_tensors
         weight, settings = ctx.weight, ctx.settings
         hidden_gradient_NH = torch.empty_like(hidden_NH)
         weight_gradient = _WeightGradient(weight) if ctx.needs_input_grad[1] else None
         for rows in _chunks(len(labels_N), settings.chunk_tokens):
-            logits_CV, logprobs_C = ctx.projected or (_logits(hidden_NH[rows], weight, settings.num_real), None)
-            if logprobs_C is None:
-                logprobs_C = _logprobs(logits_CV, labels_N[rows])
-            (logits_gradient_CV,) = torch.autograd.grad(logprobs_C, logits_CV, gradient_N[rows])
+            chunk = ctx.chunk or _project(hidden_NH, weight, labels_N, rows, settings)
+            (logits_gradient_CV,) = torch.autograd.grad(chunk.logprobs_C, chunk.logits_CV, gradient_N[rows])
+            change_KV = kept_KV if chunk.divergence_gradient_KV is None else chunk.divergence_gradient_KV
+            if change_KV is not None:
+                assert settings.teachers is not None and divergence_gradient_N is not None
+                rows_K = settings.teachers[0].student_rows_K[chunk.students]
+                change_KV.mul_(divergence_gradient_N[rows_K].unsqueeze(1))
+                logits_gradient_CV.index_add_(0, rows_K - rows.start, change_KV)
+            change_KV = None
+            ctx.chunk = chunk = None
             logits_gradient_CV = logits_gradient_CV.to(weight.dtype)
             hidden_gradient_NH[rows] = logits_gradient_CV @ weight
             if weight_gradient is not None:
                 weight_gradient.add(logits_gradient_CV.t() @ hidden_NH[rows])
-            ctx.projected = None
-            del logits_CV, logprobs_C, logits_gradient_CV  # frees the chunk before the next one is projected
+            del logits_gradient_CV  # frees the chunk before the next one is projected
         if settings.reduce_group is not None:
             torch.distributed.all_reduce(hidden_gradient_NH, group=settings.reduce_group)
         return hidden_gradient_NH, None if weight_gradient is None else weight_gradient.result(), None, None
@@ -262,20 +307,32 @@ def _chunks(count: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, max(count, 1), size)]
 
 
+def _project(hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, rows: slice, settings: _HeadSettings) -> _Chunk:
+    logits_CV = _logits(hidden_NH[rows], weight_VH, settings.num_real)
+    squares_C = _log_sum_of_squares(logits_CV, settings.tensor_group) if settings.with_squares else None
+    students, divergence_K, divergence_gradient_KV = slice(0, 0), None, None
+    if settings.teachers is not None:
+        alignment, teachers_MH = settings.teachers
+        students = alignment.within(rows)
+        if students.start < students.stop:
+            student_KV = logits_CV[alignment.student_rows_K[students] - rows.start]
+            teacher_KV = _logits(teachers_MH[alignment.teachers_K[students]], weight_VH, settings.num_real)
+            divergence_K, divergence_gradient_KV = reverse_kl(
+                student_KV, teacher_KV, settings.num_real, settings.tensor_group
+            )
+    with torch.enable_grad():
+        logits_CV.requires_grad_()
+        # Batch axis: the loss is written for [sequence, batch, vocabulary]. It overwrites the logits.
+        losses_C1: Tensor = vocab_parallel_cross_entropy(logits_CV.unsqueeze(1), labels_N[rows].unsqueeze(1))
+        logprobs_C = -losses_C1.squeeze(1)
+    return _Chunk(logits_CV, logprobs_C, squares_C, students, divergence_K, divergence_gradient_KV)
+
+
 def _logits(hidden_CH: Tensor, weight_VH: Tensor, num_real: int) -> Tensor:
-    """This rank's logits, fp32 [C, V / W]. Padding has none."""
+    """This rank's logits, fp32 [C, V / W]. Padding has no probability."""
     logits_CV = (hidden_CH @ weight_VH.t()).float()
     logits_CV[:, num_real:].fill_(-torch.inf)
     return logits_CV
-
-
-def _logprobs(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
-    """The log-probabilities [C], in a graph whose leaf is the logits. The logits are overwritten."""
-    with torch.enable_grad():
-        logits_CV.requires_grad_()
-        # Batch axis: the loss is written for [sequence, batch, vocabulary].
-        losses_C1: Tensor = vocab_parallel_cross_entropy(logits_CV.unsqueeze(1), labels_C.unsqueeze(1))
-        return -losses_C1.squeeze(1)
 
 
 def _log_sum_of_squares(logits_CV: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

@@ -1,6 +1,6 @@
 """A pack as one rank sees it: its context-parallel share of the tokens and of the response rows.
 
-Shapes: T positions of the pack, t = T / CP, N response rows on this rank, S sequences.
+Shapes: T positions of the pack, t = T / CP, N response rows on this rank (of tokens that count), S sequences.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_solopo.architecture.layout import context_chunks
 from megatron_solopo.data.packing import Pack
+from megatron_solopo.model.divergence import plan_token_alignment
 from megatron_solopo.model.head import PackedResponses, RowGathering, plan_gathering
 from megatron_solopo.model.routing import token_places
 from megatron_solopo.model.segments import plan_segments
@@ -31,8 +32,8 @@ class Microbatch:
     """int64: the sequence of the pack that each response row belongs to."""
     verbose_N: Tensor
     """bool: as `Pack.verbose_N`, for the response rows of this rank."""
-    response_lengths_S: Tensor
-    """int64: response tokens of each sequence, on all context-parallel ranks together."""
+    counted_lengths_S: Tensor
+    """int64: response tokens of each sequence that count, on all context-parallel ranks together."""
     triplet_indices: Tensor
     """int64 [triplets]: the dataset row of each triplet."""
     pack: Pack
@@ -46,11 +47,18 @@ class Microbatch:
 
         Returns fp32 `[..., S]`, equal on all context-parallel ranks. The gradient reaches only this rank's rows.
         """
-        local = token_values.new_zeros(*token_values.shape[:-1], len(self.response_lengths_S))
+        local = token_values.new_zeros(*token_values.shape[:-1], len(self.counted_lengths_S))
         return sum_over_context(local.index_add(-1, self.response_sequences_N, token_values), context_group)
 
 
-def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False, is_trained: bool = True) -> Microbatch:
+def shard_pack(
+    pack: Pack,
+    topology: Topology,
+    *,
+    with_places: bool = False,
+    is_trained: bool = True,
+    aligns_tokens: bool = False,
+) -> Microbatch:
     """Cut a pack for this rank's place in the context-parallel group and move it to its device.
 
     Labels were shifted when the pack was built. So a response token counts on the rank that holds its predictor.
@@ -60,6 +68,7 @@ def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False, is_
     Args:
         with_places: for a model with experts whose routers are watched.
         is_trained: whether the pack is one of a training step, whose routes are counted.
+        aligns_tokens: whether the head compares chosen answers behind both contexts, token by token.
     """
     tensor_group = topology.tensor_group
 
@@ -76,6 +85,11 @@ def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False, is_
     if tensor_group.size() > 1:
         plan = plan_gathering(rows[here], len(indices) // tensor_group.size(), tensor_group.size(), tensor_group.rank())
         gathering = RowGathering(moved(plan.sent_rows), moved(plan.kept_rows))
+    alignment = None
+    if aligns_tokens:
+        owners_N = _owners(pack, topology.context_group.size())[pack.response_rows_N]
+        group = topology.context_group
+        alignment = plan_token_alignment(pack, owners_N, group.size(), group.rank(), moved)
     places = None
     if with_places:
         shards = indices.chunk(tensor_group.size())  # experts need sequence parallelism
@@ -88,14 +102,23 @@ def shard_pack(pack: Pack, topology: Topology, *, with_places: bool = False, is_
             response_rows=moved(rows[here]),
             response_labels=moved(pack.response_labels_N[here]),
             gathering=gathering,
+            alignment=alignment,
             places=places,
         ),
         response_sequences_N=moved(pack.response_sequences_N[here]),
         verbose_N=moved(pack.verbose_N[here]),
-        response_lengths_S=moved(pack.response_lengths_S),
+        counted_lengths_S=moved(pack.counted_lengths_S),
         triplet_indices=moved(pack.triplet_indices),
         pack=pack,
     )
+
+
+def _owners(pack: Pack, size: int) -> Tensor:
+    """The context-parallel rank that holds each position of a pack, int64 [T]."""
+    owners_T = torch.empty_like(pack.tokens_T)
+    for rank in range(size):
+        owners_T[shard_indices(pack.cu_seqlens_B1, size, rank)] = rank
+    return owners_T
 
 
 def _attention_fields(

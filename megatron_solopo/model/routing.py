@@ -7,7 +7,7 @@ Padding counts nowhere. Losses are those of single sequences, so the packing, th
 prompts change no loss. Metrics count a shared prompt once.
 
 Shapes: t positions on this rank, which context and sequence parallelism divide; B blocks; S sequences; M = B + S runs,
-see `Pack.runs_T`; N response tokens of the whole pack; E experts.
+see `Pack.runs_T`; N response tokens of the whole pack, counted or not; E experts.
 """
 
 from collections.abc import Callable, Iterable
@@ -73,7 +73,7 @@ def token_places(pack: Pack, positions_t: Tensor, context_size: int, *, is_train
     offsets_t = positions_t - pack.cu_seqlens_B1[blocks_t]
     local_of_T = torch.full((pack.padded_tokens,), -1)
     local_of_T[positions_t] = torch.arange(len(positions_t))
-    local_N = local_of_T[pack.response_rows_N]
+    local_N = local_of_T[pack.predictors_L]
     return TokenPlaces(
         real_t=offsets_t < pack.block_lengths_B[blocks_t],
         runs_t=pack.runs_T[positions_t],

@@ -13,6 +13,13 @@ come so (LD-DPO, arXiv 2409.06411). With `use_weighting`, w(y_w) * w(y_l) multip
 
     w(y) = exp(mean over the tokens t of log(pi(y_t) / sum_v pi(v)**2)), without gradient
 
+With `token_alignment: reverse_kl`, solopo also has this term, after OPSDL (arXiv 2604.17535):
+
+    token_alignment_weight * mean over the tokens t of y_w of KL(pi(.|x_long, y_<t) || pi(.|x_short, y_<t))
+
+The model behind the long context is the student, and the model behind the short one its teacher, without gradient.
+OPSDL takes answers that the model has just written behind the long context. Here they are the data's chosen answers.
+
 With `reference.context: short`, log pi_ref(y|x) is log pi_ref(y|x_short) also behind x_long. With long_po, `dpo` and
 `nll_coefficient`, this is LongPO (arXiv 2502.13922).
 """
@@ -30,11 +37,12 @@ from megatron_solopo.config import ObjectiveConfig, Role
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES, ResponseLogprobs
 
 Distance = Literal["l1", "l2", "huber"]
-FurtherSum = Literal["verbose_logps", "log_squares"]
+FurtherSum = Literal["verbose_logps", "log_squares", "divergences"]
 """What some objectives sum over the response tokens besides their log-probabilities:
 
 - verbose_logps: log-probabilities of the tokens beyond the length of the shorter response of the triplet
 - log_squares: log of the sum of the squared probabilities of the whole vocabulary, at each token
+- divergences: KL(pi(.|x_long, y) || pi(.|x_short, y)) at each token, for `long_chosen` alone
 """
 
 DISTANCES: dict[Distance, Callable[[Tensor, float], Tensor]] = {
@@ -80,7 +88,11 @@ def metric_names(config: ObjectiveConfig) -> tuple[str, ...]:
 
 def further_sums(config: ObjectiveConfig) -> tuple[FurtherSum, ...]:
     """What the objective needs besides the summed log-probabilities."""
-    needed: dict[FurtherSum, bool] = {"verbose_logps": config.ld_alpha is not None, "log_squares": config.use_weighting}
+    needed: dict[FurtherSum, bool] = {
+        "verbose_logps": config.ld_alpha is not None,
+        "log_squares": config.use_weighting,
+        "divergences": config.aligns_tokens,
+    }
     return tuple(name for name, is_needed in needed.items() if is_needed)
 
 
@@ -101,28 +113,22 @@ def compute_objective(
         further: for each name in `further_sums(config)`, role -> the sum, `[T]`.
 
     Metrics per triplet:
-        loss = po_loss + alpha * solo_ra/loss + nll_coefficient * nll_loss
+        loss = po_loss + alpha * solo_ra/loss + nll_coefficient * nll_loss + token_alignment_weight * token_alignment/kl
         po_loss: the pair loss (with ORPO's own likelihood term, and with WPO's weight).
         wpo_weights: that weight, with `use_weighting`.
         solo_ra/loss: the distance before alpha; with `align: both`, the sum of both distances.
         solo_ra/gap_signed, solo_ra/gap_abs: chosen reward on the short minus the long context, and its size.
         solo_ra/gap_abs_rejected: the size for the rejected response, with `align: both`.
         rewards/*, logps/*: rewards and summed log-probabilities of the pair; `chosen_long`: on the long context.
+        token_alignment/kl: the mean divergence at a token of y_w, in nats, with `token_alignment`.
         nll_loss: -log pi(y_w|x) / |y_w| on the pair's context.
     Only solopo has solo_ra/* and *_long. The pair of long_po is on the long context.
     """
     roles = config.roles.all
     assert all(logps[role].dtype in (torch.float32, torch.float64) for role in roles), "sums of log-probs need float32"
     assert reference_logps is not None or not config.needs_reference, f"{config.loss_type} needs reference log-probs"
-    references = reference_logps if config.needs_reference else None
     further = further or {}
-    rewarded = logps
-    if config.ld_alpha is not None:
-        rewarded = {role: logps[role] - (1 - config.ld_alpha) * further["verbose_logps"][role] for role in roles}
-    responses = {
-        role: ResponseLogprobs(rewarded[role], lengths[role], None if references is None else references[role])
-        for role in roles
-    }
+    responses = _responses(config, logps, lengths, reference_logps, further)
     loss_type = PREFERENCE_LOSSES[config.loss_type]
     rewards = {role: loss_type.reward(response, config.beta) for role, response in responses.items()}
 
@@ -140,9 +146,31 @@ def compute_objective(
         alignment_T = _alignment(config, rewards)
         loss_T = loss_T + config.alignment_weight * alignment_T
         metrics |= {"solo_ra/loss": alignment_T} | _alignment_metrics(rewards, logps)
+    if config.aligns_tokens:
+        divergence_T = further["divergences"][Role.LONG_CHOSEN] / lengths[Role.LONG_CHOSEN]
+        loss_T = loss_T + config.token_alignment_weight * divergence_T
+        metrics["token_alignment/kl"] = divergence_T
     metrics = {"loss": loss_T} | metrics | _pair_metrics(rewards[chosen], rewards[rejected])
     metrics |= {"logps/chosen": logps[chosen], "logps/rejected": logps[rejected], "nll_loss": nll_T}
     return ObjectiveOutput(loss_T, {name: value_T.detach() for name, value_T in metrics.items()})
+
+
+def _responses(
+    config: ObjectiveConfig,
+    logps: Mapping[Role, Tensor],
+    lengths: Mapping[Role, Tensor],
+    reference_logps: Mapping[Role, Tensor] | None,
+    further: Mapping[FurtherSum, Mapping[Role, Tensor]],
+) -> dict[Role, ResponseLogprobs]:
+    """What rewards are made of, by role; see `compute_objective`."""
+    references = reference_logps if config.needs_reference else None
+    if config.ld_alpha is not None:
+        verbose = further["verbose_logps"]
+        logps = {role: logps[role] - (1 - config.ld_alpha) * verbose[role] for role in config.roles.all}
+    return {
+        role: ResponseLogprobs(logps[role], lengths[role], None if references is None else references[role])
+        for role in config.roles.all
+    }
 
 
 def _alignment(config: ObjectiveConfig, rewards: Mapping[Role, Tensor]) -> Tensor:

@@ -251,11 +251,15 @@ class ActivationRate:
     """A response row's logits. They are kept only if one chunk of `logprob.chunk_tokens` holds all rows."""
     chunk_rows: int
     context_parallel_size: int
+    aligns_tokens: bool
+    """Whether kept logits come with the gradient of a divergence for each student, see `student_rows`."""
 
     def head(self, pack: PackShape) -> float:
         """Bytes that the head keeps of a pack."""
-        row = self.row + (self.logits if pack.response_rows <= self.chunk_rows else 0)
-        return self.norm * pack.padded_tokens / self.context_parallel_size + row * pack.response_rows
+        kept = self.norm * pack.padded_tokens / self.context_parallel_size + self.row * pack.response_rows
+        if pack.response_rows > self.chunk_rows:
+            return kept
+        return kept + self.logits * (pack.response_rows + student_rows(pack) * self.aligns_tokens)
 
     def total(self, pack: PackShape) -> float:
         """Bytes that the chunk keeps of a pack."""
@@ -292,6 +296,7 @@ def activation_rate(architecture: ModelShape, config: Config, chunk: ModelChunk,
         row=e * hidden if chunk.has_head else 0.0,
         logits=_FP32 * padded_vocab_size(architecture.vocab_size, tp) / tp if chunk.has_head else 0.0,
         chunk_rows=config.logprob.chunk_tokens,
+        aligns_tokens=config.objective.aligns_tokens,
         context_parallel_size=parallel.context_parallel_size,
     )
 
@@ -372,6 +377,11 @@ def recomputed_bytes(
     return max((part.of(pack, parallel.context_parallel_size) for part in set(again)), default=0.0)
 
 
+def student_rows(pack: PackShape) -> int:
+    """Most tokens of chosen answers behind the long context on any one context-parallel rank, or somewhat more."""
+    return min(pack.response_rows, sum(triplet["chosen"] for triplet in pack.triplets))
+
+
 def logits_bytes(architecture: ModelShape, config: Config, pack: PackShape) -> float:
     """Bytes of the fp32 logits of one chunk of response rows. No more of them exist at a time."""
     tp = config.parallel.tensor_model_parallel_size
@@ -413,7 +423,10 @@ def working_bytes(
     layer += tokens * 2 * boundary + max(tokens * gradients, _gathering_bytes(a, config, pack, local=local))
     if not any(chunk.has_head for chunk in chunks):
         return layer
-    # The forward of WPO's weights has two copies in fp32, and no gradient.
-    copies = 2.0 if config.objective.use_weighting else 1.0 if e == _FP32 else (_FP32 + e) / _FP32
-    logits = logits_bytes(a, config, pack) * copies
+    logits = logits_bytes(a, config, pack)
+    backward = logits * (1 if e == _FP32 else (_FP32 + e) / _FP32)
+    # The forward of WPO's weights has another copy in fp32. A divergence has the students, their teachers and a copy.
+    rows = min(pack.response_rows, config.logprob.chunk_tokens)
+    students = min(student_rows(pack), rows) / max(rows, 1) if config.objective.aligns_tokens else 0.0
+    logits = max(backward, logits * (1 + max(float(config.objective.use_weighting), 3 * students)))
     return max(layer, logits + 2 * tokens * boundary)

@@ -269,9 +269,11 @@ def _build_microbatch(config: Config, pack: PackShape, groups: Topology) -> Micr
     ]
     multiples = groups.sequence_multiple, groups.pack_multiple(config.model)
     built = build_pack(rows, config.objective.roles.all, *multiples, share_prompts=config.data.share_prompts)
-    whole = shard_pack(built, groups)
+    whole = shard_pack(built, groups, aligns_tokens=config.objective.aligns_tokens)
     assert whole.packing.segments is not None
     packing = replace(whole.packing, segments=whole.packing.segments.moved(lambda tensor: tensor.to(_META)))
+    if packing.alignment is not None:
+        packing = replace(packing, alignment=packing.alignment.to(_META))
     return replace(whole, tokens_1t=whole.tokens_1t.to(_META), packing=packing)
 
 

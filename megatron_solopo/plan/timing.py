@@ -38,6 +38,7 @@ from megatron_solopo.plan.activations import (
     gathers_keys,
     routed_tokens,
     sequence_shards,
+    student_rows,
     uses_local_layers,
 )
 from megatron_solopo.plan.memory import RankState
@@ -347,12 +348,15 @@ class StepTimer:
     def head(self, pack: PackShape, *, is_forward: bool) -> PackSeconds:
         """The output layer's pass over the response rows of the context-parallel rank that has most of them."""
         a, tp = self.architecture, self.config.parallel.tensor_model_parallel_size
-        flops = 2.0 * a.hidden_size * padded_vocab_size(a.vocab_size, tp) / tp * pack.response_rows
+        flops = 2.0 * a.hidden_size * padded_vocab_size(a.vocab_size, tp) / tp
         seconds = flops / (self.gpu.bf16_tflops * 1e12 * self.efficiency.head)
+        # The teachers of a divergence are projected too.
+        projected = pack.response_rows + (student_rows(pack) if self.config.objective.aligns_tokens else 0)
         if is_forward:
-            return PackSeconds(head=seconds)
-        products = (1 if self.config.lora else 2) + (pack.response_rows > self.config.logprob.chunk_tokens)
-        return PackSeconds(head=seconds * products)
+            return PackSeconds(head=seconds * projected)
+        products = 1 if self.config.lora else 2
+        again = projected if pack.response_rows > self.config.logprob.chunk_tokens else 0
+        return PackSeconds(head=seconds * (products * pack.response_rows + again))
 
     def _memory_bytes(self, tokens: float) -> float:
         """Bytes that the memory-bound kernels of a layer read and write: norms, residuals, rotation, SwiGLU."""

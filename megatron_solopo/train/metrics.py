@@ -41,7 +41,7 @@ def training_flops(architecture: Architecture, packs: Sequence[Pack], *, base_le
     """
     tokens = sum(pack.num_tokens for pack in packs)
     squares = sum(pack.squares for pack in packs)
-    responses = sum(int(pack.response_lengths_S.sum()) for pack in packs)
+    responses = sum(len(pack.response_rows_N) for pack in packs)
     return forward_flops(architecture, tokens, squares, responses).of_training(base_learns=base_learns)
 
 

@@ -378,6 +378,7 @@ def set_trainable(
     """
     for chunk in chunks:
         chunk.with_squares = config.objective.use_weighting
+        chunk.aligns_tokens = config.objective.aligns_tokens
     if config.lora is None:
         freeze_routers(chunks, config.moe)
     else:

@@ -14,7 +14,7 @@ from itertools import tee
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from megatron_solopo.config import ObjectiveConfig, Role
@@ -65,8 +65,16 @@ def run_schedule(
     settings = get_model_config(chunks[0])
     has_experts = settings.num_moe_experts is not None
     watches_routers = has_experts and (not forward_only or settings.moe_enable_routing_replay)
+    aligns_tokens = get_attr_wrapped_model(chunks[0], "aligns_tokens")
     microbatches: Iterable[Microbatch] = (
-        shard_pack(pack, topology, with_places=watches_routers, is_trained=not forward_only) for pack in packs
+        shard_pack(
+            pack,
+            topology,
+            with_places=watches_routers,
+            is_trained=not forward_only,
+            aligns_tokens=aligns_tokens,
+        )
+        for pack in packs
     )
     if not forward_only:  # a pass over a data set has many packs, so each moves to the device when its turn comes
         microbatches = list(microbatches)
@@ -144,14 +152,14 @@ def objective_loss(
 
     def loss(microbatch: Microbatch, head_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pack = microbatch.pack
-        token_logprobs_N, *squares_N = head_output.unbind() if objective.use_weighting else (head_output,)
+        token_logprobs_N, *others_N = head_output.unbind() if head_output.dim() > 1 else (head_output,)
         values = [token_logprobs_N]
         if objective.ld_alpha is not None:
             values.append(token_logprobs_N.where(microbatch.verbose_N, 0))
-        sums = microbatch.sequence_sums(torch.stack([*values, *squares_N]), topology.context_group)
+        sums = microbatch.sequence_sums(torch.stack([*values, *others_N]), topology.context_group)
         logps, *others = (_by_role(_per_triplet(sums_S, pack), pack.roles) for sums_S in sums)
         further: dict[FurtherSum, dict[Role, Tensor]] = dict(zip(further_sums(objective), others, strict=True))
-        lengths_TR = _per_triplet(microbatch.response_lengths_S, pack)
+        lengths_TR = _per_triplet(microbatch.counted_lengths_S, pack)
         reference = None
         if objective.needs_reference:
             assert references is not None

@@ -11,8 +11,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_solopo.config import Context
+from megatron_solopo.data.messages import Content
 from megatron_solopo.data.row_files import open_as_lines
-from megatron_solopo.data.rows import Content
 from megatron_solopo.data.template_arguments import TemplateArguments, check_kwargs, check_tools
 from megatron_solopo.errors import UserError, first_problem
 

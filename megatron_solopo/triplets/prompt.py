@@ -9,9 +9,9 @@ from pathlib import Path
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megatron_solopo.data.messages import Content
 from megatron_solopo.data.rendering import render_prompt, render_response
 from megatron_solopo.data.row_files import read_text_file
-from megatron_solopo.data.rows import Content
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
 from megatron_solopo.data.tokenizer import Tokenizer, raised_in_template

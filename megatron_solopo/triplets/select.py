@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_solopo.config import Context
+from megatron_solopo.data.messages import Content
 from megatron_solopo.data.rendering import check_arguments, check_template, template_of
 from megatron_solopo.data.row_files import check_plain_lines
-from megatron_solopo.data.rows import Content
 from megatron_solopo.data.template_arguments import KWARGS_FIELD
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError

@@ -35,6 +35,12 @@ TWO_CPUS = Surroundings(2, 2, uses_transformer_engine=False)
         (["objective.name=long_po", "objective.alpha=2"], TWO_CPUS, "objective.alpha=2 (objective.name=long_po aligns"),
         (["objective.name=long_po", "moe.replay=short"], TWO_CPUS, "moe.replay=short (objective.name=long_po aligns"),
         (["objective.huber_delta=2"], TWO_CPUS, "objective.huber_delta=2 (objective.distance=l1)"),
+        (["objective.token_alignment_weight=2"], TWO_CPUS, "weight=2 (objective.token_alignment=null)"),
+        (
+            ["objective.name=long_po", "objective.token_alignment=reverse_kl"],
+            TWO_CPUS,
+            "token_alignment=reverse_kl (objective.name=long_po aligns nothing)",
+        ),
         (["objective.gamma=1"], TWO_CPUS, "objective.gamma=1 (objective.loss_type=dpo)"),
         (["objective.orpo_lambda=2"], TWO_CPUS, "objective.orpo_lambda=2 (objective.loss_type=dpo)"),
         (["objective.loss_type=simpo", "reference.cache=x"], TWO_CPUS, "reference.cache=x (objective.loss_type=simpo"),

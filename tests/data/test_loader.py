@@ -241,6 +241,31 @@ def test_a_selected_table_is_read_through_its_selection():
         assert row.prompts["long"].tolist() == original.prompts["long"].tolist()
 
 
+def test_masks_reach_the_packs_and_the_lengths():
+    generator = np.random.default_rng(7)
+    masks = {
+        f"{name}_mask": [
+            (generator.random(len(tokens)) < 0.5) | (np.arange(len(tokens)) == 0) for tokens in TABLE[name]
+        ]
+        for name in ("chosen", "rejected")
+    }
+    table = TABLE
+    for column, values in masks.items():
+        feature = datasets.List(datasets.Value("bool"))
+        table = table.add_column(column, [value.tolist() for value in values], feature=feature)
+    table = table.select(range(40, 0, -1))
+    dataset = TripletDataset(table, COLUMNS, TINY)
+    assert dataset.counted_lengths("chosen").tolist() == [masks["chosen_mask"][row].sum() for row in range(40, 0, -1)]
+    for pack in loader(table).next_batch().packs:
+        counts = pack.counted_lengths_S.reshape(pack.num_triplets, 3).tolist()
+        labels = pack.response_labels_N.split(pack.counted_lengths_S.tolist())
+        for triplet, row in enumerate(40 - pack.triplet_indices):
+            kept = {name: masks[f"{name}_mask"][row] for name in ("chosen", "rejected")}
+            chosen, rejected = (int(kept[name].sum()) for name in ("chosen", "rejected"))
+            assert counts[triplet] == [chosen, rejected, chosen]
+            assert labels[3 * triplet + 1].tolist() == np.array(TABLE[int(row)]["rejected"])[kept["rejected"]].tolist()
+
+
 def test_sizes_equal_the_packs_built_from_them():
     sizes = TripletDataset(TABLE, COLUMNS, TINY).sizes(LONG_PO, 8, share_prompts=False)
     for batch in sequential(roles=LONG_PO, sequence_multiple=8, max_triplets_per_pack=1):

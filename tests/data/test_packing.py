@@ -25,12 +25,22 @@ def triplet(index, short, long, chosen, rejected, start=1):
     )
 
 
+def with_masks(rows):
+    """The same, but only every third token of chosen answers counts, and all of a rejected one by its mask."""
+    for row in rows:
+        row.masks["chosen"] = np.arange(len(row.responses["chosen"])) % 3 == 0
+        if row.index % 2:
+            row.masks["rejected"] = np.ones(len(row.responses["rejected"]), bool)
+    return rows
+
+
 def triplets_of(lengths):
     starts = np.concatenate([[1], 1 + np.cumsum([sum(row) for row in lengths])])
     return [triplet(10 + i, *row, start=int(starts[i])) for i, row in enumerate(lengths)]
 
 
-COLUMNS = ("tokens", "positions", "runs", "boundaries", "lengths", "blocks", "responses", "rows", "labels", "sequences")
+COLUMNS = ("tokens", "positions", "runs", "boundaries", "lengths", "blocks", "responses", "counted", "rows", "labels",
+           "sequences")  # fmt: skip
 
 
 def naive_pack(rows, roles, multiple, share_prompts):
@@ -57,15 +67,18 @@ def naive_pack(rows, roles, multiple, share_prompts):
                 prompt_end = len(expected["tokens"]) - 1
             predictor = prompt_end
             response = row.responses[role.response].tolist()
+            counts = row.masks.get(role.response, [True] * len(response))
             for position, token in enumerate(response, start=len(prompt)):
-                expected["rows"].append(predictor)
-                expected["labels"].append(token)
-                expected["sequences"].append(len(expected["lengths"]))
+                if counts[position - len(prompt)]:
+                    expected["rows"].append(predictor)
+                    expected["labels"].append(token)
+                    expected["sequences"].append(len(expected["lengths"]))
                 append(token, position, num_blocks + len(expected["lengths"]))
                 predictor = len(expected["tokens"]) - 1
             expected["blocks"].append(len(expected["boundaries"]) - 1)
             expected["lengths"].append(len(prompt) + len(response))
             expected["responses"].append(len(response))
+            expected["counted"].append(sum(counts))
     while len(expected["tokens"]) % multiple:
         append(PAD_TOKEN, expected["positions"][-1] + 1, expected["runs"][-1])
     expected["boundaries"].append(len(expected["tokens"]))
@@ -84,6 +97,7 @@ def assert_equals_naive(rows, roles, multiple, share_prompts):
     assert pack.cu_seqlens_B1.tolist() == expected["boundaries"]
     assert pack.sequence_lengths_S.tolist() == expected["lengths"]
     assert pack.response_lengths_S.tolist() == expected["responses"]
+    assert pack.counted_lengths_S.tolist() == expected["counted"]
     assert pack.response_rows_N.tolist() == expected["rows"]
     assert pack.response_labels_N.tolist() == expected["labels"]
     assert pack.response_sequences_N.tolist() == expected["sequences"]
@@ -114,6 +128,7 @@ def attended_pairs(expected):
 def test_awkward_lengths(roles, multiple, share_prompts):
     rows = triplets_of([(3, 47, 31, 1), (31, 123, 1, 3), (1, 1, 1, 1)])
     assert_equals_naive(rows, roles, multiple, share_prompts)
+    assert_equals_naive(with_masks(rows), roles, multiple, share_prompts)
 
 
 @settings(max_examples=100, deadline=None)
@@ -149,5 +164,6 @@ def test_types_are_what_kernels_and_indexing_want():
     pack = build_pack(triplets_of([(3, 10, 2, 4)]), SOLOPO, 4, share_prompts=False)
     assert pack.cu_seqlens_B1.dtype == torch.int32
     for tensor in (pack.tokens_T, pack.response_rows_N, pack.response_labels_N, pack.response_sequences_N,
-                   pack.sequence_lengths_S, pack.response_lengths_S, pack.triplet_indices):  # fmt: skip
+                   pack.sequence_lengths_S, pack.response_lengths_S, pack.counted_lengths_S,
+                   pack.predictors_L, pack.triplet_indices):  # fmt: skip
         assert tensor.dtype == torch.int64

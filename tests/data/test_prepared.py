@@ -66,10 +66,18 @@ def test_the_fingerprint_tells_every_id_token_and_split(tmp_path, triplets, hugg
         fingerprint(with_row(prompt_long=[*rows[5]["prompt_long"][:-1], 0])),
         fingerprint(with_row(**moved)),
         fingerprint(rows[::-1]),
+        fingerprint([with_masks(row, 0) for row in rows]),
+        fingerprint([with_masks(row, 1) for row in rows]),
         fingerprint(rows[:-2], rows[-2:]),
         fingerprint(rows[2:], rows[:2]),
     ]
     assert len({first, *others}) == 1 + len(others)
+
+
+def with_masks(row, place):
+    masks = {f"{name}_mask": [True] * len(row[name]) for name in ("chosen", "rejected")}
+    masks["chosen_mask"][place] = False
+    return row | masks
 
 
 def spoil_manifest(out, **changes):

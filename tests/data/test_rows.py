@@ -17,6 +17,21 @@ def assistant(content):
     return {"role": "assistant", "content": content}
 
 
+def tool(content):
+    return {"role": "tool", "content": content}
+
+
+PART = {"type": "text", "text": "yes"}
+
+
+def call(name, arguments=None):
+    return {"type": "function", "function": {"name": name, "arguments": {} if arguments is None else arguments}}
+
+
+def calling(*calls):
+    return {"role": "assistant", "content": None, "tool_calls": list(calls)}
+
+
 def triplet(row_id, **changes):
     row = {"id": row_id, "prompt_short": "s", "prompt_long": "l l", "chosen": "yes", "rejected": "no"} | changes
     return {key: value for key, value in row.items() if value is not ...}
@@ -104,7 +119,11 @@ def test_a_pair_without_id_is_known_by_its_line(tmp_path):
         (triplet("c", chosen="\ud800"), "chosen", "holds a lone surrogate at character 1, which is not Unicode text"),
         (triplet("c", chosen=[assistant("y")]), "chosen", "is messages, but prompt_short is text"),
         (pair(), "", "is a pair, but line 1 is a triplet; one file holds one kind"),
-        (chat_triplet("c", prompt_short=[]), "prompt_short", "expected messages that end with a user message"),
+        (
+            chat_triplet("c", prompt_short=[]),
+            "prompt_short",
+            "expected messages that end with a user or a tool",
+        ),
         (
             chat_triplet("c", prompt_short=[user("s"), assistant("y")]),
             "prompt_short",
@@ -113,25 +132,40 @@ def test_a_pair_without_id_is_known_by_its_line(tmp_path):
         (chat_triplet("c", prompt_short=[user(" ")]), "prompt_short", "message 0: content is blank"),
         (chat_triplet("c", prompt_short=["s"]), "prompt_short", "message 0: expected an object with role and content"),
         (chat_triplet("c", prompt_short=[user(3)]), "prompt_short", "message 0: content: expected a string, got a num"),
-        (chat_triplet("c", chosen=[]), "chosen", "expected exactly one assistant message, got roles []"),
+        (chat_triplet("c", chosen=[]), "chosen", "expected one assistant message, or several with tool and user"),
         (chat_triplet("c", chosen=[user("y")]), "chosen", "got roles ['user']"),
-        (
-            chat_triplet("c", chosen=[assistant("a"), assistant("b")]),
-            "chosen",
-            "expected exactly one assistant message",
-        ),
+        (chat_triplet("c", chosen=[assistant("a"), tool("b")]), "chosen", "got roles ['assistant', 'tool']"),
         (chat_triplet("c", chosen=[assistant("")]), "chosen", "message 0: content is empty"),
         (chat_triplet("c", chosen=[assistant("no")]), "rejected", "is the same as chosen"),
         (
             chat_triplet("c", chosen=[{"role": "bot", "content": "y"}]),
             "chosen",
-            "message 0: role 'bot'; legal: system, user, assistant",
+            "message 0: role 'bot'; legal: system, user, assistant, tool",
         ),
         (
-            chat_triplet("c", chosen=[assistant("y") | {"tool_calls": [1]}]),
-            "chosen",
+            chat_triplet("c", prompt_long=[user("y") | {"tool_calls": [call("f")]}]),
+            "prompt_long",
             "message 0: unknown key 'tool_calls'; legal: role, content",
         ),
+        (chat_triplet("c", chosen=[assistant([{"type": "image"}])]), "chosen", "or a list of one part"),
+        (chat_triplet("c", chosen=[assistant([PART, PART])]), "chosen", "message 0: content: expected a string, or"),
+        (chat_triplet("c", chosen=[calling(1)]), "chosen", "message 0: tool_calls: expected objects such as"),
+        (
+            chat_triplet("c", chosen=[calling(call("f") | {"result": 1})]),
+            "chosen",
+            "message 0: tool_calls: unknown key 'result'; legal: id, type, function: name, arguments",
+        ),
+        (
+            chat_triplet("c", chosen=[calling(call("f", arguments="{"))]),
+            "chosen",
+            "tool_calls: arguments are text that is not valid JSON",
+        ),
+        (
+            chat_triplet("c", chosen=[calling(call("f", arguments="[1]"))]),
+            "chosen",
+            "arguments: expected an object, or the JSON text of one, got a list",
+        ),
+        (chat_triplet("c", chosen=[assistant(None)]), "chosen", "message 0: content: expected a string, got null"),
         (["a"], "", "expected a JSON object, got a list"),
         (b'{"id": "c", ', "", "not valid JSON: Expecting property name enclosed in double quotes at column 13"),
         (b'{"id": "\xff"}', "", "not UTF-8: byte 0xff at position 9"),
@@ -194,6 +228,12 @@ def test_parquet_messages(tmp_path):
     report = validate_file(tmp_path / "data.parquet")
     assert (report.rows, report.kind, report.forms, report.errors) == (2, "triplet", ("messages",), [])
     assert next(read_rows(tmp_path / "data.parquet")).contents["chosen"] == [assistant("yes")]
+
+
+def test_a_content_of_one_part_is_its_text(tmp_path):
+    part = PART | {"image_url": None}
+    rows = list(read_rows(write_jsonl(tmp_path / "data.jsonl", [chat_triplet("a", chosen=[assistant([part])])])))
+    assert rows[0].errors == [] and rows[0].contents["chosen"] == [assistant("yes")]
 
 
 def test_parquet_bad_rows_beyond_one_batch(tmp_path):
@@ -268,3 +308,88 @@ def test_parquet_gives_tools_without_the_keys_that_other_rows_have(tmp_path):
 )
 def test_illegal_arguments_of_a_row(tmp_path, fields, reason):
     assert reason in str(validate_file(write_jsonl(tmp_path / "data.jsonl", [triplet("a") | fields])))
+
+
+QUESTION, OTHER = [{"role": "system", "content": "Be brief."}, user("q")], [user("p")]
+SEARCH = [calling(call("search", '{"for": "q"}')), tool("found")]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen"),
+    [
+        # TRL without an explicit prompt, also with a response of several turns.
+        ({"chosen": [*QUESTION, assistant("y")], "rejected": [*QUESTION, assistant("n")]}, QUESTION, 1),
+        (
+            {"chosen": [*QUESTION, *SEARCH, assistant("y")], "rejected": [*QUESTION, assistant("n")]},
+            QUESTION,
+            3,
+        ),
+        (
+            {"chosen": [*QUESTION, *SEARCH, assistant("y")], "rejected": [*QUESTION, *SEARCH, assistant("n")]},
+            QUESTION + SEARCH,
+            1,
+        ),
+        # UltraFeedback: the prompt is the question's text, and other columns come with it.
+        (
+            {
+                "prompt": "p",
+                "prompt_id": "7",
+                "chosen": [*OTHER, assistant("y")],
+                "rejected": [*OTHER, assistant("n")],
+                "messages": [*OTHER, assistant("y")],
+                "score_chosen": 8.5,
+                "score_rejected": None,
+            },
+            OTHER,
+            1,
+        ),
+        # A prompt of messages that both conversations repeat, and one that they do not.
+        (
+            {"prompt": QUESTION, "chosen": [*QUESTION, assistant("y")], "rejected": [*QUESTION, assistant("n")]},
+            QUESTION,
+            1,
+        ),
+        ({"prompt": QUESTION, "chosen": [assistant("y")], "rejected": [assistant("n")]}, QUESTION, 1),
+    ],
+)
+def test_answers_that_are_whole_conversations(tmp_path, row, prompt, chosen):
+    path = write_jsonl(tmp_path / "data.jsonl", [row])
+    pq.write_table(pa.Table.from_pylist([row, row]), tmp_path / "data.parquet")
+    for file in (path, tmp_path / "data.parquet"):
+        report = validate_file(file)
+        assert (report.kind, report.forms, report.errors) == ("pair", ("messages",), [])
+        read = next(read_rows(file))
+        assert read.contents["prompt"] == prompt
+        assert [len(read.contents[name]) for name in ("chosen", "rejected")] == [chosen, 1]
+        assert read.contents["rejected"] == [assistant("n")]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"chosen": [*OTHER, assistant("y")], "rejected": [*QUESTION, assistant("n")]},
+            "is missing, and chosen and rejected do not begin with the same user or tool message",
+        ),
+        (
+            {"prompt": "q", "chosen": [*OTHER, assistant("y")], "rejected": [*OTHER, assistant("n")]},
+            "is not the text of a message with which both chosen and rejected begin",
+        ),
+        (
+            {"prompt": QUESTION, "chosen": [*OTHER, assistant("y")], "rejected": [*QUESTION, assistant("n")]},
+            "is not what chosen and rejected begin with",
+        ),
+        ({"id": "x", "chosen": "p yes", "rejected": "p no"}, "write it into its own field, as trl.extract_prompt does"),
+    ],
+)
+def test_conversations_that_do_not_tell_their_prompt(tmp_path, row, reason):
+    (error,) = errors_of(tmp_path, [row])
+    assert error.field == "prompt" and reason in error.reason
+
+
+def test_prompts_are_those_that_trl_extracts(tmp_path):
+    trl = pytest.importorskip("trl")
+    row = {"chosen": [*QUESTION, assistant("a"), *OTHER, assistant("y")]}
+    row["rejected"] = [*row["chosen"][:-1], assistant("n")]
+    (read,) = read_rows(write_jsonl(tmp_path / "data.jsonl", [row]))
+    assert read.contents == trl.extract_prompt(row)

@@ -63,7 +63,7 @@ def test_every_key_of_the_objective_has_a_flag_that_sets_it() -> None:
     given = {
         "objective": "solopo", "loss-type": "robust", "beta": "0.3", "gamma": "0.7", "orpo-lambda": "2",
         "label-smoothing": "0.2", "nll-coefficient": "0.1", "alpha": "1.5", "align": "both", "distance": "huber",
-        "huber-delta": "0.5", "ld-alpha": "0.4",
+        "huber-delta": "0.5", "ld-alpha": "0.4", "token-alignment": "reverse_kl", "token-alignment-weight": "0.5",
     }  # fmt: skip
     words = [word for name, value in given.items() for word in (f"--solopo-{name}", value)]
     objective = config_from_args(parse(*words, "--solopo-detach-short", "--solopo-use-weighting")).objective

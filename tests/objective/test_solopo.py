@@ -266,10 +266,26 @@ def _pair_loss_of(leaves, lengths, references, settings):
     return compute_objective(config, leaves, lengths, references).loss_T
 
 
+def test_the_term_per_token_is_a_mean_over_the_chosen_answer():
+    logps, lengths, references = random_batch()
+    divergence_T = torch.arange(1.0, T + 1, dtype=torch.float64, requires_grad=True)
+    zeros = dict.fromkeys(ROLES, torch.zeros(T, dtype=torch.float64))
+    further = {"divergences": zeros | {"long_chosen": divergence_T}}
+    config = ObjectiveConfig(token_alignment="reverse_kl", token_alignment_weight=0.7)
+    found = compute_objective(config, logps, lengths, references, further)
+    found.loss_T.sum().backward()
+    without = compute_objective(ObjectiveConfig(), logps, lengths, references)
+    expected_T = divergence_T.detach() / lengths["long_chosen"]
+    torch.testing.assert_close(found.metrics["token_alignment/kl"], expected_T)
+    torch.testing.assert_close(found.loss_T, without.loss_T + 0.7 * expected_T)
+    torch.testing.assert_close(divergence_T.grad, 0.7 / lengths["long_chosen"].double())
+    assert not ObjectiveConfig(name="long_po", token_alignment="reverse_kl").aligns_tokens
+
+
 def test_what_an_objective_sums_besides_log_probabilities():
     assert further_sums(ObjectiveConfig()) == ()
-    both = ObjectiveConfig(ld_alpha=0.0, use_weighting=True)
-    assert further_sums(both) == ("verbose_logps", "log_squares")
+    both = ObjectiveConfig(ld_alpha=0.0, use_weighting=True, token_alignment="reverse_kl")
+    assert further_sums(both) == ("verbose_logps", "log_squares", "divergences")
     assert "wpo_weights" in metric_names(both) and "wpo_weights" not in metric_names(ObjectiveConfig())
 
 

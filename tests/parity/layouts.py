@@ -248,6 +248,7 @@ def tokenized(row: Row, index: int) -> TokenizedTriplet:
         index=index,
         prompts={context: np.array(row[f"prompt_{context}"]) for context in ("short", "long")},
         responses={answer: np.array(row[answer]) for answer in ("chosen", "rejected")},
+        masks={answer: np.array(row[f"{answer}_mask"]) for answer in ("chosen", "rejected") if f"{answer}_mask" in row},
     )
 
 

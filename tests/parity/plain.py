@@ -18,7 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
-Row = Mapping[str, Any]  # id, prompt_short, prompt_long, chosen, rejected: token ids
+Row = Mapping[str, Any]
+"""id; prompt_short, prompt_long, chosen, rejected: token ids. A row may have chosen_mask and rejected_mask: whether
+each token counts."""
 
 
 @dataclass
@@ -37,6 +39,12 @@ class PlainStep:
 def load(path: Path) -> torch.nn.Module:
     """A model that scores, in float32."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+
+
+def counted(row: Row, answer: str) -> list[int]:
+    """The places in a response of the tokens that count."""
+    mask = row.get(f"{answer}_mask", [True] * len(row[answer]))
+    return [place for place, counts in enumerate(mask) if counts]
 
 
 def predictions(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
@@ -172,7 +180,7 @@ def routing_metrics(
     A shared prompt counts once: with the chosen response.
     """
 
-    def counted(row: Row, context: str, answer: str) -> slice:
+    def counted_once(row: Row, context: str, answer: str) -> slice:
         return slice(len(row[f"prompt_{context}"]) if share_prompts and answer == "rejected" else 0, None)
 
     layers = range(len(next(iter(batch[0].values()))))
@@ -180,7 +188,7 @@ def routing_metrics(
     for layer in layers:
         everything = torch.cat(
             [
-                logits[layer].detach()[counted(row, *key)]
+                logits[layer].detach()[counted_once(row, *key)]
                 for row, logits_of in zip(rows, batch, strict=True)
                 for key, logits in logits_of.items()
             ]
@@ -202,7 +210,7 @@ def routing_metrics(
                         len(set(one) & set(other)) for one, other in zip(short.tolist(), long.tolist(), strict=True)
                     )
                     pairs += topk * len(short)
-            chosen += [each[counted(row, *key)] for key, each in experts.items()]
+            chosen += [each[counted_once(row, *key)] for key, each in experts.items()]
         counts = torch.cat(chosen).flatten().bincount(minlength=everything.shape[1]).double()
         loads.append(float(counts.max() / counts.mean()))
     return {
@@ -284,27 +292,27 @@ def triplet_loss(
     beta = o["beta"]
     kept: list[Replayed | None] = [{}, {}] if replay else [None, None]
 
-    shorter = min(len(row["chosen"]), len(row["rejected"]))
+    shorter = min(len(counted(row, answer)) for answer in ("chosen", "rejected"))
     verbose = 1.0 if o.get("ld_alpha") is None else o["ld_alpha"]
 
-    def score(context: str, answer: str) -> tuple[Tensor, Tensor, Tensor]:
-        prompt, response = row[f"prompt_{context}"], row[answer]
+    def score(context: str, answer: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        prompt, response, places = row[f"prompt_{context}"], row[answer], counted(row, answer)
         with replaying(model, row, context, answer, kept[0]):
-            predicted = predictions(model, prompt, response)
-            logps = of_tokens(predicted, response)
+            predicted = predictions(model, prompt, response)[places]
+            logps = of_tokens(predicted, [response[place] for place in places])
         with torch.no_grad(), replaying(reference, row, context, answer, kept[1]):
             reference_prompt = row[f"prompt_{reference_context or context}"]
-            reference_logps = of_tokens(predictions(reference, reference_prompt, response), response)
+            reference_logps = of_tokens(predictions(reference, reference_prompt, response), response)[places]
         logp, reference_logp = (
             each[:shorter].sum() + verbose * each[shorter:].sum() for each in (logps, reference_logps)
         )
         confidence = logps - predicted.exp().square().sum(dim=-1).log()
-        reward = _reward(o["loss_type"], beta, logp, len(response), reference_logp)
-        return reward, -logps.mean(), confidence.mean().exp().detach()
+        reward = _reward(o["loss_type"], beta, logp, len(places), reference_logp)
+        return reward, -logps.mean(), confidence.mean().exp().detach(), predicted
 
     context = "long" if o["name"] == "long_po" else "short"
-    chosen, nll, chosen_weight = score(context, "chosen")
-    rejected, _, rejected_weight = score(context, "rejected")
+    chosen, nll, chosen_weight, teacher = score(context, "chosen")
+    rejected, _, rejected_weight, _ = score(context, "rejected")
     loss = _pair_loss(o, chosen, rejected, nll)
     if o.get("use_weighting"):
         loss = loss * chosen_weight * rejected_weight
@@ -317,7 +325,11 @@ def triplet_loss(
             answers["rejected"] = rejected
         for answer, short in answers.items():
             short = short.detach() if o.get("detach_short") else short
-            loss = loss + alpha * _distance(o, short - score("long", answer)[0])
+            long, _, _, student = score("long", answer)
+            loss = loss + alpha * _distance(o, short - long)
+            if o.get("token_alignment") and answer == "chosen":
+                divergence = F.kl_div(teacher.detach(), student, reduction="none", log_target=True).sum(dim=-1)
+                loss = loss + o.get("token_alignment_weight", 1.0) * divergence.mean()
     return loss
 
 

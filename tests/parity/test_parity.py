@@ -64,6 +64,14 @@ WEIGHTED = {
     "use_weighting": True,
     "nll_coefficient": 0.2,
 }
+# A term per token beside the alignment of rewards.
+TOKENS = {
+    "name": "solopo",
+    "loss_type": "simpo",
+    "beta": 2.0,
+    "token_alignment": "reverse_kl",
+    "token_alignment_weight": 3.0,
+}
 PLAIN_DPO = [{"name": name, "loss_type": "dpo", "beta": 0.1} for name in ("short_po", "long_po")]
 OBJECTIVES: list[dict[str, Any]] = [
     {"name": "solopo", "loss_type": "dpo", "beta": 0.1},
@@ -148,6 +156,10 @@ LAYOUTS: dict[int, list[Layout]] = {
 # With `align: chosen`, the short prompt is shared and the long one is not.
 ALIGN_CHOSEN = ("tp2-sp", "pp2-vpp2", "cp2", "cp4", "tp2-cp2", "cp4-lonely", "tp2-cp2-lonely")
 WITH_WEIGHTS = ("packed", "chunked-head", "tp2-chunked-recompute", "pp2", "cp2", "tp2-cp2")
+WITH_TOKENS = (
+    *("packed", "unpacked", "chunked-head", "tp2-sp", "tp2-chunked-recompute", "pp2", "cp2"),
+    *("tp2-cp2", "cp4-lonely", "pp2-cp2"),
+)
 WITH_LONGPO = ("packed", "cp2", "pp2", "tp2-dp2")
 TRAINED = {"router_trainable": True}
 REPLAYED = {"replay": "short"}
@@ -274,6 +286,8 @@ def dense_cases(world_size: int) -> list[Case]:
     found += [Case("qwen2", LONGPO, layout, **behind_short) for layout in layouts if layout.name in WITH_LONGPO]
     found += [Case("qwen2", OBJECTIVES[0], shared(layout)) for layout in layouts if layout.name in ALIGN_CHOSEN]
     found += [Case("qwen2", WEIGHTED, layout) for layout in layouts if layout.name in WITH_WEIGHTS]
+    found += [Case("qwen2_tied", TOKENS, layout) for layout in layouts if layout.name in WITH_TOKENS]
+    found += [Case("qwen2", TOKENS | {"align": "both"}, unshared(layouts[0]))] if world_size == 1 else []
     # Norms of queries and keys: with and without sequence parallelism, whole heads and split groups.
     found += [Case("qwen3", DPO_BOTH, layout) for layout in layouts if layout.name.startswith("tp")][:2]
     if world_size == 1:
@@ -294,7 +308,7 @@ ALL_CASES = [marked(world_size, world_size, case) for world_size in LAYOUTS for 
 
 
 def make_rows(count: int, seed: int) -> list[Row]:
-    """Triplets of odd lengths.
+    """Triplets of odd lengths. Some tokens of every other row's answers do not count, as those of tools do not.
 
     The first one's answers are a single token, and its prompts end where context-parallel rank 0
     holds that token's predictor, for 2 and for 4 ranks: the others hold no response token of it.
@@ -305,7 +319,7 @@ def make_rows(count: int, seed: int) -> list[Row]:
     def tokens(length: int) -> list[int]:
         return [generator.randrange(VOCAB_SIZE) for _ in range(length)]
 
-    def row(number: int, short: int, long: int, chosen: int, rejected: int) -> Row:
+    def row(number: int, short: int, long: int, chosen: int, rejected: int) -> dict[str, Any]:
         return {
             "id": f"{seed}-{number}",
             "prompt_short": tokens(short),
@@ -314,9 +328,18 @@ def make_rows(count: int, seed: int) -> list[Row]:
             "rejected": tokens(rejected),
         }
 
+    masks = random.Random(seed)
+
+    def counted(length: int) -> list[bool]:
+        mask = [masks.random() < 0.6 for _ in range(length)]
+        return mask if any(mask) else [True] * length
+
     between = generator.randint
     others = [row(n, between(1, 11), between(13, 47), between(2, 9), between(2, 9)) for n in range(1, count - 1)]
-    return [row(0, 1, 15, 1, 1), *others, row(count - 1, 7, 11, 23, 14)]
+    found = [row(0, 1, 15, 1, 1), *others, row(count - 1, 7, 11, 23, 14)]
+    for each in found[1::2]:
+        each |= {f"{answer}_mask": counted(len(each[answer])) for answer in ("chosen", "rejected")}
+    return found
 
 
 BATCHES = [make_rows(NUM_TRIPLETS, seed=0), make_rows(NUM_TRIPLETS, seed=1)]

@@ -44,6 +44,7 @@ class Case:
     distributed_optimizer: bool = True
     moe: Mapping[str, Any] = field(default_factory=dict)
     lora: Mapping[str, Any] | None = None
+    objective: Mapping[str, Any] = field(default_factory=dict)
     chunk_tokens: int = 1024
     share_prompts: bool = True
     idle_experts: int = 0
@@ -61,7 +62,8 @@ class Case:
             chunk_tokens=self.chunk_tokens,
             share_prompts=self.share_prompts,
         )
-        return make_config(models / self.family, {"name": "solopo", "loss_type": "dpo"}, layout)
+        objective = {"name": "solopo", "loss_type": "dpo"} | dict(self.objective)
+        return make_config(models / self.family, objective, layout)
 
 
 @dataclass(frozen=True)

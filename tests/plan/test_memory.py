@@ -40,6 +40,8 @@ ONE = [
     Case("one-block", parallel=FULL | {"recompute_num_layers": 3, "recompute_method": "block"}),
     Case("one-chunks", chunk_tokens=16, family="qwen2_tied"),
     Case("one-qwen3", family="qwen3", model=BF16),
+    Case("one-tokens", objective={"token_alignment": "reverse_kl"}),
+    Case("one-tokens-chunks", objective={"token_alignment": "reverse_kl"}, chunk_tokens=16),
 ]
 TWO = [
     Case("dp2"),

@@ -119,6 +119,15 @@ def test_fp8_speeds_up_matrix_products_alone() -> None:
     assert fp8.gemm < plain.gemm and fp8.attention == pytest.approx(plain.attention, rel=1e-3)
 
 
+def test_a_term_per_token_projects_the_chosen_answers_once_more() -> None:
+    """A third of the rows, in the forward pass and again in the backward pass."""
+    plain, aligned = (
+        estimate(make_planner("llama-3.1-8b", *more, gpus=8)) for more in ([], ["objective.token_alignment=reverse_kl"])
+    )
+    assert aligned.time.compute.head == pytest.approx(plain.time.compute.head * (4 + 2 / 3) / 4)
+    assert aligned.time.compute.gemm == plain.time.compute.gemm
+
+
 def test_adapters_save_the_gradients_of_the_base() -> None:
     """A third of the products of the layers, half of those of the head's backward, and nearly all of the reduction."""
     whole, adapted = (make_planner("llama-3.1-70b", *more, gpus=16) for more in ([], ["lora.rank=16"]))

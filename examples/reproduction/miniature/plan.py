@@ -20,6 +20,7 @@ LORA_RATES = tuple(factor * LEARNING_RATE for factor in (1, 3, 10))
 """Tried on the first seed, with the first loss and the last two methods."""
 LORA_RATE = LORA_RATES[1]
 """The one chosen."""
+TOKEN_WEIGHTS = (1.0, 3.0)
 LORA_LOSS_TYPES = ("simpo", "orpo")
 LORA_METHODS = ("short_po", "long_po", "solopo")
 
@@ -33,6 +34,7 @@ def all_runs() -> list[Run]:
     order += [failures(seed, WEAK, rate) for rate in (HIGH_RATE, LEARNING_RATE) for seed in others]
     order += [failures(first, MIDDLE)] + [failures(seed, strength) for strength in (STRONG, MIDDLE) for seed in others]
     order += [lora_trial(rate) for rate in LORA_RATES] + [lora(seed, LORA_RATE) for seed in SEEDS]
+    order += [tokens(seed) for seed in SEEDS]
     return list(dict.fromkeys(run for part in order for run in part))
 
 
@@ -66,6 +68,12 @@ def failures(seed: int, strength: int, rate: float = LEARNING_RATE) -> Iterator[
         for alpha in MAP_ALPHAS:
             for detached in (False, True):
                 yield Run(strength, seed, "solopo", loss_type, alpha, "chosen", detached, rate)
+
+
+def tokens(seed: int) -> Iterator[Run]:
+    """The divergence per token, alone and beside the alignment of rewards, from the strong base."""
+    for alpha, weight in product((0.0, DEFAULT_ALPHA["simpo"]), TOKEN_WEIGHTS):
+        yield Run(STRONG, seed, "solopo", "simpo", alpha, token_weight=weight)
 
 
 def lora(

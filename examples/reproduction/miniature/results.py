@@ -43,7 +43,8 @@ class Result:
     def is_default(self) -> bool:
         """Trained as the paper has it, or a baseline."""
         run = self.run
-        as_usual = not run.detach_short and run.learning_rate == LEARNING_RATE and run.rank is None
+        as_usual = not run.detach_short and run.learning_rate == LEARNING_RATE
+        as_usual = as_usual and run.rank is None and run.token_weight is None
         return as_usual and run.alpha in (None, DEFAULT_ALPHA.get(run.loss_type))
 
     def warned_at(self) -> int | None:

@@ -44,6 +44,8 @@ class Run:
     learning_rate: float = LEARNING_RATE
     rank: int | None = None
     """Of adapters beside all linear layers; None trains the whole model."""
+    token_weight: float | None = None
+    """Of the divergence per token (`objective.token_alignment`); None has no such term."""
 
     @property
     def name(self) -> str:
@@ -53,7 +55,9 @@ class Run:
         detached = "-detached" if self.detach_short else ""
         rate = "" if self.learning_rate == LEARNING_RATE else f"-lr{self.learning_rate:g}"
         lora = "" if self.rank is None else f"-lora{self.rank}"
-        return f"base{self.strength}-seed{self.seed}-{self.loss_type}-{self.method}{both}{alpha}{detached}{lora}{rate}"
+        tokens = "" if self.token_weight is None else f"-tokens{self.token_weight:g}"
+        objective = f"{self.loss_type}-{self.method}{both}{alpha}{detached}{tokens}"
+        return f"base{self.strength}-seed{self.seed}-{objective}{lora}{rate}"
 
 
 def base_directory(work: Path, strength: int, seed: int) -> Path:
@@ -85,6 +89,8 @@ def make_config(work: Path, run: Run) -> Config:
     """The run's configuration."""
     data = data_directory(work, run.strength, run.seed)
     objective = {"name": run.method, "loss_type": run.loss_type, "align": run.align, "detach_short": run.detach_short}
+    if run.token_weight is not None:
+        objective |= {"token_alignment": "reverse_kl", "token_alignment_weight": run.token_weight}
     return parse_config(
         {
             "run_dir": work / "runs" / run.name,

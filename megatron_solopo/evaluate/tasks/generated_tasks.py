@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_solopo.data.rows import Content
+from megatron_solopo.data.messages import Content
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArguments
 from megatron_solopo.errors import UserError

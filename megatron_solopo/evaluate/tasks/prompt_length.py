@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from megatron_solopo.data.rows import Content
+from megatron_solopo.data.messages import Content
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,129 @@
+"""Train and measure all runs, each as soon as a core is free. What stands in `results/` is not done again."""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from make_model import make_model
+from make_pairs import make_pairs
+from megatron_solopo.errors import UserError
+from megatron_solopo.files import write_json
+from smollm2.measuring import contexts_of, measure
+from smollm2.plan import BASE, FULL, NEEDLES, QUICK, Run, Sizes, groups
+from smollm2.questions import write_questions
+from smollm2.steps import HERE
+from smollm2.training import model_directory, train_run
+
+TRAINING = "training"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A piece of work for one core."""
+
+    run: Run
+    part: str
+    """`training`, or a part of the questions."""
+    function: Callable[[], dict[str, Any]]
+
+
+class Results:
+    """The files of results: `<folder>/<name of a run>.json`, each with a run's training and its parts."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def of(self, run: Run) -> dict[str, Any]:
+        """What is known of a run; empty if nothing is."""
+        path = self._folder / f"{run.name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def add(self, run: Run, part: str, found: dict[str, Any]) -> None:
+        """Write a part."""
+        write_json(self._folder / f"{run.name}.json", {"run": asdict(run)} | self.of(run) | {part: found})
+
+
+def missing_jobs(work: Path, sizes: Sizes, results: Results, runs: list[Run]) -> Iterator[Job]:
+    """Training first, then every run's first part, every run's second part, and so on."""
+    missing = {run: [part for part in run.parts(sizes) if part not in results.of(run)] for run in runs}
+    for run, parts in reversed(missing.items()):  # the longest first
+        is_trained = TRAINING in results.of(run) and (not parts or model_directory(work, run).is_dir())
+        if run.method != BASE and not is_trained:
+            yield Job(run, TRAINING, partial(train_run, work, run, sizes))
+    rows = [(run.parts(sizes).index(part), run, part) for run, parts in missing.items() for part in parts]
+    for _, run, part in sorted(rows, key=lambda row: row[0]):
+        yield Job(run, part, partial(measure, work, sizes, run, part))
+
+
+def finish(jobs: list[Job], results: Results, processes: int) -> None:
+    """Do the jobs; a run is measured after its training. The first error ends it, once the others have ended."""
+    running: dict[Future[dict[str, Any]], Job] = {}
+    with ThreadPoolExecutor(processes) as pool, tqdm(total=len(jobs), unit="job") as bar:
+        while jobs or running:
+            untrained = {job.run for job in [*jobs, *running.values()] if job.part == TRAINING}
+            ready = [job for job in jobs if job.part == TRAINING or job.run not in untrained]
+            for job in ready[: processes - len(running)]:
+                running[pool.submit(job.function)] = job
+                jobs.remove(job)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                results.add(job.run, job.part, future.result())
+                bar.set_postfix_str(f"{job.run.name} {job.part}")
+                bar.update()
+
+
+@click.command(context_settings={"max_content_width": 110})
+@click.option("--work", type=click.Path(path_type=Path), help="Directory to work in. If not given, beside this script.")
+@click.option("--quick", is_flag=True, help="Three triplets and two questions, to see the whole way in minutes.")
+@click.option("--everything", is_flag=True, help="Also learning rates, both answers aligned, ORPO, DPO and adapters.")
+@click.option("--processes", default=2, show_default=True, help="Jobs side by side, a core each.")
+@click.option("--list", "list_only", is_flag=True, help="Name what is missing, and stop.")
+def main(work: Path | None, quick: bool, everything: bool, processes: int, list_only: bool) -> None:
+    """Model, questions, pairs, training, evaluation. Stopped and started again, it goes on.
+
+    Results of finished parts lie in examples/smollm2/results/full, with --quick in WORK/results.
+
+    \b
+    Examples:
+      python examples/smollm2/run_all.py --quick
+      python examples/smollm2/run_all.py
+      python examples/smollm2/run_all.py --everything --list
+    """
+    sizes = QUICK if quick else FULL
+    work = (work or HERE / "work" / sizes.name).resolve()
+    results = Results(work / "results" if quick else HERE / "results" / "full")
+    by_group = list(groups(sizes, everything=everything))
+    if list_only:
+        for job in (job for runs in by_group for job in missing_jobs(work, sizes, results, runs)):
+            click.echo(f"{job.run.name} {job.part}")
+        return
+    make_inputs(work, sizes)
+    for runs in by_group:
+        finish(list(missing_jobs(work, sizes, results, runs)), results, processes)
+
+
+def make_inputs(work: Path, sizes: Sizes) -> None:
+    """What all runs share, where it is not there yet."""
+    try:
+        if not (work / "model").is_dir():
+            make_model(work / "model")
+    except UserError as error:
+        raise click.ClickException(str(error)) from None
+    if not (work / "questions").is_dir():
+        write_questions(work / "questions")
+    make_pairs(work, sizes)
+    for part in Run(BASE).parts(sizes):
+        if part != NEEDLES:
+            contexts_of(work, sizes, part)
+
+
+if __name__ == "__main__":
+    main()

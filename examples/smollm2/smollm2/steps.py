@@ -1,0 +1,44 @@
+"""The project's commands, as subprocesses; an output that is there is not made again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1]
+PROMPT = HERE / "prompt.jinja"
+TASK_ANSWER_TOKENS = 40
+"""Room for an answer to a question."""
+
+
+def command(*words: object, log: Path | None = None) -> None:
+    """Run `megatron-solopo WORDS` on one core. Its output goes to the screen, or behind what `log` holds.
+
+    Raises subprocess.CalledProcessError if it fails.
+    """
+    called = [sys.executable, "-m", "megatron_solopo", *map(str, words)]
+    # Output of a library's warnings is no news to a reader of this example.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    if log is None:
+        subprocess.run(called, env=environment, check=True)
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as stream:
+        subprocess.run(called, env=environment, check=True, stdout=stream, stderr=subprocess.STDOUT)
+
+
+def first_lines(source: Path, output: Path, count: int | None) -> None:
+    """Copy the first lines of a file; None: all."""
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("".join(lines[:count]), encoding="utf-8")
+
+
+def build_contexts(questions: Path, output: Path, model: Path, short_tokens: int, long_tokens: int) -> None:
+    """Short and long contexts of questions in the generic format, as chat messages."""
+    if not output.exists():
+        command(
+            *("data", "build", "--input", questions, "--format", "generic", "--output", output, "--tokenizer", model),
+            *("--template", "chat", "--prompt-template", PROMPT, "--short-tokens", short_tokens),
+            *("--long-tokens", long_tokens, "--response-tokens", TASK_ANSWER_TOKENS),
+        )

@@ -1,0 +1,270 @@
+"""What RESULTS.md shows: tables and a picture, from the files of results."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from megatron_solopo.evaluate.statistics import mean_measure, mean_score
+from megatron_solopo.results.results_file import MeanWithInterval
+from smollm2.plan import BASE, DEV, FULL, NEEDLES, Run, comparison, groups
+from smollm2.questions import questions, read_rows
+
+TRAINING = "training"
+LENGTHS = FULL.lengths
+PARTS = {length: f"test-{length}" for length in LENGTHS}
+NOTHING = "-"
+Rows = Iterator[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The file of one run."""
+
+    run: Run
+    found: dict[str, Any]
+
+    def scores(self, part: str, side: str = "") -> dict[str, float]:
+        """Score by question; empty if the part was not run. `side` (.short, .long) selects one of a part's tasks."""
+        answers = self.found.get(part, {}).get("answers", [])
+        return {question_of(row["id"]): row["score"] for row in answers if side in row["id"].split(":")[0]}
+
+
+def question_of(sample: str) -> str:
+    """The question of a sample's id, such as `test-400.short:q7`."""
+    return sample.split(":", 1)[1]
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Every run of the plan of which there are results."""
+    results = []
+    for run in (run for group in groups(FULL, everything=True) for run in group):
+        path = folder / f"{run.name}.json"
+        if path.exists():
+            results.append(Result(run, json.loads(path.read_text(encoding="utf-8"))))
+    return results
+
+
+def seeds_of(results: Sequence[Result], run: Run) -> list[Result]:
+    """The results of a run under every seed."""
+    return [each for each in results if replace(each.run, seed=run.seed) == run]
+
+
+def mean_by_question(found: Sequence[Result], part: str) -> dict[str, float]:
+    """The mean over the seeds that answered the part, of each question that all of them answered."""
+    answered = [scores for each in found if (scores := each.scores(part))]
+    common = set.intersection(*map(set, answered)) if answered else set()
+    return {question: float(np.mean([scores[question] for scores in answered])) for question in sorted(common)}
+
+
+def accuracy(found: Sequence[Result], part: str) -> MeanWithInterval | None:
+    """Mean over questions, with the interval of `mean_score`; None where nothing was run."""
+    scores = list(mean_by_question(found, part).values())
+    return mean_score(scores) if scores else None
+
+
+def cell(value: MeanWithInterval | None) -> str:
+    """A mean and its interval in percent."""
+    if value is None:
+        return NOTHING
+    assert value.low is not None and value.high is not None
+    return f"{100 * value.mean:.0f} [{100 * value.low:.0f}, {100 * value.high:.0f}]"
+
+
+def table(head: Sequence[str], rows: Rows) -> Iterator[str]:
+    """The lines of a table in Markdown."""
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+
+
+def methods(results: Sequence[Result]) -> list[Run]:
+    """The rows of the tables: seed 0 of every kind of run with results, in the plan's order, without trials."""
+    return list(dict.fromkeys(replace(each.run, seed=0) for each in results if not each.run.is_trial))
+
+
+def name_of(run: Run) -> str:
+    """The name of a row."""
+    return run.name.removesuffix(f"-seed{run.seed}")
+
+
+def accuracies(results: Sequence[Result]) -> Iterator[str]:
+    """Accuracy of every method at every length."""
+
+    def rows() -> Rows:
+        for run in methods(results):
+            found = seeds_of(results, run)
+            yield [name_of(run), str(len(found)), *(cell(accuracy(found, part)) for part in PARTS.values())]
+
+    return table(["run", "seeds", *map(str, LENGTHS)], rows())
+
+
+def differences(results: Sequence[Result]) -> Iterator[str]:
+    """Every trained method less the base, and SoLoPO less `long_po`, question by question."""
+    base = Run(BASE)
+    pairs = [(run, base) for run in methods(results) if run != base]
+    short, long, solopo = comparison(0)
+    pairs += [(solopo, long), (solopo, short)]
+
+    def rows() -> Rows:
+        for first, second in pairs:
+            cells = [_difference(results, first, second, part) for part in PARTS.values()]
+            yield [f"{name_of(first)} less {name_of(second)}", *cells]
+
+    return table(["difference", *map(str, LENGTHS)], rows())
+
+
+def _difference(results: Sequence[Result], first: Run, second: Run, part: str) -> str:
+    one, other = (mean_by_question(seeds_of(results, run), part) for run in (first, second))
+    common = sorted(one.keys() & other.keys())
+    if len(common) < 2:
+        return NOTHING
+    found = mean_measure(np.array([100 * (one[question] - other[question]) for question in common]))
+    return f"{found.mean:+.0f} [{found.low:+.0f}, {found.high:+.0f}]"
+
+
+def costs(results: Sequence[Result]) -> Iterator[str]:
+    """Triplets, tokens, FLOPs and time of a run."""
+
+    def rows() -> Rows:
+        for run in methods(results):
+            found = [each.found[TRAINING] for each in seeds_of(results, run) if TRAINING in each.found]
+            if found:
+                seconds = [each["seconds"] for each in found]
+                first = found[0]
+                yield [
+                    name_of(run),
+                    str(first["triplets"]),
+                    f"{np.mean([each['tokens'] for each in found]):,.0f}",
+                    f"{np.mean([each['flops'] for each in found]) / 1e12:.1f}",
+                    f"{min(seconds):,.0f}",
+                ]
+
+    return table(["run", "triplets", "tokens", "TFLOPs", "seconds, fastest seed"], rows())
+
+
+def training(results: Sequence[Result]) -> Iterator[str]:
+    """What the curves of the metrics did: mean of the first and of the last two steps."""
+    shown = ("rewards/margins", "rewards/chosen", "rewards/chosen_long", "solo_ra/gap_abs", "nll_loss")
+
+    def rows() -> Rows:
+        for each in results:
+            if curves := each.found.get(TRAINING, {}).get("curves"):
+                yield [each.run.name, *(_ends(curves.get(name)) for name in shown)]
+
+    return table(["run", *shown], rows())
+
+
+def _ends(values: Sequence[float] | None) -> str:
+    if values is None:
+        return NOTHING
+    return f"{np.mean(values[:2]):.2f} to {np.mean(values[-2:]):.2f}"
+
+
+def rates(results: Sequence[Result]) -> Iterator[str]:
+    """Accuracy on the dev split by learning rate, of the first seed."""
+
+    def rows() -> Rows:
+        for each in results:
+            run = each.run
+            if (run.seed, run.loss_type, run.weights, run.align) == (
+                0,
+                "simpo",
+                "full",
+                "chosen",
+            ) and DEV in each.found:
+                cells = (list(each.scores(DEV, side).values()) for side in (".short", ".long"))
+                rate = NOTHING if run.method == BASE else f"{run.rate:g}"
+                yield [run.method, rate, *(cell(mean_score(scores)) for scores in cells)]
+
+    return table(["method", "learning rate", str(FULL.short_tokens), str(FULL.long_tokens)], rows())
+
+
+def needles(results: Sequence[Result]) -> Iterator[str]:
+    """Share of single needles found, by length."""
+
+    def rows() -> Rows:
+        for run in methods(results):
+            answers = [row for each in seeds_of(results, run) for row in each.found.get(NEEDLES, {}).get("answers", [])]
+            if answers:
+                by_length = ([row["score"] for row in answers if row["length"] == n] for n in FULL.needle_lengths)
+                yield [name_of(run), *(cell(mean_score(scores)) for scores in by_length)]
+
+    return table(["run", *map(str, FULL.needle_lengths)], rows())
+
+
+def examples(results: Sequence[Result]) -> Iterator[str]:
+    """Answers of the first seed to the first questions in the longest contexts that base and comparison answered."""
+    shown = [each for each in results if each.run in (Run(BASE), *comparison(0))]
+    parts = [part for part in PARTS.values() if shown and all(part in each.found for each in shown)]
+
+    def rows() -> Rows:
+        if parts:
+            asked = {each["id"]: each for each in questions(read_rows())}
+            answers = [{question_of(row["id"]): row for row in each.found[parts[-1]]["answers"]} for each in shown]
+            for name in sorted(answers[0])[:8]:
+                yield [asked[name]["question"], asked[name]["answers"][0], *(_answer(each[name]) for each in answers)]
+
+    return table([f"question, {parts[-1] if parts else NOTHING}", "gold", *(each.run.method for each in shown)], rows())
+
+
+def _answer(row: dict[str, Any]) -> str:
+    text = " ".join(row["answer"].split()).replace("|", "/")
+    return f"{text} **(right)**" if row["score"] == 1 else text
+
+
+def missing(results: Sequence[Result]) -> Iterator[str]:
+    """What the plan has and the results have not."""
+    by_run = {each.run: each.found for each in results}
+
+    def rows() -> Rows:
+        for number, group in enumerate(groups(FULL, everything=True)):
+            for run in group:
+                wanted = [TRAINING] * (run.method != BASE) + run.parts(FULL)
+                absent = [part for part in wanted if part not in by_run.get(run, {})]
+                if absent:
+                    kind = "main" if number < len(FULL.seeds) else "everything"
+                    yield [run.name, kind, "all" if absent == wanted else ", ".join(absent)]
+
+    return table(["run", "part of the plan", "missing"], rows())
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Accuracy against length with intervals, of the base and the main comparison."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    shown = [run for run in (Run(BASE), *comparison(0)) if seeds_of(results, run)]
+    for place, run in enumerate(shown):
+        found = seeds_of(results, run)
+        points = {length: value for length, part in PARTS.items() if (value := accuracy(found, part)) is not None}
+        if not points:
+            continue
+        # Side by side, so that no interval hides another.
+        lengths = [length * 1.03 ** (place - (len(shown) - 1) / 2) for length in points]
+        means = np.array([each.mean for each in points.values()])
+        bars = np.array([[each.mean - each.low, each.high - each.mean] for each in points.values()]).T
+        axes.errorbar(lengths, means, yerr=bars, label=f"{name_of(run)}, seeds: {len(found)}", marker="o", capsize=3)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(LENGTHS, list(map(str, LENGTHS)))
+    axes.set_xlabel("tokens of the context")
+    axes.set_ylabel("share of right answers (sub_em)")
+    axes.set_ylim(0, 1)
+    if shown:
+        axes.legend()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+TABLES: dict[str, Callable[[Sequence[Result]], Iterator[str]]] = {
+    "accuracies": accuracies,
+    "differences": differences,
+    "costs": costs,
+    "training": training,
+    "rates": rates,
+    "needles": needles,
+    "examples": examples,
+    "missing": missing,
+}

