@@ -17,9 +17,13 @@ sys.path.insert(0, str(EXAMPLE))
 
 import precisions  # noqa: E402
 import reproduce  # noqa: E402
-from miniature import base, evaluate, jobs, lora_tables, pairs, plan, rescaled, runs, tables, task  # noqa: E402
+from miniature import base, evaluate, jobs, lora_tables, pairs, plan, rescaled, runs, tables, task, token_tables  # noqa: E402
 
-RECORDED = {"runs.jsonl": tables.TABLES, "lora.jsonl": lora_tables.LORA_TABLES}
+RECORDED = {
+    "runs.jsonl": tables.TABLES,
+    "lora.jsonl": lora_tables.LORA_TABLES,
+    "tokens.jsonl": token_tables.TOKEN_TABLES,
+}
 
 
 def test_workers_end_with_a_program_that_was_killed(tmp_path) -> None:

@@ -9,6 +9,7 @@ from miniature.figures import draw_all
 from miniature.lora_tables import LORA_TABLES
 from miniature.results import Results
 from miniature.tables import TABLES, regenerate
+from miniature.token_tables import TOKEN_TABLES
 
 HERE = Path(__file__).parent
 
@@ -24,22 +25,29 @@ HERE = Path(__file__).parent
     help="The same, for the tables about adapters.",
 )
 @click.option(
+    "--token-runs",
+    default=HERE / "tokens.jsonl",
+    type=click.Path(path_type=Path, exists=True),
+    help="The same, for the table about the term per token.",
+)
+@click.option(
     "--document", default=HERE / "RESULTS.md", type=click.Path(path_type=Path, exists=True), help="Its tables."
 )
-def main(runs: Path, lora_runs: Path, document: Path) -> None:
+def main(runs: Path, lora_runs: Path, token_runs: Path, document: Path) -> None:
     """Write the tables of RESULTS.md, and the pictures beside it, anew.
 
     \b
     Example, for runs of your own:
       runs=examples/reproduction/work/runs.jsonl
-      python examples/reproduction/make_tables.py --runs $runs --lora-runs $runs
+      python examples/reproduction/make_tables.py --runs $runs --lora-runs $runs --token-runs $runs
     """
     text = regenerate(document.read_text(encoding="utf-8"), runs, TABLES)
     text = regenerate(text, lora_runs, LORA_TABLES)
+    text = regenerate(text, token_runs, TOKEN_TABLES)
     with atomic_path(document) as temporary:
         temporary.write_text(text, encoding="utf-8")
     draw_all(Results(runs), Results(lora_runs), document.parent)
-    click.echo(f"{document} and its pictures, from {runs} and {lora_runs}")
+    click.echo(f"{document} and its pictures, from {runs}, {lora_runs} and {token_runs}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,325 @@
+"""Rounds of: sample from the newest model, select, train, export, evaluate. Each step is a command of this package.
+
+A round leaves its files in WORK/round_N, and round.json tells how each was made.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from omegaconf import OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tqdm import tqdm
+
+from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
+from megatron_solopo.errors import describe_problem
+from megatron_solopo.files import atomic_path, remove
+from megatron_solopo.results.long_context import read_long_context
+from megatron_solopo.run_directory import find_subject
+
+RECORD, TRAIN_CONFIG = "round.json", "train.yaml"
+SERVED_NAME = "policy"
+_STOP_SECONDS = 60
+
+
+class Options(BaseModel):
+    """Options of a command, by name: `num_samples: 16` becomes `--num-samples 16`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def as_arguments(self, **given: Any) -> list[str]:
+        """Arguments of the command line. `given` are those that the loop sets."""
+        arguments: list[str] = []
+        for name, value in ((self.model_extra or {}) | given).items():
+            flag = f"--{name.replace('_', '-')}"
+            arguments += [flag] if value is True else [flag, value if isinstance(value, str) else json.dumps(value)]
+        return arguments
+
+
+class Server(BaseModel):
+    """An OpenAI-compatible server that answers for the model of a round."""
+
+    model_config = ConfigDict(extra="forbid")
+    command: str
+    """Starts it. {model} is the directory of the model, and the name that it serves must be `policy`."""
+    url: str
+    """Such as http://localhost:8000/v1."""
+    start_minutes: float = 30
+    """How long a start may take."""
+
+
+class Settings(BaseModel):
+    """The file of a loop. All paths are relative to where the loop is started."""
+
+    model_config = ConfigDict(extra="forbid")
+    work: Path
+    """Folder of the rounds."""
+    model: Path
+    """Hugging Face directory that the first round samples from and trains."""
+    contexts: Path
+    """Output of `data build`."""
+    rounds: int = Field(default=2, ge=1)
+    seed: int = 0
+    """Round N samples, selects and trains with seed + N."""
+    server: Server | None = None
+    """Answers `data sample`. null: the model runs in the process of `data sample`."""
+    launch: str = "python -m"
+    """What starts the ranks of `train`, such as torchrun --standalone --nproc-per-node 8 -m."""
+    sample: Options = Options()
+    select: Options = Options()
+    prepare: Options = Options()
+    train: dict[str, Any] = {}
+    """Configuration of `train` without run_dir, seed, model and data.path."""
+    evaluate: Options | None = None
+    """Options of `evaluate long-context`. null: no evaluation."""
+
+
+def read_settings(path: Path, overrides: tuple[str, ...]) -> Settings:
+    """Read the file and dotted overrides. A mistake is an error of the command line."""
+    try:
+        values = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        return Settings.model_validate(OmegaConf.to_container(values, resolve=True))
+    except ValidationError as error:
+        lines = [f"{path}: {describe_problem(detail, 'the whole file')}" for detail in error.errors()]
+        raise click.ClickException("\n".join(lines)) from None
+
+
+@dataclass
+class Step:
+    """A command of a round, and what it writes."""
+
+    name: str
+    command: list[str]
+    output: Path
+    config: dict[str, Any] | None = None
+    """Of the training: what the file says that the command names."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How it is made."""
+        return {"command": self.command} | ({} if self.config is None else {"config": self.config})
+
+
+@dataclass
+class Round:
+    """Folder and record of a round."""
+
+    number: int
+    folder: Path
+    policy: Path
+    """The model that answers and is trained."""
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        path = self.folder / RECORD
+        start = {"round": self.number, "policy": str(self.policy), "steps": {}}
+        self.record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else start
+
+    def is_done(self, step: Step) -> bool:
+        """Whether the step has been carried out. An error if it was by another command."""
+        found = self.record["steps"].get(step.name)
+        if found and {name: found.get(name) for name in step.record} != step.record:
+            raise click.ClickException(
+                f"{self.folder / RECORD}: the settings of {step.name} have changed since it ran; choose another "
+                f"`work`, or remove {self.folder} and all later rounds"
+            )
+        return found is not None and step.output.exists()
+
+    def check_policy(self) -> None:
+        """Record the fingerprint of the model that answers. An error if it is another one than before."""
+        found = weights_fingerprint(self.policy)
+        if self.record.setdefault("policy_weights", found) != found:
+            raise click.ClickException(
+                f"{self.folder / RECORD}: {self.policy} has changed since the round began; remove {self.folder} and "
+                "all later rounds"
+            )
+
+    def keep(self, step: Step, seconds: float) -> None:
+        """Record that the step has been carried out."""
+        self.record["steps"][step.name] = step.record | {"seconds": round(seconds, 1)}
+        with atomic_path(self.folder / RECORD) as temporary:
+            temporary.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+
+
+def make_rounds(settings: Settings) -> Iterator[tuple[Round, list[Step]]]:
+    """The rounds in order. Round 0 evaluates the model as it came."""
+    policy = settings.model
+    if settings.evaluate is not None:
+        start = Round(0, settings.work / "round_0", policy)
+        yield start, [_evaluation(settings, start, policy)]
+    for number in range(1, settings.rounds + 1):
+        each = Round(number, settings.work / f"round_{number}", policy)
+        trained = each.folder / "model"
+        steps = [*_data(settings, each), *_training(settings, each, trained)]
+        if settings.evaluate is not None:
+            steps.append(_evaluation(settings, each, trained))
+        yield each, steps
+        policy = trained
+
+
+def _data(settings: Settings, each: Round) -> list[Step]:
+    """Answers of the policy, and pairs of them."""
+    contexts, seed = str(settings.contexts), settings.seed + each.number
+    responses, triplets, prepared = (each.folder / name for name in ("responses.jsonl", "triplets.jsonl", "prepared"))
+    asked = {"model": str(each.policy)}
+    if settings.server is not None:
+        asked = {"model": SERVED_NAME, "server": settings.server.url}
+    weights = str(settings.model)  # has the tokenizer
+    commands = {
+        responses: settings.sample.as_arguments(contexts=contexts, output=str(responses), seed=seed, **asked),
+        triplets: settings.select.as_arguments(
+            contexts=contexts, responses=str(responses), output=str(triplets), tokenizer=weights, seed=seed,
+            overwrite=True,
+        ),
+        prepared: settings.prepare.as_arguments(
+            input=str(triplets), output=str(prepared), tokenizer=weights, seed=settings.seed, overwrite=True
+        ),
+    }  # fmt: skip
+    names = ("sample", "select", "prepare")
+    return [
+        Step(name, ["megatron-solopo", "data", name, *arguments], output)
+        for name, (output, arguments) in zip(names, commands.items(), strict=True)
+    ]
+
+
+def _training(settings: Settings, each: Round, trained: Path) -> list[Step]:
+    """Training of the policy on its own pairs, and the Hugging Face directory of the result."""
+    run, config = each.folder / "run", each.folder / TRAIN_CONFIG
+    own = {
+        "run_dir": str(run),
+        "seed": settings.seed + each.number,
+        "model": {"path": str(each.policy)},
+        "data": {"path": str(each.folder / "prepared")},
+    }
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(settings.train, own))
+    train = [*shlex.split(settings.launch), "megatron_solopo", "train", "--config", str(config)]
+    export = ["megatron-solopo", "convert", "export", "--checkpoint", str(run), "--out", str(trained)]
+    return [Step("train", train, run, merged), Step("export", export, trained)]
+
+
+def _evaluation(settings: Settings, each: Round, model: Path) -> Step:
+    assert settings.evaluate is not None
+    output = each.folder / "evaluation.json"
+    arguments = settings.evaluate.as_arguments(model=str(model), output=str(output))
+    return Step("evaluate", ["megatron-solopo", "evaluate", "long-context", *arguments], output)
+
+
+def carry_out(settings: Settings, each: Round, step: Step) -> None:
+    """Run a step's command in a log of its own, and record it. An error ends the loop and shows the log's end."""
+    command = list(step.command)
+    each.folder.mkdir(parents=True, exist_ok=True)
+    if step.config is not None:
+        with atomic_path(each.folder / TRAIN_CONFIG) as temporary:
+            OmegaConf.save(OmegaConf.create(step.config), temporary)
+    if step.name == "export":
+        remove(step.output)  # a killed loop may have left it without a record
+        place = command.index("--checkpoint") + 1
+        command[place] = str(find_subject(Path(command[place]), "--checkpoint").path)  # the run's newest
+    server = settings.server if step.name == "sample" else None
+    log, started = each.folder / f"{step.name}.log", time.monotonic()
+    with serving(server, each.policy, each.folder / "server.log"), log.open("a", encoding="utf-8") as stream:
+        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
+    if code:
+        end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-10:])
+        raise click.ClickException(f"{shlex.join(command)}: exit code {code}; the end of {log}:\n{end}")
+    each.keep(step, time.monotonic() - started)
+
+
+@contextmanager
+def serving(server: Server | None, model: Path, log: Path) -> Iterator[None]:
+    """Have the server answer for a model; stop it, with all that it started, at the end."""
+    if server is None:
+        yield
+        return
+    command = shlex.split(server.command.format(model=model))
+    with log.open("a", encoding="utf-8") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        _wait_for(server, process, log)
+        yield
+    finally:
+        _stop(process)
+
+
+def _wait_for(server: Server, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 60 * server.start_minutes
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise click.ClickException(f"{server.command}: ended with code {process.returncode}; see {log}")
+        try:
+            with urllib.request.urlopen(f"{server.url}/models", timeout=5) as reply:
+                names = [each["id"] for each in json.load(reply)["data"]]
+        except OSError:
+            time.sleep(0.2)
+            continue
+        if SERVED_NAME not in names:
+            raise click.ClickException(f"{server.url} serves {', '.join(names)}, not {SERVED_NAME}")
+        return
+    raise click.ClickException(f"{server.url}: no answer after {server.start_minutes:g} minutes; see {log}")
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def summary(settings: Settings) -> str:
+    """A line per round: triplets, seconds, and the mean score of each task."""
+    lines = []
+    for each, steps in make_rounds(settings):
+        triplets = each.folder / "triplets.jsonl"
+        count = len(triplets.read_text(encoding="utf-8").splitlines()) if triplets.exists() else 0
+        seconds = sum(found["seconds"] for found in each.record["steps"].values())
+        scores = ""
+        if steps[-1].name == "evaluate" and steps[-1].output.exists():
+            results = read_long_context(steps[-1].output)
+            cells = {task: results.cell(task, metric) for task, metric in results.main_metrics.items()}
+            scores = "  ".join(f"{task} {cell.score:.1%}" for task, cell in cells.items() if cell is not None)
+        lines.append(f"round {each.number}: {count:6,} triplets {seconds:8,.0f} s  {scores}".rstrip())
+    return "\n".join(lines)
+
+
+@click.command(context_settings={"max_content_width": 110})
+@click.option("--config", required=True, type=click.Path(path_type=Path, exists=True), help="YAML file of the loop.")
+@click.argument("overrides", nargs=-1)
+def main(config: Path, overrides: tuple[str, ...]) -> None:
+    """Carry out what is missing. Stopped or killed at any point and started again, it goes on.
+
+    OVERRIDES are dotted keys that replace values of the file.
+
+    \b
+    Examples:
+      python examples/on_policy/on_policy.py --config examples/on_policy/loops/miniature.yaml
+      python examples/on_policy/on_policy.py --config examples/on_policy/loops/qwen2.5-7b.yaml rounds=3
+    """
+    settings = read_settings(config, overrides)
+    rounds = list(make_rounds(settings))
+    with tqdm(total=sum(len(steps) for _, steps in rounds), unit="step") as bar:
+        for each, steps in rounds:
+            each.check_policy()
+            for step in steps:
+                bar.set_postfix_str(f"round {each.number}: {step.name}")
+                if not each.is_done(step):
+                    carry_out(settings, each, step)
+                bar.update()
+    click.echo(summary(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The on-policy loop: two rounds from answers to scores, which go on where they were killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+LOOP = EXAMPLES / "on_policy" / "on_policy.py"
+for folder in ("reproduction", "on_policy"):
+    sys.path.insert(0, str(EXAMPLES / folder))
+
+import click  # noqa: E402
+import measure  # noqa: E402
+import on_policy  # noqa: E402
+
+from megatron_solopo.cli.main import cli  # noqa: E402
+from megatron_solopo.config import parse_config  # noqa: E402
+from megatron_solopo.results.long_context import read_long_context  # noqa: E402
+from miniature import base, pairs  # noqa: E402
+
+SERVER = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": [{"id": sys.argv[2]}]}).encode())
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A weak base model, contexts and a loop of two rounds of three steps."""
+    folder = tmp_path_factory.mktemp("on_policy")
+    base.train_base({0.02: folder / "base"}, seed=0)
+    pairs.write_contexts(folder / "contexts.jsonl", 40, 1, 32, seed=0)
+    loop = yaml.safe_load((EXAMPLES / "on_policy" / "loops" / "miniature.yaml").read_text())
+    loop |= {"model": str(folder / "base"), "contexts": str(folder / "contexts.jsonl"), "work": str(folder / "work")}
+    loop["train"]["training"] |= {"max_steps": 3}
+    loop["train"]["optimizer"] |= {"lr_warmup_iters": 1}
+    loop["evaluate"] = {"contexts": str(folder / "contexts.jsonl"), "side": "long", "samples": 4}
+    (folder / "loop.yaml").write_text(yaml.safe_dump(loop))
+    return folder
+
+
+def run_loop(folder: Path, *overrides: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(LOOP), "--config", str(folder / "loop.yaml"), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, env=_environment())
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_two_rounds_go_on_after_a_kill_and_tell_where_their_data_is_from(inputs: Path) -> None:
+    first, second = (inputs / "work" / f"round_{number}" for number in (1, 2))
+    command = [sys.executable, str(LOOP), "--config", str(inputs / "loop.yaml"), "evaluate=null"]
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment(), start_new_session=True
+    )
+    while started.poll() is None and not (first / "run" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    assert started.poll() is None, started.communicate()
+    os.killpg(started.pid, signal.SIGKILL)
+    started.communicate()
+    assert "train" not in read(first / "round.json")["steps"], "it was killed before it had trained"
+    sampled = (first / "responses.jsonl").stat().st_mtime_ns
+
+    done = run_loop(inputs, "evaluate=null")
+    assert done.returncode == 0, done.stderr
+    assert (first / "responses.jsonl").stat().st_mtime_ns == sampled, "what was there is not made again"
+    records = [read(folder / "round.json") for folder in (first, second)]
+    assert [each["policy"] for each in records] == [str(inputs / "base"), str(first / "model")]
+    assert len({each["policy_weights"] for each in records}) == 2
+    for number, each in enumerate(records, start=1):
+        assert list(each["steps"]) == ["sample", "select", "prepare", "train", "export"]
+        asked = each["steps"]["sample"]["command"]
+        assert asked[asked.index("--seed") + 1] == str(number) and each["policy"] in asked
+    configs = [yaml.safe_load((folder / "train.yaml").read_text()) for folder in (first, second)]
+    assert [each["model"]["path"] for each in configs] == [each["policy"] for each in records]
+    lines = [line.split() for line in done.stdout.splitlines()[-2:]]
+    triplets = [len((folder / "triplets.jsonl").read_text().splitlines()) for folder in (first, second)]
+    assert [line[:4] for line in lines] == [
+        ["round", f"{number}:", str(count), "triplets"] for number, count in enumerate(triplets, start=1)
+    ]
+    changed = run_loop(inputs, "evaluate=null", "train.optimizer.lr=1")
+    assert changed.returncode == 1 and "the settings of train have changed" in changed.stderr
+
+
+def test_the_summary_tells_scores(inputs: Path, tmp_path) -> None:
+    settings = on_policy.read_settings(inputs / "loop.yaml", (f"work={tmp_path}",))
+    _, (evaluation,) = next(on_policy.make_rounds(settings))
+    cli.main(evaluation.command[1:], standalone_mode=False)
+    results = read_long_context(tmp_path / "round_0" / "evaluation.json")
+    ((task, metric),) = results.main_metrics.items()
+    found = results.cell(task, metric)
+    line = on_policy.summary(settings).splitlines()[0]
+    assert found is not None and line.endswith(f"{task} {found.score:.1%}")
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "on_policy" / "loops").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_loop_is_legal(path: Path) -> None:
+    for each, steps in on_policy.make_rounds(on_policy.read_settings(path, ())):
+        for step in steps:
+            if step.config is not None:
+                assert parse_config(step.config, source=path.name).run_dir == each.folder / "run"
+            if step.command[0] == "megatron-solopo":
+                group, name, *arguments = step.command[1:]
+                command = cli.commands[group].commands[name]  # type: ignore[attr-defined]
+                command.make_context(name, arguments)  # an error for an unknown option
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("round=2", "unknown key round"), ("rounds=0", "rounds=0: Input should be greater than or equal to 1")],
+)
+def test_a_wrong_setting_is_one_line(inputs: Path, override: str, message: str) -> None:
+    with pytest.raises(click.ClickException, match=message):
+        on_policy.read_settings(inputs / "loop.yaml", (override,))
+
+
+def test_a_failed_step_shows_the_end_of_its_log(inputs: Path, tmp_path) -> None:
+    failed = run_loop(inputs, f"work={tmp_path}", "sample.top_p=none", "evaluate=null")
+    assert failed.returncode == 1 and "data sample" in failed.stderr and "Invalid value for '--top-p'" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "name", "message"),
+    [
+        (SERVER, on_policy.SERVED_NAME, None),
+        (SERVER, "other", "serves other, not policy"),
+        ("raise SystemExit(3)", "any", "ended with code 3"),
+    ],
+)
+def test_a_server_runs_while_it_is_asked(tmp_path, program: str, name: str, message: str | None) -> None:
+    (tmp_path / "server.py").write_text(program)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    server = on_policy.Server(
+        command=f"{sys.executable} {tmp_path / 'server.py'} {port} {name}", url=f"http://127.0.0.1:{port}/v1"
+    )
+    if message is None:
+        with on_policy.serving(server, tmp_path, tmp_path / "log"):
+            children = [each for each in psutil.Process().children() if str(port) in each.cmdline()]
+            assert len(children) == 1
+        assert not children[0].is_running()
+        return
+    with (
+        pytest.raises(click.ClickException, match=message),
+        on_policy.serving(server, tmp_path, tmp_path / "log"),
+    ):
+        pass
+
+
+def test_the_table_of_the_results_comes_from_the_rounds() -> None:
+    folder = EXAMPLES / "on_policy"
+    lines = measure.read_lines(folder / "rounds.jsonl")
+    document = (folder / "RESULTS.md").read_text(encoding="utf-8")
+    assert measure.with_table(document, lines) == document
+    changed = [line | {"accuracy": dict.fromkeys(line["accuracy"], 0.123)} for line in lines]
+    assert measure.with_table(document, changed) != document
