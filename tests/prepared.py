@@ -43,9 +43,20 @@ def write_triplets(path: Path, rows: int, seed: int) -> Path:
     return path
 
 
-def make_prepared(path: Path, *, rows: int, eval_count: int, seed: int) -> Path:
-    """Write triplets, tokenize them, and return the prepared directory."""
+_FIELDS = {
+    "pair": {"prompt_long": "prompt", "chosen": "chosen", "rejected": "rejected"},
+    "instruction": {"prompt_short": "prompt", "chosen": "completion"},
+}
+"""The fields of a triplet that rows of another kind keep, and their names there."""
+
+
+def make_prepared(path: Path, *, rows: int, eval_count: int, seed: int, kind: str = "triplet") -> Path:
+    """Write rows of a kind, tokenize them, and return the prepared directory."""
     source = write_triplets(path.with_suffix(".jsonl"), rows, seed)
+    if kind != "triplet":
+        lines = [json.loads(line) for line in source.read_text().splitlines()]
+        kept = [{name: line[field] for field, name in _FIELDS[kind].items()} for line in lines]
+        source.write_text("".join(json.dumps(line) + "\n" for line in kept))
     prepare(
         PrepareSettings(
             input=source,

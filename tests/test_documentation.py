@@ -144,7 +144,7 @@ class TestSite:
                 assert f"| `{name}` |" in text
         assert re.search(r"\| `parallel.tensor_model_parallel_size` \| integer > 0 \| `1` \| \w", text)
         assert re.search(r"\| `objective.distance` \| `l1`, `l2`, `huber` \| `\"l1\"` \| \w", text)
-        assert re.search(r"\| `data.path` \| path \| \*\*required\*\* \| \w", text)
+        assert re.search(r"\| `model.path` \| path \| \*\*required\*\* \| \w", text)
         shown = pytest.importorskip("markdown").markdown(text, extensions=["tables"])
         assert "<code>Et*7|(t*8|)*2t*7L</code>" in shown and "&amp;lt;" not in shown
 

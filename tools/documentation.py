@@ -129,7 +129,11 @@ def configuration_reference() -> str:
     }
     keys = {name: entry for name, entry in schema["properties"].items() if name not in sections}
     tables = [_section("", {**schema, "properties": keys}, "Top level")]
-    tables += [_section(f"{name}.", section, f"`{name}`") for name, section in sections.items()]
+    for name, section in sections.items():
+        tables.append(_section(f"{name}.", section, f"`{name}`"))
+        for key, entry in section["properties"].items():
+            if item := _name_of_items(entry):
+                tables.append(_section(f"{name}.{key}[].", schema["$defs"][item], f"`{name}.{key}`"))
     return "\n\n".join(tables)
 
 
@@ -137,6 +141,11 @@ def _name_of(entry: dict[str, Any]) -> str:
     """Of the section that a key holds, or that it holds unless it is null; empty for other keys."""
     named: dict[str, Any] = next((option for option in entry.get("anyOf", [entry]) if "$ref" in option), {})
     return str(named.get("$ref", "")).rpartition("/")[2]
+
+
+def _name_of_items(entry: dict[str, Any]) -> str:
+    """Of the section that each item of a list is; empty for other keys."""
+    return next((name for option in entry.get("anyOf", [entry]) if (name := _name_of(option.get("items", {})))), "")
 
 
 def _section(prefix: str, schema: dict[str, Any], title: str) -> str:
@@ -159,6 +168,8 @@ def legal_values(entry: dict[str, Any]) -> str:
     """Type and legal values of one key, from its JSON schema."""
     if "anyOf" in entry:
         return " or ".join(legal_values(option) for option in entry["anyOf"])
+    if "$ref" in entry:
+        return "sections"
     if "enum" in entry:
         return ", ".join(f"`{value}`" for value in entry["enum"])
     if "const" in entry:

@@ -191,7 +191,8 @@ def _score(work: Path, seed: int, precision: str) -> tuple[Tensor, Tensor, dict[
     """Log-probs and lengths `[T, R]` of the first triplets, and the first batch's gradients by loss type and name."""
     configs = {loss_type: config_of(work, seed, loss_type, precision) for loss_type in LOSS_TYPES}
     config = configs["dpo"]
-    _, topology, datasets = check_and_join(config)
+    _, topology, (source,) = check_and_join(config)
+    datasets = source.datasets
     try:
         train_split = datasets.by_split["train"].head(_TRIPLETS)
         datasets = replace(datasets, by_split={"train": train_split})

@@ -13,7 +13,6 @@ from typing import Any, get_args
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 from yaml import YAMLError
 
 from megatron_solopo.config.schema import Config
@@ -97,11 +96,13 @@ def _legal(detail: Any) -> str:
         return ""
     section: Any = Config
     names: list[str] = []
-    while len(names) < len(detail["loc"]):
-        names.append(detail["loc"][len(names)])
-        field = section.model_fields[names[-1]]
-        nested = _section(field)
-        if nested is None or len(names) == len(detail["loc"]):
+    for name in detail["loc"]:
+        names.append(str(name))
+        if isinstance(name, int):  # an item of a list of sections
+            continue
+        field = section.model_fields[name]
+        nested = _section(field.annotation)
+        if nested is None:
             break
         section = nested
     example = field.examples[0] if field.examples else field.get_default()
@@ -115,7 +116,9 @@ def _legal(detail: Any) -> str:
 def as_override(value: Any) -> str:
     """A value as a person writes it behind `key=`."""
     if isinstance(value, list):
-        return f"[{','.join(map(str, value))}]"
+        return f"[{','.join(map(as_override, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {as_override(each)}' for key, each in value.items())}}}"
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -125,7 +128,7 @@ def as_override(value: Any) -> str:
 
 def _nearest(location: tuple[str | int, ...]) -> str:
     """Suggest the closest key of the same section, else a key of the same name in another section."""
-    *parents, unknown = (str(part) for part in location)
+    *parents, unknown = (part for part in location if isinstance(part, str))
     known = [key.split(".") for key in _all_keys(Config)]
     same_section = [key[-1] for key in known if key[:-1] == parents]
     nearest = [[*parents, name] for name in difflib.get_close_matches(unknown, same_section, n=1)]
@@ -148,14 +151,13 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if (nested := _section(field)) is not None:
+        if (nested := _section(field.annotation)) is not None:
             keys += _all_keys(nested, f"{prefix}{name}.")
     return keys
 
 
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """The class of a field that is a section, or may be one or null."""
-    for each in get_args(field.annotation) or (field.annotation,):
-        if isinstance(each, type) and issubclass(each, BaseModel):
-            return each
-    return None
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The class of a field that is a section, or may be one or null, or is a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section, get_args(annotation))), None)

@@ -5,6 +5,7 @@ below a key is its documentation.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,7 +34,7 @@ LossType = Literal[
 ]  # fmt: skip
 LOSS_ALIASES: dict[str, LossType] = {"sigmoid": "dpo", "sigmoid_norm": "dpo_norm"}
 """TRL's name of a loss -> ours, where they differ."""
-ObjectiveName = Literal["solopo", "short_po", "long_po"]
+ObjectiveName = Literal["solopo", "short_po", "long_po", "sft"]
 FP8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 Context = Literal["short", "long"]
 Response = Literal["chosen", "rejected"]
@@ -100,11 +101,35 @@ class ModelConfig(Section):
         return self.model_copy(update={"fp8": None, "fp8_param": False}) if self.has_delayed_scales else self
 
 
-class DataConfig(Section):
-    """The triplets, and how they are packed."""
+class SourceConfig(Section):
+    """One of several sets of rows that a run reads together."""
 
     path: _Path
     """Directory that `megatron-solopo data prepare` wrote."""
+    weight: PositiveFloat = 1.0
+    """Its share of the rows of a batch is this, divided by the sum over all sources."""
+    objective: ObjectiveName | None = None
+    """`objective.name` for these rows. null: that of the run. The other keys of `objective` are the same for all."""
+    name: str | None = None
+    """Its name in metrics and in the reference cache. null: the last part of `path`."""
+
+    @property
+    def known_as(self) -> str:
+        """`name`, or the last part of `path`."""
+        return self.path.name if self.name is None else self.name
+
+
+class DataConfig(Section):
+    """The rows, and how they are packed."""
+
+    path: _Path | None = Field(default=None, examples=["prepared"])
+    """Directory that `megatron-solopo data prepare` wrote. null: `sources` names several."""
+    sources: Annotated[list[SourceConfig], Field(min_length=1)] | None = Field(
+        default=None,
+        examples=[[{"path": "triplets", "weight": 3}, {"path": "chats", "weight": 1, "objective": "sft"}]],
+    )
+    """Several such directories, mixed in every batch. Each has `path`, `weight`, `objective` and `name`; the guide to
+    data explains them. null: `path` alone."""
     max_tokens_per_pack: PositiveInt = Field(examples=[32768])
     """Most tokens of one pack (micro-batch). The padding of each sequence counts. Context parallelism divides the pack
     afterwards. A pipeline gets smaller packs if it would wait otherwise."""
@@ -115,16 +140,36 @@ class DataConfig(Section):
     false: each response has its own copy of the prompt, as in most other trainers. Under context parallelism, shared
     prompts need all keys and values on every rank; `plan --vary share_prompts` says which is faster."""
 
+    @model_validator(mode="after")
+    def _check_sources(self) -> Self:
+        if (self.path is None) == (self.sources is None):
+            raise UserError("needs either path, a directory of data prepare, or sources, a list of several")
+        names = [source.known_as for source in self.sources or ()]
+        for name in names:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise UserError(f"sources: the name {name!r} has other characters than A-Z a-z 0-9 . _ -; set its name")
+            if names.count(name) > 1:
+                raise UserError(f"sources: several are called {name!r}; give each a name of its own")
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """`path`. Raises UserError if there are `sources` instead, for what reads one set of rows."""
+        if self.path is None:
+            raise UserError("data.sources: only `train`, `reference` and `plan` read several sources; set data.path")
+        return self.path
+
 
 class TrainingConfig(Section):
     """Length of the run, batch size, and what happens between steps."""
 
     global_batch_size: PositiveInt = Field(examples=[64])
-    """Triplets per optimizer step, over all ranks."""
+    """Rows (triplets, pairs, instructions) per optimizer step, over all ranks."""
     max_steps: PositiveInt | None = Field(default=None, examples=[1000])
     """Optimizer steps of the run. null: `num_train_epochs` decides."""
     num_train_epochs: PositiveFloat = 1.0
-    """How often the run reads the data, if `max_steps` is null."""
+    """How often the run reads the data, if `max_steps` is null. With `data.sources`, once means as many rows as all of
+    them hold."""
     eval_steps: PositiveInt | None = Field(default=None, examples=[100])
     """Evaluate the held-out split every this many steps, and at the end. null: never."""
     try_largest_pack: bool | None = Field(default=None, examples=[True])
@@ -351,10 +396,10 @@ def prompt_groups(roles: Sequence[Role], share_prompts: bool) -> tuple[tuple[int
 
 @dataclass(frozen=True)
 class Roles:
-    """The sequences of a triplet that an objective reads."""
+    """The sequences of a row that an objective reads."""
 
-    pair: tuple[Role, Role]
-    """The chosen and the rejected sequence that the preference loss compares."""
+    pair: tuple[Role, ...]
+    """The chosen and the rejected sequence that the preference loss compares. Of sft, the chosen one alone."""
     aligned: tuple[Role, ...] = ()
     """The long sequences whose reward is aligned to the reward on the short context."""
 
@@ -369,7 +414,8 @@ class ObjectiveConfig(Section):
 
     name: ObjectiveName = "solopo"
     """solopo: the pair loss on the short context, plus the alignment of rewards between the short and the long context.
-    short_po, long_po: the pair loss alone, on that context. long_po is the usual method."""
+    short_po, long_po: the pair loss alone, on that context. long_po is the usual method. sft: the negative
+    log-likelihood per token of the chosen response, or of an instruction's completion, behind the short context."""
     loss_type: LossType = "dpo"
     """The pair loss, and the reward that belongs to it. TRL's names `sigmoid` and `sigmoid_norm` stand for dpo and
     dpo_norm."""
@@ -461,6 +507,8 @@ class ObjectiveConfig(Section):
         """The sequences of a triplet that this objective reads."""
         if self.name == "long_po":
             return Roles((Role.LONG_CHOSEN, Role.LONG_REJECTED))
+        if self.name == "sft":
+            return Roles((Role.SHORT_CHOSEN,))
         pair = (Role.SHORT_CHOSEN, Role.SHORT_REJECTED)
         if self.name == "short_po":
             return Roles(pair)
@@ -480,7 +528,7 @@ class ObjectiveConfig(Section):
     @property
     def needs_reference(self) -> bool:
         """Whether the reward compares the policy with a reference model."""
-        return self.loss_type not in _WITHOUT_REFERENCE
+        return self.name != "sft" and self.loss_type not in _WITHOUT_REFERENCE
 
 
 class LogprobConfig(Section):
@@ -671,6 +719,36 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_mixture(self) -> Self:
+        if self.data.sources is not None and self.objective.token_alignment is not None:
+            raise UserError(
+                f"objective.token_alignment={self.objective.token_alignment} works with data.path alone; set it or "
+                "data.sources to null"
+            )
+        return self
+
+    @property
+    def sources(self) -> tuple["Source", ...]:
+        """What the run reads: `data.path` alone, without a name, or each of `data.sources`."""
+        if self.data.sources is None:
+            return (Source("", 1.0, self),)
+        return tuple(Source(each.known_as, each.weight, self._of_source(each)) for each in self.data.sources)
+
+    def _of_source(self, source: SourceConfig) -> "Config":
+        objective = {"name": source.objective or self.objective.name}
+        update = {
+            "data": self.data.model_copy(update={"path": source.path, "sources": None}),
+            "objective": self.objective.model_copy(update=objective),
+            "reference": self.reference.model_copy(update={"cache": self.reference_cache / source.known_as}),
+        }
+        return self.model_copy(update=update)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the rewards of some rows compare the policy with a reference model."""
+        return any(source.config.objective.needs_reference for source in self.sources)
+
     @property
     def reference_cache(self) -> Path:
         """Directory of the reference's stored log-probabilities."""
@@ -690,3 +768,14 @@ class Config(Section):
         """The contexts that the policy reads, and those of its reference if the objective needs one."""
         references = self.reference_roles if self.objective.needs_reference else ()
         return {role.context for role in self.objective.roles.all + references}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One set of rows of a run."""
+
+    name: str
+    """"" for `data.path`."""
+    weight: float
+    config: Config
+    """The run as if it read only this source, with its `data.path`, `objective.name` and `reference.cache`."""

@@ -14,6 +14,8 @@ _TOKENS = ("token_alignment", "token_alignment_weight")
 _Cause = tuple[str, tuple[str, ...]]
 """Why, and the keys that then change nothing."""
 
+_OF_REFERENCE = ("reference.model_path", "reference.cache", "reference.context")
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -33,7 +35,7 @@ def warning_without_effect(config: Config, surroundings: Surroundings | None) ->
     """
     values = dict(dotted(config.model_dump(mode="json")))
     defaults = dict(dotted(_with_defaults(config).model_dump(mode="json")))
-    causes = [*_objective_causes(config), *_run_causes(config), *_parallel_causes(config.parallel)]
+    causes = [*_causes_in_all_sources(config), *_run_causes(config), *_parallel_causes(config.parallel)]
     if surroundings is not None:
         causes += _surrounding_causes(config, surroundings)
     found: dict[str, str] = {}
@@ -50,7 +52,18 @@ def _with_defaults(config: Config) -> Config:
         name: {key: getattr(section, key) for key, field in type(section).model_fields.items() if field.is_required()}
         for name, section in (("model", config.model), ("data", config.data), ("training", config.training))
     }
+    required["data"] |= {"path": config.data.path, "sources": config.data.sources}
     return Config.model_validate({"run_dir": config.run_dir, **required})
+
+
+def _causes_in_all_sources(config: Config) -> Iterator[_Cause]:
+    """What changes nothing for any row. The cause is that of the first source."""
+    first, *others = [list(_objective_causes(source.config)) for source in config.sources]
+    for why, keys in first:
+        idle = (key for key in keys if all(any(key in more for _, more in causes) for causes in others))
+        yield why, tuple(idle)
+    if config.data.sources is not None and all(source.objective for source in config.data.sources):
+        yield "every one of data.sources has its own objective", ("objective.name",)
 
 
 def _objective_causes(config: Config) -> Iterator[_Cause]:
@@ -59,6 +72,20 @@ def _objective_causes(config: Config) -> Iterator[_Cause]:
     if name != "solopo":
         keys = ("alpha", "align", "distance", "huber_delta", "detach_short", *_TOKENS)
         yield f"objective.name={name} aligns nothing", (*(f"objective.{key}" for key in keys), "moe.replay")
+    if name == "sft":
+        idle = (
+            "loss_type",
+            "beta",
+            "gamma",
+            "orpo_lambda",
+            "label_smoothing",
+            "nll_coefficient",
+            "ld_alpha",
+            "use_weighting",
+        )
+        yield "objective.name=sft compares no responses", tuple(f"objective.{key}" for key in idle)
+        yield "objective.name=sft has no reference", _OF_REFERENCE
+        return
     if objective.token_alignment is None:
         yield "objective.token_alignment=null", ("objective.token_alignment_weight",)
     if objective.distance != "huber":
@@ -68,8 +95,7 @@ def _objective_causes(config: Config) -> Iterator[_Cause]:
     if loss_type != "orpo":
         yield f"objective.loss_type={loss_type}", ("objective.orpo_lambda",)
     if not objective.needs_reference:
-        of_reference = ("reference.model_path", "reference.cache", "reference.context")
-        yield f"objective.loss_type={loss_type} has no reference", of_reference
+        yield f"objective.loss_type={loss_type} has no reference", _OF_REFERENCE
     if config.reference_roles == objective.roles.all:
         yield f"objective.name={name} reads no long context", ("reference.context",)
 

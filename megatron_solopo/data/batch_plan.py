@@ -71,6 +71,12 @@ class TripletSizes:
         """The arrays of some rows, in their order."""
         return TripletSizes(*(getattr(self, each.name)[rows] for each in fields(self)))
 
+    @staticmethod
+    def join(parts: Sequence["TripletSizes"]) -> "TripletSizes":
+        """The arrays of all parts, one behind the other."""
+        names = [each.name for each in fields(TripletSizes)]
+        return TripletSizes(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
     def select(self, rows: IntArray) -> list[TripletSize]:
         """The sizes of some rows, in their order."""
         columns = (self.padded_tokens[rows], self.tokens[rows], self.cost[rows])

@@ -1,7 +1,9 @@
 """From tokenized triplets on disk to global batches of packs for one data-parallel rank.
 
-Seed and epoch alone decide the order of the triplets. A global batch is the next `global_batch_size` of them. So batch
-b holds the same triplets under every parallel layout, and the number of consumed triplets is the loader's whole state.
+Seed and epoch alone decide the order of the triplets of a source. With several sources, `data.mixture` says which one
+each place of the stream takes its next triplet from. A global batch is the next `global_batch_size` of the stream. So
+batch b holds the same triplets under every parallel layout, and the number of consumed triplets is the loader's whole
+state.
 All ranks know all lengths. Each rank plans the whole batch and reads the tokens of its own packs only, so the ranks
 need no communication.
 """
@@ -29,12 +31,14 @@ from megatron_solopo.data.batch_plan import (
     share_out_pass,
     triplet_sizes,
 )
-from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
+from megatron_solopo.data.mixture import Stream
+from megatron_solopo.data.packing import Pack, SourceRows, TokenizedTriplet, build_mixed_pack
 from megatron_solopo.data.prepared import counted_tokens, mask_column, token_lengths
 from megatron_solopo.data.rows import DEPTHS_FIELD
 from megatron_solopo.errors import UserError
 
-_STATE_KEYS = {"seed": "seed", "dataset_length": "data.path", "global_batch_size": "training.global_batch_size"}
+_KEY_OF_DATA = "data.path (or data.sources)"
+_STATE_KEYS = {"seed": "seed", "dataset_length": _KEY_OF_DATA, "global_batch_size": "training.global_batch_size"}
 """Values that a saved state and a run must share -> the key that sets each."""
 
 
@@ -46,6 +50,8 @@ class GlobalBatch:
     """Every rank has the same number of packs."""
     num_triplets: int
     """Triplets of the global batch."""
+    triplets_of: tuple[int, ...]
+    """Those of each source."""
     num_tokens: int
     """Tokens of these triplets, without padding. A shared prompt counts once."""
     num_sequence_tokens: int
@@ -196,44 +202,55 @@ def _values(cell: pa.ListScalar) -> NDArray[Any]:
     return values
 
 
+@dataclass(frozen=True, eq=False)
+class LoaderSource:
+    """One set of triplets that have the same sequences."""
+
+    dataset: TripletDataset
+    roles: Sequence[Role]
+    """The sequences of each triplet."""
+    weight: float = 1.0
+    """Its share of the stream is this, divided by the sum over all sources."""
+
+
 class GlobalBatchLoader:
     """An endless sequence of shuffled global batches.
 
-    Each epoch is one permutation of the dataset. No triplet is dropped at the end of an epoch: a global batch may take
-    the last triplets of one epoch and the first of the next.
+    Each pass over a source is one permutation of it. No triplet is dropped at the end of a pass: a global batch may
+    take the last triplets of one pass and the first of the next.
 
     Args:
-        roles: The sequences of each triplet.
         global_batch_size: Triplets per batch, over all ranks.
         seed: Seed of the permutations.
 
-    Raises UserError if the dataset is smaller than a batch, or if the batch size does not divide over the ranks. Also
-    raises it if a triplet exceeds the budget, or if a prompt or response is missing or empty.
+    Raises UserError if the sources together are smaller than a batch, or if the batch size does not divide over the
+    ranks. Also raises it if a triplet exceeds the budget, or if a prompt or response is missing or empty.
     """
 
     def __init__(
         self,
-        dataset: TripletDataset,
-        roles: Sequence[Role],
+        sources: Sequence[LoaderSource],
         packing: Packing,
         *,
         global_batch_size: int,
         seed: int,
     ) -> None:
-        if len(dataset) < global_batch_size:
+        lengths = [len(source.dataset) for source in sources]
+        if sum(lengths) < global_batch_size:
             raise UserError(
-                f"data.path holds {len(dataset)} triplets, fewer than one global batch of {global_batch_size}; "
+                f"{_KEY_OF_DATA} holds {sum(lengths)} triplets, fewer than one global batch of {global_batch_size}; "
                 f"lower training.global_batch_size or prepare more data"
             )
         check_batch_size(global_batch_size, packing.dp_size, packing.packs_multiple)
-        self._packer = _Packer(dataset, roles, packing)
-        self._identity = {"seed": seed, "dataset_length": len(dataset), "global_batch_size": global_batch_size}
+        self._packer = _Packer(sources, packing)
+        self.stream = Stream(lengths, [source.weight for source in sources], seed)
+        self._identity = {"seed": seed, "dataset_length": sum(lengths), "global_batch_size": global_batch_size}
         self.consumed_triplets = 0
 
     def next_batch(self) -> GlobalBatch:
         """Return the next global batch and count its triplets as consumed."""
         size = self._identity["global_batch_size"]
-        rows = self._stream(self.consumed_triplets, self.consumed_triplets + size)
+        rows = self.stream.rows(self.consumed_triplets, self.consumed_triplets + size)
         batch = self._packer.training_batch(rows)
         self.consumed_triplets += size
         return batch
@@ -247,12 +264,12 @@ class GlobalBatchLoader:
         size = self._identity["global_batch_size"]
         for number in range(num_batches):
             start = self.consumed_triplets + number * size
-            yield start, self._packer.packs_needed(self._stream(start, start + size))
+            yield start, self._packer.packs_needed(self.stream.rows(start, start + size))
 
     def next_packs(self) -> int:
         """Packs per rank of the next batch. Reads lengths, no tokens."""
         size = self._identity["global_batch_size"]
-        return len(self._packer.plan(self._stream(self.consumed_triplets, self.consumed_triplets + size))[0])
+        return len(self._packer.plan(self.stream.rows(self.consumed_triplets, self.consumed_triplets + size))[0])
 
     def largest_pack(self, num_batches: int) -> Pack:
         """The largest pack of the next batches on all ranks, or the largest triplet alone if that is larger."""
@@ -260,7 +277,7 @@ class GlobalBatchLoader:
         packs = [np.array([self._packer.sizes.padded_tokens.argmax()])]
         for number in range(num_batches):
             start = self.consumed_triplets + number * size
-            rows = self._stream(start, start + size)
+            rows = self.stream.rows(start, start + size)
             packs += [rows[positions] for rank in self._packer.plan(rows) for positions in rank]
         return self._packer.pack(max(packs, key=lambda rows: int(self._packer.sizes.padded_tokens[rows].sum())))
 
@@ -281,17 +298,6 @@ class GlobalBatchLoader:
                 )
         self.consumed_triplets = state["consumed_triplets"]
 
-    def _stream(self, start: int, end: int) -> IntArray:
-        """Dataset rows at positions start to end of the endless stream."""
-        length = self._identity["dataset_length"]
-        parts = []
-        while start < end:
-            epoch, offset = divmod(start, length)
-            part = _epoch_order(length, self._identity["seed"], epoch)[offset : offset + end - start]
-            parts.append(part)
-            start += len(part)
-        return np.concatenate(parts)
-
 
 @dataclass(frozen=True, eq=False)
 class PassBatch:
@@ -306,7 +312,7 @@ class PassBatch:
 
 
 class SinglePass:
-    """Every triplet of a data set once, for evaluation and reference passes.
+    """Every triplet of a source once, for evaluation and reference passes.
 
     All ranks must run the same number of packs, so a rank with too few packs repeats one that does not count.
 
@@ -326,7 +332,7 @@ class SinglePass:
         packs_per_part: int,
         done: NDArray[np.bool_] | None = None,
     ) -> None:
-        self._packer = _Packer(dataset, roles, packing)
+        self._packer = _Packer([LoaderSource(dataset, roles)], packing)
         self._done = np.zeros(len(dataset), dtype=bool) if done is None else done
         packs = self._packer.single_pass()
         self._packs = [rows for rows in packs if not self._done[rows].all()]
@@ -356,26 +362,44 @@ class SinglePass:
 
 @dataclass(frozen=True, eq=False)
 class _Packer:
-    """Turns dataset rows into this rank's share of a batch."""
+    """Turns rows into this rank's share of a batch. Rows of all sources are numbered through, in their order."""
 
-    dataset: TripletDataset
-    roles: Sequence[Role]
+    sources: Sequence[LoaderSource]
     packing: Packing
     sizes: TripletSizes = field(init=False)
 
     def __post_init__(self) -> None:
         packing = self.packing
-        sizes = self.dataset.sizes(self.roles, packing.sequence_multiple, share_prompts=packing.share_prompts)
-        object.__setattr__(self, "sizes", sizes)
+        sizes = [
+            source.dataset.sizes(source.roles, packing.sequence_multiple, share_prompts=packing.share_prompts)
+            for source in self.sources
+        ]
+        object.__setattr__(self, "sizes", TripletSizes.join(sizes))
         over = np.flatnonzero(self.sizes.padded_tokens > packing.max_sequence_tokens)
         if len(over):
             largest = padded_lengths(self.sizes.padded_tokens.max(), packing.pack_multiple)
             raise UserError(
                 f"{len(over)} of {len(self.sizes)} triplets are larger than data.max_tokens_per_pack="
-                f"{packing.max_tokens_per_pack}, first {', '.join(self.dataset.ids(over[:5]))}; the largest needs "
+                f"{packing.max_tokens_per_pack}, first {', '.join(self._ids(over[:5]))}; the largest needs "
                 f"{largest} (sequences padded to multiples of {packing.sequence_multiple}, packs to multiples of "
                 f"{packing.pack_multiple}): raise the key to that, or prepare the data with a lower length limit"
             )
+
+    def _by_source(self, rows: IntArray) -> list[tuple[int, IntArray]]:
+        """The rows of each source that has some, by the source's number and their own numbers in it."""
+        found, start = [], 0
+        for number, source in enumerate(self.sources):
+            end = start + len(source.dataset)
+            found.append((number, rows[(rows >= start) & (rows < end)] - start))
+            start = end
+        return [(number, own) for number, own in found if len(own)]
+
+    def _ids(self, rows: IntArray) -> list[str]:
+        return [each for number, own in self._by_source(rows) for each in self.sources[number].dataset.ids(own)]
+
+    def _count(self, rows: IntArray) -> tuple[int, ...]:
+        counts = {number: len(own) for number, own in self._by_source(rows)}
+        return tuple(counts.get(number, 0) for number in range(len(self.sources)))
 
     def training_batch(self, rows: IntArray) -> GlobalBatch:
         packing, plan = self.packing, self.plan(rows)
@@ -384,6 +408,7 @@ class _Packer:
         return GlobalBatch(
             packs=[self.pack(rows[positions]) for positions in plan[packing.dp_rank]],
             num_triplets=len(rows),
+            triplets_of=self._count(rows),
             num_tokens=num_tokens,
             num_sequence_tokens=int(self.sizes.sequence_tokens[rows].sum()),
             padded_tokens=int(self.sizes.padded_tokens[rows].sum()),
@@ -396,8 +421,12 @@ class _Packer:
 
     def pack(self, rows: IntArray) -> Pack:
         multiples = self.packing.sequence_multiple, self.packing.pack_multiple
-        triplets = self.dataset.rows(rows, self.roles)
-        return build_pack(triplets, self.roles, *multiples, share_prompts=self.packing.share_prompts)
+        parts = [
+            SourceRows(number, source.roles, source.dataset.rows(own, source.roles))
+            for number, own in self._by_source(rows)
+            for source in (self.sources[number],)
+        ]
+        return build_mixed_pack(parts, *multiples, share_prompts=self.packing.share_prompts)
 
     def packs_needed(self, rows: IntArray) -> int:
         packing = self.packing
@@ -419,13 +448,3 @@ class _Packer:
             "packs_multiple": self.packing.packs_multiple,
             "wanted_packs": self.packing.wanted_packs,
         }
-
-
-def _epoch_order(length: int, seed: int, epoch: int) -> IntArray:
-    """Permutation of range(length) for one epoch.
-
-    It sorts the raw output of the generator. numpy keeps that output stable between releases, unlike
-    `Generator.permutation`. So a checkpoint continues on the same triplets under a newer numpy.
-    """
-    keys = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(length)
-    return np.argsort(keys, kind="stable")

@@ -11,8 +11,7 @@ from typing import Literal
 
 from megatron_solopo.architecture.huggingface_config import ModelShape
 from megatron_solopo.architecture.model_directory import has_tokenizer
-from megatron_solopo.data.prepared import PreparedData
-from megatron_solopo.data.rows import RESPONSE_FIELDS
+from megatron_solopo.data.prepared import RESPONSE_COLUMNS, PreparedData
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 
@@ -87,7 +86,8 @@ def check_sizes(reader: Reader, prepared: PreparedData, path: Path, contexts: Co
     prompts = {prepared.prompt_column(context) for context in contexts}
     lengths = prepared.manifest.lengths
     # An upper bound: the longest prompt and the longest answer may be of different rows.
-    longest = max(lengths[name].max for name in prompts) + max(lengths[name].max for name in RESPONSE_FIELDS)
+    responses = RESPONSE_COLUMNS[prepared.manifest.kind]
+    longest = max(lengths[name].max for name in prompts) + max(lengths[name].max for name in responses)
     if longest > reader.architecture.max_sequence_length:
         remedy = (
             "prepare the data with --max-length, or extend the model in its config.json "

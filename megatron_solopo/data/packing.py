@@ -7,13 +7,18 @@ block.
 A response may hold tokens that nobody trains, such as the results of tools between two turns of the assistant. They
 are context: they take positions, and have no label.
 
+A pack may hold rows of several sources, whose rows have other sequences: a triplet three or four, a pair two, an
+instruction one. All are called triplets here.
+
 Shapes: T padded positions of the pack, B blocks, B1 = B + 1, S sequences, N response tokens of all sequences that
 count, L with those that do not, R roles.
-Sequences are ordered by triplet and then by role, so a tensor [S] reshapes to [num_triplets, R].
+Sequences are ordered by source, then by triplet and then by role. So those of one source, [S_own], reshape to
+[its triplets, R].
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +56,20 @@ class TokenizedTriplet:
         return min(int(self.counted(response).sum()) for response in self.responses)
 
 
+class PackGroup(NamedTuple):
+    """The triplets of one source in a pack. They follow each other and have the same sequences."""
+
+    source: int
+    """Number of the source in the run."""
+    roles: tuple[Role, ...]
+    num_triplets: int
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of all its triplets."""
+        return len(self.roles) * self.num_triplets
+
+
 @dataclass(frozen=True, eq=False)
 class Pack:
     """One micro-batch on the host, before context parallelism divides it. Tensors are int64 unless noted."""
@@ -83,12 +102,17 @@ class Pack:
     verbose_N: Tensor
     """bool: whether the token lies beyond the length of the shorter response of its triplet, in the pack or not. Tokens
     that do not count have no part in lengths."""
-    num_triplets: int
-    roles: tuple[Role, ...]
+    groups: tuple[PackGroup, ...]
+    """In the order of their sources. A source without a triplet here has none."""
     triplet_indices: Tensor
-    """Dataset row of each triplet, [num_triplets]."""
+    """Row of each triplet in the data of its source, [num_triplets]."""
     ids: tuple[str, ...]
     """Id of each triplet."""
+
+    @property
+    def num_triplets(self) -> int:
+        """Triplets of all sources."""
+        return sum(group.num_triplets for group in self.groups)
 
     @property
     def squares(self) -> int:
@@ -149,6 +173,14 @@ class Pack:
         return len(self.tokens_T)
 
 
+class SourceRows(NamedTuple):
+    """Triplets of one source, which have the same sequences in the same order."""
+
+    source: int
+    roles: Sequence[Role]
+    rows: Sequence[TokenizedTriplet]
+
+
 def build_pack(
     rows: Sequence[TokenizedTriplet],
     roles: Sequence[Role],
@@ -157,24 +189,36 @@ def build_pack(
     *,
     share_prompts: bool,
 ) -> Pack:
+    """Make a pack of triplets of one source; see `build_mixed_pack`."""
+    return build_mixed_pack([SourceRows(0, roles, rows)], sequence_multiple, pack_multiple, share_prompts=share_prompts)
+
+
+def build_mixed_pack(
+    parts: Sequence[SourceRows], sequence_multiple: int, pack_multiple: int = 1, *, share_prompts: bool
+) -> Pack:
     """Make a pack of some triplets.
 
     Args:
-        rows: The triplets, at least one.
-        roles: The sequences of each triplet, in their order.
+        parts: The triplets of each source, at least one.
         sequence_multiple: Each block is padded at its end to a multiple of this.
         pack_multiple: The pack is padded to a multiple of this, at the end of its last block. It is 1 or a multiple of
             `sequence_multiple`.
         share_prompts: Whether responses behind the same prompt share it.
     """
-    groups = prompt_groups(roles, share_prompts)
-    prompts = [row.prompts[roles[group[0]].context] for row in rows for group in groups]
-    responses = [row.responses[role.response] for row in rows for role in roles]
+    prompts: list[NDArray[np.integer]] = []
+    responses: list[NDArray[np.integer]] = []
+    sequences_B: list[list[int]] = []
+    for part in parts:
+        for row in part.rows:
+            for group in prompt_groups(part.roles, share_prompts):
+                prompts.append(row.prompts[part.roles[group[0]].context])
+                sequences_B.append([len(responses) + role for role in group])
+            responses += [row.responses[role.response] for role in part.roles]
+    rows = [row for part in parts for row in part.rows]
     response_lengths_S = np.array([len(response) for response in responses], dtype=np.int64)
     # With an empty prompt, the end of the block before it would predict the first response token.
     assert min(map(len, prompts)) > 0 and response_lengths_S.min() > 0
 
-    sequences_B = [[len(roles) * number + role for role in group] for number in range(len(rows)) for group in groups]
     responses_B = [response_lengths_S[sequences].tolist() for sequences in sequences_B]
     blocks = layout_blocks(zip(map(len, prompts), responses_B, strict=True), sequence_multiple, pack_multiple)
     boundaries_B1 = [*(block.start for block in blocks), blocks[-1].end]
@@ -189,7 +233,7 @@ def build_pack(
     place_in_response_L = _places(response_lengths_S)
     token_places_L = np.repeat(response_starts_S, response_lengths_S) + place_in_response_L
     predictors_L = np.where(place_in_response_L == 0, np.repeat(prompt_ends_S, response_lengths_S), token_places_L) - 1
-    counted_L, counted_lengths_S, verbose_N = _count(rows, roles)
+    counted_L, counted_lengths_S, verbose_N = _count(parts)
     return Pack(
         blocks=blocks,
         tokens_T=torch.from_numpy(tokens_T),
@@ -204,21 +248,19 @@ def build_pack(
         response_labels_N=torch.from_numpy(tokens_T[token_places_L[counted_L]]),
         response_sequences_N=torch.from_numpy(np.repeat(np.arange(len(responses)), counted_lengths_S)),
         verbose_N=torch.from_numpy(verbose_N),
-        num_triplets=len(rows),
-        roles=tuple(roles),
+        groups=tuple(PackGroup(part.source, tuple(part.roles), len(part.rows)) for part in parts),
         triplet_indices=torch.tensor([row.index for row in rows]),
         ids=tuple(row.id for row in rows),
     )
 
 
-def _count(
-    rows: Sequence[TokenizedTriplet], roles: Sequence[Role]
-) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.bool_]]:
+def _count(parts: Sequence[SourceRows]) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.bool_]]:
     """Which response tokens count [L], how many of each sequence [S], and which of these are verbose [N]."""
-    counted_S = [row.counted(role.response) for row in rows for role in roles]
+    sequences = [(row, role.response) for part in parts for row in part.rows for role in part.roles]
+    counted_S = [row.counted(response) for row, response in sequences]
     lengths_S = np.array([counted.sum() for counted in counted_S], dtype=np.int64)
     assert lengths_S.min() > 0, "a mean over the tokens of a response needs one"
-    shared_lengths_S = np.repeat([row.shorter_response for row in rows], len(roles))
+    shared_lengths_S = np.array([row.shorter_response for row, _ in sequences])
     return np.concatenate(counted_S), lengths_S, _places(lengths_S) >= np.repeat(shared_lengths_S, lengths_S)
 
 

@@ -1,8 +1,8 @@
 """The directory that `data prepare` writes and training reads: a manifest and tokenized Arrow splits.
 
     manifest.json   what the data is, where it came from, how long its rows are
-    train/  eval/   columns id, evidence_depths, prompt_short, prompt_long (not for pairs), chosen, rejected, and
-                    perhaps chosen_mask, rejected_mask
+    train/  eval/   columns id, evidence_depths, prompt_short, prompt_long (only of triplets), chosen, rejected (not of
+                    instructions), and perhaps chosen_mask, rejected_mask
 
 Token columns are list<int32>. A prompt includes BOS or the start of the chat template. A response includes EOS or the
 template's end of turn. A sequence is a prompt followed by a response. A mask says of each token of a response whether
@@ -29,7 +29,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_solopo.data.rows import DEPTHS_FIELD, RESPONSE_FIELDS, Kind, list_counts
+from megatron_solopo.data.rows import DEPTHS_FIELD, Kind, list_counts
 from megatron_solopo.data.template_effects import MEANINGS, EffectKind
 from megatron_solopo.errors import UserError, first_problem
 from megatron_solopo.files import counted, sha256_json
@@ -41,7 +41,22 @@ _LENGTHS_BATCH_ROWS = 1024
 # Rows of 128K tokens are 0.5 MB a column.
 _TOKENS_BATCH_ROWS = 64
 
-PROMPT_COLUMNS: dict[Kind, tuple[str, ...]] = {"triplet": ("prompt_short", "prompt_long"), "pair": ("prompt_short",)}
+PROMPT_COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "triplet": ("prompt_short", "prompt_long"),
+    "pair": ("prompt_short",),
+    "instruction": ("prompt_short",),
+}
+RESPONSE_COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "triplet": ("chosen", "rejected"),
+    "pair": ("chosen", "rejected"),
+    "instruction": ("chosen",),
+}
+"""The completion of an instruction is its chosen response."""
+
+
+def token_columns(kind: Kind) -> tuple[str, ...]:
+    """The columns that hold tokens, for a kind of rows."""
+    return (*PROMPT_COLUMNS[kind], *RESPONSE_COLUMNS[kind])
 
 
 def mask_column(response: str) -> str:
@@ -49,7 +64,9 @@ def mask_column(response: str) -> str:
     return f"{response}_mask"
 
 
-MASK_COLUMNS = tuple(mask_column(response) for response in RESPONSE_FIELDS)
+def mask_columns(kind: Kind) -> tuple[str, ...]:
+    """The columns of masks, for a kind of rows."""
+    return tuple(map(mask_column, RESPONSE_COLUMNS[kind]))
 
 
 class _Record(BaseModel):
@@ -114,7 +131,7 @@ class PreparedManifest(_Record):
     @property
     def columns(self) -> tuple[str, ...]:
         """The token columns."""
-        return (*PROMPT_COLUMNS[self.kind], *RESPONSE_FIELDS)
+        return token_columns(self.kind)
 
     def __str__(self) -> str:
         """A few lines for a reader: kept rows, dropped rows, lengths."""
@@ -154,8 +171,8 @@ class PreparedData:
         return [self.train] if self.eval is None else [self.train, self.eval]
 
     def prompt_column(self, context: Literal["short", "long"]) -> str:
-        """The column of a context's prompt. A pair has one prompt for both contexts."""
-        return "prompt_short" if self.manifest.kind == "pair" else f"prompt_{context}"
+        """The column of a context's prompt. Only triplets have two prompts."""
+        return f"prompt_{context}" if self.manifest.kind == "triplet" else "prompt_short"
 
     def hashed_manifest(self) -> PreparedManifest:
         """The manifest with the fingerprint of the tokens. Reads every token of a directory of format version 1."""
@@ -187,8 +204,8 @@ def load_prepared(path: Path) -> PreparedData:
 
 def token_fingerprint(kind: Kind, train: Dataset, held_out: Dataset | None) -> str:
     """Hex SHA-256 that tells ids, tokens, masks and order of the rows, and their split. Few rows are in memory."""
-    masks = [column for column in MASK_COLUMNS if column in train.column_names]
-    columns = ("id", *PROMPT_COLUMNS[kind], *RESPONSE_FIELDS, *masks)
+    masks = [column for column in mask_columns(kind) if column in train.column_names]
+    columns = ("id", *token_columns(kind), *masks)
     splits = {"train": train} | ({} if held_out is None else {"eval": held_out})
     return sha256_json(
         {name: {column: _hash_column(split, column) for column in columns} for name, split in splits.items()}
@@ -265,7 +282,7 @@ def _load_split(path: Path, name: str, rows: int, manifest: PreparedManifest) ->
         raise _unusable(path, f"{name}/ is missing or damaged ({' '.join(str(error).split())})") from None
     if len(split) != rows:
         raise _unusable(path, f"{name}/ has {len(split)} rows, the manifest says {rows}")
-    masks = set(MASK_COLUMNS) if manifest.counted else set()
+    masks = set(mask_columns(manifest.kind)) if manifest.counted else set()
     if set(split.column_names) - {DEPTHS_FIELD} != {"id", *manifest.columns, *masks}:
         raise _unusable(path, f"{name}/ has columns {split.column_names}")
     return split

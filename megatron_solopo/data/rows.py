@@ -1,7 +1,8 @@
-"""Preference rows: their two kinds, their two forms, the files that hold them, and every check of them.
+"""Rows: their three kinds, their two forms, the files that hold them, and every check of them.
 
     triplet   {"id", "prompt_short", "prompt_long", "chosen", "rejected"}   for SoLoPO and the plain objectives
     pair      {"prompt", "chosen", "rejected"} and perhaps "id"             TRL's form, for the plain objectives
+    instruction   {"prompt", "completion"} and perhaps "id"                 TRL's form, for the objective sft
 
 Prompts and responses are strings, or lists of chat messages, see `data.messages`. A prompt of messages ends with a user
 or tool message. A response of messages begins and ends with an assistant message. The answers of a pair may also be
@@ -36,15 +37,28 @@ from megatron_solopo.data.template_arguments import (
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted, first_few, parse_json
 
-Kind = Literal["triplet", "pair"]
+Kind = Literal["triplet", "pair", "instruction"]
 Form = Literal["text", "messages"]
-PROMPT_FIELDS: dict[Kind, tuple[str, ...]] = {"triplet": ("prompt_short", "prompt_long"), "pair": ("prompt",)}
-RESPONSE_FIELDS = ("chosen", "rejected")
+
+PROMPT_FIELDS: dict[Kind, tuple[str, ...]] = {
+    "triplet": ("prompt_short", "prompt_long"),
+    "pair": ("prompt",),
+    "instruction": ("prompt",),
+}
+RESPONSE_FIELDS: dict[Kind, tuple[str, ...]] = {
+    "triplet": ("chosen", "rejected"),
+    "pair": ("chosen", "rejected"),
+    "instruction": ("completion",),
+}
 DEPTHS_FIELD = "evidence_depths"
 """Where each piece of evidence lies in the long context, from 0 (its start) to 1. A row may lack it."""
 
-_FIELDS = ("id", *PROMPT_FIELDS["triplet"], *PROMPT_FIELDS["pair"], *RESPONSE_FIELDS, DEPTHS_FIELD, *ARGUMENT_FIELDS)
-_EXPECTED_FIELDS = "prompt_short and prompt_long (a triplet), or prompt (a pair), with chosen and rejected"
+_RESPONSES = tuple(dict.fromkeys(name for names in RESPONSE_FIELDS.values() for name in names))
+_FIELDS = ("id", *PROMPT_FIELDS["triplet"], "prompt", *_RESPONSES, DEPTHS_FIELD, *ARGUMENT_FIELDS)
+_EXPECTED_FIELDS = (
+    "prompt_short and prompt_long (a triplet), or prompt (a pair), with chosen and rejected; or prompt and completion "
+    "(an instruction)"
+)
 _PLACES_SHOWN = 5
 
 
@@ -152,7 +166,7 @@ def validate_file(path: Path) -> ValidationReport:
         if row.kind is not None and kind is None:
             kind, kind_line = row.kind, row.line
         if row.kind not in (None, kind):
-            row.reject("", f"is a {row.kind}, but {unit} {kind_line} is a {kind}; one file holds one kind")
+            row.reject("", f"is of kind {row.kind}, but {unit} {kind_line} of kind {kind}; one file holds one kind")
         if row.form is not None:
             forms.add(row.form)
         if row.id is not None and id_lines.setdefault(row.id, row.line) != row.line:
@@ -193,9 +207,10 @@ def parse_row(line: int, value: Any) -> PreferenceRow:
         return row
     row.kind = _parse_kind(value, row)
     row.id = _parse_id(value, row)
-    for name in (*PROMPT_FIELDS.get(row.kind, ()), *RESPONSE_FIELDS) if row.kind else RESPONSE_FIELDS:
+    kind = row.kind or "pair"
+    for name in (*(PROMPT_FIELDS[kind] if row.kind else ()), *RESPONSE_FIELDS[kind]):
         try:
-            row.contents[name] = _parse_content(value.get(name), is_response=name in RESPONSE_FIELDS)
+            row.contents[name] = _parse_content(value.get(name), is_response=name in _RESPONSES)
         except IllegalValue as error:
             row.reject(name, str(error))
     try:
@@ -225,11 +240,19 @@ def _parse_arguments(value: dict[str, Any], row: PreferenceRow) -> TemplateArgum
 
 
 def _parse_kind(value: dict[str, Any], row: PreferenceRow) -> Kind | None:
-    kinds = [kind for kind, names in PROMPT_FIELDS.items() if any(value.get(name) is not None for name in names)]
+    given = {name for name in _FIELDS if value.get(name) is not None}
+    kinds: list[Kind] = []
+    if given & {"prompt_short", "prompt_long"}:
+        kinds.append("triplet")
+    if "prompt" in given:
+        kinds.append("instruction" if "completion" in given else "pair")
+    if "completion" in given and (more := given & {"prompt_short", "prompt_long", "chosen", "rejected"}):
+        row.reject("completion", f"does not go with {', '.join(sorted(more))}; an instruction has a prompt beside it")
+        return None
     if len(kinds) == 1:
         return kinds[0]
     found = "both, so its kind is unclear" if kinds else "neither"
-    if not kinds and all(isinstance(value.get(name), str) for name in RESPONSE_FIELDS):
+    if not kinds and all(isinstance(value.get(name), str) for name in ("chosen", "rejected")):
         found += "; if both answers begin with the prompt, write it into its own field, as trl.extract_prompt does"
     row.reject("prompt", f"expected prompt_short and prompt_long (a triplet), or prompt (a pair); the row has {found}")
     return None
@@ -237,7 +260,7 @@ def _parse_kind(value: dict[str, Any], row: PreferenceRow) -> Kind | None:
 
 def _parse_id(value: dict[str, Any], row: PreferenceRow) -> str | None:
     given = value.get("id")
-    if given is None and row.kind == "pair":
+    if given is None and row.kind in ("pair", "instruction"):
         return str(row.line)
     try:
         if given is None:
@@ -280,7 +303,7 @@ def _check_consistency(row: PreferenceRow) -> None:
             row.reject(name, f"is {form}, but {first} is {forms[first]}; a row is all strings or all messages")
     if len(set(forms.values())) == 1:
         row.form = next(iter(forms.values()))
-    chosen, rejected = (row.contents.get(name) for name in RESPONSE_FIELDS)
+    chosen, rejected = (row.contents.get(name) for name in ("chosen", "rejected"))
     if chosen is not None and rejected is not None and _comparable(chosen) == _comparable(rejected):
         row.reject("rejected", "is the same as chosen")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from megatron_solopo.data.end_tokens import end_tokens
 from megatron_solopo.data.messages import Content
-from megatron_solopo.data.prepared import PROMPT_COLUMNS
+from megatron_solopo.data.prepared import PROMPT_COLUMNS, RESPONSE_COLUMNS, token_columns
 from megatron_solopo.data.rendering import check_arguments, check_template
 from megatron_solopo.data.rows import PROMPT_FIELDS, RESPONSE_FIELDS, PreferenceRow, read_rows
 from megatron_solopo.data.settings import ShowSettings, Template
@@ -89,15 +89,14 @@ def _show(
     row: PreferenceRow, tokenizer: Tokenizer, template: Template, ends: Collection[int], kwargs: dict[str, Any]
 ) -> ShownRow:
     assert row.kind is not None and row.id is not None
-    fields = dict(zip(PROMPT_COLUMNS[row.kind], PROMPT_FIELDS[row.kind], strict=True))
-    prompts: dict[str, Content] = {column: row.contents[name] for column, name in fields.items()}
-    responses = {name: row.contents[name] for name in RESPONSE_FIELDS}
+    fields = dict(zip(token_columns(row.kind), (*PROMPT_FIELDS[row.kind], *RESPONSE_FIELDS[row.kind]), strict=True))
+    prompts: dict[str, Content] = {column: row.contents[fields[column]] for column in PROMPT_COLUMNS[row.kind]}
+    responses: dict[str, Content] = {column: row.contents[fields[column]] for column in RESPONSE_COLUMNS[row.kind]}
     try:
         tokenized = tokenize_row(prompts, responses, tokenizer, template, ends, row.arguments.over(kwargs))
     except UserError as error:
         return ShownRow(row.line, row.id, (), (f"refused: {error}",))
-    names = {column: column for column in tokenized.ids} | fields
-    parts = tuple(_part(names[column], column, tokenized, tokenizer) for column in tokenized.ids)
+    parts = tuple(_part(fields[column], column, tokenized, tokenizer) for column in tokenized.ids)
     notes = tuple(f"{MEANINGS[effect.kind].words}: {effect.shown}" for effect in tokenized.effects)
     return ShownRow(row.line, row.id, parts, notes)
 

@@ -28,8 +28,8 @@ from megatron_solopo.data.messages import Content
 from megatron_solopo.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    MASK_COLUMNS,
     PROMPT_COLUMNS,
+    RESPONSE_COLUMNS,
     EffectCount,
     LengthStatistics,
     PreparedManifest,
@@ -37,6 +37,8 @@ from megatron_solopo.data.prepared import (
     is_prepared,
     largest_token_id,
     mask_column,
+    mask_columns,
+    token_columns,
     token_fingerprint,
     token_lengths,
 )
@@ -64,7 +66,7 @@ _WRITER_BATCH_ROWS = 64
 
 
 def prepare(settings: PrepareSettings) -> PreparedManifest:
-    """Validate, tokenize and split a file of triplets or pairs. The output is complete or absent.
+    """Validate, tokenize and split a file of triplets, pairs or instructions. The output is complete or absent.
 
     Raises UserError if a row is bad or too long, if no row remains, or if the output exists. Also raises it if the
     tokenizer lacks what the template needs, or if the template loses content of a row.
@@ -91,7 +93,7 @@ def prepare(settings: PrepareSettings) -> PreparedManifest:
         _refuse_problems(settings, tokens)
         effects = _count_effects(tokens)
         _refuse_losses(job, effects)
-        tokens = _without_full_masks(tokens.remove_columns(["line", "problem", "effects"]))
+        tokens = _without_full_masks(job.kind, tokens.remove_columns(["line", "problem", "effects"]))
         kept = _select_by_length(job, tokens)
         train, held_out = _split(kept, settings.eval_count, settings.seed)
         tokens.select(train).save_to_disk(str(temporary / "train"))
@@ -124,7 +126,7 @@ class _Job:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (*PROMPT_COLUMNS[self.kind], *RESPONSE_FIELDS)
+        return token_columns(self.kind)
 
     def fingerprint_parts(self) -> dict[str, Any]:
         """What the tokens are made from and with."""
@@ -224,19 +226,19 @@ def _describe_end_tokens(job: _Job) -> str:
     return f" (end tokens of {path}: {found}{'' if has_settings else missing})"
 
 
-def _without_full_masks(tokens: Dataset) -> Dataset:
+def _without_full_masks(kind: Kind, tokens: Dataset) -> Dataset:
     """The same without the columns of masks, if all tokens of all responses count."""
-    counted = {name: counted_tokens(tokens, mask_column(name)) for name in RESPONSE_FIELDS}
+    counted = {name: counted_tokens(tokens, mask_column(name)) for name in RESPONSE_COLUMNS[kind]}
     if any((counts < token_lengths(tokens, name)).any() for name, counts in counted.items()):
         return tokens
-    return tokens.remove_columns(list(MASK_COLUMNS))
+    return tokens.remove_columns(list(mask_columns(kind)))
 
 
 def _select_by_length(job: _Job, tokens: Dataset) -> NDArray[np.int64]:
     """Indices of the rows whose longest sequence fits."""
     path = job.settings.input
     prompts = np.max([token_lengths(tokens, name) for name in PROMPT_COLUMNS[job.kind]], axis=0)
-    responses = np.max([token_lengths(tokens, name) for name in RESPONSE_FIELDS], axis=0)
+    responses = np.max([token_lengths(tokens, name) for name in RESPONSE_COLUMNS[job.kind]], axis=0)
     longest = prompts + responses
     limit = job.settings.max_length or longest.max()
     too_long = longest > limit
@@ -284,7 +286,7 @@ def _manifest(
         lengths={name: _statistics(token_lengths(tokens, name)[kept]) for name in job.columns},
         counted={
             name: _statistics(counted_tokens(tokens, mask_column(name))[kept])
-            for name in RESPONSE_FIELDS
+            for name in RESPONSE_COLUMNS[job.kind]
             if mask_column(name) in tokens.column_names
         },
         largest_token_id=largest_token_id(tokens.select(kept), job.columns),
@@ -327,8 +329,8 @@ def tokenize_rows(
         cache_dir=str(work),
         writer_batch_size=_WRITER_BATCH_ROWS,
     )
-    tokens = {name: List(Value("int32")) for name in (*PROMPT_COLUMNS[kind], *RESPONSE_FIELDS)}
-    tokens |= {name: List(Value("bool")) for name in MASK_COLUMNS}
+    tokens = {name: List(Value("int32")) for name in token_columns(kind)}
+    tokens |= {name: List(Value("bool")) for name in mask_columns(kind)}
     return rows.map(
         _tokenize_record,
         fn_kwargs={
@@ -368,7 +370,9 @@ def _tokenize_record(
 ) -> dict[str, Any]:
     contents: dict[str, Content] = json.loads(record["contents"])
     prompts = {column: contents[name] for column, name in zip(PROMPT_COLUMNS[kind], PROMPT_FIELDS[kind], strict=True)}
-    responses = {name: contents[name] for name in RESPONSE_FIELDS}
+    responses = {
+        column: contents[name] for column, name in zip(RESPONSE_COLUMNS[kind], RESPONSE_FIELDS[kind], strict=True)
+    }
     arguments = TemplateArguments(**json.loads(record["arguments"])).over(chat_template_kwargs)
     tokenizer = _process_tokenizer(tokenizer_path, tokenizer_fingerprint)
     row, problem = TokenizedRow({name: [] for name in (*prompts, *responses)}), ""

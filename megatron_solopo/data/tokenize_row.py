@@ -46,7 +46,7 @@ def tokenize_row(
     """Render and encode one row.
 
     Args:
-        prompts: by column; `responses` has "chosen" and "rejected".
+        prompts: by column; `responses` has "chosen", and "rejected" where there is one.
         end_tokens: the ids that end generation.
         arguments: the row's, with those of all rows.
 
@@ -73,7 +73,7 @@ def tokenize_row(
             raise UserError(f"{name}: tokenizes to nothing")
     for name, response in responses.items():
         row.effects += unknown_effects("unknown_in_answer", name, response, row.ids[name], end_tokens, tokenizer)
-    if row.ids["chosen"] == row.ids["rejected"]:
+    if row.ids["chosen"] == row.ids.get("rejected"):
         raise UserError(_described_equality(row.effects))
     for name, response in responses.items():
         row.ids[name] += ends

@@ -55,7 +55,8 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
     Raises UserError for a config, data or output that do not fit, or rewards that are not finite.
     """
     settings = _evaluation_config(subject, config, split)
-    model, topology, datasets = check_and_join(settings)
+    model, topology, (source,) = check_and_join(settings)
+    datasets = source.datasets
     dataset = datasets.by_split[split]
     try:
         on_rank_0(lambda: _check_output(output, settings, datasets.manifest.fingerprint, split))
@@ -74,7 +75,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
         model=str(subject.path),
         run_dir=None if subject.run_dir is None else str(subject.run_dir),
         step=subject.step,
-        data=str(config.data.path),
+        data=str(config.data.directory),
         data_fingerprint=datasets.manifest.fingerprint,
         split=split,
         loss_type=settings.objective.loss_type,
@@ -97,7 +98,9 @@ def _evaluation_config(subject: Subject, config: Config, split: Split) -> Config
 
     Raises UserError if the data have no such split.
     """
-    prepared = load_prepared(config.data.path)
+    prepared = load_prepared(config.data.directory)
+    if prepared.manifest.kind == "instruction":
+        raise UserError(f"{config.data.path}: holds instructions, whose one response is compared with nothing")
     if split == "eval" and prepared.eval is None:
         raise UserError(
             f"{config.data.path}: has no held-out split; prepare it with --eval-count, or take all its rows with "

@@ -20,7 +20,7 @@ from megatron_solopo.architecture.layout import check_training
 from megatron_solopo.checkpoint.adapter_checkpoint import adapter_files
 from megatron_solopo.checkpoint.model_files import read_model_files
 from megatron_solopo.config import Config, ParallelConfig
-from megatron_solopo.data.loader import GlobalBatchLoader
+from megatron_solopo.data.loader import GlobalBatchLoader, LoaderSource
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.adapters import set_dropout
@@ -291,7 +291,7 @@ class PreferenceTask:
         """
         return training_batches(
             self.config,
-            self.datasets.by_split[split],
+            [LoaderSource(self.datasets.by_split[split], self.config.objective.roles.all)],
             self.topology,
             global_batch_size=global_batch_size,
             packs_multiple=packs_multiple,

@@ -57,10 +57,11 @@ def plan_token_alignment(
         size, rank: of context parallelism.
         moved: brings a tensor to the device.
     """
-    roles_N = pack.response_sequences_N % len(pack.roles)
+    (group,) = pack.groups  # the configuration refuses several sources
+    roles_N = pack.response_sequences_N % len(group.roles)
     # Rows come by triplet, then role, then token. So both lists name the same tokens in the same order.
     short_M, long_M = (
-        (roles_N == pack.roles.index(role)).nonzero().squeeze(1) for role in (Role.SHORT_CHOSEN, Role.LONG_CHOSEN)
+        (roles_N == group.roles.index(role)).nonzero().squeeze(1) for role in (Role.SHORT_CHOSEN, Role.LONG_CHOSEN)
     )
     assert len(short_M) == len(long_M), "a chosen answer has the same tokens behind both contexts"
     local_N = torch.empty_like(owners_N)

@@ -49,8 +49,9 @@ class TokenPlaces:
     """N."""
     pairs_2P: Tensor
     """Numbers in [0, N) of tokens of the same response, behind the short and behind the long context."""
-    loss_scale: float
-    """What one sequence's loss counts: CP / roles. The gradient is divided by CP x triplets afterwards."""
+    loss_scale_S: Tensor
+    """float: what each sequence's loss counts: CP / sequences of its triplet. The gradient is divided by CP x triplets
+    afterwards."""
     is_trained: bool
     """Whether the pack is one of a training step. Only those are counted."""
     counted: set[int] = field(default_factory=set)
@@ -84,7 +85,9 @@ def token_places(pack: Pack, positions_t: Tensor, context_size: int, *, is_train
         response_positions=local_N[local_N >= 0],
         num_responses=len(local_N),
         pairs_2P=_response_pairs(pack),
-        loss_scale=context_size / len(pack.roles),
+        loss_scale_S=torch.cat(
+            [torch.full((group.num_sequences,), context_size / len(group.roles)) for group in pack.groups]
+        ),
         is_trained=is_trained,
     )
 
@@ -93,13 +96,16 @@ def _response_pairs(pack: Pack) -> Tensor:
     """[2, P]: for each role with a long context whose short one is in the pack, the same tokens of both responses."""
     starts_S = pack.response_lengths_S.cumsum(0) - pack.response_lengths_S
     found = [torch.empty(2, 0, dtype=torch.int64)]
-    for long, role in enumerate(pack.roles):
-        if role.context != "long" or role.on_short_context not in pack.roles:
-            continue
-        short = pack.roles.index(role.on_short_context)
-        for first in range(0, len(starts_S), len(pack.roles)):
-            tokens = torch.arange(int(pack.response_lengths_S[first + long]))
-            found.append(torch.stack([starts_S[first + short] + tokens, starts_S[first + long] + tokens]))
+    begin = 0
+    for group in pack.groups:
+        for long, role in enumerate(group.roles):
+            if role.context != "long" or role.on_short_context not in group.roles:
+                continue
+            short = group.roles.index(role.on_short_context)
+            for first in range(begin, begin + group.num_sequences, len(group.roles)):
+                tokens = torch.arange(int(pack.response_lengths_S[first + long]))
+                found.append(torch.stack([starts_S[first + short] + tokens, starts_S[first + long] + tokens]))
+        begin += group.num_sequences
     return torch.cat(found, dim=1)
 
 
@@ -163,20 +169,20 @@ class RouterWatch:
             chosen_tE: the routers' own choices, also where others are replayed.
         """
         real_t, num_blocks = places.real_t, places.num_blocks
-        weights_S = 1 / places.lengths_S.float()
+        lengths_S = places.lengths_S.float()
+        weights_S = places.loss_scale_S / lengths_S
         # A choice of rows by `real_t` would make the host wait for their number.
         weights_t = real_t * _over_runs(weights_S, places)[places.runs_t]
         loss = (logits_tE.logsumexp(dim=1).square() * weights_t).sum() * self._config.z_loss_coefficient
         if self._config.aux_loss_coefficient:
-            counts_ME = logits_tE.new_zeros(num_blocks + len(weights_S), logits_tE.shape[1])
+            counts_ME = logits_tE.new_zeros(num_blocks + len(lengths_S), logits_tE.shape[1])
             counts_ME.index_add_(0, places.runs_t, (chosen_tE & real_t[:, None]).to(logits_tE.dtype))
             _sum_over_shards(counts_ME)
             counts_SE = counts_ME[places.blocks_S] + counts_ME[num_blocks:]
-            shares_tE = _over_runs(counts_SE * weights_S[:, None].square(), places)[places.runs_t]
+            shares_tE = _over_runs(counts_SE * (weights_S / lengths_S)[:, None], places)[places.runs_t]
             balance_t = (shares_tE * logits_tE.softmax(dim=1)).sum(dim=1) * logits_tE.shape[1]
             loss = loss + (balance_t * real_t).sum() * self._config.aux_loss_coefficient
-        scaled: Tensor = loss * places.loss_scale
-        return scaled
+        return loss
 
     def reset(self) -> None:
         """Forget what was counted."""

@@ -3,10 +3,11 @@
     solopo:    L = L_PO(x_short, y_w, y_l) + alpha * s(r(x_short, y_w) - r(x_long, y_w))     (SoLoPO, arXiv 2505.11166)
     short_po:  L = L_PO(x_short, y_w, y_l)
     long_po:   L = L_PO(x_long, y_w, y_l)
+    sft:       L = -log pi(y_w|x_short) / |y_w|
 
 The second term of solopo is SoLo-RA, the alignment of rewards between the short and the long context. With `align:
-both`, the distance of y_l is added to that of y_w, under the same alpha. Each objective also adds `nll_coefficient` *
-NLL per token of y_w on the pair's own context (the likelihood term of RPO, arXiv 2404.19733).
+both`, the distance of y_l is added to that of y_w, under the same alpha. Each objective but sft also adds
+`nll_coefficient` * NLL per token of y_w on the pair's own context (the likelihood term of RPO, arXiv 2404.19733).
 
 With `ld_alpha`, rewards take log pi(y|x) - (1 - ld_alpha) * log pi(verbose tokens of y|x), and the reference's numbers
 come so (LD-DPO, arXiv 2409.06411). With `use_weighting`, w(y_w) * w(y_l) multiplies L_PO (WPO, arXiv 2406.11827):
@@ -122,10 +123,13 @@ def compute_objective(
         rewards/*, logps/*: rewards and summed log-probabilities of the pair; `chosen_long`: on the long context.
         token_alignment/kl: the mean divergence at a token of y_w, in nats, with `token_alignment`.
         nll_loss: -log pi(y_w|x) / |y_w| on the pair's context.
-    Only solopo has solo_ra/* and *_long. The pair of long_po is on the long context.
+    Only solopo has solo_ra/* and *_long. The pair of long_po is on the long context. sft has loss, which is nll_loss,
+    and logps/chosen.
     """
     roles = config.roles.all
     assert all(logps[role].dtype in (torch.float32, torch.float64) for role in roles), "sums of log-probs need float32"
+    if config.name == "sft":
+        return _likelihood(logps[roles[0]], lengths[roles[0]])
     assert reference_logps is not None or not config.needs_reference, f"{config.loss_type} needs reference log-probs"
     further = further or {}
     responses = _responses(config, logps, lengths, reference_logps, further)
@@ -152,6 +156,13 @@ def compute_objective(
         metrics["token_alignment/kl"] = divergence_T
     metrics = {"loss": loss_T} | metrics | _pair_metrics(rewards[chosen], rewards[rejected])
     metrics |= {"logps/chosen": logps[chosen], "logps/rejected": logps[rejected], "nll_loss": nll_T}
+    return ObjectiveOutput(loss_T, {name: value_T.detach() for name, value_T in metrics.items()})
+
+
+def _likelihood(logp_T: Tensor, length_T: Tensor) -> ObjectiveOutput:
+    """Supervised fine-tuning. Every row counts the same, however long its response is."""
+    loss_T = -logp_T / length_T
+    metrics = {"loss": loss_T, "logps/chosen": logp_T, "nll_loss": loss_T}
     return ObjectiveOutput(loss_T, {name: value_T.detach() for name, value_T in metrics.items()})
 
 

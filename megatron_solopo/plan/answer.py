@@ -68,7 +68,7 @@ class PlannedRun:
     @cached_property
     def reference(self) -> PassTime:
         """The time for scoring every sequence once with the reference model; nothing if the loss needs none."""
-        if not self.layout.config.objective.needs_reference:
+        if not self.layout.config.needs_reference:
             return PassTime(0.0, 0.0)
         return self.planner.time_reference(self.layout)
 
@@ -141,7 +141,7 @@ class PlannedRun:
         """All figures, in bytes and seconds."""
         estimate, time = self.estimate, self.estimate.time
         return {
-            "objective": self.planner.config.objective.name,
+            "objective": _objectives(self.planner.config),
             "trained": self.trained,
             "layout": self.layout.sizes,
             "savers": self.layout.savers,
@@ -314,7 +314,7 @@ class PlanAnswer:
             routes += f"trains {self.chosen.trained}: {num_adapter_parameters(model, lora):,} parameters\n"
         parts = [
             f"{model.model_type}, {model.num_parameters:,} parameters{active}, {planner.config.model.dtype}\n{routes}"
-            f"lengths: {planner.workload.source}; objective {planner.config.objective.name}\n"
+            f"lengths: {planner.workload.source}; objective {_objectives(planner.config)}\n"
             f"efficiencies: {planner.efficiency.source}"
         ]
         if self.best:
@@ -463,7 +463,11 @@ def make_planner(config: Config, settings: PlanSettings, stated: Sequence[str] =
     if stages is not None and (wrong := wrong_letters(architecture.num_layers, stages)):
         raise UserError(f"parallel.pipeline_model_parallel_layout={stages} {wrong}; set it to null, or correct it")
     planner = Planner(architecture, config, workload, gpu, gpus, efficiency, vary=settings.vary, stated=stated)
-    read = planner.packer.roles + (config.reference_roles if config.objective.needs_reference else ())
+    read = [
+        source.config.objective.roles.all
+        + (source.config.reference_roles if source.config.objective.needs_reference else ())
+        for source in config.sources
+    ]
     if (longest := workload.longest(read)) > architecture.max_sequence_length:
         raise UserError(
             f"{workload.source}: sequences of up to {longest:,} tokens, but the model {config.model.path} has "
@@ -507,6 +511,11 @@ def make_answer(planner: Planner, search: SearchResult, settings: PlanSettings) 
     return replace(_answer_of(shown, found, settings), other_weights=other_weights)
 
 
+def _objectives(config: Config) -> str:
+    """The names of the objectives of all sources."""
+    return ", ".join(dict.fromkeys(source.config.objective.name for source in config.sources))
+
+
 def _answer_of(planner: Planner, search: SearchResult, settings: PlanSettings) -> PlanAnswer:
     def planned(planner: Planner, estimate: LayoutEstimate) -> PlannedRun:
         return PlannedRun(planner, estimate, settings.price)
@@ -523,7 +532,8 @@ def _answer_of(planner: Planner, search: SearchResult, settings: PlanSettings) -
             "(--why-not lists all reasons)"
         )
     other = None
-    if (name := _OTHER_OBJECTIVE.get(planner.config.objective.name)) is not None:
+    name = _OTHER_OBJECTIVE.get(planner.config.objective.name)
+    if name is not None and planner.config.data.sources is None:
         other_planner = planner.for_objective(name)
         ranked = other_planner.search().ranked
         other = planned(other_planner, ranked[0]) if ranked else None

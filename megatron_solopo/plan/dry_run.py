@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from megatron_solopo.architecture.pipeline_schedule import packs_at_peak
 from megatron_solopo.checkpoint.adapter_mapping import adapter_shapes
 from megatron_solopo.checkpoint.mapping import ReadTensor
 from megatron_solopo.config import Config, LoRAConfig
-from megatron_solopo.data.packing import TokenizedTriplet, build_pack
+from megatron_solopo.data.packing import SourceRows, TokenizedTriplet, build_mixed_pack
 from megatron_solopo.model.attention import PackedAttention
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
@@ -268,7 +270,11 @@ def _build_microbatch(config: Config, pack: PackShape, groups: Topology) -> Micr
         for number, lengths in enumerate(pack.triplets)
     ]
     multiples = groups.sequence_multiple, groups.pack_multiple(config.model)
-    built = build_pack(rows, config.objective.roles.all, *multiples, share_prompts=config.data.share_prompts)
+    parts = [
+        SourceRows(number, roles, [row for _, row in own])
+        for number, (roles, own) in enumerate(groupby(zip(pack.roles, rows, strict=True), key=itemgetter(0)))
+    ]
+    built = build_mixed_pack(parts, *multiples, share_prompts=config.data.share_prompts)
     whole = shard_pack(built, groups, aligns_tokens=config.objective.aligns_tokens)
     assert whole.packing.segments is not None
     packing = replace(whole.packing, segments=whole.packing.segments.moved(lambda tensor: tensor.to(_META)))

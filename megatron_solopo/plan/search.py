@@ -200,13 +200,22 @@ class Planner:
 
     def time_reference(self, layout: Layout) -> PassTime:
         """The time of the pass of the reference model over all triplets."""
-        packer, roles = self.packer, layout.config.reference_roles
-        if roles != layout.config.objective.roles.all:
+        packer = self.packer
+        roles = [
+            source.config.reference_roles if source.config.objective.needs_reference else ()
+            for source in layout.config.sources
+        ]
+        if roles != packer.roles:
             packer = Packer(self.workload, layout.config, self.architecture, roles)
         update = {"model": layout.config.model.without_gradients, "lora": None}
         scored = replace(layout, config=layout.config.model_copy(update=update))
         # The packs are padded for the precision of training.
-        return self._timer(scored).time_pass(packer.single_pass(layout.config, layout.data_parallel_size))
+        timer, size = self._timer(scored), layout.data_parallel_size
+        passes = [
+            timer.time_pass(packer.single_pass(layout.config, size, source)) for source, own in enumerate(roles) if own
+        ]
+        seconds = sum(each.seconds for each in passes)
+        return PassTime(seconds, sum(each.seconds * each.bubble for each in passes) / seconds)
 
     def _quick_seconds(self, layout: Layout) -> float:
         packs = self.packer.pack(layout.config, layout.data_parallel_size).heaviest_rank

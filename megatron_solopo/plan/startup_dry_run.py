@@ -95,8 +95,8 @@ def count_startup(config: Config, ranks: int, *, builds_model: bool) -> StartupC
 
 
 def _folders(config: Config) -> list[Path]:
-    folders = {config.model.path, config.data.path}
-    if config.objective.needs_reference:
+    folders = {config.model.path, *(source.config.data.directory for source in config.sources)}
+    if config.needs_reference:
         folders |= {config.reference.model_path or config.model.path, config.reference_cache}
     return [folder for folder in folders if folder.is_dir()]
 

@@ -3,8 +3,8 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise, product
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from megatron_solopo.data.batch_plan import (
     triplet_sizes,
 )
 from megatron_solopo.data.blocks import attended_runs, layout_blocks
+from megatron_solopo.data.mixture import Stream
 from megatron_solopo.errors import UserError
 
 _SEED = 0
@@ -35,7 +36,7 @@ _TOO_LONG = 2**31
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """Token counts of a data set's triplets [D]."""
+    """Token counts of a run's triplets [D]. What the rows of a source do not have counts 0."""
 
     prompts: Mapping[str, IntArray]
     """Tokens of the prompts by context: `short`, `long`."""
@@ -47,10 +48,26 @@ class Workload:
     """Where the lengths come from, in words."""
     largest_token_id: int | None = None
     """Of prepared data; None if it is not known."""
+    rows_of_sources: tuple[int, ...] = ()
+    """Rows of each source, which follow each other. Empty: there is one."""
 
-    def longest(self, roles: Sequence[Role]) -> int:
-        """Tokens of the longest sequence that has one of these roles."""
-        return max(int((self.prompts[role.context] + self.responses[role.response]).max()) for role in roles)
+    def rows(self, source: int) -> IntArray:
+        """Numbers of the rows of a source."""
+        counts = self.rows_of_sources or (len(self.responses["chosen"]),)
+        start = sum(counts[:source])
+        return np.arange(start, start + counts[source])
+
+    def size(self, source: int) -> int:
+        """Rows of the whole source."""
+        return self.rows_of_sources[source] if self.rows_of_sources else self.num_triplets
+
+    def longest(self, roles: Sequence[Sequence[Role]]) -> int:
+        """Tokens of the longest sequence that has one of these roles, which are given for each source."""
+        return max(
+            int((self.prompts[role.context] + self.responses[role.response])[self.rows(source)].max())
+            for source, own in enumerate(roles)
+            for role in own
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +86,9 @@ class PackShape:
     """Keys that attention gathers, on the context-parallel rank with most of them. 0: it gathers none."""
     triplets: tuple[dict[str, int], ...]
     """Tokens of each triplet's prompts (`short`, `long`) and answers (`chosen`, `rejected`)."""
+
+    roles: tuple[tuple[Role, ...], ...]
+    """The sequences of each triplet."""
 
     @property
     def num_triplets(self) -> int:
@@ -108,10 +128,11 @@ def prepared_workload(path: Path) -> Workload:
 
     data = load_prepared(path)
     contexts = {"short": data.prompt_column("short"), "long": data.prompt_column("long")}
-    lengths = {column: token_lengths(data.train, column) for column in (*contexts.values(), "chosen", "rejected")}
+    lengths = {column: token_lengths(data.train, column) for column in data.manifest.columns}
+    nothing = np.zeros(len(data.train), dtype=np.int64)
     return Workload(
         prompts={context: lengths[column] for context, column in contexts.items()},
-        responses={answer: lengths[answer] for answer in ("chosen", "rejected")},
+        responses={answer: lengths.get(answer, nothing) for answer in ("chosen", "rejected")},
         num_triplets=len(data.train),
         source=f"{path} ({len(data.train):,} triplets)",
         largest_token_id=data.manifest.largest_token_id,
@@ -120,12 +141,33 @@ def prepared_workload(path: Path) -> Workload:
 
 def read_workload(config: Config, tokens: str | None, num_triplets: int) -> Workload:
     """Lengths as stated in `tokens`, or those of the prepared data in `data.path` if `tokens` is None."""
+    if config.data.sources is not None:
+        if tokens is not None:
+            raise UserError("--tokens: states one set of triplets, and data.sources names several; leave --tokens out")
+        return mixed_workload(config)
     if tokens is not None:
         return stated_workload(tokens, num_triplets, sample=4 * config.training.global_batch_size)
     try:
-        return prepared_workload(config.data.path)
+        return prepared_workload(config.data.directory)
     except UserError as error:
         raise UserError(f"{error}; or state the lengths with --tokens") from None
+
+
+def mixed_workload(config: Config) -> Workload:
+    """Lengths of all rows of `data.sources`; raises UserError if one of them is no prepared data."""
+    parts = [prepared_workload(source.config.data.directory) for source in config.sources]
+    weights = [source.weight for source in config.sources]
+    known = [part.largest_token_id for part in parts if part.largest_token_id is not None]
+    return Workload(
+        prompts={name: np.concatenate([part.prompts[name] for part in parts]) for name in parts[0].prompts},
+        responses={name: np.concatenate([part.responses[name] for part in parts]) for name in parts[0].responses},
+        num_triplets=sum(part.num_triplets for part in parts),
+        source=", ".join(
+            f"{weight / sum(weights):.1%} of {part.source}" for part, weight in zip(parts, weights, strict=True)
+        ),
+        largest_token_id=max(known) if len(known) == len(parts) else None,
+        rows_of_sources=tuple(part.num_triplets for part in parts),
+    )
 
 
 def stated_workload(text: str, num_triplets: int, sample: int) -> Workload:
@@ -198,14 +240,18 @@ class Packer:
     """Packs one sample batch of a workload under many layouts. Layouts that pack alike share the work.
 
     Args:
-        roles: the sequences of a triplet; None: those that the objective reads.
+        roles: the sequences of a triplet, for each source; None: those that its objective reads.
     """
 
     def __init__(
-        self, workload: Workload, config: Config, architecture: ModelShape, roles: tuple[Role, ...] | None = None
+        self,
+        workload: Workload,
+        config: Config,
+        architecture: ModelShape,
+        roles: Sequence[tuple[Role, ...]] | None = None,
     ) -> None:
         self.workload, self.config, self.architecture = workload, config, architecture
-        self.roles = config.objective.roles.all if roles is None else roles
+        self.roles = [source.config.objective.roles.all for source in config.sources] if roles is None else list(roles)
         size = config.training.global_batch_size
         available = len(workload.responses["chosen"])
         generator = np.random.default_rng(_SEED)
@@ -214,6 +260,9 @@ class Packer:
                 f"training.global_batch_size={size}: more than the {available} triplets of {workload.source}; lower it"
             )
         self.rows = generator.permutation(available)[:size]
+        if workload.rows_of_sources:
+            weights = [source.weight for source in config.sources]
+            self.rows = Stream(workload.rows_of_sources, weights, _SEED).rows(0, size)
         self._sizes_by_rule: dict[tuple[int, bool], TripletSizes] = {}
         self._plans: dict[tuple[int, ...], RankPacks] = {}
         self._shapes: dict[tuple[tuple[int, ...], int, int], BatchShape] = {}
@@ -243,11 +292,11 @@ class Packer:
             self._shapes[key, pack_multiple, cp] = self._batch(self._plans[key], rules)
         return self._shapes[key, pack_multiple, cp]
 
-    def single_pass(self, config: Config, data_parallel_size: int) -> PassShape:
-        """The reference model's pass over all triplets, under a layout that `pack` accepts."""
+    def single_pass(self, config: Config, data_parallel_size: int, source: int = 0) -> PassShape:
+        """The reference model's pass over all triplets of a source, under a layout that `pack` accepts."""
         rules = _PackingRules.of(config)
-        rows = np.random.default_rng(_SEED).permutation(len(self.workload.responses["chosen"]))[:_SAMPLE]
-        whole = self.workload.num_triplets / len(rows)
+        rows = np.random.default_rng(_SEED).permutation(self.workload.rows(source))[:_SAMPLE]
+        whole = self.workload.size(source) / len(rows)
         size = config.parallel.pipeline_model_parallel_size
         wanted = layout.packs_per_part(size) if size > 1 else 1
         share = {"num_ranks": data_parallel_size, "packs_multiple": rules.packs_multiple, "wanted_packs": wanted}
@@ -271,11 +320,18 @@ class Packer:
 
     def _sizes(self, multiple: int, share_prompts: bool) -> TripletSizes:
         if (multiple, share_prompts) not in self._sizes_by_rule:
-            lengths = self.workload.prompts, self.workload.responses
-            self._sizes_by_rule[multiple, share_prompts] = triplet_sizes(
-                *lengths, self.roles, multiple, self.architecture, share_prompts=share_prompts
+            self._sizes_by_rule[multiple, share_prompts] = TripletSizes.join(
+                [self._sizes_of(source, multiple, share_prompts) for source in range(len(self.roles))]
             )
         return self._sizes_by_rule[multiple, share_prompts]
+
+    def _sizes_of(self, source: int, multiple: int, share_prompts: bool) -> TripletSizes:
+        rows, roles = self.workload.rows(source), self.roles[source]
+        if not roles:
+            return TripletSizes(*np.zeros((len(fields(TripletSizes)), len(rows)), dtype=np.int64))
+        prompts = {name: lengths[rows] for name, lengths in self.workload.prompts.items()}
+        responses = {name: lengths[rows] for name, lengths in self.workload.responses.items()}
+        return triplet_sizes(prompts, responses, roles, multiple, self.architecture, share_prompts=share_prompts)
 
     def _plan(self, multiple: int, share_prompts: bool, budget: int, packs: int, wanted: int, ranks: int) -> RankPacks:
         return plan_global_batch(
@@ -303,14 +359,18 @@ class Packer:
 
     def _shape(self, rows: IntArray, rules: _PackingRules) -> PackShape:
         columns = {**self.workload.prompts, **self.workload.responses}
+        ends = np.cumsum(self.workload.rows_of_sources or (len(self.workload.responses["chosen"]),))
+        sources = np.searchsorted(ends, rows, side="right")
+        order = np.argsort(sources, kind="stable")  # as in a pack
+        rows, roles = rows[order], [self.roles[source] for source in sources[order]]
         triplets = [{name: int(column[row]) for name, column in columns.items()} for row in rows]
         multiples = rules.sequence_multiple, rules.pack_multiple
-        return pack_shape(triplets, self.roles, *multiples, rules.cp, share_prompts=rules.share_prompts)
+        return pack_shape(triplets, roles, *multiples, rules.cp, share_prompts=rules.share_prompts)
 
 
 def pack_shape(
     triplets: Sequence[Mapping[str, int]],
-    roles: Sequence[Role],
+    roles: Sequence[tuple[Role, ...]],
     multiple: int,
     pack_multiple: int,
     cp: int,
@@ -321,15 +381,16 @@ def pack_shape(
 
     Args:
         triplets: tokens by prompt (`short`, `long`) and answer (`chosen`, `rejected`).
+        roles: the sequences of each triplet.
         multiple: the length of each block is padded to a multiple of this.
         pack_multiple: the length of the pack is padded to a multiple of this.
         cp: context-parallel size.
         share_prompts: whether responses behind the same prompt share it.
     """
-    groups = prompt_groups(roles, share_prompts)
     lengths = [
-        (triplet[roles[group[0]].context], [triplet[roles[role].response] for role in group])
-        for triplet, group in product(triplets, groups)
+        (triplet[own[group[0]].context], [triplet[own[role].response] for role in group])
+        for triplet, own in zip(triplets, roles, strict=True)
+        for group in prompt_groups(own, share_prompts)
     ]
     blocks = layout_blocks(lengths, multiple, pack_multiple)
     sequences = [block.prompt + np.array(block.padded_responses) for block in blocks]
@@ -347,6 +408,7 @@ def pack_shape(
             sum(len(run) for _, keys in attended_runs(blocks, cp, rank) for run in keys) for rank in range(cp)
         ),
         triplets=tuple(dict(triplet) for triplet in triplets),
+        roles=tuple(map(tuple, roles)),
     )
 
 

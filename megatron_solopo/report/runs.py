@@ -159,13 +159,13 @@ def _read_steps(path: Path, notes: list[str]) -> list[RecordedStep]:
 
 
 def _total_steps(config: dict[str, Any]) -> int | None:
-    """`training.max_steps`, or the epochs over the prepared data; None if the data are not there any more."""
+    """`training.max_steps`, or the epochs over the prepared data; None if some of them are not there any more."""
     if isinstance(steps := config.get("training.max_steps"), int):
         return steps
     try:
-        manifest = json.loads((Path(str(config["data.path"])) / _MANIFEST).read_bytes())
-        triplets = float(config["training.num_train_epochs"]) * int(manifest["train"])
-        return math.ceil(triplets / int(config["training.global_batch_size"]))
+        paths = [source["path"] for source in config.get("data.sources") or [{"path": config["data.path"]}]]
+        rows = sum(int(json.loads((Path(str(path)) / _MANIFEST).read_bytes())["train"]) for path in paths)
+        return math.ceil(float(config["training.num_train_epochs"]) * rows / int(config["training.global_batch_size"]))
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
 

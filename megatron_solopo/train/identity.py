@@ -5,7 +5,7 @@ the tokens. Numbers that any layout may compute again, the reference log-probs, 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from megatron_solopo.files import sha256_file, sha256_json
 from megatron_solopo.model.build import precision_defaults, precision_settings
 from megatron_solopo.parallel.agreement import from_rank, on_every_rank, on_rank_0
 from megatron_solopo.train.policy import decay_iters
-from megatron_solopo.train.run_data import RunDatasets
+from megatron_solopo.train.run_data import RunSource
 from megatron_solopo.train.step import ReferenceLogprobs
 
 _DECAY = "optimizer.lr_decay_iters"
@@ -31,6 +31,8 @@ _CONFIG, WEIGHTS = "model.path (its config.json)", "model.path (its weights)"
 _ADAPTER = "model.adapter (its weights)"
 _TOKENS, _REFERENCE = "data.path (its tokens)", "reference.model_path (its weights)"
 _REFERENCE_CONTEXT = "reference.context"
+_SOURCES = "sources"
+"""A key without a section: its settings are called sources.NAME.weight, for example."""
 _SHARING = "data.share_prompts"
 _HASHES = {
     _CONFIG: "model.path={} has another config.json",
@@ -89,7 +91,7 @@ class RunIdentity:
     """
 
     def __init__(
-        self, config: Config, datasets: RunDatasets, max_steps: int, progress: Callable[[], None] = lambda: None
+        self, config: Config, sources: Sequence[RunSource], max_steps: int, progress: Callable[[], None] = lambda: None
     ) -> None:
         """Read the weights if their checksums are not known yet.
 
@@ -98,7 +100,7 @@ class RunIdentity:
             progress: called again and again while weights are read.
         """
         self._config, self._max_steps = config, max_steps
-        self._data = datasets.manifest
+        self._data = sources[0].datasets.manifest if config.data.sources is None else None
         sections = {"objective": config.objective, "optimizer": config.optimizer, "moe": config.moe}
         self._defaults = {
             f"{name}.{key}": field.default
@@ -106,8 +108,9 @@ class RunIdentity:
             for key, field in type(section).model_fields.items()
         }
         keys = {f"{name}.{key}": value for name, section in sections.items() for key, value in section}
-        self._defaults |= {"lora": None, _REFERENCE_CONTEXT: None}
+        self._defaults |= {"lora": None, _REFERENCE_CONTEXT: None, _SOURCES: None}
         self._part_defaults = {
+            _SOURCES: {},
             "lora": {key: field.default for key, field in LoRAConfig.model_fields.items()},
             "model.fp8": precision_defaults(),
         }
@@ -119,13 +122,15 @@ class RunIdentity:
             _CONFIG: on_rank_0(lambda: sha256_file(huggingface_directory(config.model.path) / "config.json")),
             WEIGHTS: model_fingerprint(config.model.path, progress),
             "lora": None if config.lora is None else config.lora.model_dump(mode="json"),
-            _TOKENS: datasets.manifest.fingerprint,
+            _SOURCES: None if config.data.sources is None else _source_values(sources),
             _SHARING: config.data.share_prompts,
         }
+        if self._data is not None:
+            self.values[_TOKENS] = self._data.fingerprint
         if config.lora is not None:
             start = config.model.adapter
             self.values[_ADAPTER] = None if start is None else on_rank_0(partial(adapter_fingerprint, start))
-        if config.objective.needs_reference:
+        if config.needs_reference:
             path = config.reference.model_path or config.model.path
             self.values[_REFERENCE] = model_fingerprint(path, progress)
             self.values[_REFERENCE_CONTEXT] = config.reference.context
@@ -142,7 +147,7 @@ class RunIdentity:
         kept = saved["identity"]
         may_change = (_DECAY, _SHARING)
         changed = [problem for key in self.values if key not in may_change for problem in self._problems(key, kept)]
-        if _TOKENS not in kept and self._data.format_version == 1:
+        if self._data is not None and _TOKENS not in kept and self._data.format_version == 1:
             # The checkpoint and the data are of the same age.
             changed += (
                 [] if kept.get(_OLD_DATA) == sha256_json(self._data.fingerprint_parts) else [self._named(_TOKENS)]
@@ -213,7 +218,7 @@ class RunIdentity:
             _CONFIG: config.model.path,
             WEIGHTS: config.model.path,
             _ADAPTER: _shown(config.model.adapter),
-            _TOKENS: config.data.path,
+            _TOKENS: _shown(config.data.path),
             _REFERENCE: config.reference.model_path or config.model.path,
         }
         return _HASHES[key].format(paths[key])
@@ -228,6 +233,20 @@ class RunIdentity:
             f"that to step {now}; set {_DECAY}={former} to keep the learning rate as planned (afterwards it stays at "
             f"optimizer.min_lr), or {_DECAY}={now} to draw its decay anew from here"
         )
+
+
+def _source_values(sources: Sequence[RunSource]) -> dict[str, Any]:
+    """What decides which rows a run draws from its sources, and what it computes of them."""
+    values: dict[str, Any] = {}
+    for place, source in enumerate(sources):
+        found = {
+            "place": place,
+            "weight": source.source.weight,
+            "objective": source.config.objective.name,
+            "tokens": source.datasets.manifest.fingerprint,
+        }
+        values |= {f"{source.name}.{name}": value for name, value in found.items()}
+    return values
 
 
 def summarise_reference(references: Mapping[str, ReferenceLogprobs]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import secrets
 import time
@@ -198,14 +199,19 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
     if metrics.get("skipped"):
         return f"step {metrics['step']}/{total_steps} | skipped, {metrics['skipped_steps']} so far"
     parts = [f"step {metrics['step']}/{total_steps}", f"loss {metrics['loss']:.4f}"]
-    if "solo_ra/gap_abs" in metrics:
+    if of_sources := [f"{source} {metrics[name]:.4f}" for source, name in source_losses(metrics)]:
+        parts.append(" ".join(of_sources))
+    elif "solo_ra/gap_abs" in metrics:
         parts.append(f"po {metrics['po_loss']:.4f} gap {metrics['solo_ra/gap_abs']:.4f}")
-    parts.append(
-        f"rewards {metrics['rewards/chosen']:+.4f} {metrics['rewards/rejected']:+.4f} "
-        f"accuracy {metrics['rewards/accuracies']:.2f}"
-    )
+    if metrics.get("rewards/chosen") is not None:  # no row of the step may have two responses
+        parts.append(
+            f"rewards {metrics['rewards/chosen']:+.4f} {metrics['rewards/rejected']:+.4f} "
+            f"accuracy {metrics['rewards/accuracies']:.2f}"
+        )
     if metrics.get("eval_loss") is not None:
-        parts.append(f"eval loss {metrics['eval_loss']:.4f} accuracy {metrics['eval_rewards/accuracies']:.2f}")
+        accuracy = metrics.get("eval_rewards/accuracies")
+        of_pairs = "" if accuracy is None else f" accuracy {accuracy:.2f}"
+        parts.append(f"eval loss {metrics['eval_loss']:.4f}{of_pairs}")
     parts.append(f"grad {metrics['grad_norm']:.3f} lr {metrics['learning_rate']:.2e}")
     parts += computed_tokens(metrics)
     parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
@@ -213,6 +219,12 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
         parts.append(f"waits for rank {metrics['straggler_rank']} {share:.0%}")
     parts.append(f"ETA {timedelta(seconds=round(remaining_seconds))}")
     return " | ".join(parts)
+
+
+def source_losses(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each source that has rows in a step, and the name of its loss."""
+    pattern = re.compile("source/([^/]+)/loss")
+    return [(found[1], name) for name, value in metrics.items() if value is not None and (found := pattern.match(name))]
 
 
 def computed_tokens(counts: Metrics) -> list[str]:
@@ -279,7 +291,9 @@ def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 7), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(2, 3).flat, _PANELS.items(), strict=True):
+    of_sources = dict.fromkeys(name for each in metrics for _, name in source_losses(each))
+    panels = _PANELS | {"loss": (*_PANELS["loss"], *of_sources)}
+    for axis, (title, names) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
         for name in names:
             points = [(each["step"], each[name]) for each in metrics if each.get(name) is not None]
             if points:

@@ -15,7 +15,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -45,7 +45,8 @@ from megatron_solopo.plan.disk import checkpoint_bytes, most_checkpoints
 from megatron_solopo.train.callbacks import say
 from megatron_solopo.train.metrics import peak_memory_bytes, reduce_over_ranks, reset_peak_memory
 from megatron_solopo.train.policy import Policy
-from megatron_solopo.train.step import ReferenceLogprobs, objective_loss, run_schedule
+from megatron_solopo.train.run_data import RunSource
+from megatron_solopo.train.step import ReferenceLogprobs, SourceLoss, mixture_loss, run_schedule
 
 Finding = tuple[str, str]
 """A check and what it found."""
@@ -56,13 +57,18 @@ _MOMENT_BYTES = 8
 _PLANNED_BATCHES = 20
 
 
-def start_facts(config: Config, data: PreparedManifest) -> dict[str, str | None]:
+def start_facts(config: Config, data: Sequence[PreparedManifest]) -> dict[str, str | None]:
     """What must be the same on every rank, by the key or the package that decides it; None: this rank does not look.
 
     Ranks of one host see the same files, so one of them looks into the weights.
+
+    Args:
+        data: of each source.
     """
     facts: dict[str, str | None] = {key: repr(value) for key, value in dotted(config.model_dump(mode="json"))}
-    facts["data.path (its content)"] = data.fingerprint
+    for source, manifest in zip(config.sources, data, strict=True):
+        place = f"data.sources, {source.name}" if source.name else "data.path"
+        facts[f"{place} (its content)"] = manifest.fingerprint
     is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
     facts["model.path (its weights)"] = sample_weights(config.model.path) if is_first_of_host else None
     facts["python"] = platform.python_version()
@@ -241,7 +247,7 @@ def try_largest_pack(
     config: Config,
     policy: Policy,
     loader: GlobalBatchLoader,
-    num_rows: int,
+    sources: Sequence[RunSource],
     topology: Topology,
     before_pack: Callable[[], None],
 ) -> Trial:
@@ -252,14 +258,13 @@ def try_largest_pack(
     time, so it gets as many as make each stage's peak.
 
     Args:
-        num_rows: rows of the training split.
+        sources: those of the run.
 
     Raises UserError on a rank with too little memory.
     """
     pack = loader.largest_pack(_PLANNED_BATCHES)
     packs = [pack] * trial_packs(config.training.global_batch_size, topology)
-    roles = config.objective.roles.all
-    loss = objective_loss(config.objective, ReferenceLogprobs(roles, torch.zeros(num_rows, len(roles))), topology)
+    loss = mixture_loss([_without_reference(source) for source in sources], topology)
     reset_peak_memory()
     started = time.monotonic()
     try:
@@ -273,6 +278,12 @@ def try_largest_pack(
     measured = [time.monotonic() - started, float(peak_memory_bytes())]
     seconds, peak = reduce_over_ranks(measured, dist.ReduceOp.MAX, topology)
     return Trial(len(pack.tokens_T), seconds, int(peak))
+
+
+def _without_reference(source: RunSource) -> SourceLoss:
+    """Its loss with reference log-probabilities of 0, which take the same memory."""
+    roles = source.config.objective.roles.all
+    return SourceLoss(source.config.objective, ReferenceLogprobs(roles, torch.zeros(len(source.train), len(roles))))
 
 
 def trial_packs(global_batch_size: int, topology: Topology) -> int:

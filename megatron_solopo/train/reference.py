@@ -10,7 +10,8 @@ The numbers do not depend on TP, PP, CP or packing, so a cache made under one la
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, check_replaceable, check_writable, remove, write_json
 from megatron_solopo.model.build import precision_defaults, precision_settings
+from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.topology import Topology
@@ -60,6 +62,7 @@ def reference_logprobs(
     overwrite: bool = False,
     separate_roles: bool = False,
     points: PassPoints | None = None,
+    load: Callable[[], list[ResponseModel]] | None = None,
 ) -> dict[str, ReferenceLogprobs]:
     """Reference log-probabilities by split: read from the cache, or computed and written to it. All ranks together.
 
@@ -70,6 +73,7 @@ def reference_logprobs(
             continued all the same.
         separate_roles: see `score_sequences`.
         points: see `run_single_pass`.
+        load: gives the reference model, which several sources share; None: `load_reference`.
 
     Raises UserError naming what differs if the cache was made for other data, weights or precision. Also raises it,
     and finishes no cache, if a number is not finite.
@@ -78,10 +82,17 @@ def reference_logprobs(
     expected = reference_dependencies(config, model, datasets)
     if overwrite or not on_rank_0((cache / _MANIFEST).is_file):
         journals = _open_journals(cache, expected, datasets, topology, overwrite)
-        computed = _compute(config, model, datasets, topology, separate_roles, points, journals)
+        load = load or partial(load_reference, config, model, topology)
+        computed = _compute(config, load(), datasets, topology, separate_roles, points, journals)
         on_rank_0(lambda: _write(cache, expected, datasets, computed))
         return {split: for_policy(config, logprobs) for split, logprobs in computed.items()}
     return cached_reference(config, model, datasets)
+
+
+def load_reference(config: Config, model: ResolvedModel, topology: Topology) -> list[ResponseModel]:
+    """This rank's chunks of the reference model."""
+    reference = model.at(config.reference.model_path or model.path)
+    return load_frozen(reference, topology, chunk_tokens=config.logprob.chunk_tokens, moe=config.moe)
 
 
 def cached_reference(config: Config, model: ResolvedModel, datasets: RunDatasets) -> dict[str, ReferenceLogprobs]:
@@ -203,15 +214,14 @@ def _read_manifest(cache: Path) -> dict[str, Any]:
 
 def _compute(
     config: Config,
-    model: ResolvedModel,
+    chunks: list[ResponseModel],
     datasets: RunDatasets,
     topology: Topology,
     separate_roles: bool,
     points: PassPoints | None,
     journals: Mapping[str, ReferenceJournal],
 ) -> dict[str, ReferenceLogprobs]:
-    reference = model.at(config.reference.model_path or model.path)
-    chunks = load_frozen(reference, topology, chunk_tokens=config.logprob.chunk_tokens, moe=config.moe)
+    path = config.reference.model_path or config.model.path
     computed = {}
     for split, dataset in datasets.by_split.items():
         computed[split] = score_sequences(
@@ -225,7 +235,7 @@ def _compute(
             points=points,
             journal=journals[split],
         )
-        check_finite(computed[split], dataset, f"the reference model {reference.path}", config.model.dtype)
+        check_finite(computed[split], dataset, f"the reference model {path}", config.model.dtype)
     return computed
 
 

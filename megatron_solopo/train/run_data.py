@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
-from megatron_solopo.config import Config, Role
-from megatron_solopo.data.loader import GlobalBatchLoader, Packing, SinglePass, TripletDataset
+from megatron_solopo.config import Config, Role, Source
+from megatron_solopo.data.loader import GlobalBatchLoader, LoaderSource, Packing, SinglePass, TripletDataset
 from megatron_solopo.data.model_fit import Reader, check_readers
 from megatron_solopo.data.prepared import PreparedData, PreparedManifest, load_prepared
 from megatron_solopo.errors import UserError
@@ -32,6 +32,52 @@ class RunDatasets:
     """What could not be checked, one line each."""
 
 
+@dataclass(frozen=True)
+class RunSource:
+    """One of the sets of rows that a run reads, opened and checked."""
+
+    source: Source
+    datasets: RunDatasets
+
+    @property
+    def name(self) -> str:
+        """ "" for `data.path`."""
+        return self.source.name
+
+    @property
+    def config(self) -> Config:
+        """The run as if it read only these rows."""
+        return self.source.config
+
+    @property
+    def train(self) -> TripletDataset:
+        """The training split."""
+        return self.datasets.by_split["train"]
+
+
+def load_run_sources(
+    config: Config, architecture: Architecture, prepared: Sequence[PreparedData]
+) -> tuple[RunSource, ...]:
+    """`load_run_datasets` of every source of a run. All ranks together.
+
+    Args:
+        prepared: of each source.
+
+    Raises UserError also if `training.eval_steps` is set and no source has a held-out split.
+    """
+    sources = tuple(
+        RunSource(source, load_run_datasets(source.config, architecture, opened))
+        for source, opened in zip(config.sources, prepared, strict=True)
+    )
+    if config.training.eval_steps is not None and all(each.eval is None for each in prepared):
+        places = ", ".join(str(source.config.data.directory) for source in config.sources)
+        raise UserError(
+            f"training.eval_steps={config.training.eval_steps}, but {places} has no held-out split; "
+            "prepare it with --eval-count, or remove the key"
+        )
+    return sources
+
+
 def load_run_datasets(config: Config, architecture: Architecture, prepared: PreparedData | None = None) -> RunDatasets:
     """Open `data.path`, and check it against the config and against every model that reads it. All ranks together.
 
@@ -44,11 +90,10 @@ def load_run_datasets(config: Config, architecture: Architecture, prepared: Prep
 
     Raises UserError on every rank if the data is incomplete, or does not fit the config:
 
-    - it holds pairs, but the objective needs triplets;
-    - a model cannot read it, see `data.model_fit`;
-    - it has no held-out split, but `training.eval_steps` is set.
+    - its rows lack sequences that the objective needs;
+    - a model cannot read it, see `data.model_fit`.
     """
-    opened = prepared or on_every_rank(lambda: load_prepared(config.data.path))
+    opened = prepared or on_every_rank(lambda: load_prepared(config.data.directory))
     manifest, checked, notes = on_rank_0(lambda: _check(config, architecture, opened))
     columns = {"short": opened.prompt_column("short"), "long": opened.prompt_column("long")}
     datasets = {"train": TripletDataset(opened.train, columns, architecture)}
@@ -62,20 +107,21 @@ def _check(
 ) -> tuple[PreparedManifest, str, list[str]]:
     """On rank 0: the manifest with the hash of the tokens, what was checked, and what could not be."""
     manifest = prepared.hashed_manifest()
+    path = config.data.directory
+    if manifest.kind == "instruction" and config.objective.name != "sft":
+        raise UserError(
+            f"{path}: holds instructions (prompt, completion), but objective.name={config.objective.name} compares two "
+            "responses; set the objective of these rows to sft"
+        )
     if manifest.kind == "pair" and len(config.contexts_read) == 2:
         is_solopo = config.objective.name == "solopo"
         key, instead = ("objective.name=solopo", "objective.name=short_po") if is_solopo else _SHORT_REFERENCE
         raise UserError(
-            f"{config.data.path}: holds plain pairs (prompt, chosen, rejected), but {key} needs "
+            f"{path}: holds plain pairs (prompt, chosen, rejected), but {key} needs "
             f"prompt_short and prompt_long; prepare triplets, or set {instead}"
         )
-    if prepared.eval is None and config.training.eval_steps is not None:
-        raise UserError(
-            f"training.eval_steps={config.training.eval_steps}, but {config.data.path} has no held-out split; "
-            "prepare it with --eval-count, or remove the key"
-        )
     readers = _readers(config, architecture)
-    notes = check_readers(readers, prepared, config.data.path, config.contexts_read)
+    notes = check_readers(readers, prepared, path, config.contexts_read)
     unknown = f" ({counted(len(notes), 'tokenizer')} not known)" if notes else ""
     return (
         manifest,
@@ -95,7 +141,7 @@ def _readers(config: Config, architecture: Architecture) -> list[Reader]:
 
 def training_batches(
     config: Config,
-    dataset: TripletDataset,
+    sources: Sequence[LoaderSource],
     topology: Topology,
     *,
     global_batch_size: int | None = None,
@@ -111,12 +157,16 @@ def training_batches(
     if packs_multiple is not None:
         packing = replace(packing, packs_multiple=packs_multiple, wanted_packs=1)
     return GlobalBatchLoader(
-        dataset,
-        config.objective.roles.all,
+        sources,
         packing,
         global_batch_size=global_batch_size or config.training.global_batch_size,
         seed=config.seed,
     )
+
+
+def loader_source(source: RunSource) -> LoaderSource:
+    """The training split of a source, with the sequences that its objective reads."""
+    return LoaderSource(source.train, source.config.objective.roles.all, source.source.weight)
 
 
 def single_pass(

@@ -27,7 +27,7 @@ from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import check_offload
 from megatron_solopo.train.preflight import check_same_start, start_facts
-from megatron_solopo.train.run_data import RunDatasets, load_run_datasets
+from megatron_solopo.train.run_data import RunSource, load_run_sources
 from megatron_solopo.train.signals import Stopped, StopSignals
 from megatron_solopo.train.single_pass import PassPoints
 from megatron_solopo.train.watchdog import Watchdog, watching
@@ -40,7 +40,7 @@ class Session:
     config: Config
     model: ResolvedModel
     topology: Topology
-    datasets: RunDatasets
+    sources: tuple[RunSource, ...]
     signals: StopSignals
     watchdog: Watchdog
 
@@ -50,7 +50,8 @@ class Session:
         training = self.config.training
         if training.max_steps is not None:
             return training.max_steps
-        return math.ceil(training.num_train_epochs * len(self.datasets.by_split["train"]) / training.global_batch_size)
+        rows = sum(len(source.train) for source in self.sources)
+        return math.ceil(training.num_train_epochs * rows / training.global_batch_size)
 
     def enter(self, phase: str, step: int) -> None:
         """Enter a phase that must be completed; it cannot stop here."""
@@ -84,11 +85,11 @@ def open_session(config: Config) -> Iterator[Session]:
     listens for signals ends right after. If one of them were left, the interpreter would abort when it ends.
     """
     with StopSignals() as signals:
-        model, topology, datasets = check_and_join(config)
+        model, topology, sources = check_and_join(config)
         try:
             signals.join()
             with watching(config.watchdog, config.run_dir) as watchdog:
-                yield Session(config, model, topology, datasets, signals, watchdog)
+                yield Session(config, model, topology, sources, signals, watchdog)
                 signals.conclude()
         except Stopped as stopped:
             signals.finish(stopped)
@@ -98,7 +99,7 @@ def open_session(config: Config) -> Iterator[Session]:
             process_groups.destroy(topology)
 
 
-def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, RunDatasets]:
+def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, tuple[RunSource, ...]]:
     """Check model, layout and directories, join the ranks, check together what is large, then make the other groups.
 
     Before the join a rank reads small files alone. What takes long or opens many files is checked by rank 0 for all.
@@ -113,27 +114,28 @@ def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, RunDatasets
     check_precision(model, config.optimizer)
     check_attention(model, share_prompts=config.data.share_prompts)
     reference = _resolve_reference(config, model)
-    prepared = load_prepared(config.data.path)
+    prepared = [load_prepared(source.config.data.directory) for source in config.sources]
     check_writable(config.run_dir, "run_dir")
     check_not_by_hand(config.run_dir / "config.yaml")
-    found: list[RunDatasets] = []
+    found: list[tuple[RunSource, ...]] = []
 
     def check() -> None:
         on_rank_0(lambda: _check_weights(model, reference))
-        check_same_start(on_every_rank(lambda: start_facts(config, prepared.manifest)))
-        found.append(load_run_datasets(config, model.architecture, prepared))
+        check_same_start(on_every_rank(lambda: start_facts(config, [each.manifest for each in prepared])))
+        found.append(load_run_sources(config, model.architecture, prepared))
 
     topology = process_groups.initialize(config.parallel, config.seed, check)
-    (datasets,) = found
-    for note in datasets.notes if dist.get_rank() == 0 else ():
+    (sources,) = found
+    notes = dict.fromkeys(note for source in sources for note in source.datasets.notes)
+    for note in notes if dist.get_rank() == 0 else ():
         tqdm.write(note, file=sys.stderr)  # stdout may be a file of results
-    return model, topology, datasets
+    return model, topology, sources
 
 
 def _resolve_reference(config: Config, model: ResolvedModel) -> ResolvedModel | None:
     """Check another reference model as the policy is checked, by its config.json. None if there is no other one."""
     path = config.reference.model_path
-    if not config.objective.needs_reference or path in (None, model.path):
+    if not config.needs_reference or path in (None, model.path):
         return None
     try:
         reference = model.at(path)

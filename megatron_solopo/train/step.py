@@ -18,7 +18,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from megatron_solopo.config import ObjectiveConfig, Role
-from megatron_solopo.data.packing import Pack
+from megatron_solopo.data.packing import Pack, PackGroup
 from megatron_solopo.model.adapters import dropout_in
 from megatron_solopo.model.microbatch import Microbatch, shard_pack
 from megatron_solopo.objective import FurtherSum, compute_objective, further_sums, metric_names
@@ -135,46 +135,84 @@ def forward_microbatch(
     return output, loss_function(microbatch)
 
 
+@dataclass(frozen=True)
+class SourceLoss:
+    """How the rows of one source are judged."""
+
+    objective: ObjectiveConfig
+    references: ReferenceLogprobs | None
+    """Of its rows; None if its objective needs none."""
+
+
 def objective_loss(
     objective: ObjectiveConfig,
     references: ReferenceLogprobs | None,
     topology: Topology,
     observe: Callable[[Pack, Tensor], None] | None = None,
 ) -> Callable[[Microbatch], LossFunction]:
-    """The loss function of training and evaluation; reports fp32 [M], the sums of `metric_names(objective)`.
+    """`mixture_loss` of one source; reports fp32 [M], the sums of `metric_names(objective)`."""
+    return mixture_loss([SourceLoss(objective, references)], topology, observe)
+
+
+def mixture_loss(
+    sources: Sequence[SourceLoss],
+    topology: Topology,
+    observe: Callable[[Pack, Tensor], None] | None = None,
+) -> Callable[[Microbatch], LossFunction]:
+    """The loss function of training and evaluation.
+
+    The loss of a pack is the sum over its triplets, whatever their sources. So the gradient of a step is that of the
+    mean over all triplets of the batch, and a source counts as many triplets as it has there.
+
+    The report is fp32 [M]: for each source in turn, the sums of `metric_names` of its objective. They are 0 for a
+    source without a triplet in the pack, so all ranks reduce reports of one length.
 
     Args:
+        sources: by the number that the packs give them. Their objectives differ by name alone.
         observe: called with every pack and its triplets' losses [T].
     """
-
     # A copy of 4 bytes per sequence. Reading it on the host for every pack would make the host wait for the device.
-    references = None if references is None else references.to(topology.device)
+    references = [None if each.references is None else each.references.to(topology.device) for each in sources]
 
     def loss(microbatch: Microbatch, head_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pack = microbatch.pack
-        token_logprobs_N, *others_N = head_output.unbind() if head_output.dim() > 1 else (head_output,)
-        values = [token_logprobs_N]
-        if objective.ld_alpha is not None:
-            values.append(token_logprobs_N.where(microbatch.verbose_N, 0))
-        sums = microbatch.sequence_sums(torch.stack([*values, *others_N]), topology.context_group)
-        logps, *others = (_by_role(_per_triplet(sums_S, pack), pack.roles) for sums_S in sums)
-        further: dict[FurtherSum, dict[Role, Tensor]] = dict(zip(further_sums(objective), others, strict=True))
-        lengths_TR = _per_triplet(microbatch.counted_lengths_S, pack)
-        reference = None
-        if objective.needs_reference:
-            assert references is not None
-            reference = references.select(pack.roles, microbatch.triplet_indices)
-        result = compute_objective(objective, logps, _by_role(lengths_TR, pack.roles), reference, further)
+        counts = [group.num_sequences for group in pack.groups]
+        further = further_sums(sources[0].objective)
+        sums_by_group = torch.split(_sums(microbatch, head_output, further, topology), counts, dim=1)
+        lengths = torch.split(microbatch.counted_lengths_S, counts)
+        rows = torch.split(microbatch.triplet_indices, [group.num_triplets for group in pack.groups])
+        losses = []
+        reports = [torch.zeros(len(metric_names(each.objective)), device=topology.device) for each in sources]
+        for group, sums, lengths_S, rows_T in zip(pack.groups, sums_by_group, lengths, rows, strict=True):
+            objective, reference, known = sources[group.source].objective, references[group.source], None
+            if objective.needs_reference:
+                assert reference is not None
+                known = reference.select(group.roles, rows_T)
+            logps, *others = (_by_role(sums_S, group) for sums_S in sums)
+            result = compute_objective(
+                objective, logps, _by_role(lengths_S, group), known, dict(zip(further, others, strict=True))
+            )
+            losses.append(result.loss_T)
+            reports[group.source] = torch.stack([each.sum() for each in result.metrics.values()]).float()
+        loss_T = torch.cat(losses)
         if observe is not None:
-            observe(microbatch.pack, result.loss_T)
-        report_M = torch.stack([result.metrics[name].sum() for name in metric_names(objective)]).float()
-        return result.loss_T.sum() * topology.context_group.size(), _count(pack, topology), report_M
+            observe(pack, loss_T)
+        return loss_T.sum() * topology.context_group.size(), _count(pack, topology), torch.cat(reports)
 
     return lambda microbatch: partial(loss, microbatch)
 
 
+def _sums(microbatch: Microbatch, head_output: Tensor, further: Sequence[FurtherSum], topology: Topology) -> Tensor:
+    """Sums over the response tokens of each sequence: of log-probabilities, then of `further`. Returns [1 + ..., S]."""
+    token_logprobs_N, *others_N = head_output.unbind() if head_output.dim() > 1 else (head_output,)
+    values = [token_logprobs_N]
+    if "verbose_logps" in further:
+        values.append(token_logprobs_N.where(microbatch.verbose_N, 0))
+    return microbatch.sequence_sums(torch.stack([*values, *others_N]), topology.context_group)
+
+
 def logprob_report(topology: Topology, ld_alpha: float | None = None) -> Callable[[Microbatch], LossFunction]:
-    """The loss function of forward-only passes; reports the sequence log-probabilities, fp32 [T, R].
+    """The loss function of forward-only passes over one source; reports sequence log-probabilities, fp32 [T, R].
 
     Args:
         ld_alpha: weight of verbose tokens, see `Pack.verbose_N`; None: 1.
@@ -184,18 +222,16 @@ def logprob_report(topology: Topology, ld_alpha: float | None = None) -> Callabl
         if ld_alpha is not None:
             token_logprobs_N = token_logprobs_N.where(~microbatch.verbose_N, ld_alpha * token_logprobs_N)
         logps_S = microbatch.sequence_sums(token_logprobs_N, topology.context_group)
-        return logps_S.sum(), _count(microbatch.pack, topology), _per_triplet(logps_S, microbatch.pack)
+        (group,) = microbatch.pack.groups
+        return logps_S.sum(), _count(microbatch.pack, topology), logps_S.view(group.num_triplets, len(group.roles))
 
     return lambda microbatch: partial(loss, microbatch)
 
 
-def _per_triplet(values_S: Tensor, pack: Pack) -> Tensor:
-    """[S] -> [T, R]: sequences are ordered by triplet, then by role."""
-    return values_S.view(pack.num_triplets, len(pack.roles))
-
-
-def _by_role(values_TR: Tensor, roles: Sequence[Role]) -> dict[Role, Tensor]:
-    return dict(zip(roles, values_TR.unbind(dim=1), strict=True))
+def _by_role(values_S: Tensor, group: PackGroup) -> dict[Role, Tensor]:
+    """[S] -> [T] for each role: sequences are ordered by triplet, then by role."""
+    values_TR = values_S.view(group.num_triplets, len(group.roles))
+    return dict(zip(group.roles, values_TR.unbind(dim=1), strict=True))
 
 
 def _count(pack: Pack, topology: Topology) -> Tensor:

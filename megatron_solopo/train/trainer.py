@@ -9,21 +9,22 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
 from megatron_solopo.architecture.adapters import num_adapter_parameters
 from megatron_solopo.architecture.layout import describe_bubble
 from megatron_solopo.config import Config, Surroundings, save_config, warning_without_effect
-from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader
+from megatron_solopo.data.loader import GlobalBatch, GlobalBatchLoader, TripletDataset
+from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.adapters import begin_dropout
 from megatron_solopo.model.microbatch import Microbatch
-from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.plan.pipeline import pipeline_bubble
 from megatron_solopo.train.alarms import AlarmWarnings
@@ -38,6 +39,7 @@ from megatron_solopo.train.callbacks import (
 )
 from megatron_solopo.train.identity import RunIdentity
 from megatron_solopo.train.lock import run_lock
+from megatron_solopo.train.metric_table import MetricTable
 from megatron_solopo.train.metrics import (
     MetricsWriter,
     finite_or_none,
@@ -51,14 +53,14 @@ from megatron_solopo.train.metrics import (
 from megatron_solopo.train.policy import Policy, StepResult, build_policy, check_schedule, describe_decay, load_frozen
 from megatron_solopo.train.preflight import Finding, Trial, check_surroundings, tries_largest_pack, try_largest_pack
 from megatron_solopo.train.profiling import StepProfiler
-from megatron_solopo.train.reference import reference_logprobs
-from megatron_solopo.train.run_data import training_batches
+from megatron_solopo.train.reference import load_reference, reference_logprobs
+from megatron_solopo.train.run_data import RunSource, loader_source, training_batches
 from megatron_solopo.train.saving import Saver
 from megatron_solopo.train.session import Session, open_session
 from megatron_solopo.train.signals import Stopped
 from megatron_solopo.train.single_pass import run_single_pass
 from megatron_solopo.train.state import Metrics, SkippedSteps, TrainState
-from megatron_solopo.train.step import LossFunction, ReferenceLogprobs, objective_loss
+from megatron_solopo.train.step import LossFunction, ReferenceLogprobs, SourceLoss, mixture_loss, objective_loss
 from megatron_solopo.train.straggler import WorkClock, find_straggler
 from megatron_solopo.train.watchdog import SAVE
 
@@ -85,24 +87,28 @@ def preflight(config: Config) -> list[Finding]:
     """
     with open_session(config) as session:
         findings = _check_surroundings(session)
-        loader = training_batches(config, session.datasets.by_split["train"], session.topology)
+        loader = _training_batches(session)
         _load_reference(session)
         policy = build_policy(config, session.model, session.topology, session.max_steps)
-        checked = ("data and models", session.datasets.checked)
-        return [checked, *findings, ("largest pack", str(_try_largest_pack(session, policy, loader)))]
+        checked = [("data and models", found) for found in dict.fromkeys(s.datasets.checked for s in session.sources)]
+        return [*checked, *findings, ("largest pack", str(_try_largest_pack(session, policy, loader)))]
+
+
+def _training_batches(session: Session) -> GlobalBatchLoader:
+    return training_batches(session.config, [loader_source(source) for source in session.sources], session.topology)
 
 
 def _load_reference(session: Session) -> None:
     """Load the reference model, if it is another one than the policy, and drop it: its weights are checked so."""
     config = session.config
     path = config.reference.model_path or config.model.path
-    if config.objective.needs_reference and path != config.model.path:
+    if config.needs_reference and path != config.model.path:
         load_frozen(session.model.at(path), session.topology, chunk_tokens=config.logprob.chunk_tokens)
 
 
 def precompute_reference(config: Config, *, overwrite: bool) -> Path:
     """Write the reference cache of a run and return its directory. `train` does the same if the cache is missing."""
-    if not config.objective.needs_reference:
+    if not config.needs_reference:
         raise UserError(f"objective.loss_type={config.objective.loss_type} uses no reference model; nothing to compute")
     with open_session(config) as session:
         _reference_logprobs(session, overwrite=overwrite)
@@ -125,39 +131,56 @@ def _check_surroundings(session: Session) -> list[Finding]:
 
 def _try_largest_pack(session: Session, policy: Policy, loader: GlobalBatchLoader) -> Trial:
     session.enter("preflight: largest pack", 0)
-    num_rows = len(session.datasets.by_split["train"])
-    return try_largest_pack(session.config, policy, loader, num_rows, session.topology, session.watchdog.progress)
-
-
-def _reference_logprobs(session: Session, *, overwrite: bool = False, step: int = 0) -> dict[str, ReferenceLogprobs]:
-    return reference_logprobs(
-        session.config,
-        session.model,
-        session.datasets,
-        session.topology,
-        overwrite=overwrite,
-        points=session.points("reference pass", step),
+    return try_largest_pack(
+        session.config, policy, loader, session.sources, session.topology, session.watchdog.progress
     )
+
+
+def _reference_logprobs(
+    session: Session, *, overwrite: bool = False, step: int = 0
+) -> list[dict[str, ReferenceLogprobs]]:
+    """Of every source, by split; nothing for a source whose objective needs none."""
+    load = cache(partial(load_reference, session.config, session.model, session.topology))
+    return [
+        reference_logprobs(
+            source.config,
+            session.model,
+            source.datasets,
+            session.topology,
+            overwrite=overwrite,
+            points=session.points("reference pass", step),
+            load=load,
+        )
+        if source.config.objective.needs_reference
+        else {}
+        for source in session.sources
+    ]
+
+
+def _keep_report(reports: list[Tensor], _: Pack, report: Tensor) -> None:
+    reports.append(report)
 
 
 class Trainer:
     """One run on this rank. The constructor only builds; `run` does the work."""
 
     policy: Policy
-    losses: dict[str, Callable[[Microbatch], LossFunction]]
-    """The loss function of each split."""
+    training_loss: Callable[[Microbatch], LossFunction]
+    """Of packs of all sources."""
+    evaluation_losses: list[Callable[[Microbatch], LossFunction]]
+    """Of each source."""
 
     def __init__(self, session: Session) -> None:
-        config, datasets = session.config, session.datasets
+        config = session.config
         self.session, self.config, self.topology = session, config, session.topology
-        self.datasets = datasets.by_split
-        self.metric_names = metric_names(config.objective)
+        self.sources = session.sources
+        self.metrics = MetricTable.of(self.sources)
         check_schedule(config.optimizer, session.max_steps)
-        self.loader = training_batches(config, self.datasets["train"], self.topology)
+        self.loader = _training_batches(session)
         self.save_clock = SaveClock(config.checkpoint)
         self.callbacks = self._build_callbacks()
         session.enter("checksums of the weights", 0)
-        identity = RunIdentity(config, datasets, session.max_steps, session.watchdog.progress)
+        identity = RunIdentity(config, self.sources, session.max_steps, session.watchdog.progress)
         self.saver = Saver(config, identity, self.callbacks)
         self.state = self.state_before_skips = TrainState(0, self.loader.state_dict(), SkippedSteps())
         self.triplet_losses = TripletLosses()
@@ -193,7 +216,7 @@ class Trainer:
         tidy = TidyCheckpoints(
             run_dir / "checkpoints",
             config.checkpoint,
-            self.metric_names,
+            self.metrics.names,
             evaluates=config.training.eval_steps is not None,
         )
         writers: list[Callback] = []
@@ -205,14 +228,25 @@ class Trainer:
         return [OnRank0(writers), tidy, self.save_clock, CollectGarbage(config.training), profiler]
 
     def _prepare_reference(self) -> None:
-        references: dict[str, ReferenceLogprobs] = {}
-        if self.config.objective.needs_reference:
+        references: list[dict[str, ReferenceLogprobs]] = [{} for _ in self.sources]
+        if self.config.needs_reference:
             references = _reference_logprobs(self.session, step=self.state.step)
-            self.saver.add_reference(references)
-        self.losses = {
-            split: objective_loss(self.config.objective, references.get(split), self.topology, observe)
-            for split, observe in {"train": self.triplet_losses.observe, "eval": None}.items()
-        }
+            self.saver.add_reference(
+                {
+                    f"{source.name} {split}".strip(): logprobs
+                    for source, found in zip(self.sources, references, strict=True)
+                    for split, logprobs in found.items()
+                }
+            )
+        train, held_out = (
+            [
+                SourceLoss(source.config.objective, found.get(split))
+                for source, found in zip(self.sources, references, strict=True)
+            ]
+            for split in ("train", "eval")
+        )
+        self.training_loss = mixture_loss(train, self.topology, self.triplet_losses.observe)
+        self.evaluation_losses = [objective_loss(each.objective, each.references, self.topology) for each in held_out]
 
     def _start(self, trial: Trial | None) -> None:
         """Prepare the run directory, and say what runs where."""
@@ -220,6 +254,8 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(self.state)
         say(self._describe())
+        for line in self._describe_sources():
+            say(line)
         if (note := describe_decay(self.config.optimizer, self.session.max_steps)) is not None:
             say(note)
         if not self._is_finished() and self.config.parallel.pipeline_model_parallel_size > 1:
@@ -249,9 +285,20 @@ class Trainer:
             f"{architecture.model_type} of {architecture.num_parameters:,} parameters{active} in "
             f"{config.model.dtype}{adapters} | "
             f"{dist.get_world_size()} {self.topology.device.type} processes: {layout} | "
-            f"{len(self.datasets['train'])} triplets, "
+            f"{sum(len(source.train) for source in self.sources)} triplets, "
             f"{self.session.max_steps} steps of {config.training.global_batch_size}"
         )
+
+    def _describe_sources(self) -> list[str]:
+        """For each of `data.sources`, what the whole run draws from it."""
+        if self.config.data.sources is None:
+            return []
+        places = self.session.max_steps * self.config.training.global_batch_size
+        return [
+            f"source {source.name}: {len(source.train)} rows, objective {source.config.objective.name}, "
+            f"{drawn} of {places} draws ({drawn / places:.1%}): {drawn / len(source.train):.2f} passes over its rows"
+            for source, drawn in zip(self.sources, self.loader.stream.drawn(places), strict=True)
+        ]
 
     def _describe_pipeline(self) -> str:
         packs = self.loader.next_packs()
@@ -313,8 +360,11 @@ class Trainer:
         if not step_flops or not step_seconds:
             return False
         share_prompts = self.config.data.share_prompts
-        sizes = self.datasets["eval"].sizes(self.config.objective.roles.all, 1, share_prompts=share_prompts)
-        return step_seconds * sizes.flops / step_flops > _LONG_EVALUATION_SECONDS
+        flops = sum(
+            held_out.sizes(source.config.objective.roles.all, 1, share_prompts=share_prompts).flops
+            for source, held_out, _ in self._held_out()
+        )
+        return step_seconds * flops / step_flops > _LONG_EVALUATION_SECONDS
 
     def _save(self, state: TrainState, reason: str) -> Path | None:
         self.session.enter(SAVE, state.step)
@@ -337,14 +387,14 @@ class Trainer:
             begin_dropout(self.config.seed, step)
         result = self.policy.step(
             batch.packs,
-            self.losses["train"],
+            self.training_loss,
             self.topology,
             before_pack=self._before_pack,
             before_reduction=self.work_clock.switch,
         )
         self.session.enter("metrics", step)
-        sums = reduce_sums(result.reports, len(self.metric_names), self.topology)
-        means = {name: total / batch.num_triplets for name, total in zip(self.metric_names, sums, strict=True)}
+        sums = reduce_sums(result.reports, self.metrics.size, self.topology)
+        means = self.metrics.means(sums, batch.triplets_of) | self._draws(batch)
         skipped = self.state.skipped.after(skipped=result.skipped)
         if result.skipped:
             self._record_skip(step, skipped, batch, result)
@@ -354,11 +404,22 @@ class Trainer:
         self.state = TrainState(step, self.loader.state_dict(), skipped, unrecorded=metrics)
         return metrics
 
+    def _draws(self, batch: GlobalBatch) -> Metrics:
+        """For each of `data.sources`: its rows in the batch, and how often the run has passed over them."""
+        if self.config.data.sources is None:
+            return {}
+        found: Metrics = {}
+        all_drawn = self.loader.stream.drawn(self.loader.consumed_triplets)
+        for source, count, drawn in zip(self.sources, batch.triplets_of, all_drawn, strict=True):
+            found[f"source/{source.name}/num_triplets"] = count
+            found[f"source/{source.name}/passes"] = drawn / len(source.train)
+        return found
+
     def _warm_scales(self, batch: GlobalBatch) -> float:
         """Find the scales of FP8's delayed recipe. Returns the seconds, which are no part of the step's."""
         started = time.monotonic()
         self.work_clock.switch()
-        self.policy.warm_scales(batch.packs, self.losses["train"], self.topology, self.session.before_pack)
+        self.policy.warm_scales(batch.packs, self.training_loss, self.topology, self.session.before_pack)
         if self.topology.device.type == "cuda":
             torch.cuda.synchronize()
         self.work_clock.switch()
@@ -431,21 +492,32 @@ class Trainer:
         every = self.config.training.eval_steps
         return every is not None and (self.state.step % every == 0 or self._is_last_step())
 
+    def _held_out(self) -> list[tuple[RunSource, TripletDataset, Callable[[Microbatch], LossFunction]]]:
+        """The sources that have held-out rows, these rows, and their loss."""
+        return [
+            (source, source.datasets.by_split["eval"], loss)
+            for source, loss in zip(self.sources, self.evaluation_losses, strict=True)
+            if "eval" in source.datasets.by_split
+        ]
+
     def _evaluate(self) -> Metrics:
-        """Mean metrics over the whole held-out split, with the prefix `eval_`."""
-        dataset = self.datasets["eval"]
-        reports: list[Any] = []
+        """Mean metrics over all held-out rows, with the prefix `eval_`."""
         self.policy.gather_parameters()  # ranks of unequal passes could not gather them on the way
-        run_single_pass(
-            self.config,
-            self.policy.chunks,
-            dataset,
-            self.topology,
-            self.losses["eval"],
-            lambda pack, report: reports.append(report),
-            "evaluation",
-            points=self.session.points("evaluation", self.state.step),
-        )
-        sums = reduce_sums(reports, len(self.metric_names), self.topology)
-        means = {f"eval_{name}": total / len(dataset) for name, total in zip(self.metric_names, sums, strict=True)}
-        return finite_or_none(means)
+        held_out = self._held_out()
+        sums: list[float] = []
+        for source, dataset, loss in held_out:
+            reports: list[Tensor] = []
+            run_single_pass(
+                source.config,
+                self.policy.chunks,
+                dataset,
+                self.topology,
+                loss,
+                partial(_keep_report, reports),
+                f"evaluation {source.name}".strip(),
+                points=self.session.points("evaluation", self.state.step),
+            )
+            sums += reduce_sums(reports, MetricTable.of([source]).size, self.topology)
+        table = MetricTable.of([source for source, *_ in held_out])
+        means = table.means(sums, [len(dataset) for _, dataset, _ in held_out])
+        return {f"eval_{name}": value for name, value in finite_or_none(means).items()}

@@ -149,7 +149,7 @@ def test_an_illegal_value_in_a_section_that_may_be_null_has_an_example(tmp_path:
     (line,) = mistakes(tmp_path, "", ("lora.rank=0",))
     assert "lora.rank=0: Input should be greater than 0; for example lora.rank=16" in line and "null" not in line
     (line,) = mistakes(tmp_path, "", ("lora=16",))
-    assert "for example lora={'rank': 16}, or null (train the whole model)" in line
+    assert "for example lora={rank: 16}, or null (train the whole model)" in line
 
 
 @pytest.mark.parametrize(
@@ -209,6 +209,7 @@ def test_every_example_of_the_schema_is_legal(tmp_path: Path) -> None:
     """Each with the keys that it needs besides."""
     needed = {
         "hierarchical_context_parallel_sizes": ("parallel.cp_comm_type=a2a+p2p", "parallel.context_parallel_size=8"),
+        "sources": ("data.path=null",),
     }
     for section, field in Config.model_fields.items():
         for name, key in getattr(field.annotation, "model_fields", {}).items():
@@ -353,3 +354,23 @@ def test_only_models_with_delayed_scales_are_scored_in_another_precision() -> No
 
     assert (scored("delayed").fp8, scored("delayed").fp8_param) == (None, False)
     assert (scored("blockwise").fp8, scored("blockwise").fp8_param) == ("hybrid", True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("data.path=null",), "data: needs either path, a directory of data prepare, or sources"),
+        (("data.sources=[{path: a}]",), "data: needs either path, a directory of data prepare, or sources"),
+        (("data.path=null", "data.sources=[{path: x/a},{path: y/a}]"), "several are called 'a'; give each a name"),
+        (("data.path=null", "data.sources=[{path: a b}]"), "the name 'a b' has other characters than A-Z"),
+        (("data.path=null", "data.sources=[{path: a,wieght: 2}]"), "did you mean data.sources.weight?"),
+        (("data.path=null", "data.sources=[{path: a,weight: 0}]"), "data.sources.0.weight=0: Input should be greater"),
+        (
+            ("data.path=null", "data.sources=[{path: a}]", "objective.token_alignment=reverse_kl"),
+            "objective.token_alignment=reverse_kl works with data.path alone",
+        ),
+    ],
+)
+def test_sources_that_cannot_be_are_refused(tmp_path: Path, overrides: tuple[str, ...], words: str) -> None:
+    (line,) = mistakes(tmp_path, "", overrides)
+    assert words in line

@@ -13,6 +13,10 @@ ONE_CPU = Surroundings(1, 1, uses_transformer_engine=False)
 TWO_CPUS = Surroundings(2, 2, uses_transformer_engine=False)
 
 
+ONLY_SFT = ["data.path=null", "data.sources=[{path: chats, objective: sft}]"]
+WITH_SFT = ["data.path=null", "data.sources=[{path: triplets}, {path: chats, objective: sft}]"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "where", "words"),
     [
@@ -56,6 +60,9 @@ TWO_CPUS = Surroundings(2, 2, uses_transformer_engine=False)
             TWO_CPUS,
             "(optimizer.lr_decay_style=constant)",
         ),
+        (["objective.name=sft", "objective.beta=2"], TWO_CPUS, "objective.beta=2 (objective.name=sft compares no"),
+        ([*ONLY_SFT, "objective.alpha=2"], TWO_CPUS, "objective.alpha=2 (objective.name=sft aligns nothing)"),
+        (["objective.name=long_po", *ONLY_SFT], TWO_CPUS, "objective.name=long_po (every one of data.sources has its"),
         (["profile.ranks=[1]"], TWO_CPUS, "profile.ranks=[1] (profile.steps=null)"),
     ],
 )
@@ -79,6 +86,7 @@ def test_a_key_without_effect_is_named_with_the_reason(
         (["objective.loss_type=simpo", "objective.gamma=1"], ONE_CPU),
         (["objective.name=long_po", "reference.context=short"], ONE_CPU),
         (["reference.context=short"], ONE_CPU),
+        ([*WITH_SFT, "objective.alpha=2", "objective.beta=2", "reference.cache=x"], ONE_CPU),
     ],
 )
 def test_a_key_with_an_effect_is_not(tmp_path: Path, overrides: list[str], where: Surroundings | None) -> None:

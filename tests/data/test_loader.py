@@ -1,6 +1,8 @@
 """The loader: which triplets come when, under every layout and after every resume."""
 
+import itertools
 import math
+import re
 
 import datasets
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.config import ObjectiveConfig
-from megatron_solopo.data.loader import GlobalBatchLoader, Packing, SinglePass, TripletDataset
+from megatron_solopo.data.loader import GlobalBatchLoader, LoaderSource, Packing, SinglePass, TripletDataset
 from megatron_solopo.errors import UserError
 from tests.tiny_models import TINY
 
@@ -50,7 +52,7 @@ def split(changes):
 def loader(table=TABLE, roles=SOLOPO, **changes):
     own, packing = split(changes)
     own = {"global_batch_size": 8, "seed": 1234} | own
-    return GlobalBatchLoader(TripletDataset(table, COLUMNS, TINY), roles, packing, **own)
+    return GlobalBatchLoader([LoaderSource(TripletDataset(table, COLUMNS, TINY), roles)], packing, **own)
 
 
 def sequential(table=TABLE, roles=SOLOPO, **changes):
@@ -140,14 +142,14 @@ def test_state_is_the_same_on_every_rank_and_plain():
     ("name", "key", "change"),
     [
         ("seed", "seed", {"seed": 7}),
-        ("dataset_length", "data.path", {"table": TABLE.select(range(40))}),
+        ("dataset_length", "data.path (or data.sources)", {"table": TABLE.select(range(40))}),
         ("global_batch_size", "training.global_batch_size", {"global_batch_size": 4}),
     ],
 )
 def test_a_foreign_state_is_refused_by_name(name, key, change):
     ours = loader()
     ours.next_batch()
-    with pytest.raises(UserError, match=f"{name} .*restore {key}, or set run_dir") as error:
+    with pytest.raises(UserError, match=f"{name} .*restore {re.escape(key)}, or set run_dir") as error:
         ours.load_state_dict(loader(**change).state_dict())
     assert "\n" not in str(error.value)
     assert ours.consumed_triplets == 8
@@ -316,3 +318,35 @@ def test_one_triplet_on_four_ranks():
     assert sorted(batch.counted for batch in batches) == [[False], [False], [False], [True]]
     assert {batch.packs[0].ids for batch in batches} == {("row-5",)}
     assert {tuple(batch.triplets_at) for batch in batches} == {(1,)}
+
+
+SFT = ObjectiveConfig(name="sft").roles.all
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_rows_of_all_sources_share_packs_with_the_sequences_of_their_own(share_prompts: bool) -> None:
+    """Each pack against the rows themselves, over two ranks."""
+    tables = [TABLE.select(range(20)), TABLE.select(range(20, 30)), TABLE.select(range(30, 47))]
+    sources = [
+        LoaderSource(TripletDataset(table, COLUMNS, TINY), roles, weight)
+        for table, roles, weight in zip(tables, (SOLOPO, LONG_PO, SFT), (3.0, 1.0, 2.0), strict=True)
+    ]
+    seen: list[tuple[int, int]] = []
+    for rank in range(2):
+        packing = Packing(4, share_prompts, MAX_TOKENS, rank, 2)
+        batch = GlobalBatchLoader(sources, packing, global_batch_size=12, seed=3).next_batch()
+        assert batch.triplets_of == (6, 2, 4)
+        for pack in batch.packs:
+            rows = iter(pack.triplet_indices.tolist())
+            expected = []
+            for group in pack.groups:
+                for row in itertools.islice(rows, group.num_triplets):
+                    seen.append((group.source, row))
+                    tokens = tables[group.source][row]
+                    expected += [(tokens[f"prompt_{role.context}"], tokens[role.response]) for role in group.roles]
+            prompts_S = (pack.cu_seqlens_B1[pack.blocks_S], pack.prompt_lengths_B[pack.blocks_S])
+            places = zip(*prompts_S, pack.response_starts_S, pack.response_lengths_S, expected, strict=True)
+            for start, length, response_start, response_length, (prompt, response) in places:
+                assert pack.tokens_T[start : start + length].tolist() == prompt
+                assert pack.tokens_T[response_start : response_start + response_length].tolist() == response
+    assert len(set(seen)) == 12 and [source for source, _ in sorted(seen)] == [0] * 6 + [1] * 2 + [2] * 4

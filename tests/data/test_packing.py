@@ -153,9 +153,10 @@ def test_labels_are_the_tokens_after_their_rows_and_stay_inside_the_sequence():
 def test_sequences_are_triplet_major_with_roles_inner():
     rows = triplets_of([(3, 10, 2, 4), (5, 20, 1, 6)])
     pack = build_pack(rows, SOLOPO, 4, share_prompts=False)
-    lengths_per_triplet = pack.sequence_lengths_S.reshape(pack.num_triplets, len(pack.roles))
+    lengths_per_triplet = pack.sequence_lengths_S.reshape(pack.num_triplets, len(SOLOPO))
     assert lengths_per_triplet.tolist() == [[5, 7, 12], [6, 11, 21]]
-    assert pack.roles == ("short_chosen", "short_rejected", "long_chosen")
+    (group,) = pack.groups
+    assert group.roles == ("short_chosen", "short_rejected", "long_chosen")
     assert pack.ids == ("row-10", "row-11")
     assert pack.triplet_indices.tolist() == [10, 11]
 

@@ -68,6 +68,8 @@ def errors_of(tmp_path, rows):
         ([chat_triplet("a"), chat_triplet(7)], "triplet", ("messages",)),
         ([triplet("a"), chat_triplet("b")], "triplet", ("messages", "text")),
         ([pair(), pair(id="x", score=0.5)], "pair", ("text",)),
+        ([{"prompt": "p", "completion": "yes"}], "instruction", ("text",)),
+        ([{"prompt": [user("p")], "completion": [assistant("yes")]}], "instruction", ("messages",)),
         ([pair(prompt=[user("p")], chosen=[assistant("y")], rejected=[assistant("n")])], "pair", ("messages",)),
     ],
 )
@@ -86,6 +88,19 @@ def test_rows_are_read_as_written(tmp_path):
     ]
     assert rows[0].contents["prompt_long"] == [{"role": "system", "content": ""}, user("l")]
     assert list(rows[0].contents) == ["prompt_short", "prompt_long", "chosen", "rejected"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "p", "completion": " "}, "is blank"),
+        (pair(completion="y"), "does not go with chosen, rejected; an instruction has a prompt beside it"),
+        (triplet("a", completion="y"), "does not go with chosen, prompt_long, prompt_short, rejected; an instruction"),
+    ],
+)
+def test_an_instruction_has_a_prompt_and_a_completion(tmp_path, row, reason):
+    error = errors_of(tmp_path, [row])[0]
+    assert error.field == "completion" and error.reason.startswith(reason)
 
 
 def test_a_pair_without_id_is_known_by_its_line(tmp_path):
@@ -118,7 +133,7 @@ def test_a_pair_without_id_is_known_by_its_line(tmp_path):
         (triplet("c", chosen=" no\n"), "rejected", "is the same as chosen"),
         (triplet("c", chosen="\ud800"), "chosen", "holds a lone surrogate at character 1, which is not Unicode text"),
         (triplet("c", chosen=[assistant("y")]), "chosen", "is messages, but prompt_short is text"),
-        (pair(), "", "is a pair, but line 1 is a triplet; one file holds one kind"),
+        (pair(), "", "is of kind pair, but line 1 of kind triplet; one file holds one kind"),
         (
             chat_triplet("c", prompt_short=[]),
             "prompt_short",

@@ -84,6 +84,15 @@ def test_pairs(tmp_path, hugging_face):
     assert data.prompt_column("short") == data.prompt_column("long") == "prompt_short"
 
 
+def test_instructions(tmp_path, hugging_face):
+    rows = [{"prompt": f"who is {i}?", "completion": " Po" * i} for i in (1, 2)]
+    manifest = prepare(write_rows(tmp_path / "data.jsonl", rows), tmp_path / "out", hugging_face)
+    data, tokenizer = load_prepared(tmp_path / "out"), load_tokenizer(hugging_face)
+    assert manifest.kind == "instruction" and set(manifest.lengths) == {"prompt_short", "chosen"}
+    assert set(data.train.column_names) == {"id", "evidence_depths", "prompt_short", "chosen"}
+    assert [tokenizer.decode(row["chosen"]) for row in data.train] == [" Po</s>", " Po Po</s>"]
+
+
 def test_parquet_is_prepared_like_jsonl(tmp_path, triplets, hugging_face):
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from megatron_solopo.config import ObjectiveConfig
-from megatron_solopo.data.loader import GlobalBatchLoader, Packing, TripletDataset
+from megatron_solopo.data.loader import GlobalBatchLoader, LoaderSource, Packing, TripletDataset
 from megatron_solopo.errors import UserError
 from megatron_solopo.integrations.megatron_lm import PackStream
 from tests.tiny_models import TINY
@@ -51,7 +51,7 @@ def stream(
         dp_size=size,
         packs_multiple=num_packs,
     )
-    loader = GlobalBatchLoader(dataset, ROLES, packing, global_batch_size=BATCH, seed=3)
+    loader = GlobalBatchLoader([LoaderSource(dataset, ROLES)], packing, global_batch_size=BATCH, seed=3)
     return PackStream(loader, "train", num_packs, consumed_triplets=start, num_batches=num_batches)
 
 

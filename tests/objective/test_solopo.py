@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_solopo.config import LossType, ObjectiveConfig
+from megatron_solopo.config import LossType, ObjectiveConfig, Role
 from megatron_solopo.objective import compute_objective, further_sums, metric_names
 from megatron_solopo.objective.solopo import DISTANCES, alignment_distance
 
@@ -330,6 +330,16 @@ def test_only_the_required_roles_are_read(face, roles, loss_type):
     assert config.roles.all == roles
     logps, lengths, references = ({role: values[role] for role in roles} for values in random_batch())
     assert compute_objective(config, logps, lengths, references).loss_T.shape == (T,)
+
+
+def test_sft_is_the_likelihood_per_token_of_the_chosen_response_alone():
+    config = ObjectiveConfig(name="sft")
+    role = Role.SHORT_CHOSEN
+    assert config.roles.all == (role,) and not config.needs_reference
+    logps, lengths, _ = random_batch()
+    found = compute_objective(config, {role: logps[role]}, {role: lengths[role]})
+    torch.testing.assert_close(found.loss_T, -logps[role] / lengths[role])
+    assert metric_names(config) == tuple(found.metrics) == ("loss", "logps/chosen", "nll_loss")
 
 
 @pytest.mark.parametrize("face", FACES, ids=str)

@@ -14,16 +14,18 @@ from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.adapter_mapping import adapter_rules
 from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.checkpoint.mapping import rules
-from megatron_solopo.config import Config, LoRAConfig, Role, parse_config
-from megatron_solopo.data.packing import Pack, TokenizedTriplet, build_pack
+from megatron_solopo.config import Config, LoRAConfig, ObjectiveConfig, Role, parse_config
+from megatron_solopo.data.packing import Pack, SourceRows, TokenizedTriplet, build_mixed_pack
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.megatron_internals import replica_group
 from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.train.metric_table import MetricTable
 from megatron_solopo.train.policy import Policy, build_policy, load_frozen
 from megatron_solopo.train.reference import for_policy
-from megatron_solopo.train.step import ReferenceLogprobs, logprob_report, objective_loss, run_schedule
+from megatron_solopo.train.state import Metrics
+from megatron_solopo.train.step import ReferenceLogprobs, SourceLoss, logprob_report, mixture_loss, run_schedule
 from tests.conversions import join_shards
 from tests.parity.plain import Row
 from tests.tiny_models import adapter_folder
@@ -73,6 +75,8 @@ class Case:
     """Folder of the reference weights; `policy` for the policy's own."""
     reference_context: str | None = None
     """As `reference.context`."""
+    mixture: tuple[str, ...] = ()
+    """`objective.name` of each row of a batch. Rows with the same name are a source. Empty: that of the objective."""
 
     @property
     def trains_routers(self) -> bool:
@@ -94,7 +98,21 @@ class Case:
         adapted = "" if self.lora is None else f"-rank{self.lora.rank}"
         shared = "" if self.layout.share_prompts else "-unshared"
         context = "" if self.reference_context is None else f"-{self.reference_context}"
-        return f"{self.family}-{settings}-{self.layout.name}{shared}{adapted}-{self.reference}{context}"
+        mixed = "-mixture" if self.mixture else ""
+        return f"{self.family}-{settings}-{self.layout.name}{shared}{adapted}-{self.reference}{context}{mixed}"
+
+    @property
+    def sources(self) -> dict[str, ObjectiveConfig]:
+        """The objective of each source, by its name."""
+        objective = ObjectiveConfig(**self.objective)
+        return {name: objective.model_copy(update={"name": name}) for name in self.mixture or (objective.name,)}
+
+    @property
+    def metrics(self) -> MetricTable:
+        """The metrics that a rank's report holds."""
+        return MetricTable(
+            [(name if self.mixture else "", metric_names(objective)) for name, objective in self.sources.items()]
+        )
 
 
 @dataclass
@@ -133,7 +151,7 @@ def run_case(models: Path, case: Case, batches: Sequence[Sequence[Row]]) -> Rank
     config = config.model_copy(update={"reference": reference})
     groups = topology.initialize(config.parallel, seed=1)
     try:
-        return _train(config, groups, case.layout, models / case.reference, batches)
+        return _train(config, groups, case, models / case.reference, batches)
     finally:
         topology.destroy(groups)
 
@@ -165,18 +183,22 @@ def make_config(model: Path, objective: Mapping[str, Any], layout: Layout, adapt
 
 
 def _train(
-    config: Config, groups: Topology, layout: Layout, reference: Path, batches: Sequence[Sequence[Row]]
+    config: Config, groups: Topology, case: Case, reference: Path, batches: Sequence[Sequence[Row]]
 ) -> RankResult:
-    roles = config.objective.roles.all
-    packs = [my_packs(batch, number, layout, roles, groups) for number, batch in enumerate(batches)]
+    layout, sources = case.layout, list(case.sources.values())
+    roles = {number: objective.roles.all for number, objective in enumerate(sources)}
+    names = case.mixture or (config.objective.name,) * len(batches[0])
+    numbers = [list(case.sources).index(name) for name in names]
+    packs = [mixed_packs(batch, number, layout, roles, numbers, groups) for number, batch in enumerate(batches)]
     references = None
     if config.objective.needs_reference:
-        read = config.reference_roles
+        read = tuple(Role) if case.mixture else config.reference_roles
         scored = [my_packs(batch, number, layout, read, groups) for number, batch in enumerate(batches)]
-        found = live_reference(config, reference, groups, scored, num_rows=sum(map(len, batches)))
-        references = for_policy(config, found)
+        references = live_reference(config, reference, groups, scored, num_rows=sum(map(len, batches)))
+        if not case.mixture:
+            references = for_policy(config, references)
     policy = build_policy(config, resolve_model(config.model, config.parallel), groups, max_steps=len(batches))
-    loss = objective_loss(config.objective, references, groups)
+    loss = mixture_loss([SourceLoss(objective, references) for objective in sources], groups)
     result = RankResult(_is_counted(groups))
     if config.model.has_delayed_scales:
         policy.warm_scales(packs[0], loss, groups)
@@ -185,7 +207,7 @@ def _train(
         result.grad_norms.append(step.grad_norm)
         if policy.router_watch is not None:
             result.routing.append(policy.router_watch.metrics(*_expert_sizes(config), groups.device))
-        zeros = torch.zeros(len(metric_names(config.objective)), dtype=torch.float64)
+        zeros = torch.zeros(case.metrics.size, dtype=torch.float64)
         result.metric_sums.append(sum((report.double().cpu() for report in step.reports), zeros))
         if not result.gradients and not layout.distributed_optimizer:
             result.gradients = _shards(
@@ -220,7 +242,7 @@ def live_reference(
     """Score this rank's packs with the reference model under the same layout."""
     model = resolve_model(config.model, config.parallel).at(path)
     chunks = load_frozen(model, groups, chunk_tokens=config.logprob.chunk_tokens, moe=config.moe)
-    roles = packs[0][0].roles
+    roles = packs[0][0].groups[0].roles
     logps = torch.zeros(num_rows, len(roles))
     for step_packs in packs:
         with torch.no_grad():
@@ -232,13 +254,32 @@ def live_reference(
 
 
 def my_packs(batch: Sequence[Row], number: int, layout: Layout, roles: Sequence[Role], groups: Topology) -> list[Pack]:
-    """This data-parallel rank's packs of global batch `number`."""
+    """This data-parallel rank's packs of global batch `number`, whose rows are of one source."""
+    return mixed_packs(batch, number, layout, {0: roles}, [0] * len(batch), groups)
+
+
+def mixed_packs(
+    batch: Sequence[Row],
+    number: int,
+    layout: Layout,
+    roles: Mapping[int, Sequence[Role]],
+    sources: Sequence[int],
+    groups: Topology,
+) -> list[Pack]:
+    """This data-parallel rank's packs of global batch `number`.
+
+    Args:
+        roles: the sequences of a row, by its source.
+        sources: of each row.
+    """
     triplets = [tokenized(row, number * len(batch) + position) for position, row in enumerate(batch)]
     multiples = groups.sequence_multiple, math.lcm(groups.pack_multiple(), layout.pack_multiple)
-    return [
-        build_pack([triplets[position] for position in pack], roles, *multiples, share_prompts=layout.share_prompts)
-        for pack in layout.plan[groups.data_group.rank()]
-    ]
+    packs = []
+    for pack in layout.plan[groups.data_group.rank()]:
+        of_source = {source: [triplets[place] for place in pack if sources[place] == source] for source in roles}
+        parts = [SourceRows(source, roles[source], rows) for source, rows in of_source.items() if rows]
+        packs.append(build_mixed_pack(parts, *multiples, share_prompts=layout.share_prompts))
+    return packs
 
 
 def tokenized(row: Row, index: int) -> TokenizedTriplet:
@@ -256,10 +297,11 @@ def _is_counted(groups: Topology) -> bool:
     return groups.is_last_stage and groups.tensor_group.rank() == 0 and groups.context_group.rank() == 0
 
 
-def mean_metrics(results: Sequence[RankResult], step: int, objective: Any, num_triplets: int) -> dict[str, float]:
+def mean_metrics(results: Sequence[RankResult], step: int, case: Case, num_triplets: int) -> Metrics:
     """The metrics of one step, over all ranks' triplets."""
     total = sum(result.metric_sums[step] for result in results if result.is_counted)
-    return {name: float(value) / num_triplets for name, value in zip(metric_names(objective), total, strict=True)}
+    counts = [case.mixture.count(name) for name in case.sources] if case.mixture else [num_triplets]
+    return case.metrics.means(torch.as_tensor(total).tolist(), counts)
 
 
 def huggingface_tensors(shares: Sequence[Shards], model: Path, lora: LoRAConfig | None = None) -> dict[str, Tensor]:

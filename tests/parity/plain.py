@@ -310,6 +310,8 @@ def triplet_loss(
         reward = _reward(o["loss_type"], beta, logp, len(places), reference_logp)
         return reward, -logps.mean(), confidence.mean().exp().detach(), predicted
 
+    if o["name"] == "sft":
+        return score("short", "chosen")[1]
     context = "long" if o["name"] == "long_po" else "short"
     chosen, nll, chosen_weight, teacher = score(context, "chosen")
     rejected, _, rejected_weight, _ = score(context, "rejected")
@@ -348,6 +350,7 @@ def train(
     replay: bool = False,
     share_prompts: bool = False,
     reference_context: str | None = None,
+    names: Sequence[str] = (),
 ) -> list[PlainStep]:
     """AdamW steps (betas 0.9, 0.95, no decay, no clipping), one per batch, of all parameters or all but routers.
 
@@ -357,6 +360,7 @@ def train(
         replay: whether responses take the experts behind the long context that they take behind the short one.
         share_prompts: whether metrics of routers count a prompt once for both responses.
         reference_context: see `triplet_loss`.
+        names: `name` of the objective of each row of a batch; empty: that of `o`.
     """
     model, frozen = load(policy), load(reference)
     learning = trained(model, routers)
@@ -369,7 +373,9 @@ def train(
     for batch in batches:
         model.zero_grad()
         of_rows = {"replay": replay, "reference_context": reference_context}
-        loss = torch.stack([triplet_loss(o, model, frozen, row, **of_rows) for row in batch]).mean()
+        objectives = [dict(o, name=name) for name in names or [o["name"]] * len(batch)]
+        losses = [triplet_loss(own, model, frozen, row, **of_rows) for own, row in zip(objectives, batch, strict=True)]
+        loss = torch.stack(losses).mean()
         routing = {}
         if hasattr(model.config, "num_experts_per_tok"):
             batch_routes = [routes(o, model, row, replay) for row in batch]

@@ -153,6 +153,9 @@ LAYOUTS: dict[int, list[Layout]] = {
 }
 
 
+# One row of each objective, so that some packs lack some of the sources.
+MIXTURE = ("sft", "solopo", "long_po", "short_po")
+WITH_MIXTURE = ("one-pack", "uneven-accumulation", "tp2-sp", "pp2", "cp2", "dp2", "dp2-uneven", "tp2-cp2")
 # With `align: chosen`, the short prompt is shared and the long one is not.
 ALIGN_CHOSEN = ("tp2-sp", "pp2-vpp2", "cp2", "cp4", "tp2-cp2", "cp4-lonely", "tp2-cp2-lonely")
 WITH_WEIGHTS = ("packed", "chunked-head", "tp2-chunked-recompute", "pp2", "cp2", "tp2-cp2")
@@ -283,6 +286,7 @@ def dense_cases(world_size: int) -> list[Case]:
     found += [Case("qwen3", DPO_BOTH, layouts[0], reference="policy")]
     found += [Case("qwen3", objective, layouts[0], reference="policy") for objective in PLAIN_DPO]
     behind_short = {"reference_context": "short"}
+    found += [Case("qwen2", DPO_BOTH, layout, mixture=MIXTURE) for layout in layouts if layout.name in WITH_MIXTURE]
     found += [Case("qwen2", LONGPO, layout, **behind_short) for layout in layouts if layout.name in WITH_LONGPO]
     found += [Case("qwen2", OBJECTIVES[0], shared(layout)) for layout in layouts if layout.name in ALIGN_CHOSEN]
     found += [Case("qwen2", WEIGHTED, layout) for layout in layouts if layout.name in WITH_WEIGHTS]
@@ -371,7 +375,14 @@ def expected(models: Path) -> Any:
     done: dict[str, list[plain.PlainStep]] = {}
 
     def run(case: Case) -> list[plain.PlainStep]:
-        settings = case.objective, case.reference, case.reference_context, case.layout.moe, case.layout.lora
+        settings = (
+            case.objective,
+            case.reference,
+            case.reference_context,
+            case.layout.moe,
+            case.layout.lora,
+            case.mixture,
+        )
         key = f"{case.family} {settings}"
         if hasattr(FAMILIES[case.family], "num_experts_per_tok"):
             key += f" {case.layout.share_prompts}"  # of dense models, nothing counts prompts
@@ -392,6 +403,7 @@ def expected(models: Path) -> Any:
                 replay="replay" in case.layout.moe,
                 share_prompts=case.layout.share_prompts,
                 reference_context=case.reference_context,
+                names=case.mixture,
             )
         return done[key]
 
@@ -405,7 +417,7 @@ def test_equals_transformers_on_one_process(
     ranks: list[RankResult] = [rank[case.name] for rank in results(world_size)]
     steps = expected(case)
     for number, step in enumerate(steps):
-        metrics = mean_metrics(ranks, number, ObjectiveConfig(**case.objective), NUM_TRIPLETS)
+        metrics = mean_metrics(ranks, number, case, NUM_TRIPLETS)
         assert metrics["loss"] == pytest.approx(step.loss, rel=LOSS_TOLERANCE)
         for rank in ranks:
             assert rank.grad_norms[number] == pytest.approx(step.grad_norm, rel=NORM_TOLERANCE)
@@ -454,12 +466,11 @@ def test_ranks_without_a_response_token_are_among_the_cases(
 @pytest.mark.parametrize("world_size", [marked(size, size) for size in LAYOUTS])
 def test_every_metric_is_the_same_under_every_layout(world_size: int, results: Any) -> None:
     """Against the first case of one rank, which `test_equals_transformers_on_one_process` checks."""
-    objective = ObjectiveConfig(**DPO_BOTH)
     first = cases(1)[0]
-    reference = mean_metrics([rank[first.name] for rank in results(1)], 0, objective, NUM_TRIPLETS)
+    reference = mean_metrics([rank[first.name] for rank in results(1)], 0, first, NUM_TRIPLETS)
     for case in cases(world_size):
-        if case.family == "qwen2_tied" and case.objective is DPO_BOTH and case.lora is None:
-            metrics = mean_metrics([rank[case.name] for rank in results(world_size)], 0, objective, NUM_TRIPLETS)
+        if case.family == "qwen2_tied" and case.objective is DPO_BOTH and case.lora is None and not case.mixture:
+            metrics = mean_metrics([rank[case.name] for rank in results(world_size)], 0, case, NUM_TRIPLETS)
             assert metrics == pytest.approx(reference, rel=1e-4, abs=1e-5), case.name
 
 
@@ -468,9 +479,7 @@ def test_dpo_starts_at_ln_2_when_the_reference_is_the_policy(world_size: int, re
     own = [case for case in cases(world_size) if case.reference == "policy"]
     assert own
     for case in own:
-        metrics = mean_metrics(
-            [rank[case.name] for rank in results(world_size)], 0, ObjectiveConfig(**case.objective), NUM_TRIPLETS
-        )
+        metrics = mean_metrics([rank[case.name] for rank in results(world_size)], 0, case, NUM_TRIPLETS)
         assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
         rewards = {name: value for name, value in metrics.items() if name.startswith("rewards/")}
         assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"} <= rewards.keys()

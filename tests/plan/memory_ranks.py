@@ -91,7 +91,7 @@ def shapes(config: Config) -> list[PackShape]:
     multiples = sequence_multiple(cp), pack_multiple(tp, cp)
     roles = config.objective.roles.all
     share_prompts = config.data.share_prompts
-    return [pack_shape([triplet], roles, *multiples, cp, share_prompts=share_prompts) for triplet in TRIPLETS]
+    return [pack_shape([triplet], [roles], *multiples, cp, share_prompts=share_prompts) for triplet in TRIPLETS]
 
 
 def run_cases(models: Path, cases: Sequence[Case]) -> list[MemoryInUse]:

@@ -16,14 +16,21 @@ from megatron_solopo.architecture.layout import packs_per_part
 from megatron_solopo.config import ObjectiveConfig
 from megatron_solopo.data.batch_plan import plan_global_batch, triplet_sizes
 from megatron_solopo.data.blocks import attended_runs
-from megatron_solopo.data.loader import Packing, SinglePass, TripletDataset
+from megatron_solopo.data.loader import GlobalBatchLoader, LoaderSource, Packing, SinglePass, TripletDataset
 from megatron_solopo.data.packing import TokenizedTriplet, build_pack
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.segments import plan_segments
 from megatron_solopo.parallel.context import shard_indices
 from megatron_solopo.plan.layouts import replace_settings
-from megatron_solopo.plan.workload import BatchShape, Packer, pack_shape, prepared_workload, stated_workload
+from megatron_solopo.plan.workload import (
+    BatchShape,
+    Packer,
+    pack_shape,
+    prepared_workload,
+    read_workload,
+    stated_workload,
+)
 from tests.plan.models import load_example
 from tests.prepared import make_prepared
 
@@ -45,7 +52,7 @@ def test_a_shape_is_the_real_packs(triplets: list[dict[str, int]], cp: int, whol
         for number, lengths in enumerate(triplets)
     ]
     pack = build_pack(rows, ROLES, 2 * cp, whole, share_prompts=share)
-    shape = pack_shape(triplets, ROLES, 2 * cp, whole, cp, share_prompts=share)
+    shape = pack_shape(triplets, [ROLES] * len(triplets), 2 * cp, whole, cp, share_prompts=share)
     assert shape.padded_tokens == pack.padded_tokens and shape.tokens == pack.num_tokens
     keys_seen = sum(
         2 * (len(keys) - len(queries)) * len(queries) + len(queries) ** 2
@@ -176,3 +183,41 @@ def test_a_pass_is_planned_with_a_sample() -> None:
     sample = sum(pack.num_triplets for pack in many.packs)
     assert many.num_packs == pytest.approx(100_000 / sample * len(many.packs), abs=1)
     assert sum(pack.padded_tokens for pack in many.packs) / len(many.packs) > 0.85 * config.data.max_tokens_per_pack
+
+
+def test_a_mixture_is_planned_as_training_packs_it(tmp_path: Path) -> None:
+    """The first batch of a plan is that of the loader under the same seed."""
+    kinds = {"triplets": "triplet", "pairs": "pair", "chats": "instruction"}
+    rows = {"triplets": 20, "pairs": 6, "chats": 9}
+    for seed, (name, kind) in enumerate(kinds.items()):
+        make_prepared(tmp_path / name, rows=rows[name], eval_count=0, seed=seed, kind=kind)
+    sources = [
+        {"path": tmp_path / "triplets", "weight": 3.0},
+        {"path": tmp_path / "pairs", "weight": 2.0, "objective": "short_po"},
+        {"path": tmp_path / "chats", "weight": 1.0, "objective": "sft"},
+    ]
+    config, model = load_example("llama-3.1-8b")
+    config = replace_settings(config, training={"global_batch_size": 12})
+    data = type(config.data).model_validate({"sources": sources, "max_tokens_per_pack": 400})
+    config = config.model_copy(update={"data": data})
+    workload = read_workload(config, None, 0)
+    assert workload.num_triplets == 35 and "50.0% of" in workload.source
+
+    planned = Packer(workload, config, model).pack(config, 2)
+    opened = [load_prepared(source.config.data.directory) for source in config.sources]
+    datasets = [
+        LoaderSource(
+            TripletDataset(each.train, {name: each.prompt_column(name) for name in ("short", "long")}, model),
+            source.config.objective.roles.all,
+            source.weight,
+        )
+        for each, source in zip(opened, config.sources, strict=True)
+    ]
+    ranks = []
+    for rank in range(2):
+        packing = Packing(1, config.data.share_prompts, 400, rank, 2)
+        ranks.append(GlobalBatchLoader(datasets, packing, global_batch_size=12, seed=0).next_batch())
+    assert planned.num_packs == ranks[0].num_packs
+    heaviest = sorted(pack.padded_tokens for pack in planned.heaviest_rank)
+    assert heaviest in [sorted(pack.padded_tokens for pack in rank.packs) for rank in ranks]
+    assert {roles for pack in planned.heaviest_rank for roles in pack.roles} == {each.roles for each in datasets}

@@ -137,7 +137,8 @@ def test_the_compared_gradient_holds_the_alignments_part(config: Path, monkeypat
     norms = []
     for alpha in (0.0, 3.0):
         loaded = load_config(config, [f"objective.alpha={alpha}", "optimizer.use_distributed_optimizer=false"])
-        _, groups, datasets = check_and_join(loaded)
+        _, groups, (source,) = check_and_join(loaded)
+        datasets = source.datasets
         try:
             gradients = precision_runs.run_precision(loaded, datasets, groups, steps=1).gradients
         finally:

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.checkpoint.manifest import sealed_files, write_manifest
+from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.train.identity import RunIdentity
-from megatron_solopo.train.run_data import load_run_datasets
+from megatron_solopo.train.run_data import load_run_sources
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
 from tests.ranks import layout
@@ -232,7 +233,8 @@ def test_a_section_is_compared_by_its_keys_and_one_that_was_not_kept_had_its_def
 
     def identity(**lora: Any) -> RunIdentity:
         config = small_config(folder, "sections", {}, model=model, lora={"rank": 4} | lora)
-        return RunIdentity(config, load_run_datasets(config, read_architecture(folder / "model")), STEPS)
+        prepared = [load_prepared(folder / "prepared")]
+        return RunIdentity(config, load_run_sources(config, read_architecture(folder / "model"), prepared), STEPS)
 
     with layout():
         plain, dropped = identity(), identity(dropout=0.1)

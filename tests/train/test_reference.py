@@ -74,7 +74,8 @@ def read(config: Config, kept: Path | None = None) -> str:
     """The error of reading the cache, or "read". What was read for the training split goes to the file `kept`."""
     groups = None
     try:
-        model, groups, datasets = check_and_join(config)
+        model, groups, (source,) = check_and_join(config)
+        datasets = source.datasets
         found = cached_reference(config, model, datasets)["train"]
     except UserError as error:
         return str(error)

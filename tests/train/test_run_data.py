@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import parse_config
-from megatron_solopo.data.loader import TripletDataset
+from megatron_solopo.data.loader import LoaderSource, TripletDataset
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.data.settings import PrepareSettings
 from megatron_solopo.data.tokenize import prepare
@@ -33,8 +33,9 @@ def test_packs_are_padded_for_fp8_where_it_is_on(tmp_path: Path) -> None:
             },
             source="test",
         )
+        source = LoaderSource(dataset, config.objective.roles.all)
         with layout() as groups:
-            packs = run_data.training_batches(config, dataset, groups).next_batch().packs
+            packs = run_data.training_batches(config, [source], groups).next_batch().packs
         sizes[fp8] = [pack.padded_tokens for pack in packs]
     assert all(size % 16 == 0 and size <= 400 for size in sizes["hybrid"])
     assert any(size % 16 for size in sizes[None])

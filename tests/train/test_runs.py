@@ -98,7 +98,8 @@ def live_and_cached(
     settings = settings.model_copy(
         update={"reference": settings.reference.model_copy(update={"cache": folder / cache})}
     )
-    model, groups, datasets = check_and_join(settings)
+    model, groups, (source,) = check_and_join(settings)
+    datasets = source.datasets
     try:
         return {name: each.logps for name, each in reference_logprobs(settings, model, datasets, groups).items()}
     finally:

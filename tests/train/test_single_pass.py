@@ -70,7 +70,8 @@ def counting_packs() -> Iterator[list[int]]:
 
 
 def logprobs(config: Config, **options: Any) -> dict[str, torch.Tensor]:
-    model, groups, datasets = check_and_join(config)
+    model, groups, (source,) = check_and_join(config)
+    datasets = source.datasets
     try:
         found = reference_logprobs(config, model, datasets, groups, **options)
         return {split: each.logps for split, each in found.items()}
@@ -191,7 +192,8 @@ def cut_everywhere(folder: Path, whole: dict[str, torch.Tensor]) -> list[tuple[i
     everything, found = path.read_bytes(), []
     lines = everything.splitlines(keepends=True)
     ends = [len(lines[0]) - 1, len(lines[0]), *range(len(everything) - len(lines[-1]) - 2, len(everything) + 1)]
-    model, groups, datasets = check_and_join(settings(folder, "cut"))
+    model, groups, (source,) = check_and_join(settings(folder, "cut"))
+    datasets = source.datasets
     dependencies = reference.reference_dependencies(settings(folder, "cut"), model, datasets)
     chunks = reference.load_frozen(model, groups, chunk_tokens=1024)
     try:

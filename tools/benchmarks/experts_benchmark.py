@@ -197,7 +197,7 @@ def measure_memory(sizes: Sizes) -> Memory:
             policy.step(packed(sizes.triplet(0), SOLOPO, groups), loss_function, groups)
         shape = pack_shape(
             [text_tokens(sizes)],
-            SOLOPO.roles.all,
+            [SOLOPO.roles.all],
             groups.sequence_multiple,
             groups.pack_multiple(),
             1,

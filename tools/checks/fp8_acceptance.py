@@ -80,12 +80,12 @@ def compare(baseline: Config, candidate: Config, triplets: int, steps: int) -> t
     from megatron_solopo.train.session import check_and_join
     from tools.checks.precision_runs import gradient_cosine, raw_gaps, root_mean_square, run_precision
 
-    model, topology, datasets = check_and_join(baseline)
+    model, topology, (source,) = check_and_join(baseline)
     try:
         resolved = resolve_model(candidate.model, candidate.parallel, architecture=model.architecture)
         check_precision(resolved, candidate.optimizer)
-        train = datasets.by_split["train"].head(triplets)
-        some = dataclasses.replace(datasets, by_split={"train": train})
+        train = source.train.head(triplets)
+        some = dataclasses.replace(source.datasets, by_split={"train": train})
         one, other = (run_precision(config, some, topology, steps) for config in (baseline, candidate))
         cosine = gradient_cosine(one.gradients, other.gradients, topology.device)
     finally:

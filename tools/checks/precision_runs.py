@@ -18,6 +18,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from megatron_solopo.config import Config, ObjectiveConfig, Role
+from megatron_solopo.data.loader import GlobalBatchLoader, LoaderSource
 from megatron_solopo.model.resolve import resolve_model
 from megatron_solopo.objective import metric_names
 from megatron_solopo.objective.preference import PREFERENCE_LOSSES, ResponseLogprobs
@@ -46,6 +47,11 @@ class PrecisionRun:
     """On the host, see `first_gradient`: this rank's, each parameter of the whole model on one rank alone."""
 
 
+def _batches(config: Config, datasets: RunDatasets, topology: Topology) -> GlobalBatchLoader:
+    source = LoaderSource(datasets.by_split["train"], config.objective.roles.all)
+    return training_batches(config, [source], topology)
+
+
 def run_precision(config: Config, datasets: RunDatasets, topology: Topology, steps: int) -> PrecisionRun:
     """Score the training split, then train on it; the caller's groups, this config's precision."""
     policy = build_policy(config, resolve_model(config.model, config.parallel), topology, steps)
@@ -54,7 +60,7 @@ def run_precision(config: Config, datasets: RunDatasets, topology: Topology, ste
     references = _references(config, datasets, topology, start)
     run.gradients = first_gradient(config, policy, datasets, topology, references)
     loss = objective_loss(config.objective, references, topology)
-    loader = training_batches(config, datasets.by_split["train"], topology)
+    loader = _batches(config, datasets, topology)
     names = metric_names(config.objective)
     for step in range(steps):
         batch = loader.next_batch()
@@ -104,7 +110,7 @@ def first_gradient(
     if references is not None:
         shift_R = torch.tensor([float(role.context == "long") for role in references.roles])
         references = ReferenceLogprobs(references.roles, references.logps - shift_R)
-    packs = training_batches(config, datasets.by_split["train"], topology).next_batch().packs
+    packs = _batches(config, datasets, topology).next_batch().packs
     loss = objective_loss(config.objective, references, topology)
     if config.model.has_delayed_scales:
         policy.warm_scales(packs, loss, topology)
