@@ -1,17 +1,19 @@
-"""Files of rows: JSON lines, a JSON array or parquet, also compressed. The content shows which, not the file's ending.
+"""Files of rows: JSON lines, a JSON array, parquet or Arrow, also compressed. The content shows which, not the ending.
 
-A byte-order mark of UTF-8 is skipped. A file that is none of these is refused as a whole: the error says what the file
-is and how to convert it.
+A folder of such files, or a Hugging Face dataset on disk, is read as one file. A byte-order mark of UTF-8 is skipped.
+A file that is none of these is refused as a whole: the error says what the file is and how to convert it.
 """
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import tempfile
 import zlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -22,19 +24,25 @@ from megatron_solopo.errors import UserError, describe_os_error
 from megatron_solopo.files import json_constant, json_object, parse_json
 
 Unit = Literal["line", "row"]
-EXPECTED = "expected JSON lines, a JSON array or parquet"
+EXPECTED = "expected JSON lines, a JSON array, parquet or Arrow"
 
 _MARK = b"\xef\xbb\xbf"
-_PARQUET = b"PAR1"
-_COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-_TO_PARQUET = "write it as parquet: datasets.{load}({path!r}).to_parquet('rows.parquet')"
+_PARQUET, _ARROW_FILE, _ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+_TABLES = {_PARQUET: "parquet", _ARROW_FILE: "Arrow", _ARROW_STREAM: "Arrow"}
+_COMPRESSED: dict[bytes, Any] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": lambda path: io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")),
+}
+# In a folder, files with one of these endings hold rows, perhaps with an ending of their compression behind it.
+_ENDINGS = (".jsonl", ".json", ".parquet", ".arrow")
+_COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
+_TO_PARQUET = "write it as parquet: datasets.load_from_disk({path!r}).to_parquet('rows.parquet')"
 # The first bytes of files that are not read, what these are, and what to do. The longer beginning stands first.
 _FOREIGN = (
-    (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "decompress it: zstd -d {path}"),
     (b"PK\x03\x04", "is a zip archive", "unpack it: unzip {path}"),
     (b"7z\xbc\xaf", "is a 7-Zip archive", "unpack it: 7z x {path}"),
-    (b"ARROW1", "is an Arrow file", _TO_PARQUET.replace("{load}", "Dataset.from_file")),
-    (b"\xff\xff\xff\xff", "is an Arrow stream", _TO_PARQUET.replace("{load}", "Dataset.from_file")),
     (b"\xff\xfe\x00\x00", "is UTF-32 text", "convert it: iconv -f UTF-32 -t UTF-8 {path} > rows.jsonl"),
     (b"\xff\xfe", "is UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 {path} > rows.jsonl"),
     (b"\xfe\xff", "is UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8 {path} > rows.jsonl"),
@@ -47,7 +55,7 @@ _PARQUET_BATCH_ROWS = 64
 _LINES_LOOKED_AT = 5
 _SHOWN_CHARACTERS = 40
 _WHITE_SPACE = " \t\r\n"
-_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError)
+_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError)
 
 
 @dataclass(frozen=True)
@@ -57,26 +65,40 @@ class FileRow:
     number: int
     """Of the line or the row, from 1."""
     unit: Unit
-    """What `number` counts: lines of JSON lines, rows of everything else."""
+    """What `number` counts: lines of a file of JSON lines, rows of everything else."""
     value: Any
     """The JSON value; None if there is a problem."""
     problem: str = ""
     """Why the row cannot be read."""
     left_out: tuple[str, ...] = ()
-    """Columns of parquet that were not asked for."""
+    """Columns of a table that were not asked for."""
 
 
 def read_file_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[FileRow]:
-    """Stream the rows of a file. Blank lines are no rows. Only a JSON array is held in memory, as text.
+    """Stream the rows of a file, or of all files of a folder. Blank lines are no rows.
+
+    Only a JSON array is held in memory, as text. The rows of a folder are numbered over all its files.
 
     Args:
-        columns: Those of parquet to read; None: all.
+        columns: Those of parquet and Arrow to read; None: all.
 
     Raises UserError if the file is missing, is of another kind, or is damaged as a whole.
     """
+    if not path.is_dir():
+        yield from _rows_of_file(path, columns)
+        return
+    number = 0
+    for file in files_of(path):
+        for row in _rows_of_file(file, columns):
+            number += 1
+            problem = f"{file.name}, {row.unit} {row.number}: {row.problem}" if row.problem else ""
+            yield replace(row, number=number, unit="row", problem=problem)
+
+
+def _rows_of_file(path: Path, columns: Collection[str] | None) -> Iterator[FileRow]:
     begin = first_bytes(path)
-    if begin.startswith(_PARQUET):
-        yield from _parquet_rows(path, columns)
+    if _is_table(begin):
+        yield from _table_rows(path, begin, columns)
     elif begin.lstrip().startswith(b"["):
         yield from _array_rows(path)
     else:
@@ -84,10 +106,45 @@ def read_file_rows(path: Path, columns: Collection[str] | None = None) -> Iterat
         yield from _line_rows(path)
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files that hold the rows: the file itself, or those of a folder in the order of their names.
+
+    A Hugging Face dataset on disk names its files itself. Raises UserError if a folder holds no rows, several splits,
+    or files of several kinds.
+    """
+    if not path.is_dir():
+        return [path]
+    if (path / "state.json").is_file():
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return [path / each["filename"] for each in state["_data_files"]]
+    if (path / "dataset_dict.json").is_file():
+        splits = " or ".join(str(each.parent) for each in sorted(path.glob("*/state.json")))
+        raise UserError(f"{path}: is a Hugging Face dataset of several splits; name one: {splits}")
+    if _is_prepared(path):
+        raise UserError(f"{path}: {_described_directory(path)}")
+    kinds: dict[str, list[Path]] = {}
+    for file in sorted(path.iterdir()):
+        name = file.with_suffix("") if file.suffix in _COMPRESSED_ENDINGS else file
+        if file.is_file() and not file.name.startswith(".") and name.suffix in _ENDINGS:
+            kinds.setdefault(name.suffix, []).append(file)
+    if not kinds:
+        raise UserError(f"{path}: is a folder without files of rows; their endings are {', '.join(_ENDINGS)}")
+    if len(kinds) > 1:
+        raise UserError(f"{path}: is a folder of {' and '.join(kinds)} files; one folder holds one kind")
+    (files,) = kinds.values()
+    return files
+
+
 def unit_of(path: Path) -> Unit:
     """What the numbers of a file's rows count. Raises UserError like `read_file_rows`."""
+    if path.is_dir():
+        return "row"
     begin = first_bytes(path)
-    return "row" if begin.startswith(_PARQUET) or begin.lstrip().startswith(b"[") else "line"
+    return "row" if _is_table(begin) or begin.lstrip().startswith(b"[") else "line"
+
+
+def _is_table(begin: bytes) -> bool:
+    return begin.startswith(tuple(_TABLES))
 
 
 def first_bytes(path: Path) -> bytes:
@@ -109,8 +166,8 @@ def first_bytes(path: Path) -> bytes:
             raise UserError(_described_damage(path, error)) from None
     if problem := _foreign(raw, path):
         raise UserError(f"{path}: {problem}")
-    if is_compressed and raw.startswith(_PARQUET):
-        raise UserError(f"{path}: is compressed parquet; decompress it, parquet is compressed in itself")
+    if is_compressed and _is_table(raw):
+        raise UserError(f"{path}: is a compressed table of Arrow or parquet; decompress it")
     return raw.removeprefix(_MARK)
 
 
@@ -136,7 +193,7 @@ def open_as_lines(path: Path) -> BinaryIO:
     begin = first_bytes(path)
     with path.open("rb") as stream:
         raw = stream.read(_BEGIN_BYTES)
-    plain = raw.removeprefix(_MARK) == begin and not begin.startswith(_PARQUET) and not begin.lstrip().startswith(b"[")
+    plain = raw.removeprefix(_MARK) == begin and not _is_table(begin) and not begin.lstrip().startswith(b"[")
     if plain:
         _check_is_json(path, begin)
         lines = path.open("rb")
@@ -165,6 +222,10 @@ def check_plain_lines(path: Path) -> None:
         raise UserError(
             f"{path}: is parquet; write it as JSON lines: datasets.Dataset.from_parquet({str(path)!r}).to_json"
         )
+    if _is_table(begin):
+        raise UserError(
+            f"{path}: is an Arrow file; write it as JSON lines: datasets.Dataset.from_file({str(path)!r}).to_json"
+        )
     if (problem := _not_text(begin, path)) is not None:
         raise UserError(f"{path}: {problem}")
 
@@ -190,6 +251,8 @@ def _not_text(begin: bytes, path: Path) -> str | None:
     """What a file is that is no text, and how to convert it."""
     if any(map(begin.startswith, _COMPRESSED)):
         return "is compressed; decompress it"
+    if _is_table(begin):
+        return "is a table of Arrow or parquet"
     return _foreign(begin, path) or None
 
 
@@ -207,7 +270,7 @@ def _foreign(begin: bytes, path: Path) -> str:
             return f"{what}; {way_out.format(path=str(path))}"
     if begin[_TAR_PLACE:].startswith(_TAR):
         return f"is a tar archive; unpack it: tar -xf {path}"
-    if b"\0" not in begin[:_LOOKED_AT_BYTES] or begin.startswith(_PARQUET):
+    if b"\0" not in begin[:_LOOKED_AT_BYTES] or _is_table(begin):
         return ""
     if begin[:2].strip(b"\0") in (b"{", b"["):
         order = "LE" if begin[1:2] == b"\0" else "BE"
@@ -215,12 +278,17 @@ def _foreign(begin: bytes, path: Path) -> str:
     return f"is a binary file of an unknown kind; {EXPECTED}"
 
 
+def _is_prepared(path: Path) -> bool:
+    return (path / "manifest.json").is_file() and (path / "train").is_dir()
+
+
 def _described_directory(path: Path) -> str:
-    if (path / "manifest.json").is_file() and (path / "train").is_dir():
+    """Why a directory is not read where one file is needed."""
+    if _is_prepared(path):
         return "is a directory of data prepare, which data.path takes; expected the file of rows that it was made from"
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = path if (path / "state.json").is_file() else next(iter(sorted(path.glob("*/state.json"))), path).parent
-        return f"is a saved Hugging Face dataset; {_TO_PARQUET.format(load='load_from_disk', path=str(saved))}"
+        return f"is a saved Hugging Face dataset; {_TO_PARQUET.format(path=str(saved))}"
     files = sorted(each.name for each in path.rglob("*") if each.suffix in (".parquet", ".jsonl", ".json", ".gz"))
     return f"is a directory; name one file{f', such as {files[0]}' if files else ''}; {EXPECTED}"
 
@@ -296,19 +364,43 @@ def _skip(text: str, position: int) -> int:
     return position
 
 
-def _parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[FileRow]:
+def _table_rows(path: Path, begin: bytes, columns: Collection[str] | None) -> Iterator[FileRow]:
+    """The rows of parquet and Arrow, a few in memory at a time."""
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            names = [name for name in file.schema_arrow.names if columns is None or name in columns]
-            left_out = tuple(name for name in file.schema_arrow.names if name not in names)
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=names):
+        with ExitStack() as stack:
+            schema, batches = _open_table(path, begin, columns, stack)
+            left_out = tuple(name for name in schema.names if columns is not None and name not in columns)
+            for batch in batches:
                 for index in range(batch.num_rows):
                     number += 1
                     yield _parse_record(number, batch.slice(index, 1), left_out)
     except (pa.ArrowException, OSError) as error:
         place = f" after row {number}" if number else ""
-        raise UserError(f"{path}: cannot be read as parquet{place}: {' '.join(str(error).split())}") from None
+        kind = next(name for magic, name in _TABLES.items() if begin.startswith(magic))
+        raise UserError(f"{path}: cannot be read as {kind}{place}: {' '.join(str(error).split())}") from None
+
+
+def _open_table(
+    path: Path, begin: bytes, columns: Collection[str] | None, stack: ExitStack
+) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """The schema of the whole table, and its batches with the columns that are asked for."""
+
+    def names(schema: pa.Schema) -> list[str]:
+        return [name for name in schema.names if columns is None or name in columns]
+
+    if begin.startswith(_PARQUET):
+        file = stack.enter_context(pq.ParquetFile(path))
+        schema = file.schema_arrow
+        return schema, file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=names(schema))
+    source = stack.enter_context(pa.memory_map(str(path)))
+    if begin.startswith(_ARROW_FILE):
+        reader = stack.enter_context(pa.ipc.open_file(source))
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        reader = stack.enter_context(pa.ipc.open_stream(source))
+        batches = iter(reader)
+    return reader.schema, (batch.select(names(reader.schema)) for batch in batches)
 
 
 def _parse_record(number: int, record: pa.RecordBatch, left_out: tuple[str, ...]) -> FileRow:
@@ -320,7 +412,7 @@ def _parse_record(number: int, record: pa.RecordBatch, left_out: tuple[str, ...]
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value without the keys that are null: parquet gives every row and every object all keys."""
+    """A value without the keys that are null: a table gives every row and every object all keys."""
     if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value

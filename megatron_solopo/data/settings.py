@@ -36,7 +36,8 @@ class PrepareSettings(TemplateSettings):
     """What a user asks of `data prepare`. The same settings always give the same output."""
 
     input: Path
-    """Triplet or pair file: JSON lines, a JSON array or parquet, also compressed with gzip, bzip2 or xz."""
+    """Triplets, pairs or instructions: a file of JSON lines, a JSON array, parquet or Arrow, a folder of such files, or
+    a Hugging Face dataset on disk. JSON may be compressed with gzip, bzip2, xz or zstd."""
     output: Path
     """Directory to write. It is `data.path` in a run's config."""
     tokenizer: str
@@ -53,6 +54,7 @@ class PrepareSettings(TemplateSettings):
     seed: int = 1234
     """Seed that draws the held-out rows."""
     num_proc: int = Field(default=1, ge=1)
-    """Processes that tokenize. The output does not depend on their number."""
+    """Processes that tokenize. The output does not depend on their number. Killed and started again, they tokenize only
+    what is missing."""
     overwrite: bool = False
     """Replace the output if it is a prepared directory."""

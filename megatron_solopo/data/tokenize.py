@@ -1,7 +1,7 @@
 """From preference rows to tokens on disk: what `data prepare` does.
 
 1. Validate the file.
-2. Write its rows to an Arrow file and tokenize them, in `num_proc` processes.
+2. Tokenize its rows in `num_proc` processes. A call that was killed leaves what it has done to the next one.
 3. Refuse rows whose content the template loses, unless the user accepts that.
 4. Refuse or drop rows that are too long.
 5. Split off the held-out rows and save both splits with a manifest.
@@ -9,22 +9,23 @@
 All tables are memory-mapped: no step holds the file in memory.
 """
 
+import fcntl
 import json
 import random
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from megatron_solopo import __version__
 from megatron_solopo.architecture.model_directory import CONFIG, huggingface_directory
 from megatron_solopo.data.end_tokens import GENERATION_CONFIG, end_tokens
-from megatron_solopo.data.messages import Content
 from megatron_solopo.data.prepared import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -43,26 +44,30 @@ from megatron_solopo.data.prepared import (
     token_lengths,
 )
 from megatron_solopo.data.rendering import check_arguments, check_template
+from megatron_solopo.data.row_files import files_of
 from megatron_solopo.data.rows import (
-    DEPTHS_FIELD,
-    PROMPT_FIELDS,
-    RESPONSE_FIELDS,
     Kind,
     ValidationReport,
-    read_rows,
     validate_file,
 )
 from megatron_solopo.data.settings import PrepareSettings, Template
 from megatron_solopo.data.template_arguments import TemplateArguments
 from megatron_solopo.data.template_effects import MEANINGS, EffectKind, clock_warning
-from megatron_solopo.data.tokenize_row import TokenizedRow, tokenize_row
+from megatron_solopo.data.tokenize_parts import Tokenization, tokenize_rows
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import atomic_path, check_replaceable, counted, first_few, remove, sha256_file, write_json
+from megatron_solopo.files import (
+    atomic_path,
+    check_replaceable,
+    counted,
+    first_few,
+    remove,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 
 _SHOWN = 5
-# Rows of 128K tokens are 1.5 MB, so the writer holds few of them.
-_WRITER_BATCH_ROWS = 64
 
 
 def prepare(settings: PrepareSettings) -> PreparedManifest:
@@ -77,19 +82,16 @@ def prepare(settings: PrepareSettings) -> PreparedManifest:
     template = _resolve_template(settings, report, tokenizer)
     job = _Job(settings, report, tokenizer, template, end_tokens(settings.tokenizer, tokenizer))
     check_arguments(template, tokenizer, TemplateArguments(settings.chat_template_kwargs))
-    with atomic_path(settings.output) as temporary:
-        work = temporary / "work"
-        tokens = tokenize_rows(
-            settings.input,
-            job.kind,
-            settings.tokenizer,
-            tokenizer.fingerprint,
-            job.template,
-            end_tokens=job.end_tokens,
-            chat_template_kwargs=settings.chat_template_kwargs,
-            num_proc=settings.num_proc,
-            work=work,
-        )
+    how = Tokenization(
+        job.kind,
+        settings.tokenizer,
+        tokenizer.fingerprint,
+        job.template,
+        tuple(sorted(job.end_tokens)),
+        settings.chat_template_kwargs,
+    )
+    with _work_folder(settings.output, job.fingerprint_parts) as work, atomic_path(settings.output) as temporary:
+        tokens = tokenize_rows(settings.input, how, num_proc=settings.num_proc, work=work)
         _refuse_problems(settings, tokens)
         effects = _count_effects(tokens)
         _refuse_losses(job, effects)
@@ -103,8 +105,6 @@ def prepare(settings: PrepareSettings) -> PreparedManifest:
             job.kind, tokens.select(train), tokens.select(held_out) if settings.eval_count else None
         )
         manifest = _manifest(job, tokens, kept, fingerprint, effects)
-        del tokens
-        remove(work)
         write_json(temporary / MANIFEST_NAME, manifest.model_dump(mode="json"))
     return manifest
 
@@ -128,11 +128,12 @@ class _Job:
     def columns(self) -> tuple[str, ...]:
         return token_columns(self.kind)
 
+    @cached_property
     def fingerprint_parts(self) -> dict[str, Any]:
         """What the tokens are made from and with."""
         return {
             "format_version": FORMAT_VERSION,
-            "source": sha256_file(self.settings.input),
+            "source": _hash_source(self.settings.input),
             "tokenizer": self.tokenizer.fingerprint,
             "template": self.template,
             "chat_template": self.tokenizer.chat_template if self.template == "chat" else None,
@@ -142,6 +143,41 @@ class _Job:
             "eval_count": self.settings.eval_count,
             "seed": self.settings.seed,
         }
+
+
+@contextmanager
+def _work_folder(output: Path, parts: dict[str, Any]) -> Iterator[Path]:
+    """A folder whose content a killed program leaves for the next call with the same `parts`.
+
+    It lies beside `output`, and is removed at the end and after any error. Raises UserError if another program uses it.
+    """
+    folder = output.with_name(f".{output.name}.work")
+    own = folder / sha256_json(parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{output}: another data prepare is writing it; wait for it, or end it") from None
+        for other in folder.iterdir():
+            if other.name not in (own.name, "lock"):
+                remove(other)
+        try:
+            own.mkdir(exist_ok=True)
+            yield own
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            remove(folder)
+            raise
+        remove(folder)
+
+
+def _hash_source(path: Path) -> str:
+    """Hex SHA-256 of a file, or of the names and the bytes of a folder's files."""
+    if path.is_dir():
+        return sha256_json({file.name: sha256_file(file) for file in files_of(path)})
+    return sha256_file(path)
 
 
 def _check_output(settings: PrepareSettings) -> None:
@@ -277,7 +313,7 @@ def _manifest(
         tokenizer=str(Path(job.settings.tokenizer).resolve()),
         vocab_size=job.tokenizer.vocab_size,
         fingerprint=fingerprint,
-        fingerprint_parts=job.fingerprint_parts(),
+        fingerprint_parts=job.fingerprint_parts,
         read=job.report.rows,
         kept=len(kept),
         dropped={"overlong": job.report.rows - len(kept)},
@@ -301,94 +337,3 @@ def _statistics(lengths: NDArray[np.int64]) -> LengthStatistics:
     """Percentiles that are lengths of rows, not averages of two."""
     median, p95 = np.percentile(lengths, [50, 95], method="inverted_cdf")
     return LengthStatistics(min=int(lengths.min()), median=int(median), p95=int(p95), max=int(lengths.max()))
-
-
-def tokenize_rows(
-    path: Path,
-    kind: Kind,
-    tokenizer_path: str,
-    tokenizer_fingerprint: str,
-    template: Template,
-    *,
-    end_tokens: Collection[int],
-    chat_template_kwargs: dict[str, Any],
-    num_proc: int,
-    work: Path,
-) -> Dataset:
-    """Tokenize a valid file into Arrow files under `work`, row by row in the file's order.
-
-    Columns: id, line, problem, effects, evidence_depths, the token columns and the masks. If a row cannot be tokenized,
-    `problem` says why and its tokens are empty. For all other rows `problem` is "". `effects` is JSON: what the
-    template did to the row, by `EffectKind`; "" for nothing.
-    """
-    carried = {"id": Value("string"), "line": Value("int64"), DEPTHS_FIELD: List(Value("float32"))}
-    rows = Dataset.from_generator(
-        _generate_rows,
-        features=Features({**carried, "contents": Value("large_string"), "arguments": Value("large_string")}),
-        gen_kwargs={"path": path},
-        cache_dir=str(work),
-        writer_batch_size=_WRITER_BATCH_ROWS,
-    )
-    tokens = {name: List(Value("int32")) for name in token_columns(kind)}
-    tokens |= {name: List(Value("bool")) for name in mask_columns(kind)}
-    return rows.map(
-        _tokenize_record,
-        fn_kwargs={
-            "kind": kind,
-            "tokenizer_path": tokenizer_path,
-            "tokenizer_fingerprint": tokenizer_fingerprint,
-            "template": template,
-            "end_tokens": sorted(end_tokens),
-            "chat_template_kwargs": chat_template_kwargs,
-        },
-        features=Features({**carried, "problem": Value("string"), "effects": Value("string"), **tokens}),
-        remove_columns=["contents", "arguments"],
-        num_proc=num_proc if num_proc > 1 else None,
-        cache_file_name=str(work / "tokens.arrow"),
-        load_from_cache_file=False,
-        writer_batch_size=_WRITER_BATCH_ROWS,
-        desc="Tokenizing",
-    )
-
-
-def _generate_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows in one Arrow schema for strings and messages: the contents are JSON."""
-    for row in read_rows(path):
-        assert not row.errors and row.id is not None
-        carried = {"id": row.id, "line": row.line, DEPTHS_FIELD: row.evidence_depths}
-        yield {**carried, "contents": json.dumps(row.contents), "arguments": json.dumps(asdict(row.arguments))}
-
-
-def _tokenize_record(
-    record: dict[str, Any],
-    kind: Kind,
-    tokenizer_path: str,
-    tokenizer_fingerprint: str,
-    template: Template,
-    end_tokens: Collection[int],
-    chat_template_kwargs: dict[str, Any],
-) -> dict[str, Any]:
-    contents: dict[str, Content] = json.loads(record["contents"])
-    prompts = {column: contents[name] for column, name in zip(PROMPT_COLUMNS[kind], PROMPT_FIELDS[kind], strict=True)}
-    responses = {
-        column: contents[name] for column, name in zip(RESPONSE_COLUMNS[kind], RESPONSE_FIELDS[kind], strict=True)
-    }
-    arguments = TemplateArguments(**json.loads(record["arguments"])).over(chat_template_kwargs)
-    tokenizer = _process_tokenizer(tokenizer_path, tokenizer_fingerprint)
-    row, problem = TokenizedRow({name: [] for name in (*prompts, *responses)}), ""
-    try:
-        row = tokenize_row(prompts, responses, tokenizer, template, end_tokens, arguments)
-    except UserError as error:
-        problem = str(error)
-    effects: dict[str, str] = {}
-    for effect in row.effects:
-        effects.setdefault(effect.kind, effect.shown)
-    tokens = {name: np.asarray(ids, np.int32) for name, ids in row.ids.items()}
-    tokens |= {mask_column(name): np.asarray(row.masks.get(name, []), bool) for name in responses}
-    return {"problem": problem, "effects": json.dumps(effects) if effects else "", **tokens}
-
-
-@lru_cache(maxsize=1)
-def _process_tokenizer(path: str, fingerprint: str) -> Tokenizer:
-    """One tokenizer per worker process. The fingerprint tells a replaced directory from the old one."""
-    return load_tokenizer(path)

@@ -29,6 +29,7 @@ from megatron_solopo.data.template_effects import warn_about_clock
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path, counted, first_few, remove
+from megatron_solopo.process_pool import ProcessPool
 from megatron_solopo.progress import bar_style
 from megatron_solopo.triplets.build_row import Built, Drop, MeasuredContext, RowBuilder
 from megatron_solopo.triplets.context_rows import to_line
@@ -36,7 +37,6 @@ from megatron_solopo.triplets.contexts import uniform_distance
 from megatron_solopo.triplets.corpus.formats import Document, Question
 from megatron_solopo.triplets.corpus.read import BadRow, read_distractors, read_questions
 from megatron_solopo.triplets.corpus.store import Corpus, CorpusWriter
-from megatron_solopo.triplets.process_pool import ProcessPool
 from megatron_solopo.triplets.prompt import Measure, PromptTemplate, read_template
 from megatron_solopo.triplets.report import (
     Bars,

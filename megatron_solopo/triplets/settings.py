@@ -106,7 +106,7 @@ class BuildSettings(CommandSettings):
     """What a user asks of `data build`. The same settings always give the same output."""
 
     input: Path
-    """The corpus: JSON lines, a JSON array or parquet, also compressed with gzip, bzip2 or xz."""
+    """The corpus: JSON lines, a JSON array, parquet or Arrow. Text may be compressed with gzip, bzip2, xz or zstd."""
     output: Path
     """JSONL file to write. Its report goes beside it."""
     tokenizer: str

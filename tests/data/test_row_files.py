@@ -6,6 +6,7 @@ import json
 import lzma
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -28,6 +29,13 @@ def parquet(path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), path)
 
 
+def arrow(path: Path, writer: Any) -> None:
+    """Two record batches, and a column of nulls."""
+    table = pa.Table.from_pylist([row | {"thought": None} for row in ROWS])
+    with writer(str(path), table.schema) as sink:
+        sink.write_table(table, max_chunksize=1)
+
+
 READABLE = {
     "lines": lambda path: path.write_bytes(LINES),
     "byte_order_mark": lambda path: path.write_bytes(b"\xef\xbb\xbf" + LINES),
@@ -38,7 +46,13 @@ READABLE = {
     "gzip_in_parts": lambda path: path.write_bytes(b"".join(map(gzip.compress, LINES.splitlines(keepends=True)))),
     "bzip2": lambda path: path.write_bytes(bz2.compress(LINES)),
     "xz": lambda path: path.write_bytes(lzma.compress(LINES)),
+    "zstd": lambda path: path.write_bytes(pa.compress(b"\xef\xbb\xbf" + LINES, "zstd", asbytes=True)),
+    "zstd_in_parts": lambda path: path.write_bytes(
+        b"".join(pa.compress(line, "zstd", asbytes=True) for line in LINES.splitlines(keepends=True))
+    ),
     "parquet": parquet,
+    "arrow_file": lambda path: arrow(path, pa.ipc.new_file),
+    "arrow_stream": lambda path: arrow(path, pa.ipc.new_stream),
 }
 
 
@@ -57,8 +71,10 @@ def test_the_content_decides_how_a_file_is_read(kind: str, ending: str, tmp_path
 
 
 UNREADABLE = {
-    "empty": (lambda path: path.write_bytes(b""), "is an empty file; expected JSON lines, a JSON array or parquet"),
-    "zstd": (lambda path: path.write_bytes(pa.compress(LINES, "zstd", asbytes=True)), "is compressed with zstd; decom"),
+    "empty": (
+        lambda path: path.write_bytes(b""),
+        "is an empty file; expected JSON lines, a JSON array, ",
+    ),
     "zip": (lambda path: path.write_bytes(b"PK\x03\x04\x00\x00"), "is a zip archive; unpack it: unzip "),
     "tar_in_gzip": (
         lambda path: path.write_bytes(gzip.compress(b"rows.jsonl".ljust(257, b"\0") + b"ustar\0")),
@@ -80,12 +96,21 @@ UNREADABLE = {
         "is one JSON object over several lines",
     ),
     "cut_gzip": (lambda path: path.write_bytes(gzip.compress(LINES * 999)[:-30]), "is damaged or incomplete: "),
-    "parquet_in_gzip": (lambda path: path.write_bytes(gzip.compress(b"PAR1")), "is compressed parquet; decompress it"),
+    "cut_zstd": (
+        lambda path: path.write_bytes(pa.compress(LINES * 99999, "zstd", asbytes=True)[:-30]),
+        "is damaged or incomplete: ",
+    ),
+    "parquet_in_gzip": (
+        lambda path: path.write_bytes(gzip.compress(b"PAR1")),
+        "is a compressed table of Arrow or parquet; decompress it",
+    ),
     "half_parquet": (lambda path: path.write_bytes(b"PAR1 and no more"), "cannot be read as parquet: "),
-    "directory": (lambda path: path.mkdir(), "is a directory; name one file; expected JSON lines"),
-    "dataset": (
-        lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
-        "is a saved Hugging Face dataset; write it as parquet: datasets.load_from_disk(",
+    "half_arrow": (lambda path: path.write_bytes(b"ARROW1 and no more"), "cannot be read as Arrow: "),
+    "half_stream": (lambda path: path.write_bytes(b"\xff\xff\xff\xff and no more"), "cannot be read as Arrow: "),
+    "folder": (lambda path: path.mkdir(), "is a folder without files of rows; their endings are .jsonl, .json, "),
+    "splits": (
+        lambda path: datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(path),
+        "is a Hugging Face dataset of several splits; name one: ",
     ),
 }
 
@@ -102,6 +127,40 @@ def test_a_file_of_another_kind_is_named_with_the_way_out(kind: str, tmp_path: P
         list(open_as_lines(path))
 
 
+def test_a_dataset_on_disk_is_read_in_its_own_order(tmp_path: Path) -> None:
+    rows = [ROWS[0] | {"id": str(number)} for number in range(12)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved", num_shards=12)
+    found = list(read_file_rows(tmp_path / "saved"))
+    assert [row.value for row in found] == rows and [row.number for row in found] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [("lines", ".jsonl"), ("zstd", ".jsonl.zst"), ("parquet", ".parquet"), ("arrow_stream", ".arrow")],
+)
+def test_the_files_of_a_folder_follow_one_another(kind: str, ending: str, tmp_path: Path) -> None:
+    for name in ("part-1", "part-0"):
+        READABLE[kind](tmp_path / f"{name}{ending}")
+    (tmp_path / "README.md").write_text("# About these rows")
+    found = list(read_file_rows(tmp_path))
+    assert [row.value for row in found] == [*ROWS, *ROWS]
+    assert [(row.number, row.unit) for row in found] == [(number, "row") for number in (1, 2, 3, 4)]
+
+
+def test_a_bad_row_of_a_folder_is_named_with_its_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl").write_bytes(LINES + b"\n{\n")
+    (bad,) = [row for row in read_file_rows(tmp_path) if row.problem]
+    assert bad.number == 5 and bad.problem.startswith("b.jsonl, line 4: not valid JSON")
+
+
+def test_a_folder_of_two_kinds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    parquet(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"is a folder of \.jsonl and \.parquet files; one folder holds one kind"):
+        list(read_file_rows(tmp_path))
+
+
 def test_the_advice_for_utf_16_and_for_a_saved_dataset_works(tmp_path: Path) -> None:
     (tmp_path / "wide.jsonl").write_text(LINES.decode(), encoding="utf-16")
     command = f"iconv -f UTF-16 -t UTF-8 {tmp_path}/wide.jsonl > {tmp_path}/rows.jsonl"
@@ -109,7 +168,7 @@ def test_the_advice_for_utf_16_and_for_a_saved_dataset_works(tmp_path: Path) -> 
     assert [row.value for row in read_file_rows(tmp_path / "rows.jsonl")] == ROWS
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
     with pytest.raises(UserError, match=r"saved/train'\)\.to_parquet") as caught:
-        list(read_file_rows(tmp_path / "saved"))
+        list(open_as_lines(tmp_path / "saved"))
     advice = str(caught.value).rpartition("parquet: ")[2].replace("rows.parquet", f"{tmp_path}/rows.parquet")
     eval(advice)
     assert [row.value for row in read_file_rows(tmp_path / "rows.parquet")] == ROWS

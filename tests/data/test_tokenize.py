@@ -1,12 +1,14 @@
+import fcntl
 import json
 import shutil
 from datetime import date, datetime, time
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from megatron_solopo import __version__
-from megatron_solopo.data import template_clock
+from megatron_solopo.data import template_clock, tokenize_parts
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
@@ -236,3 +238,57 @@ def test_only_the_promised_files_are_left(tmp_path, triplets, hugging_face):
     prepare(triplets, tmp_path / "out", hugging_face, eval_count=1)
     assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["eval", "manifest.json", "train"]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["data.jsonl", "out"]
+
+
+def test_a_killed_call_leaves_what_it_tokenized_to_the_next_one(tmp_path, hugging_face):
+    path = write_rows(tmp_path / "rows.jsonl", [triplet(number) for number in range(50)])
+    whole = prepare(path, tmp_path / "whole", hugging_face)
+    tokenize_part, made = tokenize_parts._tokenize_part, []
+
+    def killed_at_the_third(*arguments):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(tokenize_part(*arguments))
+        return made[-1]
+
+    with mock.patch.object(tokenize_parts, "_tokenize_part", killed_at_the_third), pytest.raises(KeyboardInterrupt):
+        prepare(path, tmp_path / "out", hugging_face)
+    assert not (tmp_path / "out").exists() and sum(map(len, made)) == 32
+    counting = mock.Mock(side_effect=tokenize_part)
+    with mock.patch.object(tokenize_parts, "_tokenize_part", counting):
+        assert prepare(path, tmp_path / "out", hugging_face) == whole
+    assert [call.args[-1] for call in counting.call_args_list] == [range(32, 48), range(48, 50)]
+    assert split_rows(load_prepared(tmp_path / "out")) == split_rows(load_prepared(tmp_path / "whole"))
+    assert not list(tmp_path.glob(".*")), "no folder of work stays"
+
+
+def test_what_another_call_tokenized_otherwise_is_not_taken(tmp_path, hugging_face):
+    path = write_rows(tmp_path / "rows.jsonl", [triplet(number) for number in range(20)])
+    with (
+        mock.patch.object(tokenize_parts, "concatenate_datasets", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        prepare(path, tmp_path / "out", hugging_face)
+    write_rows(path, [triplet(number) for number in range(100, 120)])
+    prepare(path, tmp_path / "out", hugging_face)
+    prepare(path, tmp_path / "anew", hugging_face)
+    assert split_rows(load_prepared(tmp_path / "out")) == split_rows(load_prepared(tmp_path / "anew"))
+
+
+def test_two_calls_do_not_write_the_same_output(tmp_path, triplets, hugging_face):
+    (tmp_path / ".out.work").mkdir()
+    with (tmp_path / ".out.work" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="out: another data prepare is writing it"):
+            prepare(triplets, tmp_path / "out", hugging_face)
+    prepare(triplets, tmp_path / "out", hugging_face)
+
+
+def test_a_folder_is_prepared_as_one_file(tmp_path, hugging_face):
+    rows = [triplet(number) for number in range(20)]
+    (tmp_path / "shards").mkdir()
+    for start in (0, 10):
+        write_rows(tmp_path / "shards" / f"rows-{start:02}.jsonl", rows[start : start + 10])
+    whole = prepare(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "whole", hugging_face, eval_count=3)
+    folder = prepare(tmp_path / "shards", tmp_path / "out", hugging_face, eval_count=3, num_proc=2)
+    assert folder.fingerprint == whole.fingerprint and folder.read == 20

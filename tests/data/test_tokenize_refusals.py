@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from megatron_solopo.data.prepared import load_prepared
-from megatron_solopo.data.tokenize import tokenize_rows
+from megatron_solopo.data.tokenize_parts import Tokenization, tokenize_rows
 from megatron_solopo.errors import UserError
 from tests.data.sample_rows import as_messages, prepare, triplet, write_rows
 from tests.data.tiny_tokenizers import (
@@ -192,28 +192,24 @@ def test_a_refused_overwrite_keeps_the_old_data(tmp_path, triplets, hugging_face
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["data.jsonl", "out"]
 
 
-def test_an_interruption_leaves_nothing(tmp_path, triplets, hugging_face, monkeypatch):
+def test_an_interruption_leaves_nothing_but_a_hidden_folder_for_the_next_call(
+    tmp_path, triplets, hugging_face, monkeypatch
+):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("datasets.Dataset.save_to_disk", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(triplets, tmp_path / "out", hugging_face)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["data.jsonl"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.work", "data.jsonl"]
+    monkeypatch.undo()
+    prepare(triplets, tmp_path / "out", hugging_face)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["data.jsonl", "out"]
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_a_fault_of_the_calling_code_is_no_problem_of_a_row(num_proc, hugging_face, tmp_path):
-    path = write_rows(tmp_path / "data.jsonl", [triplet(0), triplet(1)])
+    path = write_rows(tmp_path / "data.jsonl", [triplet(number) for number in range(20)])
+    pairs = Tokenization("pair", hugging_face, "", "plain", (), {})
     with pytest.raises(KeyError, match="prompt"):  # the rows are triplets, not pairs
-        tokenize_rows(
-            path,
-            "pair",
-            hugging_face,
-            "",
-            "plain",
-            end_tokens=(),
-            chat_template_kwargs={},
-            num_proc=num_proc,
-            work=tmp_path / "work",
-        )
+        tokenize_rows(path, pairs, num_proc=num_proc, work=tmp_path / "work")

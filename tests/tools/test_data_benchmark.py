@@ -5,6 +5,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
+from tools.benchmarks import prepare_benchmark
 from tools.benchmarks.data_benchmark import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,3 +27,15 @@ def test_a_small_run_prints_and_writes_its_figures(tmp_path, monkeypatch) -> Non
 def test_illegal_numbers_are_refused() -> None:
     result = CliRunner().invoke(main, ["--contexts", "0"])
     assert result.exit_code == 2 and "must be at least 1" in result.output
+
+
+def test_a_small_preparation_prints_and_writes_its_figures(tmp_path, monkeypatch) -> None:
+    figures = tmp_path / "figures.json"
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    arguments = ["--rows", "20", "--long-tokens", "2600", "--num-proc", "1", "--json", str(figures)]
+    result = CliRunner().invoke(prepare_benchmark.main, arguments)
+    assert result.exit_code == 0, result.output
+    (run,) = json.loads(figures.read_text())["runs"]
+    assert run["rows"] == 20 and 20 * 2600 < run["tokens"] < 40 * 12000
+    assert 50 * 2**20 < run["usage"]["peak_bytes"] < 4 * 2**30
+    assert f"| 20 | 1 | {run['file_bytes'] / 2**20:,.0f} | {run['tokens']:,} |" in result.output

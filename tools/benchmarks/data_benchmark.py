@@ -35,6 +35,18 @@ _SAMPLE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What a command took."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of all processes: what other work on the machine disturbs little."""
+    peak_bytes: int
+    load_average: float
+    """Over the last minute, before the start: what else ran on the machine."""
+
+
+@dataclass(frozen=True)
 class Run:
     """One build."""
 
@@ -43,11 +55,10 @@ class Run:
     tokens: int
     """Of the long contexts, room for responses included."""
     seconds: float
+    """This and what follows: see `Usage`."""
     cpu_seconds: float
-    """Of all processes: what other work on the machine disturbs little."""
     peak_bytes: int
     load_average: float
-    """Over the last minute, before the start: what else ran on the machine."""
 
 
 @click.command(help=__doc__)
@@ -99,21 +110,26 @@ def measure(folder: Path, tokenizer: str, long_tokens: int, num_proc: int) -> Ru
     output = folder / f"contexts-{num_proc}.jsonl"
     command = [sys.executable, "-m", "megatron_solopo", "data", "build", "--input", str(folder / "questions.jsonl")]
     command += ["--output", str(output), "--tokenizer", tokenizer, "--long-tokens", str(long_tokens)]
+    usage = watch([*command, "--num-proc", str(num_proc)])
+    report = json.loads((output.with_suffix(".report") / "report.json").read_text())
+    written = report["rows_written"]
+    output.unlink()
+    return Run(num_proc, written, round(written * report["long_tokens"]["mean"]), **asdict(usage))
+
+
+def watch(command: list[str]) -> Usage:
+    """Run a command of the project and see what it takes. Raises ClickException if it fails."""
     load, cpu = os.getloadavg()[0], children_cpu_seconds()
     started = time.perf_counter()
-    child = subprocess.Popen([*command, "--num-proc", str(num_proc)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     peak = 0
     while child.poll() is None:
         peak = max(peak, tree_bytes(child.pid))
         time.sleep(_SAMPLE_SECONDS)
     seconds = time.perf_counter() - started
     if child.returncode:
-        raise click.ClickException(f"data build failed with exit code {child.returncode}, its message is above")
-    cpu = round(children_cpu_seconds() - cpu, 1)
-    report = json.loads((output.with_suffix(".report") / "report.json").read_text())
-    written = report["rows_written"]
-    output.unlink()
-    return Run(num_proc, written, round(written * report["long_tokens"]["mean"]), round(seconds, 1), cpu, peak, load)
+        raise click.ClickException(f"{command[2:5]} failed with exit code {child.returncode}, its message is above")
+    return Usage(round(seconds, 1), round(children_cpu_seconds() - cpu, 1), peak, load)
 
 
 def children_cpu_seconds() -> float:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from megatron_solopo.errors import UserError
-from megatron_solopo.triplets.process_pool import ProcessPool
+from megatron_solopo.process_pool import ProcessPool
 
 _offset = 0
 
@@ -70,7 +70,7 @@ def test_items_are_taken_as_results_are_and_not_all_at_once() -> None:
 
 PROGRAM = """
 import time
-from tests.triplets.test_process_pool import ProcessPool, initialise, work
+from tests.test_process_pool import ProcessPool, initialise, work
 if __name__ == "__main__":
     with ProcessPool(2, initialise, (0,)) as pool:
         list(pool.map(work, range(9)))
@@ -82,7 +82,7 @@ if __name__ == "__main__":
 def test_processes_end_with_a_killed_caller(tmp_path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     caller = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True, env=environment)
     assert caller.stdout.readline() == "ready\n"
     children = psutil.Process(caller.pid).children(recursive=True)
