@@ -450,9 +450,9 @@ class ObjectiveConfig(Section):
     token_alignment: Literal["reverse_kl"] | None = None
     """A term of solopo beside the alignment of rewards, per token of the chosen response (after OPSDL, arXiv
     2604.17535). reverse_kl: KL(behind the long context || behind the short one), over the vocabulary. The short side
-    has no gradient. null: none."""
+    has no gradient. It needs `data.path`, not `data.sources`. null: none."""
     token_alignment_weight: NonNegativeFloat = 1.0
-    """Weight of `token_alignment`, whose mean over the tokens of a response counts."""
+    """Weight of `token_alignment`, which is a mean over the tokens of the chosen response."""
 
     @field_validator("loss_type", mode="before")
     @classmethod

@@ -26,8 +26,8 @@ class ShowSettings(TemplateSettings):
     """What a user asks of `data validate` beside the checks."""
 
     show: int | None = Field(default=None, ge=1)
-    """Print the first rows as tokens, this many, and which tokens count in training. It needs --tokenizer. Colours
-    follow the terminal and NO_COLOR."""
+    """Print the first N rows as tokens, and mark those that count in training. It needs --tokenizer. Colours follow the
+    terminal and NO_COLOR."""
     tokenizer: str | None = None
     """Hugging Face directory or SentencePiece .model file, for --show."""
 
