@@ -86,7 +86,7 @@ def select(settings: SelectSettings, as_json: bool) -> None:
 @settings_options(ShowSettings)
 @JSON
 def validate(settings: ShowSettings, file: Path, as_json: bool) -> None:
-    """List every bad row of a file of triplets, pairs or instructions: line, field, reason. Exit code 1 if there is any.
+    """List every bad row of a file of triplets, pairs or instructions. Exit code 1 if there is any.
 
     \b
     Examples:

@@ -486,7 +486,7 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
-        if self.ld_alpha is not None and not self.needs_reference:
+        if self.ld_alpha is not None and self.loss_type in _WITHOUT_REFERENCE:
             raise UserError(
                 f"ld_alpha={self.ld_alpha} needs a loss_type with a reference; loss_type={self.loss_type} has none"
             )
@@ -748,6 +748,16 @@ class Config(Section):
     def needs_reference(self) -> bool:
         """Whether the rewards of some rows compare the policy with a reference model."""
         return any(source.config.objective.needs_reference for source in self.sources)
+
+    @property
+    def has_shared_packs(self) -> bool:
+        """Whether packs can hold responses that share their prompt. A row of sft has one response."""
+        return self.data.share_prompts and any(source.config.objective.name != "sft" for source in self.sources)
+
+    @property
+    def has_unshared_packs(self) -> bool:
+        """Whether packs can hold no response that shares its prompt."""
+        return not self.data.share_prompts or any(source.config.objective.name == "sft" for source in self.sources)
 
     @property
     def reference_cache(self) -> Path:

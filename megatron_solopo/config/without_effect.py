@@ -135,7 +135,7 @@ def _surrounding_causes(config: Config, surroundings: Surroundings) -> Iterator[
         yield "parallel.context_parallel_size=1", ("parallel.cp_comm_type",)
     if not surroundings.uses_transformer_engine:
         yield "plain PyTorch's attention gathers keys and values", exchange
-    elif cp > 1 and config.data.share_prompts:
+    elif cp > 1 and not config.has_unshared_packs:
         yield "data.share_prompts=true: attention gathers keys and values", exchange
     if surroundings.sharing_ranks == 1:
         keys = ("parallel.overlap_grad_reduce", "parallel.overlap_param_gather")

@@ -77,6 +77,11 @@ def check_text(text: str) -> str:
     """The same text. Raises IllegalValue if it is blank or no Unicode text."""
     if not text.strip():
         raise IllegalValue("is blank" if text else "is empty")
+    return check_unicode(text)
+
+
+def check_unicode(text: str) -> str:
+    """The same text. Raises IllegalValue if it is no Unicode text, which no tokenizer takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -113,6 +118,7 @@ def _checked_message(value: Any) -> Message:
     for key, entry in message.items():
         if not isinstance(entry, str):
             raise IllegalValue(f"{key}: expected a string, got {type_name(entry)}")
+        _check_unicode_of(key, entry)
     content = message.get("content")
     if calls:
         return message | {"content": content, TOOL_CALLS: _checked_calls(calls)}
@@ -164,7 +170,16 @@ def _checked_call(value: Any) -> dict[str, Any]:
         raise IllegalValue(f"arguments are text that is not valid JSON: {error}") from None
     if not isinstance(arguments, dict):
         raise IllegalValue(f"arguments: expected an object, or the JSON text of one, got {type_name(arguments)}")
+    for text in _texts_in(arguments):
+        _check_unicode_of("arguments: a text", text)
     return call
+
+
+def _check_unicode_of(what: str, text: str) -> None:
+    try:
+        check_unicode(text)
+    except IllegalValue as error:
+        raise IllegalValue(f"{what} {error}") from None
 
 
 def call_arguments(call: dict[str, Any]) -> Any:

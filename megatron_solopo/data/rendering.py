@@ -216,6 +216,8 @@ class _Writer:
             return None
         written = with_answer[len(alone) :]
         question = message_text(last[0]).strip()
+        if not question:
+            return None
         same_end = start.rpartition(question)[2] == alone.rpartition(question)[2]
         return written if question in start and same_end and whole.endswith(written) else None
 

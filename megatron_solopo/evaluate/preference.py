@@ -112,6 +112,8 @@ def _evaluation_config(subject: Subject, config: Config, split: Split) -> Config
         update={
             "run_dir": subject.run_dir or config.run_dir,
             "model": config.model.model_copy(update={"path": subject.path}),
+            # Responses are scored one by one, so that their numbers do not depend on each other.
+            "data": config.data.model_copy(update={"share_prompts": False}),
             "objective": config.objective.model_copy(update=objective | {"ld_alpha": None}),
             "reference": config.reference.model_copy(update=reference),
             "training": config.training.model_copy(update={"eval_steps": None}),

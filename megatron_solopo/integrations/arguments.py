@@ -47,6 +47,8 @@ _SECTIONS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
     "moe": (MoEConfig, dict.fromkeys(MoEConfig.model_fields, "")),
 }
 _OPTIONAL = "lora"
+_SOURCE = ("data", "path")
+"""Megatron-LM's loop reads one source."""
 # Keys that flags of Megatron-LM set, and values that have a flag of their own.
 _MEGATRON_FLAGS = {
     "training.global_batch_size": "--global-batch-size",
@@ -75,12 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         group = parser.add_argument_group(f"SoLoPO: {section}", model.__doc__)
         for key, name in keys.items():
             field = model.model_fields[key]
+            required = field.is_required() or (section, key) == _SOURCE
             group.add_argument(
                 _flag(name or key),
                 # A section that may be null is so unless one of its flags is given.
-                default=None if field.is_required() or section == _OPTIONAL else field.default,
-                required=field.is_required(),
-                help=_help(field.description, field.default, field.is_required()),
+                default=None if required or section == _OPTIONAL else field.default,
+                required=required,
+                help=_help(field.description, field.default, required),
                 **_argparse_options(field),
             )
     group = parser.add_argument_group("SoLoPO: output")

@@ -228,7 +228,7 @@ class PreferenceTask:
         self.model = ResolvedModel(
             config.model, config.parallel, self.architecture, uses_transformer_engine(config.model)
         )
-        check_attention(self.model, share_prompts=config.data.share_prompts)
+        check_attention(self.model, config)
         self.datasets = load_run_datasets(config, self.architecture)
         for note in self.datasets.notes:
             say(note)

@@ -10,7 +10,7 @@ from packaging.version import Version
 from megatron_solopo.architecture.gpus import FP8_QUESTIONS
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.layout import check_exchange_by_heads, check_fp8, check_layout
-from megatron_solopo.config import FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.config import Config, FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.megatron_internals import (
@@ -69,17 +69,17 @@ def resolve_model(
     return ResolvedModel(settings, parallel, architecture, uses_transformer_engine(settings))
 
 
-def check_attention(model: ResolvedModel, *, share_prompts: bool) -> None:
+def check_attention(model: ResolvedModel, config: Config) -> None:
     """Refuse packs that Transformer Engine's attention cannot compute here. Plain attention computes them all.
 
-    Without shared prompts, these are packs that it cannot exchange over context-parallel ranks.
+    Packs with shared prompts need a mask. Packs without them are exchanged over context-parallel ranks.
 
     Raises UserError naming the key to change.
     """
     if not model.uses_transformer_engine:
         return
     installed, parallel, shape = get_te_version(), model.parallel, model.architecture
-    if share_prompts:
+    if config.has_shared_packs:
         tp = parallel.tensor_model_parallel_size
         heads = shape.num_attention_heads // tp, max(shape.num_query_groups // tp, 1)
         if not computes_lower_right_masks(*heads, shape.head_dim):
@@ -88,6 +88,7 @@ def check_attention(model: ResolvedModel, *, share_prompts: bool) -> None:
                 f"attention kernel of transformer-engine {installed} computes here (NVTE_* variables choose among "
                 "them); set data.share_prompts=false"
             )
+    if not config.has_unshared_packs:
         return
     check_exchange_by_heads(shape, parallel)
     # Older versions disable every kernel that could exchange packed sequences by heads and in a ring.

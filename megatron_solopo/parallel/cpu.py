@@ -221,7 +221,7 @@ def _let_megatron_run_line_by_line() -> None:
 
     @functools.wraps(compile_)
     def compile_others(model: Any = None, **options: Any) -> Any:
-        is_megatron = getattr(model, "__module__", "").startswith("megatron.")
+        is_megatron = (getattr(model, "__module__", None) or "").startswith("megatron.")
         return model if is_megatron else compile_(model, **options)
 
     library.compile = compile_others

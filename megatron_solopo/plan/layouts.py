@@ -215,7 +215,7 @@ def check_supported(architecture: ModelShape, layout: Layout) -> None:
     """Raise UserError with the first reason why the model does not allow a layout."""
     config = layout.config
     check_layout(architecture, config.parallel)
-    if not (config.data.share_prompts or uses_local_layers(config)):
+    if config.has_unshared_packs and not uses_local_layers(config):
         check_exchange_by_heads(architecture, config.parallel)
     check_adapters(architecture, config)
     check_training(architecture, config.parallel, config.optimizer, config.moe)

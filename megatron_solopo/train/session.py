@@ -112,7 +112,7 @@ def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, tuple[RunSo
     check_adapters(model.architecture, config)
     check_offload(config.optimizer, model)
     check_precision(model, config.optimizer)
-    check_attention(model, share_prompts=config.data.share_prompts)
+    check_attention(model, config)
     reference = _resolve_reference(config, model)
     prepared = [load_prepared(source.config.data.directory) for source in config.sources]
     check_writable(config.run_dir, "run_dir")
@@ -140,6 +140,7 @@ def _resolve_reference(config: Config, model: ResolvedModel) -> ResolvedModel | 
     try:
         reference = model.at(path)
         check_precision(reference, config.optimizer)
+        check_attention(reference, config)
     except UserError as error:
         raise UserError(f"reference.model_path={path}: {error}") from None
     return reference

@@ -145,6 +145,16 @@ def test_a_pair_without_id_is_known_by_its_line(tmp_path):
             "got roles ['user', 'assistant']",
         ),
         (chat_triplet("c", prompt_short=[user(" ")]), "prompt_short", "message 0: content is blank"),
+        (
+            chat_triplet("c", chosen=[assistant("y") | {"reasoning_content": "\ud800"}]),
+            "chosen",
+            "message 0: reasoning_content holds a lone surrogate at character 1",
+        ),
+        (
+            chat_triplet("c", chosen=[calling(call("f", {"place": "\ud800"}))]),
+            "chosen",
+            "arguments: a text holds a lone surrogate at character 1",
+        ),
         (chat_triplet("c", prompt_short=["s"]), "prompt_short", "message 0: expected an object with role and content"),
         (chat_triplet("c", prompt_short=[user(3)]), "prompt_short", "message 0: content: expected a string, got a num"),
         (chat_triplet("c", chosen=[]), "chosen", "expected one assistant message, or several with tool and user"),

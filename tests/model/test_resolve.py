@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from megatron_solopo.architecture.experts import ExpertShape
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
-from megatron_solopo.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, parse_config
 from megatron_solopo.errors import UserError
 from megatron_solopo.model import resolve
 from megatron_solopo.model.build import precision_settings, transformer_config
@@ -61,16 +61,24 @@ def on_transformer_engine(architecture, parallel, monkeypatch, version: str = "2
     return resolve.resolve_model(settings(), parallel, architecture=architecture)
 
 
+def run(share_prompts: bool, **sections: Any) -> Config:
+    data = {"path": "prepared", "max_tokens_per_pack": 100, "share_prompts": share_prompts}
+    training = {"global_batch_size": 1, "max_steps": 1}
+    return parse_config(
+        {"run_dir": "run", "model": {"path": "model"}, "data": data, "training": training, **sections}, ""
+    )
+
+
 @pytest.mark.parametrize(("version", "accepted"), [("2.17.1", False), ("2.18.0", True)])
 def test_packs_are_exchanged_by_heads_and_in_a_ring_since_2_18(architecture, monkeypatch, version, accepted) -> None:
     exchange = {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [2, 2]}
     parallel = ParallelConfig(context_parallel_size=4, **exchange)
     model = on_transformer_engine(architecture, parallel, monkeypatch, version)
     if accepted:
-        resolve.check_attention(model, share_prompts=False)
+        resolve.check_attention(model, run(False))
         return
     with pytest.raises(UserError, match=r"a2a\+p2p needs transformer-engine 2\.18 or newer.*2\.17\.1 is installed"):
-        resolve.check_attention(model, share_prompts=False)
+        resolve.check_attention(model, run(False))
 
 
 def test_heads_count_only_where_attention_exchanges_them(architecture, monkeypatch) -> None:
@@ -78,10 +86,11 @@ def test_heads_count_only_where_attention_exchanges_them(architecture, monkeypat
     parallel = ParallelConfig(context_parallel_size=16, cp_comm_type="a2a")
     model = on_transformer_engine(architecture, parallel, monkeypatch)
     monkeypatch.setattr(resolve, "computes_lower_right_masks", lambda *heads: True)
-    resolve.check_attention(model, share_prompts=True)
-    resolve.check_attention(replace(model, uses_transformer_engine=False), share_prompts=False)
-    with pytest.raises(UserError, match=r"cp_comm_type=a2a: .*set parallel\.cp_comm_type=p2p"):
-        resolve.check_attention(model, share_prompts=False)
+    resolve.check_attention(model, run(True))
+    resolve.check_attention(replace(model, uses_transformer_engine=False), run(False))
+    for config in (run(False), run(True, objective={"name": "sft"})):  # a row of sft shares nothing
+        with pytest.raises(UserError, match=r"cp_comm_type=a2a: .*set parallel\.cp_comm_type=p2p"):
+            resolve.check_attention(model, config)
 
 
 def test_an_attention_without_masks_for_shared_prompts_is_refused(architecture, monkeypatch) -> None:
@@ -89,9 +98,10 @@ def test_an_attention_without_masks_for_shared_prompts_is_refused(architecture, 
     monkeypatch.setattr(resolve, "computes_lower_right_masks", lambda *heads: False)
     refused = r"padding_causal_bottom_right .*transformer-engine 2\.17\.1 .*set data\.share_prompts=false"
     with pytest.raises(UserError, match=refused) as error:
-        resolve.check_attention(model, share_prompts=True)
+        resolve.check_attention(model, run(True))
     assert "\n" not in str(error.value)
-    resolve.check_attention(model, share_prompts=False)
+    resolve.check_attention(model, run(False))
+    resolve.check_attention(model, run(True, objective={"name": "sft"}))
 
 
 @pytest.mark.parametrize(

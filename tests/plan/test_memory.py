@@ -229,7 +229,8 @@ def test_the_fullest_pack_is_the_one_that_keeps_most(parallel: dict, models: Pat
     answers = {"chosen": 20, "rejected": 15}
     triplets = [{"short": 40, "long": 300}, {"short": 300, "long": 40}]
     few, many = (
-        pack_shape([triplet | answers], config.objective.roles.all, 1, 1, 1, share_prompts=True) for triplet in triplets
+        pack_shape([triplet | answers], [config.objective.roles.all], 1, 1, 1, share_prompts=True)
+        for triplet in triplets
     )
     assert few.padded_tokens == many.padded_tokens and few.gathered_keys + 260 == many.gathered_keys
 

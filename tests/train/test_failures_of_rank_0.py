@@ -43,7 +43,7 @@ def metrics_file_is_a_directory(folder: Path) -> None:
 
 def skips_file_is_a_directory(folder: Path) -> None:
     (folder / "skips" / "skipped_steps.jsonl").mkdir(parents=True, exist_ok=True)
-    with mock.patch.object(trainer, "objective_loss", not_finite(trainer.objective_loss)):
+    with mock.patch.object(trainer, "mixture_loss", not_finite(trainer.mixture_loss)):
         trainer.train(config(folder, "skips"))
 
 
