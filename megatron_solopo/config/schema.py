@@ -156,7 +156,10 @@ class DataConfig(Section):
     def directory(self) -> Path:
         """`path`. Raises UserError if there are `sources` instead, for what reads one set of rows."""
         if self.path is None:
-            raise UserError("data.sources: only `train`, `reference` and `plan` read several sources; set data.path")
+            raise UserError(
+                "data.sources: only `train`, `reference` and `plan` read several sources; set data.path=DIR "
+                "data.sources=null"
+            )
         return self.path
 
 

@@ -5,14 +5,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
 from megatron_solopo.architecture import layout
 from megatron_solopo.architecture.flops import attended_squares
 from megatron_solopo.architecture.huggingface_config import ModelShape
-from megatron_solopo.config import Config, Role, prompt_groups
+from megatron_solopo.config import Config, Role, Source, prompt_groups
 from megatron_solopo.data.batch_plan import (
     IntArray,
     RankPacks,
@@ -121,12 +120,32 @@ class PassShape:
     """Packs of all triplets and all data-parallel ranks."""
 
 
-def prepared_workload(path: Path) -> Workload:
-    """Lengths of every row in the training split of prepared data; raises UserError if `path` holds none."""
-    # This import is slow, and a plan of stated lengths does not need it.
+def read_workload(config: Config, tokens: str | None, num_triplets: int) -> Workload:
+    """Lengths as stated in `tokens`, or those of the run's prepared data if `tokens` is None.
+
+    Raises UserError for data that cannot be opened, and for rows that training would refuse under their objective.
+    """
+    if tokens is None:
+        return mixed_workload(config) if config.data.sources is not None else prepared_workload(config.sources[0])
+    if config.data.sources is not None:
+        raise UserError("--tokens: states one set of triplets, and data.sources names several; leave --tokens out")
+    return stated_workload(tokens, num_triplets, sample=4 * config.training.global_batch_size)
+
+
+def prepared_workload(source: Source) -> Workload:
+    """Lengths of every row in the training split of a source; raises UserError as `read_workload` does."""
+    # These imports are slow, and a plan of stated lengths does not need them.
+    from megatron_solopo.data.objective_fit import check_kind
     from megatron_solopo.data.prepared import load_prepared, token_lengths
 
-    data = load_prepared(path)
+    path = source.config.data.directory
+    try:
+        data = load_prepared(path)
+    except UserError as error:
+        if source.name:  # The lengths of several sources cannot be stated.
+            raise
+        raise UserError(f"{error}; or state the lengths with --tokens") from None
+    check_kind(source.config, data.manifest, source.name)
     contexts = {"short": data.prompt_column("short"), "long": data.prompt_column("long")}
     lengths = {column: token_lengths(data.train, column) for column in data.manifest.columns}
     nothing = np.zeros(len(data.train), dtype=np.int64)
@@ -139,23 +158,9 @@ def prepared_workload(path: Path) -> Workload:
     )
 
 
-def read_workload(config: Config, tokens: str | None, num_triplets: int) -> Workload:
-    """Lengths as stated in `tokens`, or those of the prepared data in `data.path` if `tokens` is None."""
-    if config.data.sources is not None:
-        if tokens is not None:
-            raise UserError("--tokens: states one set of triplets, and data.sources names several; leave --tokens out")
-        return mixed_workload(config)
-    if tokens is not None:
-        return stated_workload(tokens, num_triplets, sample=4 * config.training.global_batch_size)
-    try:
-        return prepared_workload(config.data.directory)
-    except UserError as error:
-        raise UserError(f"{error}; or state the lengths with --tokens") from None
-
-
 def mixed_workload(config: Config) -> Workload:
-    """Lengths of all rows of `data.sources`; raises UserError if one of them is no prepared data."""
-    parts = [prepared_workload(source.config.data.directory) for source in config.sources]
+    """Lengths of all rows of `data.sources`; raises UserError as `read_workload` does."""
+    parts = [prepared_workload(source) for source in config.sources]
     weights = [source.weight for source in config.sources]
     known = [part.largest_token_id for part in parts if part.largest_token_id is not None]
     return Workload(

@@ -10,13 +10,12 @@ from megatron_solopo.architecture.huggingface_config import Architecture, read_a
 from megatron_solopo.config import Config, Role, Source
 from megatron_solopo.data.loader import GlobalBatchLoader, LoaderSource, Packing, SinglePass, TripletDataset
 from megatron_solopo.data.model_fit import Reader, check_readers
+from megatron_solopo.data.objective_fit import check_kind
 from megatron_solopo.data.prepared import PreparedData, PreparedManifest, load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
 from megatron_solopo.parallel.topology import Topology
-
-_SHORT_REFERENCE = ("reference.context=short", "reference.context=null")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def load_run_sources(
     Raises UserError also if `training.eval_steps` is set and no source has a held-out split.
     """
     sources = tuple(
-        RunSource(source, load_run_datasets(source.config, architecture, opened))
+        RunSource(source, load_run_datasets(source.config, architecture, opened, source.name))
         for source, opened in zip(config.sources, prepared, strict=True)
     )
     if config.training.eval_steps is not None and all(each.eval is None for each in prepared):
@@ -78,7 +77,9 @@ def load_run_sources(
     return sources
 
 
-def load_run_datasets(config: Config, architecture: Architecture, prepared: PreparedData | None = None) -> RunDatasets:
+def load_run_datasets(
+    config: Config, architecture: Architecture, prepared: PreparedData | None = None, source: str = ""
+) -> RunDatasets:
     """Open `data.path`, and check it against the config and against every model that reads it. All ranks together.
 
     Each rank maps the rows that it will read. Rank 0 alone loads tokenizers, and reads all tokens where an older
@@ -87,14 +88,15 @@ def load_run_datasets(config: Config, architecture: Architecture, prepared: Prep
     Args:
         architecture: of `model.path`. That of `reference.model_path` is read here.
         prepared: `data.path`, where the caller has opened it already.
+        source: name of these rows in `data.sources`; "": the run reads `data.path` alone.
 
     Raises UserError on every rank if the data is incomplete, or does not fit the config:
 
-    - its rows lack sequences that the objective needs;
+    - its rows lack sequences that the objective needs, see `data.objective_fit`;
     - a model cannot read it, see `data.model_fit`.
     """
     opened = prepared or on_every_rank(lambda: load_prepared(config.data.directory))
-    manifest, checked, notes = on_rank_0(lambda: _check(config, architecture, opened))
+    manifest, checked, notes = on_rank_0(lambda: _check(config, architecture, opened, source))
     columns = {"short": opened.prompt_column("short"), "long": opened.prompt_column("long")}
     datasets = {"train": TripletDataset(opened.train, columns, architecture)}
     if opened.eval is not None:
@@ -103,23 +105,12 @@ def load_run_datasets(config: Config, architecture: Architecture, prepared: Prep
 
 
 def _check(
-    config: Config, architecture: Architecture, prepared: PreparedData
+    config: Config, architecture: Architecture, prepared: PreparedData, source: str
 ) -> tuple[PreparedManifest, str, list[str]]:
     """On rank 0: the manifest with the hash of the tokens, what was checked, and what could not be."""
+    check_kind(config, prepared.manifest, source)
     manifest = prepared.hashed_manifest()
     path = config.data.directory
-    if manifest.kind == "instruction" and config.objective.name != "sft":
-        raise UserError(
-            f"{path}: holds instructions (prompt, completion), but objective.name={config.objective.name} compares two "
-            "responses; set the objective of these rows to sft"
-        )
-    if manifest.kind == "pair" and len(config.contexts_read) == 2:
-        is_solopo = config.objective.name == "solopo"
-        key, instead = ("objective.name=solopo", "objective.name=short_po") if is_solopo else _SHORT_REFERENCE
-        raise UserError(
-            f"{path}: holds plain pairs (prompt, chosen, rejected), but {key} needs "
-            f"prompt_short and prompt_long; prepare triplets, or set {instead}"
-        )
     readers = _readers(config, architecture)
     notes = check_readers(readers, prepared, path, config.contexts_read)
     unknown = f" ({counted(len(notes), 'tokenizer')} not known)" if notes else ""

@@ -374,3 +374,11 @@ def test_only_models_with_delayed_scales_are_scored_in_another_precision() -> No
 def test_sources_that_cannot_be_are_refused(tmp_path: Path, overrides: tuple[str, ...], words: str) -> None:
     (line,) = mistakes(tmp_path, "", overrides)
     assert words in line
+
+
+def test_what_reads_one_directory_says_how_to_give_it_one(tmp_path: Path) -> None:
+    sources = ("data.path=null", "data.sources=[{path: a}]")
+    with pytest.raises(UserError) as error:
+        _ = load(tmp_path, "", sources).data.directory
+    advice = str(error.value).split("; set ")[1].replace("DIR", "b").split()
+    assert load(tmp_path, "", (*sources, *advice)).data.directory == Path("b")

@@ -66,8 +66,12 @@ def test_one_source_is_the_plain_shuffled_stream() -> None:
     assert Stream([11], [0.3], 1234).rows(4, 30).tolist() == plain[4:30].tolist()
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (1e-6, 1.0), (3.0, 1e6)])
-def test_sources_of_one_length_have_orders_of_their_own(weights: tuple[float, float]) -> None:
+@pytest.mark.parametrize(
+    ("weights", "counts"), [((1.0, 1.0), (50, 50)), ((3.0, 1.0), (75, 25)), ((1e-6, 1.0), (0, 100))]
+)
+def test_sources_of_one_length_have_orders_of_their_own(weights: tuple[float, float], counts: tuple[int, int]) -> None:
     rows = Stream((50, 50), weights, seed=9).rows(0, 100)
-    assert len(rows) == 100
-    assert pass_order(50, 9, 0, 0).tolist() != pass_order(50, 9, 0, 1).tolist()
+    orders = [np.concatenate([pass_order(50, 9, number, source) for number in range(2)]) for source in range(2)]
+    assert orders[0].tolist() != orders[1].tolist()
+    assert rows[rows < 50].tolist() == orders[0][: counts[0]].tolist()
+    assert (rows[rows >= 50] - 50).tolist() == orders[1][: counts[1]].tolist()

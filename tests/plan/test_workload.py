@@ -27,7 +27,6 @@ from megatron_solopo.plan.workload import (
     BatchShape,
     Packer,
     pack_shape,
-    prepared_workload,
     read_workload,
     stated_workload,
 )
@@ -68,7 +67,8 @@ def test_a_shape_is_the_real_packs(triplets: list[dict[str, int]], cp: int, whol
 
 def test_prepared_lengths_are_those_of_the_rows(tmp_path) -> None:
     path = make_prepared(tmp_path / "prepared", rows=12, eval_count=2, seed=0)
-    workload = prepared_workload(path)
+    config, _ = load_example("llama-3.1-8b", f"data.path={path}")
+    workload = read_workload(config, None, 0)
     assert workload.num_triplets == 10 and all(len(column) == 10 for column in workload.prompts.values())
     assert (workload.prompts["long"] >= 20).all() and (workload.prompts["short"] <= 13).all()
 
@@ -154,8 +154,10 @@ def test_what_training_would_refuse_is_refused(keys, dp: int, words: str) -> Non
 def test_a_planned_pass_has_the_packs_that_the_reference_pass_runs(tmp_path: Path, dp: int, parallel: Any) -> None:
     path = make_prepared(tmp_path / "prepared", rows=30, eval_count=1, seed=0)
     config, model = load_example("llama-3.1-8b")
-    config = replace_settings(config, data={"max_tokens_per_pack": 400}, parallel=parallel, training=BATCH)
-    found = Packer(prepared_workload(path), config, model).single_pass(config, dp)
+    config = replace_settings(
+        config, data={"path": path, "max_tokens_per_pack": 400}, parallel=parallel, training=BATCH
+    )
+    found = Packer(read_workload(config, None, 0), config, model).single_pass(config, dp)
     prompts = {"short": "prompt_short", "long": "prompt_long"}
     pipeline = parallel.get("pipeline_model_parallel_size", 1)
     packing = Packing(
@@ -221,3 +223,69 @@ def test_a_mixture_is_planned_as_training_packs_it(tmp_path: Path) -> None:
     heaviest = sorted(pack.padded_tokens for pack in planned.heaviest_rank)
     assert heaviest in [sorted(pack.padded_tokens for pack in rank.packs) for rank in ranks]
     assert {roles for pack in planned.heaviest_rank for roles in pack.roles} == {each.roles for each in datasets}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared pairs and instructions."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for name, kind in (("pairs", "pair"), ("chats", "instruction")):
+        make_prepared(folder / name, rows=4, eval_count=0, seed=0, kind=kind)
+    return folder
+
+
+SHORT_REFERENCE = ("objective.name=long_po", "reference.context=short")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "cause", "of_path", "of_source"),
+    [
+        ("chats", (), "{} compares two responses; ", "objective.name=sft", "objective: sft"),
+        (
+            "pairs",
+            (),
+            "{} needs prompt_short and prompt_long; prepare triplets, or ",
+            "objective.name=short_po",
+            "objective: short_po",
+        ),
+        (
+            "pairs",
+            SHORT_REFERENCE,
+            "reference.context=short needs prompt_short and prompt_long; prepare triplets, or ",
+            "reference.context=null",
+            "objective: short_po",
+        ),
+    ],
+)
+def test_rows_that_training_refuses_under_their_objective_are_refused_with_what_helps(
+    folder: Path, name: str, overrides: tuple[str, ...], cause: str, of_path: str, of_source: str
+) -> None:
+    path, key = f"data.path={folder / name}", of_path
+    config, _ = load_example("llama-3.1-8b", path, *overrides)
+    with pytest.raises(UserError) as error:
+        read_workload(config, None, 0)
+    assert str(error.value).endswith(f"but {cause.format('objective.name=solopo')}set {key}")
+    config, _ = load_example("llama-3.1-8b", path, *overrides, key)
+    assert read_workload(config, None, 0).num_triplets == 4
+
+    sources = f"data.sources=[{{path: {folder / name}}}]"
+    config, _ = load_example("llama-3.1-8b", "data.path=null", sources, *overrides)
+    with pytest.raises(UserError) as error:
+        read_workload(config, None, 0)
+    advice = f"set `{of_source}` of the source {name} in data.sources"
+    assert str(error.value).endswith(f"but {cause.format('its objective solopo')}{advice}")
+    sources = f"data.sources=[{{path: {folder / name}, {of_source}}}]"
+    config, _ = load_example("llama-3.1-8b", "data.path=null", sources, *overrides)
+    assert read_workload(config, None, 0).num_triplets == 4
+
+
+def test_only_data_that_cannot_be_opened_is_told_of_stated_lengths(tmp_path: Path) -> None:
+    path = tmp_path / "nothing"
+    for overrides, is_told in (
+        ((f"data.path={path}",), True),
+        (("data.path=null", f"data.sources=[{{path: {path}}}]"), False),
+    ):
+        config, _ = load_example("llama-3.1-8b", *overrides)
+        with pytest.raises(UserError, match="not a complete prepared directory") as error:
+            read_workload(config, None, 0)
+        assert ("--tokens" in str(error.value)) is is_told

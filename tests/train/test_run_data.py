@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -81,3 +82,29 @@ def test_a_token_past_the_embedding_that_occurs_is_named_with_the_way_out(padded
         load(padded, "w6 [PAD]", old_manifest=old_manifest)
     assert f"holds the token id {VOCAB_SIZE}" in str(caught.value)
     assert f"has embeddings for ids up to {VOCAB_SIZE - 1}; extend the embedding" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"path": "chats"}, "objective.name=solopo compares two responses; set objective.name=sft"),
+        (
+            {"sources": [{"path": "chats", "name": "talk"}]},
+            "its objective solopo compares two responses; set `objective: sft` of the source talk in data.sources",
+        ),
+    ],
+)
+def test_instructions_under_another_objective_are_refused_with_the_key_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, Any], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepared = load_prepared(make_prepared(tmp_path / "chats", rows=3, eval_count=0, seed=0, kind="instruction"))
+    sections = {
+        "run_dir": "unused",
+        "model": {"path": "unused"},
+        "data": data | {"max_tokens_per_pack": 400},
+        "training": {"global_batch_size": 1},
+    }
+    with layout(), pytest.raises(UserError) as caught:
+        run_data.load_run_sources(parse_config(sections, source="test"), TINY, [prepared])
+    assert str(caught.value).endswith(words)
