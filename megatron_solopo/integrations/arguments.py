@@ -202,7 +202,9 @@ def _flag(name: str) -> str:
 
 
 def _help(description: str | None, default: Any, required: bool) -> str:
-    text = " ".join((description or "").split()).rstrip(".")
+    text = " ".join((description or "").split())
+    # What null means does not matter where a value is required.
+    text = (text.partition(" null:")[0] if required else text).rstrip(".")
     ending = "Required." if required else "" if default is None else f"Default: {default}."
     # argparse formats with %.
     return f"{text}{'. ' if text else ''}{ending}".strip().replace("%", "%%")
