@@ -67,7 +67,8 @@ def causal_mask(num_queries: int, num_keys: int, query: Tensor) -> dict[str, Any
     if num_queries == num_keys:
         return {"is_causal": True}
     if query.device.type == "cuda":  # no tensor: the kernel knows this mask
-        from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler: a second
+        # Imports torch's compiler, which takes a second.
+        from torch.nn.attention.bias import causal_lower_right
 
         return {"attn_mask": causal_lower_right(num_queries, num_keys)}
     # Of booleans, the kernel would make this for itself in every layer, and keep it for backward.
