@@ -13,7 +13,7 @@ Only one process changes this directory: rank 0 of the run that holds the run di
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,17 +125,16 @@ def set_aside(path: Path) -> Path:
     return new
 
 
-def check_best_metric(config: CheckpointConfig, names: Iterable[str], evaluates: bool) -> None:
+def check_best_metric(config: CheckpointConfig, of_step: Iterable[str], of_evaluation: Sequence[str]) -> None:
     """Raise UserError if `best_metric` is none of the run's metrics.
 
     Args:
-        names: metrics of a step.
-        evaluates: the run also has them of its evaluation, with the prefix `eval_`.
+        of_step: metrics of a step.
+        of_evaluation: those of the evaluation, without their prefix `eval_`. Empty if the run has no evaluation.
     """
-    legal = list(names)
-    legal += [f"eval_{name}" for name in legal] if evaluates else []
+    legal = [*of_step, *(f"eval_{name}" for name in of_evaluation)]
     if config.best_metric is not None and config.best_metric not in legal:
-        hint = "" if evaluates else "; those that begin with eval_ need training.eval_steps"
+        hint = "" if of_evaluation else "; those that begin with eval_ need training.eval_steps"
         raise UserError(
             f"checkpoint.best_metric={config.best_metric} is no metric of this run; legal: {', '.join(legal)}{hint}"
         )

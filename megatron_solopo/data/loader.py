@@ -9,7 +9,7 @@ need no communication.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -211,6 +211,19 @@ class LoaderSource:
     """The sequences of each triplet."""
     weight: float = 1.0
     """Its share of the stream is this, divided by the sum over all sources."""
+    name: str = ""
+    """Tells its rows from those of other sources: their ids become `NAME/ID`. Empty: ids stay as they are."""
+
+    def ids(self, rows: IntArray) -> list[str]:
+        """Ids of some rows, with the source's name."""
+        return [self._named(each) for each in self.dataset.ids(rows)]
+
+    def rows(self, indices: IntArray) -> list[TokenizedTriplet]:
+        """The triplets at some row numbers, with the source's name in their ids."""
+        return [replace(row, id=self._named(row.id)) for row in self.dataset.rows(indices, self.roles)]
+
+    def _named(self, row_id: str) -> str:
+        return f"{self.name}/{row_id}" if self.name else row_id
 
 
 class GlobalBatchLoader:
@@ -395,7 +408,7 @@ class _Packer:
         return [(number, own) for number, own in found if len(own)]
 
     def _ids(self, rows: IntArray) -> list[str]:
-        return [each for number, own in self._by_source(rows) for each in self.sources[number].dataset.ids(own)]
+        return [each for number, own in self._by_source(rows) for each in self.sources[number].ids(own)]
 
     def _count(self, rows: IntArray) -> tuple[int, ...]:
         counts = {number: len(own) for number, own in self._by_source(rows)}
@@ -422,9 +435,8 @@ class _Packer:
     def pack(self, rows: IntArray) -> Pack:
         multiples = self.packing.sequence_multiple, self.packing.pack_multiple
         parts = [
-            SourceRows(number, source.roles, source.dataset.rows(own, source.roles))
+            SourceRows(number, self.sources[number].roles, self.sources[number].rows(own))
             for number, own in self._by_source(rows)
-            for source in (self.sources[number],)
         ]
         return build_mixed_pack(parts, *multiples, share_prompts=self.packing.share_prompts)
 

@@ -37,6 +37,7 @@ class TokenizedTriplet:
     """The token ids of one dataset row, without padding. No prompt or response is empty."""
 
     id: str
+    """Its id in the dataset; in a mixture, behind the source's name and a slash."""
     index: int
     """Number of the row in the dataset."""
     prompts: Mapping[str, NDArray[np.integer]]

@@ -2,12 +2,19 @@
 
 A detector is a pure function of the recorded steps, oldest first. It returns one line, which says what it sees and what
 to look at or to change, or None. It sees at most `WINDOW` steps, those before a restart included. The values of a
-skipped step are None. To add a detector, write a function and put it into `DETECTORS`.
+skipped step are None.
+
+With `data.sources`, a step's `loss` is a mean over the rows that it happens to draw, of objectives that do not compare.
+So the detectors of an objective look at each source's own metrics, on the steps that have rows of it.
+
+To add a detector, write a function and put it into `OBJECTIVE_DETECTORS` or `RUN_DETECTORS`.
 """
 
+import re
 import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from megatron_solopo.files import read_jsonl
@@ -85,7 +92,13 @@ def evaluation_not_finite(steps: Sequence[StepMetrics]) -> str | None:
     """Warn if the newest evaluation's loss is NaN or infinite; it is null in `metrics.jsonl`."""
     if steps[-1].get("eval_loss", 0.0) is not None:
         return None
-    return "the loss of the held-out triplets is not finite, though the training steps are; look at their rows"
+    of_sources = [
+        found[1]
+        for name, value in steps[-1].items()
+        if value is None and (found := re.fullmatch("eval_source/([^/]+)/loss", name))
+    ]
+    where = f" of {', '.join(of_sources)}" if of_sources else ""
+    return f"the loss of the held-out triplets{where} is not finite, though the training steps are; look at their rows"
 
 
 def gap_closes_from_below(steps: Sequence[StepMetrics]) -> str | None:
@@ -133,28 +146,66 @@ def same_rank_is_slowest(steps: Sequence[StepMetrics]) -> str | None:
     )
 
 
-DETECTORS: tuple[Detector, ...] = (
-    loss_spike,
-    both_rewards_falling,
-    gap_closes_from_below,
-    evaluation_not_finite,
-    same_rank_is_slowest,
-)
+OBJECTIVE_DETECTORS: tuple[Detector, ...] = (loss_spike, both_rewards_falling, gap_closes_from_below)
+"""They read metrics of one objective: those of the run, or those of each source."""
+RUN_DETECTORS: tuple[Detector, ...] = (evaluation_not_finite, same_rank_is_slowest)
+"""They read what only the whole run has."""
+
+
+class _Watch:
+    """Some detectors, the steps that they see, and which of them see something already."""
+
+    def __init__(self, detectors: Sequence[Detector], source: str = "") -> None:
+        """With a source, the detectors see its own metrics under the names that a run of it alone would have."""
+        self._detectors, self._source = detectors, source
+        self._steps: deque[StepMetrics] = deque(maxlen=WINDOW)
+        self._warned = [False] * len(detectors)
+
+    def replay(self, recorded: Sequence[StepMetrics]) -> None:
+        """See the steps before a restart. Their warnings were given."""
+        own = (step for step in reversed(recorded) if self._own(step) is not None)
+        for step in reversed(list(islice(own, WINDOW))):
+            self.new_warnings(step)
+
+    def new_warnings(self, step: StepMetrics) -> list[str]:
+        """The warnings that begin with this step."""
+        if (own := self._own(step)) is None:
+            return []
+        self._steps.append(own)
+        steps = list(self._steps)
+        found = [detector(steps) for detector in self._detectors]
+        new = [line for line, warned in zip(found, self._warned, strict=True) if line and not warned]
+        self._warned = [bool(line) for line in found]
+        return [f"source {self._source}: {line}" for line in new] if self._source else new
+
+    def _own(self, step: StepMetrics) -> StepMetrics | None:
+        """What the detectors see of a step; None if it has no row of their source."""
+        if not self._source:
+            return step
+        prefix = f"source/{self._source}/"
+        if step.get(f"{prefix}loss") is None:
+            return None
+        return {name.removeprefix(prefix): value for name, value in step.items() if name.startswith(prefix)}
 
 
 class AlarmWarnings(Callback):
     """On rank 0: prints a warning when a detector begins to see something, and again only after it had stopped."""
 
-    def __init__(self, metrics_file: Path, detectors: Sequence[Detector] = DETECTORS) -> None:
-        self._metrics_file, self._detectors = metrics_file, detectors
-        self._steps: deque[StepMetrics] = deque(maxlen=WINDOW)
-        self._warned = [False] * len(detectors)
+    def __init__(
+        self,
+        metrics_file: Path,
+        sources: Sequence[str] = ("",),
+        detectors: Sequence[Detector] = OBJECTIVE_DETECTORS,
+    ) -> None:
+        """`detectors` look at each source: the names of `data.sources`, or "" for the run's only one."""
+        self._metrics_file = metrics_file
+        self._watches = [*(_Watch(detectors, source) for source in sources), _Watch(RUN_DETECTORS)]
 
     def on_start(self, state: TrainState) -> None:
         """Continue after the steps in `metrics.jsonl`, without repeating their warnings."""
         recorded = read_jsonl(self._metrics_file) if self._metrics_file.is_file() else []
-        for step in recorded[-WINDOW:]:
-            self.new_warnings(step)
+        for watch in self._watches:
+            watch.replay(recorded)
 
     def on_step_end(self, metrics: Metrics) -> None:
         """Print what is new."""
@@ -163,9 +214,4 @@ class AlarmWarnings(Callback):
 
     def new_warnings(self, step: StepMetrics) -> list[str]:
         """The warnings that begin with this step."""
-        self._steps.append(step)
-        steps = list(self._steps)
-        found = [detector(steps) for detector in self._detectors]
-        new = [line for line, warned in zip(found, self._warned, strict=True) if line and not warned]
-        self._warned = [bool(line) for line in found]
-        return new
+        return [line for watch in self._watches for line in watch.new_warnings(step)]

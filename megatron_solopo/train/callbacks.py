@@ -214,9 +214,11 @@ class CollectGarbage(Callback):
 class TidyCheckpoints(Callback):
     """After every save, updates the pointer to the best checkpoint and removes those that need not be kept."""
 
-    def __init__(self, root: Path, config: CheckpointConfig, metrics: Iterable[str], *, evaluates: bool) -> None:
-        """See `check_best_metric` for `metrics`, `evaluates` and the UserError that it raises."""
-        check_best_metric(config, metrics, evaluates=evaluates)
+    def __init__(
+        self, root: Path, config: CheckpointConfig, of_step: Iterable[str], of_evaluation: Sequence[str]
+    ) -> None:
+        """See `check_best_metric` for the metrics and the UserError that it raises."""
+        check_best_metric(config, of_step, of_evaluation)
         self._root, self._config = root, config
 
     def on_start(self, state: TrainState) -> None:

@@ -53,6 +53,11 @@ class RunSource:
         """The training split."""
         return self.datasets.by_split["train"]
 
+    @property
+    def held_out(self) -> TripletDataset | None:
+        """The evaluation split, if there is one."""
+        return self.datasets.by_split.get("eval")
+
 
 def load_run_sources(
     config: Config, architecture: Architecture, prepared: Sequence[PreparedData]
@@ -157,7 +162,7 @@ def training_batches(
 
 def loader_source(source: RunSource) -> LoaderSource:
     """The training split of a source, with the sequences that its objective reads."""
-    return LoaderSource(source.train, source.config.objective.roles.all, source.source.weight)
+    return LoaderSource(source.train, source.config.objective.roles.all, source.source.weight, source.name)
 
 
 def single_pass(

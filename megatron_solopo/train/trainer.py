@@ -213,17 +213,16 @@ class Trainer:
 
     def _build_callbacks(self) -> list[Callback]:
         config, run_dir = self.config, self.config.run_dir
+        evaluates = config.training.eval_steps is not None
+        evaluated = [source for source in self.sources if evaluates and source.held_out is not None]
         tidy = TidyCheckpoints(
-            run_dir / "checkpoints",
-            config.checkpoint,
-            self.metrics.names,
-            evaluates=config.training.eval_steps is not None,
+            run_dir / "checkpoints", config.checkpoint, self.metrics.names, MetricTable.of(evaluated).names
         )
         writers: list[Callback] = []
         if dist.get_rank() == 0:
             values = config.model_dump(mode="json")
             writer = MetricsWriter(run_dir, config.logging, values, total_steps=self.session.max_steps)
-            writers = [writer, AlarmWarnings(writer.path)]
+            writers = [writer, AlarmWarnings(writer.path, [source.name for source in self.sources])]
         profiler = StepProfiler(config.profile, run_dir, max_steps=self.session.max_steps)
         return [OnRank0(writers), tidy, self.save_clock, CollectGarbage(config.training), profiler]
 
@@ -495,9 +494,9 @@ class Trainer:
     def _held_out(self) -> list[tuple[RunSource, TripletDataset, Callable[[Microbatch], LossFunction]]]:
         """The sources that have held-out rows, these rows, and their loss."""
         return [
-            (source, source.datasets.by_split["eval"], loss)
+            (source, held_out, loss)
             for source, loss in zip(self.sources, self.evaluation_losses, strict=True)
-            if "eval" in source.datasets.by_split
+            if (held_out := source.held_out) is not None
         ]
 
     def _evaluate(self) -> Metrics:

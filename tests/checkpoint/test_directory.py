@@ -188,9 +188,16 @@ def test_what_latest_names_stays_where_a_person_turned_back(tmp_path: Path) -> N
 
 def test_a_metric_that_does_not_exist_is_refused_with_the_legal_ones() -> None:
     config = CheckpointConfig(best_metric="eval_loss")
-    check_best_metric(config, ["loss"], evaluates=True)
+    check_best_metric(config, ["loss"], ["loss"])
     with pytest.raises(UserError, match=r"best_metric=eval_loss .* legal: loss; .*training.eval_steps"):
-        check_best_metric(config, ["loss"], evaluates=False)
+        check_best_metric(config, ["loss"], [])
+
+
+def test_a_metric_of_a_source_without_held_out_rows_is_none_of_the_evaluation() -> None:
+    config = CheckpointConfig(best_metric="eval_source/pairs/loss")
+    of_step = ["loss", "source/pairs/loss", "source/chats/loss"]
+    with pytest.raises(UserError, match=r"legal: .*, source/chats/loss, eval_loss, eval_source/chats/loss$"):
+        check_best_metric(config, of_step, ["loss", "source/chats/loss"])
 
 
 def save(policy: Policy, root: Path, step: int) -> Path:

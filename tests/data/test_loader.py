@@ -350,3 +350,14 @@ def test_rows_of_all_sources_share_packs_with_the_sequences_of_their_own(share_p
                 assert pack.tokens_T[start : start + length].tolist() == prompt
                 assert pack.tokens_T[response_start : response_start + response_length].tolist() == response
     assert len(set(seen)) == 12 and [source for source, _ in sorted(seen)] == [0] * 6 + [1] * 2 + [2] * 4
+
+
+def test_an_id_in_a_mixture_says_which_source_it_is_of() -> None:
+    """Two sources with the same ids, in packs and in an error."""
+    table = TABLE.select(range(6))
+    sources = [LoaderSource(TripletDataset(table, COLUMNS, TINY), SOLOPO, name=name) for name in ("books", "chats")]
+    batch = GlobalBatchLoader(sources, Packing(4, False, MAX_TOKENS, 0, 1), global_batch_size=12, seed=3).next_batch()
+    ids = {each for pack in batch.packs for each in pack.ids}
+    assert ids == {f"{name}/row-{row}" for name in ("books", "chats") for row in range(6)}
+    with pytest.raises(UserError, match=r"12 of 12 triplets are larger .*, first books/row-0, "):
+        GlobalBatchLoader(sources, Packing(4, False, 4, 0, 1), global_batch_size=12, seed=3)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_solopo.train.alarms import (
-    DETECTORS,
+    OBJECTIVE_DETECTORS,
     AlarmWarnings,
     StepMetrics,
     both_rewards_falling,
@@ -109,6 +109,8 @@ def test_a_healthy_course_of_rewards_is_silent(chosen_slope: float, rejected_slo
 def test_an_evaluation_that_is_not_finite_is_told() -> None:
     steps: list[StepMetrics] = [{"loss": 0.5}, {"loss": 0.5, "eval_loss": 0.5}, {"loss": 0.5, "eval_loss": None}]
     assert [bool(evaluation_not_finite(steps[: end + 1])) for end in range(3)] == [False, False, True]
+    of_sources: StepMetrics = {"eval_loss": None, "eval_source/pairs/loss": 0.5, "eval_source/chats/loss": None}
+    assert "held-out triplets of chats is" in (evaluation_not_finite([of_sources]) or "")
 
 
 def above_one(steps: Sequence[StepMetrics]) -> str | None:
@@ -198,8 +200,43 @@ def test_on_the_recorded_runs_it_tells_collapses_from_good_runs() -> None:
 
 
 def test_a_run_is_warned_once_while_it_collapses(tmp_path: Path) -> None:
-    assert gap_closes_from_below in DETECTORS
+    assert gap_closes_from_below in OBJECTIVE_DETECTORS
     alarms = AlarmWarnings(tmp_path / "metrics.jsonl")
     steps = collapse((0.5, 1.2), (2.0, 0.3))
     lines = [line for step in steps for line in alarms.new_warnings(step) if "wrong side" in line]
     assert len(lines) == 1
+
+
+def mixed_course(length: int, every: int) -> list[dict[str, Any]]:
+    """Triplets in every step, and a row of chats, with a loss four times as high, in every few."""
+    steps = []
+    for step, (triplets, chats) in enumerate(zip(noisy(length), noisy(length, 2.8, seed=1), strict=True)):
+        drawn = step % every == 0
+        losses = {"source/triplets/loss": triplets, "source/chats/loss": chats if drawn else None}
+        steps.append({"step": step + 1, "loss": (3 * triplets + chats) / 4 if drawn else triplets} | losses)
+    return steps
+
+
+def test_sources_by_turns_are_no_spike_and_a_spike_of_one_is_told_with_its_name(tmp_path: Path) -> None:
+    """A source in every tenth step has 20 steps to compare with only after 200."""
+    steps = mixed_course(251, every=10)
+    assert any(loss_spike(steps[: end + 1]) for end in range(len(steps))), "the mean over the rows jumps"
+    alarms = AlarmWarnings(tmp_path / "metrics.jsonl", ["triplets", "chats"])
+    assert [line for step in steps[:-1] for line in alarms.new_warnings(step)] == []
+    spike = steps[-1] | {"source/chats/loss": 9.0}
+    (line,) = alarms.new_warnings(spike)
+    assert line.startswith("source chats: loss 9.0000 is far above the median 2.8")
+    (line,) = alarms.new_warnings({"source/triplets/loss": 9.0, "source/chats/loss": None})
+    assert line.startswith("source triplets: loss 9.0000")
+
+
+def test_a_restart_does_not_forget_the_steps_of_a_light_source(tmp_path: Path) -> None:
+    """Its last 20 rows lie in more steps than a detector sees."""
+    *steps, last = mixed_course(301, every=15)
+    spike = last | {"source/chats/loss": 9.0}
+    file = tmp_path / "metrics.jsonl"
+    for recorded, expected in ((steps, 1), ([*steps, spike], 0)):
+        file.write_text("".join(json.dumps(step) + "\n" for step in recorded))
+        alarms = AlarmWarnings(file, ["triplets", "chats"])
+        alarms.on_start(TrainState(len(recorded), {}, SkippedSteps()))
+        assert len(alarms.new_warnings(spike)) == expected

@@ -46,8 +46,15 @@ def run_all(folder: Path) -> dict[str, str]:
             error = ""
         except UserError as caught:
             error = str(caught)
+        refused = mixture(folder, "refused")
+        best = refused.checkpoint.model_copy(update={"best_metric": "eval_source/pairs/loss"})
+        try:
+            train(refused.model_copy(update={"checkpoint": best}))
+            no_metric = ""
+        except UserError as caught:
+            no_metric = str(caught)
     dist.barrier()
-    return {"said": said.getvalue(), "error": error}
+    return {"said": said.getvalue(), "error": error, "no_metric": no_metric}
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +120,11 @@ def test_a_continued_run_draws_the_same_rows(folder: Path, found: dict[str, str]
 
 def test_another_weight_is_another_run(found: dict[str, str]) -> None:
     assert "sources.chats.weight=2.0 (it was 1.0)" in found["error"]
+
+
+def test_the_best_checkpoint_is_not_chosen_by_rows_that_do_not_exist(found: dict[str, str]) -> None:
+    assert "checkpoint.best_metric=eval_source/pairs/loss is no metric of this run" in found["no_metric"]
+    assert "eval_source/chats/loss" in found["no_metric"] and "eval_loss" in found["no_metric"]
 
 
 def test_the_log_says_what_the_run_draws(found: dict[str, str]) -> None:
