@@ -114,15 +114,27 @@ def test_older_packages_and_plain_layers_are_refused(model: Path, monkeypatch: p
 
 def test_masks_of_shared_prompts_are_asked_of_transformer_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = resolve.resolve_model(ModelConfig(path=model, **TE), ParallelConfig())
-    resolve.check_attention(resolved, share_prompts=True)
+    shared, separate = (
+        parse_config(
+            {
+                "run_dir": "run",
+                "model": {"path": model},
+                "data": {"path": "prepared", "max_tokens_per_pack": 100, "share_prompts": share_prompts},
+                "training": {"global_batch_size": 1, "max_steps": 1},
+            },
+            source="test",
+        )
+        for share_prompts in (True, False)
+    )
+    resolve.check_attention(resolved, shared)
     found = importlib.import_module(KERNEL_CHOICE)
     monkeypatch.setattr(found, "get_attention_backend", lambda asked: (False, None, False, None, False, [False] * 3))
     with pytest.raises(UserError, match=r"no attention kernel of .* computes here .*set data\.share_prompts=false"):
-        resolve.check_attention(resolved, share_prompts=True)
+        resolve.check_attention(resolved, shared)
     monkeypatch.delattr(found, "AttentionParams")  # an older version keeps it elsewhere
     with pytest.raises(UserError, match=r"set data\.share_prompts=false"):
-        resolve.check_attention(resolved, share_prompts=True)
-    resolve.check_attention(resolved, share_prompts=False)
+        resolve.check_attention(resolved, shared)
+    resolve.check_attention(resolved, separate)
 
 
 def test_the_nearest_recipe_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
