@@ -754,13 +754,19 @@ class Config(Section):
 
     @property
     def has_shared_packs(self) -> bool:
-        """Whether packs can hold responses that share their prompt. A row of sft has one response."""
-        return self.data.share_prompts and any(source.config.objective.name != "sft" for source in self.sources)
+        """Whether packs can hold responses that share their prompt."""
+        return any(self._shares_prompts)
 
     @property
     def has_unshared_packs(self) -> bool:
-        """Whether packs can hold no response that shares its prompt."""
-        return not self.data.share_prompts or any(source.config.objective.name == "sft" for source in self.sources)
+        """Whether packs can hold no response that shares its prompt, such as packs of one response per row."""
+        return not all(self._shares_prompts)
+
+    @property
+    def _shares_prompts(self) -> list[bool]:
+        """Of each source, whether responses of a row share their prompt."""
+        all_roles = [source.config.objective.roles.all for source in self.sources]
+        return [len(prompt_groups(roles, self.data.share_prompts)) < len(roles) for roles in all_roles]
 
     @property
     def reference_cache(self) -> Path:
