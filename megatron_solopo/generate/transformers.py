@@ -157,9 +157,26 @@ class TransformersModel(LocalModel):
             **self._sampling,
         )
         whole: Tensor = self._model.generate(
-            prompts_BT, attention_mask=torch.ones_like(prompts_BT), generation_config=settings
+            prompts_BT,
+            attention_mask=torch.ones_like(prompts_BT),
+            generation_config=settings,
+            **self._prompt_cache(prompts_BT),
         )
         return whole[:, prompts_BT.shape[1] :]
+
+    def _prompt_cache(self, prompts_BT: Tensor) -> dict[str, Any]:
+        """Argument of `generate`: keys and values of a prompt that all rows share, up to its last token.
+
+        Empty if the rows differ. The samples of one request share their prompt, which is then computed once.
+        """
+        rows, length = prompts_BT.shape
+        if rows == 1 or length == 1 or not prompts_BT.eq(prompts_BT[0]).all():
+            return {}
+        output = self._model.base_model(prompts_BT[:1, :-1], use_cache=True)
+        # transformers 5.24 gave it a new name, in outputs as in arguments.
+        name = "cache" if "cache" in output else "past_key_values"
+        output[name].batch_repeat_interleave(rows)
+        return {name: output[name]}
 
 
 def build_all(items: Iterable[Item], build: Build[Item]) -> list[Request]:

@@ -113,3 +113,23 @@ def test_weights_have_the_dtype_that_is_asked_for(model: Path) -> None:
     for name in ("bfloat16", "float32"):
         loaded = load_transformers_model(model, name)
         assert {each.dtype for each in loaded.parameters()} == {getattr(torch, name)} and not loaded.training
+
+
+def test_samples_of_one_request_are_those_of_transformers_and_compute_the_prompt_once(
+    model: Path, tmp_path: Path
+) -> None:
+    loaded = TransformersModel(
+        model, load_tokenizer(make_tokenizer(tmp_path)), torch.device("cpu"), "float32", temperature=0.9
+    )
+    prompts_BT = torch.arange(3, 23).repeat(4, 1)
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_pretrained(model).generate(
+        prompts_BT, attention_mask=torch.ones_like(prompts_BT), do_sample=True, temperature=0.9, top_k=0,
+        max_new_tokens=6, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    computed = []
+    loaded._model.get_input_embeddings().register_forward_hook(lambda _, args, __: computed.append(args[0].numel()))
+    torch.manual_seed(0)
+    assert loaded.generate(prompts_BT, 6, ()).tolist() == plain[:, 20:].tolist()
+    assert computed == [19, 4, 4, 4, 4, 4, 4]
+    assert len({tuple(row) for row in plain.tolist()}) > 1
