@@ -73,7 +73,7 @@ class TestPlan:
         assert config.objective.name == run.method and config.objective.loss_type == run.loss_type
         assert config.objective.align == run.align and (config.lora is not None) == (run.weights == "lora")
         assert config.optimizer.lr == run.rate and config.seed == run.seed
-        assert config.training.global_batch_size * (config.training.max_steps or 0) == FULL.triplets
+        assert config.training.global_batch_size * (config.training.max_steps or 0) == run.passes * FULL.triplets
         quick = load_config(EXAMPLE / "config.yaml", run.overrides(QUICK))
         assert config.optimizer.lr_warmup_iters == quick.optimizer.lr_warmup_iters < (quick.training.max_steps or 0)
         assert config.objective.beta == (2.5 if run.loss_type == "simpo" else 0.1)

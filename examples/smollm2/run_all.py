@@ -1,7 +1,7 @@
 """Train and measure all runs, each as soon as a core is free. What stands in `results/` is not done again."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -51,16 +51,19 @@ class Results:
         write_json(self._folder / f"{run.name}.json", {"run": asdict(run)} | self.of(run) | {part: found})
 
 
-def missing_jobs(work: Path, sizes: Sizes, results: Results, runs: list[Run]) -> Iterator[Job]:
-    """Training first, then every run's first part, every run's second part, and so on."""
-    missing = {run: [part for part in run.parts(sizes) if part not in results.of(run)] for run in runs}
-    for run, parts in reversed(missing.items()):  # the longest first
-        is_trained = TRAINING in results.of(run) and (not parts or model_directory(work, run).is_dir())
+def missing_jobs(work: Path, sizes: Sizes, results: Results, runs: list[Run]) -> list[Job]:
+    """Seed by seed: training, the longest first, then what every seed is measured on. What is left comes at the end."""
+    jobs = []
+    for place, run in enumerate(runs):
+        missing = [part for part in run.parts(sizes) if part not in results.of(run)]
+        is_trained = TRAINING in results.of(run) and (not missing or model_directory(work, run).is_dir())
         if run.method != BASE and not is_trained:
-            yield Job(run, TRAINING, partial(train_run, work, run, sizes))
-    rows = [(run.parts(sizes).index(part), run, part) for run, parts in missing.items() for part in parts]
-    for _, run, part in sorted(rows, key=lambda row: row[0]):
-        yield Job(run, part, partial(measure, work, sizes, run, part))
+            jobs.append(((False, run.seed, -1, -place), Job(run, TRAINING, partial(train_run, work, run, sizes))))
+        for part in missing:
+            is_extra = part not in run.main_parts(sizes)
+            order = (is_extra, run.seed, run.parts(sizes).index(part), place)
+            jobs.append((order, Job(run, part, partial(measure, work, sizes, run, part))))
+    return [job for _, job in sorted(jobs, key=lambda each: each[0])]
 
 
 def finish(jobs: list[Job], results: Results, processes: int) -> None:
@@ -107,7 +110,7 @@ def main(work: Path | None, quick: bool, everything: bool, processes: int, list_
         return
     make_inputs(work, sizes)
     for runs in by_group:
-        finish(list(missing_jobs(work, sizes, results, runs)), results, processes)
+        finish(missing_jobs(work, sizes, results, runs), results, processes)
 
 
 def make_inputs(work: Path, sizes: Sizes) -> None:

@@ -13,8 +13,10 @@ from smollm2.training import model_directory
 def contexts_of(work: Path, sizes: Sizes, part: str) -> Path:
     """The contexts of a part; they are made if they are not there. `data build` says which questions it leaves out."""
     split = "dev" if part == DEV else "test"
-    length = sizes.long_tokens if asks_short(sizes, part) or part == DEV else int(part.removeprefix("test-"))
-    count = sizes.dev_questions if split == "dev" else sizes.test_questions
+    length, count = sizes.dev_tokens, sizes.dev_questions
+    if part != DEV:
+        length = sizes.long_tokens if asks_short(sizes, part) else int(part.removeprefix("test-"))
+        count = sizes.test_questions
     questions, contexts = work / f"{split}-questions.jsonl", work / f"{part}.jsonl"
     if not contexts.exists():
         first_lines(work / "questions" / f"{split}.jsonl", questions, count)

@@ -8,8 +8,8 @@ SEEDS = (0, 1, 2)
 METHODS = ("short_po", "long_po", "solopo")
 RATES = {"full": 3e-5, "lora": 3e-4}
 """Of the whole model and of adapters."""
-TRIAL_RATES = (1e-5, 1e-4)
-"""Tried on the first seed beside that of the whole model. RESULTS.md shows the accuracy on the dev split."""
+EQUAL_FLOPS_PASSES = 5
+"""So often `short_po` reads the triplets with about the FLOPs of one pass of `solopo`."""
 BASE = "base"
 DEV, NEEDLES = "dev", "needles"
 
@@ -30,19 +30,50 @@ class Sizes:
     """The first of the split; None: all."""
     test_questions: int | None
     dev_questions: int | None
+    dev_tokens: int
+    """Of the long contexts of the dev split; its short ones have `short_tokens`."""
     lengths: tuple[int, ...]
     """Of test contexts, in tokens with the instruction and room for the answer. The first is `short_tokens`."""
     needle_lengths: tuple[int, ...]
     needle_samples: int
-
-    @property
-    def steps(self) -> int:
-        """Of the optimizer; every triplet is read once."""
-        return self.triplets // self.batch
+    trial_rates: tuple[float, ...]
+    """Learning rates that `short_po` tries on the dev split beside that of the comparison."""
 
 
-FULL = Sizes("full", SEEDS, 400, 2048, 28, 4, 16, 64, 48, 24, (400, 1024, 2048, 4096), (1024, 2048, 4096), 5)
-QUICK = Sizes("quick", SEEDS[:1], 400, 640, 3, 1, 8, 14, 2, 2, (400, 640), (512,), 1)
+FULL = Sizes(
+    name="full",
+    seeds=SEEDS,
+    short_tokens=400,
+    long_tokens=1024,
+    triplets=48,
+    batch=4,
+    samples=16,
+    train_questions=None,
+    test_questions=48,
+    dev_questions=None,
+    dev_tokens=2048,
+    lengths=(400, 1024, 2048, 4096),
+    needle_lengths=(1024, 2048, 4096),
+    needle_samples=5,
+    trial_rates=(1e-5, 1e-4),
+)
+QUICK = Sizes(
+    name="quick",
+    seeds=SEEDS[:1],
+    short_tokens=400,
+    long_tokens=640,
+    triplets=3,
+    batch=1,
+    samples=8,
+    train_questions=14,
+    test_questions=2,
+    dev_questions=2,
+    dev_tokens=640,
+    lengths=(400, 640),
+    needle_lengths=(512,),
+    needle_samples=1,
+    trial_rates=(),
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +90,8 @@ class Run:
     """full: the whole model. lora: adapters of rank 16."""
     learning_rate: float | None = None
     """None: that of `RATES`."""
+    passes: int = 1
+    """How often the triplets are read."""
 
     @property
     def name(self) -> str:
@@ -68,7 +101,8 @@ class Run:
         both = "-both" if self.align == "both" else ""
         lora = "" if self.weights == "full" else f"-{self.weights}"
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
-        return f"{self.loss_type}-{self.method}{both}{lora}{rate}-seed{self.seed}"
+        passes = "" if self.passes == 1 else f"-{self.passes}passes"
+        return f"{self.loss_type}-{self.method}{both}{lora}{rate}{passes}-seed{self.seed}"
 
     @property
     def rate(self) -> float:
@@ -80,6 +114,10 @@ class Run:
         """Whether the run only helps to choose the learning rate: it answers the questions of the dev split alone."""
         return self.learning_rate is not None
 
+    def steps(self, sizes: Sizes) -> int:
+        """Of the optimizer."""
+        return self.passes * sizes.triplets // sizes.batch
+
     def overrides(self, sizes: Sizes) -> list[str]:
         """What the run changes in config.yaml."""
         changed: dict[str, Any] = {
@@ -89,23 +127,25 @@ class Run:
             "objective.align": self.align,
             "objective.beta": 2.5 if self.loss_type == "simpo" else 0.1,
             "optimizer.lr": f"{self.rate:.1e}",
-            "training.max_steps": sizes.steps,
+            "training.max_steps": self.steps(sizes),
             "training.global_batch_size": sizes.batch,
         }
         if self.weights == "lora":
             changed |= {"lora.rank": 16}
         return [f"{key}={value}" for key, value in changed.items()]
 
-    def parts(self, sizes: Sizes) -> list[str]:
-        """What the run is measured on, what matters most first: lengths of the test split, `dev`, `needles`.
+    def main_parts(self, sizes: Sizes) -> list[str]:
+        """What the runs of every seed are measured on: the lengths of training. Of a trial, the dev split alone."""
+        return [DEV] if self.is_trial else [test_part(length) for length in (sizes.short_tokens, sizes.long_tokens)]
 
-        The ends of the training lengths come before the lengths between and beyond them.
-        """
-        if self.is_trial:
-            return [DEV]
-        first = (sizes.lengths[0], sizes.long_tokens)
-        others = [length for length in sizes.lengths if length not in first]
-        return [*(test_part(length) for length in first), DEV, *map(test_part, others), NEEDLES]
+    def parts(self, sizes: Sizes) -> list[str]:
+        """All that the run is measured on. Runs of the first seed also answer other lengths, `dev` and `needles`."""
+        main = self.main_parts(sizes)
+        if self.is_trial or self.seed != sizes.seeds[0]:
+            return main
+        # The rate of the comparison beside those of the trials.
+        dev = [DEV] if self.method in (BASE, "short_po") else []
+        return [*main, *dev, *(part for part in map(test_part, sizes.lengths) if part not in main), NEEDLES]
 
 
 def test_part(length: int) -> str:
@@ -119,14 +159,10 @@ def comparison(seed: int, loss_type: str = "simpo", weights: str = "full") -> li
 
 
 def groups(sizes: Sizes, *, everything: bool) -> Iterator[list[Run]]:
-    """Groups of runs to finish one after the other: the main comparison by seed, then whatever else there is.
-
-    The main comparison is what `make smollm2` runs.
-    """
-    for seed in sizes.seeds:
-        yield [Run(BASE), *comparison(seed)] if seed == sizes.seeds[0] else comparison(seed)
+    """Groups of runs to finish one after the other. `make smollm2` runs learning rates and the main comparison."""
+    yield [Run("short_po", learning_rate=rate) for rate in sizes.trial_rates]
+    yield [Run(BASE), *(run for seed in sizes.seeds for run in comparison(seed))]
     if everything:
-        yield [Run(method, learning_rate=rate) for rate in TRIAL_RATES for method in METHODS]
-        yield [Run("solopo", align="both")]
+        yield [Run("solopo", align="both"), Run("short_po", passes=EQUAL_FLOPS_PASSES)]
         yield from (comparison(SEEDS[0], loss_type) for loss_type in ("orpo", "dpo"))
         yield comparison(SEEDS[0], weights="lora")

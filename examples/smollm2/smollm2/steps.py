@@ -7,7 +7,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 PROMPT = HERE / "prompt.jinja"
-TASK_ANSWER_TOKENS = 40
+TASK_ANSWER_TOKENS = 64
 """Room for an answer to a question."""
 
 

@@ -103,6 +103,21 @@ def accuracies(results: Sequence[Result]) -> Iterator[str]:
     return table(["run", "seeds", *map(str, LENGTHS)], rows())
 
 
+def words(results: Sequence[Result]) -> Iterator[str]:
+    """Mean number of words in the answers of every method, by length."""
+
+    def rows() -> Rows:
+        for run in methods(results):
+            cells = []
+            for part in PARTS.values():
+                found = (each.found.get(part, {}).get("answers", []) for each in seeds_of(results, run))
+                counts = [len(row["answer"].split()) for answers in found for row in answers]
+                cells.append(f"{np.mean(counts):.0f}" if counts else NOTHING)
+            yield [name_of(run), *cells]
+
+    return table(["run", *map(str, LENGTHS)], rows())
+
+
 def differences(results: Sequence[Result]) -> Iterator[str]:
     """Every trained method less the base, and SoLoPO less `long_po`, question by question."""
     base = Run(BASE)
@@ -166,22 +181,21 @@ def _ends(values: Sequence[float] | None) -> str:
 
 
 def rates(results: Sequence[Result]) -> Iterator[str]:
-    """Accuracy on the dev split by learning rate, of the first seed."""
+    """Accuracy and length of the answers on the dev split by learning rate, and what the training did to `chosen`."""
+    sides = {FULL.short_tokens: ".short", FULL.dev_tokens: ".long"}
 
     def rows() -> Rows:
-        for each in results:
-            run = each.run
-            if (run.seed, run.loss_type, run.weights, run.align) == (
-                0,
-                "simpo",
-                "full",
-                "chosen",
-            ) and DEV in each.found:
-                cells = (list(each.scores(DEV, side).values()) for side in (".short", ".long"))
-                rate = NOTHING if run.method == BASE else f"{run.rate:g}"
-                yield [run.method, rate, *(cell(mean_score(scores)) for scores in cells)]
+        for each in sorted(results, key=lambda each: (each.run.method != BASE, each.run.rate)):
+            if DEV in each.found:
+                answers = each.found[DEV]["answers"]
+                rate = NOTHING if each.run.method == BASE else f"{each.run.rate:g}"
+                cells = (cell(mean_score(list(each.scores(DEV, side).values()))) for side in sides.values())
+                counted = np.mean([len(row["answer"].split()) for row in answers])
+                curves = each.found.get(TRAINING, {}).get("curves", {})
+                yield [each.run.method, rate, *cells, f"{counted:.0f}", _ends(curves.get("rewards/chosen"))]
 
-    return table(["method", "learning rate", str(FULL.short_tokens), str(FULL.long_tokens)], rows())
+    head = ["method", "learning rate", *map(str, sides), "words of an answer", "rewards/chosen"]
+    return table(head, rows())
 
 
 def needles(results: Sequence[Result]) -> Iterator[str]:
@@ -227,7 +241,7 @@ def missing(results: Sequence[Result]) -> Iterator[str]:
                 wanted = [TRAINING] * (run.method != BASE) + run.parts(FULL)
                 absent = [part for part in wanted if part not in by_run.get(run, {})]
                 if absent:
-                    kind = "main" if number < len(FULL.seeds) else "everything"
+                    kind = "main" if number < 2 else "everything"
                     yield [run.name, kind, "all" if absent == wanted else ", ".join(absent)]
 
     return table(["run", "part of the plan", "missing"], rows())
@@ -260,6 +274,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 TABLES: dict[str, Callable[[Sequence[Result]], Iterator[str]]] = {
     "accuracies": accuracies,
+    "words": words,
     "differences": differences,
     "costs": costs,
     "training": training,

@@ -35,10 +35,10 @@ def train_run(work: Path, run: Run, sizes: Sizes) -> dict[str, Any]:
         *(f"data.path={work / 'prepared' / f'seed{run.seed}'}", *run.overrides(sizes)),
         log=log,
     )
-    exported = model_directory(work, run)
+    exported, checkpoint = model_directory(work, run), run_dir / "checkpoints" / f"iter_{run.steps(sizes):07}"
     remove(exported)
     command(
-        *("convert", "export", "--checkpoint", run_dir / "checkpoints" / f"iter_{sizes.steps:07}", "--out", exported),
+        *("convert", "export", "--checkpoint", checkpoint, "--out", exported),
         *("--dtype", "bfloat16", "--verify", "tensors", *(["--merge"] if run.weights == "lora" else [])),
         log=log,
     )
