@@ -55,6 +55,8 @@ DEPTHS_FIELD = "evidence_depths"
 
 _RESPONSES = tuple(dict.fromkeys(name for names in RESPONSE_FIELDS.values() for name in names))
 _FIELDS = ("id", *PROMPT_FIELDS["triplet"], "prompt", *_RESPONSES, DEPTHS_FIELD, *ARGUMENT_FIELDS)
+# Of TRL's unpaired preferences, which look like instructions otherwise.
+_LABEL = "label"
 _EXPECTED_FIELDS = (
     "prompt_short and prompt_long (a triplet), or prompt (a pair), with chosen and rejected; or prompt and completion "
     "(an instruction)"
@@ -181,7 +183,7 @@ def validate_file(path: Path) -> ValidationReport:
 
 def read_rows(path: Path) -> Iterator[PreferenceRow]:
     """Stream the rows of a file, good and bad. Raises UserError if the file itself cannot be read."""
-    for read in read_file_rows(path, _FIELDS):
+    for read in read_file_rows(path, (*_FIELDS, _LABEL)):
         if read.problem:
             yield _bad_row(read.number, read.problem)
         else:
@@ -214,6 +216,10 @@ def parse_row(line: int, value: Any, left_out: tuple[str, ...] = ()) -> Preferen
         return row
     row.kind = _parse_kind(value, row)
     row.id = _parse_id(value, row)
+    if row.kind == "instruction" and isinstance(value.get(_LABEL), bool):
+        row.reject(
+            _LABEL, "makes the row an unpaired preference, which is not read; write pairs, or the good rows alone"
+        )
     kind = row.kind or "pair"
     for name in (*(PROMPT_FIELDS[kind] if row.kind else ()), *RESPONSE_FIELDS[kind]):
         try:
@@ -268,7 +274,7 @@ def _parse_kind(value: dict[str, Any], row: PreferenceRow) -> Kind | None:
 
 def _parse_id(value: dict[str, Any], row: PreferenceRow) -> str | None:
     given = value.get("id")
-    if given is None and row.kind in ("pair", "instruction"):
+    if given is None and row.kind != "triplet":
         return str(row.line)
     try:
         if given is None:

@@ -469,3 +469,17 @@ def test_scored_answers_are_no_pair_and_the_error_names_the_columns(tmp_path):
     message = str(validate_file(tmp_path / "rows.parquet"))
     assert "is no preference row: it has instruction, completions; expected prompt_short" in message
     assert "the guide to data shows how to choose a pair of completions" in message
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_an_unpaired_preference_is_no_instruction(tmp_path, suffix):
+    rows = [{"prompt": "p", "completion": "good", "label": True}, {"prompt": "p", "completion": "bad", "label": False}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    if suffix == "parquet":
+        path = tmp_path / "rows.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    report = validate_file(path)
+    assert [(error.line, error.field) for error in report.errors] == [(1, "label"), (2, "label")]
+    assert "unpaired preference" in str(report)
+    classes = write_jsonl(tmp_path / "classes.jsonl", [row | {"label": "other"} for row in rows])
+    assert not validate_file(classes).errors
