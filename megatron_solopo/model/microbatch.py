@@ -58,6 +58,7 @@ def shard_pack(
     with_places: bool = False,
     is_trained: bool = True,
     aligns_tokens: bool = False,
+    all_segments: bool = True,
 ) -> Microbatch:
     """Cut a pack for this rank's place in the context-parallel group and move it to its device.
 
@@ -69,6 +70,7 @@ def shard_pack(
         with_places: for a model with experts whose routers are watched.
         is_trained: whether the pack is one of a training step, whose routes are counted.
         aligns_tokens: whether the head compares chosen answers behind both contexts, token by token.
+        all_segments: whether attention reads the segments of a pack without shared prompts, too.
     """
     tensor_group = topology.tensor_group
 
@@ -98,7 +100,7 @@ def shard_pack(
     return Microbatch(
         tokens_1t=moved(pack.tokens_T[indices]).unsqueeze(0),
         packing=PackedResponses(
-            **_attention_fields(pack, indices, topology.context_group, moved),
+            **_attention_fields(pack, indices, topology.context_group, moved, all_segments),
             response_rows=moved(rows[here]),
             response_labels=moved(pack.response_labels_N[here]),
             gathering=gathering,
@@ -122,17 +124,24 @@ def _owners(pack: Pack, size: int) -> Tensor:
 
 
 def _attention_fields(
-    pack: Pack, indices: Tensor, context_group: dist.ProcessGroup, moved: Callable[[Tensor], Tensor]
+    pack: Pack,
+    indices: Tensor,
+    context_group: dist.ProcessGroup,
+    moved: Callable[[Tensor], Tensor],
+    all_segments: bool,
 ) -> dict[str, Any]:
     """The fields of `PackedResponses` that say what each query sees, and where it stands in its sequence.
 
     Args:
         indices: positions of the pack that this rank holds.
         moved: brings a tensor to the device.
+        all_segments: see `shard_pack`.
     """
     size, rank = context_group.size(), context_group.rank()
-    segments = plan_segments(pack.blocks, size, rank)
-    found: dict[str, Any] = {"segments": segments.moved(moved)}
+    found: dict[str, Any] = {}
+    if pack.shares_prompts or all_segments:
+        segments = plan_segments(pack.blocks, size, rank)
+        found["segments"] = segments.moved(moved)
     if not pack.shares_prompts:
         boundaries, longest = moved(pack.cu_seqlens_B1), _next_power_of_two(pack.max_block_length)
         return (
