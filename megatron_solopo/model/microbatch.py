@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_solopo.architecture.layout import context_chunks
 from megatron_solopo.data.packing import Pack
-from megatron_solopo.model.divergence import plan_token_alignment
+from megatron_solopo.model.divergence import TokenAlignment, plan_token_alignment
 from megatron_solopo.model.head import PackedResponses, RowGathering, plan_gathering
 from megatron_solopo.model.routing import token_places
 from megatron_solopo.model.segments import plan_segments
@@ -87,11 +87,6 @@ def shard_pack(
     if tensor_group.size() > 1:
         plan = plan_gathering(rows[here], len(indices) // tensor_group.size(), tensor_group.size(), tensor_group.rank())
         gathering = RowGathering(moved(plan.sent_rows), moved(plan.kept_rows))
-    alignment = None
-    if aligns_tokens:
-        owners_N = _owners(pack, topology.context_group.size())[pack.response_rows_N]
-        group = topology.context_group
-        alignment = plan_token_alignment(pack, owners_N, group.size(), group.rank(), moved)
     places = None
     if with_places:
         shards = indices.chunk(tensor_group.size())  # experts need sequence parallelism
@@ -104,7 +99,7 @@ def shard_pack(
             response_rows=moved(rows[here]),
             response_labels=moved(pack.response_labels_N[here]),
             gathering=gathering,
-            alignment=alignment,
+            alignment=_alignment(pack, topology.context_group, moved) if aligns_tokens else None,
             places=places,
         ),
         response_sequences_N=moved(pack.response_sequences_N[here]),
@@ -115,12 +110,12 @@ def shard_pack(
     )
 
 
-def _owners(pack: Pack, size: int) -> Tensor:
-    """The context-parallel rank that holds each position of a pack, int64 [T]."""
-    owners_T = torch.empty_like(pack.tokens_T)
+def _alignment(pack: Pack, context_group: dist.ProcessGroup, moved: Callable[[Tensor], Tensor]) -> TokenAlignment:
+    size = context_group.size()
+    owners_T = torch.empty_like(pack.tokens_T)  # the context-parallel rank that holds each position
     for rank in range(size):
         owners_T[shard_indices(pack.cu_seqlens_B1, size, rank)] = rank
-    return owners_T
+    return plan_token_alignment(pack, owners_T[pack.response_rows_N], size, context_group.rank(), moved)
 
 
 def _attention_fields(
