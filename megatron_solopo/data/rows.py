@@ -182,9 +182,10 @@ def validate_file(path: Path) -> ValidationReport:
 def read_rows(path: Path) -> Iterator[PreferenceRow]:
     """Stream the rows of a file, good and bad. Raises UserError if the file itself cannot be read."""
     for read in read_file_rows(path, _FIELDS):
-        row = _bad_row(read.number, read.problem) if read.problem else parse_row(read.number, read.value)
-        row.unread_fields += read.left_out
-        yield row
+        if read.problem:
+            yield _bad_row(read.number, read.problem)
+        else:
+            yield parse_row(read.number, read.value, read.left_out)
 
 
 def _bad_row(line: int, reason: str) -> PreferenceRow:
@@ -192,13 +193,19 @@ def _bad_row(line: int, reason: str) -> PreferenceRow:
     return PreferenceRow(line, errors=[RowError(line, "", reason)])
 
 
-def parse_row(line: int, value: Any) -> PreferenceRow:
-    """Check one row by itself: types, missing and blank fields, roles, equal responses."""
+def parse_row(line: int, value: Any, left_out: tuple[str, ...] = ()) -> PreferenceRow:
+    """Check one row by itself: types, missing and blank fields, roles, equal responses.
+
+    Args:
+        left_out: columns of its file that were not read.
+    """
     if not isinstance(value, dict):
         return _bad_row(line, f"expected a JSON object, got {type_name(value)}")
     if not any(name in value for name in _FIELDS if name != "id"):
-        found = ", ".join(list(value)[:_PLACES_SHOWN]) or "no fields"
-        return _bad_row(line, f"is no preference row: it has {found}; expected {_EXPECTED_FIELDS}")
+        names = [*value, *left_out]
+        found = ", ".join(names[:_PLACES_SHOWN]) or "no fields"
+        hint = "; the guide to data shows how to choose a pair of completions" if "completions" in names else ""
+        return _bad_row(line, f"is no preference row: it has {found}; expected {_EXPECTED_FIELDS}{hint}")
     row = PreferenceRow(line)
     try:
         value = split_conversations(value)
@@ -218,7 +225,8 @@ def parse_row(line: int, value: Any) -> PreferenceRow:
     except IllegalValue as error:
         row.reject(DEPTHS_FIELD, str(error))
     row.arguments = _parse_arguments(value, row)
-    row.unread_fields = tuple(name for name, given in value.items() if name not in _FIELDS and given is not None)
+    others = (name for name, given in value.items() if name not in _FIELDS and given is not None)
+    row.unread_fields = (*others, *left_out)
     _check_consistency(row)
     return row
 
