@@ -111,7 +111,7 @@ def curve_pictures(runs: Sequence[RunRecord]) -> Iterator[Picture]:
         if shown:
             smoothed = any(len(run.steps) >= _MIN_STEPS_TO_SMOOTH for run in runs)
             pale = " Pale: as recorded; strong: a running mean over a twentieth of the steps." if smoothed else ""
-            dots = " Dots: on held-out triplets." if _has_dots(runs, shown) else ""
+            dots = " Dots: on held-out rows." if _has_dots(runs, shown) else ""
             yield Picture(
                 name,
                 title,
