@@ -43,6 +43,30 @@ def write_triplets(path: Path, rows: int, seed: int) -> Path:
     return path
 
 
+TURNS = (
+    "{% for turn in messages %}{{ {'user': 'w2 ', 'assistant': 'w3 ', 'tool': 'w4 '}[turn.role] }}"
+    "{{ turn.content }} </s> {% endfor %}{% if add_generation_prompt %}w3 {% endif %}"
+)
+"""A chat template of words that `make_tokenizer` knows."""
+
+
+def make_conversations(path: Path, *, rows: int, eval_count: int, seed: int) -> Path:
+    """Like `make_prepared`, but a tool speaks between two turns of each response, so that some tokens do not count."""
+    source = write_triplets(path.with_suffix(".jsonl"), rows, seed)
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    for line in lines:
+        for name in ("prompt_short", "prompt_long"):
+            line[name] = [{"role": "user", "content": line[name]}]
+        for name in ("chosen", "rejected"):
+            said = ("assistant", line[name]), ("tool", f"w11 {line[name]}"), ("assistant", "w12 w13")
+            line[name] = [{"role": role, "content": content} for role, content in said]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenizer = make_tokenizer(path.with_suffix(".tokenizer"))
+    (tokenizer / "chat_template.jinja").write_text(TURNS)
+    prepare(PrepareSettings(input=source, output=path, tokenizer=str(tokenizer), eval_count=eval_count, seed=seed))
+    return path
+
+
 _FIELDS = {
     "pair": {"prompt_long": "prompt", "chosen": "chosen", "rejected": "rejected"},
     "instruction": {"prompt_short": "prompt", "chosen": "completion"},

@@ -88,9 +88,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def with_table(document: str, lines: list[dict[str, Any]]) -> str:
     """The document with its table written anew."""
-    head, _, rest = document.partition("<!-- table -->\n")
-    _, _, tail = rest.partition("<!-- end -->")
-    return f"{head}<!-- table -->\n{table(lines)}\n<!-- end -->{tail}"
+    from miniature.tables import fill_tables
+
+    return fill_tables(document, {"rounds": [table(lines)]})
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -309,10 +309,11 @@ class MoEConfig(Section):
     learned them."""
     aux_loss_coefficient: NonNegativeFloat = 0.0
     """Weight of the load-balancing loss of each layer with experts (Switch Transformer, as in transformers). It is
-    computed for every sequence, and its mean over the sequences of a step is added. It needs `router_trainable`."""
+    computed for every sequence, and its mean over the sequences of a row, then over the rows of a step, is added. It
+    needs `router_trainable`."""
     z_loss_coefficient: NonNegativeFloat = 0.0
-    """Weight of the squared log-sum-exp of router logits (ST-MoE), mean over the tokens of a sequence, then over
-    sequences. It needs `router_trainable`."""
+    """Weight of the squared log-sum-exp of router logits (ST-MoE), mean over the tokens of a sequence, then as that of
+    `aux_loss_coefficient`. It needs `router_trainable`."""
     replay: Literal["short"] | None = None
     """short: a response token behind the long context goes to the experts that compute it behind the short one. An
     experiment: see the guide. It counts in training, in its evaluation and for the reference. null: routers choose

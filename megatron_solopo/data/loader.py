@@ -9,7 +9,7 @@ need no communication.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -101,22 +101,25 @@ class TripletDataset:
         prompt_columns: Context (`short`, `long`) -> the column that holds its prompt. Contexts that no role uses may
             be missing.
         architecture: The model that reads the triplets. It decides how much work each one is.
+        source: Name of its source in `data.sources`. It tells rows from those of other sources. Empty: there is one.
     """
 
-    def __init__(self, table: datasets.Dataset, prompt_columns: Mapping[str, str], architecture: ModelShape) -> None:
+    def __init__(
+        self, table: datasets.Dataset, prompt_columns: Mapping[str, str], architecture: ModelShape, source: str = ""
+    ) -> None:
         # Done once, because it copies the whole chunk list of the table.
         self._table = table.with_format("arrow")
         self._prompt_columns = dict(prompt_columns)
         self._architecture = architecture
+        self._source = source
 
     def __len__(self) -> int:
         return len(self._table)
 
     def head(self, count: int) -> "TripletDataset":
         """The first `count` rows, or all if there are fewer."""
-        return TripletDataset(
-            self._table.select(range(min(count, len(self)))), self._prompt_columns, self._architecture
-        )
+        table = self._table.select(range(min(count, len(self))))
+        return TripletDataset(table, self._prompt_columns, self._architecture, self._source)
 
     def sizes(self, roles: Sequence[Role], sequence_multiple: int, *, share_prompts: bool) -> TripletSizes:
         """Size of every row. Reads the list offsets, no token.
@@ -141,8 +144,15 @@ class TripletDataset:
         return self._lengths({response})[response]
 
     def ids(self, rows: Sequence[int] | IntArray) -> list[str]:
-        """Ids of some rows."""
+        """Ids of some rows, as the data has them."""
         return [str(value) for value in self._table[np.asarray(rows).tolist()]["id"].to_pylist()]
+
+    def named_ids(self, rows: Sequence[int] | IntArray) -> list[str]:
+        """Ids of some rows, behind the source's name and a slash if it has a name."""
+        return [self._named(row_id) for row_id in self.ids(rows)]
+
+    def _named(self, row_id: str) -> str:
+        return f"{self._source}/{row_id}" if self._source else row_id
 
     def evidence_depths(self) -> list[list[float]]:
         """Places of the evidence in every row's long context, from 0 to 1; an empty list if they are not known."""
@@ -152,7 +162,10 @@ class TripletDataset:
         return depths
 
     def rows(self, indices: Sequence[int] | IntArray, roles: Sequence[Role]) -> list[TokenizedTriplet]:
-        """The triplets at some row numbers, with the prompts and responses that the roles need."""
+        """The triplets at some row numbers, with the prompts and responses that the roles need.
+
+        Their ids are those of `named_ids`.
+        """
         prompts, responses = self._columns(roles)
         masks = {response: mask_column(response) for response in responses}
         masks = {response: column for response, column in masks.items() if column in self._table.column_names}
@@ -160,7 +173,7 @@ class TripletDataset:
         chunk: pa.Table = self._table[numbers]
         return [
             TokenizedTriplet(
-                id=str(chunk["id"][place].as_py()),
+                id=self._named(str(chunk["id"][place].as_py())),
                 index=number,
                 prompts={context: _values(chunk[column][place]) for context, column in prompts.items()},
                 responses={response: _values(chunk[column][place]) for response, column in responses.items()},
@@ -190,8 +203,8 @@ class TripletDataset:
             empty = np.flatnonzero(length == 0)
             if len(empty):
                 raise UserError(
-                    f"{len(empty)} triplets have no token in {column}, first {', '.join(self.ids(empty[:5]))}; "
-                    f"prepare the data of data.path again without them"
+                    f"{len(empty)} triplets have no token in {column}, first {', '.join(self.named_ids(empty[:5]))}; "
+                    f"prepare the data of {_KEY_OF_DATA} again without them"
                 )
         return lengths
 
@@ -211,19 +224,6 @@ class LoaderSource:
     """The sequences of each triplet."""
     weight: float = 1.0
     """Its share of the stream is this, divided by the sum over all sources."""
-    name: str = ""
-    """Tells its rows from those of other sources: their ids become `NAME/ID`. Empty: ids stay as they are."""
-
-    def ids(self, rows: IntArray) -> list[str]:
-        """Ids of some rows, with the source's name."""
-        return [self._named(each) for each in self.dataset.ids(rows)]
-
-    def rows(self, indices: IntArray) -> list[TokenizedTriplet]:
-        """The triplets at some row numbers, with the source's name in their ids."""
-        return [replace(row, id=self._named(row.id)) for row in self.dataset.rows(indices, self.roles)]
-
-    def _named(self, row_id: str) -> str:
-        return f"{self.name}/{row_id}" if self.name else row_id
 
 
 class GlobalBatchLoader:
@@ -408,7 +408,7 @@ class _Packer:
         return [(number, own) for number, own in found if len(own)]
 
     def _ids(self, rows: IntArray) -> list[str]:
-        return [each for number, own in self._by_source(rows) for each in self.sources[number].ids(own)]
+        return [each for number, own in self._by_source(rows) for each in self.sources[number].dataset.named_ids(own)]
 
     def _count(self, rows: IntArray) -> tuple[int, ...]:
         counts = {number: len(own) for number, own in self._by_source(rows)}
@@ -435,8 +435,9 @@ class _Packer:
     def pack(self, rows: IntArray) -> Pack:
         multiples = self.packing.sequence_multiple, self.packing.pack_multiple
         parts = [
-            SourceRows(number, self.sources[number].roles, self.sources[number].rows(own))
+            SourceRows(number, source.roles, source.dataset.rows(own, source.roles))
             for number, own in self._by_source(rows)
+            for source in [self.sources[number]]
         ]
         return build_mixed_pack(parts, *multiples, share_prompts=self.packing.share_prompts)
 

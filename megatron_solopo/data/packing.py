@@ -53,7 +53,7 @@ class TokenizedTriplet:
 
     @property
     def shorter_response(self) -> int:
-        """Tokens that count in the shorter response."""
+        """Tokens that count in the shorter of its responses."""
         return min(int(self.counted(response).sum()) for response in self.responses)
 
 
@@ -101,8 +101,8 @@ class Pack:
     response_sequences_N: Tensor
     """Number in [0, S) of the sequence of each token that counts."""
     verbose_N: Tensor
-    """bool: whether the token lies beyond the length of the shorter response of its triplet, in the pack or not. Tokens
-    that do not count have no part in lengths."""
+    """bool: whether the token lies beyond the length of the shorter response that the sequences of its triplet read. If
+    they read one response alone, no token does. Tokens that do not count have no part in lengths."""
     groups: tuple[PackGroup, ...]
     """In the order of their sources. A source without a triplet here has none."""
     triplet_indices: Tensor

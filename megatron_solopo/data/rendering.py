@@ -117,6 +117,8 @@ def render_response(
             f"{names[1]}: has a thought, but the chat template ends {names[0]} with a closed one, as thinking is off; "
             "take the thought out, or turn thinking on for this row"
         )
+    if found is None and (opened := _OPENED.search(start)) and not THOUGHT_TAG.search(message_text(answer)):
+        raise UserError(write.no_thought(names[1], opened[0].lstrip(), _closing(opened[1])))
     if found is None:
         place = _first_difference(start, whole)
         raise UserError(
@@ -235,11 +237,11 @@ class _Writer:
         opened = _OPENED.search(added)
         if opened is None:
             return None
-        closing = opened[1].replace("<", "</").replace("[", "[/")
+        closing = _closing(opened[1])
         if content.startswith(added):
             content = content[len(added) :]
         if closing not in content or opened[1] in content:
-            raise UserError(self._no_thought(names[1], added, closing))
+            raise UserError(self.no_thought(names[1], added, closing))
         return self._as_written(content, content.rpartition(closing)[2], end, whole)
 
     @staticmethod
@@ -249,7 +251,8 @@ class _Writer:
             return content + end
         return content.rstrip() + end if whole.endswith(last.strip() + end) else None
 
-    def _no_thought(self, name: str, added: str, closing: str) -> str:
+    def no_thought(self, name: str, added: str, closing: str) -> str:
+        """What is wrong with an answer behind a prompt that ends with an opened thought."""
         switch = not unread_arguments(self._tokenizer, TemplateArguments({"enable_thinking": False}))
         option = """, or pass --chat-template-kwargs '{"enable_thinking": false}'""" if switch else ""
         return (
@@ -257,6 +260,11 @@ class _Writer:
             f"answers, and this answer has no thought in that form; begin the answer with {added!r}, its thought "
             f"(which may be empty), {closing!r} and an empty line{option}"
         )
+
+
+def _closing(tag: str) -> str:
+    """The tag that ends what a tag begins."""
+    return tag.replace("<", "</").replace("[", "[/")
 
 
 def _first_difference(one: str, other: str) -> int:

@@ -55,6 +55,8 @@ DEPTHS_FIELD = "evidence_depths"
 
 _RESPONSES = tuple(dict.fromkeys(name for names in RESPONSE_FIELDS.values() for name in names))
 _FIELDS = ("id", *PROMPT_FIELDS["triplet"], "prompt", *_RESPONSES, DEPTHS_FIELD, *ARGUMENT_FIELDS)
+# Of TRL's unpaired preferences, which look like instructions otherwise.
+_LABEL = "label"
 _EXPECTED_FIELDS = (
     "prompt_short and prompt_long (a triplet), or prompt (a pair), with chosen and rejected; or prompt and completion "
     "(an instruction)"
@@ -181,10 +183,11 @@ def validate_file(path: Path) -> ValidationReport:
 
 def read_rows(path: Path) -> Iterator[PreferenceRow]:
     """Stream the rows of a file, good and bad. Raises UserError if the file itself cannot be read."""
-    for read in read_file_rows(path, _FIELDS):
-        row = _bad_row(read.number, read.problem) if read.problem else parse_row(read.number, read.value)
-        row.unread_fields += read.left_out
-        yield row
+    for read in read_file_rows(path, (*_FIELDS, _LABEL)):
+        if read.problem:
+            yield _bad_row(read.number, read.problem)
+        else:
+            yield parse_row(read.number, read.value, read.left_out)
 
 
 def _bad_row(line: int, reason: str) -> PreferenceRow:
@@ -192,13 +195,19 @@ def _bad_row(line: int, reason: str) -> PreferenceRow:
     return PreferenceRow(line, errors=[RowError(line, "", reason)])
 
 
-def parse_row(line: int, value: Any) -> PreferenceRow:
-    """Check one row by itself: types, missing and blank fields, roles, equal responses."""
+def parse_row(line: int, value: Any, left_out: tuple[str, ...] = ()) -> PreferenceRow:
+    """Check one row by itself: types, missing and blank fields, roles, equal responses.
+
+    Args:
+        left_out: columns of its file that were not read.
+    """
     if not isinstance(value, dict):
         return _bad_row(line, f"expected a JSON object, got {type_name(value)}")
     if not any(name in value for name in _FIELDS if name != "id"):
-        found = ", ".join(list(value)[:_PLACES_SHOWN]) or "no fields"
-        return _bad_row(line, f"is no preference row: it has {found}; expected {_EXPECTED_FIELDS}")
+        names = [*value, *left_out]
+        found = ", ".join(names[:_PLACES_SHOWN]) or "no fields"
+        hint = "; the guide to data shows how to choose a pair of completions" if "completions" in names else ""
+        return _bad_row(line, f"is no preference row: it has {found}; expected {_EXPECTED_FIELDS}{hint}")
     row = PreferenceRow(line)
     try:
         value = split_conversations(value)
@@ -207,6 +216,10 @@ def parse_row(line: int, value: Any) -> PreferenceRow:
         return row
     row.kind = _parse_kind(value, row)
     row.id = _parse_id(value, row)
+    if row.kind == "instruction" and isinstance(value.get(_LABEL), bool):
+        row.reject(
+            _LABEL, "makes the row an unpaired preference, which is not read; write pairs, or the good rows alone"
+        )
     kind = row.kind or "pair"
     for name in (*(PROMPT_FIELDS[kind] if row.kind else ()), *RESPONSE_FIELDS[kind]):
         try:
@@ -218,7 +231,8 @@ def parse_row(line: int, value: Any) -> PreferenceRow:
     except IllegalValue as error:
         row.reject(DEPTHS_FIELD, str(error))
     row.arguments = _parse_arguments(value, row)
-    row.unread_fields = tuple(name for name, given in value.items() if name not in _FIELDS and given is not None)
+    others = (name for name, given in value.items() if name not in _FIELDS and given is not None)
+    row.unread_fields = (*others, *left_out)
     _check_consistency(row)
     return row
 
@@ -260,7 +274,7 @@ def _parse_kind(value: dict[str, Any], row: PreferenceRow) -> Kind | None:
 
 def _parse_id(value: dict[str, Any], row: PreferenceRow) -> str | None:
     given = value.get("id")
-    if given is None and row.kind in ("pair", "instruction"):
+    if given is None and row.kind != "triplet":
         return str(row.line)
     try:
         if given is None:

@@ -229,6 +229,8 @@ class _HuggingFaceTokenizer(Tokenizer):
             way_out = ""
             if "system" in reason.lower() and any(message["role"] == "system" for message in messages):
                 way_out = "; write the system text into the first user message, or use another template"
+            elif any(TOOL_CALLS in message and message["content"] is None for message in messages):
+                way_out = '; a message with tool_calls has no content: write "content": "", or use another template'
             raise UserError(f"the chat template of {self._path} refuses the messages: {reason}{way_out}") from error
 
     def _apply(self, messages: list[Message], arguments: TemplateArguments, *, add_generation_prompt: bool) -> str:

@@ -5,16 +5,16 @@ text instead, and so do servers with OpenAI's API.
 """
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_solopo.data.messages import TOOL_CALLS, Message, call_arguments
 
-_NAME, _VALUE = "qxqz", "vrrk"
-_WRITTEN = re.compile(rf'"{_NAME}":\s*"{_VALUE}"')
+# A call for the trial. Nothing else in it has the texts of its argument.
+_ARGUMENT = {"qxqz": "vrrk"}
+_CALLED = "jpty"
 # Some templates take no other ids than those of nine letters.
-_ID = "qxqzvrrkz"
+_ID = "zwlmzwlmz"
 
 
 def arguments_as_objects(messages: Sequence[Message]) -> list[Message]:
@@ -35,17 +35,21 @@ def arguments_as_text(messages: Sequence[Message]) -> list[Message]:
 def takes_text(render: Callable[[list[Message]], str]) -> bool:
     """Whether a chat template can write the arguments of a tool call as text alone, found by trial.
 
+    A template that writes an object in a form of its own, such as Gemma's `{place: ...}`, takes objects.
+
     Args:
         render: what the template writes for some messages; "" if it refuses them.
     """
 
-    def is_written(arguments: Any) -> bool:
-        call = {"id": _ID, "type": "function", "function": {"name": _NAME, "arguments": arguments}}
-        calling = {"role": "assistant", "content": None, TOOL_CALLS: [call]}
-        return _WRITTEN.search(render([{"role": "user", "content": _VALUE}, calling])) is not None
+    def written(arguments: Any) -> str:
+        call = {"id": _ID, "type": "function", "function": {"name": _CALLED, "arguments": arguments}}
+        return render([{"role": "user", "content": _CALLED}, {"role": "assistant", "content": "", TOOL_CALLS: [call]}])
 
-    arguments = {_NAME: _VALUE}
-    return not is_written(arguments) and is_written(json.dumps(arguments))
+    ((name, value),) = _ARGUMENT.items()
+    by_object, text = written(_ARGUMENT), json.dumps(_ARGUMENT)
+    # Joined text makes of an object what Python prints, which is no form of any model.
+    takes_objects = name in by_object and value in by_object and repr(_ARGUMENT) not in by_object
+    return not takes_objects and text in written(text)
 
 
 def _with_arguments(messages: Sequence[Message], form: Callable[[dict[str, Any]], Any]) -> list[Message]:

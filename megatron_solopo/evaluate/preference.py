@@ -193,7 +193,7 @@ def _check_finite(
     if len(broken):
         raise UserError(
             f"{subject.path}: rewards of {len(broken)} triplets are not finite, first "
-            f"{', '.join(dataset.ids(broken[:_SHOWN]))}; their log-probabilities are finite, but beyond what "
+            f"{', '.join(dataset.named_ids(broken[:_SHOWN]))}; their log-probabilities are finite, but beyond what "
             f"objective.loss_type={objective.loss_type} can compare"
         )
 

@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_solopo.architecture.adapters import check_targets
@@ -316,6 +317,7 @@ class PreferenceTask:
             with_places=self._watched[split],
             is_trained=split == "train",
             aligns_tokens=self.config.objective.aligns_tokens,
+            all_segments=get_attr_wrapped_model(model, "reads_all_segments"),
         )
         return forward_microbatch(model, microbatch, self._losses[split])
 

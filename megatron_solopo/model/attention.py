@@ -165,7 +165,11 @@ class SharedPromptAttention:
 
 
 def attach_shared_prompts(chunk: torch.nn.Module, context_group: dist.ProcessGroup) -> None:
-    """Let Transformer Engine's attention modules of a model chunk compute shared prompts, in place."""
+    """Let Transformer Engine's attention modules of a model chunk compute shared prompts, in place.
+
+    The chunk's `reads_all_segments` says whether it has attention in plain PyTorch, which reads those of every pack.
+    """
+    chunk.reads_all_segments = any(isinstance(each, PackedAttention) for each in chunk.modules())  # type: ignore[assignment]
     for module in chunk.modules():
         if is_transformer_engine_attention(module) and not isinstance(module, SharedPromptAttention):
             add_base_class(module, SharedPromptAttention)

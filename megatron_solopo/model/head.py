@@ -46,7 +46,7 @@ class PackedResponses(PackedSeqParams):  # type: ignore[misc]
     places: Any = None
     """`routing.TokenPlaces` of this rank's positions, where routers of experts are watched."""
     segments: Segments | None = None
-    """What the queries of this rank see."""
+    """What the queries of this rank see; None where attention does not read it."""
     positions: Tensor | None = None
     """int64 [T]: the place in its sequence of each token that this rank holds, where Megatron's rotary embedding looks
     for it. None: the boundaries tell."""
@@ -71,6 +71,8 @@ class ResponseHead(OutputOverride):
     """Whether to return the log of the sum of squared probabilities, too."""
     aligns_tokens: bool = False
     """Whether packs say which response rows to compare, and their divergences are returned, too."""
+    reads_all_segments: bool
+    """Whether attention reads the segments of packs without shared prompts, too; see `attach_shared_prompts`."""
 
     def overrides(self, packed_seq_params: PackedSeqParams | None) -> bool:
         return isinstance(packed_seq_params, PackedResponses)

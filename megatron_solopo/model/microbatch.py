@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_solopo.architecture.layout import context_chunks
 from megatron_solopo.data.packing import Pack
-from megatron_solopo.model.divergence import plan_token_alignment
+from megatron_solopo.model.divergence import TokenAlignment, plan_token_alignment
 from megatron_solopo.model.head import PackedResponses, RowGathering, plan_gathering
 from megatron_solopo.model.routing import token_places
 from megatron_solopo.model.segments import plan_segments
@@ -58,6 +58,7 @@ def shard_pack(
     with_places: bool = False,
     is_trained: bool = True,
     aligns_tokens: bool = False,
+    all_segments: bool = True,
 ) -> Microbatch:
     """Cut a pack for this rank's place in the context-parallel group and move it to its device.
 
@@ -69,6 +70,7 @@ def shard_pack(
         with_places: for a model with experts whose routers are watched.
         is_trained: whether the pack is one of a training step, whose routes are counted.
         aligns_tokens: whether the head compares chosen answers behind both contexts, token by token.
+        all_segments: whether attention reads the segments of a pack without shared prompts, too.
     """
     tensor_group = topology.tensor_group
 
@@ -85,11 +87,6 @@ def shard_pack(
     if tensor_group.size() > 1:
         plan = plan_gathering(rows[here], len(indices) // tensor_group.size(), tensor_group.size(), tensor_group.rank())
         gathering = RowGathering(moved(plan.sent_rows), moved(plan.kept_rows))
-    alignment = None
-    if aligns_tokens:
-        owners_N = _owners(pack, topology.context_group.size())[pack.response_rows_N]
-        group = topology.context_group
-        alignment = plan_token_alignment(pack, owners_N, group.size(), group.rank(), moved)
     places = None
     if with_places:
         shards = indices.chunk(tensor_group.size())  # experts need sequence parallelism
@@ -98,11 +95,11 @@ def shard_pack(
     return Microbatch(
         tokens_1t=moved(pack.tokens_T[indices]).unsqueeze(0),
         packing=PackedResponses(
-            **_attention_fields(pack, indices, topology.context_group, moved),
+            **_attention_fields(pack, indices, topology.context_group, moved, all_segments),
             response_rows=moved(rows[here]),
             response_labels=moved(pack.response_labels_N[here]),
             gathering=gathering,
-            alignment=alignment,
+            alignment=_alignment(pack, topology.context_group, moved) if aligns_tokens else None,
             places=places,
         ),
         response_sequences_N=moved(pack.response_sequences_N[here]),
@@ -113,26 +110,33 @@ def shard_pack(
     )
 
 
-def _owners(pack: Pack, size: int) -> Tensor:
-    """The context-parallel rank that holds each position of a pack, int64 [T]."""
-    owners_T = torch.empty_like(pack.tokens_T)
+def _alignment(pack: Pack, context_group: dist.ProcessGroup, moved: Callable[[Tensor], Tensor]) -> TokenAlignment:
+    size = context_group.size()
+    owners_T = torch.empty_like(pack.tokens_T)  # the context-parallel rank that holds each position
     for rank in range(size):
         owners_T[shard_indices(pack.cu_seqlens_B1, size, rank)] = rank
-    return owners_T
+    return plan_token_alignment(pack, owners_T[pack.response_rows_N], size, context_group.rank(), moved)
 
 
 def _attention_fields(
-    pack: Pack, indices: Tensor, context_group: dist.ProcessGroup, moved: Callable[[Tensor], Tensor]
+    pack: Pack,
+    indices: Tensor,
+    context_group: dist.ProcessGroup,
+    moved: Callable[[Tensor], Tensor],
+    all_segments: bool,
 ) -> dict[str, Any]:
     """The fields of `PackedResponses` that say what each query sees, and where it stands in its sequence.
 
     Args:
         indices: positions of the pack that this rank holds.
         moved: brings a tensor to the device.
+        all_segments: see `shard_pack`.
     """
     size, rank = context_group.size(), context_group.rank()
-    segments = plan_segments(pack.blocks, size, rank)
-    found: dict[str, Any] = {"segments": segments.moved(moved)}
+    found: dict[str, Any] = {}
+    if pack.shares_prompts or all_segments:
+        segments = plan_segments(pack.blocks, size, rank)
+        found["segments"] = segments.moved(moved)
     if not pack.shares_prompts:
         boundaries, longest = moved(pack.cu_seqlens_B1), _next_power_of_two(pack.max_block_length)
         return (

@@ -39,16 +39,20 @@ class PackBytes:
 
     token: float = 0.0
     key: float = 0.0
+    gathering_token: float = 0.0
+    """Besides `token`, for each token of a pack whose keys attention gathers."""
 
     def __add__(self, other: "PackBytes") -> "PackBytes":
-        return PackBytes(self.token + other.token, self.key + other.key)
+        return PackBytes(self.token + other.token, self.key + other.key, self.gathering_token + other.gathering_token)
 
     def __sub__(self, other: "PackBytes") -> "PackBytes":
-        return PackBytes(self.token - other.token, self.key - other.key)
+        return PackBytes(self.token - other.token, self.key - other.key, self.gathering_token - other.gathering_token)
 
-    def of(self, pack: PackShape, context_parallel_size: int) -> float:
+    def of(self, pack: PackShape, context_parallel_size: int, *, local: bool) -> float:
         """Bytes of one pack."""
-        return self.token * pack.padded_tokens / context_parallel_size + self.key * pack.gathered_keys
+        tokens = pack.padded_tokens / context_parallel_size
+        keys = gathered_keys(pack, context_parallel_size, local=local)
+        return self.token * tokens + (self.gathering_token * tokens + self.key * keys if keys else 0.0)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class LayerBytes:
     core_attention: float
     """What `recompute_modules: [core_attn]` computes again."""
     gathered: PackBytes
-    """Keys and values that core attention gathers, less those that it then need not keep. It gathers them again."""
+    """Keys and values that core attention gathers of some packs, see `gathered_keys`, less those that it then need not
+    keep. It gathers them again."""
     mlp: float
     """What `recompute_modules: [mlp]` computes again."""
     experts: float = 0.0
@@ -135,12 +140,12 @@ def _adapter_bytes(config: Config, block: str) -> float:
     return element_bytes(config) * config.lora.rank * columns
 
 
-def gathers_keys(config: Config, *, local: bool) -> bool:
-    """Whether attention keeps the keys that it gathers.
+def gathered_keys(pack: PackShape, context_parallel_size: int, *, local: bool) -> int:
+    """Keys of a pack that attention gathers and keeps, 0 if it gathers none.
 
     Transformer Engine's own exchange under context parallelism keeps what the rank had before.
     """
-    return config.data.share_prompts or (local and config.parallel.context_parallel_size > 1)
+    return pack.attended_keys if pack.shares_prompts or (local and context_parallel_size > 1) else 0
 
 
 def layer_bytes(architecture: ModelShape, config: Config, *, local: bool, has_experts: bool = False) -> LayerBytes:
@@ -175,7 +180,7 @@ def _base_bytes(architecture: ModelShape, config: Config, inputs: _Inputs, *, lo
     # Where core attention gathers keys and values, it keeps those instead. But a norm of heads in fp32 keeps its input,
     # which is a view of the mixed tensor.
     held = mixed - queries - keys if local and a.qk_layernorm and e == _FP32 else 0.0
-    gathered = PackBytes(e * (held - before), 2 * e * keys) if gathers_keys(config, local=local) else PackBytes()
+    gathered = PackBytes(key=2 * e * keys, gathering_token=e * (held - before))
     if local:
         norms = (2 * norm_copies * _FP32 + inputs.qkv + inputs.fc1) * hidden + 2 * _FP32 * share  # and the outputs
         head_norms = norm_copies * _FP32 * (queries + keys) + 2 * _FP32 * heads if a.qk_layernorm else all_heads_norm
@@ -251,6 +256,7 @@ class ActivationRate:
     """A response row's logits. They are kept only if one chunk of `logprob.chunk_tokens` holds all rows."""
     chunk_rows: int
     context_parallel_size: int
+    local: bool
     aligns_tokens: bool
     """Whether kept logits come with the gradient of a divergence for each student, see `student_rows`."""
 
@@ -263,7 +269,8 @@ class ActivationRate:
 
     def total(self, pack: PackShape) -> float:
         """Bytes that the chunk keeps of a pack."""
-        return (self.layers + PackBytes(self.other)).of(pack, self.context_parallel_size) + self.head(pack)
+        layers = (self.layers + PackBytes(self.other)).of(pack, self.context_parallel_size, local=self.local)
+        return layers + self.head(pack)
 
 
 def activation_rate(architecture: ModelShape, config: Config, chunk: ModelChunk, *, local: bool) -> ActivationRate:
@@ -296,8 +303,9 @@ def activation_rate(architecture: ModelShape, config: Config, chunk: ModelChunk,
         row=e * hidden if chunk.has_head else 0.0,
         logits=_FP32 * padded_vocab_size(architecture.vocab_size, tp) / tp if chunk.has_head else 0.0,
         chunk_rows=config.logprob.chunk_tokens,
-        aligns_tokens=config.objective.aligns_tokens,
         context_parallel_size=parallel.context_parallel_size,
+        local=local,
+        aligns_tokens=config.objective.aligns_tokens,
     )
 
 
@@ -374,7 +382,7 @@ def recomputed_bytes(
             again = [layer.total for layers in each if len(layers) <= count for layer in layers]
     elif parallel.recompute_granularity == "selective":
         again = [part for layers in each for layer in layers for part in layer.computed_again(config)]
-    return max((part.of(pack, parallel.context_parallel_size) for part in set(again)), default=0.0)
+    return max((part.of(pack, parallel.context_parallel_size, local=local) for part in set(again)), default=0.0)
 
 
 def student_rows(pack: PackShape) -> int:
@@ -391,11 +399,12 @@ def logits_bytes(architecture: ModelShape, config: Config, pack: PackShape) -> f
 
 def _gathering_bytes(architecture: ModelShape, config: Config, pack: PackShape, *, local: bool) -> float:
     """Bytes of the gradients of gathered keys and values in a layer, and of their sums, which are in fp32 first."""
-    if not gathers_keys(config, local=local):
+    gathered = gathered_keys(pack, config.parallel.context_parallel_size, local=local)
+    if not gathered:
         return 0.0
     a, e = architecture, element_bytes(config)
     keys = max(a.num_query_groups / config.parallel.tensor_model_parallel_size, 1) * a.head_dim
-    return 2 * keys * (e * pack.gathered_keys + max(e, _FP32) * pack.padded_tokens)
+    return 2 * keys * (e * gathered + max(e, _FP32) * pack.padded_tokens)
 
 
 def working_bytes(

@@ -93,7 +93,8 @@ class Layout:
         if parallel.cpu_offloading_num_layers:
             found.append(f"offload {parallel.cpu_offloading_num_layers} layers")
         if parallel.context_parallel_size > 1:
-            found.append("cp gather" if self.config.data.share_prompts else f"cp {parallel.cp_comm_type}")
+            found += ["cp gather"] * self.config.has_shared_packs
+            found += [f"cp {parallel.cp_comm_type}"] * self.config.has_unshared_packs
         if not self.config.data.share_prompts:
             found.append("prompts not shared")
         if parallel.pipeline_model_parallel_layout is not None:
@@ -262,14 +263,16 @@ def layout_variants(architecture: ModelShape, layout: Layout, gpu: Gpu, vary: Se
         without = {"fp8": None, "fp8_param": False, "first_last_layers_bf16": False}
         precisions = [without, {"fp8": config.model.fp8 or of_recipe}]
     recompute = list(_recomputation(architecture)) if "recompute" in vary else [{}]
-    sharings = [True, False] if "share_prompts" in vary else [config.data.share_prompts]
+    can_share = replace_settings(config, data={"share_prompts": True}).has_shared_packs
+    sharings = [True, False] if "share_prompts" in vary and can_share else [config.data.share_prompts]
     offloads: list[dict[str, Any]] = [{}]
     if "offload" in vary and config.optimizer.use_distributed_optimizer and config.model.dtype == "bfloat16":
         offloads = [{"optimizer_offload_fraction": share} for share in (0.0, 1.0)]
     rows = []
     for precision, sharing, offload in product(precisions, sharings, offloads):
         # Attention gathers the keys of shared prompts itself. If the model allows no exchange, the check says why.
-        choices = list(_exchanges(architecture, config)) if "cp_comm" in vary and not sharing else []
+        exchanges = replace_settings(config, data={"share_prompts": sharing}).has_unshared_packs
+        choices = list(_exchanges(architecture, config)) if "cp_comm" in vary and exchanges else []
         for exchange in choices or [{}]:
             row = [
                 replace_settings(

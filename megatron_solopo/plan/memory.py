@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.plan.activations import (
     activation_rate,
     element_bytes,
+    gathered_keys,
     logits_bytes,
     recomputed_bytes,
     rotary_bytes,
@@ -312,7 +313,8 @@ def peak_activations(
     chunks = model_chunks(architecture, config.parallel, pipeline_rank)
     rates = [activation_rate(architecture, config, chunk, local=local) for chunk in chunks]
     # Tokens alone do not decide: packs of as many tokens gather unequal numbers of keys, or compute them again.
-    fullest = sorted(packs, key=lambda pack: (-sum(rate.total(pack) for rate in rates), -pack.gathered_keys))
+    keys = partial(gathered_keys, context_parallel_size=config.parallel.context_parallel_size, local=local)
+    fullest = sorted(packs, key=lambda pack: (-sum(rate.total(pack) for rate in rates), -keys(pack)))
     order = stage_order(pipeline_rank, size, len(chunks), len(packs))[: 4 * size * len(chunks)]
     recomputed = recomputed_bytes(architecture, config, chunks, fullest[0], local=local)
     if chunks[-1].has_head:
@@ -383,7 +385,8 @@ def stage_memory(
     local = uses_local_layers(config)
     peak = peak_activations(architecture, config, pipeline_rank, packs, local=local)
     chunks = model_chunks(architecture, config.parallel, pipeline_rank)
-    extremes = {max(packs, key=attrgetter(name)) for name in ("padded_tokens", "response_rows", "gathered_keys")}
+    keys = partial(gathered_keys, context_parallel_size=config.parallel.context_parallel_size, local=local)
+    extremes = {max(packs, key=figure) for figure in (attrgetter("padded_tokens"), attrgetter("response_rows"), keys)}
     working = max(working_bytes(architecture, config, chunks, pack, local=local) for pack in extremes)
     communication = _communication(architecture, config, data_parallel_size, packs, reserve)
     rotary = rotary_bytes(architecture, max(pack.longest for pack in packs))

@@ -35,7 +35,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.batch_plan import packs_in_part, share_out_pass
 from megatron_solopo.plan.activations import (
     element_bytes,
-    gathers_keys,
+    gathered_keys,
     routed_tokens,
     sequence_shards,
     student_rows,
@@ -184,7 +184,7 @@ class StepTimer:
     def _busiest(self, packs: Sequence[PackShape], *, forward_only: bool = False) -> PackSeconds:
         """All packs through the pipeline rank that they keep busy longest."""
         sums = [PackSeconds()] * 3
-        figures = attrgetter("padded_tokens", "squares", "response_rows", "gathered_keys")
+        figures = attrgetter("padded_tokens", "squares", "response_rows", "shares_prompts", "attended_keys")
         alike = Counter(map(figures, packs))
         one = {figures(pack): pack for pack in packs}
         for key, count in alike.items():
@@ -278,13 +278,18 @@ class StepTimer:
 
     def _copying(self, pack: PackShape, *, backward: bool) -> float:
         """Seconds in which a layer copies the keys and values that attention gathers, or adds their gradients."""
-        if not gathers_keys(self.config, local=uses_local_layers(self.config)):
+        gathered = self._gathered_keys(pack)
+        if not gathered:
             return 0.0
         e, tp = element_bytes(self.config), self.config.parallel.tensor_model_parallel_size
         # Rows are read and written. Gradients of rows are copied, widened to fp32 and added; the sums are rounded.
         of_key, of_token = (3 * e + 4 * _FP32, 2 * _FP32 + e) if backward else (2 * e, 0)
         columns = 2 * max(self.architecture.num_query_groups / tp, 1) * self.architecture.head_dim
-        return columns * (of_key * pack.gathered_keys + of_token * pack.padded_tokens) / self._memory_rate
+        return columns * (of_key * gathered + of_token * pack.padded_tokens) / self._memory_rate
+
+    def _gathered_keys(self, pack: PackShape) -> int:
+        local = uses_local_layers(self.config)
+        return gathered_keys(pack, self.config.parallel.context_parallel_size, local=local)
 
     @property
     def _memory_rate(self) -> float:
@@ -411,7 +416,7 @@ class StepTimer:
             return 0.0
         queries = a.num_attention_heads * a.head_dim / tp
         keys = max(a.num_query_groups / tp, 1) * a.head_dim
-        if self.config.data.share_prompts:
+        if self._gathered_keys(pack):
             # A gather before attention, and a reduce-scatter of the gradients behind it.
             return self._collective(2 * e * pack.padded_tokens * keys, cp, tp * cp)
         heads = cp if parallel.cp_comm_type == "a2a" else (parallel.hierarchical_context_parallel_sizes or [1])[0]

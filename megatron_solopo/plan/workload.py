@@ -81,8 +81,11 @@ class PackShape:
     """Most response positions on any one context-parallel rank."""
     longest: int
     """Padded length of the longest sequence."""
-    gathered_keys: int
-    """Keys that attention gathers, on the context-parallel rank with most of them. 0: it gathers none."""
+    shares_prompts: bool
+    """Whether responses share a prompt."""
+    attended_keys: int
+    """Keys that the queries of a context-parallel rank see, on the rank with most of them. A key counts once for each
+    segment that sees it, see `activations.gathered_keys`."""
     triplets: tuple[dict[str, int], ...]
     """Tokens of each triplet's prompts (`short`, `long`) and answers (`chosen`, `rejected`)."""
 
@@ -409,7 +412,8 @@ def pack_shape(
         tokens=sum(block.tokens for block in blocks),
         response_rows=_most_rows(np.array(spans), cp),
         longest=max(int(each.max()) for each in sequences),
-        gathered_keys=max(
+        shares_prompts=len(blocks) < sum(map(len, roles)),
+        attended_keys=max(
             sum(len(run) for _, keys in attended_runs(blocks, cp, rank) for run in keys) for rank in range(cp)
         ),
         triplets=tuple(dict(triplet) for triplet in triplets),

@@ -1,5 +1,7 @@
-"""The pictures of training: losses, rewards, the SoLo gap, experts, gradient norm and throughput by step."""
+"""The pictures of training: losses, rewards, the SoLo gap, sources, experts, gradient norm and throughput by step."""
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +15,7 @@ from megatron_solopo.report.runs import RunRecord
 
 _MAX_POINTS = 400
 _MIN_STEPS_TO_SMOOTH = 50
+_PANELS_PER_ROW = 3
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,25 @@ _REWARDS = (
 _GAPS = (
     Panel("Size of the gap", (("solo_ra/gap_abs", "-", ""), ("eval_solo_ra/gap_abs", "o", "held out"))),
     Panel("Gap, short minus long", (("solo_ra/gap_signed", "-", ""), ("eval_solo_ra/gap_signed", "o", "held out"))),
+    Panel(
+        "Divergence at a token (nats)", (("token_alignment/kl", "-", ""), ("eval_token_alignment/kl", "o", "held out"))
+    ),
 )
+_OF_SOURCES = (
+    (
+        "source-losses",
+        "Loss of each source",
+        "The mean over the rows of a source, under its own objective. The scales of objectives differ.",
+        "loss",
+    ),
+    (
+        "source-accuracies",
+        "Reward accuracy of each source",
+        "The share of a source's rows whose chosen answer has the greater reward.",
+        "rewards/accuracies",
+    ),
+)
+"""(name, title, caption, metric), with a panel for each source."""
 _EXPERTS = (
     Panel("Fullest expert over the mean", (("moe/load_max_over_mean", "-", ""),)),
     Panel("Entropy of routers (nats)", (("moe/entropy", "-", ""),)),
@@ -49,7 +70,7 @@ _MACHINE = (
     Panel("Tokens per second", (("tokens_per_second", "-", ""),)),
 )
 _FIGURES = (
-    ("losses", "Losses", "The loss that training minimises, and its two parts.", _LOSSES),
+    ("losses", "Losses", "The loss that training minimises, and parts of it.", _LOSSES),
     (
         "rewards",
         "Rewards",
@@ -60,7 +81,8 @@ _FIGURES = (
         "gap",
         "SoLo gap",
         "Reward of the chosen answer, short minus long context. If the gap closes while the chosen reward falls, "
-        "the short context has become worse.",
+        "the short context has become worse. Divergence: with objective.token_alignment, of the model behind the long "
+        "context from the model behind the short one.",
         _GAPS,
     ),
     (
@@ -82,14 +104,14 @@ _FIGURES = (
 
 def curve_pictures(runs: Sequence[RunRecord]) -> Iterator[Picture]:
     """The pictures for which some run has a metric."""
-    for name, title, caption, panels in _FIGURES:
+    for name, title, caption, panels in (*_FIGURES, *_figures_of_sources(runs)):
         shown = [
             panel for panel in panels if any(run.series(metric)[0] for run in runs for metric, _, _ in panel.metrics)
         ]
         if shown:
             smoothed = any(len(run.steps) >= _MIN_STEPS_TO_SMOOTH for run in runs)
             pale = " Pale: as recorded; strong: a running mean over a twentieth of the steps." if smoothed else ""
-            dots = " Dots: on held-out triplets." if _has_dots(runs, shown) else ""
+            dots = " Dots: on held-out rows." if _has_dots(runs, shown) else ""
             yield Picture(
                 name,
                 title,
@@ -100,14 +122,31 @@ def curve_pictures(runs: Sequence[RunRecord]) -> Iterator[Picture]:
             )
 
 
+def _figures_of_sources(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str, str, tuple[Panel, ...]]]:
+    """Like `_FIGURES`. Every source of any run has a panel, so that sources of one name are side by side."""
+    found = (re.match("source/([^/]+)/", metric) for run in runs for step in run.steps for metric in step)
+    names = dict.fromkeys(each[1] for each in found if each)
+    for name, title, caption, metric in _OF_SOURCES:
+        panels = [
+            Panel(source, ((f"source/{source}/{metric}", "-", ""), (f"eval_source/{source}/{metric}", "o", "held out")))
+            for source in names
+        ]
+        yield name, title, caption, tuple(panels)
+
+
 def _has_dots(runs: Sequence[RunRecord], panels: Sequence[Panel]) -> bool:
     names = [name for panel in panels for name, line, _ in panel.metrics if line == "o"]
     return any(run.series(name)[0] for run in runs for name in names)
 
 
 def _draw(theme: Theme, runs: Sequence[RunRecord], panels: Sequence[Panel]) -> Figure:
-    drawn = empty_figure(theme, 12, 3.3)
-    for axis, panel in zip(drawn.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+    across = min(len(panels), _PANELS_PER_ROW)
+    down = math.ceil(len(panels) / across)
+    drawn = empty_figure(theme, 12, 3.3 * down)
+    axes = list(drawn.subplots(down, across, squeeze=False).flat)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, panel in zip(axes, panels, strict=False):
         style_axes(axis, theme, panel.title, "step")
         for place, run in enumerate(runs):
             for name, line, words in panel.metrics:

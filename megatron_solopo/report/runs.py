@@ -269,6 +269,10 @@ def _setting_text(run: RunRecord, key: str) -> str:
     value: Any = run.config.get(key, _ABSENT)
     if value is _ABSENT:
         return "no such key"  # a run of another version
+    if key == "data.sources" and value:
+        return "; ".join(
+            ", ".join(f"{name} {part}" for name, part in source.items() if part is not None) for source in value
+        )
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -202,7 +202,9 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
     if of_sources := [f"{source} {metrics[name]:.4f}" for source, name in source_losses(metrics)]:
         parts.append(" ".join(of_sources))
     elif "solo_ra/gap_abs" in metrics:
-        parts.append(f"po {metrics['po_loss']:.4f} gap {metrics['solo_ra/gap_abs']:.4f}")
+        divergence = metrics.get("token_alignment/kl")
+        of_tokens = "" if divergence is None else f" kl {divergence:.4f}"
+        parts.append(f"po {metrics['po_loss']:.4f} gap {metrics['solo_ra/gap_abs']:.4f}{of_tokens}")
     if metrics.get("rewards/chosen") is not None:  # no row of the step may have two responses
         parts.append(
             f"rewards {metrics['rewards/chosen']:+.4f} {metrics['rewards/rejected']:+.4f} "

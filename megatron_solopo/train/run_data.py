@@ -103,9 +103,9 @@ def load_run_datasets(
     opened = prepared or on_every_rank(lambda: load_prepared(config.data.directory))
     manifest, checked, notes = on_rank_0(lambda: _check(config, architecture, opened, source))
     columns = {"short": opened.prompt_column("short"), "long": opened.prompt_column("long")}
-    datasets = {"train": TripletDataset(opened.train, columns, architecture)}
+    datasets = {"train": TripletDataset(opened.train, columns, architecture, source)}
     if opened.eval is not None:
-        datasets["eval"] = TripletDataset(opened.eval, columns, architecture)
+        datasets["eval"] = TripletDataset(opened.eval, columns, architecture, source)
     return RunDatasets(manifest, datasets, checked, tuple(notes))
 
 
@@ -162,7 +162,7 @@ def training_batches(
 
 def loader_source(source: RunSource) -> LoaderSource:
     """The training split of a source, with the sequences that its objective reads."""
-    return LoaderSource(source.train, source.config.objective.roles.all, source.source.weight, source.name)
+    return LoaderSource(source.train, source.config.objective.roles.all, source.source.weight)
 
 
 def single_pass(

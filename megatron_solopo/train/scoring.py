@@ -40,7 +40,7 @@ def check_finite(logprobs: ReferenceLogprobs, dataset: TripletDataset, model: st
         f"{role_name} of {row_id} ({value:g})"
         for role_name, row_id, value in zip(
             (logprobs.roles[role] for role in roles[:_SHOWN].tolist()),
-            dataset.ids(rows[:_SHOWN].numpy()),
+            dataset.named_ids(rows[:_SHOWN].numpy()),
             logprobs.logps[rows, roles][:_SHOWN].tolist(),
             strict=True,
         )
@@ -72,12 +72,13 @@ def score_sequences(
         label: of the progress bar.
         roles: the sequences; None: those that the objective reads.
         separate_roles: one pass for each role, so that a pack must hold the longest sequence and not the largest
-            triplet.
+            triplet. Then there is no `objective.ld_alpha`: a pass reads one response, and no token is verbose.
         points: see `run_single_pass`.
         journal: keeps the numbers as they come. Triplets that it holds already are not computed again. A pack runs
             whole, so under one layout the numbers are the same bits as those of a pass that never stopped.
     """
     roles = config.objective.roles.all if roles is None else roles
+    assert not separate_roles or config.objective.ld_alpha is None, "which tokens are verbose, both responses say"
     passes = {f"{label}, {role}": (role,) for role in roles} if separate_roles else {label: roles}
     logps = [
         _score_pass(config, chunks, dataset, topology, pass_label, pass_roles, points, journal)

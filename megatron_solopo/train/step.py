@@ -66,6 +66,7 @@ def run_schedule(
     has_experts = settings.num_moe_experts is not None
     watches_routers = has_experts and (not forward_only or settings.moe_enable_routing_replay)
     aligns_tokens = get_attr_wrapped_model(chunks[0], "aligns_tokens")
+    all_segments = any(get_attr_wrapped_model(chunk, "reads_all_segments") for chunk in chunks)
     microbatches: Iterable[Microbatch] = (
         shard_pack(
             pack,
@@ -73,6 +74,7 @@ def run_schedule(
             with_places=watches_routers,
             is_trained=not forward_only,
             aligns_tokens=aligns_tokens,
+            all_segments=all_segments,
         )
         for pack in packs
     )

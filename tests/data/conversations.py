@@ -20,28 +20,37 @@ _END_TOKENS = {
     "gpt_oss": ["<|return|>", "<|call|>"],
     "deepseek_v3": ["<\uff5cend\u2581of\u2581sentence\uff5c>"],
 }
-_SPECIAL = re.compile(r"<[|\uff5c][^'<>]+[|\uff5c]>|\[/?[A-Z_]+\]")
+_SPECIAL = re.compile(r"<[|\uff5c][^'\"<>]+>|</?[a-z_]+[|]?>|\[/?[A-Z_]+\]")
 TEMPLATES = tuple(_END_TOKENS)
 
 
 def write_tokenizer(path: Path, name: str) -> str:
     """A tokenizer directory with a template of tests/inputs. Returns its path."""
-    template = (INPUTS / f"conversation_template_{name}.jinja").read_text()
+    with_template(path, (INPUTS / f"conversation_template_{name}.jinja").read_text(), _END_TOKENS[name])
+    return str(path)
+
+
+def with_template(path: Path, template: str, ends: list[str] | None = None) -> Path:
+    """A tokenizer directory with a template, whose special tokens it has. Returns its path.
+
+    ends: the tokens that end an answer; None: those of the tokenizer without the template.
+    """
     write_hugging_face(path, chat_template=template)
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    ends = _END_TOKENS[name]
-    tokenizer.add_tokens([*ends, *dict.fromkeys(_SPECIAL.findall(template))], special_tokens=True)
-    tokenizer.eos_token = ends[0]
+    tokenizer.add_tokens([*(ends or []), *dict.fromkeys(_SPECIAL.findall(template))], special_tokens=True)
+    if ends:
+        tokenizer.eos_token = ends[0]
+        ids = tokenizer.convert_tokens_to_ids(ends)
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     tokenizer.save_pretrained(path)
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.convert_tokens_to_ids(ends)}))
-    return str(path)
+    return path
 
 
 def call(place: str, **more: Any) -> dict[str, Any]:
     """A message that asks for the weather at a place."""
     function = {"name": "weather", "arguments": {"place": place}}
     calls = [{"id": "call00001", "type": "function", "function": function}]
-    return {"role": "assistant", "content": None, "tool_calls": calls, **more}
+    return {"role": "assistant", "content": None, "tool_calls": calls} | more
 
 
 def result(text: str) -> dict[str, str]:

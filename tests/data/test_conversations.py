@@ -1,6 +1,7 @@
-"""Conversations by the templates of tests/inputs: tokens and masks against `apply_chat_template`, or a refusal.
+"""Conversations by chat templates: tokens and masks against `apply_chat_template`, or a refusal.
 
-Every template marks what the assistant generates with {% generation %}, so that transformers gives a mask of its own.
+The templates are those of tests/inputs, and published ones that TRL ships, read from the installed package. Most mark
+what the assistant generates with {% generation %}, so that transformers gives a mask of its own.
 """
 
 import json
@@ -8,28 +9,59 @@ import re
 from pathlib import Path
 
 import pytest
+import trl
 from transformers import AutoTokenizer
 
 from megatron_solopo.data.prepared import load_prepared
+from megatron_solopo.data.rows import parse_row
+from megatron_solopo.data.template_effects import MEANINGS
+from megatron_solopo.data.tokenize_row import tokenize_row
+from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
-from tests.data.chat_templates import assistant
-from tests.data.conversations import ROWS, TEMPLATES, TOOLS, call, row, write_tokenizer
+from tests.data.chat_templates import assistant, system
+from tests.data.chat_templates import write_tokenizer as write_tokenizer_of_turns
+from tests.data.conversations import QUESTION, ROWS, TEMPLATES, TOOLS, call, result, row, with_template, write_tokenizer
 from tests.data.sample_rows import prepare, write_rows
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "data.md"
-LOST = "leaves out text of an answer"
+PUBLISHED = Path(trl.__file__).parent / "chat_templates"
 EDITED = "chosen: the chat template edits earlier turns, so prompt and response do not concatenate"
-REFUSED = {
-    **{("smollm2", kind): "leaves out text of a" for kind in ROWS if kind != "turns"},
-    **{
-        (name, kind): LOST
-        for name in ("llama_3", "qwen2_5", "mistral", "deepseek_v3")
-        for kind in ("thoughts", "last_thought")
+OPENED = "the chat template begins every answer with '<think>"
+NO_CONTENT = 'a message with tool_calls has no content: write "content": "", or use another template'
+ALTERNATE = "Conversation roles must alternate"
+LOST, LOST_PROMPT = "answer_text", "prompt_text"
+THOUGHTS = {"thoughts", "last_thought"}
+CALLS = {"history", "tools", "two_calls", *THOUGHTS}
+# By template: kinds of rows that are refused, and why.
+REFUSED: dict[str, dict[str, set[str]]] = {
+    **{name: {LOST: THOUGHTS} for name in TEMPLATES},
+    "qwen3": {},
+    "smollm2": {LOST: CALLS - {"history"}, LOST_PROMPT: {"history"}},
+    # It drops the thought before a call once an answer follows. The last answer alone ends with <|return|>.
+    "gpt_oss": {EDITED: {"thoughts", "turns"}},
+}
+REFUSED_BY_PUBLISHED: dict[str, dict[str, set[str]]] = {
+    "cohere2_training": {ALTERNATE: CALLS},
+    "deepseekv3": {NO_CONTENT: CALLS, EDITED: {"turns"}},
+    "deepseekv3_training": {NO_CONTENT: CALLS, EDITED: {"turns"}},
+    "gemma3_training": {ALTERNATE: CALLS},
+    "gemma4": {LOST: THOUGHTS},
+    "glm4moe_training": {},
+    "gptoss": {EDITED: {"turns", "thoughts"}},
+    "gptoss_training": {EDITED: {"turns", "thoughts"}},
+    "lfm2_v2_training": {LOST: THOUGHTS},
+    "llama3_1": {LOST: THOUGHTS},
+    "llama3_2": {LOST: THOUGHTS},
+    "nemotron_3_nano_training": {
+        OPENED: {"history", "thoughts"},
+        EDITED: {"tools", "two_calls", "turns", "last_thought"},
     },
-    # It drops the thought before a call once an answer follows.
-    ("gpt_oss", "thoughts"): EDITED,
-    # The last answer alone ends with <|return|>.
-    ("gpt_oss", "turns"): EDITED,
+    "phi3_training": {NO_CONTENT: CALLS, EDITED: {"turns"}},
+    "qwen2_5_training": {LOST: THOUGHTS},
+    "qwen3": {},
+    "qwen3_training": {},
+    "qwen3_6_training": {},
+    "qwen3_instruct_2507_training": {LOST: THOUGHTS},
 }
 
 
@@ -45,40 +77,94 @@ def prepared_row(tmp_path, example, tokenizer, **options):
     return manifest, load_prepared(out).train[0]
 
 
-def of_transformers(tokenizer, example, side, answer, **arguments):
-    """Tokens and mask of the whole conversation."""
-    found = AutoTokenizer.from_pretrained(tokenizer).apply_chat_template(
+def tokenized(example, tokenizer, ends):
+    """A row's tokens, and "" or why it is refused."""
+    read = parse_row(1, json.loads(json.dumps(example)))
+    prompts = {side: read.contents[side] for side in ("prompt_short", "prompt_long")}
+    answers = {answer: read.contents[answer] for answer in ("chosen", "rejected")}
+    try:
+        found = tokenize_row(prompts, answers, tokenizer, "chat", ends, read.arguments)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return None, str(error)
+    return found, next((each.kind for each in found.effects if MEANINGS[each.kind].is_loss), "")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_tokens_and_mask_are_those_of_transformers(tokenizers, name):
+    # DeepSeek's joins the text of arguments.
+    compare_all(tokenizers[name], REFUSED[name], with_text_arguments if name == "deepseek_v3" else lambda each: each)
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_PUBLISHED)
+def test_tokens_and_mask_of_published_templates_are_those_of_transformers(tmp_path, name):
+    path = with_template(tmp_path, (PUBLISHED / f"{name}.jinja").read_text(encoding="utf-8"))
+    compare_all(path, REFUSED_BY_PUBLISHED[name], lambda each: each)
+
+
+def compare_all(path, expected, as_taken):
+    tokenizer, ours = AutoTokenizer.from_pretrained(path), load_tokenizer(path)
+    refused: dict[str, set[str]] = {}
+    for kind, example in ROWS.items():
+        found, cause = tokenized(example, ours, tokenizer.get_added_vocab().values())
+        if cause:
+            refused.setdefault(next((each for each in expected if each in cause), cause), set()).add(kind)
+            continue
+        for side in ("prompt_short", "prompt_long"):
+            for answer in ("chosen", "rejected"):
+                whole = of_transformers(tokenizer, as_taken(example), side, answer)
+                assert found.ids[side] + found.ids[answer] == whole["input_ids"]
+                if "assistant_masks" in whole:
+                    theirs = [bool(each) for each in whole["assistant_masks"][len(found.ids[side]) :]]
+                    check_mask(tokenizer, found.ids[answer], found.masks[answer], theirs)
+    assert refused == expected
+
+
+def of_transformers(tokenizer, example, side, answer):
+    """The whole conversation."""
+    marks = "generation %}" in tokenizer.chat_template
+    return tokenizer.apply_chat_template(
         example[side] + example[answer],
         tools=example.get("tools"),
         return_dict=True,
-        return_assistant_tokens_mask=True,
-        **arguments,
+        return_assistant_tokens_mask=marks,
     )
-    return found["input_ids"], [bool(counts) for counts in found["assistant_masks"]]
 
 
-@pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_tokens_and_mask_are_those_of_transformers(tokenizers, tmp_path, name, kind):
-    example = ROWS[kind]
-    if cause := REFUSED.get((name, kind)):
-        with pytest.raises(UserError) as caught:
-            prepared_row(tmp_path, example, tokenizers[name])
-        assert cause in str(caught.value) and "\n" not in str(caught.value)
-        return
-    manifest, found = prepared_row(tmp_path, example, tokenizers[name])
-    if name == "deepseek_v3":  # it joins the text of arguments
-        example = with_text_arguments(example)
-    for side in ("prompt_short", "prompt_long"):
-        for answer in ("chosen", "rejected"):
-            tokens, mask = of_transformers(tokenizers[name], example, side, answer)
-            assert found[side] + found[answer] == tokens
-            assert found.get(f"{answer}_mask", [True] * len(found[answer])) == mask[len(found[side]) :]
-    several = kind != "history"
-    assert ("chosen_mask" in found) == several == bool(manifest.counted)
-    if several:
-        assert manifest.counted["chosen"].max == sum(found["chosen_mask"]) < len(found["chosen"])
+def check_mask(tokenizer, tokens, ours, theirs):
+    """Both masks are equal but for headers of later turns, which some templates mark. Of the first, none counts."""
+    asked, told = (
+        tokenizer.apply_chat_template([QUESTION], add_generation_prompt=ask, tokenize=False) for ask in (True, False)
+    )
+    header = asked.removeprefix(told)
+    run: list[int] = []
+    for token, mine, other in zip(tokens, ours, theirs, strict=True):
+        assert other or not mine
+        if other and not mine:
+            run.append(token)
+        else:
+            assert header.endswith(tokenizer.decode(run)) and (mine or not run)
+            run = []
+
+
+def test_published_deepseek_takes_a_call_with_an_empty_content(tmp_path):
+    path = with_template(tmp_path, (PUBLISHED / "deepseekv3.jinja").read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    example = row([QUESTION], [assistant("It is.")])
+    called = [call("Turin", content=""), result("18")]
+    example |= {side: [*example[side], *called] for side in ("prompt_short", "prompt_long")}
+    found, cause = tokenized(example, load_tokenizer(path), tokenizer.get_added_vocab().values())
+    assert not cause
+    assert '\n```json\n{"place": "Turin"}\n```<' in tokenizer.decode(found.ids["prompt_long"])
+    assert tokenizer.decode(found.ids["chosen"]) == "It is.<\uff5cend\u2581of\u2581sentence\uff5c>"
+
+
+def test_prepare_keeps_the_mask_and_counts_its_tokens(tokenizers, tmp_path):
+    manifest, found = prepared_row(tmp_path, ROWS["tools"], tokenizers["qwen3"])
+    assert manifest.counted["chosen"].max == sum(found["chosen_mask"]) < len(found["chosen"])
     assert not manifest.effects
+    manifest, found = prepared_row(tmp_path, ROWS["history"], tokenizers["qwen3"])
+    assert "chosen_mask" not in found and not manifest.counted
 
 
 THINKING = {"reasoning_content": "Which one?"}
@@ -111,6 +197,27 @@ def test_a_template_that_edits_earlier_turns_is_refused_by_row(tokenizers, tmp_p
         re.search(f"as '[^']*{written}.* once later turns follow, and '[^']*{before}", message) and "\n" not in message
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_system_message_that_moves_goes_with_one_turn_alone(tmp_path):
+    """Mistral's older template writes it into the last user message, if no answer follows."""
+    tokenizer = write_tokenizer_of_turns(tmp_path / "tokenizer", "system_in_last_turn", eos_token="</s>")
+    (prompt,), turns = ROWS["turns"]["prompt_short"], ROWS["turns"]["chosen"]
+    _, found = prepared_row(tmp_path, ROWS["turns"], tokenizer)
+    whole = AutoTokenizer.from_pretrained(tokenizer).apply_chat_template([prompt, *turns])["input_ids"]
+    assert found["prompt_short"] + found["chosen"] == whole
+    start, *ends = [place for place, token in enumerate(found["chosen"]) if not found["chosen_mask"][place]]
+    decode = AutoTokenizer.from_pretrained(tokenizer).decode
+    assert decode(found["chosen"][start : ends[-1] + 1]) == "[INST] By the Po.[/INST]"
+    for answers, cause in ((turns, EDITED), (turns[-1:], "")):
+        example = row([system("Be brief."), prompt, *turns[: 3 - len(answers)]], answers)
+        if cause:
+            with pytest.raises(UserError, match=cause):
+                prepared_row(tmp_path, example, tokenizer)
+        else:
+            _, found = prepared_row(tmp_path, example, tokenizer)
+            assert decode(found["prompt_short"]).endswith("[INST] Be brief.\n\nBy the Po.[/INST]")
+            assert decode(found["chosen"]) == " Then it is.</s>"
 
 
 def test_a_template_that_joins_text_gets_the_text_of_the_row(tokenizers, tmp_path):

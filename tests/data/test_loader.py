@@ -353,11 +353,15 @@ def test_rows_of_all_sources_share_packs_with_the_sequences_of_their_own(share_p
 
 
 def test_an_id_in_a_mixture_says_which_source_it_is_of() -> None:
-    """Two sources with the same ids, in packs and in an error."""
+    """Two sources with the same ids, in packs and in errors."""
     table = TABLE.select(range(6))
-    sources = [LoaderSource(TripletDataset(table, COLUMNS, TINY), SOLOPO, name=name) for name in ("books", "chats")]
+    names = ("books", "chats")
+    sources = [LoaderSource(TripletDataset(table, COLUMNS, TINY, name), SOLOPO) for name in names]
     batch = GlobalBatchLoader(sources, Packing(4, False, MAX_TOKENS, 0, 1), global_batch_size=12, seed=3).next_batch()
     ids = {each for pack in batch.packs for each in pack.ids}
-    assert ids == {f"{name}/row-{row}" for name in ("books", "chats") for row in range(6)}
+    assert ids == {f"{name}/row-{row}" for name in names for row in range(6)}
     with pytest.raises(UserError, match=r"12 of 12 triplets are larger .*, first books/row-0, "):
         GlobalBatchLoader(sources, Packing(4, False, 4, 0, 1), global_batch_size=12, seed=3)
+    empty = TripletDataset(table_of([(9, 9, 9, 0)]), COLUMNS, TINY, "chats")
+    with pytest.raises(UserError, match=r"no token in rejected, first chats/row-0; .* \(or data\.sources\)"):
+        empty.sizes(SOLOPO, 1, share_prompts=False)

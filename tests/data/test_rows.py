@@ -1,12 +1,17 @@
 import json
+import re
 import tracemalloc
+from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from megatron_solopo.data.rows import RowError, read_rows, validate_file
 from megatron_solopo.errors import UserError
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "data.md"
 
 
 def user(content):
@@ -418,3 +423,63 @@ def test_prompts_are_those_that_trl_extracts(tmp_path):
     row["rejected"] = [*row["chosen"][:-1], assistant("n")]
     (read,) = read_rows(write_jsonl(tmp_path / "data.jsonl", [row]))
     assert read.contents == trl.extract_prompt(row)
+
+
+def completion(response, overall, *ratings):
+    """Of raw UltraFeedback."""
+    names = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+    return {
+        "annotations": {name: {"Rating": str(rating)} for name, rating in zip(names, ratings, strict=True)},
+        "fine-grained_score": sum(ratings) / 4,
+        "overall_score": overall,
+        "response": response,
+    }
+
+
+SCORED = [
+    {"instruction": "Who?", "completions": [completion("A.", 3.0, 4, 4, 4, 4), completion("B.", 8.5, 3, 4, 4, 4),
+                                            completion("C.", 3.0, 1, 1, 1, 1), completion("D.", 8.5, 4, 4, 4, 4)]},
+    {"instruction": "Where?", "completions": [completion("A.", 7.0, 4, 4, 4, 4), completion("B.", 7.0, 3, 4, 4, 4)]},
+    {"instruction": "When?", "completions": [completion("A.", 2.0, 1, 1, 1, 1), completion("  ", 9.0, 1, 1, 1, 1)]},
+    {"instruction": "Why?", "completions": []},
+]  # fmt: skip
+
+
+def test_the_guide_makes_pairs_of_scored_answers(tmp_path, monkeypatch, capsys):
+    section = GUIDE.read_text(encoding="utf-8").partition("### Several scored answers")[2]
+    (script,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(SCORED))
+    written = set()
+    for _ in range(2):
+        exec(script, {})
+        assert "{'rows without a pair': 3, 'pairs': 1}" in capsys.readouterr().out
+        written.add((tmp_path / "pairs.jsonl").read_text())
+    (text,) = written
+    pair = json.loads(text)
+    rejected = pair.pop("rejected")
+    assert pair == {"prompt": [user("Who?")], "chosen": [assistant("B.")]}
+    assert rejected in ([assistant("A.")], [assistant("C.")])
+    report = validate_file(tmp_path / "pairs.jsonl")
+    assert (report.kind, report.rows, report.errors) == ("pair", 1, [])
+
+
+def test_scored_answers_are_no_pair_and_the_error_names_the_columns(tmp_path):
+    pq.write_table(pa.Table.from_pylist(SCORED[:2]), tmp_path / "rows.parquet")
+    message = str(validate_file(tmp_path / "rows.parquet"))
+    assert "is no preference row: it has instruction, completions; expected prompt_short" in message
+    assert "the guide to data shows how to choose a pair of completions" in message
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_an_unpaired_preference_is_no_instruction(tmp_path, suffix):
+    rows = [{"prompt": "p", "completion": "good", "label": True}, {"prompt": "p", "completion": "bad", "label": False}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    if suffix == "parquet":
+        path = tmp_path / "rows.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    report = validate_file(path)
+    assert [(error.line, error.field) for error in report.errors] == [(1, "label"), (2, "label")]
+    assert "unpaired preference" in str(report)
+    classes = write_jsonl(tmp_path / "classes.jsonl", [row | {"label": "other"} for row in rows])
+    assert not validate_file(classes).errors

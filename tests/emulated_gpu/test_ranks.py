@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_solopo.model import resolve
+from megatron_solopo.model import microbatch, resolve
 from tests.distributed import run_distributed
 from tests.emulated_gpu.extension import calls
 from tests.gpu.models import make_model
@@ -29,7 +29,7 @@ from tests.parity.layouts import (
     Layout,
     RankResult,
     huggingface_tensors,
-    run_cases,
+    run_case,
 )
 
 FAMILY = "llama3"
@@ -66,15 +66,34 @@ LAYOUTS: dict[int, list[Layout]] = {
         Layout("tp2-cp2-fp8", PACKED, tp(2, **cp(2)), model=BLOCKWISE, pack_multiple=512),
     ],
 }  # fmt: skip
+INSTRUCTIONS = DPO | {"name": "sft"}
+# A row of each objective, each in a pack of its own: the first shares no prompt, and the others do.
+MIXTURE = ("sft", "solopo", "long_po", "short_po")
+OTHER_CASES: dict[int, list[Case]] = {
+    1: [
+        Case(FAMILY, INSTRUCTIONS, Layout("sft-exact", model=EXACT)),
+        Case(FAMILY, INSTRUCTIONS, Layout("sft-fp32", model=FP32)),
+        Case(FAMILY, DPO, Layout("mixed-exact", UNPACKED, model=EXACT), mixture=MIXTURE),
+        Case(FAMILY, DPO, Layout("mixed-bf16", UNPACKED, model=TE), mixture=MIXTURE),
+    ],
+    2: [Case(FAMILY, DPO, Layout("mixed-cp2-p2p", UNPACKED, cp(2, **P2P), model=TE), mixture=MIXTURE)],
+}
+UNSHARED_ON_TE = ("unshared-fp32", "sft-fp32", "cp2-p2p", "cp2-a2a")
 BF16 = [layout.name for size in (2, 4) for layout in LAYOUTS[size] if layout.model == TE]
 IN_FP32 = [layout.name for layouts in LAYOUTS.values() for layout in layouts if layout.model == FP32]
 IN_FP8 = [layout.name for size in (2, 4) for layout in LAYOUTS[size] if "fp8" in layout.model]
 
 
 def run_on_ranks(models: Path, cases: list[Case]) -> tuple[dict[str, RankResult], dict[str, int]]:
+    """By layout: this rank's result. And what the emulated kernels were called."""
+    found = {}
     # Users may not have Transformer Engine's layers in float32; the exact comparison needs them.
     with mock.patch.object(resolve, "uses_transformer_engine", lambda model: model.implementation != "local"):
-        return run_cases(models, cases, batches()), dict(calls)
+        for case in cases:
+            with mock.patch.object(microbatch, "plan_segments", side_effect=microbatch.plan_segments) as plan:
+                found[case.layout.name] = run_case(models / FAMILY, case, batches())
+            assert not (case.layout.name in UNSHARED_ON_TE and plan.called), "segments are planned that nobody reads"
+    return found, dict(calls)
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +109,11 @@ def results(models: Path) -> dict[str, list[RankResult]]:
     """By layout: every rank's result. Each world size is launched once."""
     found: dict[str, list[RankResult]] = {}
     for size, layouts in LAYOUTS.items():
-        cases = [Case(FAMILY, DPO, layout) for layout in layouts]
+        cases = [*(Case(FAMILY, DPO, layout) for layout in layouts), *OTHER_CASES.get(size, [])]
         ranks = run_distributed(run_on_ranks, size, models, cases)
         for _, called in ranks:
             assert called["fused_attn_fwd"] and called["fused_attn_bwd"] and called["rmsnorm_bwd"], called
-        found |= {case.layout.name: [rank[case.name] for rank, _ in ranks] for case in cases}
+        found |= {case.layout.name: [rank[case.layout.name] for rank, _ in ranks] for case in cases}
     return found
 
 
@@ -115,12 +134,13 @@ def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 
 def losses(ranks: list[RankResult]) -> Tensor:
+    """Of both steps; of a mixture the part of its first source."""
     return torch.stack([sum(rank.metric_sums[step][0] for rank in ranks if rank.is_counted) for step in range(2)]) / 4
 
 
-@pytest.mark.parametrize("name", IN_FP32)
+@pytest.mark.parametrize("name", [*IN_FP32, "sft-fp32"])
 def test_ranks_are_exact_in_float32(name: str, results: dict[str, list[RankResult]], models: Path) -> None:
-    ours, exact = results[name], results["exact"]
+    ours, exact = results[name], results["sft-exact" if name.startswith("sft") else "exact"]
     error = difference(*(whole(ranks, "gradients", models) for ranks in (ours, exact)))
     print(f"{name}: gradients differ by {error:.2e} from plain layers")
     # Float32 rounds by 2^-24; bfloat16's 2^-9 costs 1e-2 here, so float32's costs about 3e-7, and sums are long.
@@ -128,9 +148,10 @@ def test_ranks_are_exact_in_float32(name: str, results: dict[str, list[RankResul
     torch.testing.assert_close(losses(ours), losses(exact), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("name", BF16)
+@pytest.mark.parametrize("name", [*BF16, "mixed-cp2-p2p"])
 def test_ranks_compute_what_one_rank_computes(name: str, results: dict[str, list[RankResult]], models: Path) -> None:
-    ours, one, exact = results[name], results["bf16"], results["exact"]
+    mixed = "mixed-" * name.startswith("mixed")
+    ours, one, exact = results[name], results[f"{mixed}bf16"], results[f"{mixed}exact"]
     what = "gradients" if any(rank.gradients for rank in ours) else "parameters"
     found, alone, wanted = (whole(ranks, what, models) for ranks in (ours, one, exact))
     noise, error = difference(alone, wanted), difference(found, alone)

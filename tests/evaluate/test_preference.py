@@ -19,8 +19,8 @@ from megatron_solopo.run_directory import find_subject
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
 from tests.layouts import ep
-from tests.parity.plain import load, response_logprob
-from tests.prepared import make_prepared
+from tests.parity.plain import counted, load, of_tokens, predictions
+from tests.prepared import make_conversations, make_prepared
 from tests.tiny_models import make_model
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -68,6 +68,19 @@ def run_all(folder: Path) -> dict[str, str]:
         split="eval",
         output=folder / "results" / "ep2.json",
     )
+    # Responses of several turns, of which only the assistant's tokens count, also as lengths.
+    evaluate_preference(
+        base,
+        config(
+            folder,
+            run_dir=folder / "run_conversations",
+            data=data(folder / "conversations"),
+            parallel=LAYOUTS["cp2"],
+            objective={"loss_type": "dpo_norm", "beta": 0.1},
+        ),
+        split="eval",
+        output=folder / "results" / "conversations.json",
+    )
     train(config(folder))
     newest = find_subject(folder / "run", "--model")
     own = load_config(folder / "run" / "config.yaml")
@@ -112,6 +125,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / "reference_moe", "qwen2_moe", seed=2)
     make_prepared(folder / "prepared", rows=24, eval_count=11, seed=3)
     make_prepared(folder / "unsplit", rows=6, eval_count=0, seed=4)
+    make_conversations(folder / "conversations", rows=6, eval_count=5, seed=5)
     return folder
 
 
@@ -131,6 +145,14 @@ def test_every_layout_gives_what_transformers_gives(folder: Path, refused: dict[
     assert sizes["expert_model_parallel_size"] == sizes["data_parallel_size"] == 2
 
 
+def test_only_tokens_of_the_assistant_count(folder: Path, refused: dict[str, str]) -> None:
+    rows = load_prepared(folder / "conversations").eval
+    assert rows is not None
+    assert all(0 < sum(mask) < len(mask) for name in ANSWERS for mask in rows[f"{name}_mask"])
+    models = {"": load(folder / "model"), "reference_": load(folder / "reference_model")}
+    check_rows(folder, ["conversations"], rows, [plain_row(models, row, per_token=True) for row in rows])
+
+
 def check_rows(folder: Path, names: list[str], rows: Any, expected: list[dict[str, float]]) -> None:
     for name in names:
         found = read_jsonl(folder / "results" / f"{name}.jsonl")
@@ -139,17 +161,23 @@ def check_rows(folder: Path, names: list[str], rows: Any, expected: list[dict[st
             assert {key: line[key] for key in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-5), name
 
 
-def plain_row(models: dict[str, torch.nn.Module], row: dict[str, Any]) -> dict[str, float]:
-    """Log-probabilities, rewards of DPO at beta 0.1 and gaps of one triplet, written from the formulas."""
+def plain_row(models: dict[str, torch.nn.Module], row: dict[str, Any], per_token: bool = False) -> dict[str, float]:
+    """Log-probabilities, rewards of DPO at beta 0.1 and gaps of one triplet, written from the formulas.
+
+    Args:
+        per_token: whether rewards are divided by the tokens that count.
+    """
     numbers: dict[str, float] = {}
     for context in CONTEXTS:
         for answer in ANSWERS:
+            places = counted(row, answer)
             for prefix, model in models.items():
                 with torch.no_grad():
-                    logp = response_logprob(model, row[f"prompt_{context}"], row[answer]).item()
-                numbers[f"{prefix}logps/{answer}_{context}"] = logp
+                    predicted = predictions(model, row[f"prompt_{context}"], row[answer])
+                numbers[f"{prefix}logps/{answer}_{context}"] = of_tokens(predicted, row[answer])[places].sum().item()
             both = (numbers[f"{prefix}logps/{answer}_{context}"] for prefix in models)
-            numbers[f"rewards/{answer}_{context}"] = 0.1 * (next(both) - next(both))
+            weight = 0.1 / len(places) if per_token else 0.1
+            numbers[f"rewards/{answer}_{context}"] = weight * (next(both) - next(both))
         numbers[f"rewards/margins_{context}"] = (
             numbers[f"rewards/chosen_{context}"] - numbers[f"rewards/rejected_{context}"]
         )

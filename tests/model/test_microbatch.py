@@ -36,7 +36,7 @@ def triplets(lengths: list[tuple[int, int, int, int]]) -> list[TokenizedTriplet]
     ]
 
 
-def shards(pack: Pack, size: int) -> list[Microbatch]:
+def shards(pack: Pack, size: int, **settings: bool) -> list[Microbatch]:
     """The pack as each of `size` context-parallel ranks sees it."""
 
     def place(rank: int) -> Any:
@@ -44,7 +44,7 @@ def shards(pack: Pack, size: int) -> list[Microbatch]:
         alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
         return SimpleNamespace(device=torch.device("cpu"), context_group=group, tensor_group=alone)
 
-    return [shard_pack(pack, place(rank)) for rank in range(size)]
+    return [shard_pack(pack, place(rank), **settings) for rank in range(size)]
 
 
 def owner(position: int, start: int, end: int, size: int) -> int:
@@ -126,6 +126,13 @@ def test_ranks_share_the_tokens_equally_and_know_the_whole_pack(size: int) -> No
         assert packing.cu_seqlens_kv is packing.cu_seqlens_kv_padded is packing.cu_seqlens_q
         assert packing.max_seqlen_q == packing.max_seqlen_kv >= max(pack.cu_seqlens_B1.diff().tolist())
         assert torch.equal(packing.response_rows, packing.response_rows.sort().values)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_segments_are_planned_where_attention_reads_them(share: bool) -> None:
+    pack = build_pack(triplets([(3, 17, 5, 4)]), ROLES, 2, share_prompts=share)
+    (every,), (needed,) = (shards(pack, 1, all_segments=each) for each in (True, False))
+    assert every.packing.segments is not None and (needed.packing.segments is not None) == share
 
 
 LOGPROBS = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])

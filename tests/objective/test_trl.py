@@ -1,18 +1,25 @@
 """The installed TRL: its own code computes the same losses, and the page "From TRL" maps every key that it has."""
 
 import dataclasses
+import json
 import re
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
+from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from megatron_solopo.config import LOSS_ALIASES, Config, LossType, ObjectiveConfig, dotted
+from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.objective import compute_objective
+from tests.data.conversations import write_tokenizer
+from tests.data.sample_rows import prepare, write_rows
 from tests.test_documentation import REQUIRED, ROOT
 
 PAGE = (ROOT / "docs" / "guides" / "from-trl.md").read_text(encoding="utf-8")
@@ -150,6 +157,38 @@ def test_the_page_maps_every_key_once() -> None:
         for _, here, remark in rows:
             assert here == "-" or set(quoted(here)) <= legal, here
             assert here != "-" or remark
+
+
+def test_defaults_that_the_page_calls_the_same_are_the_same() -> None:
+    ours = dict(dotted(Config.model_validate(REQUIRED).model_dump(mode="json")))
+    theirs = DPOConfig(output_dir="unused", report_to="none", use_cpu=True)
+    rows = [*table("Keys of `DPOConfig`"), *table("Keys of `TrainingArguments`")]
+    called_same = {quoted(one)[0]: quoted(here)[0] for one, here, remark in rows if "the same default" in remark}
+    assert {one: getattr(theirs, one) for one in called_same} == {one: ours[key] for one, key in called_same.items()}
+    assert len(called_same) == 4
+
+
+def test_rows_have_the_tokens_of_trls_trainer(tmp_path: Path) -> None:
+    (example,) = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL))
+    # Calls in one answer alone would give its messages other keys, by which TRL would find no common prompt.
+    implicit = {name: [*example["prompt"], example[name][-1]] for name in ("chosen", "rejected")}
+    path = write_tokenizer(tmp_path / "tokenizer", "qwen2_5")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    arguments = DPOConfig(output_dir="unused", report_to="none", use_cpu=True)
+    ours: list[dict[str, Any]] = []
+    for row in (implicit, example):
+        # As JSON text, because a table gives every object all keys.
+        rows = Dataset.from_list([row | ({"tools": json.dumps(row["tools"])} if "tools" in row else {})])
+        (theirs,) = DPOTrainer._prepare_dataset(trainer, rows, tokenizer, arguments, "train")
+        out = tmp_path / f"out{len(ours)}"
+        prepare(write_rows(tmp_path / "rows.jsonl", [row]), out, path)
+        ours.append(load_prepared(out).train[0])
+        assert [ours[-1][name] for name in ("prompt_short", "chosen", "rejected")] == [
+            theirs[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")
+        ]
+    counted = zip(ours[-1]["chosen"], ours[-1]["chosen_mask"], strict=True)
+    assert "28 degrees" in tokenizer.decode([token for token, counts in counted if not counts])
 
 
 def test_the_page_names_every_loss_of_trl_and_what_is_taken_is_legal() -> None:

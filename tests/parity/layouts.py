@@ -190,15 +190,17 @@ def _train(
     names = case.mixture or (config.objective.name,) * len(batches[0])
     numbers = [list(case.sources).index(name) for name in names]
     packs = [mixed_packs(batch, number, layout, roles, numbers, groups) for number, batch in enumerate(batches)]
-    references = None
-    if config.objective.needs_reference:
-        read = tuple(Role) if case.mixture else config.reference_roles
-        scored = [my_packs(batch, number, layout, read, groups) for number, batch in enumerate(batches)]
-        references = live_reference(config, reference, groups, scored, num_rows=sum(map(len, batches)))
-        if not case.mixture:
-            references = for_policy(config, references)
+    judged = []
+    for objective in sources:
+        references, own = None, config.model_copy(update={"objective": objective})
+        if objective.needs_reference:
+            # All rows, so that every rank has as many packs. A source reads those of its own.
+            scored = [my_packs(batch, step, layout, own.reference_roles, groups) for step, batch in enumerate(batches)]
+            found = live_reference(own, reference, groups, scored, num_rows=sum(map(len, batches)))
+            references = for_policy(own, found)
+        judged.append(SourceLoss(objective, references))
     policy = build_policy(config, resolve_model(config.model, config.parallel), groups, max_steps=len(batches))
-    loss = mixture_loss([SourceLoss(objective, references) for objective in sources], groups)
+    loss = mixture_loss(judged, groups)
     result = RankResult(_is_counted(groups))
     if config.model.has_delayed_scales:
         policy.warm_scales(packs[0], loss, groups)

@@ -78,8 +78,11 @@ Replayed = dict[str, list[Tensor]]
 def replaying(model: torch.nn.Module, row: Row, context: str, answer: str, kept: Replayed | None) -> Iterator[None]:
     """Within the block, keep the experts of a response behind the short context, and replay them behind the long one.
 
-    The experts of a position weigh as its own logits say. `kept` is None where nothing is replayed.
+    The experts of a position weigh as its own logits say. `kept` is None where nothing is replayed. A response that is
+    read behind the long context alone has nothing to replay.
     """
+    if context == "long" and kept is not None and answer not in kept:
+        kept = None
     first = len(row[f"prompt_{context}"]) - 1
     places = slice(first, first + len(row[answer]))
     gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
@@ -147,13 +150,24 @@ Routes = Mapping[tuple[str, str], list[Tensor]]
 """For each context and answer of a row: every sparse layer's router logits [tokens, experts]."""
 
 
+def sequences(o: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Context and answer of every sequence that objective `o` reads."""
+    if o["name"] == "sft":
+        return [("short", "chosen")]
+    if o["name"] != "solopo":
+        context = o["name"].removesuffix("_po")
+        return [(context, "chosen"), (context, "rejected")]
+    return [
+        *[("short", "chosen"), ("short", "rejected"), ("long", "chosen")],
+        *([("long", "rejected")] if o.get("align") == "both" else []),
+    ]
+
+
 def routes(o: Mapping[str, Any], model: Any, row: Row, replay: bool) -> Routes:
     """Run every sequence that objective `o` reads, and keep what the routers say."""
-    pairs = [("short", "chosen"), ("short", "rejected"), ("long", "chosen")]
-    pairs += [("long", "rejected")] if o.get("align") == "both" else []
     kept: Replayed | None = {} if replay else None
     found = {}
-    for context, answer in pairs:
+    for context, answer in sequences(o):
         with replaying(model, row, context, answer, kept):
             tokens = torch.tensor([[*row[f"prompt_{context}"], *row[answer]]])
             found[context, answer] = model(tokens, output_router_logits=True).router_logits
@@ -161,15 +175,18 @@ def routes(o: Mapping[str, Any], model: Any, row: Row, replay: bool) -> Routes:
 
 
 def router_loss(model: Any, batch: Sequence[Routes], aux: float, z: float) -> Tensor:
-    """The mean over sequences of the losses of all layers' routers; the balance is transformers' own function."""
-    config, total, count = model.config, torch.zeros(()), 0
+    """The losses of all layers' routers, mean over the sequences of a row, then over rows.
+
+    The balance is transformers' own function.
+    """
+    config, total = model.config, torch.zeros(())
     for logits_of in batch:
         for layers in logits_of.values():
-            count += 1
             for logits in layers:
                 balance = load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
-                total = total + aux * balance + z * logits.logsumexp(dim=-1).square().mean()
-    return total / count
+                loss = aux * balance + z * logits.logsumexp(dim=-1).square().mean()
+                total = total + loss / len(logits_of)
+    return total / len(batch)
 
 
 def routing_metrics(
@@ -198,7 +215,7 @@ def routing_metrics(
         for row, logits_of in zip(rows, batch, strict=True):
             experts = {key: logits[layer].topk(topk).indices for key, logits in logits_of.items()}
             for context, answer in logits_of:
-                if context == "long":
+                if context == "long" and ("short", answer) in logits_of:
                     places = [
                         slice(len(row[f"prompt_{each}"]) - 1, len(row[f"prompt_{each}"]) - 1 + len(row[answer]))
                         for each in ("short", "long")
@@ -378,7 +395,7 @@ def train(
         loss = torch.stack(losses).mean()
         routing = {}
         if hasattr(model.config, "num_experts_per_tok"):
-            batch_routes = [routes(o, model, row, replay) for row in batch]
+            batch_routes = [routes(own, model, row, replay) for own, row in zip(objectives, batch, strict=True)]
             (loss + router_loss(model, batch_routes, aux, z)).backward()
             topk = model.config.num_experts_per_tok
             routing = routing_metrics(topk, batch_routes, batch, replay, share_prompts)

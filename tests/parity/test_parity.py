@@ -156,13 +156,20 @@ LAYOUTS: dict[int, list[Layout]] = {
 # One row of each objective, so that some packs lack some of the sources.
 MIXTURE = ("sft", "solopo", "long_po", "short_po")
 WITH_MIXTURE = ("one-pack", "uneven-accumulation", "tp2-sp", "pp2", "cp2", "dp2", "dp2-uneven", "tp2-cp2")
+# Mixtures of objectives with experts, adapters, and weights of tokens and pairs.
+WITH_WEIGHTED_MIXTURE = ("uneven-accumulation", "cp2")
+WITH_EXPERT_MIXTURE = ("padded-pack", "ep2-uneven", "ep2-within-tp2")
+WITH_REPLAYED_MIXTURE = ("replay-recompute", "replay-cp2")
+WITH_ADAPTER_MIXTURE = ("packed", "dp2-distributed")
 # With `align: chosen`, the short prompt is shared and the long one is not.
 ALIGN_CHOSEN = ("tp2-sp", "pp2-vpp2", "cp2", "cp4", "tp2-cp2", "cp4-lonely", "tp2-cp2-lonely")
 WITH_WEIGHTS = ("packed", "chunked-head", "tp2-chunked-recompute", "pp2", "cp2", "tp2-cp2")
 WITH_TOKENS = (
-    *("packed", "unpacked", "chunked-head", "tp2-sp", "tp2-chunked-recompute", "pp2", "cp2"),
+    *("packed", "unpacked", "chunked-head", "tp2-sp", "tp2-chunked-recompute", "pp2", "cp2", "dp2-uneven"),
     *("tp2-cp2", "cp4-lonely", "pp2-cp2"),
 )
+WITH_EXPERT_TOKENS = ("padded-pack", "ep2-uneven", "replay-cp2")
+WITH_ADAPTER_TOKENS = ("packed", "cp2")
 WITH_LONGPO = ("packed", "cp2", "pp2", "tp2-dp2")
 TRAINED = {"router_trainable": True}
 REPLAYED = {"replay": "short"}
@@ -213,6 +220,12 @@ def expert_cases(world_size: int) -> list[Case]:
     found += [Case("qwen3_moe", ORPO_NLL, layout) for layout in layouts[:2]]
     found += [Case("mixtral", ORPO_NLL, unshared(layout)) for layout in layouts[:2]]
     found += [Case("olmoe", DPO_BOTH, layout) for layout in layouts if layout.name in NORMS_ALL_HEADS]
+    for objective, names, mixture in (
+        (ORPO_NLL, WITH_EXPERT_MIXTURE, MIXTURE),
+        (DPO_BOTH, WITH_REPLAYED_MIXTURE, MIXTURE),
+        (TOKENS, WITH_EXPERT_TOKENS, ()),
+    ):
+        found += [Case("qwen3_moe", objective, each, mixture=mixture) for each in layouts if each.name in names]
     if world_size == 1:
         replayed = next(layout for layout in layouts if layout.moe.get("replay"))
         # Probabilities of the chosen experts that are divided by their sum; and rewards of 0.
@@ -265,7 +278,9 @@ def adapter_cases(world_size: int) -> list[Case]:
     """The layouts of adapters; every one with one family, and the first of each kind with the other."""
     layouts = ADAPTER_LAYOUTS.get(world_size, [])
     other = [next(each for each in layouts if each.lora is lora) for lora in (ALL_LINEAR, SOME) if layouts]
-    return [Case("qwen2_tied", DPO_BOTH, each) for each in layouts] + [Case("qwen3", DPO_BOTH, each) for each in other]
+    found = [Case("qwen2_tied", DPO_BOTH, each) for each in layouts] + [Case("qwen3", DPO_BOTH, each) for each in other]
+    found += [Case("qwen3", DPO_BOTH, each, mixture=MIXTURE) for each in layouts if each.name in WITH_ADAPTER_MIXTURE]
+    return found + [Case("qwen3", TOKENS, each) for each in layouts if each.name in WITH_ADAPTER_TOKENS]
 
 
 def cases(world_size: int) -> list[Case]:
@@ -290,6 +305,8 @@ def dense_cases(world_size: int) -> list[Case]:
     found += [Case("qwen2", LONGPO, layout, **behind_short) for layout in layouts if layout.name in WITH_LONGPO]
     found += [Case("qwen2", OBJECTIVES[0], shared(layout)) for layout in layouts if layout.name in ALIGN_CHOSEN]
     found += [Case("qwen2", WEIGHTED, layout) for layout in layouts if layout.name in WITH_WEIGHTS]
+    weighted = [layout for layout in layouts if layout.name in WITH_WEIGHTED_MIXTURE]
+    found += [Case("qwen2", WEIGHTED, layout, mixture=MIXTURE) for layout in weighted]
     found += [Case("qwen2_tied", TOKENS, layout) for layout in layouts if layout.name in WITH_TOKENS]
     found += [Case("qwen2", TOKENS | {"align": "both"}, unshared(layouts[0]))] if world_size == 1 else []
     # Norms of queries and keys: with and without sequence parallelism, whole heads and split groups.

@@ -31,6 +31,7 @@ ONE = [
     Case("one"),
     Case("one-bf16", model=BF16),
     Case("one-unshared", model=BF16, share_prompts=False),
+    Case("one-instructions", model=BF16, objective={"name": "sft"}),
     Case("one-core-unshared", parallel=CORE, share_prompts=False),
     Case("one-bf16-plain-optimizer", model=BF16, distributed_optimizer=False),
     Case("one-core", parallel=CORE, model=BF16),
@@ -232,7 +233,7 @@ def test_the_fullest_pack_is_the_one_that_keeps_most(parallel: dict, models: Pat
         pack_shape([triplet | answers], [config.objective.roles.all], 1, 1, 1, share_prompts=True)
         for triplet in triplets
     )
-    assert few.padded_tokens == many.padded_tokens and few.gathered_keys + 260 == many.gathered_keys
+    assert few.padded_tokens == many.padded_tokens and few.attended_keys + 260 == many.attended_keys
 
     def peak(*packs: PackShape) -> PeakActivations:
         return peak_activations(read_architecture(config.model.path), config, 0, packs, local=True)

@@ -6,6 +6,9 @@ import pytest
 
 from megatron_solopo.architecture.adapters import num_adapter_parameters
 from megatron_solopo.architecture.flops import linear_weights
+from megatron_solopo.plan.layouts import layout_variants
+from megatron_solopo.plan.memory import rank_state
+from megatron_solopo.plan.timing import StepTimer
 from tests.plan.models import estimate, make_planner
 
 
@@ -25,12 +28,40 @@ def test_copies_of_shared_keys_take_the_time_to_read_and_write_them() -> None:
     bare = [estimate(planner, cp=cp).time.compute.attention for cp in (1, 8)]
     packs = one.batch.heaviest_rank
     prompts = sum(pack.squares for pack in packs), sum(pack.squares for pack in estimate(planner).batch.heaviest_rank)
-    keys, tokens = sum(pack.gathered_keys for pack in packs), sum(pack.padded_tokens for pack in packs)
+    keys, tokens = sum(pack.attended_keys for pack in packs), sum(pack.padded_tokens for pack in packs)
     copied = 32 * 2 * 8 * 128 * (keys * (2 * 2) + keys * (3 * 2 + 4 * 4) + tokens * (2 * 4 + 2))
     rate = planner.gpu.hbm_gb_per_s * 1e9 * planner.efficiency.memory
     kernels = bare[0] * prompts[0] / prompts[1]
     assert one.time.compute.attention == pytest.approx(kernels + copied / rate, rel=1e-9)
     assert eight.time.compute.attention > kernels / 8 + copied / 8 / rate
+
+
+def test_packs_of_one_response_cost_what_they_cost_without_shared_prompts() -> None:
+    """An instruction has one response, so its packs exchange keys as `cp_comm_type` says."""
+    shared, bare = (
+        make_planner("llama-3.1-8b", "objective.name=sft", f"data.share_prompts={share}", gpus=8)
+        for share in ("true", "false")
+    )
+    for cp in (1, 8):
+        found, expected = (estimate(planner, cp=cp) for planner in (shared, bare))
+        assert not any(pack.shares_prompts for pack in found.batch.heaviest_rank)
+        assert found.time == expected.time and found.stages == expected.stages
+    assert found.layout.savers == "cp p2p" and expected.layout.savers == "cp p2p, prompts not shared"
+    vary = ("cp_comm", "share_prompts")
+    tried = [each for row in layout_variants(shared.architecture, found.layout, shared.gpu, vary) for each in row]
+    exchanges = [each.config.parallel.cp_comm_type for each in tried]
+    assert sorted(exchanges) == ["a2a", "p2p"], "sharing changes nothing, and is not tried"
+
+
+def test_a_pack_that_shares_prompts_is_timed_apart_from_one_that_does_not() -> None:
+    """Two packs of one batch that differ in nothing else."""
+    planner = make_planner(gpus=8)
+    found = estimate(planner, cp=8)
+    shared, config = found.batch.heaviest_rank[0], found.layout.config
+    plain, state = replace(shared, shares_prompts=False), rank_state(planner.architecture, config, 0, 1)
+    timer = StepTimer(planner.architecture, config, 1, planner.gpu, planner.efficiency)
+    one, other, both = (timer.time_step(packs, [state]).compute.total for packs in ([shared], [plain], [shared, plain]))
+    assert other < one and both == pytest.approx(one + other)
 
 
 def test_work_is_shared_and_traffic_appears_with_the_group() -> None:

@@ -62,7 +62,7 @@ def test_a_shape_is_the_real_packs(triplets: list[dict[str, int]], cp: int, whol
     shards = [shard_indices(pack.cu_seqlens_B1, cp, rank) for rank in range(cp)]
     assert shape.response_rows == max(int(torch.isin(pack.response_rows_N, shard).sum()) for shard in shards)
     keys = [sum(plan_segments(pack.blocks, cp, rank).key_lengths) for rank in range(cp)]
-    assert shape.gathered_keys == max(keys)
+    assert shape.attended_keys == max(keys) and shape.shares_prompts == pack.shares_prompts
 
 
 def test_prepared_lengths_are_those_of_the_rows(tmp_path) -> None:

@@ -137,6 +137,10 @@ def test_only_keys_that_differ_are_shown(tmp_path: Path) -> None:
         "objective.alpha": ["3.0", "null"],
         "extra.key": ["no such key", "1"],
     }
+    sources = [{"path": "data/a", "weight": 3.0, "objective": None}, {"path": "b", "weight": 1.0, "objective": "sft"}]
+    mixed = write_run(tmp_path / "mixed", data={"sources": sources})
+    differences = dict(config_differences(read_runs([one, mixed])))
+    assert differences["data.sources"] == ["no such key", "path data/a, weight 3.0; objective sft, path b, weight 1.0"]
 
 
 def test_a_mean_over_tasks_is_surer_than_each_task(tmp_path: Path) -> None:

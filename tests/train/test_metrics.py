@@ -161,6 +161,8 @@ def test_the_console_shows_alignment_and_evaluation_where_there_are_any() -> Non
     more = {"po_loss": 0.7, "solo_ra/gap_abs": 0.1, "eval_loss": 0.6, "eval_rewards/accuracies": 0.5}
     line = console_line(step_metrics(3, **more), total_steps=12, remaining_seconds=0)
     assert "| po 0.7000 gap 0.1000 |" in line and "| eval loss 0.6000 accuracy 0.50 |" in line
+    line = console_line(step_metrics(3, **more, **{"token_alignment/kl": 0.02}), total_steps=12, remaining_seconds=0)
+    assert "| po 0.7000 gap 0.1000 kl 0.0200 |" in line
 
 
 def test_time_to_go_counts_the_steps_of_this_run(tmp_path, capsys, monkeypatch) -> None:

@@ -12,6 +12,9 @@ from megatron_solopo.config import Config
 from megatron_solopo.data.mixture import Stream
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import read_jsonl
+from megatron_solopo.report.curves import curve_pictures
+from megatron_solopo.report.figure import LIGHT
+from megatron_solopo.report.runs import read_runs
 from megatron_solopo.train.trainer import train
 from tests.distributed import run_distributed
 from tests.prepared import make_prepared
@@ -95,6 +98,17 @@ def test_each_source_has_its_metrics_and_the_whole_is_their_mean(steps: list[dic
         assert step["solo_ra/gap_abs"] == step["source/triplets/solo_ra/gap_abs"]
         assert not {"source/pairs/solo_ra/gap_abs", "source/chats/po_loss"} & step.keys()
     assert None in {step["source/chats/loss"] for step in steps}, "some batch has no row of a source"
+
+
+def test_the_report_has_a_panel_for_each_source(folder: Path, found: dict[str, str]) -> None:
+    (run,) = read_runs([folder / "whole"])
+    pictures = {picture.name: picture for picture in curve_pictures([run])}
+    shown = {name: picture.alt.partition(": ")[2] for name, picture in pictures.items() if name.startswith("source-")}
+    assert shown == {"source-losses": "triplets, pairs, chats.", "source-accuracies": "triplets, pairs."}
+    losses = pictures["source-losses"].draw(LIGHT)
+    points = [[len(line.get_xdata()) for line in axis.lines] for axis in losses.axes]
+    drawn = [len(run.series(f"source/{name}/loss")[0]) for name in KINDS]
+    assert points == [[drawn[0], 2], [drawn[1]], [drawn[2], 2]]
 
 
 def test_the_policy_is_its_own_reference_at_the_first_step(steps: list[dict[str, Any]]) -> None:

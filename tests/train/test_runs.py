@@ -16,6 +16,9 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import compute_objective
 from megatron_solopo.parallel import topology
+from megatron_solopo.report.curves import curve_pictures
+from megatron_solopo.report.figure import LIGHT
+from megatron_solopo.report.runs import read_runs
 from megatron_solopo.train.reference import reference_logprobs
 from megatron_solopo.train.session import check_and_join
 from megatron_solopo.train.trainer import precompute_reference, train
@@ -45,6 +48,7 @@ def config(folder: Path, name: str, parallel: dict[str, Any], **sections: Any) -
             "run_dir": folder / name,
             "model": {"path": folder / "model"},
             "data": data(folder),
+            "objective": {"token_alignment": "reverse_kl"},
             "reference": {"model_path": folder / "reference_model", "cache": folder / "reference"},
             "training": {"global_batch_size": 4, "max_steps": STEPS, "eval_steps": 4},
             "optimizer": {"lr": 1e-3, "lr_warmup_iters": 1},
@@ -237,6 +241,7 @@ def test_metrics_hold_what_is_promised_once_per_step(found: dict[str, Any], fold
         "solo_ra/loss",
         "solo_ra/gap_abs",
         "solo_ra/gap_signed",
+        "token_alignment/kl",
         "grad_norm",
         "learning_rate",
         "num_triplets",
@@ -260,6 +265,13 @@ def test_metrics_hold_what_is_promised_once_per_step(found: dict[str, Any], fold
     evaluated = [step["step"] for step in steps if "eval_loss" in step]
     assert evaluated == [4, STEPS]
     assert [step["learning_rate"] for step in steps[:2]] == [0.0, 1e-3]
+
+
+def test_the_report_has_a_panel_for_the_divergence_of_tokens(found: dict[str, Any], folder: Path) -> None:
+    (picture,) = [each for each in curve_pictures(read_runs([folder / "cp2"])) if each.name == "gap"]
+    axis = picture.draw(LIGHT).axes[2]
+    drawn = [len(line.get_xdata()) for line in axis.lines]
+    assert axis.get_title("left") == "Divergence at a token (nats)" and drawn == [STEPS, 2]
 
 
 def test_evaluation_does_not_depend_on_the_layout(found: dict[str, Any], folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +32,16 @@ _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def regenerate(document: str, runs: Path, tables: Mapping[str, Table]) -> str:
-    """The document with every `<!-- table: NAME -->` block of these tables written anew."""
+    """The document with these tables written anew."""
     results = Results(runs)
+    return fill_tables(document, {name: make(results) for name, make in tables.items()})
+
+
+def fill_tables(document: str, tables: Mapping[str, Iterable[str]]) -> str:
+    """The document with the lines of these tables in their `<!-- table: NAME -->` blocks."""
 
     def written(block: re.Match[str]) -> str:
-        name = block[2]
-        return block[1] + "\n".join(tables[name](results)) + "\n" + block[3] if name in tables else block[0]
+        return block[1] + "\n".join(tables[block[2]]) + "\n" + block[3] if block[2] in tables else block[0]
 
     return _BLOCK.sub(written, document)
 
