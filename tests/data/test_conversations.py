@@ -6,10 +6,10 @@ what the assistant generates with {% generation %}, so that transformers gives a
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import trl
 from transformers import AutoTokenizer
 
 from megatron_solopo.data.prepared import load_prepared
@@ -24,7 +24,8 @@ from tests.data.conversations import QUESTION, ROWS, TEMPLATES, TOOLS, call, res
 from tests.data.sample_rows import prepare, write_rows
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "data.md"
-PUBLISHED = Path(trl.__file__).parent / "chat_templates"
+TRL = find_spec("trl")
+needs_trl = pytest.mark.skipif(TRL is None, reason="TRL is not installed")
 EDITED = "chosen: the chat template edits earlier turns, so prompt and response do not concatenate"
 OPENED = "the chat template begins every answer with '<think>"
 NO_CONTENT = 'a message with tool_calls has no content: write "content": "", or use another template'
@@ -96,10 +97,15 @@ def test_tokens_and_mask_are_those_of_transformers(tokenizers, name):
     compare_all(tokenizers[name], REFUSED[name], with_text_arguments if name == "deepseek_v3" else lambda each: each)
 
 
+@needs_trl
 @pytest.mark.parametrize("name", REFUSED_BY_PUBLISHED)
 def test_tokens_and_mask_of_published_templates_are_those_of_transformers(tmp_path, name):
-    path = with_template(tmp_path, (PUBLISHED / f"{name}.jinja").read_text(encoding="utf-8"))
+    path = with_template(tmp_path, published(name))
     compare_all(path, REFUSED_BY_PUBLISHED[name], lambda each: each)
+
+
+def published(name):
+    return (Path(TRL.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def compare_all(path, expected, as_taken):
@@ -147,8 +153,9 @@ def check_mask(tokenizer, tokens, ours, theirs):
             run = []
 
 
+@needs_trl
 def test_published_deepseek_takes_a_call_with_an_empty_content(tmp_path):
-    path = with_template(tmp_path, (PUBLISHED / "deepseekv3.jinja").read_text(encoding="utf-8"))
+    path = with_template(tmp_path, published("deepseekv3"))
     tokenizer = AutoTokenizer.from_pretrained(path)
     example = row([QUESTION], [assistant("It is.")])
     called = [call("Turin", content=""), result("18")]
