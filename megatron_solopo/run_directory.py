@@ -6,6 +6,7 @@ checkpoints/     iter_0000010, ..., and `latest`, which holds the name of the ne
 evaluation/      results of `evaluate`
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from megatron_solopo.architecture.model_directory import CONFIG, check_megatron_
 from megatron_solopo.errors import UserError
 
 RUN_CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
+SOURCE_METRIC = re.compile("(?P<held_out>eval_)?source/(?P<source>[^/]+)/(?P<metric>.+)")
+"""Name of a metric of one source of rows in metrics.jsonl; with `eval_`, on held-out rows."""
 _LATEST, _STEP = "latest", "iter_"
 
 

@@ -18,7 +18,7 @@ from megatron_solopo.data.template_arguments import NO_ARGUMENTS, TemplateArgume
 from megatron_solopo.data.template_clock import FUNCTION, Clock, templates_see
 from megatron_solopo.data.tokenizer_contradictions import TokenizerFile, check_tokenizer_files
 from megatron_solopo.data.tokenizer_file import CLASSES_OF_THE_FILE, load_by_file
-from megatron_solopo.data.tool_calls import arguments_as_objects, arguments_as_text, takes_text
+from megatron_solopo.data.tool_calls import Render, arguments_as_objects, arguments_as_text, needs_content, takes_text
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
 
@@ -229,7 +229,9 @@ class _HuggingFaceTokenizer(Tokenizer):
             way_out = ""
             if "system" in reason.lower() and any(message["role"] == "system" for message in messages):
                 way_out = "; write the system text into the first user message, or use another template"
-            elif any(TOOL_CALLS in message and message["content"] is None for message in messages):
+            elif any(TOOL_CALLS in message and message["content"] is None for message in messages) and needs_content(
+                self._trial_of(arguments)
+            ):
                 way_out = '; a message with tool_calls has no content: write "content": "", or use another template'
             raise UserError(f"the chat template of {self._path} refuses the messages: {reason}{way_out}") from error
 
@@ -245,7 +247,11 @@ class _HuggingFaceTokenizer(Tokenizer):
 
     def _takes_text(self, template: str, arguments: TemplateArguments) -> bool:
         """Whether a template needs the arguments of tool calls as text."""
+        if template not in self._needs_text:
+            self._needs_text[template] = takes_text(self._trial_of(arguments))
+        return self._needs_text[template]
 
+    def _trial_of(self, arguments: TemplateArguments) -> Render:
         def render(messages: list[Message]) -> str:
             try:
                 return self._apply(messages, arguments, add_generation_prompt=False)
@@ -254,9 +260,7 @@ class _HuggingFaceTokenizer(Tokenizer):
                     raise
                 return ""
 
-        if template not in self._needs_text:
-            self._needs_text[template] = takes_text(render)
-        return self._needs_text[template]
+        return render
 
     @cached_property
     def _needs_text(self) -> dict[str, bool]:

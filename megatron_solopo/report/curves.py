@@ -1,7 +1,6 @@
 """The pictures of training: losses, rewards, the SoLo gap, sources, experts, gradient norm and throughput by step."""
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 
 from megatron_solopo.report.figure import Picture, Theme, add_legend, empty_figure, style_axes
 from megatron_solopo.report.runs import RunRecord
+from megatron_solopo.run_directory import SOURCE_METRIC
 
 _MAX_POINTS = 400
 _MIN_STEPS_TO_SMOOTH = 50
@@ -124,8 +124,8 @@ def curve_pictures(runs: Sequence[RunRecord]) -> Iterator[Picture]:
 
 def _figures_of_sources(runs: Sequence[RunRecord]) -> Iterator[tuple[str, str, str, tuple[Panel, ...]]]:
     """Like `_FIGURES`. Every source of any run has a panel, so that sources of one name are side by side."""
-    found = (re.match("source/([^/]+)/", metric) for run in runs for step in run.steps for metric in step)
-    names = dict.fromkeys(each[1] for each in found if each)
+    found = (SOURCE_METRIC.fullmatch(metric) for run in runs for step in run.steps for metric in step)
+    names = dict.fromkeys(each["source"] for each in found if each and not each["held_out"])
     for name, title, caption, metric in _OF_SOURCES:
         panels = [
             Panel(source, ((f"source/{source}/{metric}", "-", ""), (f"eval_source/{source}/{metric}", "o", "held out")))

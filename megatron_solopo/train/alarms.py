@@ -10,7 +10,6 @@ So the detectors of an objective look at each source's own metrics, on the steps
 To add a detector, write a function and put it into `OBJECTIVE_DETECTORS` or `RUN_DETECTORS`.
 """
 
-import re
 import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_solopo.files import read_jsonl
+from megatron_solopo.run_directory import SOURCE_METRIC
 from megatron_solopo.train.callbacks import Callback, say
 from megatron_solopo.train.state import Metrics, TrainState
 
@@ -92,11 +92,8 @@ def evaluation_not_finite(steps: Sequence[StepMetrics]) -> str | None:
     """Warn if the newest evaluation's loss is NaN or infinite; it is null in `metrics.jsonl`."""
     if steps[-1].get("eval_loss", 0.0) is not None:
         return None
-    of_sources = [
-        found[1]
-        for name, value in steps[-1].items()
-        if value is None and (found := re.fullmatch("eval_source/([^/]+)/loss", name))
-    ]
+    found = (SOURCE_METRIC.fullmatch(name) for name, value in steps[-1].items() if value is None)
+    of_sources = [each["source"] for each in found if each and each["held_out"] and each["metric"] == "loss"]
     where = f" of {', '.join(of_sources)}" if of_sources else ""
     return f"the loss of the held-out triplets{where} is not finite, though the training steps are; look at their rows"
 

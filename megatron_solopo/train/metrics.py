@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import resource
 import secrets
 import time
@@ -26,6 +25,7 @@ from megatron_solopo.errors import OutOfSpaceError, UserError, is_out_of_space
 from megatron_solopo.files import atomic_path, read_jsonl
 from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.topology import Topology
+from megatron_solopo.run_directory import SOURCE_METRIC
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE
 from megatron_solopo.train.callbacks import Callback, say
 from megatron_solopo.train.state import Metrics, TrainState
@@ -225,8 +225,10 @@ def console_line(metrics: Metrics, total_steps: int, remaining_seconds: float) -
 
 def source_losses(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Each source that has rows in a step, and the name of its loss."""
-    pattern = re.compile("source/([^/]+)/loss")
-    return [(found[1], name) for name, value in metrics.items() if value is not None and (found := pattern.match(name))]
+    found = ((name, SOURCE_METRIC.fullmatch(name)) for name, value in metrics.items() if value is not None)
+    return [
+        (each["source"], name) for name, each in found if each and each["metric"] == "loss" and not each["held_out"]
+    ]
 
 
 def computed_tokens(counts: Metrics) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from megatron_solopo.data.end_tokens import end_tokens
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.data.rows import parse_row
 from megatron_solopo.data.template_effects import MEANINGS
@@ -29,6 +30,8 @@ needs_trl = pytest.mark.skipif(TRL is None, reason="TRL is not installed")
 EDITED = "chosen: the chat template edits earlier turns, so prompt and response do not concatenate"
 OPENED = "the chat template begins every answer with '<think>"
 NO_CONTENT = 'a message with tool_calls has no content: write "content": "", or use another template'
+# Nothing helps: these write no call beside an empty content either, and transformers leaves out one that is null.
+NO_CALL = "refuses the messages: 'dict object' has no attribute 'content'"
 ALTERNATE = "Conversation roles must alternate"
 LOST, LOST_PROMPT = "answer_text", "prompt_text"
 THOUGHTS = {"thoughts", "last_thought"}
@@ -43,6 +46,7 @@ REFUSED: dict[str, dict[str, set[str]]] = {
 }
 REFUSED_BY_PUBLISHED: dict[str, dict[str, set[str]]] = {
     "cohere2_training": {ALTERNATE: CALLS},
+    "deepseek_r1_distill_training": {NO_CALL: CALLS, EDITED: {"turns"}},
     "deepseekv3": {NO_CONTENT: CALLS, EDITED: {"turns"}},
     "deepseekv3_training": {NO_CONTENT: CALLS, EDITED: {"turns"}},
     "gemma3_training": {ALTERNATE: CALLS},
@@ -57,12 +61,30 @@ REFUSED_BY_PUBLISHED: dict[str, dict[str, set[str]]] = {
         OPENED: {"history", "thoughts"},
         EDITED: {"tools", "two_calls", "turns", "last_thought"},
     },
-    "phi3_training": {NO_CONTENT: CALLS, EDITED: {"turns"}},
+    "phi3_training": {NO_CALL: CALLS, EDITED: {"turns"}},
     "qwen2_5_training": {LOST: THOUGHTS},
     "qwen3": {},
     "qwen3_training": {},
     "qwen3_6_training": {},
     "qwen3_instruct_2507_training": {LOST: THOUGHTS},
+}
+
+
+# The tokens that end an answer of the published models; of all others <|im_end|>.
+END_OF_SENTENCE = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+END_TOKENS = {
+    "cohere2_training": ["<|END_OF_TURN_TOKEN|>"],
+    "deepseek_r1_distill_training": [END_OF_SENTENCE],
+    "deepseekv3": [END_OF_SENTENCE],
+    "deepseekv3_training": [END_OF_SENTENCE],
+    "gemma3_training": ["<end_of_turn>"],
+    "gemma4": ["<turn|>", "<|tool_response>"],
+    "glm4moe_training": ["<|endoftext|>", "<|user|>", "<|observation|>"],
+    "gptoss": ["<|return|>", "<|call|>"],
+    "gptoss_training": ["<|return|>", "<|call|>"],
+    "llama3_1": ["<|eot_id|>"],
+    "llama3_2": ["<|eot_id|>"],
+    "phi3_training": ["<|end|>"],
 }
 
 
@@ -100,7 +122,7 @@ def test_tokens_and_mask_are_those_of_transformers(tokenizers, name):
 @needs_trl
 @pytest.mark.parametrize("name", REFUSED_BY_PUBLISHED)
 def test_tokens_and_mask_of_published_templates_are_those_of_transformers(tmp_path, name):
-    path = with_template(tmp_path, published(name))
+    path = with_template(tmp_path, published(name), END_TOKENS.get(name, ["<|im_end|>"]))
     compare_all(path, REFUSED_BY_PUBLISHED[name], lambda each: each)
 
 
@@ -111,8 +133,10 @@ def published(name):
 def compare_all(path, expected, as_taken):
     tokenizer, ours = AutoTokenizer.from_pretrained(path), load_tokenizer(path)
     refused: dict[str, set[str]] = {}
+    ends = end_tokens(path, ours)
     for kind, example in ROWS.items():
-        found, cause = tokenized(example, ours, tokenizer.get_added_vocab().values())
+        found, cause = tokenized(example, ours, ends)
+        assert NO_CONTENT not in cause or NO_CONTENT in expected
         if cause:
             refused.setdefault(next((each for each in expected if each in cause), cause), set()).add(kind)
             continue
@@ -128,7 +152,7 @@ def compare_all(path, expected, as_taken):
 
 def of_transformers(tokenizer, example, side, answer):
     """The whole conversation."""
-    marks = "generation %}" in tokenizer.chat_template
+    marks = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template) is not None
     return tokenizer.apply_chat_template(
         example[side] + example[answer],
         tools=example.get("tools"),
@@ -151,19 +175,24 @@ def check_mask(tokenizer, tokens, ours, theirs):
         else:
             assert header.endswith(tokenizer.decode(run)) and (mine or not run)
             run = []
+    assert any(ours) and not run
 
 
 @needs_trl
-def test_published_deepseek_takes_a_call_with_an_empty_content(tmp_path):
-    path = with_template(tmp_path, published("deepseekv3"))
-    tokenizer = AutoTokenizer.from_pretrained(path)
+@pytest.mark.parametrize("name", ["deepseekv3", "deepseek_r1_distill_training", "phi3_training"])
+def test_a_call_with_an_empty_content_is_written_or_refused(tmp_path, name):
+    path = with_template(tmp_path, published(name), END_TOKENS[name])
+    tokenizer, ours = AutoTokenizer.from_pretrained(path), load_tokenizer(path)
     example = row([QUESTION], [assistant("It is.")])
     called = [call("Turin", content=""), result("18")]
     example |= {side: [*example[side], *called] for side in ("prompt_short", "prompt_long")}
-    found, cause = tokenized(example, load_tokenizer(path), tokenizer.get_added_vocab().values())
-    assert not cause
-    assert '\n```json\n{"place": "Turin"}\n```<' in tokenizer.decode(found.ids["prompt_long"])
-    assert tokenizer.decode(found.ids["chosen"]) == "It is.<\uff5cend\u2581of\u2581sentence\uff5c>"
+    found, cause = tokenized(example, ours, end_tokens(path, ours))
+    if name == "deepseekv3":
+        assert not cause
+        assert '\n```json\n{"place": "Turin"}\n```<' in tokenizer.decode(found.ids["prompt_long"])
+        assert tokenizer.decode(found.ids["chosen"]) == f"It is.{END_OF_SENTENCE}"
+    else:
+        assert cause == LOST_PROMPT
 
 
 def test_prepare_keeps_the_mask_and_counts_its_tokens(tokenizers, tmp_path):

@@ -38,7 +38,12 @@ def regenerate(document: str, runs: Path, tables: Mapping[str, Table]) -> str:
 
 
 def fill_tables(document: str, tables: Mapping[str, Iterable[str]]) -> str:
-    """The document with the lines of these tables in their `<!-- table: NAME -->` blocks."""
+    """The document with the lines of these tables in their `<!-- table: NAME -->` blocks.
+
+    Raises ValueError for a table that has no block.
+    """
+    if missing := tables.keys() - {block[2] for block in _BLOCK.finditer(document)}:
+        raise ValueError(f"the document has no block <!-- table: NAME --> for {', '.join(sorted(missing))}")
 
     def written(block: re.Match[str]) -> str:
         return block[1] + "\n".join(tables[block[2]]) + "\n" + block[3] if block[2] in tables else block[0]
