@@ -68,7 +68,7 @@ class TestPlan:
         assert len({run.name for run in RUNS}) == len(set(RUNS)) == len(RUNS)
 
     @pytest.mark.parametrize("run", [run for run in RUNS if run.method != BASE], ids=lambda run: run.name)
-    def test_a_run_is_legal_and_reads_as_many_triplets_as_any_other(self, run: Run) -> None:
+    def test_a_run_is_legal_and_reads_the_triplets_as_often_as_it_says(self, run: Run) -> None:
         config = load_config(EXAMPLE / "config.yaml", run.overrides(FULL))
         assert config.objective.name == run.method and config.objective.loss_type == run.loss_type
         assert config.objective.align == run.align and (config.lora is not None) == (run.weights == "lora")

@@ -86,7 +86,9 @@ def finish(jobs: list[Job], results: Results, processes: int) -> None:
 @click.command(context_settings={"max_content_width": 110})
 @click.option("--work", type=click.Path(path_type=Path), help="Directory to work in. If not given, beside this script.")
 @click.option("--quick", is_flag=True, help="Three triplets and two questions, to see the whole way in minutes.")
-@click.option("--everything", is_flag=True, help="Also learning rates, both answers aligned, ORPO, DPO and adapters.")
+@click.option(
+    "--everything", is_flag=True, help="Also both answers aligned, more passes of short_po, ORPO, DPO and adapters."
+)
 @click.option("--processes", default=2, show_default=True, help="Jobs side by side, a core each.")
 @click.option("--list", "list_only", is_flag=True, help="Name what is missing, and stop.")
 def main(work: Path | None, quick: bool, everything: bool, processes: int, list_only: bool) -> None:

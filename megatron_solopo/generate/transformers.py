@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
@@ -167,7 +168,8 @@ class TransformersModel(LocalModel):
     def _prompt_cache(self, prompts_BT: Tensor) -> dict[str, Any]:
         """Argument of `generate`: keys and values of a prompt that all rows share, up to its last token.
 
-        Empty if the rows differ. The samples of one request share their prompt, which is then computed once.
+        The samples of one request share their prompt, which is then computed once. Empty if the rows differ, or if a
+        layer keeps other states than keys and values of all tokens: transformers cannot repeat all of those.
         """
         rows, length = prompts_BT.shape
         if rows == 1 or length == 1 or not prompts_BT.eq(prompts_BT[0]).all():
@@ -175,8 +177,11 @@ class TransformersModel(LocalModel):
         output = self._model.base_model(prompts_BT[:1, :-1], use_cache=True)
         # transformers 5.24 gave it a new name, in outputs as in arguments.
         name = "cache" if "cache" in output else "past_key_values"
-        output[name].batch_repeat_interleave(rows)
-        return {name: output[name]}
+        cache = output.get(name)
+        if cache is None or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return {}
+        cache.batch_repeat_interleave(rows)
+        return {name: cache}
 
 
 def build_all(items: Iterable[Item], build: Build[Item]) -> list[Request]:

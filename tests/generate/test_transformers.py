@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
@@ -115,21 +115,46 @@ def test_weights_have_the_dtype_that_is_asked_for(model: Path) -> None:
         assert {each.dtype for each in loaded.parameters()} == {getattr(torch, name)} and not loaded.training
 
 
+PROMPTS_BT = torch.arange(3, 23).repeat(4, 1)
+"""One prompt of 20 tokens, for four samples."""
+
+
+def sampled_by_transformers(path: Path) -> torch.Tensor:
+    """[4, 6], the tokens of four samples, each of which computed the whole prompt."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    sampling = {"do_sample": True, "temperature": 0.9, "top_k": 0, "max_new_tokens": 6}
+    torch.manual_seed(0)
+    whole_BT = model.generate(
+        PROMPTS_BT, attention_mask=torch.ones_like(PROMPTS_BT), eos_token_id=None, pad_token_id=0, **sampling
+    )
+    return whole_BT[:, PROMPTS_BT.shape[1] :]
+
+
 def test_samples_of_one_request_are_those_of_transformers_and_compute_the_prompt_once(
     model: Path, tmp_path: Path
 ) -> None:
     loaded = TransformersModel(
         model, load_tokenizer(make_tokenizer(tmp_path)), torch.device("cpu"), "float32", temperature=0.9
     )
-    prompts_BT = torch.arange(3, 23).repeat(4, 1)
-    torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_pretrained(model).generate(
-        prompts_BT, attention_mask=torch.ones_like(prompts_BT), do_sample=True, temperature=0.9, top_k=0,
-        max_new_tokens=6, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+    plain_BT = sampled_by_transformers(model)
     computed = []
     loaded._model.get_input_embeddings().register_forward_hook(lambda _, args, __: computed.append(args[0].numel()))
     torch.manual_seed(0)
-    assert loaded.generate(prompts_BT, 6, ()).tolist() == plain[:, 20:].tolist()
+    assert loaded.generate(PROMPTS_BT, 6, ()).tolist() == plain_BT.tolist()
     assert computed == [19, 4, 4, 4, 4, 4, 4]
-    assert len({tuple(row) for row in plain.tolist()}) > 1
+    assert len({tuple(row) for row in plain_BT.tolist()}) > 1
+
+
+def test_samples_of_a_model_with_other_states_than_keys_and_values_are_those_of_transformers(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 131}
+    config = Lfm2Config(
+        **shape, num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"], conv_L_cache=3
+    )
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    loaded = TransformersModel(
+        tmp_path / "model", load_tokenizer(make_tokenizer(tmp_path / "tokenizer")), torch.device("cpu"), "float32",
+        temperature=0.9,
+    )  # fmt: skip
+    plain_BT = sampled_by_transformers(tmp_path / "model")
+    torch.manual_seed(0)
+    assert loaded.generate(PROMPTS_BT, 6, ()).tolist() == plain_BT.tolist()

@@ -144,7 +144,7 @@ class Run:
         if self.is_trial or self.seed != sizes.seeds[0]:
             return main
         # The rate of the comparison beside those of the trials.
-        dev = [DEV] if self.method in (BASE, "short_po") else []
+        dev = [DEV] if self in (Run(BASE), Run("short_po")) else []
         return [*main, *dev, *(part for part in map(test_part, sizes.lengths) if part not in main), NEEDLES]
 
 
@@ -158,10 +158,15 @@ def comparison(seed: int, loss_type: str = "simpo", weights: str = "full") -> li
     return [Run(method, seed, loss_type, weights=weights) for method in METHODS]
 
 
-def groups(sizes: Sizes, *, everything: bool) -> Iterator[list[Run]]:
-    """Groups of runs to finish one after the other. `make smollm2` runs learning rates and the main comparison."""
+def main_groups(sizes: Sizes) -> Iterator[list[Run]]:
+    """What `make smollm2` runs: the trials of learning rates, then the comparison."""
     yield [Run("short_po", learning_rate=rate) for rate in sizes.trial_rates]
     yield [Run(BASE), *(run for seed in sizes.seeds for run in comparison(seed))]
+
+
+def groups(sizes: Sizes, *, everything: bool) -> Iterator[list[Run]]:
+    """Groups of runs to finish one after the other."""
+    yield from main_groups(sizes)
     if everything:
         yield [Run("solopo", align="both"), Run("short_po", passes=EQUAL_FLOPS_PASSES)]
         yield from (comparison(SEEDS[0], loss_type) for loss_type in ("orpo", "dpo"))

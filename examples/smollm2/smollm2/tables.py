@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from megatron_solopo.evaluate.statistics import mean_measure, mean_score
 from megatron_solopo.results.results_file import MeanWithInterval
-from smollm2.plan import BASE, DEV, FULL, NEEDLES, Run, comparison, groups
+from smollm2.plan import BASE, DEV, FULL, NEEDLES, Run, comparison, groups, main_groups
 from smollm2.questions import questions, read_rows
 
 TRAINING = "training"
@@ -186,7 +186,7 @@ def rates(results: Sequence[Result]) -> Iterator[str]:
 
     def rows() -> Rows:
         for each in sorted(results, key=lambda each: (each.run.method != BASE, each.run.rate)):
-            if DEV in each.found:
+            if DEV in each.found and replace(each.run, learning_rate=None) in (Run(BASE), Run("short_po")):
                 answers = each.found[DEV]["answers"]
                 rate = NOTHING if each.run.method == BASE else f"{each.run.rate:g}"
                 cells = (cell(mean_score(list(each.scores(DEV, side).values()))) for side in sides.values())
@@ -236,12 +236,13 @@ def missing(results: Sequence[Result]) -> Iterator[str]:
     by_run = {each.run: each.found for each in results}
 
     def rows() -> Rows:
-        for number, group in enumerate(groups(FULL, everything=True)):
+        main = {run for group in main_groups(FULL) for run in group}
+        for group in groups(FULL, everything=True):
             for run in group:
                 wanted = [TRAINING] * (run.method != BASE) + run.parts(FULL)
                 absent = [part for part in wanted if part not in by_run.get(run, {})]
                 if absent:
-                    kind = "main" if number < 2 else "everything"
+                    kind = "main" if run in main else "everything"
                     yield [run.name, kind, "all" if absent == wanted else ", ".join(absent)]
 
     return table(["run", "part of the plan", "missing"], rows())
