@@ -57,7 +57,7 @@ def test_the_tables_of_the_results_come_from_the_runs(name: str) -> None:
 def test_a_table_without_a_block_is_an_error() -> None:
     document = "<!-- table: here -->\nold\n<!-- end -->\n"
     assert tables.fill_tables(document, {"here": ["new"]}) == document.replace("old", "new")
-    with pytest.raises(ValueError, match="for gone$"):
+    with pytest.raises(ValueError, match=r"for gone$"):
         tables.fill_tables(document, {"here": ["new"], "gone": ["new"]})
 
 
