@@ -37,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(models: Path) -> dict[str, list[RankResult]]:
     cases = [Case(FAMILY, DPO, layout) for layout in LAYOUTS]
     ranks = run_distributed(run_on_ranks, 2, models.parent, cases)
-    return {case.layout.name: [rank[case.name] for rank, _ in ranks] for case in cases}
+    return {case.layout.name: [rank[case.layout.name] for rank, _ in ranks] for case in cases}
 
 
 def test_adapters_are_exact_in_float32(results: dict[str, list[RankResult]], models: Path) -> None:
