@@ -37,5 +37,6 @@ def test_a_small_preparation_prints_and_writes_its_figures(tmp_path, monkeypatch
     assert result.exit_code == 0, result.output
     (run,) = json.loads(figures.read_text())["runs"]
     assert run["rows"] == 20 and 20 * 2600 < run["tokens"] < 40 * 12000
-    assert 50 * 2**20 < run["usage"]["peak_bytes"] < 4 * 2**30
+    usage = run["usage"]
+    assert 50 * 2**20 < usage["peak_anonymous_bytes"] < usage["peak_bytes"] < 4 * 2**30
     assert f"| 20 | 1 | {run['file_bytes'] / 2**20:,.0f} | {run['tokens']:,} |" in result.output

@@ -42,6 +42,8 @@ class Usage:
     cpu_seconds: float
     """Of all processes: what other work on the machine disturbs little."""
     peak_bytes: int
+    peak_anonymous_bytes: int
+    """Without pages of files, which the system drops where memory is short."""
     load_average: float
     """Over the last minute, before the start: what else ran on the machine."""
 
@@ -122,14 +124,15 @@ def watch(command: list[str]) -> Usage:
     load, cpu = os.getloadavg()[0], children_cpu_seconds()
     started = time.perf_counter()
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    peak = 0
+    peak = peak_anonymous = 0
     while child.poll() is None:
-        peak = max(peak, tree_bytes(child.pid))
+        whole, anonymous = tree_bytes(child.pid)
+        peak, peak_anonymous = max(peak, whole), max(peak_anonymous, anonymous)
         time.sleep(_SAMPLE_SECONDS)
     seconds = time.perf_counter() - started
     if child.returncode:
         raise click.ClickException(f"{command[2:5]} failed with exit code {child.returncode}, its message is above")
-    return Usage(round(seconds, 1), round(children_cpu_seconds() - cpu, 1), peak, load)
+    return Usage(round(seconds, 1), round(children_cpu_seconds() - cpu, 1), peak, peak_anonymous, load)
 
 
 def children_cpu_seconds() -> float:
@@ -138,20 +141,26 @@ def children_cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def tree_bytes(pid: int) -> int:
-    """Proportional set size of a process and all below it; a process that ends meanwhile counts as nothing."""
-    total = 0
+def tree_bytes(pid: int) -> tuple[int, int]:
+    """Proportional set size of a process and all below it, and the part that no file backs.
+
+    A process that ends meanwhile counts as nothing.
+    """
+    whole = anonymous = 0
     try:
         root = psutil.Process(pid)
         family = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return 0
+        return 0, 0
     for process in family:
         try:
-            total += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+        except OSError:
             continue
-    return total
+        kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+        whole += 1024 * kib["Pss"]
+        anonymous += 1024 * kib["Pss_Anon"]
+    return whole, anonymous
 
 
 def machine() -> str:

@@ -5,7 +5,7 @@
 
 Writes triplets whose long prompts are random paragraphs of the shipped questions, and prepares them with the example's
 tokenizer. Times include validation, starting processes and writing. Memory is the greatest sum over all processes of
-proportional set size. Prints a table for RESULTS.md.
+proportional set size, and the part of it that no file backs. Prints a table for RESULTS.md.
 """
 
 import json
@@ -99,14 +99,25 @@ def count_tokens(prepared: Path) -> int:
 
 def table(runs: list[Preparation]) -> str:
     """Markdown."""
-    columns = ("rows", "processes", "file MiB", "tokens", "seconds", "tokens/s", "CPU s", "peak MiB", "load before")
+    columns = (
+        "rows",
+        "processes",
+        "file MiB",
+        "tokens",
+        "seconds",
+        "tokens/s",
+        "CPU s",
+        "peak MiB",
+        "without files",
+        "load before",
+    )
     lines = [f"| {' | '.join(columns)} |", f"|{' ---: |' * len(columns)}"]
     for run in runs:
         usage = run.usage
         lines.append(
             f"| {run.rows:,} | {run.num_proc} | {run.file_bytes / _MIB:,.0f} | {run.tokens:,} | {usage.seconds} | "
             f"{run.tokens / usage.seconds:,.0f} | {usage.cpu_seconds} | {usage.peak_bytes / _MIB:,.0f} | "
-            f"{usage.load_average:.1f} |"
+            f"{usage.peak_anonymous_bytes / _MIB:,.0f} | {usage.load_average:.1f} |"
         )
     return "\n".join(lines)
 
