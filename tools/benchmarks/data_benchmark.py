@@ -60,6 +60,7 @@ class Run:
     """This and what follows: see `Usage`."""
     cpu_seconds: float
     peak_bytes: int
+    peak_anonymous_bytes: int
     load_average: float
 
 
