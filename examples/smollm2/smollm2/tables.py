@@ -108,14 +108,15 @@ def words(results: Sequence[Result]) -> Iterator[str]:
 
     def rows() -> Rows:
         for run in methods(results):
-            cells = []
-            for part in PARTS.values():
-                found = (each.found.get(part, {}).get("answers", []) for each in seeds_of(results, run))
-                counts = [len(row["answer"].split()) for answers in found for row in answers]
-                cells.append(f"{np.mean(counts):.0f}" if counts else NOTHING)
-            yield [name_of(run), *cells]
+            found = seeds_of(results, run)
+            yield [name_of(run), *(_mean_words(found, part) for part in PARTS.values())]
 
     return table(["run", *map(str, LENGTHS)], rows())
+
+
+def _mean_words(found: Sequence[Result], part: str) -> str:
+    counts = [len(row["answer"].split()) for each in found for row in each.found.get(part, {}).get("answers", [])]
+    return f"{np.mean(counts):.0f}" if counts else NOTHING
 
 
 def differences(results: Sequence[Result]) -> Iterator[str]:
@@ -187,12 +188,10 @@ def rates(results: Sequence[Result]) -> Iterator[str]:
     def rows() -> Rows:
         for each in sorted(results, key=lambda each: (each.run.method != BASE, each.run.rate)):
             if DEV in each.found and replace(each.run, learning_rate=None) in (Run(BASE), Run("short_po")):
-                answers = each.found[DEV]["answers"]
                 rate = NOTHING if each.run.method == BASE else f"{each.run.rate:g}"
                 cells = (cell(mean_score(list(each.scores(DEV, side).values()))) for side in sides.values())
-                counted = np.mean([len(row["answer"].split()) for row in answers])
                 curves = each.found.get(TRAINING, {}).get("curves", {})
-                yield [each.run.method, rate, *cells, f"{counted:.0f}", _ends(curves.get("rewards/chosen"))]
+                yield [each.run.method, rate, *cells, _mean_words([each], DEV), _ends(curves.get("rewards/chosen"))]
 
     head = ["method", "learning rate", *map(str, sides), "words of an answer", "rewards/chosen"]
     return table(head, rows())
