@@ -50,8 +50,10 @@ def counts(config: Config) -> list[StartupCounts]:
 
 def test_what_a_rank_exchanges_is_the_same_in_every_world(counts: list[StartupCounts]) -> None:
     assert [each.exchanges for each in counts] == [counts[0].exchanges] * len(WORLDS)
-    assert [each.exchanged_bytes for each in counts] == [counts[0].exchanged_bytes] * len(WORLDS)
-    assert counts[0].exchanged_bytes > 1000, "the config at least"
+    sizes = [each.exchanged_bytes for each in counts]
+    assert min(sizes) > 1000, "the config at least"
+    # pickle writes the address of a tensor's memory in decimal, twice, and addresses have 14 or 15 digits.
+    assert max(sizes) - min(sizes) <= 8
 
 
 def test_a_rank_opens_its_own_files_and_those_alone(counts: list[StartupCounts]) -> None:
