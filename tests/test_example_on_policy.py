@@ -31,13 +31,14 @@ from megatron_solopo.cli.main import cli  # noqa: E402
 from megatron_solopo.config import parse_config  # noqa: E402
 from megatron_solopo.results.long_context import read_long_context  # noqa: E402
 from miniature import base, pairs  # noqa: E402
+from tests.generate.completion_server import completion_server  # noqa: E402
 
 SERVER = """
 import json, os, sys, threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(int(sys.argv[2]) if sys.argv[2].isdigit() else 200)
+        self.send_response(200)
         self.end_headers()
         self.wfile.write(json.dumps({"data": [{"id": sys.argv[2]}]}).encode())
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
@@ -186,7 +187,6 @@ def test_a_server_runs_while_it_is_asked_and_leaves_nothing_behind(tmp_path, ser
     ("program", "name", "message"),
     [
         (SERVER, "other", "serves other, not policy"),
-        (SERVER, "404", r"no answer after server.start_minutes=0.05 .HTTP 404 from http.*/v1/models"),
         ("raise SystemExit(3)", "any", "ended with code 3"),
     ],
 )
@@ -194,12 +194,23 @@ def test_a_server_that_does_not_start_is_one_line(
     tmp_path, served: Callable[..., Server], program: str, name: str, message: str
 ) -> None:
     server = served(program, name)
-    server.start_minutes = 0.05 if name == "404" else 1
     with (
         pytest.raises(click.ClickException, match=message),
         serving(server, tmp_path, tmp_path / "lock", tmp_path / "log"),
     ):
         pass
+
+
+def test_a_server_that_never_answers_is_told_with_its_last_answer(tmp_path) -> None:
+    seconds = Path("600")  # in the place of a model
+    with completion_server() as other:
+        server = Server(command="sleep {model}", url=other.url.removesuffix("/v1"), start_minutes=1e-3)
+        told = r"no answer after server\.start_minutes=0\.001 \(HTTP 404 from http://.*/models\)"
+        with (
+            pytest.raises(click.ClickException, match=told),
+            serving(server, seconds, tmp_path / "lock", tmp_path / "log"),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -216,15 +227,19 @@ def test_commands_end_with_the_process_that_started_them(tmp_path, number: int) 
         [sys.executable, "-c", program, f"({orphan}); exec sleep 600", str(lock), str(log)],
         env=_environment() | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    while not (log.exists() and log.read_text().endswith("\n")):
-        assert starter.poll() is None
-        time.sleep(0.05)
-    started = [*psutil.Process(starter.pid).children(recursive=True), psutil.Process(int(log.read_text()))]
-    assert len(started) == 3, "the keeper, sleep and the orphan"
-    assert not have_ended(lock)
-    starter.send_signal(number)
-    starter.wait()
-    assert wait_for_end(lock, 20) and not psutil.wait_procs(started, timeout=20)[1]
+    try:
+        while not (log.exists() and log.read_text().endswith("\n")):
+            assert starter.poll() is None
+            time.sleep(0.05)
+        started = [*psutil.Process(starter.pid).children(recursive=True), psutil.Process(int(log.read_text()))]
+        assert len(started) >= 3, "the keeper, sleep and the orphan"
+        assert not have_ended(lock)
+        starter.send_signal(number)
+        starter.wait(60)
+    finally:
+        starter.kill()
+        starter.wait()
+    assert wait_for_end(lock, 60) and not psutil.wait_procs(started, timeout=20)[1]
 
 
 def test_a_command_that_ends_hands_its_code_on(tmp_path) -> None:
