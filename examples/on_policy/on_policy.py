@@ -69,7 +69,7 @@ class Settings(BaseModel):
     select: Options = Options()
     prepare: Options = Options()
     train: dict[str, Any] = {}
-    """Configuration of `train` without run_dir, seed, model and data.path."""
+    """Configuration of `train` without run_dir, seed, model.path and data.path."""
     evaluate: Options | None = None
     """Options of `evaluate long-context`. null: no evaluation."""
 
