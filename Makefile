@@ -55,7 +55,7 @@ test: $(VENV)/.installed ## set up, then run all tests
 	@echo "tests ran with $$($(VENV)/bin/python -V) in $(CURDIR)/$(VENV); style and types: make lint"
 
 test-slow: $(VENV)/.installed ## set up, then run the tests that start eight processes
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m slow
 
 test-long: $(VENV)/.installed ## set up, then run the tests that take minutes and repeat in full what others check in short
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m long
