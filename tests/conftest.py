@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Generator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,9 +13,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import pytest
 from hypothesis import settings
 
+from megatron_solopo.cli.imports import no_garbage_collection
+
 # A loaded machine takes any time for an example; pytest's own limit catches a test that hangs.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Test files import everything: a second or more of each process, and of each later search for garbage."""
+    with no_garbage_collection():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

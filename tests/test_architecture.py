@@ -1,11 +1,13 @@
 """Imports go downward only, heavy libraries load late, functions stay small: the tables below say which."""
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_solopo"
@@ -230,6 +232,14 @@ def modules() -> dict[str, Module]:
 @pytest.mark.parametrize("rule", PACKAGE_RULES, ids=lambda rule: rule.__name__)
 def test_the_package_keeps(rule, modules) -> None:
     assert list(rule(modules)) == []
+
+
+def test_no_collective_is_called_that_torch_deprecates() -> None:
+    """Its successors need torch 2.13, and older ones are allowed."""
+    files = [path for folder in (PACKAGE, "tests", "tools", "examples") for path in (ROOT / folder).rglob("*.py")]
+    called = {name for path in files for name in re.findall(r"\bdist\.(\w+)\(", path.read_text(encoding="utf-8"))}
+    assert "all_reduce" in called
+    assert [name for name in sorted(called) if hasattr(getattr(dist, name, None), "__deprecated__")] == []
 
 
 def test_functions_are_small() -> None:

@@ -36,7 +36,7 @@ def plan(settings: PlanSettings, path: Path, overrides: tuple[str, ...], as_json
       megatron-solopo plan --config c.yaml --gpus 8 --gpu h100 --tokens short=1024,long=32768,response=512 \\
           --emit-sbatch launch --picture plan.png
     """
-    from megatron_solopo.config import load_config, warning_without_effect
+    from megatron_solopo.config import load_config
     from megatron_solopo.files import check_replaceable
     from megatron_solopo.plan.answer import make_answer, make_planner
     from megatron_solopo.plan.sbatch import SBATCH_FILES, write_sbatch
@@ -44,8 +44,6 @@ def plan(settings: PlanSettings, path: Path, overrides: tuple[str, ...], as_json
     if settings.emit_sbatch is not None:
         check_replaceable(settings.emit_sbatch, SBATCH_FILES, "--emit-sbatch")
     config = load_config(path, overrides)
-    if (warning := warning_without_effect(config, None)) is not None:
-        click.echo(warning, err=True)
     planner = make_planner(config, settings, [each.partition("=")[0] for each in overrides])
     search = planner.search()
     if settings.why_not and not as_json:

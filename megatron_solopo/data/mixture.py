@@ -18,6 +18,12 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int64]
 
 
+def shares(weights: Sequence[float]) -> NDArray[np.float64]:
+    """The share of each source in the stream, float64 [len(weights)]; they add up to 1."""
+    found: NDArray[np.float64] = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    return found
+
+
 @dataclass(frozen=True)
 class Stream:
     """An endless stream of triplets. Its beginning is no state: each part can be asked for by itself."""
@@ -60,16 +66,15 @@ class Stream:
 
         Returns how many draws of each source come before them, and of each of them its source and its number there.
         """
-        shares = np.asarray(self.weights, dtype=np.float64) / np.sum(self.weights)
-        num_sources = len(shares)
+        portions, num_sources = shares(self.weights), len(self.weights)
         # By the moment t, a source has had p * t + 1/2 draws, rounded down. All together are t plus or minus half the
         # number of sources. So draws due this long before `start` come before it, and those due this long after `end`
         # come after it.
-        known = np.maximum(0, np.floor(shares * (start - num_sources) + 0.5).astype(np.int64) - 1)
-        last = np.ceil(shares * (end + num_sources) + 0.5).astype(np.int64) + 1
+        known = np.maximum(0, np.floor(portions * (start - num_sources) + 0.5).astype(np.int64) - 1)
+        last = np.ceil(portions * (end + num_sources) + 0.5).astype(np.int64) + 1
         draws = np.concatenate([np.arange(*span) for span in zip(known, last, strict=True)])
         sources = np.repeat(np.arange(num_sources), last - known)
-        order = np.lexsort((sources, (draws + 0.5) / shares[sources]))
+        order = np.lexsort((sources, (draws + 0.5) / portions[sources]))
         return known, sources[order], draws[order]
 
 

@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.utils import logging
 
 from megatron_solopo.architecture.huggingface_config import read_architecture
@@ -174,11 +174,14 @@ class TransformersModel(LocalModel):
         rows, length = prompts_BT.shape
         if rows == 1 or length == 1 or not prompts_BT.eq(prompts_BT[0]).all():
             return {}
+        expected = DynamicCache(config=self._model.config)
+        if any(type(layer) is not DynamicLayer for layer in expected.layers):
+            return {}
         output = self._model.base_model(prompts_BT[:1, :-1], use_cache=True)
         # transformers 5.24 gave it a new name, in outputs as in arguments.
         name = "cache" if "cache" in output else "past_key_values"
         cache = output.get(name)
-        if cache is None or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        if type(cache) is not DynamicCache:  # a few old families have a class of their own
             return {}
         cache.batch_repeat_interleave(rows)
         return {name: cache}

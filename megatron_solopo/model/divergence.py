@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megatron_solopo.config import Role
@@ -90,10 +91,7 @@ def exchange_teachers(hidden_NH: Tensor, alignment: TokenAlignment, group: dist.
     hidden_NH = hidden_NH.detach()
     sent = len(alignment.sent_rows)
     own = hidden_NH[alignment.sent_rows] if len(hidden_NH) else hidden_NH.new_zeros(sent, hidden_NH.shape[1])
-    if group.size() == 1:
-        return own
-    teachers_MH = own.new_empty(group.size() * sent, own.shape[1])
-    dist.all_gather_into_tensor(teachers_MH, own.contiguous(), group=group)
+    teachers_MH: Tensor = gather_from_sequence_parallel_region(own, group=group)
     return teachers_MH
 
 

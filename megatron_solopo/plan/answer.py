@@ -13,10 +13,11 @@ from megatron_solopo.architecture.gpus import Efficiency, check_fp8_of, find_gpu
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.layout import check_training, describe_bubble
 from megatron_solopo.architecture.pipeline_layout import wrong_letters
-from megatron_solopo.config import Config, ParallelConfig, dotted
+from megatron_solopo.config import Config, ParallelConfig, Surroundings, dotted, warning_without_effect
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
 from megatron_solopo.plan import PlanSettings
+from megatron_solopo.plan.activations import uses_local_layers
 from megatron_solopo.plan.calibration import calibrate_efficiency
 from megatron_solopo.plan.disk import checkpoint_bytes, most_checkpoints
 from megatron_solopo.plan.layouts import Layout, as_yaml, left_out, make_layout, parse_sizes
@@ -120,6 +121,18 @@ class PlannedRun:
             if value != given[key] or any(f"{key}.".startswith(f"{each}.") for each in stated)
         ]
 
+    @property
+    def without_effect(self) -> str | None:
+        """What training with the configuration's keys will say of those that change nothing under this layout."""
+        config, layout = self.layout.config, self.layout
+        given = self.planner.config.parallel
+        stated = {name: getattr(given, name) for name in ("cp_comm_type", "hierarchical_context_parallel_sizes")}
+        sharing_ranks = layout.data_parallel_size * config.parallel.context_parallel_size
+        return warning_without_effect(
+            config.model_copy(update={"parallel": config.parallel.model_copy(update=stated)}),
+            Surroundings(layout.gpus, sharing_ranks, uses_transformer_engine=not uses_local_layers(config)),
+        )
+
     def host_bytes_per_node(self) -> dict[str, float]:
         """Host memory on the fullest node, beyond the processes themselves, by what takes it.
 
@@ -176,6 +189,7 @@ class PlannedRun:
             "cost": self.cost,
             "overrides": self.overrides,
             "left_out": left_out(self.planner.config, self.layout),
+            "without_effect": self.without_effect,
         }
 
     def explanation(self) -> str:
@@ -212,6 +226,8 @@ class PlannedRun:
             "(without checkpoints and evaluation)",
             f"Overrides: {shlex.join(self.overrides)}",
         ]
+        if self.without_effect is not None:
+            lines.insert(1, self.without_effect)
         if left := left_out(self.planner.config, self.layout):
             lines.insert(1, f"note: {layout.name} leaves out {', '.join(left)}, which the configuration states")
         return "\n".join(lines)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -273,7 +274,8 @@ class Packer:
             self.rows = Stream(workload.rows_of_sources, weights, _SEED).rows(0, size)
         self._sizes_by_rule: dict[tuple[int, bool], TripletSizes] = {}
         self._plans: dict[tuple[int, ...], RankPacks] = {}
-        self._shapes: dict[tuple[tuple[int, ...], int, int], BatchShape] = {}
+        self._batches: dict[tuple[tuple[int, ...], int, int], BatchShape] = {}
+        self._shapes: dict[tuple[Any, ...], PackShape] = {}
 
     def largest_triplet(self, multiple: int, pack_multiple: int, share_prompts: bool) -> int:
         """Padded tokens of the largest triplet in a pack of its own; see `pack_shape` for the arguments."""
@@ -294,11 +296,11 @@ class Packer:
             )
         wanted = layout.wanted_packs(config.parallel.pipeline_model_parallel_size)
         key = (multiple, rules.share_prompts, rules.max_tokens, rules.packs_multiple, wanted, data_parallel_size)
-        if (key, pack_multiple, cp) not in self._shapes:
+        if (key, pack_multiple, cp) not in self._batches:
             if key not in self._plans:
                 self._plans[key] = self._plan(*key)
-            self._shapes[key, pack_multiple, cp] = self._batch(self._plans[key], rules)
-        return self._shapes[key, pack_multiple, cp]
+            self._batches[key, pack_multiple, cp] = self._batch(self._plans[key], rules)
+        return self._batches[key, pack_multiple, cp]
 
     def single_pass(self, config: Config, data_parallel_size: int, source: int = 0) -> PassShape:
         """The reference model's pass over all triplets of a source, under a layout that `pack` accepts."""
@@ -372,8 +374,12 @@ class Packer:
         order = np.argsort(sources, kind="stable")  # as in a pack
         rows, roles = rows[order], [self.roles[source] for source in sources[order]]
         triplets = [{name: int(column[row]) for name, column in columns.items()} for row in rows]
-        multiples = rules.sequence_multiple, rules.pack_multiple
-        return pack_shape(triplets, roles, *multiples, rules.cp, share_prompts=rules.share_prompts)
+        figures = rules.sequence_multiple, rules.pack_multiple, rules.cp
+        # Of stated lengths, most packs are alike.
+        key = (*figures, rules.share_prompts, *roles, *(tuple(triplet.values()) for triplet in triplets))
+        if key not in self._shapes:
+            self._shapes[key] = pack_shape(triplets, roles, *figures, share_prompts=rules.share_prompts)
+        return self._shapes[key]
 
 
 def pack_shape(

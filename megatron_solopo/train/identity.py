@@ -1,7 +1,8 @@
 """What a run may not change while it continues.
 
-What goes in is compared exactly: settings, and hashes of the model's weights, of the reference model's weights and of
-the tokens. Numbers that any layout may compute again, the reference log-probs, are compared within a tolerance.
+What goes in is compared exactly: what settings mean, however they are written, and hashes of the model's weights, of
+the reference model's weights and of the tokens. Numbers that any layout may compute again, the reference log-probs, are
+compared within a tolerance.
 """
 
 import hashlib
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from megatron_solopo.architecture.adapters import target_modules
 from megatron_solopo.architecture.model_directory import huggingface_directory
 from megatron_solopo.checkpoint.fingerprint import unread_weights, weights_fingerprint
 from megatron_solopo.checkpoint.peft_directory import adapter_fingerprint
 from megatron_solopo.checksums import FILES_AT_ONCE, KnownFile, read_checksums
 from megatron_solopo.config import Config, LoRAConfig, ModelConfig
+from megatron_solopo.data.mixture import shares
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import sha256_file, sha256_json
 from megatron_solopo.model.build import precision_defaults, precision_settings
@@ -33,6 +36,8 @@ _TOKENS, _REFERENCE = "data.path (its tokens)", "reference.model_path (its weigh
 _REFERENCE_CONTEXT = "reference.context"
 _SOURCES = "sources"
 """A key without a section: its settings are called sources.NAME.weight, for example."""
+_WEIGHT = ".weight"
+"""The end of the name of a source's weight."""
 _SHARING = "data.share_prompts"
 _HASHES = {
     _CONFIG: "model.path={} has another config.json",
@@ -83,6 +88,11 @@ def differing_parts(
     return {name: (value, former) for name, (value, former) in pairs.items() if value != former}
 
 
+def verbose_weight(ld_alpha: float | None) -> float:
+    """What `objective.ld_alpha` means."""
+    return 1.0 if ld_alpha is None else ld_alpha
+
+
 class RunIdentity:
     """What one run is. All ranks create it together.
 
@@ -113,6 +123,11 @@ class RunIdentity:
             _SOURCES: {},
             "lora": {key: field.default for key, field in LoRAConfig.model_fields.items()},
             "model.fp8": precision_defaults(),
+        }
+        self._meanings: dict[str, Callable[[Any], Any]] = {
+            "lora.target_modules": lambda value: target_modules(LoRAConfig(target_modules=value)),
+            "objective.alpha": lambda value: config.objective.model_copy(update={"alpha": value}).alignment_weight,
+            "objective.ld_alpha": verbose_weight,
         }
         has_decay = config.optimizer.lr_decay_style != "constant"
         self.values: dict[str, Any] = keys | {
@@ -192,7 +207,12 @@ class RunIdentity:
         if isinstance(value, dict) and isinstance(former, dict):
             section = key.partition(".")[0]
             differing = differing_parts(value, former, self._part_defaults[key])
-            return [f"{section}.{name}={_shown(now)} (it was {_shown(was)})" for name, (now, was) in differing.items()]
+            same_shares = key == _SOURCES and _shares(value) == _shares(former)
+            return [
+                f"{section}.{name}={_shown(now)} (it was {_shown(was)})"
+                for name, (now, was) in differing.items()
+                if not (self._mean_the_same(f"{section}.{name}", now, was) or (same_shares and name.endswith(_WEIGHT)))
+            ]
         problem = self._problem(key, kept)
         return [] if problem is None else [problem]
 
@@ -208,9 +228,14 @@ class RunIdentity:
         if key not in kept:
             # Versions that did not have the key worked as its default says.
             default = self._defaults.get(key)
-            is_default = value == default
+            is_default = self._mean_the_same(key, value, default)
             return None if is_default else f"{key}={_shown(value)} (it was not set, which means {_shown(default)})"
-        return None if kept[key] == value else f"{key}={_shown(value)} (it was {_shown(kept[key])})"
+        same = self._mean_the_same(key, value, kept[key])
+        return None if same else f"{key}={_shown(value)} (it was {_shown(kept[key])})"
+
+    def _mean_the_same(self, key: str, now: Any, former: Any) -> bool:
+        meaning = self._meanings.get(key)
+        return now == former or (meaning is not None and meaning(now) == meaning(former))
 
     def _named(self, key: str) -> str:
         config = self._config
@@ -247,6 +272,13 @@ def _source_values(sources: Sequence[RunSource]) -> dict[str, Any]:
         }
         values |= {f"{source.name}.{name}": value for name, value in found.items()}
     return values
+
+
+def _shares(values: Mapping[str, Any]) -> dict[str, float]:
+    """The share of each source in a batch, of what `_source_values` returns."""
+    weights = {key.removesuffix(_WEIGHT): value for key, value in values.items() if key.endswith(_WEIGHT)}
+    names = sorted(weights, key=lambda name: values[f"{name}.place"])
+    return dict(zip(names, shares([weights[name] for name in names]).tolist(), strict=True))
 
 
 def summarise_reference(references: Mapping[str, ReferenceLogprobs]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.parallel.agreement import on_rank_0
 from megatron_solopo.parallel.topology import Topology
-from megatron_solopo.train.identity import differing_parts, model_fingerprint
+from megatron_solopo.train.identity import differing_parts, model_fingerprint, verbose_weight
 from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.reference_journal import (
     UNFINISHED,
@@ -186,7 +186,8 @@ def _differing_values(key: str, expected: Any, found: Any) -> dict[str, tuple[An
         return differing_parts(expected, found, precision_defaults())
     if isinstance(expected, dict):  # without FP8 it is empty
         expected, found = expected.get(key), (found or {}).get(key)
-    return {} if expected == found else {key: (expected, found)}
+    same = verbose_weight(expected) == verbose_weight(found) if key == "ld_alpha" else expected == found
+    return {} if same else {key: (expected, found)}
 
 
 def _both_values(key: str, expected: Any, found: Any) -> str:

@@ -106,6 +106,20 @@ def test_overrides_state_what_the_command_line_stated_and_what_is_left_out_is_na
     assert load_config(PLANS / "llama-3.1-8b.yaml", dropped["overrides"]).objective.beta == 0.2
 
 
+def test_a_key_without_effect_is_named_in_the_words_of_training() -> None:
+    eight = ["--config", str(PLANS / "llama-3.1-8b.yaml"), "--tokens", TOKENS, "--gpus", "8", "--gpu", "h200"]
+    by_heads = [*eight, "--explain", "cp=2", "--vary", "recompute", "parallel.cp_comm_type=a2a", "--json"]
+    shared, separate = (
+        json.loads(plan(*by_heads, f"data.share_prompts={shares}").stdout)["chosen"] for shares in ("true", "false")
+    )
+    why = "(data.share_prompts=true: attention gathers keys and values)"
+    assert shared["without_effect"] == f"warning: no effect in this run: parallel.cp_comm_type=a2a {why}"
+    assert separate["without_effect"] is None
+    text = plan(*by_heads[:-1], "optimizer.min_lr=1e-7", "optimizer.lr_decay_style=constant").stdout
+    (line,) = [line for line in text.splitlines() if "no effect" in line]
+    assert line.startswith("warning: ") and "optimizer.min_lr=1e-07 (" in line and f"cp_comm_type=a2a {why}" in line
+
+
 def test_adapters_and_the_whole_model_side_by_side() -> None:
     """With the optimizer's state on the GPUs, adapters of a 70B model fit on a node, and the model as a whole does not.
 

@@ -130,6 +130,13 @@ def sampled_by_transformers(path: Path) -> torch.Tensor:
     return whole_BT[:, PROMPTS_BT.shape[1] :]
 
 
+def count_computed(model: TransformersModel) -> list[int]:
+    """How many tokens each pass of the model computes from now on."""
+    computed: list[int] = []
+    model._model.get_input_embeddings().register_forward_hook(lambda _, args, __: computed.append(args[0].numel()))
+    return computed
+
+
 def test_samples_of_one_request_are_those_of_transformers_and_compute_the_prompt_once(
     model: Path, tmp_path: Path
 ) -> None:
@@ -137,8 +144,7 @@ def test_samples_of_one_request_are_those_of_transformers_and_compute_the_prompt
         model, load_tokenizer(make_tokenizer(tmp_path)), torch.device("cpu"), "float32", temperature=0.9
     )
     plain_BT = sampled_by_transformers(model)
-    computed = []
-    loaded._model.get_input_embeddings().register_forward_hook(lambda _, args, __: computed.append(args[0].numel()))
+    computed = count_computed(loaded)
     torch.manual_seed(0)
     assert loaded.generate(PROMPTS_BT, 6, ()).tolist() == plain_BT.tolist()
     assert computed == [19, 4, 4, 4, 4, 4, 4]
@@ -156,5 +162,7 @@ def test_samples_of_a_model_with_other_states_than_keys_and_values_are_those_of_
         temperature=0.9,
     )  # fmt: skip
     plain_BT = sampled_by_transformers(tmp_path / "model")
+    computed = count_computed(loaded)
     torch.manual_seed(0)
     assert loaded.generate(PROMPTS_BT, 6, ()).tolist() == plain_BT.tolist()
+    assert computed == [80, 4, 4, 4, 4, 4], "no pass over the prompt alone"

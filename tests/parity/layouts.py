@@ -77,6 +77,8 @@ class Case:
     """As `reference.context`."""
     mixture: tuple[str, ...] = ()
     """`objective.name` of each row of a batch. Rows with the same name are a source. Empty: that of the objective."""
+    steps: int = 2
+    """Of the optimizer."""
 
     @property
     def trains_routers(self) -> bool:
@@ -140,8 +142,8 @@ A shard is there only in the first of the replicas that hold it.
 
 
 def run_cases(models: Path, cases: Sequence[Case], batches: Sequence[Sequence[Row]]) -> dict[str, RankResult]:
-    """Runs on every rank: one optimizer step per batch for each case in turn, always from the same weights."""
-    return {case.name: run_case(models / case.family, case, batches) for case in cases}
+    """Runs on every rank: each case in turn, one optimizer step per batch, always from the same weights."""
+    return {case.name: run_case(models / case.family, case, batches[: case.steps]) for case in cases}
 
 
 def run_case(models: Path, case: Case, batches: Sequence[Sequence[Row]]) -> RankResult:

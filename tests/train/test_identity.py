@@ -228,16 +228,44 @@ def test_a_checkpoint_of_an_older_version_continues_and_says_what_was_not_compar
     assert losses(folder, "older") == losses(folder, "whole")
 
 
+def identity(folder: Path, **sections: Any) -> RunIdentity:
+    config = small_config(folder, "sections", {}, **sections)
+    prepared = [load_prepared(folder / "prepared") for _ in config.sources]
+    return RunIdentity(config, load_run_sources(config, read_architecture(folder / "model"), prepared), STEPS)
+
+
+def test_settings_that_mean_the_same_are_the_same_however_they_are_written(folder: Path) -> None:
+    def settings(modules: list[str] | str, weights: tuple[float, float], **objective: Any) -> dict[str, Any]:
+        sources = [
+            {"path": folder / "prepared", "name": name, "weight": weight}
+            for name, weight in zip("ab", weights, strict=True)
+        ]
+        data = {"sources": sources, "max_tokens_per_pack": 200}
+        return {"lora": {"target_modules": modules}, "data": data, "objective": {"loss_type": "dpo"} | objective}
+
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    with layout():
+        kept = json.loads(json.dumps(identity(folder, **settings("all-linear", (6.0, 2.0))).values))
+        saved = {"step": SAVED, "identity": kept}
+        written = settings(modules[::-1], (3.0, 1.0), alpha=3.0, ld_alpha=1.0, loss_type="sigmoid")
+        same = identity(folder, **written)
+        assert same.check(saved, folder / "kept") == []
+        del kept["objective.alpha"]
+        assert same.check(saved, folder / "kept") == []
+        changed = identity(folder, **settings(modules[1:], (3.0, 2.0), alpha=1.0, ld_alpha=0.5))
+        with pytest.raises(UserError) as error:
+            changed.check(saved, folder / "kept")
+    assert f"lora.target_modules={modules[1:]} (it was all-linear)" in str(error.value)
+    assert "sources.a.weight=3.0 (it was 6.0)" in str(error.value) and "sources.b" not in str(error.value)
+    assert "objective.alpha=1.0 (it was not set, which means null)" in str(error.value)
+    assert "objective.ld_alpha=0.5 (it was null)" in str(error.value)
+
+
 def test_a_section_is_compared_by_its_keys_and_one_that_was_not_kept_had_its_default(folder: Path) -> None:
     model = {"path": folder / "model", "dtype": "bfloat16", "fp8": "hybrid", "fp8_recipe": "blockwise"}
 
-    def identity(**lora: Any) -> RunIdentity:
-        config = small_config(folder, "sections", {}, model=model, lora={"rank": 4} | lora)
-        prepared = [load_prepared(folder / "prepared")]
-        return RunIdentity(config, load_run_sources(config, read_architecture(folder / "model"), prepared), STEPS)
-
     with layout():
-        plain, dropped = identity(), identity(dropout=0.1)
+        plain, dropped = (identity(folder, model=model, lora={"rank": 4} | lora) for lora in ({}, {"dropout": 0.1}))
         kept = json.loads(json.dumps(plain.values))
         del kept["lora"]["dropout"], kept["model.fp8"]["first_last_layers_bf16"]
         saved = {"step": SAVED, "identity": kept}

@@ -55,6 +55,7 @@ def run_all(folder: Path) -> dict[str, str]:
     found["bfloat16"] = read(small_config(folder, "run", {}, model=model))
     found["both"] = read(small_config(folder, "run", {}, objective={"align": "both"}))
     found["verbose"] = read(small_config(folder, "run", {}, objective={"ld_alpha": 0.5}))
+    found["verbose as it is"] = read(small_config(folder, "run", {}, objective={"ld_alpha": 1.0}))
     of_short = {"cache": folder / "of_short", "context": "short"}
     precompute_reference(small_config(folder, "run", {}, objective=LONG_PO, reference=of_short), overwrite=False)
     for name, objective in (("long pair", LONG_PO), ("solopo", {})):
@@ -137,6 +138,7 @@ def test_other_data_are_refused_with_what_differs(found: Mapping[str, str]) -> N
 def test_a_cache_of_another_precision_or_objective_names_both_values_and_the_key(found: Mapping[str, str]) -> None:
     assert "made for another dtype (float32; this run has model.dtype=bfloat16); run " in found["bfloat16"]
     assert "made for another ld_alpha (null; this run has objective.ld_alpha=0.5); run " in found["verbose"]
+    assert found["verbose as it is"] == "read"
     needing = "objective.name, objective.align or reference.context"
     assert f"objective (without long_rejected, which {needing} needs)" in found["both"]
 
