@@ -2,11 +2,13 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,17 @@ for folder in ("reproduction", "on_policy"):
 import click  # noqa: E402
 import measure  # noqa: E402
 import on_policy  # noqa: E402
+from model_server import SERVED_NAME, Server, serving  # noqa: E402
+from tied_process import have_ended, tied_process, wait_for_end  # noqa: E402
 
 from megatron_solopo.cli.main import cli  # noqa: E402
 from megatron_solopo.config import parse_config  # noqa: E402
 from megatron_solopo.results.long_context import read_long_context  # noqa: E402
 from miniature import base, pairs  # noqa: E402
+from tests.generate.completion_server import completion_server  # noqa: E402
 
 SERVER = """
-import json, sys
+import json, os, sys, threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -128,7 +133,14 @@ def test_every_shipped_loop_is_legal(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("round=2", "unknown key round"), ("rounds=0", "rounds=0: Input should be greater than or equal to 1")],
+    [
+        ("round=2", "unknown key round"),
+        ("rounds=0", "rounds=0: Input should be greater than or equal to 1"),
+        (
+            "server={command: vllm serve a, url: 'http://localhost:8000/v1'}",
+            "server.command: must hold {model}",
+        ),
+    ],
 )
 def test_a_wrong_setting_is_one_line(inputs: Path, override: str, message: str) -> None:
     with pytest.raises(click.ClickException, match=message):
@@ -140,33 +152,121 @@ def test_a_failed_step_shows_the_end_of_its_log(inputs: Path, tmp_path) -> None:
     assert failed.returncode == 1 and "data sample" in failed.stderr and "Invalid value for '--top-p'" in failed.stderr
 
 
+@pytest.fixture
+def served(tmp_path) -> Callable[..., Server]:
+    """Makes the settings of a server that is a program on a free port. The program gets the port and the arguments."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+
+    def make(program: str, *arguments: str) -> Server:
+        path = tmp_path / "the server.py"  # a place with a space
+        path.write_text(program)
+        command = shlex.join([sys.executable, str(path), str(port), *arguments])
+        return Server(command=f"{command} {{model}} '{{\"json\": 1}}'", url=f"http://127.0.0.1:{port}/v1/")
+
+    return make
+
+
+def test_a_server_runs_while_it_is_asked_and_leaves_nothing_behind(tmp_path, served: Callable[..., Server]) -> None:
+    server = served(SERVER, SERVED_NAME)
+    model = tmp_path / "a model"
+    with serving(server, model, tmp_path / "lock", tmp_path / "log"):
+        started = psutil.Process().children(recursive=True)
+        assert any(each.cmdline()[-2:] == [str(model), '{"json": 1}'] for each in started)
+        assert not have_ended(tmp_path / "lock")
+        with (
+            pytest.raises(click.ClickException, match=r"a server answers already \(policy\), and it may"),
+            serving(server, model, tmp_path / "lock", tmp_path / "log"),
+        ):
+            pass
+    assert not any(each.is_running() for each in started) and have_ended(tmp_path / "lock")
+
+
 @pytest.mark.parametrize(
     ("program", "name", "message"),
     [
-        (SERVER, on_policy.SERVED_NAME, None),
         (SERVER, "other", "serves other, not policy"),
         ("raise SystemExit(3)", "any", "ended with code 3"),
     ],
 )
-def test_a_server_runs_while_it_is_asked(tmp_path, program: str, name: str, message: str | None) -> None:
-    (tmp_path / "server.py").write_text(program)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    server = on_policy.Server(
-        command=f"{sys.executable} {tmp_path / 'server.py'} {port} {name}", url=f"http://127.0.0.1:{port}/v1"
-    )
-    if message is None:
-        with on_policy.serving(server, tmp_path, tmp_path / "log"):
-            children = [each for each in psutil.Process().children() if str(port) in each.cmdline()]
-            assert len(children) == 1
-        assert not children[0].is_running()
-        return
+def test_a_server_that_does_not_start_is_one_line(
+    tmp_path, served: Callable[..., Server], program: str, name: str, message: str
+) -> None:
+    server = served(program, name)
     with (
         pytest.raises(click.ClickException, match=message),
-        on_policy.serving(server, tmp_path, tmp_path / "log"),
+        serving(server, tmp_path, tmp_path / "lock", tmp_path / "log"),
     ):
         pass
+
+
+def test_a_server_that_never_answers_is_told_with_its_last_answer(tmp_path) -> None:
+    seconds = Path("600")  # in the place of a model
+    with completion_server() as other:
+        server = Server(command="sleep {model}", url=other.url.removesuffix("/v1"), start_minutes=1e-3)
+        told = r"no answer after server\.start_minutes=0\.001 \(HTTP 404 from http://.*/models\)"
+        with (
+            pytest.raises(click.ClickException, match=told),
+            serving(server, seconds, tmp_path / "lock", tmp_path / "log"),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_commands_end_with_the_process_that_started_them(tmp_path, number: int) -> None:
+    """Also one whose parent has ended."""
+    orphan = f"{sys.executable} -c 'import time; time.sleep(600)' & echo $!"
+    program = (
+        "import sys, pathlib; from tied_process import tied_process\n"
+        "with tied_process(['sh', '-c', sys.argv[1]], pathlib.Path(sys.argv[2]), open(sys.argv[3], 'w')) as process:\n"
+        "    process.wait()\n"
+    )
+    lock, log = tmp_path / "lock", tmp_path / "log"
+    starter = subprocess.Popen(
+        [sys.executable, "-c", program, f"({orphan}); exec sleep 600", str(lock), str(log)],
+        env=_environment() | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        while not (log.exists() and log.read_text().endswith("\n")):
+            assert starter.poll() is None
+            time.sleep(0.05)
+        started = [*psutil.Process(starter.pid).children(recursive=True), psutil.Process(int(log.read_text()))]
+        assert len(started) >= 3, "the keeper, sleep and the orphan"
+        assert not have_ended(lock)
+        starter.send_signal(number)
+        starter.wait(60)
+    finally:
+        starter.kill()
+        starter.wait()
+    assert wait_for_end(lock, 60) and not psutil.wait_procs(started, timeout=20)[1]
+
+
+def test_a_command_that_ends_hands_its_code_on(tmp_path) -> None:
+    for command, code in ((["sh", "-c", "exit 7"], 7), (["sh", "-c", "kill -9 $$"], 137), (["no-such-command"], 127)):
+        with (tmp_path / "log").open("w") as log, tied_process(command, tmp_path / "lock", log) as process:
+            assert process.wait() == code
+    assert (tmp_path / "log").read_text() == "no-such-command: No such file or directory\n"
+
+
+def test_a_step_that_fails_names_a_server_that_has_ended(tmp_path, served: Callable[..., Server]) -> None:
+    program = SERVER.replace("self.send_response(", "threading.Timer(0.1, os._exit, [5]).start(); self.send_response(")
+    settings = on_policy.Settings(work=tmp_path, model=tmp_path, contexts=tmp_path, server=served(program, SERVED_NAME))
+    each = on_policy.Round(1, tmp_path, tmp_path)
+    with pytest.raises(click.ClickException, match="exit code 4; the server ended with code 5"):
+        on_policy.carry_out(
+            settings, each, on_policy.Step("sample", ["sh", "-c", "sleep 2; exit 4"], tmp_path / "none")
+        )
+
+
+def test_a_round_knows_its_model_before_any_answer(tmp_path, monkeypatch) -> None:
+    """A server does not tell whose answers it gives: a killed round must not go on with another model."""
+    weights = {Path("a"): "1", Path("b"): "2"}
+    monkeypatch.setattr(on_policy, "weights_fingerprint", weights.__getitem__)
+    on_policy.Round(1, tmp_path, Path("a")).check_policy()
+    on_policy.Round(1, tmp_path, Path("a")).check_policy()
+    with pytest.raises(click.ClickException, match=r"other weights \(of a\) than b has now"):
+        on_policy.Round(1, tmp_path, Path("b")).check_policy()
 
 
 def test_the_table_of_the_results_comes_from_the_rounds() -> None:

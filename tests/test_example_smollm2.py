@@ -21,7 +21,8 @@ import make_model  # noqa: E402
 import run_all  # noqa: E402
 import write_results  # noqa: E402
 from smollm2 import questions, tables  # noqa: E402
-from smollm2.plan import BASE, DEV, FULL, QUICK, Run, comparison, groups  # noqa: E402
+from smollm2.plan import BASE, DEV, FULL, NEEDLES, QUICK, Run, comparison, groups  # noqa: E402
+from smollm2.steps import TASK_ANSWER_TOKENS as ANSWER_TOKENS  # noqa: E402
 
 RUNS = [run for group in groups(FULL, everything=True) for run in group]
 NEEDS_WEIGHTS = pytest.mark.skipif(make_model.installed_weights() is None, reason=make_model.INSTALL)
@@ -77,6 +78,15 @@ class TestPlan:
         quick = load_config(EXAMPLE / "config.yaml", run.overrides(QUICK))
         assert config.optimizer.lr_warmup_iters == quick.optimizer.lr_warmup_iters < (quick.training.max_steps or 0)
         assert config.objective.beta == (2.5 if run.loss_type == "simpo" else 0.1)
+        # Both prompts with a chosen and a rejected answer, where prompts are computed once.
+        longest = FULL.short_tokens + (run.long_tokens or FULL.long_tokens) + 3 * ANSWER_TOKENS
+        assert longest <= (config.data.max_tokens_per_pack or 0)
+
+    def test_only_the_comparisons_first_seed_answers_more_than_the_lengths_of_training(self) -> None:
+        extra = {run.name for run in RUNS if not run.is_trial and NEEDLES in run.parts(FULL)}
+        assert extra == {"base", "simpo-short_po-seed0", "simpo-long_po-seed0", "simpo-solopo-seed0"}
+        assert Run("solopo", long_tokens=2048).parts(FULL) == ["test-400", "test-1024", "test-2048"]
+        assert Run("solopo", seed=1).parts(FULL) == ["test-400", "test-1024"]
 
 
 class TestDriver:

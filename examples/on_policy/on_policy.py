@@ -4,33 +4,30 @@ A round leaves its files in WORK/round_N, and round.json tells how each was made
 """
 
 import json
-import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
+from model_server import SERVED_NAME, Server, serving
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tied_process import have_ended, tied_process, wait_for_end
 from tqdm import tqdm
 
 from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
-from megatron_solopo.errors import describe_problem
+from megatron_solopo.errors import UserError, describe_problem
 from megatron_solopo.files import atomic_path, remove
 from megatron_solopo.results.long_context import read_long_context
 from megatron_solopo.run_directory import find_subject
 
 RECORD, TRAIN_CONFIG = "round.json", "train.yaml"
-SERVED_NAME = "policy"
-_STOP_SECONDS = 60
 
 
 class Options(BaseModel):
@@ -38,25 +35,17 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
+    def named(self) -> dict[str, Any]:
+        """The values by name."""
+        return self.model_extra or {}
+
     def as_arguments(self, **given: Any) -> list[str]:
         """Arguments of the command line. `given` are those that the loop sets."""
         arguments: list[str] = []
-        for name, value in ((self.model_extra or {}) | given).items():
+        for name, value in (self.named() | given).items():
             flag = f"--{name.replace('_', '-')}"
             arguments += [flag] if value is True else [flag, value if isinstance(value, str) else json.dumps(value)]
         return arguments
-
-
-class Server(BaseModel):
-    """An OpenAI-compatible server that answers for the model of a round."""
-
-    model_config = ConfigDict(extra="forbid")
-    command: str
-    """Starts it. {model} is the directory of the model, and the name that it serves must be `policy`."""
-    url: str
-    """Such as http://localhost:8000/v1."""
-    start_minutes: float = 30
-    """How long a start may take."""
 
 
 class Settings(BaseModel):
@@ -80,9 +69,14 @@ class Settings(BaseModel):
     select: Options = Options()
     prepare: Options = Options()
     train: dict[str, Any] = {}
-    """Configuration of `train` without run_dir, seed, model and data.path."""
+    """Configuration of `train` without run_dir, seed, model.path and data.path."""
     evaluate: Options | None = None
     """Options of `evaluate long-context`. null: no evaluation."""
+
+    @property
+    def lock(self) -> Path:
+        """Of all commands that the loop starts, see `tied_process`."""
+        return self.work / "commands.lock"
 
 
 def read_settings(path: Path, overrides: tuple[str, ...]) -> Settings:
@@ -141,13 +135,18 @@ class Round:
         found = weights_fingerprint(self.policy)
         if self.record.setdefault("policy_weights", found) != found:
             raise click.ClickException(
-                f"{self.folder / RECORD}: {self.policy} has changed since the round began; remove {self.folder} and "
-                "all later rounds"
+                f"{self.folder / RECORD}: the round began with other weights (of {self.record['policy']}) than "
+                f"{self.policy} has now; choose another `work`, or remove {self.folder} and all later rounds"
             )
+        self._write()  # before any answer, because a server does not tell whose answers it gives
 
     def keep(self, step: Step, seconds: float) -> None:
         """Record that the step has been carried out."""
         self.record["steps"][step.name] = step.record | {"seconds": round(seconds, 1)}
+        self._write()
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.folder / RECORD) as temporary:
             temporary.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
 
@@ -218,7 +217,6 @@ def _evaluation(settings: Settings, each: Round, model: Path) -> Step:
 def carry_out(settings: Settings, each: Round, step: Step) -> None:
     """Run a step's command in a log of its own, and record it. An error ends the loop and shows the log's end."""
     command = list(step.command)
-    each.folder.mkdir(parents=True, exist_ok=True)
     if step.config is not None:
         with atomic_path(each.folder / TRAIN_CONFIG) as temporary:
             OmegaConf.save(OmegaConf.create(step.config), temporary)
@@ -226,57 +224,26 @@ def carry_out(settings: Settings, each: Round, step: Step) -> None:
         remove(step.output)  # a killed loop may have left it without a record
         place = command.index("--checkpoint") + 1
         command[place] = str(find_subject(Path(command[place]), "--checkpoint").path)  # the run's newest
-    server = settings.server if step.name == "sample" else None
     log, started = each.folder / f"{step.name}.log", time.monotonic()
-    with serving(server, each.policy, each.folder / "server.log"), log.open("a", encoding="utf-8") as stream:
-        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
+    with (
+        _server(settings, each, step) as server,
+        log.open("a", encoding="utf-8") as stream,
+        tied_process(command, settings.lock, stream) as process,
+    ):
+        code = process.wait()
+        gone = "" if server is None or server.poll() is None else f"; the server ended with code {server.returncode}"
     if code:
         end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-10:])
-        raise click.ClickException(f"{shlex.join(command)}: exit code {code}; the end of {log}:\n{end}")
+        raise click.ClickException(f"{shlex.join(command)}: exit code {code}{gone}; the end of {log}:\n{end}")
     each.keep(step, time.monotonic() - started)
 
 
-@contextmanager
-def serving(server: Server | None, model: Path, log: Path) -> Iterator[None]:
-    """Have the server answer for a model; stop it, with all that it started, at the end."""
-    if server is None:
-        yield
-        return
-    command = shlex.split(server.command.format(model=model))
-    with log.open("a", encoding="utf-8") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        _wait_for(server, process, log)
-        yield
-    finally:
-        _stop(process)
-
-
-def _wait_for(server: Server, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + 60 * server.start_minutes
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise click.ClickException(f"{server.command}: ended with code {process.returncode}; see {log}")
-        try:
-            with urllib.request.urlopen(f"{server.url}/models", timeout=5) as reply:
-                names = [each["id"] for each in json.load(reply)["data"]]
-        except OSError:
-            time.sleep(0.2)
-            continue
-        if SERVED_NAME not in names:
-            raise click.ClickException(f"{server.url} serves {', '.join(names)}, not {SERVED_NAME}")
-        return
-    raise click.ClickException(f"{server.url}: no answer after {server.start_minutes:g} minutes; see {log}")
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-            try:
-                process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
+def _server(settings: Settings, each: Round, step: Step) -> AbstractContextManager["subprocess.Popen[bytes] | None"]:
+    """The process of the server while the step runs; None where the step asks no server."""
+    if settings.server is None or step.name != "sample":
+        return nullcontext()
+    key = settings.sample.named().get("api_key_env")
+    return serving(settings.server, each.policy, settings.lock, each.folder / "server.log", key)
 
 
 def summary(settings: Settings) -> str:
@@ -295,6 +262,23 @@ def summary(settings: Settings) -> str:
     return "\n".join(lines)
 
 
+def run(settings: Settings) -> None:
+    """Carry out all steps that are missing."""
+    rounds = list(make_rounds(settings))
+    if not have_ended(settings.lock):
+        click.echo(f"{settings.work}: waiting until the commands of an earlier start have ended", err=True)
+        if not wait_for_end(settings.lock):
+            raise click.ClickException(f"{settings.work}: another loop works in it; end that first")
+    with tqdm(total=sum(len(steps) for _, steps in rounds), unit="step") as bar:
+        for each, steps in rounds:
+            each.check_policy()
+            for step in steps:
+                bar.set_postfix_str(f"round {each.number}: {step.name}")
+                if not each.is_done(step):
+                    carry_out(settings, each, step)
+                bar.update()
+
+
 @click.command(context_settings={"max_content_width": 110})
 @click.option("--config", required=True, type=click.Path(path_type=Path, exists=True), help="YAML file of the loop.")
 @click.argument("overrides", nargs=-1)
@@ -309,15 +293,10 @@ def main(config: Path, overrides: tuple[str, ...]) -> None:
       python examples/on_policy/on_policy.py --config examples/on_policy/loops/qwen2.5-7b.yaml rounds=3
     """
     settings = read_settings(config, overrides)
-    rounds = list(make_rounds(settings))
-    with tqdm(total=sum(len(steps) for _, steps in rounds), unit="step") as bar:
-        for each, steps in rounds:
-            each.check_policy()
-            for step in steps:
-                bar.set_postfix_str(f"round {each.number}: {step.name}")
-                if not each.is_done(step):
-                    carry_out(settings, each, step)
-                bar.update()
+    try:
+        run(settings)
+    except UserError as error:
+        raise click.ClickException(str(error)) from None
     click.echo(summary(settings))
 
 

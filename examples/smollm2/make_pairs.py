@@ -1,11 +1,12 @@
 """Make the triplets: contexts of the training questions, the model's own responses, right and wrong ones in pairs."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
-from smollm2.plan import FULL, QUICK, Sizes
+from smollm2.plan import BASE, FULL, QUICK, Run, Sizes, comparison
 from smollm2.steps import HERE, build_contexts, command, first_lines
 
 TEMPERATURE = 0.85
@@ -13,35 +14,42 @@ SHIPPED = HERE / "responses.jsonl"
 """What `data sample` gave for FULL; in git, because sampling takes long and rounds differently on other machines."""
 
 
-def make_pairs(work: Path, sizes: Sizes) -> None:
-    """Write `<work>/prepared/seed<N>` for every seed. What is there is not made again; sampling goes on."""
-    model, contexts, responses = work / "model", work / "train.jsonl", work / "responses.jsonl"
-    questions = work / "train-questions.jsonl"
-    first_lines(work / "questions" / "train.jsonl", questions, sizes.train_questions)
-    build_contexts(questions, contexts, model, sizes.short_tokens, sizes.long_tokens)
-    missing = [seed for seed in sizes.seeds if not (work / "prepared" / f"seed{seed}").is_dir()]
+def make_pairs(work: Path, sizes: Sizes, runs: Iterable[Run]) -> None:
+    """Write `<work>/prepared/<run.triplets>` for every run. What is there is not made again; sampling goes on."""
+    responses = work / "responses.jsonl"
+    first_lines(work / "questions" / "train.jsonl", work / "train-questions.jsonl", sizes.train_questions)
+    contexts = _contexts(work, sizes, sizes.long_tokens)
+    trained = {run.triplets: run for run in runs if run.method != BASE}
+    missing = [run for name, run in trained.items() if not (work / "prepared" / name).is_dir()]
     if not missing:
         return
     if sizes is not FULL:
         command(
-            *("data", "sample", "--contexts", contexts, "--output", responses, "--model", model),
+            *("data", "sample", "--contexts", contexts, "--output", responses, "--model", work / "model"),
             *("--num-samples", sizes.samples, "--samples-per-request", sizes.samples, "--temperature", TEMPERATURE),
         )
     elif not responses.exists():
         shutil.copy(SHIPPED, responses)
-    for seed in missing:
-        _pair(work, sizes, seed)
+    for run in missing:
+        _pair(work, sizes, run)
 
 
-def _pair(work: Path, sizes: Sizes, seed: int) -> None:
+def _contexts(work: Path, sizes: Sizes, long_tokens: int) -> Path:
+    """The training questions' contexts; the short ones are the same beside every length of the long ones."""
+    contexts = work / ("train.jsonl" if long_tokens == sizes.long_tokens else f"train-{long_tokens}.jsonl")
+    build_contexts(work / "train-questions.jsonl", contexts, work / "model", sizes.short_tokens, long_tokens)
+    return contexts
+
+
+def _pair(work: Path, sizes: Sizes, run: Run) -> None:
     """One right and one wrong response per question, drawn by the seed; then as many triplets as the runs read."""
-    prepared, triplets = work / "prepared" / f"seed{seed}", work / f"triplets-seed{seed}.jsonl"
+    prepared, triplets = work / "prepared" / run.triplets, work / f"triplets-{run.triplets}.jsonl"
     command(
-        *("data", "select", "--contexts", work / "train.jsonl", "--responses", work / "responses.jsonl"),
-        *("--output", triplets, "--tokenizer", work / "model", "--score", "sub_em", "--chosen", "random"),
+        *("data", "select", "--contexts", _contexts(work, sizes, run.long_tokens or sizes.long_tokens)),
+        *("--responses", work / "responses.jsonl", "--output", triplets, "--tokenizer", work / "model"),
         # A wrong response of other length would teach the length.
-        *("--rejected", "nearest_length"),
-        *("--seed", seed, "--overwrite"),
+        *("--score", "sub_em", "--chosen", "random", "--rejected", "nearest_length"),
+        *("--seed", run.seed, "--overwrite"),
     )
     found = len(triplets.read_text(encoding="utf-8").splitlines())
     if found < sizes.triplets:
@@ -61,7 +69,8 @@ def main(work: Path, quick: bool) -> None:
     Example, after make_model.py and make_questions.py:
       python examples/smollm2/make_pairs.py
     """
-    make_pairs(work, QUICK if quick else FULL)
+    sizes = QUICK if quick else FULL
+    make_pairs(work, sizes, [run for seed in sizes.seeds for run in comparison(seed)])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train and measure all runs, each as soon as a core is free. What stands in `results/` is not done again."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -87,7 +87,9 @@ def finish(jobs: list[Job], results: Results, processes: int) -> None:
 @click.option("--work", type=click.Path(path_type=Path), help="Directory to work in. If not given, beside this script.")
 @click.option("--quick", is_flag=True, help="Three triplets and two questions, to see the whole way in minutes.")
 @click.option(
-    "--everything", is_flag=True, help="Also both answers aligned, more passes of short_po, ORPO, DPO and adapters."
+    "--everything",
+    is_flag=True,
+    help="Also both answers aligned, more passes of short_po, ORPO, DPO, adapters, longer contexts.",
 )
 @click.option("--processes", default=2, show_default=True, help="Jobs side by side, a core each.")
 @click.option("--list", "list_only", is_flag=True, help="Name what is missing, and stop.")
@@ -110,13 +112,13 @@ def main(work: Path | None, quick: bool, everything: bool, processes: int, list_
         for job in (job for runs in by_group for job in missing_jobs(work, sizes, results, runs)):
             click.echo(f"{job.run.name} {job.part}")
         return
-    make_inputs(work, sizes)
+    make_inputs(work, sizes, [run for runs in by_group for run in runs])
     for runs in by_group:
         finish(missing_jobs(work, sizes, results, runs), results, processes)
 
 
-def make_inputs(work: Path, sizes: Sizes) -> None:
-    """What all runs share, where it is not there yet."""
+def make_inputs(work: Path, sizes: Sizes, runs: Sequence[Run]) -> None:
+    """What the runs share, where it is not there yet."""
     try:
         if not (work / "model").is_dir():
             make_model(work / "model")
@@ -124,8 +126,8 @@ def make_inputs(work: Path, sizes: Sizes) -> None:
         raise click.ClickException(str(error)) from None
     if not (work / "questions").is_dir():
         write_questions(work / "questions")
-    make_pairs(work, sizes)
-    for part in Run(BASE).parts(sizes):
+    make_pairs(work, sizes, runs)
+    for part in dict.fromkeys(part for run in runs for part in run.parts(sizes)):
         if part != NEEDLES:
             contexts_of(work, sizes, part)
 

@@ -25,6 +25,8 @@ _HASH = re.compile("[0-9a-f]{64}")
 _ADDED_LATER = ("weights",)
 SIDE_FIELD = "side"
 """Of a header of `data sample`: which contexts were answered. Older versions did not keep it, and asked short ones."""
+PROMPTS_FIELD = "prompts"
+"""Of a header of `data sample`: hash of what was asked."""
 _FORMER_VALUES = {SIDE_FIELD: "short"}
 
 
@@ -256,8 +258,10 @@ def _check_header(path: Path, header: dict[str, Any], command: str) -> None:
         raise _foreign(path, command)
     old = {name: value for name, value in _FORMER_VALUES.items() if name in header} | old
     unknown = [name for name in _ADDED_LATER if name in header and name not in old]
-    names = sorted((old.keys() | header.keys()) - set(unknown))
-    if differing := [_difference(name, old, header) for name in names if old.get(name) != header.get(name)]:
+    names = {name for name in (old.keys() | header.keys()) - set(unknown) if old.get(name) != header.get(name)}
+    if SIDE_FIELD in names:
+        names -= {PROMPTS_FIELD}  # those of another side are others
+    if differing := [_difference(name, old, header) for name in sorted(names)]:
         raise UserError(
             f"--output {path}: was begun with {', '.join(differing)}; name another output, or ask for the same"
         )
@@ -275,5 +279,5 @@ def _difference(name: str, old: dict[str, Any], new: dict[str, Any]) -> str:
         keys = sorted(key for key in old[name].keys() | new[name].keys() if old[name].get(key) != new[name].get(key))
         return f"other {name} ({', '.join(keys)})"
     if any(_HASH.fullmatch(str(value)) for value in (old[name], new[name])):
-        return f"another {name}"
+        return f"other {name}"
     return f"{name} {old[name]}, not {new[name]}"

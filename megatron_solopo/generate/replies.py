@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 from megatron_solopo.generate.model import Answer, RequestRefused
 
 _SHOWN_CHARACTERS = 200
-_ABORTED = "abort"
 _SHOWN_BYTES = 100
+_ABORTED = "abort"
 """vLLM and SGLang say so of an answer that was stopped from outside (paused, put to sleep). It is incomplete."""
 _LENGTH = "length"
 _FILTERED = "content_filter"

@@ -50,13 +50,16 @@ _NO_KEY = "none"
 """The client wants a key. It is not sent."""
 
 
-class _ServedModel(BaseModel):
+class ServedModel(BaseModel):
+    """A model as a server lists it."""
+
     id: str
     max_model_len: int | None = None
+    """Longest sequence, where a server tells it."""
 
 
 class _ServedModels(BaseModel):
-    data: list[_ServedModel]
+    data: list[ServedModel]
 
 
 class OpenAIServer:
@@ -185,18 +188,28 @@ class OpenAIServer:
             )
 
 
+def served_models(url: str, api_key_env: str | None) -> list[ServedModel]:
+    """The models that a server has.
+
+    Raises:
+        openai.OpenAIError: It does not answer, or answers with an error.
+        ValidationError: Its answer is no list of models.
+    """
+    key = _api_key(api_key_env)
+    with openai.OpenAI(base_url=url, api_key=key or _NO_KEY, max_retries=0, timeout=_MODELS_SECONDS) as client:
+        reply = client.models.with_raw_response.list(extra_headers=_headers(key))
+        return _ServedModels.model_validate_json(reply.content).data
+
+
 def served_positions(url: str, model: str, api_key_env: str | None) -> int | None:
     """Longest sequence of the server's model, as vLLM and SGLang tell it.
 
     None where the server does not answer or does not say.
     """
-    key = _api_key(api_key_env)
-    with openai.OpenAI(base_url=url, api_key=key or _NO_KEY, max_retries=0, timeout=_MODELS_SECONDS) as client:
-        try:
-            reply = client.models.with_raw_response.list(extra_headers=_headers(key))
-            models = _ServedModels.model_validate_json(reply.content).data
-        except (openai.OpenAIError, ValidationError):
-            return None
+    try:
+        models = served_models(url, api_key_env)
+    except (openai.OpenAIError, ValidationError):
+        return None
     return next((each.max_model_len for each in models if each.id == model), None)
 
 

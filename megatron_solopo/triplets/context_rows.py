@@ -3,6 +3,7 @@
 import json
 import weakref
 from collections.abc import Iterator
+from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
@@ -109,6 +110,21 @@ def read_by_question(path: Path) -> Iterator[list[ContextRow]]:
     rows = (row for _, _, row in ContextFile(path).rows(ContextRow))
     for _, group in groupby(rows, key=lambda row: row.question_id):
         yield list(group)
+
+
+def prompts_hash(contexts: ContextFile, side: Context) -> str:
+    """Hash of all that a model is asked on one side: names, prompts and arguments of the template, without the rest.
+
+    Files that differ in the other side alone have the same, so that responses to the short contexts fit long ones of
+    every length.
+    """
+    digest, last = sha256(), None
+    for _, _, row in contexts.rows(ContextRow):
+        if (name := row.asked_as(side)) != last:
+            asked = {"name": name, "prompt": row.prompt(side)} | row.arguments({}).fields()
+            digest.update(json.dumps(asked, sort_keys=True).encode() + b"\n")
+        last = name
+    return digest.hexdigest()
 
 
 def to_line(row: dict[str, Any]) -> str:

@@ -20,12 +20,18 @@ from megatron_solopo.config import Context
 from megatron_solopo.data.settings import Template
 from megatron_solopo.data.template_arguments import KWARGS_FIELD, TemplateArguments
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import sha256_file
-from megatron_solopo.generate.journal import SIDE_FIELD, Journal, StoredResponse, read_offsets, read_refusals
+from megatron_solopo.generate.journal import (
+    PROMPTS_FIELD,
+    SIDE_FIELD,
+    Journal,
+    StoredResponse,
+    read_offsets,
+    read_refusals,
+)
 from megatron_solopo.generate.model import Answer, Model, Request, Traffic
 from megatron_solopo.generate.refusals import Refusals
 from megatron_solopo.progress import bar_style
-from megatron_solopo.triplets.context_rows import ContextFile, ContextRow
+from megatron_solopo.triplets.context_rows import ContextFile, ContextRow, prompts_hash
 from megatron_solopo.triplets.report import Bars, Chart, Histogram, check_output, provenance, write_stage_report
 from megatron_solopo.triplets.seeds import derived_seed
 from megatron_solopo.triplets.settings import END_TOKENS, SampleSettings
@@ -125,7 +131,9 @@ def sample(settings: SampleSettings) -> SampleReport:
             f"--max-tokens {max_tokens}: the contexts leave room for {response_tokens} tokens, see --response-tokens"
         )
     made = provenance([settings.contexts], settings.seed, settings)
-    with Journal(settings.output, _header(settings, max_tokens), retry_refused=settings.retry_refused) as journal:
+    with Journal(
+        settings.output, _header(contexts, settings, max_tokens), retry_refused=settings.retry_refused
+    ) as journal:
         before = journal.count
         model = _load(settings)
         refusals = Refusals(journal, settings, len(prompts), settings.num_samples)
@@ -135,7 +143,7 @@ def sample(settings: SampleSettings) -> SampleReport:
     return _report(settings, made, len(prompts), received_now, model.traffic)
 
 
-def _header(settings: SampleSettings, max_tokens: int) -> dict[str, Any]:
+def _header(contexts: ContextFile, settings: SampleSettings, max_tokens: int) -> dict[str, Any]:
     """Everything that decides a response; neither how many there are nor which server gives them."""
     names = ("model", SIDE_FIELD, "temperature", "top_p", "seed")
     header = {name: getattr(settings, name) for name in names}
@@ -144,7 +152,7 @@ def _header(settings: SampleSettings, max_tokens: int) -> dict[str, Any]:
         header["weights"] = directory_fingerprint(Path(settings.model))
     if settings.chat_template_kwargs:
         header[KWARGS_FIELD] = settings.chat_template_kwargs
-    return header | {"max_tokens": max_tokens, "contexts": sha256_file(settings.contexts)}
+    return header | {"max_tokens": max_tokens, PROMPTS_FIELD: prompts_hash(contexts, settings.side)}
 
 
 def _index(contexts: ContextFile, settings: SampleSettings) -> tuple[dict[str, int], int]:

@@ -19,11 +19,18 @@ from megatron_solopo.data.row_files import check_plain_lines
 from megatron_solopo.data.template_arguments import KWARGS_FIELD
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
-from megatron_solopo.files import atomic_path, sha256_file
-from megatron_solopo.generate.journal import SIDE_FIELD, StoredResponse, parse_response, read_header, read_offsets
+from megatron_solopo.files import atomic_path
+from megatron_solopo.generate.journal import (
+    PROMPTS_FIELD,
+    SIDE_FIELD,
+    StoredResponse,
+    parse_response,
+    read_header,
+    read_offsets,
+)
 from megatron_solopo.generate.scoring import SCORERS, final_answer, token_f1
 from megatron_solopo.progress import bar_style
-from megatron_solopo.triplets.context_rows import ContextRow, read_by_question, to_line
+from megatron_solopo.triplets.context_rows import ContextFile, ContextRow, prompts_hash, read_by_question, to_line
 from megatron_solopo.triplets.prompt import Measure
 from megatron_solopo.triplets.report import Bars, Chart, Histogram, check_output, provenance, write_stage_report
 from megatron_solopo.triplets.seeds import generator
@@ -227,10 +234,13 @@ def select(settings: SelectSettings) -> SelectReport:
 def _check_responses_belong(settings: SelectSettings) -> None:
     check_plain_lines(settings.responses)
     header = read_header(settings.responses)
-    if header and header.get("contexts") != sha256_file(settings.contexts):
+    if not header:
+        return
+    side = header.get(SIDE_FIELD, "short")
+    if header.get(PROMPTS_FIELD) != prompts_hash(ContextFile(settings.contexts), side):
         raise UserError(
-            f"--responses {settings.responses}: were sampled from other contexts than {settings.contexts}, which has "
-            "another hash; pass the file that they were sampled from, or sample again"
+            f"--responses {settings.responses}: were sampled from other {side} contexts than those of "
+            f"{settings.contexts}; pass the file that they were sampled from, or sample again"
         )
 
 

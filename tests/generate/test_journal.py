@@ -46,7 +46,7 @@ def test_a_cut_last_response_is_refused_by_those_who_only_read(tmp_path) -> None
 def test_a_journal_of_another_model_at_the_same_place_is_refused(tmp_path, capsys) -> None:
     path, header = tmp_path / "r.jsonl", {"model": "m", "files": {"a": "1", "b": "1"}}
     Journal(path, header | {"weights": "0" * 64}).__exit__(None, None, None)
-    with pytest.raises(UserError, match=r"was begun with other files \(b\), another weights; name another output"):
+    with pytest.raises(UserError, match=r"was begun with other files \(b\), other weights; name another output"):
         Journal(path, {"model": "m", "files": {"a": "1", "b": "2"}, "weights": "1" * 64})
     Journal(tmp_path / "old.jsonl", header).__exit__(None, None, None)
     Journal(tmp_path / "old.jsonl", header | {"weights": "0" * 64}).__exit__(None, None, None)

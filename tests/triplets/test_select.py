@@ -11,7 +11,7 @@ from megatron_solopo.data.rows import validate_file
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
 from megatron_solopo.generate.journal import StoredResponse
-from megatron_solopo.triplets.context_rows import ContextRow
+from megatron_solopo.triplets.context_rows import ContextFile, ContextRow, prompts_hash
 from megatron_solopo.triplets.prompt import Measure
 from megatron_solopo.triplets.select import Judge, SelectReport, select
 from megatron_solopo.triplets.settings import SelectSettings
@@ -220,10 +220,22 @@ def test_the_same_seed_makes_the_same_bytes(bench) -> None:
     assert (bench.folder / "triplets.jsonl").read_bytes() == first
 
 
-def test_responses_to_other_contexts_are_refused(bench) -> None:
-    bench.responses.insert(0, {"journal": {"contexts": "0" * 64}})
-    with pytest.raises(UserError, match="were sampled from other contexts"):
-        bench.select()
+@pytest.mark.parametrize("side", ["short", "long"])
+def test_responses_fit_other_contexts_of_the_other_side_alone(side, bench) -> None:
+    asked = ContextFile(write_lines(bench.folder / "asked.jsonl", [context(0)]))
+    bench.responses.insert(0, {"journal": {"side": side, "prompts": prompts_hash(asked, side)}})
+    other = {"short": "long", "long": "short"}[side]
+    bench.contexts = [context(0) | {f"prompt_{other}": "another one"}]
+    (row,), _ = bench.select()
+    assert row[f"prompt_{other}"] == "another one" and row[f"prompt_{side}"] == context(0)[f"prompt_{side}"]
+    for changed in (
+        {f"prompt_{side}": "another one"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"id": "q1", "question_id": "q1"},
+    ):
+        bench.contexts = [context(0) | changed]
+        with pytest.raises(UserError, match=f"were sampled from other {side} contexts"):
+            bench.select()
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_select_takes_the_arguments_of_the_responses_and_hands_them_to_prepare(t
     header = {"journal": {"chat_template_kwargs": OFF}}
     responses = tmp_path / "responses.jsonl"
     write_lines(responses, [header, *(response(0, index, text) for index, text in enumerate(texts))])
-    with pytest.raises(UserError, match="sampled from other contexts"):
+    with pytest.raises(UserError, match="sampled from other short contexts"):
         select(selection(contexts, responses, thinking))
     write_lines(responses, [response(0, index, text) for index, text in enumerate(texts)])
     select(selection(contexts, responses, thinking))

@@ -10,6 +10,8 @@ RATES = {"full": 3e-5, "lora": 3e-4}
 """Of the whole model and of adapters."""
 EQUAL_FLOPS_PASSES = 4
 """So often `short_po` reads the triplets with about the FLOPs of one pass of `solopo` (48.1 against 13.0 TFLOPs)."""
+LONGER = (2048, 4096)
+"""Other lengths of the long contexts of training."""
 BASE = "base"
 DEV, NEEDLES = "dev", "needles"
 
@@ -92,6 +94,8 @@ class Run:
     """None: that of `RATES`."""
     passes: int = 1
     """How often the triplets are read."""
+    long_tokens: int | None = None
+    """Of the long contexts of training. None: those of `Sizes`."""
 
     @property
     def name(self) -> str:
@@ -102,7 +106,13 @@ class Run:
         lora = "" if self.weights == "full" else f"-{self.weights}"
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
         passes = "" if self.passes == 1 else f"-{self.passes}passes"
-        return f"{self.loss_type}-{self.method}{both}{lora}{rate}{passes}-seed{self.seed}"
+        long = "" if self.long_tokens is None else f"-long{self.long_tokens}"
+        return f"{self.loss_type}-{self.method}{both}{lora}{rate}{passes}{long}-seed{self.seed}"
+
+    @property
+    def triplets(self) -> str:
+        """Name of the triplets that the run reads."""
+        return f"seed{self.seed}" if self.long_tokens is None else f"seed{self.seed}-long{self.long_tokens}"
 
     @property
     def rate(self) -> float:
@@ -132,16 +142,19 @@ class Run:
         }
         if self.weights == "lora":
             changed |= {"lora.rank": 16}
+        if self.long_tokens is not None:
+            changed |= {"data.max_tokens_per_pack": self.long_tokens + 1024}  # one triplet
         return [f"{key}={value}" for key, value in changed.items()]
 
     def main_parts(self, sizes: Sizes) -> list[str]:
-        """What the runs of every seed are measured on: the lengths of training. Of a trial, the dev split alone."""
-        return [DEV] if self.is_trial else [test_part(length) for length in (sizes.short_tokens, sizes.long_tokens)]
+        """What a run of any seed is measured on: the lengths of training. Of a trial, the dev split alone."""
+        lengths = dict.fromkeys((sizes.short_tokens, sizes.long_tokens, self.long_tokens or sizes.long_tokens))
+        return [DEV] if self.is_trial else [test_part(length) for length in lengths]
 
     def parts(self, sizes: Sizes) -> list[str]:
-        """All that the run is measured on. Runs of the first seed also answer other lengths, `dev` and `needles`."""
+        """All that the run is measured on. The comparison's first seed also answers other lengths and `needles`."""
         main = self.main_parts(sizes)
-        if self.is_trial or self.seed != sizes.seeds[0]:
+        if self != Run(self.method):
             return main
         # The rate of the comparison beside those of the trials.
         dev = [DEV] if self in (Run(BASE), Run("short_po")) else []
@@ -171,3 +184,4 @@ def groups(sizes: Sizes, *, everything: bool) -> Iterator[list[Run]]:
         yield [Run("solopo", align="both"), Run("short_po", passes=EQUAL_FLOPS_PASSES)]
         yield from (comparison(SEEDS[0], loss_type) for loss_type in ("orpo", "dpo"))
         yield comparison(SEEDS[0], weights="lora")
+        yield [Run(method, long_tokens=long) for long in LONGER for method in ("long_po", "solopo")]

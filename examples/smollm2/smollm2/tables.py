@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from megatron_solopo.evaluate.statistics import mean_measure, mean_score
 from megatron_solopo.results.results_file import MeanWithInterval
-from smollm2.plan import BASE, DEV, FULL, NEEDLES, Run, comparison, groups, main_groups
+from smollm2.plan import BASE, DEV, EQUAL_FLOPS_PASSES, FULL, NEEDLES, Run, comparison, groups, main_groups
 from smollm2.questions import questions, read_rows
 
 TRAINING = "training"
@@ -120,11 +120,10 @@ def _mean_words(found: Sequence[Result], part: str) -> str:
 
 
 def differences(results: Sequence[Result]) -> Iterator[str]:
-    """Every trained method less the base, and SoLoPO less `long_po`, question by question."""
-    base = Run(BASE)
-    pairs = [(run, base) for run in methods(results) if run != base]
-    short, long, solopo = comparison(0)
-    pairs += [(solopo, long), (solopo, short)]
+    """Every trained method less the base, and SoLoPO less what it competes with, question by question."""
+    base, runs = Run(BASE), methods(results)
+    pairs = [(run, base) for run in runs if run != base]
+    pairs += [(run, other) for run in runs if run.method == "solopo" for other in _competitors(run) if other in runs]
 
     def rows() -> Rows:
         for first, second in pairs:
@@ -132,6 +131,13 @@ def differences(results: Sequence[Result]) -> Iterator[str]:
             yield [f"{name_of(first)} less {name_of(second)}", *cells]
 
     return table(["difference", *map(str, LENGTHS)], rows())
+
+
+def _competitors(solopo: Run) -> list[Run]:
+    """The other methods with the same settings, `short_po` with as many FLOPs, and the chosen answer aligned alone."""
+    others = [replace(solopo, method=method) for method in ("long_po", "short_po")]
+    others += [replace(solopo, method="short_po", passes=EQUAL_FLOPS_PASSES), replace(solopo, align="chosen")]
+    return [each for each in others if each != solopo]
 
 
 def _difference(results: Sequence[Result], first: Run, second: Run, part: str) -> str:

@@ -32,7 +32,7 @@ def train_run(work: Path, run: Run, sizes: Sizes) -> dict[str, Any]:
         remove(run_dir)  # what a finished or an early stopped training left
     command(
         *("train", "--config", HERE / "config.yaml", f"run_dir={run_dir}", f"model.path={work / 'model'}"),
-        *(f"data.path={work / 'prepared' / f'seed{run.seed}'}", *run.overrides(sizes)),
+        *(f"data.path={work / 'prepared' / run.triplets}", *run.overrides(sizes)),
         log=log,
     )
     exported, checkpoint = model_directory(work, run), run_dir / "checkpoints" / f"iter_{run.steps(sizes):07}"
