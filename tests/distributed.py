@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 TIMEOUT_SECONDS = 280  # below pytest's own, so that the missing ranks are named
 
@@ -104,7 +105,9 @@ def _run_rank(
         torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-        value = function(*arguments)
+        # A run's picture takes most of a second, and these are hundreds of runs. Runs of the command draw theirs.
+        with mock.patch("megatron_solopo.train.metrics.plot_metrics"):
+            value = function(*arguments)
         # Bytes, not tensors: torch would hand tensors over by a descriptor that dies with this process.
         results.put((rank, pickle.dumps(value), None))
         # Others may still be in a collective with this rank: leave together.

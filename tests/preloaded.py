@@ -12,7 +12,7 @@ import pytest  # noqa: F401
 import transformers.models.auto.modeling_auto  # noqa: F401
 
 import megatron_solopo.checkpoint.load
-import megatron_solopo.train.step  # noqa: F401
+import megatron_solopo.train.trainer  # noqa: F401
 import tests.prepared
 import tests.tiny_models  # noqa: F401
 

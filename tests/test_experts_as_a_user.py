@@ -123,6 +123,7 @@ def test_a_mixture_of_experts_goes_through_every_command(tmp_path: Path) -> None
         names = ("loss", "moe/load_max_over_mean", "moe/entropy", "moe/route_agreement")
         assert [one[name] for name in names] == pytest.approx([other[name] for name in names], rel=1e-5)
     assert {step["num_processes"] for step in alone[len(shared) :]} == {1}
+    assert (trained / "metrics.png").read_bytes().startswith(b"\x89PNG")
 
     newest = trained / "checkpoints" / f"iter_{STEPS:07d}"
     run(

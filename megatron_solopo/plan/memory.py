@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -312,9 +312,11 @@ def peak_activations(
     size = config.parallel.pipeline_model_parallel_size
     chunks = model_chunks(architecture, config.parallel, pipeline_rank)
     rates = [activation_rate(architecture, config, chunk, local=local) for chunk in chunks]
+    # Many packs of a plan are the same object.
+    kept = cache(lambda chunk, pack: rates[chunk].total(pack))
     # Tokens alone do not decide: packs of as many tokens gather unequal numbers of keys, or compute them again.
     keys = partial(gathered_keys, context_parallel_size=config.parallel.context_parallel_size, local=local)
-    fullest = sorted(packs, key=lambda pack: (-sum(rate.total(pack) for rate in rates), -keys(pack)))
+    fullest = sorted(packs, key=lambda pack: (-sum(kept(chunk, pack) for chunk in range(len(rates))), -keys(pack)))
     order = stage_order(pipeline_rank, size, len(chunks), len(packs))[: 4 * size * len(chunks)]
     recomputed = recomputed_bytes(architecture, config, chunks, fullest[0], local=local)
     if chunks[-1].has_head:
@@ -323,7 +325,7 @@ def peak_activations(
         if fullest[0].response_rows > config.logprob.chunk_tokens:
             recomputed = max(recomputed, logits_bytes(architecture, config, fullest[0]))
     return PeakActivations(
-        saved=peak_in_flight(order, lambda chunk, number: rates[chunk].total(fullest[number])),
+        saved=peak_in_flight(order, lambda chunk, number: kept(chunk, fullest[number])),
         head=peak_in_flight(order, lambda chunk, number: rates[chunk].head(fullest[number])),
         recomputed=recomputed,
         packs_in_flight=round(peak_in_flight(order, lambda chunk, number: 1.0)),

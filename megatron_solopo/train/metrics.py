@@ -294,7 +294,9 @@ def plot_metrics(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw losses, rewards, accuracy, gradient norm and speed over the steps into a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 7), layout="constrained")
+    figure = Figure(figsize=(15, 7))
+    # matplotlib's own search for margins would take longer than the picture.
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.07, top=0.95, wspace=0.17, hspace=0.27)
     of_sources = dict.fromkeys(name for each in metrics for _, name in source_losses(each))
     panels = _PANELS | {"loss": (*_PANELS["loss"], *of_sources)}
     for axis, (title, names) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
