@@ -26,6 +26,8 @@ from megatron_solopo.data.packing import Pack
 from megatron_solopo.model.layers import layers_and_routers
 from megatron_solopo.parallel.megatron_internals import allow_replay, replayed
 
+_BALANCE, _Z_LOSS = "moe/load_balancing_loss", "moe/z_loss"
+
 
 @dataclass(frozen=True)
 class TokenPlaces:
@@ -118,6 +120,8 @@ class RouterWatch:
 
     def __init__(self, chunks: Iterable[torch.nn.Module], config: MoEConfig, *, counts_routes: bool = True) -> None:
         self._config = config
+        coefficients = {_BALANCE: config.aux_loss_coefficient, _Z_LOSS: config.z_loss_coefficient}
+        self._coefficients = {name: value for name, value in coefficients.items() if value}
         self._counts_routes = counts_routes
         self._sums: dict[int, _LayerSums] = {}
         self._of_layer: dict[int, TokenPlaces | None] = {}
@@ -155,15 +159,20 @@ class RouterWatch:
         if self._counts_routes and places.is_trained and router.layer_number not in places.counted:
             places.counted.add(router.layer_number)
             with torch.no_grad():
-                sums = self._sums.setdefault(router.layer_number, _LayerSums.zeros(logits_tE))
-                sums.add(logits_tE, chosen, places)
-        balanced = self._config.aux_loss_coefficient or self._config.z_loss_coefficient
-        if balanced and torch.is_grad_enabled():
-            probabilities = _WithLoss.apply(probabilities, self._loss(logits_tE, wanted, places))  # type: ignore[no-untyped-call]
+                self._sums_of(router, logits_tE).add(logits_tE, chosen, places)
+        if self._coefficients and torch.is_grad_enabled():
+            losses = self._losses(logits_tE, wanted, places)
+            if self._counts_routes and places.is_trained:
+                self._sums_of(router, logits_tE).add_losses(losses, places)
+            loss = sum(coefficient * losses[name] for name, coefficient in self._coefficients.items())
+            probabilities = _WithLoss.apply(probabilities, loss)  # type: ignore[no-untyped-call]
         return probabilities, chosen
 
-    def _loss(self, logits_tE: Tensor, chosen_tE: Tensor, places: TokenPlaces) -> Tensor:
-        """This rank's share of the losses of all sequences of the pack, one layer's.
+    def _sums_of(self, router: TopKRouter, logits_tE: Tensor) -> "_LayerSums":
+        return self._sums.setdefault(router.layer_number, _LayerSums.zeros(logits_tE))
+
+    def _losses(self, logits_tE: Tensor, chosen_tE: Tensor, places: TokenPlaces) -> dict[str, Tensor]:
+        """This rank's share of the losses of all sequences of the pack, one layer's, without their coefficients.
 
         Args:
             chosen_tE: the routers' own choices, also where others are replayed.
@@ -173,16 +182,18 @@ class RouterWatch:
         weights_S = places.loss_scale_S / lengths_S
         # A choice of rows by `real_t` would make the host wait for their number.
         weights_t = real_t * _over_runs(weights_S, places)[places.runs_t]
-        loss = (logits_tE.logsumexp(dim=1).square() * weights_t).sum() * self._config.z_loss_coefficient
-        if self._config.aux_loss_coefficient:
+        losses = {}
+        if _Z_LOSS in self._coefficients:
+            losses[_Z_LOSS] = (logits_tE.logsumexp(dim=1).square() * weights_t).sum()
+        if _BALANCE in self._coefficients:
             counts_ME = logits_tE.new_zeros(num_blocks + len(lengths_S), logits_tE.shape[1])
             counts_ME.index_add_(0, places.runs_t, (chosen_tE & real_t[:, None]).to(logits_tE.dtype))
             _sum_over_shards(counts_ME)
             counts_SE = counts_ME[places.blocks_S] + counts_ME[num_blocks:]
             shares_tE = _over_runs(counts_SE * (weights_S / lengths_S)[:, None], places)[places.runs_t]
             balance_t = (shares_tE * logits_tE.softmax(dim=1)).sum(dim=1) * logits_tE.shape[1]
-            loss = loss + (balance_t * real_t).sum() * self._config.aux_loss_coefficient
-        return loss
+            losses[_BALANCE] = (balance_t * real_t).sum()
+        return losses
 
     def reset(self) -> None:
         """Forget what was counted."""
@@ -196,12 +207,14 @@ class RouterWatch:
             `moe/entropy`: of the router's probabilities of a token, in nats, mean over tokens and layers.
             `moe/route_agreement`: share of a response token's experts behind the short context that compute it behind
             the long context, too; mean over response tokens and layers. Absent if no response is behind both.
+            `moe/load_balancing_loss`, `moe/z_loss`: what `moe.aux_loss_coefficient` and `moe.z_loss_coefficient` weight
+            for each layer; mean over the sequences of a row, over rows and over layers. Absent where that is 0.
         """
-        total = torch.zeros(num_layers, num_experts + 3, dtype=torch.float64, device=device)
+        total = torch.zeros(num_layers, num_experts + 6, dtype=torch.float64, device=device)
         for layer, sums in self._sums.items():
-            total[layer - 1] = torch.cat([sums.tokens_E, sums.others_3])
+            total[layer - 1] = torch.cat([sums.tokens_E, sums.others_6])
         dist.all_reduce(total)
-        counts, (entropy, same, pairs) = total[:, :-3], total[:, -3:].sum(dim=0).tolist()
+        counts, (entropy, same, pairs, balance, z, weight) = total[:, :-6], total[:, -6:].sum(dim=0).tolist()
         used = counts[counts.sum(dim=1) > 0]
         if not len(used):
             return {}
@@ -209,29 +222,40 @@ class RouterWatch:
             "moe/load_max_over_mean": float((used.amax(dim=1) / used.mean(dim=1)).mean()),
             "moe/entropy": entropy * topk / float(used.sum()),
         }
-        return found | ({"moe/route_agreement": same / (pairs * topk)} if pairs else {})
+        if pairs:
+            found["moe/route_agreement"] = same / (pairs * topk)
+        # Each rank that shares a pack has added the weight of all its sequences, and its own share of their losses.
+        losses, shards = {_BALANCE: balance, _Z_LOSS: z}, _shards().size()
+        return found | {name: losses[name] * shards / weight for name in self._coefficients}
 
 
 @dataclass(frozen=True)
 class _LayerSums:
     tokens_E: Tensor
     """fp64: tokens of each expert."""
-    others_3: Tensor
-    """fp64: entropy of all tokens; equal choices and number of the pairs of response tokens."""
+    others_6: Tensor
+    """fp64: entropy of all tokens; equal choices and number of the pairs of response tokens; both losses, see
+    `RouterWatch._losses`; `TokenPlaces.loss_scale_S` of all sequences."""
 
     @classmethod
     def zeros(cls, logits_tE: Tensor) -> "_LayerSums":
         new = partial(torch.zeros, dtype=torch.float64, device=logits_tE.device)
-        return cls(new(logits_tE.shape[1]), new(3))
+        return cls(new(logits_tE.shape[1]), new(6))
 
     def add(self, logits_tE: Tensor, chosen_tE: Tensor, places: TokenPlaces) -> None:
         self.tokens_E.add_((chosen_tE & places.real_t[:, None]).sum(dim=0))
         logs_tE = logits_tE.log_softmax(dim=1)
-        self.others_3[0] -= ((logs_tE.exp() * logs_tE).sum(dim=1) * places.real_t).sum()
+        self.others_6[0] -= ((logs_tE.exp() * logs_tE).sum(dim=1) * places.real_t).sum()
         chosen_NE = _of_responses(chosen_tE, places)
         short, long = places.pairs_2P
-        self.others_3[1] += (chosen_NE[short] & chosen_NE[long]).sum()
-        self.others_3[2] += len(short)
+        self.others_6[1] += (chosen_NE[short] & chosen_NE[long]).sum()
+        self.others_6[2] += len(short)
+
+    def add_losses(self, losses: dict[str, Tensor], places: TokenPlaces) -> None:
+        for place, name in ((3, _BALANCE), (4, _Z_LOSS)):
+            if name in losses:
+                self.others_6[place] += losses[name].detach()
+        self.others_6[5] += places.loss_scale_S.sum()
 
 
 def _over_runs(values_S: Tensor, places: TokenPlaces) -> Tensor:
@@ -262,9 +286,14 @@ def _as_behind_short(chosen_tE: Tensor, places: TokenPlaces) -> Tensor:
 
 def _sum_over_shards(values: Tensor) -> None:
     """Sum over the ranks that divide the positions of a pack, in place."""
-    group = parallel_state.get_tensor_and_context_parallel_group()
-    if group.size() > 1:
-        dist.all_reduce(values, group=group)
+    if _shards().size() > 1:
+        dist.all_reduce(values, group=_shards())
+
+
+def _shards() -> dist.ProcessGroup:
+    """The ranks that divide the positions of a pack."""
+    group: dist.ProcessGroup = parallel_state.get_tensor_and_context_parallel_group()
+    return group
 
 
 class _WithLoss(torch.autograd.Function):

@@ -63,6 +63,8 @@ _EXPERTS = (
     Panel("Fullest expert over the mean", (("moe/load_max_over_mean", "-", ""),)),
     Panel("Entropy of routers (nats)", (("moe/entropy", "-", ""),)),
     Panel("Routes that agree", (("moe/route_agreement", "-", ""),)),
+    Panel("Load-balancing loss, before its coefficient", (("moe/load_balancing_loss", "-", ""),)),
+    Panel("z-loss, before its coefficient", (("moe/z_loss", "-", ""),)),
 )
 _MACHINE = (
     Panel("Gradient norm", (("grad_norm", "-", ""),)),

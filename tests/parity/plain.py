@@ -174,23 +174,27 @@ def routes(o: Mapping[str, Any], model: Any, row: Row, replay: bool) -> Routes:
     return found
 
 
-def router_loss(model: Any, batch: Sequence[Routes], aux: float, z: float) -> Tensor:
-    """The losses of all layers' routers, mean over the sequences of a row, then over rows.
+def router_loss(model: Any, batch: Sequence[Routes], aux: float, z: float) -> tuple[Tensor, dict[str, float]]:
+    """The losses of all layers' routers, mean over the sequences of a row, then over rows; and their metrics.
 
     The balance is transformers' own function.
     """
-    config, total = model.config, torch.zeros(())
+    config, total = model.config, torch.zeros(2)
     for logits_of in batch:
         for layers in logits_of.values():
             for logits in layers:
                 balance = load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
-                loss = aux * balance + z * logits.logsumexp(dim=-1).square().mean()
-                total = total + loss / len(logits_of)
-    return total / len(batch)
+                losses = torch.stack([balance, logits.logsumexp(dim=-1).square().mean()])
+                total = total + losses / len(logits_of)
+    balance, z_loss = total / len(batch)
+    num_layers = len(next(iter(batch[0].values())))
+    metrics = {"moe/load_balancing_loss": balance.item() / num_layers} if aux else {}
+    metrics |= {"moe/z_loss": z_loss.item() / num_layers} if z else {}
+    return aux * balance + z * z_loss, metrics
 
 
 def routing_metrics(
-    topk: int, batch: Sequence[Routes], rows: Sequence[Row], replay: bool, share_prompts: bool
+    model: Any, batch: Sequence[Routes], rows: Sequence[Row], replay: bool, share_prompts: bool
 ) -> dict[str, float]:
     """How full the fullest expert is, how undecided the routers are, and whether the contexts share their experts.
 
@@ -200,7 +204,7 @@ def routing_metrics(
     def counted_once(row: Row, context: str, answer: str) -> slice:
         return slice(len(row[f"prompt_{context}"]) if share_prompts and answer == "rejected" else 0, None)
 
-    layers = range(len(next(iter(batch[0].values()))))
+    topk, layers = model.config.num_experts_per_tok, range(len(next(iter(batch[0].values()))))
     loads, entropies, same, pairs = [], [], 0, 0
     for layer in layers:
         everything = torch.cat(
@@ -396,9 +400,9 @@ def train(
         routing = {}
         if hasattr(model.config, "num_experts_per_tok"):
             batch_routes = [routes(own, model, row, replay) for own, row in zip(objectives, batch, strict=True)]
-            (loss + router_loss(model, batch_routes, aux, z)).backward()
-            topk = model.config.num_experts_per_tok
-            routing = routing_metrics(topk, batch_routes, batch, replay, share_prompts)
+            of_routers, routing = router_loss(model, batch_routes, aux, z)
+            (loss + of_routers).backward()
+            routing |= routing_metrics(model, batch_routes, batch, replay, share_prompts)
         else:
             loss.backward()
         gradients = {
