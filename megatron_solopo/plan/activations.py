@@ -17,7 +17,7 @@ copy of the input and a mask instead.
 In comments, "token" means a token of a pack on one rank: a context-parallel rank holds 1 / CP of a pack.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -365,24 +365,27 @@ def rotary_bytes(architecture: ModelShape, longest: int) -> int:
     return _FP32 * architecture.head_dim * (1 << (longest - 1).bit_length())
 
 
-def recomputed_bytes(
-    architecture: ModelShape, config: Config, chunks: Sequence[ModelChunk], pack: PackShape, *, local: bool
-) -> float:
-    """Bytes that backward computes again and keeps for a moment, beyond what it has freed by then.
+def recomputed_parts(
+    architecture: ModelShape, config: Config, chunks: Sequence[ModelChunk], *, local: bool
+) -> set[PackBytes]:
+    """What backward computes again and keeps for a moment, beyond what it has freed by then: one part at a time.
 
     `recompute_method: block` computes the first layers again. The layers behind them have been freed by then.
     """
     parallel, count = config.parallel, config.parallel.recompute_num_layers
     each = [chunk_layers(architecture, config, chunk, local=local) for chunk in chunks]
-    again: list[PackBytes] = []
-    if parallel.recompute_granularity == "full":
-        if parallel.recompute_method == "uniform":
-            again = [_total(layers[first : first + count]) for layers in each for first in range(0, len(layers), count)]
-        else:
-            again = [layer.total for layers in each if len(layers) <= count for layer in layers]
-    elif parallel.recompute_granularity == "selective":
-        again = [part for layers in each for layer in layers for part in layer.computed_again(config)]
-    return max((part.of(pack, parallel.context_parallel_size, local=local) for part in set(again)), default=0.0)
+    if parallel.recompute_granularity == "selective":
+        return {part for layers in each for layer in layers for part in layer.computed_again(config)}
+    if parallel.recompute_granularity is None:
+        return set()
+    if parallel.recompute_method == "uniform":
+        return {_total(layers[first : first + count]) for layers in each for first in range(0, len(layers), count)}
+    return {layer.total for layers in each if len(layers) <= count for layer in layers}
+
+
+def recomputed_bytes(parts: Iterable[PackBytes], config: Config, pack: PackShape, *, local: bool) -> float:
+    """Bytes of the greatest of `recomputed_parts`."""
+    return max((part.of(pack, config.parallel.context_parallel_size, local=local) for part in parts), default=0.0)
 
 
 def student_rows(pack: PackShape) -> int:
@@ -408,9 +411,9 @@ def _gathering_bytes(architecture: ModelShape, config: Config, pack: PackShape, 
 
 
 def working_bytes(
-    architecture: ModelShape, config: Config, chunks: Sequence[ModelChunk], pack: PackShape, *, local: bool
+    architecture: ModelShape, config: Config, chunks: Sequence[ModelChunk], packs: Iterable[PackShape], *, local: bool
 ) -> float:
-    """Bytes that backward needs for a moment besides what forward kept.
+    """Most bytes that backward of any of the packs needs for a moment besides what forward kept.
 
     This is the greater of two: the backward of a layer and that of the head. A layer needs what it computes again, and
     the greater of two again: the gradients around its widest product with, under sequence parallelism, gathered inputs;
@@ -418,7 +421,6 @@ def working_bytes(
     needs the logits of one chunk of rows and their gradient in the model's precision.
     """
     a, e, parallel = architecture, element_bytes(config), config.parallel
-    tokens = pack.padded_tokens / parallel.context_parallel_size
     boundary = layer_bytes(a, config, local=local).boundary
     # Under sequence parallelism: the gradient of a product's input, and the input itself where the weight learns.
     gathered = (2 if config.lora is None else 1) * e * a.hidden_size if parallel.uses_sequence_parallel else 0
@@ -428,14 +430,22 @@ def working_bytes(
         # The gradients of what the experts return and of what they are given: an exchange turns one into the other.
         columns = 3 * a.experts.ffn_hidden_size / parallel.expert_tensor_size
         gradients = max(gradients, e * routed_tokens(a.experts, config) * (columns + 2 * a.hidden_size))
-    layer = recomputed_bytes(a, config, chunks, pack, local=local)
-    layer += tokens * 2 * boundary + max(tokens * gradients, _gathering_bytes(a, config, pack, local=local))
-    if not any(chunk.has_head for chunk in chunks):
-        return layer
-    logits = logits_bytes(a, config, pack)
+    again = recomputed_parts(a, config, chunks, local=local)
+    has_head = any(chunk.has_head for chunk in chunks)
+
+    def of(pack: PackShape) -> float:
+        tokens = pack.padded_tokens / parallel.context_parallel_size
+        layer = recomputed_bytes(again, config, pack, local=local)
+        layer += tokens * 2 * boundary + max(tokens * gradients, _gathering_bytes(a, config, pack, local=local))
+        return max(layer, _head_working_bytes(a, config, pack) + 2 * tokens * boundary) if has_head else layer
+
+    return max(map(of, packs))
+
+
+def _head_working_bytes(architecture: ModelShape, config: Config, pack: PackShape) -> float:
+    e, logits = element_bytes(config), logits_bytes(architecture, config, pack)
     backward = logits * (1 if e == _FP32 else (_FP32 + e) / _FP32)
     # The forward of WPO's weights has another copy in fp32. A divergence has the students, their teachers and a copy.
     rows = min(pack.response_rows, config.logprob.chunk_tokens)
     students = min(student_rows(pack), rows) / max(rows, 1) if config.objective.aligns_tokens else 0.0
-    logits = max(backward, logits * (1 + max(float(config.objective.use_weighting), 3 * students)))
-    return max(layer, logits + 2 * tokens * boundary)
+    return max(backward, logits * (1 + max(float(config.objective.use_weighting), 3 * students)))

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
-from operator import attrgetter
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +16,9 @@ from megatron_solopo.data.batch_plan import IntArray
 from megatron_solopo.plan.activations import (
     activation_rate,
     element_bytes,
-    gathered_keys,
     logits_bytes,
     recomputed_bytes,
+    recomputed_parts,
     rotary_bytes,
     sequence_shards,
     uses_local_layers,
@@ -314,20 +313,23 @@ def peak_activations(
     rates = [activation_rate(architecture, config, chunk, local=local) for chunk in chunks]
     # Many packs of a plan are the same object.
     kept = cache(lambda chunk, pack: rates[chunk].total(pack))
-    # Tokens alone do not decide: packs of as many tokens gather unequal numbers of keys, or compute them again.
-    keys = partial(gathered_keys, context_parallel_size=config.parallel.context_parallel_size, local=local)
-    fullest = sorted(packs, key=lambda pack: (-sum(kept(chunk, pack) for chunk in range(len(rates))), -keys(pack)))
+    fullest = sorted(packs, key=lambda pack: -sum(kept(chunk, pack) for chunk in range(len(rates))))
     order = stage_order(pipeline_rank, size, len(chunks), len(packs))[: 4 * size * len(chunks)]
-    recomputed = recomputed_bytes(architecture, config, chunks, fullest[0], local=local)
-    if chunks[-1].has_head:
+    again = recomputed_parts(architecture, config, chunks, local=local)
+
+    def recomputed(pack: PackShape) -> float:
+        found = recomputed_bytes(again, config, pack, local=local)
+        if not chunks[-1].has_head:
+            return found
         # When the layers' backward begins, the head's is over.
-        recomputed = max(0.0, recomputed - rates[-1].head(fullest[0]))
-        if fullest[0].response_rows > config.logprob.chunk_tokens:
-            recomputed = max(recomputed, logits_bytes(architecture, config, fullest[0]))
+        of_layers = max(0.0, found - rates[-1].head(pack))
+        has_chunks = pack.response_rows > config.logprob.chunk_tokens
+        return max(of_layers, logits_bytes(architecture, config, pack)) if has_chunks else of_layers
+
     return PeakActivations(
         saved=peak_in_flight(order, lambda chunk, number: kept(chunk, fullest[number])),
         head=peak_in_flight(order, lambda chunk, number: rates[chunk].head(fullest[number])),
-        recomputed=recomputed,
+        recomputed=max(map(recomputed, set(packs))),
         packs_in_flight=round(peak_in_flight(order, lambda chunk, number: 1.0)),
     )
 
@@ -387,9 +389,7 @@ def stage_memory(
     local = uses_local_layers(config)
     peak = peak_activations(architecture, config, pipeline_rank, packs, local=local)
     chunks = model_chunks(architecture, config.parallel, pipeline_rank)
-    keys = partial(gathered_keys, context_parallel_size=config.parallel.context_parallel_size, local=local)
-    extremes = {max(packs, key=figure) for figure in (attrgetter("padded_tokens"), attrgetter("response_rows"), keys)}
-    working = max(working_bytes(architecture, config, chunks, pack, local=local) for pack in extremes)
+    working = working_bytes(architecture, config, chunks, set(packs), local=local)
     communication = _communication(architecture, config, data_parallel_size, packs, reserve)
     rotary = rotary_bytes(architecture, max(pack.longest for pack in packs))
     tensors = state.total + peak.saved + working + rotary + communication

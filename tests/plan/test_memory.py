@@ -12,7 +12,7 @@ from megatron_solopo.config import Config
 from megatron_solopo.parallel import topology
 from megatron_solopo.parallel.megatron_internals import simulated_rank
 from megatron_solopo.plan.activations import element_bytes
-from megatron_solopo.plan.memory import PeakActivations, peak_activations, rank_state
+from megatron_solopo.plan.memory import PeakActivations, Reserve, peak_activations, rank_state, stage_memory
 from megatron_solopo.plan.parameters import ModelChunk, model_chunks, ranks_of_a_copy, sharing_ranks
 from megatron_solopo.plan.workload import PackShape, pack_shape
 from tests.distributed import run_distributed
@@ -239,6 +239,33 @@ def test_the_fullest_pack_is_the_one_that_keeps_most(parallel: dict, models: Pat
         return peak_activations(read_architecture(config.model.path), config, 0, packs, local=True)
 
     assert peak(few, many) == peak(many, few) == peak(many, many) and peak(many).total > peak(few).total
+
+
+def test_no_pack_is_computed_again_in_less_than_the_estimate(models: Path) -> None:
+    """Of these packs, one keeps most and one gathers most keys; a third has nearly as many of both."""
+    config = Case("one", parallel=FULL).config(models)
+    architecture = read_architecture(config.model.path)
+    packs = [
+        pack_shape(
+            [{"short": short, "long": long, "chosen": 20, "rejected": 15}],
+            [config.objective.roles.all],
+            *(1, 1, 1),
+            share_prompts=True,
+        )
+        for short, long in ((40, 330), (340, 20), (300, 65))
+    ]
+    most_tokens, most_keys, worst = packs
+    assert most_tokens.padded_tokens > worst.padded_tokens > most_keys.padded_tokens
+    assert most_tokens.attended_keys < worst.attended_keys < most_keys.attended_keys
+    state = rank_state(architecture, config, 0, 1)
+
+    def found(*packs: PackShape) -> tuple[float, float]:
+        peak = peak_activations(architecture, config, 0, packs, local=True)
+        return peak.recomputed, stage_memory(architecture, config, 1, 0, packs, Reserve(), state).working
+
+    assert found(*packs) == found(worst) and min(found(worst)) > 0
+    for figure, others in zip(found(worst), zip(found(most_tokens), found(most_keys), strict=True), strict=True):
+        assert figure > max(others)
 
 
 def test_a_rank_keeps_the_tokens_that_reach_its_experts(models: Path, in_use: dict) -> None:
