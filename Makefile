@@ -112,6 +112,7 @@ endef
 
 # The stamp is written last: an interrupted set-up starts over, a finished one is not repeated
 # until pyproject.toml changes. torch goes first, so that nothing else chooses its version.
+# pip compiles all modules, which takes a minute: under PYTHONDONTWRITEBYTECODE=1 each process would compile its own again.
 define install
 	test -x $(1)/bin/pip || "$$interpreter" -m venv $(1); \
 	$(1)/bin/python -m pip install $(TORCH); \
