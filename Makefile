@@ -111,12 +111,12 @@ define find_py312
 endef
 
 # The stamp is written last: an interrupted set-up starts over, a finished one is not repeated
-# until pyproject.toml changes. torch goes first, so that nothing else chooses its version. Python compiles the modules
-# that somebody imports; to compile all of them takes pip a minute.
+# until pyproject.toml changes. torch goes first, so that nothing else chooses its version.
+# pip compiles all modules, which takes a minute: under PYTHONDONTWRITEBYTECODE=1 each process would compile its own again.
 define install
 	test -x $(1)/bin/pip || "$$interpreter" -m venv $(1); \
-	$(1)/bin/python -m pip install --no-compile $(TORCH); \
-	$(1)/bin/python -m pip install --no-compile --editable ".[dev,docs]"; \
+	$(1)/bin/python -m pip install $(TORCH); \
+	$(1)/bin/python -m pip install --editable ".[dev,docs]"; \
 	touch $@
 endef
 
@@ -130,7 +130,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 $(VENV_LOWEST)/.installed: pyproject.toml setup.py
 	@interpreter="$(PYTHON)"; \
 	test -x $(VENV_LOWEST)/bin/pip || "$$interpreter" -m venv $(VENV_LOWEST); \
-	$(VENV_LOWEST)/bin/python -m pip install --no-compile $(TORCH) uv; \
+	$(VENV_LOWEST)/bin/python -m pip install $(TORCH) uv; \
 	$(VENV_LOWEST)/bin/uv pip install --python $(VENV_LOWEST)/bin/python --resolution lowest-direct \
 	    --constraint <(echo "$(TORCH)") --editable .; \
 	$(VENV_LOWEST)/bin/uv pip install --python $(VENV_LOWEST)/bin/python --constraint <(echo "$(TORCH)") \
@@ -142,6 +142,6 @@ $(VENV312)/.installed: pyproject.toml setup.py
 	$(call install,$(VENV312))
 
 $(TRANSFORMER_ENGINE)/.installed: $(VENV312)/.installed
-	$(VENV312)/bin/python -m pip install --no-compile --no-deps --upgrade --target $(TRANSFORMER_ENGINE) \
+	$(VENV312)/bin/python -m pip install --no-deps --upgrade --target $(TRANSFORMER_ENGINE) \
 	    $(TRANSFORMER_ENGINE_PACKAGES); \
 	touch $@

@@ -165,6 +165,13 @@ class TestTables:
         assert any(row.startswith("| simpo-solopo | 2 | 88 [") and row.endswith("| - | - | - |") for row in rows)
         assert any(row.startswith("| base | 1 | 50 [15, 85] |") for row in rows)
         assert any("| simpo-solopo less simpo-long_po | +12 [" in row for row in tables.differences(found))
+        assert tables.scores_of_first_words(found[0], "test-400") == dict.fromkeys(names, 0.0)
+        gold = " ".join(questions.questions(questions.read_rows())[0]["answers"][0].split())
+        for place, right in ((0, 1.0), (tables.FIRST_WORDS, 0.0)):
+            answer = " ".join(["x"] * place + [gold])
+            row = {"id": f"test-400.short:{names[0]}", "score": 1.0, "answer": answer}
+            cut = tables.Result(long, {"test-400": {"answers": [row]}})
+            assert tables.scores_of_first_words(cut, "test-400") == {names[0]: right}
         assert not any("simpo-short_po |" in row for row in rows)
         assert any("| simpo-short_po-seed0 | main | all |" in row for row in tables.missing(found))
         assert any(row.endswith("| x/y | x/y **(right)** | x/y **(right)** |") for row in tables.examples(found))

@@ -104,10 +104,11 @@ def _started() -> list[psutil.Process]:
                 found.add(each)
         except OSError:  # it has ended, or is another user's
             continue
-    return [each for each in found if _runs(each)]
+    return [each for each in found if runs(each)]
 
 
-def _runs(process: psutil.Process) -> bool:
+def runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended. One that has may stay listed until its parent asks for its code."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

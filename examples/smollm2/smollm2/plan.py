@@ -166,9 +166,9 @@ def test_part(length: int) -> str:
     return f"test-{length}"
 
 
-def comparison(seed: int, loss_type: str = "simpo", weights: str = "full") -> list[Run]:
-    """The methods side by side."""
-    return [Run(method, seed, loss_type, weights=weights) for method in METHODS]
+def comparison(seed: int, **settings: Any) -> list[Run]:
+    """The methods side by side. `settings` are fields of a run."""
+    return [Run(method, seed, **settings) for method in METHODS]
 
 
 def main_groups(sizes: Sizes) -> Iterator[list[Run]]:
@@ -181,7 +181,7 @@ def groups(sizes: Sizes, *, everything: bool) -> Iterator[list[Run]]:
     """Groups of runs to finish one after the other."""
     yield from main_groups(sizes)
     if everything:
-        yield [Run("solopo", align="both"), Run("short_po", passes=EQUAL_FLOPS_PASSES)]
-        yield from (comparison(SEEDS[0], loss_type) for loss_type in ("orpo", "dpo"))
+        yield [Run("solopo", align="both"), *comparison(SEEDS[0], passes=EQUAL_FLOPS_PASSES)]
+        yield from (comparison(SEEDS[0], loss_type=loss_type) for loss_type in ("orpo", "dpo"))
         yield comparison(SEEDS[0], weights="lora")
         yield [Run(method, long_tokens=long) for long in LONGER for method in ("long_po", "solopo")]

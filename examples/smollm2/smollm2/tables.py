@@ -1,5 +1,6 @@
 """What RESULTS.md shows: tables and a picture, from the files of results."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from megatron_solopo.evaluate.statistics import mean_measure, mean_score
+from megatron_solopo.generate.scoring import sub_em
 from megatron_solopo.results.results_file import MeanWithInterval
 from smollm2.plan import BASE, DEV, EQUAL_FLOPS_PASSES, FULL, NEEDLES, Run, comparison, groups, main_groups
 from smollm2.questions import questions, read_rows
@@ -18,6 +20,8 @@ TRAINING = "training"
 LENGTHS = FULL.lengths
 PARTS = {length: f"test-{length}" for length in LENGTHS}
 NOTHING = "-"
+FIRST_WORDS = 20
+"""About as many as the base model answers with."""
 Rows = Iterator[Sequence[str]]
 
 
@@ -32,6 +36,24 @@ class Result:
         """Score by question; empty if the part was not run. `side` (.short, .long) selects one of a part's tasks."""
         answers = self.found.get(part, {}).get("answers", [])
         return {question_of(row["id"]): row["score"] for row in answers if side in row["id"].split(":")[0]}
+
+
+Scores = Callable[[Result, str], dict[str, float]]
+"""Score by question of a result's part."""
+
+
+def scores_of_first_words(result: Result, part: str) -> dict[str, float]:
+    """Scores as if each answer had ended after `FIRST_WORDS` words."""
+    cut = {
+        question_of(row["id"]): " ".join(row["answer"].split()[:FIRST_WORDS])
+        for row in result.found.get(part, {}).get("answers", [])
+    }
+    return {question: sub_em(answer, _gold()[question]) for question, answer in cut.items()}
+
+
+@functools.cache
+def _gold() -> dict[str, list[str]]:
+    return {each["id"]: each["answers"] for each in questions(read_rows())}
 
 
 def question_of(sample: str) -> str:
@@ -54,16 +76,16 @@ def seeds_of(results: Sequence[Result], run: Run) -> list[Result]:
     return [each for each in results if replace(each.run, seed=run.seed) == run]
 
 
-def mean_by_question(found: Sequence[Result], part: str) -> dict[str, float]:
+def mean_by_question(found: Sequence[Result], part: str, scores_of: Scores = Result.scores) -> dict[str, float]:
     """The mean over the seeds that answered the part, of each question that all of them answered."""
-    answered = [scores for each in found if (scores := each.scores(part))]
+    answered = [scores for each in found if (scores := scores_of(each, part))]
     common = set.intersection(*map(set, answered)) if answered else set()
     return {question: float(np.mean([scores[question] for scores in answered])) for question in sorted(common)}
 
 
-def accuracy(found: Sequence[Result], part: str) -> MeanWithInterval | None:
+def accuracy(found: Sequence[Result], part: str, scores_of: Scores = Result.scores) -> MeanWithInterval | None:
     """Mean over questions, with the interval of `mean_score`; None where nothing was run."""
-    scores = list(mean_by_question(found, part).values())
+    scores = list(mean_by_question(found, part, scores_of).values())
     return mean_score(scores) if scores else None
 
 
@@ -92,13 +114,13 @@ def name_of(run: Run) -> str:
     return run.name.removesuffix(f"-seed{run.seed}")
 
 
-def accuracies(results: Sequence[Result]) -> Iterator[str]:
+def accuracies(results: Sequence[Result], scores_of: Scores = Result.scores) -> Iterator[str]:
     """Accuracy of every method at every length."""
 
     def rows() -> Rows:
         for run in methods(results):
             found = seeds_of(results, run)
-            yield [name_of(run), str(len(found)), *(cell(accuracy(found, part)) for part in PARTS.values())]
+            yield [name_of(run), str(len(found)), *(cell(accuracy(found, part, scores_of)) for part in PARTS.values())]
 
     return table(["run", "seeds", *map(str, LENGTHS)], rows())
 
@@ -119,7 +141,7 @@ def _mean_words(found: Sequence[Result], part: str) -> str:
     return f"{np.mean(counts):.0f}" if counts else NOTHING
 
 
-def differences(results: Sequence[Result]) -> Iterator[str]:
+def differences(results: Sequence[Result], scores_of: Scores = Result.scores) -> Iterator[str]:
     """Every trained method less the base, and SoLoPO less what it competes with, question by question."""
     base, runs = Run(BASE), methods(results)
     pairs = [(run, base) for run in runs if run != base]
@@ -127,7 +149,7 @@ def differences(results: Sequence[Result]) -> Iterator[str]:
 
     def rows() -> Rows:
         for first, second in pairs:
-            cells = [_difference(results, first, second, part) for part in PARTS.values()]
+            cells = [_difference(results, first, second, part, scores_of) for part in PARTS.values()]
             yield [f"{name_of(first)} less {name_of(second)}", *cells]
 
     return table(["difference", *map(str, LENGTHS)], rows())
@@ -137,11 +159,11 @@ def _competitors(solopo: Run) -> list[Run]:
     """The other methods with the same settings, `short_po` with as many FLOPs, and the chosen answer aligned alone."""
     others = [replace(solopo, method=method) for method in ("long_po", "short_po")]
     others += [replace(solopo, method="short_po", passes=EQUAL_FLOPS_PASSES), replace(solopo, align="chosen")]
-    return [each for each in others if each != solopo]
+    return [each for each in dict.fromkeys(others) if each != solopo]
 
 
-def _difference(results: Sequence[Result], first: Run, second: Run, part: str) -> str:
-    one, other = (mean_by_question(seeds_of(results, run), part) for run in (first, second))
+def _difference(results: Sequence[Result], first: Run, second: Run, part: str, scores_of: Scores) -> str:
+    one, other = (mean_by_question(seeds_of(results, run), part, scores_of) for run in (first, second))
     common = sorted(one.keys() & other.keys())
     if len(common) < 2:
         return NOTHING
@@ -282,6 +304,8 @@ TABLES: dict[str, Callable[[Sequence[Result]], Iterator[str]]] = {
     "accuracies": accuracies,
     "words": words,
     "differences": differences,
+    "accuracies_of_first_words": functools.partial(accuracies, scores_of=scores_of_first_words),
+    "differences_of_first_words": functools.partial(differences, scores_of=scores_of_first_words),
     "costs": costs,
     "training": training,
     "rates": rates,
