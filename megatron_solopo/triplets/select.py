@@ -217,10 +217,10 @@ def select(settings: SelectSettings) -> SelectReport:
     """
     check_output(settings.output, settings.overwrite, [settings.contexts, settings.responses])
     tokenizer = load_tokenizer(settings.tokenizer)
-    _check_responses_belong(settings)
+    header = _checked_header(settings)
     inputs = [settings.contexts, settings.responses]
     made = provenance(inputs, settings.seed, settings, (settings.tokenizer, tokenizer))
-    selection = _Selection(settings, tokenizer, SelectReport(made))
+    selection = _Selection(settings, tokenizer, header, SelectReport(made))
     with atomic_path(settings.output) as temporary:
         with temporary.open("w", encoding="utf-8") as stream:
             for text in selection.lines():
@@ -231,31 +231,34 @@ def select(settings: SelectSettings) -> SelectReport:
     return selection.report
 
 
-def _check_responses_belong(settings: SelectSettings) -> None:
+def _checked_header(settings: SelectSettings) -> dict[str, Any]:
+    """What the responses were sampled with. Raises UserError if they belong to other contexts."""
     check_plain_lines(settings.responses)
     header = read_header(settings.responses)
     if not header:
-        return
-    side = header.get(SIDE_FIELD, "short")
-    if header.get(PROMPTS_FIELD) != prompts_hash(ContextFile(settings.contexts), side):
+        return {SIDE_FIELD: "short"}
+    header = {SIDE_FIELD: "short"} | header
+    if header.get(PROMPTS_FIELD) != prompts_hash(ContextFile(settings.contexts), header[SIDE_FIELD]):
         raise UserError(
-            f"--responses {settings.responses}: were sampled from other {side} contexts than those of "
+            f"--responses {settings.responses}: were sampled from other {header[SIDE_FIELD]} contexts than those of "
             f"{settings.contexts}; pass the file that they were sampled from, or sample again"
         )
+    return header
 
 
 class _Selection:
     """One pass over the contexts."""
 
-    def __init__(self, settings: SelectSettings, tokenizer: Tokenizer, report: SelectReport) -> None:
+    def __init__(
+        self, settings: SelectSettings, tokenizer: Tokenizer, header: dict[str, Any], report: SelectReport
+    ) -> None:
         self.report = report
         self._settings = settings
         self._tokenizer = tokenizer
         self._judge = Judge(settings)
         # What the prompts were sampled with is what they are trained with.
-        header = read_header(settings.responses) or {}
         self._kwargs: dict[str, Any] = header.get(KWARGS_FIELD, {})
-        report.side = self._side = header.get(SIDE_FIELD, "short")
+        report.side = self._side = header[SIDE_FIELD]
         self._places: defaultdict[str, list[int]] = defaultdict(list)
         self._scores: list[float] = []
         self._ratios: list[float] = []
