@@ -74,7 +74,7 @@ class TestPlan:
         assert config.objective.name == run.method and config.objective.loss_type == run.loss_type
         assert config.objective.align == run.align and (config.lora is not None) == (run.weights == "lora")
         assert config.optimizer.lr == run.rate and config.seed == run.seed
-        assert config.training.global_batch_size * (config.training.max_steps or 0) == run.passes * FULL.triplets
+        assert config.training.global_batch_size * (config.training.max_steps or 0) == run.step_factor * FULL.triplets
         quick = load_config(EXAMPLE / "config.yaml", run.overrides(QUICK))
         assert config.optimizer.lr_warmup_iters == quick.optimizer.lr_warmup_iters < (quick.training.max_steps or 0)
         assert config.objective.beta == (2.5 if run.loss_type == "simpo" else 0.1)
@@ -82,11 +82,15 @@ class TestPlan:
         longest = FULL.short_tokens + (run.long_tokens or FULL.long_tokens) + 3 * ANSWER_TOKENS
         assert longest <= (config.data.max_tokens_per_pack or 0)
 
-    def test_only_the_comparisons_first_seed_answers_more_than_the_lengths_of_training(self) -> None:
-        extra = {run.name for run in RUNS if not run.is_trial and NEEDLES in run.parts(FULL)}
-        assert extra == {"base", "simpo-short_po-seed0", "simpo-long_po-seed0", "simpo-solopo-seed0"}
-        assert Run("solopo", long_tokens=2048).parts(FULL) == ["test-400", "test-1024", "test-2048"]
+    def test_the_base_and_the_longer_trainings_find_needles_and_others_answer_what_they_saw(self) -> None:
+        needles = {run.name for run in RUNS if NEEDLES in run.parts(FULL)}
+        assert needles == {"base", *(run.name for run in comparison(step_factor=4))}
+        assert Run(BASE).parts(FULL) == ["test-400", "test-1024", DEV, "test-2048", "test-4096", NEEDLES]
+        assert Run("solopo", step_factor=4).parts(FULL) == ["test-400", "test-1024", "test-2048", NEEDLES]
+        assert Run("solopo").parts(FULL) == ["test-400", "test-1024", "test-2048"]
+        assert Run("solopo", long_tokens=4096).parts(FULL) == ["test-400", "test-1024", "test-4096"]
         assert Run("solopo", seed=1).parts(FULL) == ["test-400", "test-1024"]
+        assert Run("short_po").parts(QUICK) == ["test-400", "test-640", DEV]
 
 
 class TestDriver:

@@ -89,7 +89,7 @@ def finish(jobs: list[Job], results: Results, processes: int) -> None:
 @click.option(
     "--everything",
     is_flag=True,
-    help="Also both answers aligned, more passes of short_po, ORPO, DPO, adapters, longer contexts.",
+    help="Also both answers aligned, four times as many steps, ORPO, DPO, adapters, longer contexts.",
 )
 @click.option("--processes", default=2, show_default=True, help="Jobs side by side, a core each.")
 @click.option("--list", "list_only", is_flag=True, help="Name what is missing, and stop.")

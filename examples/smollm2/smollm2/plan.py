@@ -8,8 +8,8 @@ SEEDS = (0, 1, 2)
 METHODS = ("short_po", "long_po", "solopo")
 RATES = {"full": 3e-5, "lora": 3e-4}
 """Of the whole model and of adapters."""
-EQUAL_FLOPS_PASSES = 4
-"""So often `short_po` reads the triplets with about the FLOPs of one pass of `solopo` (48.1 against 13.0 TFLOPs)."""
+LONG_RUN = 4
+"""So many times as many steps: `short_po` then takes about the FLOPs of the comparison's `solopo` (52.8 and 48.3 T)."""
 LONGER = (2048, 4096)
 """Other lengths of the long contexts of training."""
 BASE = "base"
@@ -92,8 +92,8 @@ class Run:
     """full: the whole model. lora: adapters of rank 16."""
     learning_rate: float | None = None
     """None: that of `RATES`."""
-    passes: int = 1
-    """How often the triplets are read."""
+    step_factor: int = 1
+    """So many times the steps of the comparison."""
     long_tokens: int | None = None
     """Of the long contexts of training. None: those of `Sizes`."""
 
@@ -105,9 +105,9 @@ class Run:
         both = "-both" if self.align == "both" else ""
         lora = "" if self.weights == "full" else f"-{self.weights}"
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
-        passes = "" if self.passes == 1 else f"-{self.passes}passes"
+        longer = "" if self.step_factor == 1 else f"-{self.step_factor}x"
         long = "" if self.long_tokens is None else f"-long{self.long_tokens}"
-        return f"{self.loss_type}-{self.method}{both}{lora}{rate}{passes}{long}-seed{self.seed}"
+        return f"{self.loss_type}-{self.method}{both}{lora}{rate}{longer}{long}-seed{self.seed}"
 
     @property
     def triplets(self) -> str:
@@ -126,7 +126,7 @@ class Run:
 
     def steps(self, sizes: Sizes) -> int:
         """Of the optimizer."""
-        return self.passes * sizes.triplets // sizes.batch
+        return self.step_factor * sizes.triplets // sizes.batch
 
     def overrides(self, sizes: Sizes) -> list[str]:
         """What the run changes in config.yaml."""
@@ -152,13 +152,20 @@ class Run:
         return [DEV] if self.is_trial else [test_part(length) for length in lengths]
 
     def parts(self, sizes: Sizes) -> list[str]:
-        """All that the run is measured on. The comparison's first seed also answers other lengths and `needles`."""
+        """All that the run is measured on: `main_parts`, and what shows where accuracy ends.
+
+        The base answers everything. The first seed of the comparison and the runs with more steps also answer contexts
+        of twice the length of training. `needles` go to the base and to the runs with more steps.
+        """
         main = self.main_parts(sizes)
-        if self != Run(self.method):
-            return main
+        is_base, has_more_steps = self == Run(BASE), self in comparison(step_factor=LONG_RUN)
+        longest = sizes.lengths[-1] if is_base else 2 * sizes.long_tokens
+        is_wide = is_base or has_more_steps or self in comparison()
+        lengths = [test_part(length) for length in sizes.lengths if is_wide and length <= longest]
         # The rate of the comparison beside those of the trials.
-        dev = [DEV] if self in (Run(BASE), Run("short_po")) else []
-        return [*main, *dev, *(part for part in map(test_part, sizes.lengths) if part not in main), NEEDLES]
+        dev = [DEV] if is_base or self == Run("short_po") else []
+        needles = [NEEDLES] if is_base or has_more_steps else []
+        return list(dict.fromkeys([*main, *dev, *lengths, *needles]))
 
 
 def test_part(length: int) -> str:
@@ -166,7 +173,7 @@ def test_part(length: int) -> str:
     return f"test-{length}"
 
 
-def comparison(seed: int, **settings: Any) -> list[Run]:
+def comparison(seed: int = SEEDS[0], **settings: Any) -> list[Run]:
     """The methods side by side. `settings` are fields of a run."""
     return [Run(method, seed, **settings) for method in METHODS]
 
@@ -181,7 +188,7 @@ def groups(sizes: Sizes, *, everything: bool) -> Iterator[list[Run]]:
     """Groups of runs to finish one after the other."""
     yield from main_groups(sizes)
     if everything:
-        yield [Run("solopo", align="both"), *comparison(SEEDS[0], passes=EQUAL_FLOPS_PASSES)]
-        yield from (comparison(SEEDS[0], loss_type=loss_type) for loss_type in ("orpo", "dpo"))
-        yield comparison(SEEDS[0], weights="lora")
+        yield [Run("solopo", align="both"), *comparison(step_factor=LONG_RUN)]
+        yield from (comparison(loss_type=loss_type) for loss_type in ("orpo", "dpo"))
+        yield comparison(weights="lora")
         yield [Run(method, long_tokens=long) for long in LONGER for method in ("long_po", "solopo")]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from megatron_solopo.evaluate.statistics import mean_measure, mean_score
 from megatron_solopo.generate.scoring import sub_em
 from megatron_solopo.results.results_file import MeanWithInterval
-from smollm2.plan import BASE, DEV, EQUAL_FLOPS_PASSES, FULL, NEEDLES, Run, comparison, groups, main_groups
+from smollm2.plan import BASE, DEV, FULL, LONG_RUN, NEEDLES, Run, comparison, groups, main_groups
 from smollm2.questions import questions, read_rows
 
 TRAINING = "training"
@@ -158,7 +158,7 @@ def differences(results: Sequence[Result], scores_of: Scores = Result.scores) ->
 def _competitors(solopo: Run) -> list[Run]:
     """The other methods with the same settings, `short_po` with as many FLOPs, and the chosen answer aligned alone."""
     others = [replace(solopo, method=method) for method in ("long_po", "short_po")]
-    others += [replace(solopo, method="short_po", passes=EQUAL_FLOPS_PASSES), replace(solopo, align="chosen")]
+    others += [replace(solopo, method="short_po", step_factor=LONG_RUN), replace(solopo, align="chosen")]
     return [each for each in dict.fromkeys(others) if each != solopo]
 
 
