@@ -1,6 +1,7 @@
 """SmolLM2: splits without shared evidence, legal runs, a driver that goes on, tables from results, the same logits."""
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,13 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "smollm2"
 sys.path.insert(0, str(EXAMPLE))
 
 import make_model  # noqa: E402
+import make_pairs  # noqa: E402
 import run_all  # noqa: E402
 import write_results  # noqa: E402
 from smollm2 import questions, tables  # noqa: E402
 from smollm2.plan import BASE, DEV, FULL, NEEDLES, QUICK, Run, comparison, groups  # noqa: E402
 from smollm2.steps import TASK_ANSWER_TOKENS as ANSWER_TOKENS  # noqa: E402
+from smollm2.steps import command  # noqa: E402
 
 RUNS = [run for group in groups(FULL, everything=True) for run in group]
 NEEDS_WEIGHTS = pytest.mark.skipif(make_model.installed_weights() is None, reason=make_model.INSTALL)
@@ -117,26 +120,53 @@ class TestDriver:
         (tmp_path / "exported" / run.name).rmdir()
         assert self.missing(tmp_path, results, [run]) == []
 
-    def test_training_comes_before_measuring_and_an_error_keeps_what_is_done(
-        self, tmp_path: Path, results: run_all.Results
-    ) -> None:
-        done = []
+    def test_training_comes_before_measuring(self, results: run_all.Results) -> None:
+        done: list[str] = []
 
-        def job(run: Run, part: str) -> run_all.Job:
-            def work() -> dict[str, str]:
-                done.append(part)
-                if part == "needles":
-                    raise RuntimeError("no needle")
-                return {"part": part}
-
-            return run_all.Job(run, part, work)
+        def job(part: str) -> run_all.Job:
+            return run_all.Job(run, part, lambda: done.append(part) or {"part": part})
 
         run = Run("solopo")
-        with pytest.raises(RuntimeError, match="no needle"):
-            run_all.finish([job(run, part) for part in ("dev", run_all.TRAINING, "needles")], results, 1)
+        run_all.finish([job(part) for part in ("dev", run_all.TRAINING, "needles")], results, 1)
         assert done == [run_all.TRAINING, "dev", "needles"]
-        assert results.of(run)[run_all.TRAINING] == {"part": run_all.TRAINING} and "needles" not in results.of(run)
-        assert results.of(run)["run"] == run.__dict__
+        assert results.of(run) == {"run": run.__dict__} | {part: {"part": part} for part in done}
+
+    def test_after_an_error_nothing_begins_and_what_runs_keeps_its_results(self, results: run_all.Results) -> None:
+        def fail() -> dict[str, str]:
+            raise UserError("no needle")
+
+        def end_after_the_error() -> dict[str, str]:
+            deadline = time.monotonic() + 20
+            while jobs and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return {"kept": "yes"}
+
+        run = Run("solopo")
+        work = {"needles": fail, "dev": end_after_the_error, "test-400": dict}
+        jobs = [run_all.Job(run, part, function) for part, function in work.items()]
+        with pytest.raises(UserError, match="no needle"):
+            run_all.finish(jobs, results, 2)
+        assert results.of(run) == {"run": run.__dict__, "dev": {"kept": "yes"}}
+
+    def test_a_failed_command_names_its_log(self, tmp_path: Path) -> None:
+        log = tmp_path / "logs" / "train.log"
+        told = rf"^python -m megatron_solopo train --no-such 'a b': exit code 2; see {log}$"
+        with pytest.raises(UserError, match=told):
+            command("train", "--no-such", "a b", log=log)
+        assert "No such option" in log.read_text()
+
+
+def test_a_cut_copy_is_not_taken_for_the_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(_: Path, target: Path) -> None:
+        target.write_text("a part")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_pairs, "build_contexts", lambda *_: None)
+    monkeypatch.setattr(make_pairs.shutil, "copy", cut)
+    questions.write_questions(tmp_path / "questions")
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs.make_pairs(tmp_path, FULL, [Run("solopo")])
+    assert not (tmp_path / "responses.jsonl").exists()
 
 
 class TestTables:

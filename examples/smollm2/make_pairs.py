@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from megatron_solopo.errors import UserError
+from megatron_solopo.files import atomic_path
 from smollm2.plan import BASE, FULL, QUICK, Run, Sizes, comparison
 from smollm2.steps import HERE, build_contexts, command, first_lines
 
@@ -29,7 +31,8 @@ def make_pairs(work: Path, sizes: Sizes, runs: Iterable[Run]) -> None:
             *("--num-samples", sizes.samples, "--samples-per-request", sizes.samples, "--temperature", TEMPERATURE),
         )
     elif not responses.exists():
-        shutil.copy(SHIPPED, responses)
+        with atomic_path(responses) as temporary:
+            shutil.copy(SHIPPED, temporary)
     for run in missing:
         _pair(work, sizes, run)
 
@@ -42,7 +45,7 @@ def _contexts(work: Path, sizes: Sizes, long_tokens: int) -> Path:
 
 
 def _pair(work: Path, sizes: Sizes, run: Run) -> None:
-    """One right and one wrong response per question, drawn by the seed; then as many triplets as the runs read."""
+    """One right and one wrong response per question, drawn by the seed, and all such triplets prepared."""
     prepared, triplets = work / "prepared" / run.triplets, work / f"triplets-{run.triplets}.jsonl"
     command(
         *("data", "select", "--contexts", _contexts(work, sizes, run.long_tokens or sizes.long_tokens)),
@@ -53,7 +56,10 @@ def _pair(work: Path, sizes: Sizes, run: Run) -> None:
     )
     found = len(triplets.read_text(encoding="utf-8").splitlines())
     if found < sizes.triplets:
-        raise click.ClickException(f"{triplets}: only {found} questions have a right and a wrong answer")
+        raise UserError(
+            f"{triplets}: only {found} questions have a right and a wrong answer, and a run reads {sizes.triplets}; "
+            "raise `samples` or `train_questions` in smollm2/plan.py"
+        )
     command("data", "prepare", "--input", triplets, "--output", prepared, "--tokenizer", work / "model")
 
 
@@ -70,7 +76,10 @@ def main(work: Path, quick: bool) -> None:
       python examples/smollm2/make_pairs.py
     """
     sizes = QUICK if quick else FULL
-    make_pairs(work, sizes, [run for seed in sizes.seeds for run in comparison(seed)])
+    try:
+        make_pairs(work, sizes, [run for seed in sizes.seeds for run in comparison(seed)])
+    except UserError as error:
+        raise click.ClickException(str(error)) from None
 
 
 if __name__ == "__main__":

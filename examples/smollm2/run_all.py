@@ -67,8 +67,12 @@ def missing_jobs(work: Path, sizes: Sizes, results: Results, runs: list[Run]) ->
 
 
 def finish(jobs: list[Job], results: Results, processes: int) -> None:
-    """Do the jobs; a run is measured after its training. The first error ends it, once the others have ended."""
+    """Do the jobs; a run is measured after its training.
+
+    After an error no further job begins. It is raised when the running jobs have ended and their results are kept.
+    """
     running: dict[Future[dict[str, Any]], Job] = {}
+    errors: list[BaseException] = []
     with ThreadPoolExecutor(processes) as pool, tqdm(total=len(jobs), unit="job") as bar:
         while jobs or running:
             untrained = {job.run for job in [*jobs, *running.values()] if job.part == TRAINING}
@@ -78,9 +82,15 @@ def finish(jobs: list[Job], results: Results, processes: int) -> None:
                 jobs.remove(job)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
+                if error := future.exception():
+                    errors.append(error)
+                    jobs.clear()
+                    continue
                 results.add(job.run, job.part, future.result())
                 bar.set_postfix_str(f"{job.run.name} {job.part}")
                 bar.update()
+    if errors:
+        raise errors[0]
 
 
 @click.command(context_settings={"max_content_width": 110})
@@ -112,18 +122,18 @@ def main(work: Path | None, quick: bool, everything: bool, processes: int, list_
         for job in (job for runs in by_group for job in missing_jobs(work, sizes, results, runs)):
             click.echo(f"{job.run.name} {job.part}")
         return
-    make_inputs(work, sizes, [run for runs in by_group for run in runs])
-    for runs in by_group:
-        finish(missing_jobs(work, sizes, results, runs), results, processes)
+    try:
+        make_inputs(work, sizes, [run for runs in by_group for run in runs])
+        for runs in by_group:
+            finish(missing_jobs(work, sizes, results, runs), results, processes)
+    except UserError as error:
+        raise click.ClickException(str(error)) from None
 
 
 def make_inputs(work: Path, sizes: Sizes, runs: Sequence[Run]) -> None:
     """What the runs share, where it is not there yet."""
-    try:
-        if not (work / "model").is_dir():
-            make_model(work / "model")
-    except UserError as error:
-        raise click.ClickException(str(error)) from None
+    if not (work / "model").is_dir():
+        make_model(work / "model")
     if not (work / "questions").is_dir():
         write_questions(work / "questions")
     make_pairs(work, sizes, runs)

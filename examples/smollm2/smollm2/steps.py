@@ -1,9 +1,13 @@
 """The project's commands, as subprocesses; an output that is there is not made again."""
 
 import os
+import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+
+from megatron_solopo.errors import UserError
 
 HERE = Path(__file__).resolve().parents[1]
 PROMPT = HERE / "prompt.jinja"
@@ -14,17 +18,17 @@ TASK_ANSWER_TOKENS = 64
 def command(*words: object, log: Path | None = None) -> None:
     """Run `megatron-solopo WORDS` on one core. Its output goes to the screen, or behind what `log` holds.
 
-    Raises subprocess.CalledProcessError if it fails.
+    Raises UserError if it fails, which names the log.
     """
-    called = [sys.executable, "-m", "megatron_solopo", *map(str, words)]
+    called = ["-m", "megatron_solopo", *map(str, words)]
     # Output of a library's warnings is no news to a reader of this example.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    if log is None:
-        subprocess.run(called, env=environment, check=True)
-        return
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as stream:
-        subprocess.run(called, env=environment, check=True, stdout=stream, stderr=subprocess.STDOUT)
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if log is None else log.open("a", encoding="utf-8") as stream:
+        code = subprocess.run([sys.executable, *called], env=environment, stdout=stream, stderr=stream).returncode
+    if code:
+        raise UserError(f"python {shlex.join(called)}: exit code {code}; see {log or 'what it printed above'}")
 
 
 def first_lines(source: Path, output: Path, count: int | None) -> None:
