@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
+from click.testing import CliRunner
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 LOOP = EXAMPLES / "on_policy" / "on_policy.py"
@@ -25,16 +26,17 @@ import click  # noqa: E402
 import measure  # noqa: E402
 import on_policy  # noqa: E402
 from model_server import SERVED_NAME, Server, serving  # noqa: E402
-from tied_process import have_ended, runs, tied_process, wait_for_end  # noqa: E402
+from tied_process import have_ended, runs, tied_process  # noqa: E402
 
 from megatron_solopo.cli.main import cli  # noqa: E402
 from megatron_solopo.config import parse_config  # noqa: E402
+from megatron_solopo.errors import UserError  # noqa: E402
 from megatron_solopo.results.long_context import read_long_context  # noqa: E402
 from miniature import base, pairs  # noqa: E402
 from tests.generate.completion_server import completion_server  # noqa: E402
 
 SERVER = """
-import json, os, sys, threading
+import json, os, sys, threading, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -73,6 +75,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.timeout(1800)  # a minute and a half of one core, which other work may share
 def test_two_rounds_go_on_after_a_kill_and_tell_where_their_data_is_from(inputs: Path) -> None:
     first, second = (inputs / "work" / f"round_{number}" for number in (1, 2))
     command = [sys.executable, str(LOOP), "--config", str(inputs / "loop.yaml"), "evaluate=null"]
@@ -104,8 +107,8 @@ def test_two_rounds_go_on_after_a_kill_and_tell_where_their_data_is_from(inputs:
     assert [line[:4] for line in lines] == [
         ["round", f"{number}:", str(count), "triplets"] for number, count in enumerate(triplets, start=1)
     ]
-    changed = run_loop(inputs, "evaluate=null", "train.optimizer.lr=1")
-    assert changed.returncode == 1 and "the settings of train have changed" in changed.stderr
+    with pytest.raises(click.ClickException, match="the settings of train have changed"):
+        on_policy.run(on_policy.read_settings(inputs / "loop.yaml", ("evaluate=null", "train.optimizer.lr=1")))
 
 
 def test_the_summary_tells_scores(inputs: Path, tmp_path) -> None:
@@ -135,6 +138,8 @@ def test_every_shipped_loop_is_legal(path: Path) -> None:
     ("override", "message"),
     [
         ("round=2", "unknown key round"),
+        ("rounds", "override 'rounds': expected key=value"),
+        ("train={a: [", "override 'train=.*': while parsing"),
         ("rounds=0", "rounds=0: Input should be greater than or equal to 1"),
         (
             "server={command: vllm serve a, url: 'http://localhost:8000/v1'}",
@@ -143,7 +148,7 @@ def test_every_shipped_loop_is_legal(path: Path) -> None:
     ],
 )
 def test_a_wrong_setting_is_one_line(inputs: Path, override: str, message: str) -> None:
-    with pytest.raises(click.ClickException, match=message):
+    with pytest.raises(UserError, match=message):
         on_policy.read_settings(inputs / "loop.yaml", (override,))
 
 
@@ -153,19 +158,21 @@ def test_a_failed_step_shows_the_end_of_its_log(inputs: Path, tmp_path) -> None:
 
 
 @pytest.fixture
-def served(tmp_path) -> Callable[..., Server]:
+def served(tmp_path) -> Iterator[Callable[..., Server]]:
     """Makes the settings of a server that is a program on a free port. The program gets the port and the arguments."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as reserved:
+        # No other program gets the port, but a server that sets this option can listen on it.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
 
-    def make(program: str, *arguments: str) -> Server:
-        path = tmp_path / "the server.py"  # a place with a space
-        path.write_text(program)
-        command = shlex.join([sys.executable, str(path), str(port), *arguments])
-        return Server(command=f"{command} {{model}} '{{\"json\": 1}}'", url=f"http://127.0.0.1:{port}/v1/")
+        def make(program: str, *arguments: str) -> Server:
+            path = tmp_path / "the server.py"  # a place with a space
+            path.write_text(program)
+            command = shlex.join([sys.executable, str(path), str(port), *arguments])
+            return Server(command=f"{command} {{model}} '{{\"json\": 1}}'", url=f"http://127.0.0.1:{port}/v1/")
 
-    return make
+        yield make
 
 
 def test_a_server_runs_while_it_is_asked_and_leaves_nothing_behind(tmp_path, served: Callable[..., Server]) -> None:
@@ -240,7 +247,30 @@ def test_commands_end_with_the_process_that_started_them(tmp_path, number: int) 
     finally:
         starter.kill()
         starter.wait()
-    assert wait_for_end(lock, 60) and not psutil.wait_procs(started, timeout=20)[1]
+    while any(map(runs, started)) or not have_ended(lock):
+        time.sleep(0.05)
+
+
+def test_a_lock_is_held_from_the_start_of_a_command(tmp_path) -> None:
+    lock = tmp_path / "lock"
+    with (tmp_path / "log").open("w") as log, tied_process(["sleep", "600"], lock, log):
+        assert not have_ended(lock), "before the keeper has begun"
+    assert have_ended(lock)
+
+
+def test_a_process_that_nobody_asks_for_its_code_has_ended(tmp_path) -> None:
+    """As below the first process of many containers, which asks for no code."""
+    program = (
+        "import ctypes, sys, pathlib; from tied_process import tied_process\n"
+        "be_parent_of_orphans = 36\n"
+        "ctypes.CDLL(None).prctl(be_parent_of_orphans, 1, 0, 0, 0)\n"
+        "command = ['sh', '-c', '(sleep 600 &); exit 3']\n"
+        "with tied_process(command, pathlib.Path(sys.argv[1]), sys.stdout, stop_seconds=600) as process:\n"
+        "    sys.exit(process.wait())\n"
+    )
+    environment = _environment() | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path / "lock")], env=environment, timeout=120)
+    assert ended.returncode == 3
 
 
 def test_a_command_that_ends_hands_its_code_on(tmp_path) -> None:
@@ -251,13 +281,36 @@ def test_a_command_that_ends_hands_its_code_on(tmp_path) -> None:
 
 
 def test_a_step_that_fails_names_a_server_that_has_ended(tmp_path, served: Callable[..., Server]) -> None:
-    program = SERVER.replace("self.send_response(", "threading.Timer(0.1, os._exit, [5]).start(); self.send_response(")
-    settings = on_policy.Settings(work=tmp_path, model=tmp_path, contexts=tmp_path, server=served(program, SERVED_NAME))
-    each = on_policy.Round(1, tmp_path, tmp_path)
+    asked, keeper = tmp_path / "asked", tmp_path / "keeper"
+    ending = f"""
+def end():
+    while not os.path.exists({str(asked)!r}):
+        time.sleep(0.05)
+    os._exit(5)
+with open({str(keeper)!r}, "w") as stream:
+    stream.write(str(os.getppid()))
+threading.Thread(target=end).start()
+HTTPServer("""
+    settings = on_policy.Settings(
+        work=tmp_path,
+        model=tmp_path,
+        contexts=tmp_path,
+        server=served(SERVER.replace("HTTPServer((", ending + "(", 1), SERVED_NAME),
+    )
+    # The keeper's code is not asked for before the step has ended, so the system keeps it as a zombie.
+    until_ended = f"until grep -q 'State:.Z' /proc/$(cat {keeper})/status; do sleep 0.05; done"
+    step = on_policy.Step("sample", ["sh", "-c", f"touch {asked}; {until_ended}; exit 4"], tmp_path / "none")
     with pytest.raises(click.ClickException, match="exit code 4; the server ended with code 5"):
-        on_policy.carry_out(
-            settings, each, on_policy.Step("sample", ["sh", "-c", "sleep 2; exit 4"], tmp_path / "none")
-        )
+        on_policy.carry_out(settings, on_policy.Round(1, tmp_path, tmp_path), step)
+
+
+def test_a_second_loop_in_the_folder_is_refused(tmp_path) -> None:
+    settings = on_policy.Settings(work=tmp_path / "work", model=tmp_path, contexts=tmp_path)
+    loop = tmp_path / "loop.yaml"
+    loop.write_text(yaml.safe_dump(settings.model_dump(mode="json", include={"work", "model", "contexts"})))
+    with on_policy.alone_in(settings):
+        second = CliRunner().invoke(on_policy.main, ["--config", str(loop)])
+    assert second.exit_code == 1 and f"{settings.work}: another loop works in it" in second.output
 
 
 def test_a_round_knows_its_model_before_any_answer(tmp_path, monkeypatch) -> None:

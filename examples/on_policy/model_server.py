@@ -68,7 +68,7 @@ def serving(
 
 def _wait_for(server: Server, process: "subprocess.Popen[bytes]", log: Path, api_key_env: str | None) -> None:
     deadline, said = time.monotonic() + 60 * server.start_minutes, ""
-    while time.monotonic() < deadline:
+    while True:
         if process.poll() is not None:
             raise click.ClickException(f"{server.command}: ended with code {process.returncode}; see {log}")
         found = _served_names(server, api_key_env)
@@ -76,13 +76,13 @@ def _wait_for(server: Server, process: "subprocess.Popen[bytes]", log: Path, api
             if SERVED_NAME not in found:
                 raise click.ClickException(f"{server.url} serves {', '.join(found)}, not {SERVED_NAME}")
             return
+        if time.monotonic() > deadline:
+            limit = f"server.start_minutes={server.start_minutes:g}"
+            raise click.ClickException(f"{server.url}: no answer after {limit} ({found}); see {log}")
         if found != said:
             said = found
             tqdm.write(f"waiting for {server.url}: {said}; see {log}")
         time.sleep(_POLL_SECONDS)
-    raise click.ClickException(
-        f"{server.url}: no answer after server.start_minutes={server.start_minutes:g} ({said}); see {log}"
-    )
 
 
 def _served_names(server: Server, api_key_env: str | None) -> list[str] | str:

@@ -3,13 +3,14 @@
 A round leaves its files in WORK/round_N, and round.json tells how each was made.
 """
 
+import fcntl
 import json
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tied_process import have_ended, tied_process, wait_for_end
 from tqdm import tqdm
 
 from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
+from megatron_solopo.config.load import read_values
 from megatron_solopo.errors import UserError, describe_problem
 from megatron_solopo.files import atomic_path, remove
 from megatron_solopo.results.long_context import read_long_context
@@ -80,13 +82,12 @@ class Settings(BaseModel):
 
 
 def read_settings(path: Path, overrides: tuple[str, ...]) -> Settings:
-    """Read the file and dotted overrides. A mistake is an error of the command line."""
+    """Read the file and dotted overrides. Raises UserError with one line per mistake."""
     try:
-        values = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        return Settings.model_validate(OmegaConf.to_container(values, resolve=True))
+        return Settings.model_validate(read_values(path, overrides))
     except ValidationError as error:
         lines = [f"{path}: {describe_problem(detail, 'the whole file')}" for detail in error.errors()]
-        raise click.ClickException("\n".join(lines)) from None
+        raise UserError("\n".join(lines)) from None
 
 
 @dataclass
@@ -113,7 +114,7 @@ class Round:
     folder: Path
     policy: Path
     """The model that answers and is trained."""
-    record: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         path = self.folder / RECORD
@@ -262,13 +263,25 @@ def summary(settings: Settings) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def alone_in(settings: Settings) -> Iterator[None]:
+    """Work alone in the folder of the rounds, once the commands of a start that was killed have ended."""
+    settings.work.mkdir(parents=True, exist_ok=True)
+    with (settings.work / "loop.lock").open("a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{settings.work}: another loop works in it; end it, or choose another `work`") from None
+        if not have_ended(settings.lock):
+            click.echo(f"{settings.work}: waiting until the commands of an earlier start have ended", err=True)
+            if not wait_for_end(settings.lock):
+                raise UserError(f"{settings.work}: the commands of an earlier start have not ended; end them by hand")
+        yield
+
+
 def run(settings: Settings) -> None:
     """Carry out all steps that are missing."""
     rounds = list(make_rounds(settings))
-    if not have_ended(settings.lock):
-        click.echo(f"{settings.work}: waiting until the commands of an earlier start have ended", err=True)
-        if not wait_for_end(settings.lock):
-            raise click.ClickException(f"{settings.work}: another loop works in it; end that first")
     with tqdm(total=sum(len(steps) for _, steps in rounds), unit="step") as bar:
         for each, steps in rounds:
             each.check_policy()
@@ -292,9 +305,10 @@ def main(config: Path, overrides: tuple[str, ...]) -> None:
       python examples/on_policy/on_policy.py --config examples/on_policy/loops/miniature.yaml
       python examples/on_policy/on_policy.py --config examples/on_policy/loops/qwen2.5-7b.yaml rounds=3
     """
-    settings = read_settings(config, overrides)
     try:
-        run(settings)
+        settings = read_settings(config, overrides)
+        with alone_in(settings):
+            run(settings)
     except UserError as error:
         raise click.ClickException(str(error)) from None
     click.echo(summary(settings))

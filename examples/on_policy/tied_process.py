@@ -1,8 +1,8 @@
 """Commands that end when the process that started them ends, even by `kill -9`.
 
-A keeper stands between the two: `python tied_process.py SECONDS LOCK COMMAND...`. The standard input of the keeper is a
+A keeper stands between the two: `python tied_process.py SECONDS COMMAND...`. The standard input of the keeper is a
 pipe that closes when its starter ends. Then the keeper stops the command and all that it started, by SIGTERM, and after
-SECONDS by SIGKILL. It holds LOCK until they have ended, so that a new start can wait for that.
+SECONDS by SIGKILL. It inherits a locked file, and holds that lock until they have ended. A new start can wait for it.
 """
 
 import fcntl
@@ -23,6 +23,8 @@ from megatron_solopo.exits import of_signal
 
 STOP_SECONDS = 300
 """Of a command that is stopped. A training saves a checkpoint in this time."""
+_KILL_SECONDS = 60
+"""Until the system has removed what was killed, and its memory."""
 _POLL_SECONDS = 0.2
 
 
@@ -35,13 +37,16 @@ def tied_process(
     It ends with the code of the command. Whatever the command has left is stopped at the end of the block, and killed
     if it has not ended after `stop_seconds`.
     """
-    keeper = subprocess.Popen(
-        [sys.executable, __file__, str(stop_seconds), str(lock), *command],
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with lock.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        keeper = subprocess.Popen(
+            [sys.executable, __file__, str(stop_seconds), *command],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[held.fileno()],
+        )
     assert keeper.stdin is not None
     try:
         yield keeper
@@ -86,9 +91,11 @@ def _keep(stop_seconds: int, command: Sequence[str]) -> int:
     left = _started()
     for each in left:
         _send(each, signal.SIGTERM)
-    _, alive = psutil.wait_procs(left, timeout=stop_seconds)
-    for each in {*alive, *_started()}:
+    _wait_for(left, stop_seconds)
+    left = [*{*filter(runs, left), *_started()}]
+    for each in left:
         _send(each, signal.SIGKILL)
+    _wait_for(left, _KILL_SECONDS)
     if code is None:
         return of_signal(signal.SIGTERM)
     return code if code >= 0 else of_signal(-code)
@@ -115,12 +122,17 @@ def runs(process: psutil.Process) -> bool:
         return False
 
 
+def _wait_for(processes: Sequence[psutil.Process], seconds: float) -> None:
+    """Wait until processes have ended. psutil also waits for their parents to ask for their codes."""
+    deadline = time.monotonic() + seconds
+    while any(map(runs, processes)) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
 def _send(process: psutil.Process, number: int) -> None:
     with suppress(psutil.NoSuchProcess):
         process.send_signal(number)
 
 
 if __name__ == "__main__":
-    with open(sys.argv[2], "a") as held:
-        fcntl.flock(held, fcntl.LOCK_SH)
-        sys.exit(_keep(int(sys.argv[1]), sys.argv[3:]))
+    sys.exit(_keep(int(sys.argv[1]), sys.argv[2:]))

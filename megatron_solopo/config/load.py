@@ -27,6 +27,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises UserError with one line per mistake: the key, the value, the legal values and the nearest key.
     """
+    return parse_config(read_values(path, overrides), f"{path} and the command line" if overrides else str(path))
+
+
+def read_values(path: Path, overrides: Sequence[str]) -> Any:
+    """The nested dictionary of a YAML file and dotted overrides, of any keys. Raises UserError if it is not legal."""
     merged = _read_yaml(path)
     for override in overrides:
         if not re.match(r"[A-Za-z_]", override) or "=" not in override:
@@ -36,10 +41,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         except (YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"override {override!r}: {_one_line(error)}") from None
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
-    return parse_config(values, source=f"{path} and the command line" if overrides else str(path))
 
 
 def _read_yaml(path: Path) -> Any:
