@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_solopo.cli.main import cli
 from megatron_solopo.config import Config, load_config, warning_without_effect
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.files import read_jsonl
@@ -199,3 +203,84 @@ def test_results_of_a_part_of_a_group_are_refused_by_name(tmp_path: Path) -> Non
     write_results(tmp_path / "qwen2.5-7b" / "base", {"leaderboard": scores})
     with pytest.raises(SystemExit, match="base/leaderboard: the results have no 'leaderboard_musr'"):
         make_results.make_results(tmp_path)
+
+
+# In the place of every program that run.sh starts: keeps what it was called with, and writes what the next one reads.
+PROGRAM = """#!{python}
+import json, os, sys
+from pathlib import Path
+name, arguments = Path(sys.argv[0]).name, sys.argv[1:]
+if name == "python" and arguments[0] != "-m":
+    os.execv({python!r}, ["python", *arguments])
+with open("calls.jsonl", "a") as stream:
+    stream.write(json.dumps([name, *arguments]) + "\\n")
+given = dict(zip(arguments, arguments[1:]))
+output = next((Path(given[key]) for key in ("--output", "--out", "--output_path") if key in given), None)
+if "lm_eval" in (name, *arguments):
+    path = output / "exports__aligned" / "results_2026.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({{"results": json.loads({results!r})[output.name]}}))
+elif output is None:
+    run = next(each.removeprefix("run_dir=") for each in arguments if each.startswith("run_dir="))
+    Path(run, "checkpoints").mkdir(parents=True)
+    Path(run, "checkpoints", "latest").write_text("iter_0000079")
+elif arguments[1] in ("prepare", "export"):
+    output.mkdir(parents=True)
+else:
+    output.write_text("a triplet\\n" * {triplets})
+"""
+
+
+@pytest.fixture
+def run_row(tmp_path: Path) -> Callable[..., tuple["subprocess.CompletedProcess[str]", list[list[str]]]]:
+    """Runs run.sh in a folder of its own, and tells how it ended and what it started."""
+    shutil.copytree(EXAMPLE, tmp_path / "examples" / "paper")
+    programs, corpus = tmp_path / "programs", tmp_path / "musique.jsonl"
+    programs.mkdir()
+    corpus.write_text("a question\n" * 3)
+
+    def run(*arguments: str, triplets: int = 5000, **environment: str) -> Any:
+        for name in ("megatron-solopo", "python", "lm_eval", "sbatch", "srun"):
+            text = PROGRAM.format(python=sys.executable, results=json.dumps(RESULTS), triplets=triplets)
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        calls = tmp_path / "calls.jsonl"
+        calls.write_text("")
+        given = {"PATH": f"{programs}:{os.environ['PATH']}", "MUSIQUE": str(corpus), "SLURM": ""} | environment
+        script = ["bash", str(tmp_path / "examples" / "paper" / "run.sh"), *arguments]
+        ended = subprocess.run(script, env=os.environ | given, capture_output=True, text=True)
+        return ended, [json.loads(line) for line in calls.read_text().splitlines()]
+
+    return run
+
+
+def test_a_row_goes_from_the_corpus_to_the_table_and_does_nothing_twice(run_row: Any, tmp_path: Path) -> None:
+    ended, calls = run_row("long-dpo")
+    assert ended.returncode == 0, ended.stderr
+    data = [f"megatron-solopo data {name}" for name in ("build", "sample", "select", "prepare")]
+    training = ["python -m megatron_solopo.launch", "megatron-solopo convert export"]
+    assert [" ".join(call[:3]) for call in calls] == [*data, *training, *["lm_eval run --model"] * 4]
+    for program, *arguments in calls:
+        if program == "megatron-solopo":
+            group, name, *options = arguments
+            cli.commands[group].commands[name].make_context(name, options)  # type: ignore[attr-defined]
+    assert calls[1][calls[1].index("--side") + 1] == "long"
+    trained = ["--config", "examples/paper/qwen2.5-7b.yaml", *ROWS["long-dpo"].settings("qwen2.5-7b")]
+    assert calls[4][-len(trained) :] == trained
+    table = (tmp_path / "examples" / "paper" / "RESULTS.md").read_text()
+    assert "| Long-DPO | 46.9 | 25.00 | 62.2 | 50.00 | 29.7 | 30.00 | 49.01 | 26.67 |  |  |" in table
+    assert run_row("long-dpo")[1] == [], "everything is there"
+    same_pairs = run_row("long-simpo", SLURM="yes")[1]
+    assert [call[0] for call in same_pairs] == ["sbatch", "megatron-solopo", *["srun"] * 4]
+    trained = ["examples/paper/qwen2.5-7b.yaml", *ROWS["long-simpo"].settings("qwen2.5-7b")]
+    assert same_pairs[0][-len(trained) :] == trained
+
+
+def test_a_row_stops_where_something_is_missing(run_row: Any) -> None:
+    ended, calls = run_row("solo-dpo", MUSIQUE="no-corpus.jsonl")
+    assert ended.returncode == 1 and "no-corpus.jsonl" in ended.stderr and calls == []
+    ended, calls = run_row("solo-dpo", triplets=4999)
+    assert ended.returncode == 1 and "4999 triplets, not 5000: raise QUESTIONS=10000" in ended.stderr
+    assert calls[-1][1:3] == ["data", "select"]
+    ended, calls = run_row("no-such-row")
+    assert ended.returncode == 1 and "no row no-such-row of qwen2.5-7b" in ended.stderr and calls == []

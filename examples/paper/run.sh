@@ -27,7 +27,10 @@ if [[ $pairs ]]; then
     questions=data/paper/questions-$QUESTIONS.jsonl
     mkdir -p "$data"
     say "1. Contexts: $contexts"
-    [[ -f $questions ]] || { draw "$QUESTIONS" "$MUSIQUE" >"$questions.part" && mv "$questions.part" "$questions"; }
+    if [[ ! -f $questions ]]; then
+        draw "$QUESTIONS" "$MUSIQUE" >"$questions.part"
+        mv "$questions.part" "$questions"
+    fi
     [[ -f $contexts ]] || megatron-solopo data build --input "$questions" --output "$contexts" --tokenizer "$weights" \
         --template chat --short-tokens "$short_tokens" --long-tokens "$long_tokens" --response-tokens "$answer_room" \
         --num-proc "$(nproc)"
