@@ -1,9 +1,13 @@
 """SmolLM2: splits without shared evidence, legal runs, a driver that goes on, tables from results, the same logits."""
 
+import json
+import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from click.testing import CliRunner
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_solopo.checkpoint.conversion import export_model, import_model, verify_models
+from megatron_solopo.cli.main import cli
 from megatron_solopo.config import load_config
 from megatron_solopo.errors import UserError
 from tests.prepared import make_tokenizer
@@ -22,7 +27,7 @@ import make_model  # noqa: E402
 import make_pairs  # noqa: E402
 import run_all  # noqa: E402
 import write_results  # noqa: E402
-from smollm2 import questions, tables  # noqa: E402
+from smollm2 import measuring, questions, steps, tables  # noqa: E402
 from smollm2.plan import BASE, DEV, FULL, NEEDLES, QUICK, Run, comparison, groups  # noqa: E402
 from smollm2.steps import TASK_ANSWER_TOKENS as ANSWER_TOKENS  # noqa: E402
 from smollm2.steps import command  # noqa: E402
@@ -96,6 +101,14 @@ class TestPlan:
         assert Run("short_po").parts(QUICK) == ["test-400", "test-640", DEV]
 
 
+def find_command(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that these words of a command line name, and its arguments."""
+    command: Any = cli
+    while hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
 class TestDriver:
     """Order, and going on."""
 
@@ -119,6 +132,17 @@ class TestDriver:
             results.add(run, part, {})
         (tmp_path / "exported" / run.name).rmdir()
         assert self.missing(tmp_path, results, [run]) == []
+
+    def test_seed_after_seed_the_longest_training_first_and_further_parts_at_the_end(
+        self, tmp_path: Path, results: run_all.Results
+    ) -> None:
+        runs = [*comparison(0), *comparison(1)]
+        jobs = run_all.missing_jobs(tmp_path, FULL, results, runs)
+        assert [job.run.method for job in jobs[:3]] == ["solopo", "long_po", "short_po"]
+        main = [job for job in jobs if job.part in (run_all.TRAINING, *job.run.main_parts(FULL))]
+        assert jobs[: len(main)] == main and len(main) == 18 < len(jobs)
+        assert [job.run.seed for job in main] == [0] * 9 + [1] * 9
+        assert [job.part for job in main[:9]] == [run_all.TRAINING] * 3 + ["test-400"] * 3 + ["test-1024"] * 3
 
     def test_training_comes_before_measuring(self, results: run_all.Results) -> None:
         done: list[str] = []
@@ -147,6 +171,51 @@ class TestDriver:
         with pytest.raises(UserError, match="no needle"):
             run_all.finish(jobs, results, 2)
         assert results.of(run) == {"run": run.__dict__, "dev": {"kept": "yes"}}
+
+    @pytest.fixture
+    def called(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Names of the commands, which are checked, but only write what the next one reads."""
+        names: list[str] = []
+
+        def run(words: list[str], **_: object) -> "subprocess.CompletedProcess[str]":
+            command, arguments = find_command(words[3:])
+            command.make_context(command.name, list(arguments))  # an error for an unknown option
+            names.append(command.name)
+            given = dict(pairwise(arguments)) | dict(each.split("=") for each in arguments if "=" in each)
+            output = Path(given.get("run_dir") or given.get("--out") or given["--output"])
+            if command.name == "train":
+                (output / "checkpoints" / f"iter_{int(given['training.max_steps']):07}").mkdir(parents=True)
+                step = {"num_tokens": 5, "flops": 7, "step_time": 0.5, "loss": 1.0}
+                (output / "metrics.jsonl").write_text(f"{json.dumps(step)}\n" * int(given["training.max_steps"]))
+            elif command.name in ("export", "prepare"):
+                assert command.name == "prepare" or Path(given["--checkpoint"]).is_dir()
+                output.mkdir(parents=True)
+            else:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.write_text("{}\n" * QUICK.triplets)
+            return subprocess.CompletedProcess(words, 0)
+
+        monkeypatch.setattr(steps.subprocess, "run", run)
+        monkeypatch.setattr(measuring, "read_scores", lambda output: {"answers": [output.name]})
+        return names
+
+    def test_legal_commands_finish_all_runs_of_the_plan(self, called: list[str], tmp_path: Path) -> None:
+        (tmp_path / "model").mkdir()
+        arguments = ["--quick", "--everything", "--work", str(tmp_path)]
+        result = CliRunner().invoke(run_all.main, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        runs = [run for group in groups(QUICK, everything=True) for run in group]
+        parts = [part for run in runs for part in run.parts(QUICK)]
+        trained = len(runs) - 1  # not the base
+        assert (called.count("train"), called.count("export"), called.count("long-context")) == (
+            trained,
+            trained,
+            len(parts),
+        )
+        assert CliRunner().invoke(run_all.main, [*arguments, "--list"]).output == ""
+        found = run_all.Results(tmp_path / "results").of(Run("solopo"))
+        assert (found["training"]["tokens"], found["training"]["triplets"]) == (5 * QUICK.triplets, QUICK.triplets)
+        assert not list(tmp_path.glob("runs/*/checkpoints"))
 
     def test_a_failed_command_names_its_log(self, tmp_path: Path) -> None:
         log = tmp_path / "logs" / "train.log"
