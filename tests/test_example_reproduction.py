@@ -54,13 +54,6 @@ def test_the_tables_of_the_results_come_from_the_runs(name: str) -> None:
     assert tables.regenerate(document, EXAMPLE / name, RECORDED[name]) == document
 
 
-def test_a_table_without_a_block_is_an_error() -> None:
-    document = "<!-- table: here -->\nold\n<!-- end -->\n"
-    assert tables.fill_tables(document, {"here": ["new"]}) == document.replace("old", "new")
-    with pytest.raises(ValueError, match=r"for gone$"):
-        tables.fill_tables(document, {"here": ["new"], "gone": ["new"]})
-
-
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_changed_run_changes_the_tables(name: str, tmp_path) -> None:
     lines = (EXAMPLE / name).read_text(encoding="utf-8").splitlines()

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,14 +102,6 @@ class TestPlan:
         assert Run("short_po").parts(QUICK) == ["test-400", "test-640", DEV]
 
 
-def find_command(words: list[str]) -> tuple[Any, list[str]]:
-    """The command that these words of a command line name, and its arguments."""
-    command: Any = cli
-    while hasattr(command, "commands"):
-        command, words = command.commands[words[0]], words[1:]
-    return command, words
-
-
 class TestDriver:
     """Order, and going on."""
 
@@ -172,50 +165,101 @@ class TestDriver:
             run_all.finish(jobs, results, 2)
         assert results.of(run) == {"run": run.__dict__, "dev": {"kept": "yes"}}
 
+
+def find_command(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that these words of a command line name, and its arguments."""
+    command: Any = cli
+    while hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+class TestCommands:
+    """What is started, with a stand-in that checks each command and writes only what the next one reads."""
+
     @pytest.fixture
-    def called(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        """Names of the commands, which are checked, but only write what the next one reads."""
-        names: list[str] = []
+    def called(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, str]]]:
+        """Names and arguments of the commands."""
+        kept: list[tuple[str, dict[str, str]]] = []
 
         def run(words: list[str], **_: object) -> "subprocess.CompletedProcess[str]":
             command, arguments = find_command(words[3:])
             command.make_context(command.name, list(arguments))  # an error for an unknown option
-            names.append(command.name)
             given = dict(pairwise(arguments)) | dict(each.split("=") for each in arguments if "=" in each)
+            kept.append((command.name, given))
             output = Path(given.get("run_dir") or given.get("--out") or given["--output"])
             if command.name == "train":
-                (output / "checkpoints" / f"iter_{int(given['training.max_steps']):07}").mkdir(parents=True)
+                step_count = int(given["training.max_steps"])
+                (output / "checkpoints" / f"iter_{step_count:07}").mkdir(parents=True)
                 step = {"num_tokens": 5, "flops": 7, "step_time": 0.5, "loss": 1.0}
-                (output / "metrics.jsonl").write_text(f"{json.dumps(step)}\n" * int(given["training.max_steps"]))
+                with (output / "metrics.jsonl").open("a") as stream:
+                    stream.write(f"{json.dumps(step)}\n" * step_count)
             elif command.name in ("export", "prepare"):
                 assert command.name == "prepare" or Path(given["--checkpoint"]).is_dir()
                 output.mkdir(parents=True)
             else:
                 output.parent.mkdir(parents=True, exist_ok=True)
-                output.write_text("{}\n" * QUICK.triplets)
+                output.write_text("{}\n" * FULL.triplets)
             return subprocess.CompletedProcess(words, 0)
 
         monkeypatch.setattr(steps.subprocess, "run", run)
         monkeypatch.setattr(measuring, "read_scores", lambda output: {"answers": [output.name]})
-        return names
+        return kept
 
-    def test_legal_commands_finish_all_runs_of_the_plan(self, called: list[str], tmp_path: Path) -> None:
+    def test_legal_commands_finish_all_runs_of_the_plan(self, called: list[Any], tmp_path: Path) -> None:
         (tmp_path / "model").mkdir()
         arguments = ["--quick", "--everything", "--work", str(tmp_path)]
-        result = CliRunner().invoke(run_all.main, arguments, catch_exceptions=False)
-        assert result.exit_code == 0, result.output
         runs = [run for group in groups(QUICK, everything=True) for run in group]
-        parts = [part for run in runs for part in run.parts(QUICK)]
-        trained = len(runs) - 1  # not the base
-        assert (called.count("train"), called.count("export"), called.count("long-context")) == (
-            trained,
-            trained,
-            len(parts),
-        )
-        assert CliRunner().invoke(run_all.main, [*arguments, "--list"]).output == ""
-        found = run_all.Results(tmp_path / "results").of(Run("solopo"))
-        assert (found["training"]["tokens"], found["training"]["triplets"]) == (5 * QUICK.triplets, QUICK.triplets)
-        assert not list(tmp_path.glob("runs/*/checkpoints"))
+        results, solopo = run_all.Results(tmp_path / "results"), Run("solopo")
+
+        def finish() -> list[str]:
+            called.clear()
+            CliRunner().invoke(run_all.main, arguments, catch_exceptions=False)
+            assert CliRunner().invoke(run_all.main, [*arguments, "--list"]).output == ""
+            trained = results.of(solopo)["training"]
+            assert (trained["tokens"], trained["triplets"]) == (5 * QUICK.triplets, QUICK.triplets)
+            assert not list(tmp_path.glob("runs/*/checkpoints"))
+            return [name for name, _ in called]
+
+        names = finish()
+        assert names.count("train") == names.count("export") == len(runs) - 1, "all but the base"
+        assert names.count("long-context") == sum(len(run.parts(QUICK)) for run in runs)
+        assert all(given["--side"] == "both" for _, given in called if given.get("--output", "").endswith("dev.json"))
+        assert finish() == []
+        # Another machine has the results, but not the weights that a further part needs.
+        (tmp_path / "exported" / solopo.name).rmdir()
+        kept = results.of(solopo)
+        del kept["test-640"]
+        (tmp_path / "results" / f"{solopo.name}.json").write_text(json.dumps(kept))
+        assert finish() == ["train", "export", "long-context"]
+
+    def test_pairs_have_the_seed_and_the_length_of_their_run(self, called: list[Any], tmp_path: Path) -> None:
+        questions.write_questions(tmp_path / "questions")
+        runs = [Run("solopo", seed=2), Run("long_po", seed=2), Run("solopo", long_tokens=2048)]
+        make_pairs.make_pairs(tmp_path, FULL, runs)
+        lengths = {given["--output"]: given["--long-tokens"] for name, given in called if name == "build"}
+        selected = [(lengths[each["--contexts"]], each["--seed"]) for name, each in called if name == "select"]
+        assert selected == [("1024", "2"), ("2048", "0")] and "sample" not in [name for name, _ in called]
+        shipped = (EXAMPLE / "responses.jsonl").read_bytes()
+        assert (tmp_path / "responses.jsonl").read_bytes() == shipped
+
+    @pytest.mark.parametrize(("part", "length"), [(DEV, 2048), ("test-400", 1024), ("test-2048", 2048)])
+    def test_contexts_have_the_length_of_their_part(
+        self, part: str, length: int, called: list[Any], tmp_path: Path
+    ) -> None:
+        questions.write_questions(tmp_path / "questions")
+        measuring.contexts_of(tmp_path, FULL, part)
+        ((_, given),) = called
+        assert (given["--short-tokens"], given["--long-tokens"]) == ("400", str(length))
+
+    def test_the_main_score_of_every_answer_is_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        row = {"length": 400, "id": "a.short:q", "task": "a.short", "prompt_tokens": 9, "prediction": "x"}
+        scores = {"exact_match": 0.0, "sub_em": 1.0}
+        (tmp_path / "a.predictions.jsonl").write_text(json.dumps(row | {"scores": scores}) + "\n")
+        found = SimpleNamespace(main_metrics={"a.short": "sub_em"}, seconds=1.23)
+        monkeypatch.setattr(measuring, "read_long_context", lambda _: found)
+        answer = {"length": 400, "id": "a.short:q", "tokens": 9, "score": 1.0, "answer": "x"}
+        assert measuring.read_scores(tmp_path / "a.json") == {"answers": [answer], "seconds": 1.2}
 
     def test_a_failed_command_names_its_log(self, tmp_path: Path) -> None:
         log = tmp_path / "logs" / "train.log"
@@ -241,11 +285,13 @@ def test_a_cut_copy_is_not_taken_for_the_responses(tmp_path: Path, monkeypatch: 
 class TestTables:
     """RESULTS.md."""
 
-    def test_they_come_from_the_files_of_results(self) -> None:
-        document = (EXAMPLE / "RESULTS.md").read_text(encoding="utf-8")
-        assert all(f"<!-- table: {name} -->" in document for name in tables.TABLES)
-        found = tables.read_results(EXAMPLE / "results" / "full")
-        assert write_results.regenerate(document, found) == document
+    def test_they_come_from_the_files_of_results(self, tmp_path: Path) -> None:
+        shipped = (EXAMPLE / "RESULTS.md").read_text(encoding="utf-8")
+        document = tmp_path / "RESULTS.md"
+        document.write_text(shipped.replace("| base |", "| old |"), encoding="utf-8")
+        written = CliRunner().invoke(write_results.main, ["--document", str(document)])
+        assert written.exit_code == 0 and document.read_text(encoding="utf-8") == shipped
+        assert (tmp_path / "accuracy.png").stat().st_size > 5000
 
     def test_seeds_are_averaged_by_question_and_differences_are_paired(self, tmp_path: Path) -> None:
         results = run_all.Results(tmp_path)
@@ -264,11 +310,14 @@ class TestTables:
         add(solopo, 1.0, 1.0, 1.0, 1.0)
         add(replace(solopo, seed=1), 1.0, 1.0, 0.0, 1.0)
         found = tables.read_results(tmp_path)
-        rows = list(tables.accuracies(found))
+        rows = tables.accuracies(found).splitlines()
         assert any(row.startswith("| simpo-solopo | 2 | 88 [") and row.endswith("| - | - | - |") for row in rows)
         assert any(row.startswith("| base | 1 | 50 [15, 85] |") for row in rows)
-        assert any("| simpo-solopo less simpo-long_po | +12 [" in row for row in tables.differences(found))
+        assert "| simpo-solopo less simpo-long_po | +12 [" in tables.differences(found)
         assert tables.scores_of_first_words(found[0], "test-400") == dict.fromkeys(names, 0.0)
+        scores = ({"a": 0.0, "b": 1.0}, {"b": 0.0, "c": 1.0})
+        mean = tables.mean_by_question(found[-2:], "test-400", lambda each, _: scores[each.run.seed])
+        assert mean == {"b": 0.5}, "the questions that all seeds answered"
         gold = " ".join(questions.questions(questions.read_rows())[0]["answers"][0].split())
         for place, right in ((0, 1.0), (tables.FIRST_WORDS, 0.0)):
             answer = " ".join(["x"] * place + [gold])
@@ -276,10 +325,10 @@ class TestTables:
             cut = tables.Result(long, {"test-400": {"answers": [row]}})
             assert tables.scores_of_first_words(cut, "test-400") == {names[0]: right}
         assert not any("simpo-short_po |" in row for row in rows)
-        assert any("| simpo-short_po-seed0 | main | all |" in row for row in tables.missing(found))
-        assert any(row.endswith("| x/y | x/y **(right)** | x/y **(right)** |") for row in tables.examples(found))
-        tables.draw(found, tmp_path / "accuracy.png")
-        assert (tmp_path / "accuracy.png").stat().st_size > 5000
+        assert "| simpo-short_po-seed0 | main | all |" in tables.missing(found)
+        assert any(
+            row.endswith("| x/y | x/y **(right)** | x/y **(right)** |") for row in tables.examples(found).splitlines()
+        )
 
 
 def test_without_the_package_the_command_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

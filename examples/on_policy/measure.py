@@ -14,11 +14,13 @@ from typing import Any
 import click
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "reproduction"))
+for folder in (HERE.parent / "reproduction", HERE.parents[1]):
+    sys.path.insert(0, str(folder))
 
 from megatron_solopo.files import atomic_path  # noqa: E402
 from megatron_solopo.results.long_context import read_long_context  # noqa: E402
 from megatron_solopo.triplets.context_rows import to_line  # noqa: E402
+from tools.reporting import LEFT, fill_tables, table  # noqa: E402
 
 LOOPS = {
     "two_rounds": (),
@@ -44,9 +46,7 @@ def make_inputs(work: Path, seed: int) -> None:
     questions, folder = work / "questions.jsonl", work / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     if not questions.exists():
-        with atomic_path(questions) as temporary:
-            rows = question_rows(EVAL_QUESTIONS, EVAL_SEED)
-            temporary.write_text("".join(map(to_line, rows)), encoding="utf-8")
+        write(questions, "".join(map(to_line, question_rows(EVAL_QUESTIONS, EVAL_SEED))))
     if not (folder / "contexts.jsonl").exists():
         write_contexts(folder / "contexts.jsonl", NUM_QUESTIONS, LONGS_PER_QUESTION, LONG_LENGTH, seed)
     if not (folder / "base").exists():
@@ -86,17 +86,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def with_table(document: str, lines: list[dict[str, Any]]) -> str:
-    """The document with its table written anew."""
-    from miniature.tables import fill_tables
-
-    return fill_tables(document, {"rounds": [table(lines)]})
-
-
-def table(lines: list[dict[str, Any]]) -> str:
+def rounds_table(lines: list[dict[str, Any]]) -> str:
     """Mean accuracy over the seeds, by length, and the triplets of a round."""
-    from miniature import tables
-
     lengths = list(lines[0]["accuracy"])
 
     def rows() -> Iterator[list[str]]:
@@ -110,7 +101,7 @@ def table(lines: list[dict[str, Any]]) -> str:
                 f"{statistics.fmean(long):.1%} ({min(long):.1%} to {max(long):.1%})",
             ]
 
-    return "\n".join(tables.table(["model", "triplets", *lengths, "64 words and more"], rows()))
+    return table(["model", "triplets", *lengths, "64 words and more"], rows(), LEFT)
 
 
 def _long_mean(line: dict[str, Any]) -> float:
@@ -152,12 +143,18 @@ def main(work: Path, seeds: int) -> None:
         for name in LOOPS:
             run_loop(work, seed, name)
     lines = [line for seed in range(seeds) for line in read_rounds(work, seed)]
-    (HERE / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    lines = read_lines(HERE / "rounds.jsonl")
+    write(HERE / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    lines = read_lines(HERE / "rounds.jsonl")  # JSON makes the lengths strings
     draw(lines, HERE / "rounds.png")
-    document = HERE / "RESULTS.md"
-    document.write_text(with_table(document.read_text(encoding="utf-8"), lines), encoding="utf-8")
-    click.echo(table(lines))
+    document, text = HERE / "RESULTS.md", rounds_table(lines)
+    write(document, fill_tables(document.read_text(encoding="utf-8"), {"rounds": text}))
+    click.echo(text)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file, complete or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

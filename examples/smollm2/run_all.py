@@ -19,9 +19,7 @@ from smollm2.measuring import contexts_of, measure
 from smollm2.plan import BASE, FULL, NEEDLES, QUICK, Run, Sizes, groups
 from smollm2.questions import write_questions
 from smollm2.steps import HERE
-from smollm2.training import model_directory, train_run
-
-TRAINING = "training"
+from smollm2.training import TRAINING, model_directory, train_run
 
 
 @dataclass(frozen=True)

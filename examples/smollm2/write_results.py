@@ -1,25 +1,13 @@
 """Write the tables of RESULTS.md and its picture anew, from the files of results."""
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from megatron_solopo.files import atomic_path
 from smollm2.steps import HERE
-from smollm2.tables import TABLES, Result, draw, read_results
-
-_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def regenerate(document: str, results: Sequence[Result]) -> str:
-    """The document with every `<!-- table: NAME -->` block written anew."""
-
-    def written(block: re.Match[str]) -> str:
-        return block[1] + "\n".join(TABLES[block[2]](results)) + "\n" + block[3]
-
-    return _BLOCK.sub(written, document)
+from smollm2.tables import TABLES, draw, read_results
+from tools.reporting import fill_tables
 
 
 @click.command(context_settings={"max_content_width": 110})
@@ -40,7 +28,7 @@ def main(results: Path, document: Path) -> None:
       python examples/smollm2/write_results.py
     """
     found = read_results(results)
-    text = regenerate(document.read_text(encoding="utf-8"), found)
+    text = fill_tables(document.read_text(encoding="utf-8"), {name: make(found) for name, make in TABLES.items()})
     with atomic_path(document) as temporary:
         temporary.write_text(text, encoding="utf-8")
     draw(found, document.with_name("accuracy.png"))

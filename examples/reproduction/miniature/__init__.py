@@ -1,1 +1,7 @@
 """The miniature: a retrieval task, a model that learns it on short contexts, and runs of the trainer on it."""
+
+import sys
+from pathlib import Path
+
+# Scripts are started by their path, so Python does not look for `tools` in the repository's root.
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))

@@ -15,7 +15,8 @@ from miniature.plan import (
     lora_trial,
 )
 from miniature.results import Result, Results, paired
-from miniature.tables import Table, by_length, chosen, like, table
+from miniature.tables import Table, by_length, chosen, like
+from tools.reporting import LEFT, table
 
 TRAINED = (None, *LORA_RANKS)
 """The whole model, and the ranks of adapters."""
@@ -34,7 +35,7 @@ def trained(rank: int | None) -> str:
     return "whole model" if rank is None else f"rank {rank}"
 
 
-def lora_comparison(results: Results) -> Iterator[str]:
+def lora_comparison(results: Results) -> str:
     """Accuracy by length of adapters and of the whole model."""
 
     def rows() -> Iterator[Sequence[str]]:
@@ -44,10 +45,10 @@ def lora_comparison(results: Results) -> Iterator[str]:
             found = lora_runs(results, loss_type, rank, method)
             yield [loss_type, trained(rank), method, str(len(found)), *by_length(found)]
 
-    return table(["loss", "trained", "method", "seeds", *map(str, LENGTHS)], rows())
+    return table(["loss", "trained", "method", "seeds", *map(str, LENGTHS)], rows(), LEFT)
 
 
-def lora_differences(results: Results) -> Iterator[str]:
+def lora_differences(results: Results) -> str:
     """SoLoPO against the baselines of the same rank and against the whole model, seed by seed."""
 
     def rows() -> Iterator[Sequence[str]]:
@@ -64,10 +65,10 @@ def lora_differences(results: Results) -> Iterator[str]:
             ]
 
     heads = ["loss", "trained", "less short_po", "less long_po", "less the whole model", "short, less the base"]
-    return table(heads, rows())
+    return table(heads, rows(), LEFT)
 
 
-def lora_rates(results: Results) -> Iterator[str]:
+def lora_rates(results: Results) -> str:
     """Short and long accuracy of the trial runs by rank and learning rate."""
 
     def rows() -> Iterator[Sequence[str]]:
@@ -80,7 +81,7 @@ def lora_rates(results: Results) -> Iterator[str]:
                 yield [str(rank), f"{rate:g}", *cells]
 
     heads = [f"{method}: {side}" for method in LORA_METHODS[1:] for side in ("short", "long")]
-    return table(["rank", "lr", *heads], rows())
+    return table(["rank", "lr", *heads], rows(), LEFT)
 
 
 def _short_and_long(result: Result) -> tuple[float, float]:

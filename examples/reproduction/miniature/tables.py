@@ -1,8 +1,7 @@
 """The tables of RESULTS.md, from `runs.jsonl`."""
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from miniature.evaluate import LENGTHS
 from miniature.plan import ALPHAS, HIGH_RATE, LOSS_TYPES, MAP_ALPHAS, MIDDLE, STRONG, WEAK
 from miniature.results import Result, Results, paired, spread
 from miniature.runs import LEARNING_RATE, Run
+from tools.reporting import LEFT, fill_tables, table
 
 METHODS = {
     "short_po": lambda run: run.method == "short_po",
@@ -27,35 +27,13 @@ HARM_BANDS = (
     ("more", 0.25, math.inf),
 )
 """Share of the base's short accuracy that a run lost."""
-Table = Callable[[Results], Iterator[str]]
-_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+Table = Callable[[Results], str]
 
 
 def regenerate(document: str, runs: Path, tables: Mapping[str, Table]) -> str:
     """The document with these tables written anew."""
     results = Results(runs)
     return fill_tables(document, {name: make(results) for name, make in tables.items()})
-
-
-def fill_tables(document: str, tables: Mapping[str, Iterable[str]]) -> str:
-    """The document with the lines of these tables in their `<!-- table: NAME -->` blocks.
-
-    Raises ValueError for a table that has no block.
-    """
-    if missing := tables.keys() - {block[2] for block in _BLOCK.finditer(document)}:
-        raise ValueError(f"the document has no block <!-- table: NAME --> for {', '.join(sorted(missing))}")
-
-    def written(block: re.Match[str]) -> str:
-        return block[1] + "\n".join(tables[block[2]]) + "\n" + block[3] if block[2] in tables else block[0]
-
-    return _BLOCK.sub(written, document)
-
-
-def table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
-    """The lines of a table in Markdown."""
-    yield f"| {' | '.join(head)} |"
-    yield f"|{'---|' * len(head)}"
-    yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
 def chosen(results: Results, strength: int, loss_type: str, method: str) -> list[Result]:
@@ -70,7 +48,7 @@ def chosen(results: Results, strength: int, loss_type: str, method: str) -> list
     )
 
 
-def comparison(results: Results) -> Iterator[str]:
+def comparison(results: Results) -> str:
     """Accuracy by length of every method."""
 
     def rows() -> Iterator[Sequence[str]]:
@@ -81,7 +59,7 @@ def comparison(results: Results) -> Iterator[str]:
                 found = chosen(results, STRONG, loss_type, method)
                 yield [loss_type, method, str(len(found)), *by_length(found)]
 
-    return table(["loss", "method", "seeds", *map(str, LENGTHS)], rows())
+    return table(["loss", "method", "seeds", *map(str, LENGTHS)], rows(), LEFT)
 
 
 def by_length(found: Sequence[Result]) -> list[str]:
@@ -89,7 +67,7 @@ def by_length(found: Sequence[Result]) -> list[str]:
     return [spread(each.accuracy[length] for each in found) for length in LENGTHS]
 
 
-def differences(results: Results) -> Iterator[str]:
+def differences(results: Results) -> str:
     """SoLoPO against the baselines, seed by seed, and the cost."""
 
     def rows() -> Iterator[Sequence[str]]:
@@ -103,10 +81,10 @@ def differences(results: Results) -> Iterator[str]:
                 paired([each.short for each in solopo], base),
             ]
 
-    return table(["loss", "less short_po", "less long_po", "less both aligned", "short, less the base"], rows())
+    return table(["loss", "less short_po", "less long_po", "less both aligned", "short, less the base"], rows(), LEFT)
 
 
-def cost(results: Results) -> Iterator[str]:
+def cost(results: Results) -> str:
     """Tokens, FLOPs and time of a run."""
 
     def rows() -> Iterator[Sequence[str]]:
@@ -124,10 +102,10 @@ def cost(results: Results) -> Iterator[str]:
                 f"{1000 * seconds:.0f}",
             ]
 
-    return table(["method", "tokens", "of long_po", "GFLOPs", "of long_po", "ms, fastest step"], rows())
+    return table(["method", "tokens", "of long_po", "GFLOPs", "of long_po", "ms, fastest step"], rows(), LEFT)
 
 
-def alpha(results: Results) -> Iterator[str]:
+def alpha(results: Results) -> str:
     """Accuracy by weight of the alignment, from the strong base."""
 
     def rows() -> Iterator[Sequence[str]]:
@@ -136,7 +114,7 @@ def alpha(results: Results) -> Iterator[str]:
                 found = like(results, Run(STRONG, 0, "solopo", loss_type, weight))
                 yield [loss_type, f"{weight:g}", str(len(found)), *by_length(found)]
 
-    return table(["loss", "alpha", "seeds", *map(str, LENGTHS)], rows())
+    return table(["loss", "alpha", "seeds", *map(str, LENGTHS)], rows(), LEFT)
 
 
 def like(results: Results, run: Run) -> list[Result]:
@@ -144,11 +122,11 @@ def like(results: Results, run: Run) -> list[Result]:
     return results.where(lambda each: replace(each.run, seed=run.seed) == run)
 
 
-def failures(results: Results) -> Iterator[str]:
+def failures(results: Results) -> str:
     """Short and long accuracy over base strength, learning rate, loss and alpha, with and without `detach_short`."""
     outcome = ["seeds", "short", "long", "harmed"]
     head = ["base", "lr", "loss", "", *outcome, *(f"detached: {each}" for each in outcome)]
-    return table(head, (row for strength, rate in SETTINGS for row in _failures_from(results, strength, rate)))
+    return table(head, (row for strength, rate in SETTINGS for row in _failures_from(results, strength, rate)), LEFT)
 
 
 def _failures_from(results: Results, strength: int, rate: float) -> Iterator[Sequence[str]]:
@@ -182,7 +160,7 @@ def _outcome(results: Results, found: Sequence[Result]) -> list[str]:
     ]
 
 
-def warnings(results: Results) -> Iterator[str]:
+def warnings(results: Results) -> str:
     """How often the trainer's warning fires on runs that did harm and on others."""
 
     def rows() -> Iterator[Sequence[str]]:
@@ -194,7 +172,7 @@ def warnings(results: Results) -> Iterator[str]:
             by_loss = [[each for each in lost if each.run.loss_type == loss_type] for loss_type in LOSS_TYPES]
             yield [name, *map(_fired, by_loss), _fired(lost)]
 
-    return table(["short accuracy lost", *LOSS_TYPES, "all"], rows())
+    return table(["short accuracy lost", *LOSS_TYPES, "all"], rows(), LEFT)
 
 
 def _fired(found: Sequence[Result]) -> str:

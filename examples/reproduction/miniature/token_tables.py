@@ -7,10 +7,11 @@ from miniature.evaluate import LENGTHS
 from miniature.plan import DEFAULT_ALPHA, STRONG, TOKEN_WEIGHTS
 from miniature.results import Results, paired
 from miniature.runs import Run
-from miniature.tables import Table, by_length, like, table
+from miniature.tables import Table, by_length, like
+from tools.reporting import LEFT, table
 
 
-def token_terms(results: Results) -> Iterator[str]:
+def token_terms(results: Results) -> str:
     """Accuracy by length over the weights of both terms, and the mean long accuracy less that of SoLoPO."""
     solopo = [each.long for each in like(results, Run(STRONG, 0, "solopo", "simpo", DEFAULT_ALPHA["simpo"]))]
 
@@ -27,7 +28,7 @@ def token_terms(results: Results) -> Iterator[str]:
             ]
 
     heads = ["alpha", "weight of the term per token", "seeds", *map(str, LENGTHS), "long, less SoLoPO"]
-    return table(heads, rows())
+    return table(heads, rows(), LEFT)
 
 
 TOKEN_TABLES: dict[str, Table] = {"token_terms": token_terms}

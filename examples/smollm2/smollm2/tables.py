@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 from megatron_solopo.evaluate.statistics import mean_measure, mean_score
 from megatron_solopo.generate.scoring import sub_em
 from megatron_solopo.results.results_file import MeanWithInterval
-from smollm2.plan import BASE, DEV, FULL, LONG_RUN, NEEDLES, Run, comparison, groups, main_groups
+from smollm2.plan import BASE, DEV, FULL, LONG_RUN, NEEDLES, Run, comparison, groups, main_groups, test_part
 from smollm2.questions import questions, read_rows
+from smollm2.training import TRAINING
+from tools.reporting import LEFT, table
 
-TRAINING = "training"
 LENGTHS = FULL.lengths
-PARTS = {length: f"test-{length}" for length in LENGTHS}
+PARTS = {length: test_part(length) for length in LENGTHS}
 NOTHING = "-"
 FIRST_WORDS = 20
 """About as many as the base model answers with."""
@@ -97,13 +98,6 @@ def cell(value: MeanWithInterval | None) -> str:
     return f"{100 * value.mean:.0f} [{100 * value.low:.0f}, {100 * value.high:.0f}]"
 
 
-def table(head: Sequence[str], rows: Rows) -> Iterator[str]:
-    """The lines of a table in Markdown."""
-    yield f"| {' | '.join(head)} |"
-    yield f"|{'---|' * len(head)}"
-    yield from (f"| {' | '.join(row)} |" for row in rows)
-
-
 def methods(results: Sequence[Result]) -> list[Run]:
     """The rows of the tables: seed 0 of every kind of run with results, in the plan's order, without trials."""
     return list(dict.fromkeys(replace(each.run, seed=0) for each in results if not each.run.is_trial))
@@ -114,7 +108,7 @@ def name_of(run: Run) -> str:
     return run.name.removesuffix(f"-seed{run.seed}")
 
 
-def accuracies(results: Sequence[Result], scores_of: Scores = Result.scores) -> Iterator[str]:
+def accuracies(results: Sequence[Result], scores_of: Scores = Result.scores) -> str:
     """Accuracy of every method at every length."""
 
     def rows() -> Rows:
@@ -122,10 +116,10 @@ def accuracies(results: Sequence[Result], scores_of: Scores = Result.scores) -> 
             found = seeds_of(results, run)
             yield [name_of(run), str(len(found)), *(cell(accuracy(found, part, scores_of)) for part in PARTS.values())]
 
-    return table(["run", "seeds", *map(str, LENGTHS)], rows())
+    return table(["run", "seeds", *map(str, LENGTHS)], rows(), LEFT)
 
 
-def words(results: Sequence[Result]) -> Iterator[str]:
+def words(results: Sequence[Result]) -> str:
     """Mean number of words in the answers of every method, by length."""
 
     def rows() -> Rows:
@@ -133,7 +127,7 @@ def words(results: Sequence[Result]) -> Iterator[str]:
             found = seeds_of(results, run)
             yield [name_of(run), *(_mean_words(found, part) for part in PARTS.values())]
 
-    return table(["run", *map(str, LENGTHS)], rows())
+    return table(["run", *map(str, LENGTHS)], rows(), LEFT)
 
 
 def _mean_words(found: Sequence[Result], part: str) -> str:
@@ -141,7 +135,7 @@ def _mean_words(found: Sequence[Result], part: str) -> str:
     return f"{np.mean(counts):.0f}" if counts else NOTHING
 
 
-def differences(results: Sequence[Result], scores_of: Scores = Result.scores) -> Iterator[str]:
+def differences(results: Sequence[Result], scores_of: Scores = Result.scores) -> str:
     """Every trained method less the base, and SoLoPO less what it competes with, question by question."""
     base, runs = Run(BASE), methods(results)
     pairs = [(run, base) for run in runs if run != base]
@@ -152,7 +146,7 @@ def differences(results: Sequence[Result], scores_of: Scores = Result.scores) ->
             cells = [_difference(results, first, second, part, scores_of) for part in PARTS.values()]
             yield [f"{name_of(first)} less {name_of(second)}", *cells]
 
-    return table(["difference", *map(str, LENGTHS)], rows())
+    return table(["difference", *map(str, LENGTHS)], rows(), LEFT)
 
 
 def _competitors(solopo: Run) -> list[Run]:
@@ -171,7 +165,7 @@ def _difference(results: Sequence[Result], first: Run, second: Run, part: str, s
     return f"{found.mean:+.0f} [{found.low:+.0f}, {found.high:+.0f}]"
 
 
-def costs(results: Sequence[Result]) -> Iterator[str]:
+def costs(results: Sequence[Result]) -> str:
     """Triplets, tokens, FLOPs and time of a run."""
 
     def rows() -> Rows:
@@ -188,10 +182,10 @@ def costs(results: Sequence[Result]) -> Iterator[str]:
                     f"{min(seconds):,.0f}",
                 ]
 
-    return table(["run", "triplets", "tokens", "TFLOPs", "seconds, fastest seed"], rows())
+    return table(["run", "triplets", "tokens", "TFLOPs", "seconds, fastest seed"], rows(), LEFT)
 
 
-def training(results: Sequence[Result]) -> Iterator[str]:
+def training(results: Sequence[Result]) -> str:
     """What the curves of the metrics did: mean of the first and of the last two steps."""
     shown = ("rewards/margins", "rewards/chosen", "rewards/chosen_long", "solo_ra/gap_abs", "nll_loss")
 
@@ -200,7 +194,7 @@ def training(results: Sequence[Result]) -> Iterator[str]:
             if curves := each.found.get(TRAINING, {}).get("curves"):
                 yield [each.run.name, *(_ends(curves.get(name)) for name in shown)]
 
-    return table(["run", *shown], rows())
+    return table(["run", *shown], rows(), LEFT)
 
 
 def _ends(values: Sequence[float] | None) -> str:
@@ -209,7 +203,7 @@ def _ends(values: Sequence[float] | None) -> str:
     return f"{np.mean(values[:2]):.2f} to {np.mean(values[-2:]):.2f}"
 
 
-def rates(results: Sequence[Result]) -> Iterator[str]:
+def rates(results: Sequence[Result]) -> str:
     """Accuracy and length of the answers on the dev split by learning rate, and what the training did to `chosen`."""
     sides = {FULL.short_tokens: ".short", FULL.dev_tokens: ".long"}
 
@@ -222,10 +216,10 @@ def rates(results: Sequence[Result]) -> Iterator[str]:
                 yield [each.run.method, rate, *cells, _mean_words([each], DEV), _ends(curves.get("rewards/chosen"))]
 
     head = ["method", "learning rate", *map(str, sides), "words of an answer", "rewards/chosen"]
-    return table(head, rows())
+    return table(head, rows(), LEFT)
 
 
-def needles(results: Sequence[Result]) -> Iterator[str]:
+def needles(results: Sequence[Result]) -> str:
     """Share of single needles found, by length."""
 
     def rows() -> Rows:
@@ -235,10 +229,10 @@ def needles(results: Sequence[Result]) -> Iterator[str]:
                 by_length = ([row["score"] for row in answers if row["length"] == n] for n in FULL.needle_lengths)
                 yield [name_of(run), *(cell(mean_score(scores)) for scores in by_length)]
 
-    return table(["run", *map(str, FULL.needle_lengths)], rows())
+    return table(["run", *map(str, FULL.needle_lengths)], rows(), LEFT)
 
 
-def examples(results: Sequence[Result]) -> Iterator[str]:
+def examples(results: Sequence[Result]) -> str:
     """Answers of the first seed to the first questions in the longest contexts that base and comparison answered."""
     shown = [each for each in results if each.run in (Run(BASE), *comparison(0))]
     parts = [part for part in PARTS.values() if shown and all(part in each.found for each in shown)]
@@ -250,7 +244,9 @@ def examples(results: Sequence[Result]) -> Iterator[str]:
             for name in sorted(answers[0])[:8]:
                 yield [asked[name]["question"], asked[name]["answers"][0], *(_answer(each[name]) for each in answers)]
 
-    return table([f"question, {parts[-1] if parts else NOTHING}", "gold", *(each.run.method for each in shown)], rows())
+    return table(
+        [f"question, {parts[-1] if parts else NOTHING}", "gold", *(each.run.method for each in shown)], rows(), LEFT
+    )
 
 
 def _answer(row: dict[str, Any]) -> str:
@@ -258,7 +254,7 @@ def _answer(row: dict[str, Any]) -> str:
     return f"{text} **(right)**" if row["score"] == 1 else text
 
 
-def missing(results: Sequence[Result]) -> Iterator[str]:
+def missing(results: Sequence[Result]) -> str:
     """What the plan has and the results have not."""
     by_run = {each.run: each.found for each in results}
 
@@ -272,7 +268,7 @@ def missing(results: Sequence[Result]) -> Iterator[str]:
                     kind = "main" if run in main else "everything"
                     yield [run.name, kind, "all" if absent == wanted else ", ".join(absent)]
 
-    return table(["run", "part of the plan", "missing"], rows())
+    return table(["run", "part of the plan", "missing"], rows(), LEFT)
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -300,7 +296,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-TABLES: dict[str, Callable[[Sequence[Result]], Iterator[str]]] = {
+TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
     "accuracies": accuracies,
     "words": words,
     "differences": differences,

@@ -7,6 +7,8 @@ from megatron_solopo.files import read_jsonl, remove
 from smollm2.plan import BASE, Run, Sizes
 from smollm2.steps import HERE, command
 
+TRAINING = "training"
+"""Where a file of results holds what `train_run` returns."""
 CURVES = (
     "loss",
     "rewards/chosen",
