@@ -175,21 +175,26 @@ def _data(settings: Settings, each: Round) -> list[Step]:
     asked = {"model": str(each.policy)}
     if settings.server is not None:
         asked = {"model": SERVED_NAME, "server": settings.server.url}
-    weights = str(settings.model)  # has the tokenizer
-    commands = {
-        responses: settings.sample.as_arguments(contexts=contexts, output=str(responses), seed=seed, **asked),
-        triplets: settings.select.as_arguments(
-            contexts=contexts, responses=str(responses), output=str(triplets), tokenizer=weights, seed=seed,
-            overwrite=True,
-        ),
-        prepared: settings.prepare.as_arguments(
-            input=str(triplets), output=str(prepared), tokenizer=weights, seed=settings.seed, overwrite=True
-        ),
-    }  # fmt: skip
-    names = ("sample", "select", "prepare")
+    tokenizer = str(settings.model)
+    sample = settings.sample.as_arguments(contexts=contexts, output=str(responses), seed=seed, **asked)
+    select = settings.select.as_arguments(
+        contexts=contexts,
+        responses=str(responses),
+        output=str(triplets),
+        tokenizer=tokenizer,
+        seed=seed,
+        overwrite=True,
+    )
+    prepare = settings.prepare.as_arguments(
+        input=str(triplets), output=str(prepared), tokenizer=tokenizer, seed=settings.seed, overwrite=True
+    )
     return [
         Step(name, ["megatron-solopo", "data", name, *arguments], output)
-        for name, (output, arguments) in zip(names, commands.items(), strict=True)
+        for name, arguments, output in (
+            ("sample", sample, responses),
+            ("select", select, triplets),
+            ("prepare", prepare, prepared),
+        )
     ]
 
 

@@ -112,11 +112,11 @@ def assignments(row: Row, model: str) -> str:
 
 
 if __name__ == "__main__":
-    rows = read_rows()
-    name, model = [*sys.argv[1:], MODELS[0]][:2] if sys.argv[1:] else ("", "")
-    if not name:
+    rows, arguments = read_rows(), sys.argv[1:]
+    if not arguments:
         print("\n".join(rows))
-    elif name not in rows or model not in rows[name].models:
+        sys.exit()
+    name, model = (*arguments, MODELS[0])[:2]
+    if name not in rows or model not in rows[name].models:
         sys.exit(f"error: no row {name} of {model}; rows: {' '.join(rows)}; models: {' '.join(MODELS)}")
-    else:
-        print(assignments(rows[name], model))
+    print(assignments(rows[name], model))

@@ -56,6 +56,7 @@ def missing_jobs(work: Path, sizes: Sizes, results: Results, runs: list[Run]) ->
         missing = [part for part in run.parts(sizes) if part not in results.of(run)]
         is_trained = TRAINING in results.of(run) and (not missing or model_directory(work, run).is_dir())
         if run.method != BASE and not is_trained:
+            # The plan names the method with the longest training last.
             jobs.append(((False, run.seed, -1, -place), Job(run, TRAINING, partial(train_run, work, run, sizes))))
         for part in missing:
             is_extra = part not in run.main_parts(sizes)

@@ -27,15 +27,13 @@ def contexts_of(work: Path, sizes: Sizes, part: str) -> Path:
 def measure(work: Path, sizes: Sizes, run: Run, part: str) -> dict[str, Any]:
     """Score of every question by its id, for each task of the part; and the time."""
     output = work / "evaluation" / run.name / f"{part}.json"
-    asked: list[object] = ["--tasks", "needle_single", "--samples", sizes.needle_samples]
-    asked += ["--lengths", ",".join(map(str, sizes.needle_lengths))]
-    if part != NEEDLES:
-        asked = [
-            "--contexts",
-            contexts_of(work, sizes, part),
-            "--side",
-            "both" if part == DEV else "short" if asks_short(sizes, part) else "long",
-        ]
+    asked: list[object]
+    if part == NEEDLES:
+        asked = ["--tasks", "needle_single", "--samples", sizes.needle_samples]
+        asked += ["--lengths", ",".join(map(str, sizes.needle_lengths))]
+    else:
+        side = "both" if part == DEV else "short" if asks_short(sizes, part) else "long"
+        asked = ["--contexts", contexts_of(work, sizes, part), "--side", side]
     command(
         *("evaluate", "long-context", "--model", model_directory(work, run), "--output", output, *asked),
         *("--dtype", "bfloat16", "--backend", "transformers"),
