@@ -126,6 +126,14 @@ class TestDriver:
         (tmp_path / "exported" / run.name).rmdir()
         assert self.missing(tmp_path, results, [run]) == []
 
+    def test_a_file_of_results_describes_its_run_as_the_plan_does_now(
+        self, tmp_path: Path, results: run_all.Results
+    ) -> None:
+        run = Run("solopo")
+        (tmp_path / "results" / f"{run.name}.json").write_text(json.dumps({"run": {"passes": 1}, "dev": {}}))
+        results.add(run, "test-400", {})
+        assert results.of(run) == {"run": run.__dict__, "dev": {}, "test-400": {}}
+
     def test_seed_after_seed_the_longest_training_first_and_further_parts_at_the_end(
         self, tmp_path: Path, results: run_all.Results
     ) -> None:

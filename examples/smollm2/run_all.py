@@ -46,7 +46,7 @@ class Results:
 
     def add(self, run: Run, part: str, found: dict[str, Any]) -> None:
         """Write a part."""
-        write_json(self._folder / f"{run.name}.json", {"run": asdict(run)} | self.of(run) | {part: found})
+        write_json(self._folder / f"{run.name}.json", self.of(run) | {"run": asdict(run), part: found})
 
 
 def missing_jobs(work: Path, sizes: Sizes, results: Results, runs: list[Run]) -> list[Job]:
