@@ -21,8 +21,9 @@ QUESTIONS, SAMPLES = 6, 4
 
 @pytest.fixture
 def contexts(tmp_path: Path) -> Path:
-    """Chat prompts of 300 tokens each, by the count of `data build`."""
-    rows = [context(number, chat=True, short_tokens=300 + 400, response_tokens=400) for number in range(QUESTIONS)]
+    """Chat prompts of 300 tokens each, long ones of 900, by the count of `data build`."""
+    counted = {"short_tokens": 300 + 400, "long_tokens": 900 + 400, "response_tokens": 400}
+    rows = [context(number, chat=True, **counted) for number in range(QUESTIONS)]
     return write_lines(tmp_path / "contexts.jsonl", rows)
 
 
@@ -108,10 +109,11 @@ def test_a_refusal_without_a_known_reason_is_recorded_only_behind_an_answer(cont
     assert (report.responses, report.refused) == (22, {"HTTP 400": 2})
 
 
-def test_a_server_that_cuts_prompts_is_refused_before_a_response_is_kept(contexts) -> None:
+@pytest.mark.parametrize(("side", "tokens"), [("short", 300), ("long", 900)])
+def test_a_server_that_cuts_prompts_is_refused_before_a_response_is_kept(side, tokens, contexts) -> None:
     with completion_server(prompt_tokens=64) as server:
-        with pytest.raises(UserError, match=r"read 64 of the 300 tokens of a prompt \(q0\), .* num_ctx"):
-            sample(settings(contexts, server.url))
+        with pytest.raises(UserError, match=rf"read 64 of the {tokens} tokens of a prompt \(q0\), .* num_ctx"):
+            sample(settings(contexts, server.url, side=side))
         assert len(server.log) <= 3
     assert received(contexts) == []
 
