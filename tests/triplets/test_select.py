@@ -220,6 +220,19 @@ def test_the_same_seed_makes_the_same_bytes(bench) -> None:
     assert (bench.folder / "triplets.jsonl").read_bytes() == first
 
 
+def test_short_prompts_are_the_same_however_many_long_ones_are_beside_them(tmp_path) -> None:
+    one, two = (
+        ContextFile(
+            write_lines(
+                tmp_path / f"{len(lengths)}.jsonl", [context(n, suffix=each) for n in (0, 1) for each in lengths]
+            )
+        )
+        for lengths in (("@1",), ("@2", "@3"))
+    )
+    assert prompts_hash(one, "short") == prompts_hash(two, "short")
+    assert prompts_hash(one, "long") != prompts_hash(two, "long")
+
+
 @pytest.mark.parametrize("side", ["short", "long"])
 def test_responses_fit_other_contexts_of_the_other_side_alone(side, bench) -> None:
     asked = ContextFile(write_lines(bench.folder / "asked.jsonl", [context(0)]))
