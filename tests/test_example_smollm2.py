@@ -28,7 +28,7 @@ import make_model  # noqa: E402
 import make_pairs  # noqa: E402
 import run_all  # noqa: E402
 import write_results  # noqa: E402
-from smollm2 import measuring, questions, steps, tables  # noqa: E402
+from smollm2 import measuring, questions, steps, tables, training  # noqa: E402
 from smollm2.plan import BASE, DEV, FULL, NEEDLES, QUICK, Run, comparison, groups  # noqa: E402
 from smollm2.steps import TASK_ANSWER_TOKENS as ANSWER_TOKENS  # noqa: E402
 from smollm2.steps import command  # noqa: E402
@@ -269,6 +269,22 @@ class TestCommands:
         answer = {"length": 400, "id": "a.short:q", "tokens": 9, "score": 1.0, "answer": "x"}
         assert measuring.read_scores(tmp_path / "a.json") == {"answers": [answer], "seconds": 1.2}
 
+    @pytest.mark.parametrize(("step_factor", "threshold"), [(1, None), (4, "4194304")])
+    def test_a_longer_training_returns_the_memory_that_it_frees(
+        self, step_factor: int, threshold: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = []
+
+        def train(words: list[str], *, env: dict[str, str], **_: object) -> "subprocess.CompletedProcess[str]":
+            found.append(env.get("MALLOC_MMAP_THRESHOLD_"))
+            return subprocess.CompletedProcess(words, 1)
+
+        monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+        monkeypatch.setattr(steps.subprocess, "run", train)
+        with pytest.raises(UserError):
+            training.train_run(tmp_path, Run("solopo", step_factor=step_factor), QUICK)
+        assert found == [threshold]
+
     def test_a_failed_command_names_its_log(self, tmp_path: Path) -> None:
         log = tmp_path / "logs" / "train.log"
         told = rf"^python -m megatron_solopo train --no-such 'a b': exit code 2; see {log}$"
@@ -317,6 +333,8 @@ class TestTables:
         add(long, 0.0, 1.0, 1.0, 1.0)
         add(solopo, 1.0, 1.0, 1.0, 1.0)
         add(replace(solopo, seed=1), 1.0, 1.0, 0.0, 1.0)
+        add(replace(long, step_factor=4), 0.0, 1.0, 1.0, 1.0)
+        add(replace(solopo, step_factor=4), 0.0, 0.0, 0.0, 1.0)
         found = tables.read_results(tmp_path)
         rows = tables.accuracies(found).splitlines()
         assert any(row.startswith("| simpo-solopo | 2 | 88 [") and row.endswith("| - | - | - |") for row in rows)
@@ -324,7 +342,7 @@ class TestTables:
         assert "| simpo-solopo less simpo-long_po | +12 [" in tables.differences(found)
         assert tables.scores_of_first_words(found[0], "test-400") == dict.fromkeys(names, 0.0)
         scores = ({"a": 0.0, "b": 1.0}, {"b": 0.0, "c": 1.0})
-        mean = tables.mean_by_question(found[-2:], "test-400", lambda each, _: scores[each.run.seed])
+        mean = tables.mean_by_question(found[2:4], "test-400", lambda each, _: scores[each.run.seed])
         assert mean == {"b": 0.5}, "the questions that all seeds answered"
         gold = " ".join(questions.questions(questions.read_rows())[0]["answers"][0].split())
         for place, right in ((0, 1.0), (tables.FIRST_WORDS, 0.0)):
@@ -334,9 +352,11 @@ class TestTables:
             assert tables.scores_of_first_words(cut, "test-400") == {names[0]: right}
         assert not any("simpo-short_po |" in row for row in rows)
         assert "| simpo-short_po-seed0 | main | all |" in tables.missing(found)
-        assert any(
-            row.endswith("| x/y | x/y **(right)** | x/y **(right)** |") for row in tables.examples(found).splitlines()
-        )
+        head, _, *shown = tables.examples(found).splitlines()
+        assert head == "| question, test-400 | gold | base | simpo-long_po-4x | simpo-solopo-4x |"
+        wrong, right = "x/y", "x/y **(right)**"
+        answers = [row.split(" | ")[2:] for row in shown]  # one question has no right answer, and is not shown
+        assert answers == [[wrong, right, f"{wrong} |"], [right, right, f"{wrong} |"], [right, right, f"{right} |"]]
 
 
 def test_without_the_package_the_command_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

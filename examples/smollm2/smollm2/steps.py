@@ -15,14 +15,14 @@ TASK_ANSWER_TOKENS = 64
 """Room for an answer to a question."""
 
 
-def command(*words: object, log: Path | None = None) -> None:
+def command(*words: object, log: Path | None = None, **variables: str) -> None:
     """Run `megatron-solopo WORDS` on one core. Its output goes to the screen, or behind what `log` holds.
 
-    Raises UserError if it fails, which names the log.
+    `variables` are added to the environment. Raises UserError if it fails, which names the log.
     """
     called = ["-m", "megatron_solopo", *map(str, words)]
     # Output of a library's warnings is no news to a reader of this example.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | variables
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
     with nullcontext() if log is None else log.open("a", encoding="utf-8") as stream:

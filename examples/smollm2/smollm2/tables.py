@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ PARTS = {length: test_part(length) for length in LENGTHS}
 NOTHING = "-"
 FIRST_WORDS = 20
 """About as many as the base model answers with."""
+NUM_EXAMPLES = 8
+"""So many questions show their answers."""
 Rows = Iterator[Sequence[str]]
 
 
@@ -233,20 +236,24 @@ def needles(results: Sequence[Result]) -> str:
 
 
 def examples(results: Sequence[Result]) -> str:
-    """Answers of the first seed to the first questions in the longest contexts that base and comparison answered."""
-    shown = [each for each in results if each.run in (Run(BASE), *comparison(0))]
-    parts = [part for part in PARTS.values() if shown and all(part in each.found for each in shown)]
+    """Answers of the base and the longer trainings to the first questions that at least one of them has right.
+
+    The contexts are the longest of training that all of them answered.
+    """
+    shown = [each for each in results if each.run in (Run(BASE), *comparison(step_factor=LONG_RUN))]
+    lengths = (FULL.long_tokens, FULL.short_tokens)
+    part = next((PARTS[length] for length in lengths if all(PARTS[length] in each.found for each in shown)), None)
 
     def rows() -> Rows:
-        if parts:
-            asked = {each["id"]: each for each in questions(read_rows())}
-            answers = [{question_of(row["id"]): row for row in each.found[parts[-1]]["answers"]} for each in shown]
-            for name in sorted(answers[0])[:8]:
-                yield [asked[name]["question"], asked[name]["answers"][0], *(_answer(each[name]) for each in answers)]
+        if part is None or not shown:
+            return
+        asked = {each["id"]: each for each in questions(read_rows())}
+        answers = [{question_of(row["id"]): row for row in each.found[part]["answers"]} for each in shown]
+        right = (name for name in sorted(answers[0]) if any(each[name]["score"] == 1 for each in answers))
+        for name in islice(right, NUM_EXAMPLES):
+            yield [asked[name]["question"], asked[name]["answers"][0], *(_answer(each[name]) for each in answers)]
 
-    return table(
-        [f"question, {parts[-1] if parts else NOTHING}", "gold", *(each.run.method for each in shown)], rows(), LEFT
-    )
+    return table([f"question, {part or NOTHING}", "gold", *(name_of(each.run) for each in shown)], rows(), LEFT)
 
 
 def _answer(row: dict[str, Any]) -> str:
