@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -302,6 +303,22 @@ HTTPServer("""
     step = on_policy.Step("sample", ["sh", "-c", f"touch {asked}; {until_ended}; exit 4"], tmp_path / "none")
     with pytest.raises(click.ClickException, match="exit code 4; the server ended with code 5"):
         on_policy.carry_out(settings, on_policy.Round(1, tmp_path, tmp_path), step)
+
+
+def test_an_export_without_a_record_is_made_again_from_the_newest_checkpoint(tmp_path, monkeypatch) -> None:
+    """As a loop leaves it that was killed between the export and its record."""
+    monkeypatch.setattr(on_policy, "find_subject", lambda run, _: SimpleNamespace(path=run / "newest"))
+    settings = on_policy.Settings(work=tmp_path, model=tmp_path, contexts=tmp_path)
+    exported, run = tmp_path / "model", tmp_path / "run"
+    exported.mkdir()
+    script = f'mkdir {exported} && test "$1" = {run / "newest"}'
+    step = on_policy.Step("export", ["sh", "-c", script, "--checkpoint", str(run)], exported)
+    each = on_policy.Round(1, tmp_path, tmp_path)
+    assert not each.is_done(step)
+    on_policy.carry_out(settings, each, step)
+    assert on_policy.Round(1, tmp_path, tmp_path).is_done(step)
+    exported.rmdir()
+    assert not on_policy.Round(1, tmp_path, tmp_path).is_done(step), "a person has removed it"
 
 
 def test_a_second_loop_in_the_folder_is_refused(tmp_path) -> None:
