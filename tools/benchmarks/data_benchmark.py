@@ -11,26 +11,23 @@ sum over all processes of proportional set size, so that pages they share count 
 import importlib.util
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import click
 import psutil
 
+from tools.reporting import environment, table
+
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ROOT / "examples" / "musique" / "musique.jsonl"
 _MIB = 2**20
-_GIB = 2**30
 _SAMPLE_SECONDS = 0.1
 
 
@@ -83,8 +80,8 @@ def main(
             make_tokenizer(Path(tokenizer))
         write_corpus(path / "questions.jsonl", contexts)
         runs = [measure(path, tokenizer, long_tokens, count) for count in processes]
-    where = machine()
-    click.echo(f"{where}\n\n{table(runs)}")
+    where = shown_environment()
+    click.echo(f"{where}\n\n{shown_runs(runs)}")
     if json_file:
         json_file.write_text(json.dumps({"machine": where, "runs": list(map(asdict, runs))}, indent=2) + "\n")
 
@@ -164,34 +161,31 @@ def tree_bytes(pid: int) -> tuple[int, int]:
     return whole, anonymous
 
 
-def machine() -> str:
-    """Where and with what this was measured."""
-    cpu = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-    values: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cpu": f"{os.cpu_count()} x {models[0] if models else platform.machine()}",
-        "memory": f"{psutil.virtual_memory().total / _GIB:.1f} GiB",
-        "python": platform.python_version(),
-        "tokenizers": version("tokenizers"),
-        "transformers": version("transformers"),
-    }
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+def shown_environment() -> str:
+    """Where, when and with what this was measured, in a line."""
+    return ", ".join(f"{name} {value}" for name, value in environment(("tokenizers", "transformers")).items())
 
 
-def table(runs: list[Run]) -> str:
+def shown_runs(runs: list[Run]) -> str:
     """Markdown."""
     rates_and_times = ("seconds", "contexts/s", "tokens/s", "CPU s", "tokens/CPU s")
     columns = ("processes", "contexts", "tokens", *rates_and_times, "peak MiB", "load before")
-    lines = [f"| {' | '.join(columns)} |", f"|{' ---: |' * len(columns)}"]
-    for run in runs:
-        rates = f"{run.contexts / run.seconds:.1f} | {run.tokens / run.seconds:,.0f}"
-        lines.append(
-            f"| {run.num_proc} | {run.contexts:,} | {run.tokens:,} | {run.seconds} | {rates} | "
-            f"{run.cpu_seconds} | {run.tokens / run.cpu_seconds:,.0f} | {run.peak_bytes / _MIB:,.0f} | "
-            f"{run.load_average:.1f} |"
-        )
-    return "\n".join(lines)
+    rows = (
+        [
+            f"{run.num_proc}",
+            f"{run.contexts:,}",
+            f"{run.tokens:,}",
+            f"{run.seconds}",
+            f"{run.contexts / run.seconds:.1f}",
+            f"{run.tokens / run.seconds:,.0f}",
+            f"{run.cpu_seconds}",
+            f"{run.tokens / run.cpu_seconds:,.0f}",
+            f"{run.peak_bytes / _MIB:,.0f}",
+            f"{run.load_average:.1f}",
+        ]
+        for run in runs
+    )
+    return table(columns, rows)
 
 
 if __name__ == "__main__":

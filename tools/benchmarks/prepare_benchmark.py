@@ -19,7 +19,8 @@ from typing import Any
 
 import click
 
-from tools.benchmarks.data_benchmark import QUESTIONS, Usage, machine, make_tokenizer, watch
+from tools.benchmarks.data_benchmark import QUESTIONS, Usage, make_tokenizer, shown_environment, watch
+from tools.reporting import table
 
 _MIB = 2**20
 _SHORT_PARAGRAPHS = 3
@@ -48,8 +49,8 @@ def main(rows: str, long_tokens: int, num_proc: int, json_file: Path | None) -> 
         path = Path(folder)
         make_tokenizer(path / "tokenizer")
         runs = [measure(path, int(count), long_tokens, num_proc) for count in rows.split(",")]
-    where = machine()
-    click.echo(f"{where}\n\n{table(runs)}")
+    where = shown_environment()
+    click.echo(f"{where}\n\n{shown_runs(runs)}")
     if json_file:
         json_file.write_text(json.dumps({"machine": where, "runs": list(map(asdict, runs))}, indent=2) + "\n")
 
@@ -97,7 +98,7 @@ def count_tokens(prepared: Path) -> int:
     return int(sum(token_lengths(data.train, column).sum() for column in data.manifest.columns))
 
 
-def table(runs: list[Preparation]) -> str:
+def shown_runs(runs: list[Preparation]) -> str:
     """Markdown."""
     columns = (
         "rows",
@@ -111,15 +112,22 @@ def table(runs: list[Preparation]) -> str:
         "without files",
         "load before",
     )
-    lines = [f"| {' | '.join(columns)} |", f"|{' ---: |' * len(columns)}"]
-    for run in runs:
-        usage = run.usage
-        lines.append(
-            f"| {run.rows:,} | {run.num_proc} | {run.file_bytes / _MIB:,.0f} | {run.tokens:,} | {usage.seconds} | "
-            f"{run.tokens / usage.seconds:,.0f} | {usage.cpu_seconds} | {usage.peak_bytes / _MIB:,.0f} | "
-            f"{usage.peak_anonymous_bytes / _MIB:,.0f} | {usage.load_average:.1f} |"
-        )
-    return "\n".join(lines)
+    rows = (
+        [
+            f"{run.rows:,}",
+            f"{run.num_proc}",
+            f"{run.file_bytes / _MIB:,.0f}",
+            f"{run.tokens:,}",
+            f"{run.usage.seconds}",
+            f"{run.tokens / run.usage.seconds:,.0f}",
+            f"{run.usage.cpu_seconds}",
+            f"{run.usage.peak_bytes / _MIB:,.0f}",
+            f"{run.usage.peak_anonymous_bytes / _MIB:,.0f}",
+            f"{run.usage.load_average:.1f}",
+        ]
+        for run in runs
+    )
+    return table(columns, rows)
 
 
 if __name__ == "__main__":
