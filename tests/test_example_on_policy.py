@@ -153,9 +153,49 @@ def test_a_wrong_setting_is_one_line(inputs: Path, override: str, message: str) 
         on_policy.read_settings(inputs / "loop.yaml", (override,))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model=none", "model=none: no such file or directory"),
+        ("contexts=none", "contexts=none: no such file or directory"),
+        ("select.scor=sub_em", "select: No such option '--scor'"),
+        ("evaluate.batch_size=many", "evaluate: Invalid value for '--batch-size'"),
+        ("train.optimizer.lrr=1", r"train: unknown key optimizer.lrr; did you mean optimizer.lr\?"),
+        ("sample.seed=3", "sample.seed: the loop sets it; remove it"),
+        ("train.model.path=other", "train.model.path: the loop sets it; remove it"),
+    ],
+)
+def test_what_a_later_step_would_refuse_is_told_before_the_first(
+    inputs: Path, tmp_path, override: str, message: str
+) -> None:
+    settings = on_policy.read_settings(inputs / "loop.yaml", (f"work={tmp_path / 'work'}", override))
+    with pytest.raises(UserError, match=message):
+        on_policy.run(settings)
+    assert not (tmp_path / "work").exists()
+
+
+def test_other_settings_of_an_evaluation_do_not_cost_a_round(tmp_path) -> None:
+    each = on_policy.Round(1, tmp_path, tmp_path)
+    each.keep(on_policy.Step("evaluate", ["old"], tmp_path), 1.0)
+    with pytest.raises(click.ClickException, match="settings of evaluate have changed since it ran; take the old ones"):
+        each.is_done(on_policy.Step("evaluate", ["new"], tmp_path))
+
+
+def test_the_miniature_goes_on_where_the_measurement_left_it(monkeypatch) -> None:
+    """`measure.py` starts the loop with the very settings of its file."""
+    commands = []
+    monkeypatch.chdir(EXAMPLES.parent)
+    monkeypatch.setattr(measure.subprocess, "run", lambda command, check: commands.append(command))
+    measure.run_loop(EXAMPLES / "on_policy" / "work", 0, "two_rounds")
+    ((_, script, _, config, *overrides),) = commands
+    assert script == str(LOOP)
+    assert on_policy.read_settings(Path(config), tuple(overrides)) == on_policy.read_settings(Path(config), ())
+
+
 def test_a_failed_step_shows_the_end_of_its_log(inputs: Path, tmp_path) -> None:
-    failed = run_loop(inputs, f"work={tmp_path}", "sample.top_p=none", "evaluate=null")
-    assert failed.returncode == 1 and "data sample" in failed.stderr and "Invalid value for '--top-p'" in failed.stderr
+    (tmp_path / "contexts.jsonl").write_text("{}\n")
+    failed = run_loop(inputs, f"work={tmp_path / 'work'}", f"contexts={tmp_path / 'contexts.jsonl'}", "evaluate=null")
+    assert failed.returncode == 1 and "data sample" in failed.stderr and "error: " in failed.stderr, failed.stderr
 
 
 @pytest.fixture

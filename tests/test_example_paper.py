@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -212,6 +213,9 @@ from pathlib import Path
 name, arguments = Path(sys.argv[0]).name, sys.argv[1:]
 if name == "python" and arguments[0] != "-m":
     os.execv({python!r}, ["python", *arguments])
+if name == "curl":
+    print(json.dumps({{"data": [{{"id": "qwen2.5-7b"}}]}}))
+    sys.exit()
 with open("calls.jsonl", "a") as stream:
     stream.write(json.dumps([name, *arguments]) + "\\n")
 given = dict(zip(arguments, arguments[1:]))
@@ -237,10 +241,11 @@ def run_row(tmp_path: Path) -> Callable[..., tuple["subprocess.CompletedProcess[
     shutil.copytree(EXAMPLE, tmp_path / "examples" / "paper")
     programs, corpus = tmp_path / "programs", tmp_path / "musique.jsonl"
     programs.mkdir()
+    (tmp_path / "models" / "qwen2.5-7b").mkdir(parents=True)
     corpus.write_text("a question\n" * 3)
 
     def run(*arguments: str, triplets: int = 5000, **environment: str) -> Any:
-        for name in ("megatron-solopo", "python", "lm_eval", "sbatch", "srun"):
+        for name in ("megatron-solopo", "python", "lm_eval", "sbatch", "srun", "curl"):
             text = PROGRAM.format(python=sys.executable, results=json.dumps(RESULTS), triplets=triplets)
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
@@ -274,6 +279,8 @@ def test_a_row_goes_from_the_corpus_to_the_table_and_does_nothing_twice(run_row:
     assert [call[0] for call in same_pairs] == ["sbatch", "megatron-solopo", *["srun"] * 4]
     trained = ["examples/paper/qwen2.5-7b.yaml", *ROWS["long-simpo"].settings("qwen2.5-7b")]
     assert same_pairs[0][-len(trained) :] == trained
+    one_by_one = {"--job-name", "paper-qwen2.5-7b-long-simpo", "--dependency=singleton"}
+    assert one_by_one <= set(same_pairs[0]), "an earlier start may have left its job"
 
 
 def test_a_row_stops_where_something_is_missing(run_row: Any) -> None:
@@ -283,4 +290,72 @@ def test_a_row_stops_where_something_is_missing(run_row: Any) -> None:
     assert ended.returncode == 1 and "4999 triplets, not 5000: raise QUESTIONS=10000" in ended.stderr
     assert calls[-1][1:3] == ["data", "select"]
     ended, calls = run_row("no-such-row")
-    assert ended.returncode == 1 and "no row no-such-row of qwen2.5-7b" in ended.stderr and calls == []
+    assert ended.returncode == 1 and "no row no-such-row; python" in ended.stderr and calls == []
+
+
+def test_more_questions_are_asked_anew(run_row: Any) -> None:
+    few = run_row("solo-dpo", triplets=100, QUESTIONS="2")
+    more = run_row("solo-dpo", QUESTIONS="3")
+    assert few[0].returncode == 1 and more[0].returncode == 0
+    asked = [call for call in more[1] if call[1:2] == ["data"]]
+    assert [call[2] for call in asked] == ["build", "sample", "select", "prepare"]
+    kept = {word for call in few[1] for word in call if word.endswith(".jsonl")}
+    assert not kept & set(asked[1]), "other contexts, and a new file of answers"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["base", "llama-3.1-8b"], "no model in models/llama-3.1-8b"),
+        (["solo-dpo", "llama"], "no model llama; models: qwen2.5-7b, llama-3.1-8b"),
+        (["SoLo-SimPO"], "no row SoLo-SimPO; the nearest: solo-simpo"),
+        (["longpo-authors", "llama-3.1-8b"], "longpo-authors is no row of llama-3.1-8b, only of qwen2.5-7b"),
+        (["--help"], "paper_rows.py lists the rows"),
+        ([], "name a row"),
+    ],
+)
+def test_a_row_that_cannot_run_is_told_at_once(run_row: Any, arguments: list[str], message: str) -> None:
+    refused, calls = run_row(*arguments)
+    assert refused.returncode == 1 and message in refused.stderr and calls == [], refused.stderr
+
+
+def test_a_row_waits_for_another_that_makes_the_same_data(run_row: Any, tmp_path: Path) -> None:
+    lock = tmp_path / "programs" / "flock"
+    lock.write_text(
+        f"#!/bin/bash\n[[ $1 != --nonblock ]] && cp -r {tmp_path}/made/. data/paper/qwen2.5-7b/short-1100\n"
+    )
+    lock.chmod(0o755)
+    (tmp_path / "made" / "prepared").mkdir(parents=True)
+    (tmp_path / "data" / "paper" / "qwen2.5-7b").mkdir(parents=True)
+    ended, calls = run_row("solo-dpo")
+    assert ended.returncode == 0 and "Another row makes data of qwen2.5-7b" in ended.stdout, ended.stderr
+    assert not [call for call in calls if "data" in call], "what the other row made is there"
+
+
+def test_a_server_of_another_model_is_told_before_contexts_are_built(run_row: Any) -> None:
+    refused, calls = run_row("solo-dpo", SERVED="other")
+    assert "error: SERVER=http://localhost:8000/v1 does not serve SERVED=other" in refused.stderr and calls == []
+
+
+def test_prompts_of_the_longest_length_keep_their_beginning() -> None:
+    """lm-evaluation-harness cuts from the left, and RULER's lengths leave the chat template out."""
+    script = (EXAMPLE / "run.sh").read_text()
+    (lengths,) = re.findall(r"RULER_LENGTHS:=\[(.+?)\]", script)
+    (longest,) = re.findall(r"MAX_LENGTH:=(\d+)", script)
+    assert int(longest) >= max(map(int, lengths.split(","))) + 128
+
+
+def test_a_folder_that_does_not_exist_leaves_the_table_alone(run_row: Any, tmp_path: Path) -> None:
+    table = tmp_path / "examples" / "paper" / "RESULTS.md"
+    before = table.read_bytes()
+    command = [sys.executable, str(table.with_name("make_results.py")), str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and f"error: {tmp_path / 'none'}: no such folder" in done.stderr
+    assert table.read_bytes() == before
+
+
+@pytest.mark.parametrize("path", [EXAMPLE / "README.md", *(ROOT / "examples/on_policy/loops").glob("*.yaml")])
+def test_servers_sample_without_the_settings_of_the_models_own_file(path: Path) -> None:
+    """Qwen2.5's generation_config.json has a top_k and a penalty, which vLLM would add to every request."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        assert "vllm serve" not in line or "--generation-config vllm" in line

@@ -4,6 +4,7 @@ python examples/on_policy/measure.py                # all seeds, into rounds.jso
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def make_inputs(work: Path, seed: int) -> None:
 
 def run_loop(work: Path, seed: int, name: str) -> None:
     """Carry out what is missing of a loop."""
+    work = Path(os.path.relpath(work))  # as in the file of the loop, which can then be started by itself
     folder = work / f"seed{seed}"
     paths = [f"work={folder / name}", f"model={folder / 'base'}", f"contexts={folder / 'contexts.jsonl'}"]
     questions = f"evaluate.contexts={work / 'questions.jsonl'}"
@@ -135,7 +137,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
 
 @click.command()
 @click.option("--work", default=HERE / "work", type=click.Path(path_type=Path), help="Directory to work in.")
-@click.option("--seeds", default=3, show_default=True, help="Base models.")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Base models.")
 def main(work: Path, seeds: int) -> None:
     """Carry out the loops of all seeds, and write what they found. Started again, it goes on."""
     for seed in range(seeds):

@@ -23,7 +23,8 @@ from tied_process import have_ended, tied_process, wait_for_end
 from tqdm import tqdm
 
 from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
-from megatron_solopo.config.load import read_values
+from megatron_solopo.cli.main import cli
+from megatron_solopo.config.load import parse_config, read_values
 from megatron_solopo.errors import UserError, describe_problem
 from megatron_solopo.files import atomic_path, remove
 from megatron_solopo.results.long_context import read_long_context
@@ -41,8 +42,10 @@ class Options(BaseModel):
         """The values by name."""
         return self.model_extra or {}
 
-    def as_arguments(self, **given: Any) -> list[str]:
-        """Arguments of the command line. `given` are those that the loop sets."""
+    def as_arguments(self, section: str, **given: Any) -> list[str]:
+        """Arguments of the command line. `given` are those that the loop sets: an error if the section has one too."""
+        for name in sorted(self.named().keys() & given.keys()):
+            raise UserError(f"{section}.{name}: the loop sets it; remove it")
         arguments: list[str] = []
         for name, value in (self.named() | given).items():
             flag = f"--{name.replace('_', '-')}"
@@ -125,9 +128,11 @@ class Round:
         """Whether the step has been carried out. An error if it was by another command."""
         found = self.record["steps"].get(step.name)
         if found and {name: found.get(name) for name in step.record} != step.record:
+            advice = f"choose another `work`, or remove {self.folder} and all later rounds"
+            if step.name == "evaluate":  # no later step depends on it
+                advice = "take the old ones again, or set evaluate=null and evaluate the models by hand"
             raise click.ClickException(
-                f"{self.folder / RECORD}: the settings of {step.name} have changed since it ran; choose another "
-                f"`work`, or remove {self.folder} and all later rounds"
+                f"{self.folder / RECORD}: the settings of {step.name} have changed since it ran; {advice}"
             )
         return found is not None and step.output.exists()
 
@@ -176,8 +181,9 @@ def _data(settings: Settings, each: Round) -> list[Step]:
     if settings.server is not None:
         asked = {"model": SERVED_NAME, "server": settings.server.url}
     tokenizer = str(settings.model)
-    sample = settings.sample.as_arguments(contexts=contexts, output=str(responses), seed=seed, **asked)
+    sample = settings.sample.as_arguments("sample", contexts=contexts, output=str(responses), seed=seed, **asked)
     select = settings.select.as_arguments(
+        "select",
         contexts=contexts,
         responses=str(responses),
         output=str(triplets),
@@ -186,7 +192,12 @@ def _data(settings: Settings, each: Round) -> list[Step]:
         overwrite=True,
     )
     prepare = settings.prepare.as_arguments(
-        input=str(triplets), output=str(prepared), tokenizer=tokenizer, seed=settings.seed, overwrite=True
+        "prepare",
+        input=str(triplets),
+        output=str(prepared),
+        tokenizer=tokenizer,
+        seed=settings.seed,
+        overwrite=True,
     )
     return [
         Step(name, ["megatron-solopo", "data", name, *arguments], output)
@@ -207,6 +218,9 @@ def _training(settings: Settings, each: Round, trained: Path) -> list[Step]:
         "model": {"path": str(each.policy)},
         "data": {"path": str(each.folder / "prepared")},
     }
+    for key in ("run_dir", "seed", "model.path", "data.path"):
+        if OmegaConf.select(OmegaConf.create(settings.train), key) is not None:
+            raise UserError(f"train.{key}: the loop sets it; remove it")
     merged: Any = OmegaConf.to_container(OmegaConf.merge(settings.train, own))
     train = [*shlex.split(settings.launch), "megatron_solopo", "train", "--config", str(config)]
     export = ["megatron-solopo", "convert", "export", "--checkpoint", str(run), "--out", str(trained)]
@@ -216,7 +230,7 @@ def _training(settings: Settings, each: Round, trained: Path) -> list[Step]:
 def _evaluation(settings: Settings, each: Round, model: Path) -> Step:
     assert settings.evaluate is not None
     output = each.folder / "evaluation.json"
-    arguments = settings.evaluate.as_arguments(model=str(model), output=str(output))
+    arguments = settings.evaluate.as_arguments("evaluate", model=str(model), output=str(output))
     return Step("evaluate", ["megatron-solopo", "evaluate", "long-context", *arguments], output)
 
 
@@ -268,6 +282,22 @@ def summary(settings: Settings) -> str:
     return "\n".join(lines)
 
 
+def check(settings: Settings, steps: list[Step]) -> None:
+    """Refuse before the first step what a later one would refuse: files that are missing, unknown options and keys."""
+    for name, path in (("model", settings.model), ("contexts", settings.contexts)):
+        if not path.exists():
+            raise UserError(f"{name}={path}: no such file or directory")
+    for step in steps:
+        if step.config is not None:
+            parse_config(step.config, source="train")
+        elif step.command[0] == "megatron-solopo":
+            group, name, *arguments = step.command[1:]
+            try:
+                cli.commands[group].commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+            except click.UsageError as error:
+                raise UserError(f"{step.name}: {error.format_message()}") from None
+
+
 @contextmanager
 def alone_in(settings: Settings) -> Iterator[None]:
     """Work alone in the folder of the rounds, once the commands of a start that was killed have ended."""
@@ -287,6 +317,7 @@ def alone_in(settings: Settings) -> Iterator[None]:
 def run(settings: Settings) -> None:
     """Carry out all steps that are missing."""
     rounds = list(make_rounds(settings))
+    check(settings, [step for _, steps in rounds for step in steps])
     with tqdm(total=sum(len(steps) for _, steps in rounds), unit="step") as bar:
         for each, steps in rounds:
             each.check_policy()

@@ -131,4 +131,6 @@ def make_results(results: Path) -> str:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if sys.argv[1:] else "results/paper")
+    if not folder.is_dir():
+        sys.exit(f"error: {folder}: no such folder; name the RESULTS_FOLDER that holds MODEL/ROW/GROUP")
     (FOLDER / "RESULTS.md").write_text(make_results(folder), encoding="utf-8")

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,27 @@ def assignments(row: Row, model: str) -> str:
     return "\n".join([*lines, f"overrides=({' '.join(map(shlex.quote, row.settings(model)))})"])
 
 
+def find_row(name: str, model: str) -> Row:
+    """The row of a base model. Raises SystemExit, with what there is, if there is none."""
+    rows = read_rows()
+    if model not in MODELS:
+        sys.exit(f"error: no model {model}; models: {', '.join(MODELS)}")
+    if name not in rows:
+        near = ", ".join(get_close_matches(name.lower(), rows, cutoff=0.5))
+        hint = f"the nearest: {near}; " if near else ""
+        sys.exit(f"error: no row {name}; {hint}python examples/paper/paper_rows.py lists the rows")
+    if model not in rows[name].models:
+        sys.exit(f"error: {name} is no row of {model}, only of {', '.join(rows[name].models)}")
+    return rows[name]
+
+
 if __name__ == "__main__":
-    rows, arguments = read_rows(), sys.argv[1:]
-    if not arguments:
-        print("\n".join(rows))
-        sys.exit()
-    name, model = (*arguments, MODELS[0])[:2]
-    if name not in rows or model not in rows[name].models:
-        sys.exit(f"error: no row {name} of {model}; rows: {' '.join(rows)}; models: {' '.join(MODELS)}")
-    print(assignments(rows[name], model))
+    match sys.argv[1:]:
+        case []:
+            print("\n".join(read_rows()))
+        case [name] if name not in ("-h", "--help"):
+            print(assignments(find_row(name, MODELS[0]), MODELS[0]))
+        case [name, model]:
+            print(assignments(find_row(name, model), model))
+        case _:
+            sys.exit(__doc__)

@@ -6,26 +6,36 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-row=${1:?a row} model=${2:-qwen2.5-7b}
+row=${1:?"name a row: examples/paper/run.sh ROW [MODEL]; python examples/paper/paper_rows.py lists the rows"}
+model=${2:-qwen2.5-7b}
 : "${MUSIQUE:=data/musique_ans_v1.0_train.jsonl}"       # the corpus
 : "${QUESTIONS:=10000}"                                 # questions of it, drawn at random, that the model is asked
 : "${SERVER:=http://localhost:8000/v1}"                 # serves the base model under the name SERVED
 : "${SERVED:=$model}"
-: "${MAX_LENGTH:=32768}" "${RULER_LENGTHS:=[4096, 8192, 16384, 32768]}"
-: "${GROUPS_OF_TASKS:=ruler longbench longbench2 leaderboard}"
+: "${RULER_LENGTHS:=[4096, 8192, 16384, 32768]}"
+: "${MAX_LENGTH:=33024}"                                # the longest of them, and 256 tokens of the chat template
+: "${GROUPS_OF_TASKS=ruler longbench longbench2 leaderboard}"   # empty: no evaluation
 : "${GPUS_PER_NODE:=8}" "${SLURM=$(command -v sbatch || true)}"
+
+say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+fail() { echo "error: $*; see examples/paper/README.md" >&2 && exit 1; }
+# Lines of a file in an order that depends on nothing but the file.
+draw() { shuf --random-source=<(yes) -n "$1" "$2"; }
 
 pairs='' short_tokens='' long_tokens='' answer_room='' triplets='' data='' weights='' overrides=()
 settings=$(python examples/paper/paper_rows.py "$row" "$model")
 eval "$settings"
-say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
-# Lines of a file in an order that depends on nothing but the file.
-draw() { shuf --random-source=<(yes) -n "$1" "$2"; }
+[[ -d $weights ]] || fail "no model in $weights"
+[[ -z $GROUPS_OF_TASKS ]] || command -v lm_eval >/dev/null || fail "lm_eval is not installed"
 
-if [[ $pairs ]]; then
-    contexts=${data%/*}/contexts-${data##*-}.jsonl
-    questions=data/paper/questions-$QUESTIONS.jsonl
-    mkdir -p "$data"
+make_data() {
+    # Other questions have other distractors, so contexts and answers of another QUESTIONS are other files.
+    local questions=data/paper/questions-$QUESTIONS.jsonl responses=$data/responses-of-$QUESTIONS.jsonl served found
+    local contexts=${data%/*}/contexts-${data##*-}-of-$QUESTIONS.jsonl
+    [[ -f $MUSIQUE ]] || fail "no corpus in MUSIQUE=$MUSIQUE"
+    served=$(curl --silent --show-error --max-time 20 "$SERVER/models") || true
+    [[ $served == *"\"$SERVED\""* ]] || fail "SERVER=$SERVER does not serve SERVED=$SERVED"
+
     say "1. Contexts: $contexts"
     if [[ ! -f $questions ]]; then
         draw "$QUESTIONS" "$MUSIQUE" >"$questions.part"
@@ -35,24 +45,32 @@ if [[ $pairs ]]; then
         --template chat --short-tokens "$short_tokens" --long-tokens "$long_tokens" --response-tokens "$answer_room" \
         --num-proc "$(nproc)"
 
-    if [[ ! -d $data/prepared ]]; then
-        say "2. Answers to the $pairs contexts, and $triplets triplets of them: $data"
-        megatron-solopo data sample --contexts "$contexts" --output "$data/responses.jsonl" --side "$pairs" \
-            --num-samples 32 --temperature 0.85 --server "$SERVER" --model "$SERVED"
-        megatron-solopo data select --contexts "$contexts" --responses "$data/responses.jsonl" \
-            --output "$data/all.jsonl" --tokenizer "$weights" --score sub_em --overwrite
-        found=$(wc -l <"$data/all.jsonl")
-        ((found >= triplets)) || { echo "$found triplets, not $triplets: raise QUESTIONS=$QUESTIONS" >&2 && exit 1; }
-        draw "$triplets" "$data/all.jsonl" >"$data/triplets.jsonl"
-        megatron-solopo data prepare --input "$data/triplets.jsonl" --output "$data/prepared" --tokenizer "$weights"
-    fi
+    say "2. Answers to the $pairs contexts, and $triplets triplets of them: $data"
+    megatron-solopo data sample --contexts "$contexts" --output "$responses" --side "$pairs" \
+        --num-samples 32 --temperature 0.85 --server "$SERVER" --model "$SERVED"
+    megatron-solopo data select --contexts "$contexts" --responses "$responses" \
+        --output "$data/all.jsonl" --tokenizer "$weights" --score sub_em --overwrite
+    found=$(wc -l <"$data/all.jsonl")
+    ((found >= triplets)) || fail "$found triplets, not $triplets: raise QUESTIONS=$QUESTIONS"
+    draw "$triplets" "$data/all.jsonl" >"$data/triplets.jsonl"
+    megatron-solopo data prepare --input "$data/triplets.jsonl" --output "$data/prepared" --tokenizer "$weights"
+}
+
+if [[ $pairs ]]; then
+    mkdir -p "$data"
+    exec 9>"${data%/*}/lock"
+    flock --nonblock 9 || { say "Another row makes data of $model: waiting for it" && flock 9; }
+    [[ -d $data/prepared ]] || make_data
+    exec 9>&-
 
     run=runs/paper/$model/$row exported=exports/paper/$model/$row
     if [[ ! -d $exported ]]; then
         say "3. Training: $run"
         train=(examples/paper/"$model".yaml "${overrides[@]}")
         if [[ $SLURM ]]; then
-            sbatch --wait --job-name "$row" examples/slurm/single-node.sbatch "${train[@]}"
+            # A job of an earlier start may still train this row: of one name, SLURM starts one after the other.
+            sbatch --wait --job-name "paper-$model-$row" --dependency=singleton examples/slurm/single-node.sbatch \
+                "${train[@]}"
         else
             python -m megatron_solopo.launch --nproc-per-node "$GPUS_PER_NODE" -m megatron_solopo train --config "${train[@]}"
         fi
@@ -81,5 +99,7 @@ for group in $GROUPS_OF_TASKS; do
     say "5. Evaluation of $weights: $group"
     evaluate "$group"
 done
-say "6. The table: examples/paper/RESULTS.md"
-python examples/paper/make_results.py
+if [[ $GROUPS_OF_TASKS ]]; then
+    say "6. The table: examples/paper/RESULTS.md"
+    python examples/paper/make_results.py
+fi
