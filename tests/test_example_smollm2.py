@@ -337,9 +337,13 @@ class TestTables:
         add(replace(solopo, step_factor=4), 0.0, 0.0, 0.0, 1.0)
         found = tables.read_results(tmp_path)
         rows = tables.accuracies(found).splitlines()
-        assert any(row.startswith("| simpo-solopo | 2 | 88 [") and row.endswith("| - | - | - |") for row in rows)
-        assert any(row.startswith("| base | 1 | 50 [15, 85] |") for row in rows)
-        assert "| simpo-solopo less simpo-long_po | +12 [" in tables.differences(found)
+        assert any(
+            row.startswith("| simpo-solopo | 88 [") and row.endswith("] (100, 75) | - | - | - |") for row in rows
+        )
+        assert any(row.startswith("| base | 50 [15, 85] |") for row in rows)
+        assert "| simpo-solopo less base | +38 [" in tables.differences(found)
+        # long_po has no other seed.
+        assert "| simpo-solopo less simpo-long_po | +25 [" in tables.differences(found)
         assert tables.scores_of_first_words(found[0], "test-400") == dict.fromkeys(names, 0.0)
         scores = ({"a": 0.0, "b": 1.0}, {"b": 0.0, "c": 1.0})
         mean = tables.mean_by_question(found[2:4], "test-400", lambda each, _: scores[each.run.seed])

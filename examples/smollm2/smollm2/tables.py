@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_solopo.evaluate.statistics import mean_measure, mean_score
@@ -112,14 +113,19 @@ def name_of(run: Run) -> str:
 
 
 def accuracies(results: Sequence[Result], scores_of: Scores = Result.scores) -> str:
-    """Accuracy of every method at every length."""
+    """Accuracy of every method at every length; where several seeds answered, also that of each."""
+
+    def shown(found: Sequence[Result], part: str) -> str:
+        by_seed = [mean_score(list(scores.values())).mean for each in found if (scores := scores_of(each, part))]
+        seeds = f" ({', '.join(f'{100 * mean:.0f}' for mean in by_seed)})" if len(by_seed) > 1 else ""
+        return cell(accuracy(found, part, scores_of)) + seeds
 
     def rows() -> Rows:
         for run in methods(results):
             found = seeds_of(results, run)
-            yield [name_of(run), str(len(found)), *(cell(accuracy(found, part, scores_of)) for part in PARTS.values())]
+            yield [name_of(run), *(shown(found, part) for part in PARTS.values())]
 
-    return table(["run", "seeds", *map(str, LENGTHS)], rows(), LEFT)
+    return table(["run", *map(str, LENGTHS)], rows(), LEFT)
 
 
 def words(results: Sequence[Result]) -> str:
@@ -160,12 +166,20 @@ def _competitors(solopo: Run) -> list[Run]:
 
 
 def _difference(results: Sequence[Result], first: Run, second: Run, part: str, scores_of: Scores) -> str:
-    one, other = (mean_by_question(seeds_of(results, run), part, scores_of) for run in (first, second))
+    """Over the seeds that answered the part in both; the base has none."""
+    found = {run: [each for each in seeds_of(results, run) if part in each.found] for run in (first, second)}
+    seeds = set.intersection(*({each.run.seed for each in found[run]} for run in found if run.method != BASE))
+    one, other = (
+        mean_by_question(
+            [each for each in of_run if each.run.method == BASE or each.run.seed in seeds], part, scores_of
+        )
+        for of_run in found.values()
+    )
     common = sorted(one.keys() & other.keys())
     if len(common) < 2:
         return NOTHING
-    found = mean_measure(np.array([100 * (one[question] - other[question]) for question in common]))
-    return f"{found.mean:+.0f} [{found.low:+.0f}, {found.high:+.0f}]"
+    mean = mean_measure(np.array([100 * (one[question] - other[question]) for question in common]))
+    return f"{mean.mean:+.0f} [{mean.low:+.0f}, {mean.high:+.0f}]"
 
 
 def costs(results: Sequence[Result]) -> str:
@@ -279,28 +293,32 @@ def missing(results: Sequence[Result]) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Accuracy against length with intervals, of the base and the main comparison."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    shown = [run for run in (Run(BASE), *comparison(0)) if seeds_of(results, run)]
-    for place, run in enumerate(shown):
+    """Accuracy against length with intervals: the base beside the comparison, and beside the longer trainings."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = {"the comparison": comparison(), f"{LONG_RUN} times as many steps": comparison(step_factor=LONG_RUN)}
+    for axes, (title, runs) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        _draw_lines(axes, results, [Run(BASE), *runs])
+        axes.set_title(title)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(LENGTHS, list(map(str, LENGTHS)))
+        axes.set_xlabel("tokens of the context")
+        axes.set_ylim(0, 1)
+    figure.axes[0].set_ylabel("share of right answers (sub_em)")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _draw_lines(axes: Axes, results: Sequence[Result], runs: Sequence[Run]) -> None:
+    for place, run in enumerate(runs):
         found = seeds_of(results, run)
         points = {length: value for length, part in PARTS.items() if (value := accuracy(found, part)) is not None}
-        if not points:
-            continue
-        # Side by side, so that no interval hides another.
-        lengths = [length * 1.03 ** (place - (len(shown) - 1) / 2) for length in points]
-        means = np.array([each.mean for each in points.values()])
-        bars = np.array([[each.mean - each.low, each.high - each.mean] for each in points.values()]).T
-        axes.errorbar(lengths, means, yerr=bars, label=f"{name_of(run)}, seeds: {len(found)}", marker="o", capsize=3)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(LENGTHS, list(map(str, LENGTHS)))
-    axes.set_xlabel("tokens of the context")
-    axes.set_ylabel("share of right answers (sub_em)")
-    axes.set_ylim(0, 1)
-    if shown:
+        if points:
+            # Side by side, so that no interval hides another.
+            lengths = [length * 1.03 ** (place - (len(runs) - 1) / 2) for length in points]
+            means = np.array([each.mean for each in points.values()])
+            bars = np.array([[each.mean - each.low, each.high - each.mean] for each in points.values()]).T
+            axes.errorbar(lengths, means, yerr=bars, label=name_of(run), marker="o", capsize=3)
+    if axes.containers:
         axes.legend()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 TABLES: dict[str, Callable[[Sequence[Result]], str]] = {
