@@ -12,6 +12,7 @@ by their reason, and know no time limit on a whole request.
 import asyncio
 import os
 import random
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -22,6 +23,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import openai
 from pydantic import BaseModel, ValidationError
+from tqdm import tqdm
 
 from megatron_solopo.data.template_arguments import KWARGS_FIELD
 from megatron_solopo.data.tool_calls import arguments_as_text
@@ -116,13 +118,24 @@ class OpenAIServer:
             if attempt < self._settings.retries:
                 growing = min(_LONGEST_WAIT, self._settings.backoff * 2**attempt * random.uniform(0.5, 1.0))
                 wait = max(growing, min(asked_wait, _LONGEST_ASKED_WAIT))
+                if reason not in self.traffic.retried:
+                    self._warn_of_waiting(reason)
                 self.traffic.retried[reason] += 1
                 self.traffic.waited += wait
                 waited += wait
                 await asyncio.sleep(wait)
         fault = f"{reason} ({said})" if said else reason
         raise RequestFailed(
-            f"{fault}, after {self._settings.retries} retries and {waited:.0f} s of waiting{self._proxy}"
+            f"{fault}, after {self._settings.retries} retries and {waited:.0f} s of waiting for "
+            f"{self._settings.server}{self._proxy}"
+        )
+
+    def _warn_of_waiting(self, reason: str) -> None:
+        """At the first such fault: all retries together may take minutes, in which nothing else is shown."""
+        tqdm.write(
+            f"warning: --server {self._settings.server}: {reason}{self._proxy}; a request is sent again up to "
+            f"{self._settings.retries} times, after growing waits",
+            file=sys.stderr,
         )
 
     async def _ask_once(self, request: Request) -> list[Answer | RequestRefused]:

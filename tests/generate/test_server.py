@@ -72,11 +72,14 @@ def test_a_wait_that_the_server_asks_for_may_be_a_date() -> None:
     assert 0.5 < asked.traffic.waited <= 2
 
 
-def test_a_request_that_fails_to_the_end_tells_how_long_it_waited() -> None:
+def test_a_request_that_fails_to_the_end_tells_how_long_it_waited_for_what(capfd) -> None:
     with completion_server(dict.fromkeys(range(9), "529")) as server:
-        with pytest.raises(UserError, match=r"q0: HTTP 529( \(.*\))?, after 3 retries and 0 s of waiting"):
+        told = rf"q0: HTTP 529( \(.*\))?, after 3 retries and 0 s of waiting for {server.url};"
+        with pytest.raises(UserError, match=told):
             Asked(server, TEXT)
         assert len(server.log) == 4
+    warned = f"warning: --server {server.url}: HTTP 529; a request is sent again up to 3 times, after growing waits"
+    assert capfd.readouterr().err.splitlines() == [warned], "once, at the first fault"
 
 
 @pytest.mark.parametrize("fault", ["401", "501"])
