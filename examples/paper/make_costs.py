@@ -17,8 +17,12 @@ LAYOUT = "tp=2,cp=2"
 HEADER = f"""# What the rows cost
 
 Estimates of `megatron-solopo plan` for 8 H100, {TRIPLETS:,} triplets and answers of {ANSWER_TOKENS} tokens. `plans/`
-holds the plans in full. Nothing of this was measured. Sampling and evaluation come on top. Rows that differ in alpha
-cost the same. To write these files again:
+holds the plans in full. Nothing of this was measured. Rows that differ in alpha cost the same.
+
+Sampling and evaluation come on top, and may cost more than a training. 10,000 questions with 32 answers each are 80
+million tokens to generate, at 250 each. Rows with the same base model and the same contexts share them.
+
+To write these files again:
 
     python examples/paper/make_costs.py
 """
