@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.cli.main import cli
-from megatron_solopo.config.load import parse_config, read_values
+from megatron_solopo.config.load import dotted, parse_config, read_values
 from megatron_solopo.errors import UserError, describe_problem
 from megatron_solopo.files import atomic_path, remove
 from megatron_solopo.results.long_context import read_long_context
@@ -212,13 +212,13 @@ def _data(settings: Settings, each: Round) -> list[Step]:
 def _training(settings: Settings, each: Round, trained: Path) -> list[Step]:
     """Training of the policy on its own pairs, and the Hugging Face directory of the result."""
     run, config = each.folder / "run", each.folder / TRAIN_CONFIG
-    own = {
+    own: dict[str, Any] = {
         "run_dir": str(run),
         "seed": settings.seed + each.number,
         "model": {"path": str(each.policy)},
         "data": {"path": str(each.folder / "prepared")},
     }
-    for key in ("run_dir", "seed", "model.path", "data.path"):
+    for key, _ in dotted(own):
         if OmegaConf.select(OmegaConf.create(settings.train), key) is not None:
             raise UserError(f"train.{key}: the loop sets it; remove it")
     merged: Any = OmegaConf.to_container(OmegaConf.merge(settings.train, own))
