@@ -45,6 +45,11 @@ def is_cpu() -> bool:
     return wanted == "cpu" or not torch.cuda.is_available()
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether torch has kernels for bfloat16 on this CPU. Otherwise a product takes about six times as long as in float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def adapt_if_needed() -> None:
     """Give `torch.cuda` its meaning on a CPU, once, if this process computes on the CPU."""
     global _adapted

@@ -6,7 +6,7 @@ from typing import Any
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.results.long_context import read_long_context
 from smollm2.plan import DEV, NEEDLES, Run, Sizes, test_part
-from smollm2.steps import build_contexts, command, first_lines
+from smollm2.steps import DTYPE, build_contexts, command, first_lines
 from smollm2.training import model_directory
 
 
@@ -36,7 +36,7 @@ def measure(work: Path, sizes: Sizes, run: Run, part: str) -> dict[str, Any]:
         asked = ["--contexts", contexts_of(work, sizes, part), "--side", side]
     command(
         *("evaluate", "long-context", "--model", model_directory(work, run), "--output", output, *asked),
-        *("--dtype", "bfloat16", "--backend", "transformers"),
+        *("--dtype", DTYPE, "--backend", "transformers"),
         log=work / "logs" / f"{run.name}.{part}.log",
     )
     return read_scores(output)
@@ -55,7 +55,7 @@ def read_scores(output: Path) -> dict[str, Any]:
         }
         for row in read_jsonl(output.with_suffix(".predictions.jsonl"))
     ]
-    return {"answers": answers, "seconds": round(results.seconds, 1)}
+    return {"answers": answers, "dtype": DTYPE, "seconds": round(results.seconds, 1)}
 
 
 def asks_short(sizes: Sizes, part: str) -> bool:

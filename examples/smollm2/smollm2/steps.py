@@ -8,9 +8,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from megatron_solopo.errors import UserError
+from megatron_solopo.parallel.cpu import has_fast_bfloat16
 
 HERE = Path(__file__).resolve().parents[1]
 PROMPT = HERE / "prompt.jinja"
+DTYPE = "bfloat16" if has_fast_bfloat16() else "float32"
+"""Of training and answers: the faster one on this machine."""
 TASK_ANSWER_TOKENS = 64
 """Room for an answer to a question."""
 

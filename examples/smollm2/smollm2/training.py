@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_solopo.files import read_jsonl, remove
 from smollm2.plan import BASE, Run, Sizes
-from smollm2.steps import HERE, command
+from smollm2.steps import DTYPE, HERE, command
 
 TRAINING = "training"
 """Where a file of results holds what `train_run` returns."""
@@ -40,7 +40,7 @@ def train_run(work: Path, run: Run, sizes: Sizes) -> dict[str, Any]:
         remove(run_dir)  # what a finished or an early stopped training left
     command(
         *("train", "--config", HERE / "config.yaml", f"run_dir={run_dir}", f"model.path={work / 'model'}"),
-        *(f"data.path={work / 'prepared' / run.triplets}", *run.overrides(sizes)),
+        *(f"data.path={work / 'prepared' / run.triplets}", f"model.dtype={DTYPE}", *run.overrides(sizes)),
         log=log,
         **(RETURNING_MEMORY if run.step_factor > 1 else {}),
     )
@@ -55,6 +55,7 @@ def train_run(work: Path, run: Run, sizes: Sizes) -> dict[str, Any]:
     remove(run_dir / "checkpoints")
     return {
         "rate": run.rate,
+        "dtype": DTYPE,
         "steps": len(steps),
         "triplets": len(steps) * sizes.batch,
         "tokens": sum(step["num_tokens"] for step in steps),
