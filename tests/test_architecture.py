@@ -25,7 +25,7 @@ class Package:
 # "" is the package's own __init__; a dotted name is one module that lives apart from its package.
 PACKAGES = {
     **dict.fromkeys(("", "errors", "exits", "progress"), Package(0)),
-    **dict.fromkeys(("command_settings", "files", "journal", "process_pool"), Package(1)),
+    **dict.fromkeys(("command_settings", "cpu_features", "files", "journal", "process_pool"), Package(1)),
     **dict.fromkeys(("checksums", "config", "results"), Package(2)),
     "architecture": Package(3),
     "run_directory": Package(4),

@@ -20,6 +20,7 @@ import click
 from packaging.requirements import Requirement
 
 from megatron_solopo.architecture.gpus import FP8_QUESTIONS
+from megatron_solopo.cpu_features import has_fast_bfloat16
 
 CheckStatus = Literal["ok", "warn", "missing", "fail"]
 
@@ -178,6 +179,7 @@ def _devices() -> Iterator[Check]:
         yield Check("gloo", "fail", f"torch does not import: {reason}", "nothing runs", "install torch")
         return
     yield from _gpus(torch)
+    yield _cpu_bfloat16()
     distributed = torch.distributed
     nccl = distributed.is_available() and distributed.is_nccl_available()
     gloo = distributed.is_available() and distributed.is_gloo_available()
@@ -209,6 +211,13 @@ def _gpus(torch: Any) -> Iterator[Check]:
             yield Check(f"GPU {index}", "ok", found)
         else:
             yield Check(f"GPU {index}", "warn", found, "no bfloat16 tensor cores", "use an Ampere or newer GPU")
+
+
+def _cpu_bfloat16() -> Check:
+    if has_fast_bfloat16():
+        return Check("CPU bfloat16", "ok", "torch has kernels for this CPU")
+    cost = "on the CPU, bfloat16 is several times slower than float32; no loss on GPUs"
+    return Check("CPU bfloat16", "missing", "torch has no kernels for this CPU", cost, "model.dtype=float32")
 
 
 def _transformer_engine() -> list[Check]:

@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 from torch.utils._device import _device_constructors
+from tqdm import tqdm
 
+from megatron_solopo.cpu_features import has_fast_bfloat16
 from megatron_solopo.errors import UserError
 
 DEVICE_VARIABLE = "MEGATRON_SOLOPO_DEVICE"
@@ -45,9 +47,13 @@ def is_cpu() -> bool:
     return wanted == "cpu" or not torch.cuda.is_available()
 
 
-def has_fast_bfloat16() -> bool:
-    """Whether torch has kernels for bfloat16 on this CPU. Otherwise a product takes about six times as long as in float32."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def warn_about_bfloat16(dtype: str, key: str) -> None:
+    """If `dtype` is bfloat16 and float32 is faster on this CPU, print so on one rank. `key` is the remedy."""
+    if dtype == "bfloat16" and is_cpu() and not has_fast_bfloat16() and os.environ.get("RANK", "0") == "0":
+        tqdm.write(
+            f"warning: torch has no kernels for bfloat16 on this CPU, float32 is several times as fast; set {key}",
+            file=sys.stderr,
+        )
 
 
 def adapt_if_needed() -> None:

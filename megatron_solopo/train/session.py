@@ -24,6 +24,7 @@ from megatron_solopo.files import check_writable
 from megatron_solopo.model.resolve import ResolvedModel, check_attention, check_precision, resolve_model
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
+from megatron_solopo.parallel.cpu import warn_about_bfloat16
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import check_offload
 from megatron_solopo.train.preflight import check_same_start, start_facts
@@ -106,6 +107,7 @@ def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, tuple[RunSo
 
     Raises UserError on every rank if something does not fit, or is not the same on all ranks.
     """
+    warn_about_bfloat16(config.model.dtype, "model.dtype=float32")
     process_groups.prepare_device(config.parallel)  # Transformer Engine's answers about FP8 start CUDA
     model = resolve_model(config.model, config.parallel)
     check_training(model.architecture, config.parallel, config.optimizer, config.moe)

@@ -63,6 +63,7 @@ def test_this_machine_is_ready_and_fully_described() -> None:
         "flash-attn",
         "NVIDIA Apex",
         "deep_ep",
+        "CPU bfloat16",
         "wandb",
         "CPU cores",
         "memory",
@@ -218,6 +219,12 @@ def test_devices_of_a_gpu_machine_are_listed() -> None:
     checks = list(doctor._gpus(SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="13.0"))))
     assert [(check.name, check.status) for check in checks] == [("CUDA", "ok"), ("GPU 0", "ok"), ("GPU 1", "warn")]
     assert checks[1].found == "H100, 80 GiB, compute capability 9.0"
+
+
+def test_a_cpu_without_kernels_for_bfloat16_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_fast, status in ((True, "ok"), (False, "missing")):
+        monkeypatch.setattr(doctor, "has_fast_bfloat16", lambda is_fast=is_fast: is_fast)
+        assert by_name(diagnose())["CPU bfloat16"].status == status
 
 
 def test_a_driver_that_does_not_start_is_reported_with_its_reason() -> None:

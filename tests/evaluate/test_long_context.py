@@ -14,6 +14,7 @@ from megatron_solopo.evaluate.long_context import evaluate_long_context
 from megatron_solopo.evaluate.scores import render
 from megatron_solopo.evaluation_settings import LongContextSettings
 from megatron_solopo.generate.scoring import SCORERS
+from megatron_solopo.parallel import cpu
 from megatron_solopo.results.long_context import SkippedSamples, read_long_context
 from tests.evaluate.evaluation_models import CHECKPOINT, MAX_POSITIONS, make_model, make_run
 from tests.generate.completion_server import completion_server
@@ -164,6 +165,14 @@ def test_the_export_gives_the_same_predictions_by_transformers(models, of_run, t
     for row in (*ours.values(), *theirs.values()):
         assert row.pop("seconds") > 0
     assert ours == theirs and len({row["prediction"] for row in ours.values()}) > 1
+
+
+@pytest.mark.skipif(not cpu.is_cpu(), reason="GPUs compute fast in bfloat16")
+def test_slow_bfloat16_is_told(models, tmp_path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: False)
+    asked = ASKED | {"tasks": ("needle_single",), "lengths": (700,), "samples": 1, "dtype": "bfloat16"}
+    evaluate_long_context(LongContextSettings(model=str(models[1]), output=tmp_path / "r.json", **asked))
+    assert "float32 is several times as fast; set --dtype float32\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", PARALLEL)

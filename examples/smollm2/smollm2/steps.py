@@ -7,8 +7,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from megatron_solopo.cpu_features import has_fast_bfloat16
 from megatron_solopo.errors import UserError
-from megatron_solopo.parallel.cpu import has_fast_bfloat16
 
 HERE = Path(__file__).resolve().parents[1]
 PROMPT = HERE / "prompt.jinja"
