@@ -182,6 +182,9 @@ def find_command(words: list[str]) -> tuple[Any, list[str]]:
     return command, words
 
 
+COMPUTING = ("train", "long-context")
+
+
 class TestCommands:
     """What is started, with a stand-in that checks each command and writes only what the next one reads."""
 
@@ -226,6 +229,7 @@ class TestCommands:
             assert CliRunner().invoke(run_all.main, [*arguments, "--list"]).output == ""
             trained = results.of(solopo)["training"]
             assert (trained["tokens"], trained["triplets"]) == (5 * QUICK.triplets, QUICK.triplets)
+            assert trained["dtype"] == steps.DTYPE
             assert not list(tmp_path.glob("runs/*/checkpoints"))
             return [name for name, _ in called]
 
@@ -233,6 +237,8 @@ class TestCommands:
         assert names.count("train") == names.count("export") == len(runs) - 1, "all but the base"
         assert names.count("long-context") == sum(len(run.parts(QUICK)) for run in runs)
         assert all(given["--side"] == "both" for _, given in called if given.get("--output", "").endswith("dev.json"))
+        used = {given.get("model.dtype", given.get("--dtype")) for name, given in called if name in COMPUTING}
+        assert used == {steps.DTYPE}
         assert finish() == []
         # Another machine has the results, but not the weights that a further part needs.
         (tmp_path / "exported" / solopo.name).rmdir()
@@ -267,7 +273,7 @@ class TestCommands:
         found = SimpleNamespace(main_metrics={"a.short": "sub_em"}, seconds=1.23)
         monkeypatch.setattr(measuring, "read_long_context", lambda _: found)
         answer = {"length": 400, "id": "a.short:q", "tokens": 9, "score": 1.0, "answer": "x"}
-        assert measuring.read_scores(tmp_path / "a.json") == {"answers": [answer], "seconds": 1.2}
+        assert measuring.read_scores(tmp_path / "a.json") == {"answers": [answer], "dtype": steps.DTYPE, "seconds": 1.2}
 
     @pytest.mark.parametrize(("step_factor", "threshold"), [(1, None), (4, "4194304")])
     def test_a_longer_training_returns_the_memory_that_it_frees(
@@ -361,6 +367,21 @@ class TestTables:
         wrong, right = "x/y", "x/y **(right)**"
         answers = [row.split(" | ")[2:] for row in shown]  # one question has no right answer, and is not shown
         assert answers == [[wrong, right, f"{wrong} |"], [right, right, f"{wrong} |"], [right, right, f"{right} |"]]
+
+
+def test_what_is_computed_in_float32_is_marked(tmp_path: Path) -> None:
+    results = run_all.Results(tmp_path)
+    rows = [
+        {"id": f"test-400.short:{each['id']}", "score": 1.0} for each in questions.questions(questions.read_rows())[:2]
+    ]
+    long, solopo = Run("long_po"), Run("solopo")
+    for run, dtype in ((Run(BASE), "bfloat16"), (long, "bfloat16"), (solopo, "float32")):
+        results.add(run, "test-400", {"answers": rows, "dtype": dtype})
+    found = tables.read_results(tmp_path)
+    marked = [[cell.endswith("*") for cell in row.split(" | ")] for row in tables.accuracies(found).splitlines()[2:]]
+    assert marked == [[False] * 5, [False] * 5, [False, True, False, False, False]]
+    shown = tables.differences(found).splitlines()[2:]
+    assert [("less base" in row, "*" in row) for row in shown] == [(True, False), (True, True), (False, True)]
 
 
 def test_without_the_package_the_command_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ from tools.reporting import LEFT, table
 LENGTHS = FULL.lengths
 PARTS = {length: test_part(length) for length in LENGTHS}
 NOTHING = "-"
+FLOAT32_MARK = "*"
+"""Behind what was computed in float32; the rest is in bfloat16."""
 FIRST_WORDS = 20
 """About as many as the base model answers with."""
 NUM_EXAMPLES = 8
@@ -94,6 +96,10 @@ def accuracy(found: Sequence[Result], part: str, scores_of: Scores = Result.scor
     return mean_score(scores) if scores else None
 
 
+def _mark(found: Sequence[Result], part: str) -> str:
+    return FLOAT32_MARK if any(each.found.get(part, {}).get("dtype") == "float32" for each in found) else ""
+
+
 def cell(value: MeanWithInterval | None) -> str:
     """A mean and its interval in percent."""
     if value is None:
@@ -118,7 +124,7 @@ def accuracies(results: Sequence[Result], scores_of: Scores = Result.scores) -> 
     def shown(found: Sequence[Result], part: str) -> str:
         by_seed = [mean_score(list(scores.values())).mean for each in found if (scores := scores_of(each, part))]
         seeds = f" ({', '.join(f'{100 * mean:.0f}' for mean in by_seed)})" if len(by_seed) > 1 else ""
-        return cell(accuracy(found, part, scores_of)) + seeds
+        return cell(accuracy(found, part, scores_of)) + seeds + _mark(found, part)
 
     def rows() -> Rows:
         for run in methods(results):
@@ -179,7 +185,8 @@ def _difference(results: Sequence[Result], first: Run, second: Run, part: str, s
     if len(common) < 2:
         return NOTHING
     mean = mean_measure(np.array([100 * (one[question] - other[question]) for question in common]))
-    return f"{mean.mean:+.0f} [{mean.low:+.0f}, {mean.high:+.0f}]"
+    mark = _mark([each for of_run in found.values() for each in of_run], part)
+    return f"{mean.mean:+.0f} [{mean.low:+.0f}, {mean.high:+.0f}]{mark}"
 
 
 def costs(results: Sequence[Result]) -> str:
@@ -193,13 +200,14 @@ def costs(results: Sequence[Result]) -> str:
                 first = found[0]
                 yield [
                     name_of(run),
+                    first["dtype"],
                     str(first["triplets"]),
                     f"{np.mean([each['tokens'] for each in found]):,.0f}",
                     f"{np.mean([each['flops'] for each in found]) / 1e12:.1f}",
                     f"{min(seconds):,.0f}",
                 ]
 
-    return table(["run", "triplets", "tokens", "TFLOPs", "seconds, fastest seed"], rows(), LEFT)
+    return table(["run", "dtype", "triplets", "tokens", "TFLOPs", "seconds, fastest seed"], rows(), LEFT)
 
 
 def training(results: Sequence[Result]) -> str:
