@@ -108,7 +108,9 @@ def test_two_rounds_go_on_after_a_kill_and_tell_where_their_data_is_from(inputs:
     assert [line[:4] for line in lines] == [
         ["round", f"{number}:", str(count), "triplets"] for number, count in enumerate(triplets, start=1)
     ]
-    with pytest.raises(click.ClickException, match="the settings of train have changed"):
+    with pytest.raises(
+        click.ClickException, match=r"settings of train have changed since it ran: optimizer.lr 1 \(it was "
+    ):
         on_policy.run(on_policy.read_settings(inputs / "loop.yaml", ("evaluate=null", "train.optimizer.lr=1")))
 
 
@@ -177,8 +179,23 @@ def test_what_a_later_step_would_refuse_is_told_before_the_first(
 def test_other_settings_of_an_evaluation_do_not_cost_a_round(tmp_path) -> None:
     each = on_policy.Round(1, tmp_path, tmp_path)
     each.keep(on_policy.Step("evaluate", ["old"], tmp_path), 1.0)
-    with pytest.raises(click.ClickException, match="settings of evaluate have changed since it ran; take the old ones"):
+    changed = r"settings of evaluate have changed since it ran: the command new \(it was old\); take the old ones"
+    with pytest.raises(click.ClickException, match=changed):
         each.is_done(on_policy.Step("evaluate", ["new"], tmp_path))
+
+
+def test_changed_settings_are_named(tmp_path) -> None:
+    each = on_policy.Round(1, tmp_path, tmp_path)
+    command = ["python", "-m", "megatron_solopo", "train", "--config", "train.yaml"]
+    each.keep(on_policy.Step("train", command, tmp_path, {"a": {"b": 1, "c": 2}, "d": [3]}), 1.0)
+    words = ["torchrun", "--nproc-per-node", "2", *command[1:], "--quiet"]
+    with pytest.raises(click.ClickException) as raised:
+        each.is_done(on_policy.Step("train", words, tmp_path, {"a": {"b": 1, "c": 4}, "d": [3], "e": None}))
+    assert (
+        "since it ran: the command torchrun (it was python -m megatron_solopo train), "
+        "--nproc-per-node 2 -m megatron_solopo train (it was not set), --quiet (it was not set), a.c 4 (it was 2), "
+        "e None (it was not set); choose another `work`"
+    ) in raised.value.message
 
 
 def test_the_miniature_goes_on_where_the_measurement_left_it(monkeypatch) -> None:

@@ -132,7 +132,8 @@ class Round:
             if step.name == "evaluate":  # no later step depends on it
                 advice = "take the old ones again, or set evaluate=null and evaluate the models by hand"
             raise click.ClickException(
-                f"{self.folder / RECORD}: the settings of {step.name} have changed since it ran; {advice}"
+                f"{self.folder / RECORD}: the settings of {step.name} have changed since it ran: "
+                f"{', '.join(_changes(found, step.record))}; {advice}"
             )
         return found is not None and step.output.exists()
 
@@ -155,6 +156,26 @@ class Round:
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.folder / RECORD) as temporary:
             temporary.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+
+
+def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What differs between two records of a step: options of the command, its other words, keys of the config."""
+    old, new = _by_name(was), _by_name(now)
+    for name in dict.fromkeys([*new, *old]):
+        before, after = (each.get(name, "not set") for each in (old, new))
+        if before != after:
+            yield f"{f'{name} {after}'.rstrip()} (it was {before})"
+
+
+def _by_name(record: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    name = "the command"
+    for word in record["command"]:
+        if word.startswith("--"):
+            name, found[word] = word, ""
+        else:
+            found[name] = f"{found.get(name, '')} {word}".lstrip()
+    return found | dict(dotted(record.get("config", {})))
 
 
 def make_rounds(settings: Settings) -> Iterator[tuple[Round, list[Step]]]:
