@@ -109,7 +109,7 @@ def test_two_rounds_go_on_after_a_kill_and_tell_where_their_data_is_from(inputs:
         ["round", f"{number}:", str(count), "triplets"] for number, count in enumerate(triplets, start=1)
     ]
     with pytest.raises(
-        click.ClickException, match=r"settings of train have changed since it ran: optimizer.lr 1 \(it was "
+        click.ClickException, match=r"settings of train have changed since it ran: optimizer.lr=1 \(it was "
     ):
         on_policy.run(on_policy.read_settings(inputs / "loop.yaml", ("evaluate=null", "train.optimizer.lr=1")))
 
@@ -179,23 +179,27 @@ def test_what_a_later_step_would_refuse_is_told_before_the_first(
 def test_other_settings_of_an_evaluation_do_not_cost_a_round(tmp_path) -> None:
     each = on_policy.Round(1, tmp_path, tmp_path)
     each.keep(on_policy.Step("evaluate", ["old"], tmp_path), 1.0)
-    changed = r"settings of evaluate have changed since it ran: the command new \(it was old\); take the old ones"
+    changed = r"settings of evaluate have changed since it ran: command=new \(it was old\); take the old ones"
     with pytest.raises(click.ClickException, match=changed):
         each.is_done(on_policy.Step("evaluate", ["new"], tmp_path))
 
 
 def test_changed_settings_are_named(tmp_path) -> None:
     each = on_policy.Round(1, tmp_path, tmp_path)
-    command = ["python", "-m", "megatron_solopo", "train", "--config", "train.yaml"]
-    each.keep(on_policy.Step("train", command, tmp_path, {"a": {"b": 1, "c": 2}, "d": [3]}), 1.0)
-    words = ["torchrun", "--nproc-per-node", "2", *command[1:], "--quiet"]
+    words = ["--config", "train.yaml", "--old"]
+    command = ["python", "-m", "megatron_solopo", "train"]
+    each.keep(on_policy.Step("train", [*command, *words], tmp_path, {"a": {"b": 1, "c": 2}, "d": [3]}), 1.0)
+    ranks = ["torchrun", "--nproc-per-node", "2", *command[1:], *words[:2], "--quiet"]
     with pytest.raises(click.ClickException) as raised:
-        each.is_done(on_policy.Step("train", words, tmp_path, {"a": {"b": 1, "c": 4}, "d": [3], "e": None}))
+        each.is_done(on_policy.Step("train", ranks, tmp_path, {"a": {"b": 1, "c": 4}, "d": [3], "e": None}))
     assert (
-        "since it ran: the command torchrun (it was python -m megatron_solopo train), "
-        "--nproc-per-node 2 -m megatron_solopo train (it was not set), --quiet (it was not set), a.c 4 (it was 2), "
-        "e None (it was not set); choose another `work`"
+        "since it ran: command=torchrun (it was python -m megatron_solopo train), "
+        "--nproc-per-node=2 -m megatron_solopo train (it was not set), --quiet=true (it was not set), "
+        "a.c=4 (it was 2), e=null (it was not set), --old=not set (it was true); choose another `work`"
     ) in raised.value.message
+    assert each.is_done(
+        on_policy.Step("train", [*command, "--old", *words[:2]], tmp_path, {"d": [3], "a": {"c": 2, "b": 1}})
+    ), "the order means nothing"
 
 
 def test_the_miniature_goes_on_where_the_measurement_left_it(monkeypatch) -> None:

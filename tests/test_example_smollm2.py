@@ -217,7 +217,11 @@ class TestCommands:
         monkeypatch.setattr(measuring, "read_scores", lambda output: {"answers": [output.name]})
         return kept
 
-    def test_legal_commands_finish_all_runs_of_the_plan(self, called: list[Any], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    def test_legal_commands_finish_all_runs_of_the_plan(
+        self, called: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+    ) -> None:
+        monkeypatch.setattr(steps, "has_bfloat16_kernels", lambda: dtype == "bfloat16")
         (tmp_path / "model").mkdir()
         arguments = ["--quick", "--everything", "--work", str(tmp_path)]
         runs = [run for group in groups(QUICK, everything=True) for run in group]
@@ -229,7 +233,7 @@ class TestCommands:
             assert CliRunner().invoke(run_all.main, [*arguments, "--list"]).output == ""
             trained = results.of(solopo)["training"]
             assert (trained["tokens"], trained["triplets"]) == (5 * QUICK.triplets, QUICK.triplets)
-            assert trained["dtype"] == steps.DTYPE
+            assert trained["dtype"] == dtype
             assert not list(tmp_path.glob("runs/*/checkpoints"))
             return [name for name, _ in called]
 
@@ -238,7 +242,7 @@ class TestCommands:
         assert names.count("long-context") == sum(len(run.parts(QUICK)) for run in runs)
         assert all(given["--side"] == "both" for _, given in called if given.get("--output", "").endswith("dev.json"))
         used = {given.get("model.dtype", given.get("--dtype")) for name, given in called if name in COMPUTING}
-        assert used == {steps.DTYPE}
+        assert used == {dtype}
         assert finish() == []
         # Another machine has the results, but not the weights that a further part needs.
         (tmp_path / "exported" / solopo.name).rmdir()
@@ -270,10 +274,10 @@ class TestCommands:
         row = {"length": 400, "id": "a.short:q", "task": "a.short", "prompt_tokens": 9, "prediction": "x"}
         scores = {"exact_match": 0.0, "sub_em": 1.0}
         (tmp_path / "a.predictions.jsonl").write_text(json.dumps(row | {"scores": scores}) + "\n")
-        found = SimpleNamespace(main_metrics={"a.short": "sub_em"}, seconds=1.23)
+        found = SimpleNamespace(main_metrics={"a.short": "sub_em"}, seconds=1.23, settings={"dtype": "bfloat16"})
         monkeypatch.setattr(measuring, "read_long_context", lambda _: found)
         answer = {"length": 400, "id": "a.short:q", "tokens": 9, "score": 1.0, "answer": "x"}
-        assert measuring.read_scores(tmp_path / "a.json") == {"answers": [answer], "dtype": steps.DTYPE, "seconds": 1.2}
+        assert measuring.read_scores(tmp_path / "a.json") == {"answers": [answer], "dtype": "bfloat16", "seconds": 1.2}
 
     @pytest.mark.parametrize(("step_factor", "threshold"), [(1, None), (4, "4194304")])
     def test_a_longer_training_returns_the_memory_that_it_frees(

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.cli.main import cli
-from megatron_solopo.config.load import dotted, parse_config, read_values
+from megatron_solopo.config.load import as_override, dotted, parse_config, read_values
 from megatron_solopo.errors import UserError, describe_problem
 from megatron_solopo.files import atomic_path, remove
 from megatron_solopo.results.long_context import read_long_context
@@ -127,13 +127,13 @@ class Round:
     def is_done(self, step: Step) -> bool:
         """Whether the step has been carried out. An error if it was by another command."""
         found = self.record["steps"].get(step.name)
-        if found and {name: found.get(name) for name in step.record} != step.record:
+        if found and (changes := list(_changes(_by_name(found), _by_name(step.record)))):
             advice = f"choose another `work`, or remove {self.folder} and all later rounds"
             if step.name == "evaluate":  # no later step depends on it
                 advice = "take the old ones again, or set evaluate=null and evaluate the models by hand"
             raise click.ClickException(
-                f"{self.folder / RECORD}: the settings of {step.name} have changed since it ran: "
-                f"{', '.join(_changes(found, step.record))}; {advice}"
+                f"{self.folder / RECORD}: the settings of {step.name} have changed since it ran: {', '.join(changes)}; "
+                f"{advice}"
             )
         return found is not None and step.output.exists()
 
@@ -158,24 +158,24 @@ class Round:
             temporary.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
 
 
-def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """What differs between two records of a step: options of the command, its other words, keys of the config."""
-    old, new = _by_name(was), _by_name(now)
-    for name in dict.fromkeys([*new, *old]):
-        before, after = (each.get(name, "not set") for each in (old, new))
-        if before != after:
-            yield f"{f'{name} {after}'.rstrip()} (it was {before})"
-
-
 def _by_name(record: dict[str, Any]) -> dict[str, Any]:
+    """A step's record by names: options of the command, its other words, and keys of the config."""
     found: dict[str, Any] = {}
-    name = "the command"
+    name = "command"
     for word in record["command"]:
         if word.startswith("--"):
-            name, found[word] = word, ""
+            name, found[word] = word, True  # until its value follows
         else:
-            found[name] = f"{found.get(name, '')} {word}".lstrip()
+            found[name] = word if found.get(name, True) is True else f"{found[name]} {word}"
     return found | dict(dotted(record.get("config", {})))
+
+
+def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What differs between two records by names."""
+    for name in dict.fromkeys([*now, *was]):
+        before, after = (as_override(each[name]) if name in each else "not set" for each in (was, now))
+        if before != after:
+            yield f"{name}={after} (it was {before})"
 
 
 def make_rounds(settings: Settings) -> Iterator[tuple[Round, list[Step]]]:

@@ -18,7 +18,7 @@ from megatron_solopo.files import write_json
 from smollm2.measuring import contexts_of, measure
 from smollm2.plan import BASE, FULL, NEEDLES, QUICK, Run, Sizes, groups
 from smollm2.questions import write_questions
-from smollm2.steps import DTYPE, HERE
+from smollm2.steps import HERE, dtype
 from smollm2.training import TRAINING, model_directory, train_run
 
 
@@ -121,7 +121,7 @@ def main(work: Path | None, quick: bool, everything: bool, processes: int, list_
         for job in (job for runs in by_group for job in missing_jobs(work, sizes, results, runs)):
             click.echo(f"{job.run.name} {job.part}")
         return
-    click.echo(f"training and answers compute in {DTYPE}, the faster one on this CPU")
+    click.echo(f"training and answers compute in {dtype()}")
     try:
         make_inputs(work, sizes, [run for runs in by_group for run in runs])
         for runs in by_group:

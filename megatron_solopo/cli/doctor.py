@@ -20,7 +20,7 @@ import click
 from packaging.requirements import Requirement
 
 from megatron_solopo.architecture.gpus import FP8_QUESTIONS
-from megatron_solopo.cpu_features import has_fast_bfloat16
+from megatron_solopo.cpu_features import has_bfloat16_kernels
 
 CheckStatus = Literal["ok", "warn", "missing", "fail"]
 
@@ -214,10 +214,11 @@ def _gpus(torch: Any) -> Iterator[Check]:
 
 
 def _cpu_bfloat16() -> Check:
-    if has_fast_bfloat16():
+    if has_bfloat16_kernels():
         return Check("CPU bfloat16", "ok", "torch has kernels for this CPU")
     cost = "on the CPU, bfloat16 is several times slower than float32; no loss on GPUs"
-    return Check("CPU bfloat16", "missing", "torch has no kernels for this CPU", cost, "model.dtype=float32")
+    remedy = "on the CPU, set model.dtype=float32"
+    return Check("CPU bfloat16", "missing", "torch has no kernels for this CPU", cost, remedy)
 
 
 def _transformer_engine() -> list[Check]:

@@ -35,7 +35,7 @@ from megatron_solopo.generate.journal import Journal, read_header, read_refusals
 from megatron_solopo.generate.model import Answer, Model, Request
 from megatron_solopo.generate.refusals import Refusals
 from megatron_solopo.parallel.agreement import on_rank_0
-from megatron_solopo.parallel.cpu import is_cpu, warn_about_bfloat16
+from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.progress import bar_style
 from megatron_solopo.results.long_context import LongContextResults, read_long_context
 
@@ -137,7 +137,6 @@ def _load(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -
         yield _Runner(_server(settings), "server")
         return
     dtype = stored_dtype(target.path) if settings.dtype == "auto" else settings.dtype
-    warn_about_bfloat16(dtype, "--dtype float32")
     if target.backend == "transformers":
         from megatron_solopo.generate.transformers import TransformersModel
 

@@ -52,6 +52,7 @@ class MegatronModel(LocalModel):
             tokenizer,
             end_tokens(path, tokenizer),
             topology.device,
+            dtype=getattr(torch, dtype),
             vocab_size=model.architecture.vocab_size,
             max_positions=model.architecture.max_sequence_length,
         )

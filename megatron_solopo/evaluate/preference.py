@@ -35,7 +35,7 @@ from megatron_solopo.train.policy import load_frozen
 from megatron_solopo.train.reference import reference_dependencies, reference_logprobs
 from megatron_solopo.train.run_data import RunDatasets
 from megatron_solopo.train.scoring import check_finite, score_sequences
-from megatron_solopo.train.session import check_and_join
+from megatron_solopo.train.session import check_and_join, warn_about_dtype
 from megatron_solopo.train.step import ReferenceLogprobs
 
 Split = Literal["train", "eval"]
@@ -55,6 +55,7 @@ def evaluate_preference(subject: Subject, config: Config, *, split: Split, outpu
     Raises UserError for a config, data or output that do not fit, or rewards that are not finite.
     """
     settings = _evaluation_config(subject, config, split)
+    warn_about_dtype(settings)
     model, topology, (source,) = check_and_join(settings)
     datasets = source.datasets
     dataset = datasets.by_split[split]

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.architecture.model_directory import huggingface_directory, is_megatron_checkpoint
 from megatron_solopo.architecture.one_reading import check_one_reading
+from megatron_solopo.cpu_features import warn_about_slow_bfloat16
 from megatron_solopo.data.end_tokens import end_tokens
 from megatron_solopo.data.rendering import encode_prompt, template_of
 from megatron_solopo.data.tokenizer import Tokenizer
@@ -43,10 +44,13 @@ class LocalModel(ABC):
         end_tokens: Collection[int],
         device: torch.device,
         *,
+        dtype: torch.dtype,
         vocab_size: int,
         max_positions: int | None,
     ) -> None:
         """`path` names the model in messages. Prompts must fit its vocabulary and its positions (None: not known)."""
+        if dtype is torch.bfloat16 and device.type == "cpu":
+            warn_about_slow_bfloat16("--dtype float32")
         self.traffic = Traffic()
         self._path, self._vocab_size, self._max_positions = path, vocab_size, max_positions
         self._tokenizer = tokenizer
@@ -133,6 +137,7 @@ class TransformersModel(LocalModel):
             tokenizer,
             end_tokens(path, tokenizer),
             device,
+            dtype=self._model.dtype,
             vocab_size=self._model.get_input_embeddings().num_embeddings,
             max_positions=max_positions(Path(path)),
         )

@@ -18,9 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 from torch.utils._device import _device_constructors
-from tqdm import tqdm
 
-from megatron_solopo.cpu_features import has_fast_bfloat16
 from megatron_solopo.errors import UserError
 
 DEVICE_VARIABLE = "MEGATRON_SOLOPO_DEVICE"
@@ -45,15 +43,6 @@ def is_cpu() -> bool:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{DEVICE_VARIABLE}=cuda, but torch {torch.__version__} finds no CUDA device; unset it")
     return wanted == "cpu" or not torch.cuda.is_available()
-
-
-def warn_about_bfloat16(dtype: str, key: str) -> None:
-    """If `dtype` is bfloat16 and float32 is faster on this CPU, print so on one rank. `key` is the remedy."""
-    if dtype == "bfloat16" and is_cpu() and not has_fast_bfloat16() and os.environ.get("RANK", "0") == "0":
-        tqdm.write(
-            f"warning: torch has no kernels for bfloat16 on this CPU, float32 is several times as fast; set {key}",
-            file=sys.stderr,
-        )
 
 
 def adapt_if_needed() -> None:

@@ -18,13 +18,14 @@ from megatron_solopo.architecture.adapters import check_adapters
 from megatron_solopo.architecture.layout import check_training
 from megatron_solopo.checkpoint.load import check_weights
 from megatron_solopo.config import Config, check_not_by_hand
+from megatron_solopo.cpu_features import warn_about_slow_bfloat16
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import check_writable
 from megatron_solopo.model.resolve import ResolvedModel, check_attention, check_precision, resolve_model
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
-from megatron_solopo.parallel.cpu import warn_about_bfloat16
+from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import check_offload
 from megatron_solopo.train.preflight import check_same_start, start_facts
@@ -100,6 +101,12 @@ def open_session(config: Config) -> Iterator[Session]:
             process_groups.destroy(topology)
 
 
+def warn_about_dtype(config: Config) -> None:
+    """Print, on one rank, that another `model.dtype` is faster on this CPU, if it is."""
+    if config.model.dtype == "bfloat16" and is_cpu():
+        warn_about_slow_bfloat16("model.dtype=float32")
+
+
 def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, tuple[RunSource, ...]]:
     """Check model, layout and directories, join the ranks, check together what is large, then make the other groups.
 
@@ -107,7 +114,6 @@ def check_and_join(config: Config) -> tuple[ResolvedModel, Topology, tuple[RunSo
 
     Raises UserError on every rank if something does not fit, or is not the same on all ranks.
     """
-    warn_about_bfloat16(config.model.dtype, "model.dtype=float32")
     process_groups.prepare_device(config.parallel)  # Transformer Engine's answers about FP8 start CUDA
     model = resolve_model(config.model, config.parallel)
     check_training(model.architecture, config.parallel, config.optimizer, config.moe)

@@ -56,7 +56,7 @@ from megatron_solopo.train.profiling import StepProfiler
 from megatron_solopo.train.reference import load_reference, reference_logprobs
 from megatron_solopo.train.run_data import RunSource, loader_source, training_batches
 from megatron_solopo.train.saving import Saver
-from megatron_solopo.train.session import Session, open_session
+from megatron_solopo.train.session import Session, open_session, warn_about_dtype
 from megatron_solopo.train.signals import Stopped
 from megatron_solopo.train.single_pass import run_single_pass
 from megatron_solopo.train.state import Metrics, SkippedSteps, TrainState
@@ -75,6 +75,7 @@ def train(config: Config) -> None:
     Raises UserError for anything in the config, the data, the model or a checkpoint that does not fit. Raises
     SystemExit with code 85 after a signal asked to stop and the run was saved (`train.signals`).
     """
+    warn_about_dtype(config)
     with open_session(config) as session, run_lock(config.run_dir):
         _check_surroundings(session)
         Trainer(session).run()
@@ -85,6 +86,7 @@ def preflight(config: Config) -> list[Finding]:
 
     Raises UserError for the first thing that does not fit.
     """
+    warn_about_dtype(config)
     with open_session(config) as session:
         findings = _check_surroundings(session)
         loader = _training_batches(session)
@@ -110,6 +112,7 @@ def precompute_reference(config: Config, *, overwrite: bool) -> Path:
     """Write the reference cache of a run and return its directory. `train` does the same if the cache is missing."""
     if not config.needs_reference:
         raise UserError(f"objective.loss_type={config.objective.loss_type} uses no reference model; nothing to compute")
+    warn_about_dtype(config)
     with open_session(config) as session:
         _reference_logprobs(session, overwrite=overwrite)
     return config.reference_cache

@@ -152,6 +152,8 @@ def _header(contexts: ContextFile, settings: SampleSettings, max_tokens: int) ->
         header["weights"] = directory_fingerprint(Path(settings.model))
     if settings.chat_template_kwargs:
         header[KWARGS_FIELD] = settings.chat_template_kwargs
+    if settings.dtype != "auto":
+        header["dtype"] = settings.dtype
     return header | {"max_tokens": max_tokens, PROMPTS_FIELD: prompts_hash(contexts, settings.side)}
 
 
@@ -197,7 +199,8 @@ def _load(settings: SampleSettings) -> Model:
     template: Template = "plain" if tokenizer.chat_template is None else "chat"
     check_arguments(template, tokenizer, arguments)
     warn_about_clock(template, tokenizer, arguments)
-    return TransformersModel(settings.model, tokenizer, device, temperature=settings.temperature, top_p=settings.top_p)
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
+    return TransformersModel(settings.model, tokenizer, device, settings.dtype, **sampling)
 
 
 def _missing(settings: SampleSettings, prompts: dict[str, int], journal: Journal) -> Iterator[_Missing]:

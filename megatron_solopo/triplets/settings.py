@@ -222,8 +222,15 @@ class SampleSettings(ServerSettings):
     """Most tokens of a response, with its thought. If not given, the room in the contexts less 8."""
     samples_per_request: int = Field(default=8, ge=1)
     """Responses per request. Without --server, the batch size."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the model. auto: that of its weights. Not for a server."""
     seed: int = Field(default=0, ge=0)
     """The seed of every request is derived from it."""
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.server is not None and self.dtype != "auto":
+            yield f"--dtype {self.dtype}: has no effect with --server; leave it out"
 
 
 ChosenPolicy = Literal["shortest", "random", "highest_f1"]

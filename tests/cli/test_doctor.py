@@ -223,7 +223,7 @@ def test_devices_of_a_gpu_machine_are_listed() -> None:
 
 def test_a_cpu_without_kernels_for_bfloat16_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for is_fast, status in ((True, "ok"), (False, "missing")):
-        monkeypatch.setattr(doctor, "has_fast_bfloat16", lambda is_fast=is_fast: is_fast)
+        monkeypatch.setattr(doctor, "has_bfloat16_kernels", lambda is_fast=is_fast: is_fast)
         assert by_name(diagnose())["CPU bfloat16"].status == status
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from megatron_solopo import cpu_features
 from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.long_context import evaluate_long_context
 from megatron_solopo.evaluate.scores import render
@@ -168,11 +169,17 @@ def test_the_export_gives_the_same_predictions_by_transformers(models, of_run, t
 
 
 @pytest.mark.skipif(not cpu.is_cpu(), reason="GPUs compute fast in bfloat16")
-def test_slow_bfloat16_is_told(models, tmp_path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: False)
-    asked = ASKED | {"tasks": ("needle_single",), "lengths": (700,), "samples": 1, "dtype": "bfloat16"}
-    evaluate_long_context(LongContextSettings(model=str(models[1]), output=tmp_path / "r.json", **asked))
-    assert "float32 is several times as fast; set --dtype float32\n" in capsys.readouterr().err
+@pytest.mark.parametrize("backend", ["megatron", "transformers"])
+def test_slow_bfloat16_is_told(
+    models, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str
+) -> None:
+    monkeypatch.setattr(cpu_features, "has_bfloat16_kernels", lambda: False)
+    asked = ASKED | {"tasks": ("needle_single",), "lengths": (700,), "samples": 1, "backend": backend}
+    for dtype in ("float32", "bfloat16"):
+        settings = LongContextSettings(model=str(models[1]), output=tmp_path / f"{dtype}.json", dtype=dtype, **asked)
+        evaluate_long_context(settings)
+        told = "; --dtype float32 is several times as fast\n" in capsys.readouterr().err
+        assert told is (dtype == "bfloat16")
 
 
 @pytest.mark.parametrize("key", PARALLEL)

@@ -1,7 +1,6 @@
 """The CPU meaning of torch.cuda: asked for by name, complete enough for Megatron-Core, out of everyone else's way."""
 
 import os
-import platform
 import subprocess
 import sys
 from datetime import timedelta
@@ -12,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_solopo.cpu_features import has_fast_bfloat16
 from megatron_solopo.errors import UserError
 from megatron_solopo.parallel import cpu
 from tests.ranks import layout
@@ -83,39 +81,6 @@ def test_cuda_where_there_is_none_is_refused(monkeypatch) -> None:
 def test_a_factory_takes_a_cuda_device_for_the_cpu(name, arguments, device) -> None:
     made = getattr(torch, name)(*arguments, device=device)
     assert made.device.type == "cpu" and made.shape == (2,)
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors name their abilities otherwise")
-def test_kernels_for_bfloat16_need_avx512() -> None:
-    flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
-    assert has_fast_bfloat16() is ({"avx512vl", "avx512bw", "avx512dq"} <= flags)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "on_this_cpu", "is_fast", "rank", "warns"),
-    [
-        ("bfloat16", True, False, "0", True),
-        ("float32", True, False, "0", False),
-        ("bfloat16", False, False, "0", False),
-        ("bfloat16", True, True, "0", False),
-        ("bfloat16", True, False, "1", False),
-    ],
-)
-def test_slow_bfloat16_is_told_once(
-    monkeypatch,
-    capsys: pytest.CaptureFixture[str],
-    dtype: str,
-    on_this_cpu: bool,
-    is_fast: bool,
-    rank: str,
-    warns: bool,
-) -> None:
-    monkeypatch.setattr(cpu, "is_cpu", lambda: on_this_cpu)
-    monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: is_fast)
-    monkeypatch.setenv("RANK", rank)
-    cpu.warn_about_bfloat16(dtype, "model.dtype=float32")
-    told = "warning: torch has no kernels for bfloat16 on this CPU, float32 is several times as fast; "
-    assert capsys.readouterr().err == f"{told}set model.dtype=float32\n" * warns
 
 
 @on_cpu

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_solopo.config import ParallelConfig, parse_config
+from megatron_solopo.config import ParallelConfig
 from megatron_solopo.errors import UserError
-from megatron_solopo.parallel import cpu, topology
+from megatron_solopo.parallel import topology
 from megatron_solopo.train import session
 from tests.ranks import layout, two_ranks
 
@@ -156,20 +156,6 @@ def test_more_ranks_than_devices_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(topology.os, "environ", {"LOCAL_RANK": "1"})  # where CUDA is adapted, there is one device
     with pytest.raises(UserError, match="LOCAL_RANK=1: this process sees 1 CUDA device"):
         topology.prepare_device(ParallelConfig())
-
-
-@pytest.mark.skipif(not cpu.is_cpu(), reason="GPUs compute fast in bfloat16")
-def test_slow_bfloat16_is_told_at_the_start(monkeypatch, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: False)
-    values = {
-        "run_dir": str(tmp_path),
-        "model": {"path": str(tmp_path), "dtype": "bfloat16"},
-        "data": {"path": "prepared", "max_tokens_per_pack": 1},
-        "training": {"global_batch_size": 1, "max_steps": 1},
-    }
-    with pytest.raises(UserError, match=str(tmp_path)):
-        session.check_and_join(parse_config(values, source="test"))
-    assert "float32 is several times as fast; set model.dtype=float32\n" in capsys.readouterr().err
 
 
 def test_cuda_starts_with_the_runs_settings_on_the_ranks_device(monkeypatch, tmp_path) -> None:

@@ -1,5 +1,7 @@
 """Before step 0: ranks that differ are named, what does not fit is one line, and trying it leaves no trace."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -8,16 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_solopo import cpu_features
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import Config, ObjectiveConfig
 from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
+from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.plan.disk import checkpoint_bytes
 from megatron_solopo.train import preflight as preflight_module
 from megatron_solopo.train import trainer as trainer_module
-from megatron_solopo.train.trainer import preflight, train
+from megatron_solopo.train.trainer import precompute_reference, preflight, train
 from tests.distributed import run_distributed
 from tests.layouts import pp
 from tests.tiny_models import TINY
@@ -91,6 +95,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
     return run_distributed(run_all, 4, folder)
+
+
+@pytest.mark.skipif(not is_cpu(), reason="GPUs compute fast in bfloat16")
+@pytest.mark.parametrize("start", [train, preflight, partial(precompute_reference, overwrite=False)])
+def test_slow_bfloat16_is_told_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], start: Callable[[Config], Any]
+) -> None:
+    monkeypatch.setattr(cpu_features, "has_bfloat16_kernels", lambda: False)
+    for dtype in ("float32", "bfloat16"):
+        values = {"model": {"path": tmp_path / "missing", "dtype": dtype}, "objective": {"loss_type": "dpo"}}
+        with pytest.raises(UserError, match="missing"):
+            start(small_config(tmp_path, "run", {}, **values))
+        told = "model.dtype=float32 is several times as fast" in capsys.readouterr().err
+        assert told is (dtype == "bfloat16")
 
 
 def test_what_was_checked_is_told(found: list[dict[str, Any]]) -> None:

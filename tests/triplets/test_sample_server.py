@@ -315,6 +315,11 @@ def test_report_counts_what_came(contexts) -> None:
     assert isinstance(report, SampleReport) and "60 of them now" in str(report)
 
 
+def test_a_server_decides_its_dtype_itself(contexts) -> None:
+    with pytest.raises(UserError, match="--dtype float32: has no effect with --server; leave it out"):
+        settings(contexts, "http://localhost:1/v1", dtype="float32")
+
+
 def test_a_server_that_is_no_url_is_told(contexts) -> None:
     for url in ("http://[:::1", "http://"):
         with pytest.raises(UserError, match="is no URL"):

@@ -3,14 +3,19 @@
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_solopo import cpu_features
 from megatron_solopo.data.tokenizer import load_tokenizer
 from megatron_solopo.errors import UserError
+from megatron_solopo.generate import transformers
 from megatron_solopo.generate.journal import read_offsets
+from megatron_solopo.generate.transformers import load_transformers_model
 from megatron_solopo.triplets.sample import sample
 from megatron_solopo.triplets.settings import SampleSettings
 from tests.triplets.context_files import context, write_lines
@@ -68,6 +73,26 @@ def test_the_distribution_is_the_models_at_the_temperature(model, tmp_path) -> N
         error = 4 * (share * (1 - share) / 4000) ** 0.5
         text = tokenizer.decode([token]) if token != tokenizer.eos_token_id else ""
         assert abs(counted[text] / 4000 - share) < error, (text, share, counted[text])
+
+
+def test_the_dtype_is_the_one_asked_for(model, tmp_path, monkeypatch, capsys) -> None:
+    """Answers of another dtype are not put behind the first ones."""
+    loaded = []
+
+    def load(path: Path, dtype: str) -> Any:
+        loaded.append(load_transformers_model(path, dtype))
+        return loaded[-1]
+
+    monkeypatch.setattr(transformers, "load_transformers_model", load)
+    monkeypatch.setattr(cpu_features, "has_bfloat16_kernels", lambda: False)
+    for dtype, found in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        (tmp_path / dtype).mkdir()
+        run(model, tmp_path / dtype, [context(0)], dtype=dtype)
+        assert loaded[-1].dtype is found
+        is_told = "--dtype float32 is several times as fast" in capsys.readouterr().err
+        assert is_told is (found is torch.bfloat16 and not torch.cuda.is_available())
+    with pytest.raises(UserError, match="was begun with dtype bfloat16, not without"):
+        run(model, tmp_path / "bfloat16", [context(0)])
 
 
 def test_an_end_token_ends_a_response_and_is_not_in_it(model, tmp_path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.results.long_context import read_long_context
 from smollm2.plan import DEV, NEEDLES, Run, Sizes, test_part
-from smollm2.steps import DTYPE, build_contexts, command, first_lines
+from smollm2.steps import build_contexts, command, dtype, first_lines
 from smollm2.training import model_directory
 
 
@@ -26,7 +26,8 @@ def contexts_of(work: Path, sizes: Sizes, part: str) -> Path:
 
 def measure(work: Path, sizes: Sizes, run: Run, part: str) -> dict[str, Any]:
     """Score of every question by its id, for each task of the part; and the time."""
-    output = work / "evaluation" / run.name / f"{part}.json"
+    # Answers cannot go on in another dtype.
+    output = work / "evaluation" / f"{run.name}-{dtype()}" / f"{part}.json"
     asked: list[object]
     if part == NEEDLES:
         asked = ["--tasks", "needle_single", "--samples", sizes.needle_samples]
@@ -36,7 +37,7 @@ def measure(work: Path, sizes: Sizes, run: Run, part: str) -> dict[str, Any]:
         asked = ["--contexts", contexts_of(work, sizes, part), "--side", side]
     command(
         *("evaluate", "long-context", "--model", model_directory(work, run), "--output", output, *asked),
-        *("--dtype", DTYPE, "--backend", "transformers"),
+        *("--dtype", dtype(), "--backend", "transformers"),
         log=work / "logs" / f"{run.name}.{part}.log",
     )
     return read_scores(output)
@@ -55,7 +56,7 @@ def read_scores(output: Path) -> dict[str, Any]:
         }
         for row in read_jsonl(output.with_suffix(".predictions.jsonl"))
     ]
-    return {"answers": answers, "dtype": DTYPE, "seconds": round(results.seconds, 1)}
+    return {"answers": answers, "dtype": results.settings["dtype"], "seconds": round(results.seconds, 1)}
 
 
 def asks_short(sizes: Sizes, part: str) -> bool:

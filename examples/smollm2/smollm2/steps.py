@@ -7,15 +7,18 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from megatron_solopo.cpu_features import has_fast_bfloat16
+from megatron_solopo.cpu_features import has_bfloat16_kernels
 from megatron_solopo.errors import UserError
 
 HERE = Path(__file__).resolve().parents[1]
 PROMPT = HERE / "prompt.jinja"
-DTYPE = "bfloat16" if has_fast_bfloat16() else "float32"
-"""Of training and answers: the faster one on this machine."""
 TASK_ANSWER_TOKENS = 64
 """Room for an answer to a question."""
+
+
+def dtype() -> str:
+    """Of training and answers: bfloat16 where torch has kernels for it, else float32."""
+    return "bfloat16" if has_bfloat16_kernels() else "float32"
 
 
 def command(*words: object, log: Path | None = None, **variables: str) -> None:

@@ -24,7 +24,7 @@ LENGTHS = FULL.lengths
 PARTS = {length: test_part(length) for length in LENGTHS}
 NOTHING = "-"
 FLOAT32_MARK = "*"
-"""Behind what was computed in float32; the rest is in bfloat16."""
+"""Behind what was trained or answered in float32; the rest is in bfloat16."""
 FIRST_WORDS = 20
 """About as many as the base model answers with."""
 NUM_EXAMPLES = 8
@@ -97,7 +97,9 @@ def accuracy(found: Sequence[Result], part: str, scores_of: Scores = Result.scor
 
 
 def _mark(found: Sequence[Result], part: str) -> str:
-    return FLOAT32_MARK if any(each.found.get(part, {}).get("dtype") == "float32" for each in found) else ""
+    answered = [each for each in found if part in each.found]
+    used = {each.found.get(name, {}).get("dtype") for each in answered for name in (TRAINING, part)}
+    return FLOAT32_MARK if "float32" in used else ""
 
 
 def cell(value: MeanWithInterval | None) -> str:
@@ -175,17 +177,15 @@ def _difference(results: Sequence[Result], first: Run, second: Run, part: str, s
     """Over the seeds that answered the part in both; the base has none."""
     found = {run: [each for each in seeds_of(results, run) if part in each.found] for run in (first, second)}
     seeds = set.intersection(*({each.run.seed for each in found[run]} for run in found if run.method != BASE))
-    one, other = (
-        mean_by_question(
-            [each for each in of_run if each.run.method == BASE or each.run.seed in seeds], part, scores_of
-        )
-        for of_run in found.values()
-    )
+    compared = [
+        [each for each in of_run if each.run.method == BASE or each.run.seed in seeds] for of_run in found.values()
+    ]
+    one, other = (mean_by_question(of_run, part, scores_of) for of_run in compared)
     common = sorted(one.keys() & other.keys())
     if len(common) < 2:
         return NOTHING
     mean = mean_measure(np.array([100 * (one[question] - other[question]) for question in common]))
-    mark = _mark([each for of_run in found.values() for each in of_run], part)
+    mark = _mark([each for of_run in compared for each in of_run], part)
     return f"{mean.mean:+.0f} [{mean.low:+.0f}, {mean.high:+.0f}]{mark}"
 
 
@@ -200,7 +200,7 @@ def costs(results: Sequence[Result]) -> str:
                 first = found[0]
                 yield [
                     name_of(run),
-                    first["dtype"],
+                    ", ".join(sorted({each["dtype"] for each in found})),
                     str(first["triplets"]),
                     f"{np.mean([each['tokens'] for each in found]):,.0f}",
                     f"{np.mean([each['flops'] for each in found]) / 1e12:.1f}",

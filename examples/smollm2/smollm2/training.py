@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_solopo.files import read_jsonl, remove
 from smollm2.plan import BASE, Run, Sizes
-from smollm2.steps import DTYPE, HERE, command
+from smollm2.steps import HERE, command, dtype
 
 TRAINING = "training"
 """Where a file of results holds what `train_run` returns."""
@@ -35,12 +35,13 @@ def model_directory(work: Path, run: Run) -> Path:
 
 def train_run(work: Path, run: Run, sizes: Sizes) -> dict[str, Any]:
     """Train and export; returns tokens, FLOPs, time and curves. The checkpoint is removed, the metrics stay."""
-    run_dir, log = work / "runs" / run.name, work / "logs" / f"{run.name}.train.log"
+    # A run cannot go on in another dtype.
+    run_dir, log = work / "runs" / f"{run.name}-{dtype()}", work / "logs" / f"{run.name}.train.log"
     if not (run_dir / "checkpoints").is_dir():
         remove(run_dir)  # what a finished or an early stopped training left
     command(
         *("train", "--config", HERE / "config.yaml", f"run_dir={run_dir}", f"model.path={work / 'model'}"),
-        *(f"data.path={work / 'prepared' / run.triplets}", f"model.dtype={DTYPE}", *run.overrides(sizes)),
+        *(f"data.path={work / 'prepared' / run.triplets}", f"model.dtype={dtype()}", *run.overrides(sizes)),
         log=log,
         **(RETURNING_MEMORY if run.step_factor > 1 else {}),
     )
@@ -55,7 +56,7 @@ def train_run(work: Path, run: Run, sizes: Sizes) -> dict[str, Any]:
     remove(run_dir / "checkpoints")
     return {
         "rate": run.rate,
-        "dtype": DTYPE,
+        "dtype": dtype(),
         "steps": len(steps),
         "triplets": len(steps) * sizes.batch,
         "tokens": sum(step["num_tokens"] for step in steps),
