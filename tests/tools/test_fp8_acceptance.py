@@ -31,7 +31,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"path": str(make_model(folder / "model", "qwen3"))},
         "data": {"path": str(make_prepared(folder / "prepared", rows=20, eval_count=0, seed=0))},
         "training": {"global_batch_size": 4},
-        "optimizer": {"lr": 1e-4},
+        # After larger steps the losses of a tiny model depend on the processor's rounding.
+        "optimizer": {"lr": 3e-5},
     }
     values["data"]["max_tokens_per_pack"] = 400
     path = folder / "config.yaml"
@@ -84,7 +85,8 @@ def test_both_runs_are_told_step_by_step(done) -> None:
     for curve in ("losses", "gaps", "grad_norms", "seconds"):
         assert len(baseline[curve]) == len(candidate[curve]) == STEPS
     assert baseline["losses"][0] == pytest.approx(0.693147, abs=1e-5)
-    assert baseline["losses"] == pytest.approx(candidate["losses"], rel=0.05) and baseline != candidate
+    assert candidate["losses"] == pytest.approx(baseline["losses"], rel=0.05)
+    assert candidate["losses"][1:] != baseline["losses"][1:]
 
 
 @pytest.mark.parametrize(
