@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,7 +14,8 @@ def has_bfloat16_kernels() -> bool:
     """
     import torch
 
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    mkldnn: Any = torch.backends.mkldnn
+    return mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def warn_about_slow_bfloat16(remedy: str) -> None:
