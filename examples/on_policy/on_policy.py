@@ -164,7 +164,8 @@ def _by_name(record: dict[str, Any]) -> dict[str, Any]:
     name = "command"
     for word in record["command"]:
         if word.startswith("--"):
-            name, found[word] = word, True  # until its value follows
+            name = word
+            found.setdefault(word, True)  # until its value follows; an option may stand twice
         else:
             found[name] = word if found.get(name, True) is True else f"{found[name]} {word}"
     return found | dict(dotted(record.get("config", {})))
@@ -173,8 +174,8 @@ def _by_name(record: dict[str, Any]) -> dict[str, Any]:
 def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """What differs between two records by names."""
     for name in dict.fromkeys([*now, *was]):
-        before, after = (as_override(each[name]) if name in each else "not set" for each in (was, now))
-        if before != after:
+        if name not in was or name not in now or was[name] != now[name]:
+            before, after = (as_override(each[name]) if name in each else "not set" for each in (was, now))
             yield f"{name}={after} (it was {before})"
 
 
