@@ -1,10 +1,29 @@
-"""What the CPU of this machine can do."""
+"""Whether this process computes on the CPU, and what the CPU of this machine can do."""
 
 import os
 import sys
 from typing import Any
 
 from tqdm import tqdm
+
+from megatron_solopo.errors import UserError
+
+DEVICE_VARIABLE = "MEGATRON_SOLOPO_DEVICE"
+
+
+def is_cpu() -> bool:
+    """Whether this process computes on the CPU: CUDA is absent, or the user asked for the CPU.
+
+    Raises UserError if MEGATRON_SOLOPO_DEVICE is neither cpu nor cuda nor empty, or is cuda without CUDA.
+    """
+    import torch
+
+    wanted = os.environ.get(DEVICE_VARIABLE, "")
+    if wanted not in ("", "cpu", "cuda"):
+        raise UserError(f"{DEVICE_VARIABLE}={wanted!r}: expected cpu or cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{DEVICE_VARIABLE}=cuda, but torch {torch.__version__} finds no CUDA device; unset it")
+    return wanted == "cpu" or not torch.cuda.is_available()
 
 
 def has_bfloat16_kernels() -> bool:

@@ -206,6 +206,13 @@ def test_results_of_a_part_of_a_group_are_refused_by_name(tmp_path: Path) -> Non
         make_results.make_results(tmp_path)
 
 
+def test_ruler_without_a_sample_of_any_length_is_refused(tmp_path: Path) -> None:
+    scores = {task: {"4096,none": -1, "4096_stderr,none": 0.7} for task in make_results.RULER_QA_TASKS}
+    write_results(tmp_path / "qwen2.5-7b" / "base", {"ruler": scores})
+    with pytest.raises(SystemExit, match="base/ruler: the results have no 'score of any length in ruler_qa_squad and"):
+        make_results.make_results(tmp_path)
+
+
 # In the place of every program that run.sh starts: keeps what it was called with, and writes what the next one reads.
 PROGRAM = """#!{python}
 import json, os, sys

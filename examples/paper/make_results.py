@@ -38,13 +38,18 @@ def longbench_qa(scores: Scores) -> float:
 
 
 def ruler_qa(scores: Scores) -> float:
-    """Mean over RULER's two question answering tasks and over all lengths that were asked."""
+    """Mean over RULER's two question answering tasks and over all lengths that were asked.
+
+    Raises KeyError if no length has a score.
+    """
     found = [
         value
         for task in RULER_QA_TASKS
         for name, value in scores[task].items()
         if name.removesuffix(",none").isdecimal() and value != -1  # -1: no sample has this length
     ]
+    if not found:
+        raise KeyError(f"score of any length in {' and '.join(RULER_QA_TASKS)}")
     return mean(found)
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from megatron_solopo.architecture.model_directory import has_tokenizer
 from megatron_solopo.command_settings import flag
 from megatron_solopo.config import ParallelConfig
+from megatron_solopo.cpu_features import is_cpu
 from megatron_solopo.data.model_fit import same_tokens
 from megatron_solopo.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_solopo.errors import UserError
@@ -35,7 +36,6 @@ from megatron_solopo.generate.journal import Journal, read_header, read_refusals
 from megatron_solopo.generate.model import Answer, Model, Request
 from megatron_solopo.generate.refusals import Refusals
 from megatron_solopo.parallel.agreement import on_rank_0
-from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.progress import bar_style
 from megatron_solopo.results.long_context import LongContextResults, read_long_context
 

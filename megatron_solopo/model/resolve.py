@@ -11,8 +11,8 @@ from megatron_solopo.architecture.gpus import FP8_QUESTIONS
 from megatron_solopo.architecture.huggingface_config import Architecture, read_architecture
 from megatron_solopo.architecture.layout import check_exchange_by_heads, check_fp8, check_layout
 from megatron_solopo.config import Config, FP8Recipe, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.cpu_features import is_cpu
 from megatron_solopo.errors import UserError
-from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.megatron_internals import (
     FP8_PARAMETERS_SINCE,
     LOWER_RIGHT_MASK,

@@ -19,9 +19,8 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 from torch.utils._device import _device_constructors
 
-from megatron_solopo.errors import UserError
+from megatron_solopo.cpu_features import is_cpu
 
-DEVICE_VARIABLE = "MEGATRON_SOLOPO_DEVICE"
 _CPU = torch.device("cpu")
 # fmt: off
 _FACTORIES = (
@@ -30,19 +29,6 @@ _FACTORIES = (
 )
 # fmt: on
 _adapted = False
-
-
-def is_cpu() -> bool:
-    """Whether this process computes on the CPU: CUDA is absent, or the user asked for the CPU.
-
-    Raises UserError if MEGATRON_SOLOPO_DEVICE is neither cpu nor cuda nor empty, or is cuda without CUDA.
-    """
-    wanted = os.environ.get(DEVICE_VARIABLE, "")
-    if wanted not in ("", "cpu", "cuda"):
-        raise UserError(f"{DEVICE_VARIABLE}={wanted!r}: expected cpu or cuda")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{DEVICE_VARIABLE}=cuda, but torch {torch.__version__} finds no CUDA device; unset it")
-    return wanted == "cpu" or not torch.cuda.is_available()
 
 
 def adapt_if_needed() -> None:

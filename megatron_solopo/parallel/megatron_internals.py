@@ -52,7 +52,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_solopo.architecture.pipeline_schedule import receiving_order
-from megatron_solopo.parallel.cpu import is_cpu
+from megatron_solopo.cpu_features import is_cpu
 
 # --- the model ---
 

@@ -22,9 +22,9 @@ from megatron_solopo.architecture.layout import (
     wanted_packs,
 )
 from megatron_solopo.config import ModelConfig, ParallelConfig
+from megatron_solopo.cpu_features import is_cpu
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted
-from megatron_solopo.parallel import cpu
 
 # At most this many gloo groups on CPUs are as large as the world, if all of it is data parallel. Beside NCCL there are
 # none.
@@ -125,7 +125,7 @@ def prepare_device(config: ParallelConfig) -> torch.device:
 
     Raises UserError if this host has too few devices.
     """
-    if cpu.is_cpu():
+    if is_cpu():
         return torch.device("cpu")
     _prepare_cuda(config)
     index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -168,7 +168,7 @@ def current() -> Topology:
     """
     if not parallel_state.model_parallel_is_initialized():
         raise UserError("no process groups yet: call megatron.core's initialize_model_parallel first")
-    device = torch.device("cpu") if cpu.is_cpu() else torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cpu") if is_cpu() else torch.device("cuda", torch.cuda.current_device())
     chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
     return _of_existing_groups(device, chunks, owns_world=False)
 

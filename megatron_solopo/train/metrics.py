@@ -20,10 +20,10 @@ from megatron_solopo.architecture.flops import forward_flops
 from megatron_solopo.architecture.gpus import bf16_peak
 from megatron_solopo.architecture.huggingface_config import Architecture
 from megatron_solopo.config import LoggingConfig
+from megatron_solopo.cpu_features import is_cpu
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import OutOfSpaceError, UserError, is_out_of_space
 from megatron_solopo.files import atomic_path, read_jsonl
-from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.run_directory import SOURCE_METRIC
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE

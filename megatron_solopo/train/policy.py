@@ -23,6 +23,7 @@ from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.checkpoint.mapping import ReadTensor
 from megatron_solopo.checkpoint.peft_directory import PeftDirectory
 from megatron_solopo.config import Config, LoRAConfig, MoEConfig, OptimizerConfig, ParallelConfig
+from megatron_solopo.cpu_features import is_cpu
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import UserError
 from megatron_solopo.model.build import build_model
@@ -31,7 +32,6 @@ from megatron_solopo.model.layers import layers_and_routers
 from megatron_solopo.model.microbatch import Microbatch
 from megatron_solopo.model.resolve import ResolvedModel
 from megatron_solopo.model.routing import RouterWatch
-from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.megatron_internals import (
     begin_gathering_ahead,
     forget_largest_values,

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_solopo.config import ProfileConfig
+from megatron_solopo.cpu_features import is_cpu
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import atomic_path
-from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.train.callbacks import Callback
 from megatron_solopo.train.state import Metrics
 

@@ -18,14 +18,13 @@ from megatron_solopo.architecture.adapters import check_adapters
 from megatron_solopo.architecture.layout import check_training
 from megatron_solopo.checkpoint.load import check_weights
 from megatron_solopo.config import Config, check_not_by_hand
-from megatron_solopo.cpu_features import warn_about_slow_bfloat16
+from megatron_solopo.cpu_features import is_cpu, warn_about_slow_bfloat16
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import check_writable
 from megatron_solopo.model.resolve import ResolvedModel, check_attention, check_precision, resolve_model
 from megatron_solopo.parallel import topology as process_groups
 from megatron_solopo.parallel.agreement import on_every_rank, on_rank_0
-from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import check_offload
 from megatron_solopo.train.preflight import check_same_start, start_facts

@@ -188,12 +188,13 @@ def _load(settings: SampleSettings) -> Model:
         )
     import torch
 
+    from megatron_solopo.cpu_features import is_cpu
     from megatron_solopo.data.rendering import check_arguments
     from megatron_solopo.data.template_effects import warn_about_clock
     from megatron_solopo.data.tokenizer import load_tokenizer
     from megatron_solopo.generate.transformers import TransformersModel
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu" if is_cpu() else "cuda")
     tokenizer = load_tokenizer(settings.model)
     arguments = TemplateArguments(settings.chat_template_kwargs)
     template: Template = "plain" if tokenizer.chat_template is None else "chat"

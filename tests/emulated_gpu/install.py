@@ -25,11 +25,12 @@ def install() -> None:
 
     common.load_framework_extension = load
     wanted = os.environ.pop("MEGATRON_SOLOPO_DEVICE", None)
+    from megatron_solopo.cpu_features import DEVICE_VARIABLE
     from megatron_solopo.parallel import cpu
 
     cpu.adapt_if_needed()
     if wanted is not None:
-        os.environ[cpu.DEVICE_VARIABLE] = wanted  # for this process' children
+        os.environ[DEVICE_VARIABLE] = wanted  # for this process' children
     device.emulate_gpu()
     device.gather_one_by_one()
     device.let_gloo_be_nccl()

@@ -15,7 +15,6 @@ from megatron_solopo.evaluate.long_context import evaluate_long_context
 from megatron_solopo.evaluate.scores import render
 from megatron_solopo.evaluation_settings import LongContextSettings
 from megatron_solopo.generate.scoring import SCORERS
-from megatron_solopo.parallel import cpu
 from megatron_solopo.results.long_context import SkippedSamples, read_long_context
 from tests.evaluate.evaluation_models import CHECKPOINT, MAX_POSITIONS, make_model, make_run
 from tests.generate.completion_server import completion_server
@@ -168,7 +167,7 @@ def test_the_export_gives_the_same_predictions_by_transformers(models, of_run, t
     assert ours == theirs and len({row["prediction"] for row in ours.values()}) > 1
 
 
-@pytest.mark.skipif(not cpu.is_cpu(), reason="GPUs compute fast in bfloat16")
+@pytest.mark.skipif(not cpu_features.is_cpu(), reason="GPUs compute fast in bfloat16")
 @pytest.mark.parametrize("backend", ["megatron", "transformers"])
 def test_slow_bfloat16_is_told(
     models, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str

@@ -21,8 +21,8 @@ from typing import Any
 from unittest import mock
 
 from megatron_solopo.config import Config, parse_config
+from megatron_solopo.cpu_features import is_cpu
 from megatron_solopo.files import read_jsonl
-from megatron_solopo.parallel.cpu import is_cpu
 from tests.tiny_models import FAMILIES
 
 STEPS, BATCH = 4, 4

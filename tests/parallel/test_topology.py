@@ -147,12 +147,12 @@ def test_cuda_does_not_start_before_its_settings(monkeypatch) -> None:
     asked = []
     monkeypatch.delenv("MEGATRON_SOLOPO_DEVICE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append(torch.cuda._nvml_based_avail()))
-    topology.cpu.is_cpu()
+    topology.is_cpu()
     assert asked == [True]
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch) -> None:
-    monkeypatch.setattr(topology.cpu, "is_cpu", lambda: False)
+    monkeypatch.setattr(topology, "is_cpu", lambda: False)
     monkeypatch.setattr(topology.os, "environ", {"LOCAL_RANK": "1"})  # where CUDA is adapted, there is one device
     with pytest.raises(UserError, match="LOCAL_RANK=1: this process sees 1 CUDA device"):
         topology.prepare_device(ParallelConfig())

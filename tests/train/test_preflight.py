@@ -13,11 +13,11 @@ import torch.distributed as dist
 from megatron_solopo import cpu_features
 from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.config import Config, ObjectiveConfig
+from megatron_solopo.cpu_features import is_cpu
 from megatron_solopo.data.loader import TripletDataset
 from megatron_solopo.data.prepared import load_prepared
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import described_bytes
-from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.plan.disk import checkpoint_bytes
 from megatron_solopo.train import preflight as preflight_module
 from megatron_solopo.train import trainer as trainer_module

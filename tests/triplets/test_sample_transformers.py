@@ -95,6 +95,13 @@ def test_the_dtype_is_the_one_asked_for(model, tmp_path, monkeypatch, capsys) ->
         run(model, tmp_path / "bfloat16", [context(0)])
 
 
+def test_the_user_may_ask_for_the_cpu_beside_a_gpu(model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MEGATRON_SOLOPO_DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    drawn = run(model, tmp_path, [context(0)])
+    assert len(drawn) == 3
+
+
 def test_an_end_token_ends_a_response_and_is_not_in_it(model, tmp_path) -> None:
     tokenizer = load_tokenizer(model)
     # Without the last norm's weights every logit is 0: a draw from 4,096 equal tokens, 100 of which are ends.

@@ -18,13 +18,13 @@ from megatron_solopo.checkpoint.adapters import add_adapters
 from megatron_solopo.checkpoint.load import global_parameters
 from megatron_solopo.checkpoint.mapping import Index, ReadTensor, huggingface_shapes, rules, to_megatron
 from megatron_solopo.config import Config, LoRAConfig, ObjectiveConfig, parse_config
+from megatron_solopo.cpu_features import is_cpu
 from megatron_solopo.data.packing import Pack, build_pack
 from megatron_solopo.model.build import build_model
 from megatron_solopo.model.head import ResponseModel
 from megatron_solopo.model.resolve import ResolvedModel, check_precision, resolve_model
 from megatron_solopo.objective import metric_names
 from megatron_solopo.parallel import topology as process_groups
-from megatron_solopo.parallel.cpu import is_cpu
 from megatron_solopo.parallel.megatron_internals import assign, gradient_buffers, optimizer_parts
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.train.policy import Policy, build_optimizer, build_scheduler, wrap_data_parallel
