@@ -279,9 +279,17 @@ class TestCommands:
         answer = {"length": 400, "id": "a.short:q", "tokens": 9, "score": 1.0, "answer": "x"}
         assert measuring.read_scores(tmp_path / "a.json") == {"answers": [answer], "dtype": "bfloat16", "seconds": 1.2}
 
-    @pytest.mark.parametrize(("step_factor", "threshold"), [(1, None), (4, "4194304")])
-    def test_a_longer_training_returns_the_memory_that_it_frees(
-        self, step_factor: int, threshold: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("settings", "threshold"),
+        [
+            ({}, None),
+            ({"step_factor": 4}, "4194304"),
+            ({"long_tokens": 2048}, None),
+            ({"long_tokens": 4096}, "4194304"),
+        ],
+    )
+    def test_a_training_with_much_memory_returns_what_it_frees(
+        self, settings: dict[str, Any], threshold: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         found = []
 
@@ -292,7 +300,7 @@ class TestCommands:
         monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
         monkeypatch.setattr(steps.subprocess, "run", train)
         with pytest.raises(UserError):
-            training.train_run(tmp_path, Run("solopo", step_factor=step_factor), QUICK)
+            training.train_run(tmp_path, Run("solopo", **settings), QUICK)
         assert found == [threshold]
 
     def test_a_failed_command_names_its_log(self, tmp_path: Path) -> None:

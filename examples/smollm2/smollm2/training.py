@@ -25,12 +25,18 @@ RETURNING_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
 """glibc returns blocks of 4 MiB and more as soon as they are freed.
 
 Otherwise it keeps them, and the next packs need other sizes. A training grew from 8.2 to 12.8 GiB in 48 steps,
-and two of them did not fit in 24 GB. A step takes about a fourth longer."""
+and two of them did not fit in 24 GB. One with long contexts of 4,096 tokens had 11.8 GB in its third step. A step takes
+about a fourth longer."""
 
 
 def model_directory(work: Path, run: Run) -> Path:
     """The Hugging Face directory of what a run trained."""
     return work / "model" if run.method == BASE else work / "exported" / run.name
+
+
+def takes_much_memory(run: Run) -> bool:
+    """Whether two such trainings do not fit in 24 GB as glibc keeps memory."""
+    return run.step_factor > 1 or (run.long_tokens or 0) > 2048
 
 
 def train_run(work: Path, run: Run, sizes: Sizes) -> dict[str, Any]:
@@ -43,7 +49,7 @@ def train_run(work: Path, run: Run, sizes: Sizes) -> dict[str, Any]:
         *("train", "--config", HERE / "config.yaml", f"run_dir={run_dir}", f"model.path={work / 'model'}"),
         *(f"data.path={work / 'prepared' / run.triplets}", f"model.dtype={dtype()}", *run.overrides(sizes)),
         log=log,
-        **(RETURNING_MEMORY if run.step_factor > 1 else {}),
+        **(RETURNING_MEMORY if takes_much_memory(run) else {}),
     )
     exported, checkpoint = model_directory(work, run), run_dir / "checkpoints" / f"iter_{run.steps(sizes):07}"
     remove(exported)
