@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import megatron_solopo.parallel  # noqa: F401  (adapts torch.cuda before megatron is imported)
 from megatron_solopo.config import Config, parse_config
 from megatron_solopo.cpu_features import is_cpu
 from megatron_solopo.files import read_jsonl
