@@ -1,4 +1,4 @@
-"""What this CPU can do is found out, and told where it matters."""
+"""The device is the one asked for. What this CPU can do is found out, and told where it matters."""
 
 from pathlib import Path
 

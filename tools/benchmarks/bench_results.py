@@ -11,19 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
+from megatron_solopo.cpu_features import is_cpu
 from megatron_solopo.files import write_json
 from tools.benchmarks.bench_case import LONG_PO, OK, TRL, Plan
 from tools.benchmarks.bench_report import Row, agreement, complete, ratios
 
 warnings.filterwarnings("ignore", module=r"megatron\.core")  # of what is not installed here
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def on_gpu() -> bool:
-    """Whether the processes will compute on a GPU; takes no memory of it."""
-    return os.environ.get("MEGATRON_SOLOPO_DEVICE") != "cpu" and torch.cuda.is_available()
 
 
 def worker_environment() -> dict[str, str]:
@@ -40,7 +35,7 @@ def worker_environment() -> dict[str, str]:
     }
     # torch 2.13 reads PYTORCH_ALLOC_CONF only without the older name.
     allocator = {} if "PYTORCH_ALLOC_CONF" in values else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    hidden = {} if on_gpu() else {"CUDA_VISIBLE_DEVICES": ""}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if is_cpu() else {}
     return defaults | allocator | values | hidden
 
 

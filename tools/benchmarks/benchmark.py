@@ -32,10 +32,11 @@ import torch
 import yaml
 
 from megatron_solopo.config import load_config
+from megatron_solopo.cpu_features import is_cpu
 from megatron_solopo.errors import UserError
 from tools.benchmarks.bench_case import LONG_PO, OURS, SHAPES, SOLOPO, SYSTEMS, TRL, Plan, model_config
 from tools.benchmarks.bench_report import Row, markdown, plot
-from tools.benchmarks.bench_results import ROOT, Results, measure_alone, on_gpu, run_worker, step_size
+from tools.benchmarks.bench_results import ROOT, Results, measure_alone, run_worker, step_size
 from tools.reporting import environment
 
 _PACKAGES = (
@@ -55,7 +56,7 @@ def training_values(model_path: Path, triplets: int, tokens: int) -> dict[str, A
     """The training configuration before overrides; no data and no run directory are ever touched."""
     return {
         "run_dir": str(model_path / "unused"),
-        "model": {"path": str(model_path), "dtype": "bfloat16" if on_gpu() else "float32"},
+        "model": {"path": str(model_path), "dtype": "float32" if is_cpu() else "bfloat16"},
         "data": {"path": str(model_path / "unused"), "max_tokens_per_pack": tokens},
         "training": {"global_batch_size": triplets, "max_steps": 1},
         "optimizer": {"lr": 1e-12, "lr_decay_style": "constant"},
@@ -113,7 +114,7 @@ def check(systems: Sequence[str], short: int, long: Sequence[int], response: int
 
 def device_facts() -> dict[str, Any]:
     """GPU, driver and CUDA, asked of nvidia-smi so that this process takes no memory of the device."""
-    if not on_gpu():
+    if is_cpu():
         return {"device": "cpu"}
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader", "--id=0"]
     try:

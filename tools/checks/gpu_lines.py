@@ -27,7 +27,7 @@ _KEPT = Path(__file__).with_suffix(".yaml")
 _ANYWHERE = ("config", "plan", "architecture")
 # By source: what each is on a CPU.
 _ON_CPU = {
-    **dict.fromkeys(("is_cpu()", "cpu.is_cpu()"), True),
+    "is_cpu()": True,
     **dict.fromkeys(("self._is_cuda", "is_fp8", "fuses", "HAVE_TE", "has_transformer_engine()"), False),
     **dict.fromkeys(("torch.version.cuda", "torch.cuda.is_available()"), False),
 }

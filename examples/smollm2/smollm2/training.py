@@ -25,8 +25,8 @@ RETURNING_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
 """glibc returns blocks of 4 MiB and more as soon as they are freed.
 
 Otherwise it keeps them, and the next packs need other sizes. A training grew from 8.2 to 12.8 GiB in 48 steps,
-and two of them did not fit in 24 GB. One with long contexts of 4,096 tokens had 11.8 GB in its third step. A step takes
-about a fourth longer."""
+and two of them did not fit in 24 GB. One with long contexts of 4,096 tokens took 12.0 GiB. A step takes about a fourth
+longer."""
 
 
 def model_directory(work: Path, run: Run) -> Path:
