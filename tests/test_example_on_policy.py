@@ -32,6 +32,7 @@ from tied_process import have_ended, runs, tied_process  # noqa: E402
 from megatron_solopo.cli.main import cli  # noqa: E402
 from megatron_solopo.config import parse_config  # noqa: E402
 from megatron_solopo.errors import UserError  # noqa: E402
+from megatron_solopo.files import sha256_file  # noqa: E402
 from megatron_solopo.results.long_context import read_long_context  # noqa: E402
 from miniature import base, pairs  # noqa: E402
 from tests.generate.completion_server import completion_server  # noqa: E402
@@ -97,6 +98,7 @@ def test_two_rounds_go_on_after_a_kill_and_tell_where_their_data_is_from(inputs:
     records = [read(folder / "round.json") for folder in (first, second)]
     assert [each["policy"] for each in records] == [str(inputs / "base"), str(first / "model")]
     assert len({each["policy_weights"] for each in records}) == 2
+    assert [each["contexts_sha256"] for each in records] == [sha256_file(inputs / "contexts.jsonl")] * 2
     for number, each in enumerate(records, start=1):
         assert list(each["steps"]) == ["sample", "select", "prepare", "train", "export"]
         asked = each["steps"]["sample"]["command"]
@@ -395,10 +397,29 @@ def test_a_round_knows_its_model_before_any_answer(tmp_path, monkeypatch) -> Non
     """A server does not tell whose answers it gives: a killed round must not go on with another model."""
     weights = {Path("a"): "1", Path("b"): "2"}
     monkeypatch.setattr(on_policy, "weights_fingerprint", weights.__getitem__)
-    on_policy.Round(1, tmp_path, Path("a")).check_policy()
-    on_policy.Round(1, tmp_path, Path("a")).check_policy()
+    on_policy.Round(1, tmp_path, Path("a")).check_inputs({})
+    on_policy.Round(1, tmp_path, Path("a")).check_inputs({})
     with pytest.raises(click.ClickException, match=r"other weights \(of a\) than b has now"):
-        on_policy.Round(1, tmp_path, Path("b")).check_policy()
+        on_policy.Round(1, tmp_path, Path("b")).check_inputs({})
+
+
+@pytest.mark.parametrize(("key", "number"), [("contexts", 1), ("evaluate.contexts", 0)])
+def test_other_rows_under_the_same_name_are_refused(inputs: Path, tmp_path, key: str, number: int) -> None:
+    """Rounds on different rows are not to be compared, and nothing else in the settings tells them apart."""
+    rows = tmp_path / "rows.jsonl"
+    text = (inputs / "contexts.jsonl").read_text()
+    settings = on_policy.read_settings(inputs / "loop.yaml", (f"work={tmp_path / 'work'}", f"{key}={rows}"))
+
+    def check() -> None:
+        each, _ = list(on_policy.make_rounds(settings))[number]
+        each.check_inputs(on_policy.input_files(settings, each))
+
+    rows.write_text(text)
+    check()
+    check()
+    rows.write_text(text.replace("a", "b"))
+    with pytest.raises(click.ClickException, match=f"began with other rows in {key}={rows}; restore them"):
+        check()
 
 
 def test_the_table_of_the_results_comes_from_the_rounds() -> None:

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from megatron_solopo.checkpoint.fingerprint import weights_fingerprint
 from megatron_solopo.cli.main import cli
 from megatron_solopo.config.load import as_override, dotted, parse_config, read_values
 from megatron_solopo.errors import UserError, describe_problem
-from megatron_solopo.files import atomic_path, remove
+from megatron_solopo.files import atomic_path, remove, sha256_file
 from megatron_solopo.results.long_context import read_long_context
 from megatron_solopo.run_directory import find_subject
 
@@ -137,15 +137,20 @@ class Round:
             )
         return found is not None and step.output.exists()
 
-    def check_policy(self) -> None:
-        """Record the fingerprint of the model that answers. An error if it is another one than before."""
-        found = weights_fingerprint(self.policy)
-        if self.record.setdefault("policy_weights", found) != found:
-            raise click.ClickException(
-                f"{self.folder / RECORD}: the round began with other weights (of {self.record['policy']}) than "
-                f"{self.policy} has now; choose another `work`, or remove {self.folder} and all later rounds"
-            )
+    def check_inputs(self, files: Mapping[str, Path]) -> None:
+        """Record fingerprints of the model that answers and of files, by their keys. An error if one has changed."""
+        began = f"began with other weights (of {self.record['policy']}) than {self.policy} has now"
+        self._check_same("policy_weights", weights_fingerprint(self.policy), began)
+        for key, path in files.items():
+            self._check_same(f"{key}_sha256", sha256_file(path), f"began with other rows in {key}={path}")
         self._write()  # before any answer, because a server does not tell whose answers it gives
+
+    def _check_same(self, key: str, found: str, problem: str) -> None:
+        if self.record.setdefault(key, found) != found:
+            raise click.ClickException(
+                f"{self.folder / RECORD}: the round {problem}; restore them, choose another `work`, or remove "
+                f"{self.folder} and all later rounds"
+            )
 
     def keep(self, step: Step, seconds: float) -> None:
         """Record that the step has been carried out."""
@@ -256,6 +261,13 @@ def _evaluation(settings: Settings, each: Round, model: Path) -> Step:
     return Step("evaluate", ["megatron-solopo", "evaluate", "long-context", *arguments], output)
 
 
+def input_files(settings: Settings, each: Round) -> dict[str, Path]:
+    """Files of rows that a round reads, by their keys. Round 0 only evaluates."""
+    files = {} if each.number == 0 else {"contexts": settings.contexts}
+    asked = settings.evaluate.named().get("contexts") if settings.evaluate is not None else None
+    return files | ({} if asked is None else {"evaluate.contexts": Path(asked)})
+
+
 def carry_out(settings: Settings, each: Round, step: Step) -> None:
     """Run a step's command in a log of its own, and record it. An error ends the loop and shows the log's end."""
     command = list(step.command)
@@ -342,7 +354,7 @@ def run(settings: Settings) -> None:
     check(settings, [step for _, steps in rounds for step in steps])
     with tqdm(total=sum(len(steps) for _, steps in rounds), unit="step") as bar:
         for each, steps in rounds:
-            each.check_policy()
+            each.check_inputs(input_files(settings, each))
             for step in steps:
                 bar.set_postfix_str(f"round {each.number}: {step.name}")
                 if not each.is_done(step):
