@@ -162,6 +162,8 @@ def test_a_wrong_setting_is_one_line(inputs: Path, override: str, message: str) 
     [
         ("model=none", "model=none: no such file or directory"),
         ("contexts=none", "contexts=none: no such file or directory"),
+        ("evaluate.contexts=none", "evaluate.contexts=none: no such file or directory"),
+        ("train.reference.model_path=none", "train.reference.model_path=none: no such file or directory"),
         ("select.scor=sub_em", "select: No such option '--scor'"),
         ("evaluate.batch_size=many", "evaluate: Invalid value for '--batch-size'"),
         ("train.optimizer.lrr=1", r"train: unknown key optimizer.lrr; did you mean optimizer.lr\?"),
@@ -183,7 +185,7 @@ def test_other_settings_of_an_evaluation_do_not_cost_a_round(tmp_path) -> None:
     each.keep(on_policy.Step("evaluate", ["old"], tmp_path), 1.0)
     changed = r"settings of evaluate have changed since it ran: command=new \(it was old\); take the old ones"
     with pytest.raises(click.ClickException, match=changed):
-        each.is_done(on_policy.Step("evaluate", ["new"], tmp_path))
+        each.is_done([on_policy.Step("evaluate", ["new"], tmp_path)])
 
 
 def test_changed_settings_are_named(tmp_path) -> None:
@@ -193,15 +195,63 @@ def test_changed_settings_are_named(tmp_path) -> None:
     each.keep(on_policy.Step("train", [*command, *words], tmp_path, {"a": {"b": 1, "c": 2}, "d": [3]}), 1.0)
     ranks = ["torchrun", "--nproc-per-node", "2", *command[1:], *words[:2], "--quiet"]
     with pytest.raises(click.ClickException) as raised:
-        each.is_done(on_policy.Step("train", ranks, tmp_path, {"a": {"b": 1, "c": 4}, "d": [3], "e": None}))
+        each.is_done([on_policy.Step("train", ranks, tmp_path, {"a": {"b": 1, "c": 4}, "d": [3], "e": None})])
     assert (
         "since it ran: command=torchrun (it was python -m megatron_solopo train), "
         "--nproc-per-node=2 -m megatron_solopo train (it was not set), --quiet=true (it was not set), "
         "a.c=4 (it was 2), e=null (it was not set), --old=not set (it was true); choose another `work`"
     ) in raised.value.message
     assert each.is_done(
-        on_policy.Step("train", [*command, "--old", *words[:2]], tmp_path, {"d": [3], "a": {"c": 2, "b": 1}})
+        [on_policy.Step("train", [*command, "--old", *words[:2]], tmp_path, {"d": [3], "a": {"c": 2, "b": 1}})]
     ), "the order means nothing"
+
+
+def test_another_command_of_the_server_is_another_setting(inputs: Path, tmp_path) -> None:
+    def steps(options: str) -> tuple[on_policy.Round, list[on_policy.Step]]:
+        server = f"server={{command: 'vllm serve {{model}} {options}', url: 'http://localhost:8000/v1'}}"
+        settings = on_policy.read_settings(inputs / "loop.yaml", (f"work={tmp_path}", server))
+        return list(on_policy.make_rounds(settings))[1]
+
+    each, (sample, *_) = steps("--dtype half")
+    sample.output.parent.mkdir()
+    sample.output.touch()
+    each.keep(sample, 1.0)
+    each, (sample, *_) = steps("--dtype half")
+    assert each.is_done([sample])
+    each, (sample, *_) = steps("--dtype float")
+    with pytest.raises(click.ClickException, match=r"server.command=.* --dtype float.* \(it was .* --dtype half"):
+        each.is_done([sample])
+
+
+def test_what_only_finished_steps_read_may_be_removed(tmp_path, monkeypatch) -> None:
+    """And where an output is made again, so is all that came of it."""
+    monkeypatch.setattr(on_policy, "check", lambda *_: None)
+    monkeypatch.setattr(on_policy, "weights_fingerprint", lambda _: "the same")
+    carried_out: list[str] = []
+
+    def carry_out(_: object, each: on_policy.Round, step: on_policy.Step) -> None:
+        carried_out.append(step.name)
+        step.output.touch()
+        each.keep(step, 1.0)
+
+    monkeypatch.setattr(on_policy, "carry_out", carry_out)
+    settings = on_policy.Settings(
+        work=tmp_path, model=tmp_path, contexts=Path(__file__), rounds=1, evaluate=on_policy.Options()
+    )
+
+    def run(*removed: str) -> list[str]:
+        carried_out.clear()
+        for name in removed:
+            (tmp_path / "round_1" / name).unlink()
+        on_policy.run(settings)
+        return carried_out.copy()
+
+    names = ["sample", "select", "prepare", "train", "export", "evaluate"]
+    assert run() == ["evaluate", *names]
+    assert run("responses.jsonl", "triplets.jsonl", "prepared", "run") == []
+    assert run("model") == names, "nothing is left that it could be made from"
+    assert run("prepared", "model") == ["export", "evaluate"]
+    assert run("evaluation.json") == ["evaluate"]
 
 
 def test_the_miniature_goes_on_where_the_measurement_left_it(monkeypatch) -> None:
@@ -377,11 +427,11 @@ def test_an_export_without_a_record_is_made_again_from_the_newest_checkpoint(tmp
     script = f'mkdir {exported} && test "$1" = {run / "newest"}'
     step = on_policy.Step("export", ["sh", "-c", script, "--checkpoint", str(run)], exported)
     each = on_policy.Round(1, tmp_path, tmp_path)
-    assert not each.is_done(step)
+    assert not each.is_done([step])
     on_policy.carry_out(settings, each, step)
-    assert on_policy.Round(1, tmp_path, tmp_path).is_done(step)
+    assert on_policy.Round(1, tmp_path, tmp_path).is_done([step])
     exported.rmdir()
-    assert not on_policy.Round(1, tmp_path, tmp_path).is_done(step), "a person has removed it"
+    assert not on_policy.Round(1, tmp_path, tmp_path).is_done([step]), "a person has removed it"
 
 
 def test_a_second_loop_in_the_folder_is_refused(tmp_path) -> None:
@@ -418,7 +468,7 @@ def test_other_rows_under_the_same_name_are_refused(inputs: Path, tmp_path, key:
     check()
     check()
     rows.write_text(text.replace("a", "b"))
-    with pytest.raises(click.ClickException, match=f"began with other rows in {key}={rows}; restore them"):
+    with pytest.raises(click.ClickException, match=f"the round began with another {key}={rows}; take the old one"):
         check()
 
 
@@ -426,6 +476,10 @@ def test_the_table_of_the_results_comes_from_the_rounds() -> None:
     folder = EXAMPLES / "on_policy"
     lines = measure.read_lines(folder / "rounds.jsonl")
     document = (folder / "RESULTS.md").read_text(encoding="utf-8")
-    assert measure.rounds_table(lines) in document
+    assert measure.rounds_table(lines) in document and measure.gains_table(lines) in document
+    better = [
+        line | {"accuracy": {"16": 1.0, "64": 0.5 if line["model"].startswith("round 2") else 0.25}} for line in lines
+    ]
+    assert measure.gains_table(better).endswith("| +25.0 | +25.0 | +25.0 | +25.0 [+25.0, +25.0] |")
     changed = [line | {"accuracy": dict.fromkeys(line["accuracy"], 0.123)} for line in lines]
     assert measure.rounds_table(changed).count("12.3% (12.3% to 12.3%)") == len(measure.NAMES)

@@ -32,6 +32,7 @@ from smollm2 import measuring, questions, steps, tables, training  # noqa: E402
 from smollm2.plan import BASE, DEV, FULL, NEEDLES, QUICK, Run, comparison, groups  # noqa: E402
 from smollm2.steps import TASK_ANSWER_TOKENS as ANSWER_TOKENS  # noqa: E402
 from smollm2.steps import command  # noqa: E402
+from smollm2.training import TRAINING  # noqa: E402
 
 RUNS = [run for group in groups(FULL, everything=True) for run in group]
 NEEDS_WEIGHTS = pytest.mark.skipif(make_model.installed_weights() is None, reason=make_model.INSTALL)
@@ -94,7 +95,7 @@ class TestPlan:
     def test_the_base_and_the_longer_trainings_find_needles_and_others_answer_what_they_saw(self) -> None:
         needles = {run.name for run in RUNS if NEEDLES in run.parts(FULL)}
         assert needles == {"base", *(run.name for run in comparison(step_factor=4))}
-        assert Run(BASE).parts(FULL) == ["test-400", "test-1024", DEV, "test-2048", "test-4096", NEEDLES]
+        assert Run(BASE).parts(FULL) == ["test-400", "test-1024", DEV, "test-2048", "test-4096", "test-8192", NEEDLES]
         assert Run("solopo", step_factor=4).parts(FULL) == ["test-400", "test-1024", "test-2048", NEEDLES]
         assert Run("solopo").parts(FULL) == ["test-400", "test-1024", "test-2048"]
         assert Run("solopo", long_tokens=4096).parts(FULL) == ["test-400", "test-1024", "test-4096"]
@@ -182,6 +183,11 @@ def find_command(words: list[str]) -> tuple[Any, list[str]]:
     return command, words
 
 
+def output_of(given: dict[str, str]) -> str:
+    """What a command with these arguments writes."""
+    return given.get("run_dir") or given.get("--out") or given["--output"]
+
+
 COMPUTING = ("train", "long-context")
 
 
@@ -198,7 +204,7 @@ class TestCommands:
             command.make_context(command.name, list(arguments))  # an error for an unknown option
             given = dict(pairwise(arguments)) | dict(each.split("=") for each in arguments if "=" in each)
             kept.append((command.name, given))
-            output = Path(given.get("run_dir") or given.get("--out") or given["--output"])
+            output = Path(output_of(given))
             if command.name == "train":
                 step_count = int(given["training.max_steps"])
                 (output / "checkpoints" / f"iter_{step_count:07}").mkdir(parents=True)
@@ -243,13 +249,29 @@ class TestCommands:
         assert all(given["--side"] == "both" for _, given in called if given.get("--output", "").endswith("dev.json"))
         used = {given.get("model.dtype", given.get("--dtype")) for name, given in called if name in COMPUTING}
         assert used == {dtype}
+        sides = {DEV: "both", "test-400": "short", NEEDLES: None}
+        for run in runs:
+            of_run = [given for _, given in called if f"{run.name}-{dtype}" in Path(output_of(given)).parts]
+            trained = [given["data.path"] for given in of_run if "data.path" in given]
+            answers = [given for given in of_run if "data.path" not in given]
+            is_base = run.method == BASE
+            assert trained == ([] if is_base else [str(tmp_path / "prepared" / run.triplets)])
+            model = tmp_path / "model" if is_base else tmp_path / "exported" / run.name
+            assert {given["--model"] for given in answers} == {str(model)}
+            found = {Path(output_of(given)).stem: (given.get("--side"), given.get("--contexts")) for given in answers}
+            assert found == {
+                part: (sides.get(part, "long"), None if part == NEEDLES else str(tmp_path / f"{part}.jsonl"))
+                for part in run.parts(QUICK)
+            }
         assert finish() == []
-        # Another machine has the results, but not the weights that a further part needs.
+        # Another machine has the results, but not the weights that a further part needs. New weights answer all parts.
         (tmp_path / "exported" / solopo.name).rmdir()
         kept = results.of(solopo)
         del kept["test-640"]
+        kept["test-400"]["answers"] = ["of the weights that are gone"]
         (tmp_path / "results" / f"{solopo.name}.json").write_text(json.dumps(kept))
-        assert finish() == ["train", "export", "long-context"]
+        assert finish() == ["train", "export", *["long-context"] * len(solopo.parts(QUICK))]
+        assert results.of(solopo)["test-400"]["answers"] == ["test-400.json"]
 
     def test_pairs_have_the_seed_and_the_length_of_their_run(self, called: list[Any], tmp_path: Path) -> None:
         questions.write_questions(tmp_path / "questions")
@@ -356,7 +378,7 @@ class TestTables:
         found = tables.read_results(tmp_path)
         rows = tables.accuracies(found).splitlines()
         assert any(
-            row.startswith("| simpo-solopo | 88 [") and row.endswith("] (100, 75) | - | - | - |") for row in rows
+            row.startswith("| simpo-solopo | 88 [") and row.endswith("] (100, 75) | - | - | - | - |") for row in rows
         )
         assert any(row.startswith("| base | 50 [15, 85] |") for row in rows)
         assert "| simpo-solopo less base | +38 [" in tables.differences(found)
@@ -387,13 +409,24 @@ def test_what_is_computed_in_float32_is_marked(tmp_path: Path) -> None:
         {"id": f"test-400.short:{each['id']}", "score": 1.0} for each in questions.questions(questions.read_rows())[:2]
     ]
     long, solopo = Run("long_po"), Run("solopo")
-    for run, dtype in ((Run(BASE), "bfloat16"), (long, "bfloat16"), (solopo, "float32")):
-        results.add(run, "test-400", {"answers": rows, "dtype": dtype})
+    results.add(solopo, TRAINING, {"dtype": "float32"})
+    for run in (Run(BASE), long, solopo):
+        results.add(run, "test-400", {"answers": rows, "dtype": "bfloat16"})
+        results.add(run, "test-1024", {"answers": rows, "dtype": "float32" if run == long else "bfloat16"})
     found = tables.read_results(tmp_path)
     marked = [[cell.endswith("*") for cell in row.split(" | ")] for row in tables.accuracies(found).splitlines()[2:]]
-    assert marked == [[False] * 5, [False] * 5, [False, True, False, False, False]]
+    nothing = [False] * 3
+    assert marked == [
+        [False, False, False, *nothing],
+        [False, False, True, *nothing],
+        [False, True, True, *nothing],
+    ]
     shown = tables.differences(found).splitlines()[2:]
-    assert [("less base" in row, "*" in row) for row in shown] == [(True, False), (True, True), (False, True)]
+    assert [(row.split(" | ")[0], row.count("*")) for row in shown] == [
+        ("| simpo-long_po less base", 1),
+        ("| simpo-solopo less base", 2),
+        ("| simpo-solopo less simpo-long_po", 2),
+    ]
 
 
 def test_without_the_package_the_command_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
 for folder in (HERE.parent / "reproduction", HERE.parents[1]):
     sys.path.insert(0, str(folder))
 
+from megatron_solopo.evaluate.statistics import mean_measure  # noqa: E402
 from megatron_solopo.files import atomic_path  # noqa: E402
 from megatron_solopo.results.long_context import read_long_context  # noqa: E402
 from megatron_solopo.triplets.context_rows import to_line  # noqa: E402
@@ -106,6 +108,19 @@ def rounds_table(lines: list[dict[str, Any]]) -> str:
     return table(["model", "triplets", *lengths, "64 words and more"], rows(), LEFT)
 
 
+def gains_table(lines: list[dict[str, Any]]) -> str:
+    """Round 2 less one round of as many steps, in points of the mean over long contexts, with Student's interval."""
+    two, one = (
+        {each["seed"]: _long_mean(each) for each in lines if each["model"] == NAMES[key]}
+        for key in (("two_rounds", 2), ("one_long_round", 1))
+    )
+    gains = [100 * (two[seed] - one[seed]) for seed in two]
+    mean = mean_measure(np.array(gains))
+    interval = "" if mean.low is None or mean.high is None else f" [{mean.low:+.1f}, {mean.high:+.1f}]"
+    row = [*(f"{gain:+.1f}" for gain in gains), f"{mean.mean:+.1f}{interval}"]
+    return table([*(f"base model {seed}" for seed in two), "mean [95 % interval]"], [row], LEFT)
+
+
 def _long_mean(line: dict[str, Any]) -> float:
     return statistics.fmean(score for length, score in line["accuracy"].items() if int(length) >= 64)
 
@@ -148,9 +163,9 @@ def main(work: Path, seeds: int) -> None:
     write(HERE / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     lines = read_lines(HERE / "rounds.jsonl")  # JSON makes the lengths strings
     draw(lines, HERE / "rounds.png")
-    document, text = HERE / "RESULTS.md", rounds_table(lines)
-    write(document, fill_tables(document.read_text(encoding="utf-8"), {"rounds": text}))
-    click.echo(text)
+    document, tables = HERE / "RESULTS.md", {"rounds": rounds_table(lines), "gains": gains_table(lines)}
+    write(document, fill_tables(document.read_text(encoding="utf-8"), tables))
+    click.echo("\n\n".join(tables.values()))
 
 
 def write(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,11 +102,14 @@ class Step:
     output: Path
     config: dict[str, Any] | None = None
     """Of the training: what the file says that the command names."""
+    server: str | None = None
+    """Command of the server that answers. It decides the answers as much as the options do."""
 
     @property
     def record(self) -> dict[str, Any]:
         """How it is made."""
-        return {"command": self.command} | ({} if self.config is None else {"config": self.config})
+        others = {"config": self.config, "server": self.server}
+        return {"command": self.command} | {name: value for name, value in others.items() if value is not None}
 
 
 @dataclass
@@ -124,10 +127,16 @@ class Round:
         start = {"round": self.number, "policy": str(self.policy), "steps": {}}
         self.record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else start
 
-    def is_done(self, step: Step) -> bool:
-        """Whether the step has been carried out. An error if it was by another command."""
+    def is_done(self, steps: Sequence[Step]) -> bool:
+        """Whether the first of the steps has been carried out, and its output is there or no step reads it any more.
+
+        An error if it was carried out by another command.
+        """
+        step, *later = steps
         found = self.record["steps"].get(step.name)
-        if found and (changes := list(_changes(_by_name(found), _by_name(step.record)))):
+        if found is None:
+            return False
+        if changes := list(_changes(_by_name(found), _by_name(step.record))):
             advice = f"choose another `work`, or remove {self.folder} and all later rounds"
             if step.name == "evaluate":  # no later step depends on it
                 advice = "take the old ones again, or set evaluate=null and evaluate the models by hand"
@@ -135,21 +144,29 @@ class Round:
                 f"{self.folder / RECORD}: the settings of {step.name} have changed since it ran: {', '.join(changes)}; "
                 f"{advice}"
             )
-        return found is not None and step.output.exists()
+        # Each step reads what the one before wrote. The next round, too, reads what `export` wrote.
+        is_read_again = step.name == "export" or not later or not self.is_done(later)
+        return step.output.exists() or not is_read_again
+
+    def forget(self, steps: Sequence[Step]) -> None:
+        """Remove the records of steps: what one of them reads is made again."""
+        for step in steps:
+            self.record["steps"].pop(step.name, None)
+        self._write()
 
     def check_inputs(self, files: Mapping[str, Path]) -> None:
         """Record fingerprints of the model that answers and of files, by their keys. An error if one has changed."""
         began = f"began with other weights (of {self.record['policy']}) than {self.policy} has now"
         self._check_same("policy_weights", weights_fingerprint(self.policy), began)
         for key, path in files.items():
-            self._check_same(f"{key}_sha256", sha256_file(path), f"began with other rows in {key}={path}")
+            self._check_same(f"{key}_sha256", sha256_file(path), f"began with another {key}={path}")
         self._write()  # before any answer, because a server does not tell whose answers it gives
 
     def _check_same(self, key: str, found: str, problem: str) -> None:
         if self.record.setdefault(key, found) != found:
             raise click.ClickException(
-                f"{self.folder / RECORD}: the round {problem}; restore them, choose another `work`, or remove "
-                f"{self.folder} and all later rounds"
+                f"{self.folder / RECORD}: the round {problem}; take the old one again, choose another `work`, or "
+                f"remove {self.folder} and all later rounds"
             )
 
     def keep(self, step: Step, seconds: float) -> None:
@@ -164,7 +181,7 @@ class Round:
 
 
 def _by_name(record: dict[str, Any]) -> dict[str, Any]:
-    """A step's record by names: options of the command, its other words, and keys of the config."""
+    """A step's record by names: options of the command, its other words, the server, and keys of the config."""
     found: dict[str, Any] = {}
     name = "command"
     for word in record["command"]:
@@ -173,7 +190,8 @@ def _by_name(record: dict[str, Any]) -> dict[str, Any]:
             found.setdefault(word, True)  # until its value follows; an option may stand twice
         else:
             found[name] = word if found.get(name, True) is True else f"{found[name]} {word}"
-    return found | dict(dotted(record.get("config", {})))
+    server = {"server.command": record["server"]} if "server" in record else {}
+    return found | server | dict(dotted(record.get("config", {})))
 
 
 def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -226,13 +244,11 @@ def _data(settings: Settings, each: Round) -> list[Step]:
         seed=settings.seed,
         overwrite=True,
     )
+    data, server = ["megatron-solopo", "data"], settings.server.command if settings.server else None
     return [
-        Step(name, ["megatron-solopo", "data", name, *arguments], output)
-        for name, arguments, output in (
-            ("sample", sample, responses),
-            ("select", select, triplets),
-            ("prepare", prepare, prepared),
-        )
+        Step("sample", [*data, "sample", *sample], responses, server=server),
+        Step("select", [*data, "select", *select], triplets),
+        Step("prepare", [*data, "prepare", *prepare], prepared),
     ]
 
 
@@ -262,10 +278,14 @@ def _evaluation(settings: Settings, each: Round, model: Path) -> Step:
 
 
 def input_files(settings: Settings, each: Round) -> dict[str, Path]:
-    """Files of rows that a round reads, by their keys. Round 0 only evaluates."""
-    files = {} if each.number == 0 else {"contexts": settings.contexts}
-    asked = settings.evaluate.named().get("contexts") if settings.evaluate is not None else None
-    return files | ({} if asked is None else {"evaluate.contexts": Path(asked)})
+    """Files that a round reads and the loop did not write, by their keys. Round 0 only evaluates."""
+    return ({} if each.number == 0 else {"contexts": settings.contexts}) | _evaluated_files(settings)
+
+
+def _evaluated_files(settings: Settings) -> dict[str, Path]:
+    options = settings.evaluate.named() if settings.evaluate is not None else {}
+    names = ("contexts", "corpus", "haystack", "prompt_template")
+    return {f"evaluate.{name}": Path(str(options[name])) for name in names if name in options}
 
 
 def carry_out(settings: Settings, each: Round, step: Step) -> None:
@@ -318,9 +338,11 @@ def summary(settings: Settings) -> str:
 
 def check(settings: Settings, steps: list[Step]) -> None:
     """Refuse before the first step what a later one would refuse: files that are missing, unknown options and keys."""
-    for name, path in (("model", settings.model), ("contexts", settings.contexts)):
+    reference = OmegaConf.select(OmegaConf.create(settings.train), "reference.model_path")
+    read = {"model": settings.model, "contexts": settings.contexts, **_evaluated_files(settings)}
+    for key, path in (read | ({} if reference is None else {"train.reference.model_path": Path(reference)})).items():
         if not path.exists():
-            raise UserError(f"{name}={path}: no such file or directory")
+            raise UserError(f"{key}={path}: no such file or directory")
     for step in steps:
         if step.config is not None:
             parse_config(step.config, source="train")
@@ -355,9 +377,10 @@ def run(settings: Settings) -> None:
     with tqdm(total=sum(len(steps) for _, steps in rounds), unit="step") as bar:
         for each, steps in rounds:
             each.check_inputs(input_files(settings, each))
-            for step in steps:
+            for place, step in enumerate(steps):
                 bar.set_postfix_str(f"round {each.number}: {step.name}")
-                if not each.is_done(step):
+                if not each.is_done(steps[place:]):
+                    each.forget(steps[place:])
                     carry_out(settings, each, step)
                 bar.update()
 

@@ -45,8 +45,9 @@ class Results:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def add(self, run: Run, part: str, found: dict[str, Any]) -> None:
-        """Write a part."""
-        write_json(self._folder / f"{run.name}.json", self.of(run) | {"run": asdict(run), part: found})
+        """Write a part. A training removes the other parts: other weights gave them, maybe in another dtype."""
+        kept = {} if part == TRAINING else self.of(run)
+        write_json(self._folder / f"{run.name}.json", kept | {"run": asdict(run), part: found})
 
 
 def missing_jobs(work: Path, sizes: Sizes, results: Results, runs: list[Run]) -> list[Job]:
@@ -58,6 +59,7 @@ def missing_jobs(work: Path, sizes: Sizes, results: Results, runs: list[Run]) ->
         if run.method != BASE and not is_trained:
             # The plan names the method with the longest training last.
             jobs.append(((False, run.seed, -1, -place), Job(run, TRAINING, partial(train_run, work, run, sizes))))
+            missing = run.parts(sizes)
         for part in missing:
             is_extra = part not in run.main_parts(sizes)
             order = (is_extra, run.seed, run.parts(sizes).index(part), place)
