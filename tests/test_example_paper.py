@@ -249,7 +249,7 @@ def run_row(tmp_path: Path) -> Callable[..., tuple["subprocess.CompletedProcess[
     programs, corpus = tmp_path / "programs", tmp_path / "musique.jsonl"
     programs.mkdir()
     (tmp_path / "models" / "qwen2.5-7b").mkdir(parents=True)
-    corpus.write_text("a question\n" * 3)
+    corpus.write_text("a question\n" * 10_000)
 
     def run(*arguments: str, triplets: int = 5000, **environment: str) -> Any:
         for name in ("megatron-solopo", "python", "lm_eval", "sbatch", "srun", "curl"):
@@ -293,6 +293,8 @@ def test_a_row_goes_from_the_corpus_to_the_table_and_does_nothing_twice(run_row:
 def test_a_row_stops_where_something_is_missing(run_row: Any) -> None:
     ended, calls = run_row("solo-dpo", MUSIQUE="no-corpus.jsonl")
     assert ended.returncode == 1 and "no-corpus.jsonl" in ended.stderr and calls == []
+    ended, calls = run_row("solo-dpo", QUESTIONS="10001")
+    assert ended.returncode == 1 and "holds 10000 questions, fewer than QUESTIONS=10001" in ended.stderr and calls == []
     ended, calls = run_row("solo-dpo", triplets=4999)
     assert ended.returncode == 1 and "4999 triplets, not 5000: raise QUESTIONS=10000" in ended.stderr
     assert calls[-1][1:3] == ["data", "select"]
@@ -310,6 +312,17 @@ def test_more_questions_are_asked_anew(run_row: Any) -> None:
     assert not kept & set(asked[1]), "other contexts, and a new file of answers"
 
 
+def test_another_corpus_has_contexts_and_answers_of_its_own(run_row: Any, tmp_path: Path) -> None:
+    kept = {word for call in run_row("solo-dpo", triplets=100)[1] for word in call if word.endswith(".jsonl")}
+    other = tmp_path / "other.jsonl"
+    other.write_text("another question\n" * 10_000)
+    ended, calls = run_row("solo-dpo", MUSIQUE=str(other))
+    assert ended.returncode == 0, ended.stderr
+    asked = [call for call in calls if call[1:2] == ["data"]]
+    assert [call[2] for call in asked] == ["build", "sample", "select", "prepare"]
+    assert not kept & {word for call in asked[:2] for word in call}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -317,6 +330,7 @@ def test_more_questions_are_asked_anew(run_row: Any) -> None:
         (["solo-dpo", "llama"], "no model llama; models: qwen2.5-7b, llama-3.1-8b"),
         (["SoLo-SimPO"], "no row SoLo-SimPO; the nearest: solo-simpo"),
         (["longpo-authors", "llama-3.1-8b"], "longpo-authors is no row of llama-3.1-8b, only of qwen2.5-7b"),
+        (["solo-orpo-alpha-1"], "solo-orpo-alpha-1 is no row of qwen2.5-7b, only of llama-3.1-8b"),
         (["--help"], "paper_rows.py lists the rows"),
         ([], "name a row"),
     ],

@@ -63,8 +63,9 @@ def read_rows(path: Path = FOLDER / "rows.toml") -> dict[str, Row]:
         for parent in values["of"]:
             for value in values["values"]:
                 varied = _varied(rows[parent], sweep, values["key"], value)
-                if any(_trains(varied, model) != _trains(rows[parent], model) for model in MODELS):
-                    rows[varied.name] = varied
+                models = tuple(m for m in varied.models if _trains(varied, m) != _trains(rows[parent], m))
+                if models:
+                    rows[varied.name] = replace(varied, models=models)
     return rows
 
 

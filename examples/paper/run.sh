@@ -29,17 +29,22 @@ eval "$settings"
 [[ -z $GROUPS_OF_TASKS ]] || command -v lm_eval >/dev/null || fail "lm_eval is not installed"
 
 make_data() {
-    # Other questions have other distractors, so contexts and answers of another QUESTIONS are other files.
-    local questions=data/paper/questions-$QUESTIONS.jsonl responses=$data/responses-of-$QUESTIONS.jsonl served found
-    local contexts=${data%/*}/contexts-${data##*-}-of-$QUESTIONS.jsonl
+    local lines drawn questions responses contexts served found
     [[ -f $MUSIQUE ]] || fail "no corpus in MUSIQUE=$MUSIQUE"
+    lines=$(wc -l <"$MUSIQUE")
+    ((lines >= QUESTIONS)) || fail "MUSIQUE=$MUSIQUE holds $lines questions, fewer than QUESTIONS=$QUESTIONS"
+    # Other questions have other distractors, so another corpus or number of questions has files of its own.
+    drawn=$QUESTIONS-of-$(sha256sum "$MUSIQUE" | head -c 8)
+    questions=data/paper/questions-$drawn.jsonl responses=$data/responses-$drawn.jsonl
+    contexts=${data%/*}/contexts-${data##*-}-$drawn.jsonl
     served=$(curl --silent --show-error --max-time 20 "$SERVER/models") || true
     [[ $served == *"\"$SERVED\""* ]] || fail "SERVER=$SERVER does not serve SERVED=$SERVED"
 
     say "1. Contexts: $contexts"
     if [[ ! -f $questions ]]; then
-        draw "$QUESTIONS" "$MUSIQUE" >"$questions.part"
-        mv "$questions.part" "$questions"
+        # A row of another model may draw the same questions now.
+        draw "$QUESTIONS" "$MUSIQUE" >"$questions.$model.part"
+        mv "$questions.$model.part" "$questions"
     fi
     [[ -f $contexts ]] || megatron-solopo data build --input "$questions" --output "$contexts" --tokenizer "$weights" \
         --template chat --short-tokens "$short_tokens" --long-tokens "$long_tokens" --response-tokens "$answer_room" \
