@@ -43,7 +43,7 @@ def plan_arguments() -> dict[str, list[str]]:
         for gpus in GPUS
         for gpu in TYPES
     }
-    compared = ["lora.rank=16", "--vary", "recompute,offload,cp_comm,lora"]
+    compared = ["lora.rank=16", "--vary", "recompute,offload,cp_comm,share_prompts,lora"]
     return found | {ADAPTERS: [*found["llama-3.1-70b-8xh200"], *compared]}
 
 
