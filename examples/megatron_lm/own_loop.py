@@ -60,7 +60,8 @@ def train(config: Config) -> list[dict[str, float]]:
                                        clip_grad=1.0, use_distributed_optimizer=True)  # fmt: skip
     optimizer = get_megatron_optimizer(optimizer_config, [model])
     loader, history = task.batches(), []  # 3. whole triplets, packed for this rank
-    for _ in range(config.training.max_steps or 0):
+    assert config.training.max_steps is not None, "set training.max_steps"
+    for _ in range(config.training.max_steps):
         model.zero_grad_buffer()
         optimizer.zero_grad()
         batch = loader.next_batch()

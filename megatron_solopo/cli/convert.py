@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Literal, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from megatron_solopo.cli.imports import no_garbage_collection
 from megatron_solopo.errors import UserError
@@ -106,6 +107,9 @@ def export(
 
         if adapter and merge:
             raise UserError("--adapter and --merge: choose one")
+        source = click.get_current_context().get_parameter_source("verification")
+        if adapter and source is ParameterSource.COMMANDLINE:
+            raise UserError("--verify: --adapter compares the checksums of the checkpoint alone; leave --verify out")
         if adapter:
             report = export_adapter(checkpoint, output, dtype=dtype)
         else:

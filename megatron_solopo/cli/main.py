@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(
-            "interrupted; if you start it again, train, data sample and evaluate long-context continue from what is "
-            "saved, and other commands start from the beginning"
+            "interrupted; if you start it again, train, reference, data prepare, data sample and evaluate long-context "
+            "continue from what is saved, and other commands start from the beginning"
         )
 
 

@@ -31,7 +31,8 @@ def plan(settings: PlanSettings, path: Path, overrides: tuple[str, ...], as_json
     \b
     Examples:
       megatron-solopo plan --config c.yaml --gpus 64 --gpu h200
-      megatron-solopo plan --config c.yaml --gpus 8 --gpu h200 lora.rank=16 --vary recompute,offload,cp_comm,lora
+      megatron-solopo plan --config c.yaml --gpus 8 --gpu h200 lora.rank=16 \\
+          --vary recompute,offload,cp_comm,share_prompts,lora
       megatron-solopo plan --config c.yaml --gpus 1024 --gpu h100 --explain tp=8,pp=4,cp=4 --dry-run
       megatron-solopo plan --config c.yaml --gpus 8 --gpu h100 --tokens short=1024,long=32768,response=512 \\
           --emit-sbatch launch --picture plan.png

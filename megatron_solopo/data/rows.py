@@ -57,6 +57,7 @@ _RESPONSES = tuple(dict.fromkeys(name for names in RESPONSE_FIELDS.values() for 
 _FIELDS = ("id", *PROMPT_FIELDS["triplet"], "prompt", *_RESPONSES, DEPTHS_FIELD, *ARGUMENT_FIELDS)
 # Of TRL's unpaired preferences, which look like instructions otherwise.
 _LABEL = "label"
+_PICTURES = ("images", "image")
 _EXPECTED_FIELDS = (
     "prompt_short and prompt_long (a triplet), or prompt (a pair), with chosen and rejected; or prompt and completion "
     "(an instruction)"
@@ -183,7 +184,7 @@ def validate_file(path: Path) -> ValidationReport:
 
 def read_rows(path: Path) -> Iterator[PreferenceRow]:
     """Stream the rows of a file, good and bad. Raises UserError if the file itself cannot be read."""
-    for read in read_file_rows(path, (*_FIELDS, _LABEL)):
+    for read in read_file_rows(path, (*_FIELDS, _LABEL, *_PICTURES)):
         if read.problem:
             yield _bad_row(read.number, read.problem)
         else:
@@ -220,6 +221,9 @@ def parse_row(line: int, value: Any, left_out: tuple[str, ...] = ()) -> Preferen
         row.reject(
             _LABEL, "makes the row an unpaired preference, which is not read; write pairs, or the good rows alone"
         )
+    for name in _PICTURES:
+        if value.get(name):
+            row.reject(name, "holds pictures, which are not read; take the rows without pictures")
     kind = row.kind or "pair"
     for name in (*(PROMPT_FIELDS[kind] if row.kind else ()), *RESPONSE_FIELDS[kind]):
         try:

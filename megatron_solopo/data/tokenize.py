@@ -90,7 +90,12 @@ def prepare(settings: PrepareSettings) -> PreparedManifest:
         tuple(sorted(job.end_tokens)),
         settings.chat_template_kwargs,
     )
-    with _work_folder(settings.output, job.fingerprint_parts) as work, atomic_path(settings.output) as temporary:
+    # Neither is a part of the fingerprint: they decide what counts as a lost or a double end, and not the tokens.
+    made_by = {"end_tokens": sorted(job.end_tokens), "version": __version__}
+    with (
+        _work_folder(settings.output, job.fingerprint_parts | made_by) as work,
+        atomic_path(settings.output) as temporary,
+    ):
         tokens = tokenize_rows(settings.input, how, num_proc=settings.num_proc, work=work)
         _refuse_problems(settings, tokens)
         effects = _count_effects(tokens)

@@ -227,18 +227,24 @@ def status_of(run: RunRecord) -> RunStatus:
     """The status by what was recorded. A run that still goes on and one that was stopped look alike."""
     if not run.steps:
         return RunStatus("not started", "No step was recorded.")
-    for step in run.steps:
-        watched = ((name, step.get(name)) for name in _WATCHED_METRICS)
-        broken = [f"{name} is {value}" for name, value in watched if isinstance(value, float) and not _is_finite(value)]
-        if broken:
-            return RunStatus("diverged", f"At step {step['step']} {', '.join(broken)}.")
+    broken = [step["step"] for step in run.steps if _is_broken(step)]
+    of_broken = f" In {counted(len(broken), 'step')} the loss or the gradient was not finite." if broken else ""
+    if broken and broken[-1] == run.last_step and run.last_step != run.total_steps:
+        return RunStatus("diverged", f"It ends at step {run.last_step:,}.{of_broken}")
     if risen := _describe_divergence(run):
-        return RunStatus("diverged", risen)
+        return RunStatus("diverged", risen + of_broken)
     if run.total_steps is None:
-        return RunStatus("steps unknown", f"{run.last_step:,} steps recorded; how many were asked for is not known.")
+        recorded = f"{run.last_step:,} steps recorded; how many were asked for is not known."
+        return RunStatus("steps unknown", recorded + of_broken)
     if run.last_step < run.total_steps:
-        return RunStatus("unfinished", f"{run.last_step:,} of {run.total_steps:,} steps: still running, or stopped.")
-    return RunStatus("finished", f"All {run.total_steps:,} steps.")
+        recorded = f"{run.last_step:,} of {run.total_steps:,} steps: still running, or stopped."
+        return RunStatus("unfinished", recorded + of_broken)
+    return RunStatus("finished", f"All {run.total_steps:,} steps.{of_broken}")
+
+
+def _is_broken(step: RecordedStep) -> bool:
+    """Whether a loss or the gradient was not finite. Training writes null for it, and skips such a step."""
+    return any(name in step and not _is_finite(step[name]) for name in _WATCHED_METRICS)
 
 
 def _describe_divergence(run: RunRecord) -> str:

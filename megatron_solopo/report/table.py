@@ -59,9 +59,10 @@ def verdict_table(runs: Sequence[RunRecord]) -> RunTable:
     for length in dict.fromkeys((lengths[0], lengths[-1]) if lengths else ()):
         title = f"accuracy at {short_length(length)}"
         columns.append((title, True, partial(_answers, length=length)))
+    is_ranked = _have_same_triplets(runs)
     columns += [
-        ("reward accuracy, short", True, lambda run: _preference(run, "rewards/accuracies_short")),
-        ("reward accuracy, long", True, lambda run: _preference(run, "rewards/accuracies_long")),
+        ("reward accuracy, short", is_ranked, lambda run: _preference(run, "rewards/accuracies_short")),
+        ("reward accuracy, long", is_ranked, lambda run: _preference(run, "rewards/accuracies_long")),
         ("SoLo gap", False, lambda run: _preference(run, "solo_ra/gap_abs")),
         ("last loss", False, lambda run: _last(run, "loss")),
     ]
@@ -112,7 +113,9 @@ def verdict_sentences(runs: Sequence[RunRecord]) -> list[str]:
     rewards = [
         (run.name, value) for run in runs if (value := _preference(run, "rewards/accuracies_long")).mean is not None
     ]
-    if rewards:
+    if not _have_same_triplets(runs):
+        sentences.append("The runs were evaluated on different triplets, so their reward accuracies do not compare.")
+    elif rewards:
         sentences.append(_compare("On held-out triplets", "reward accuracy behind the long context", rewards))
     return sentences
 
@@ -169,6 +172,12 @@ def _common_lengths(runs: Sequence[RunRecord]) -> list[int]:
         return []
     lengths = [{point.length for point in mean_answer_points(each)} for each in found]
     return sorted(set.intersection(*lengths))
+
+
+def _have_same_triplets(runs: Sequence[RunRecord]) -> bool:
+    """Whether all runs whose rewards were evaluated were evaluated on the same triplets."""
+    found = [run.evaluations.preferences for run in runs if run.evaluations.preferences is not None]
+    return len({(each.data_fingerprint, each.split) for each in found}) < 2
 
 
 def _answers(run: RunRecord, length: int) -> TableValue:

@@ -21,6 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_solopo.data.packing import Pack
+from megatron_solopo.errors import is_out_of_space
+from megatron_solopo.files import append_synced
 
 SKIPPED_FILE = "skipped_steps.jsonl"
 
@@ -88,10 +90,15 @@ def describe_skip(step: int, losses: TripletLosses, packs: Iterable[Pack], *, gr
 
 
 def record_skip(run_dir: Path, skip: SkippedStep) -> None:
-    """On rank 0: append a skipped step to `skipped_steps.jsonl`, and warn on the console."""
-    with (run_dir / SKIPPED_FILE).open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(skip)) + "\n")
+    """On rank 0: append a skipped step to `skipped_steps.jsonl`, and warn on the console. A full disk is a warning."""
     tqdm.write(f"warning: {skip}")
+    path = run_dir / SKIPPED_FILE
+    try:
+        append_synced(path, json.dumps(asdict(skip)) + "\n")
+    except OSError as error:
+        if not is_out_of_space(error):
+            raise
+        tqdm.write(f"warning: {path}: {error.strerror}; step {skip.step} is missing in it")
 
 
 def _unique(lists: Iterable[Sequence[str]]) -> list[str]:

@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import resource
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from megatron_solopo.config import LoggingConfig
 from megatron_solopo.cpu_features import is_cpu
 from megatron_solopo.data.packing import Pack
 from megatron_solopo.errors import OutOfSpaceError, UserError, is_out_of_space
-from megatron_solopo.files import atomic_path, read_jsonl
+from megatron_solopo.files import append_synced, atomic_path, read_jsonl
 from megatron_solopo.parallel.topology import Topology
 from megatron_solopo.run_directory import SOURCE_METRIC
 from megatron_solopo.train.bad_numbers import SKIPPED_FILE
@@ -164,17 +162,8 @@ class MetricsWriter(Callback):
         """Append the lines that are not in `metrics.jsonl` yet, all or none of them."""
         if not self._unwritten:
             return
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write("".join(self._unwritten))
-                stream.flush()
-                # Not even after a power loss may a checkpoint be ahead.
-                os.fsync(stream.fileno())
-        except OSError:
-            with suppress(OSError):
-                os.truncate(self.path, size)
-            raise
+        # Synced: not even after a power loss may a checkpoint be ahead.
+        append_synced(self.path, "".join(self._unwritten))
         self._unwritten.clear()
 
     def on_success(self) -> None:

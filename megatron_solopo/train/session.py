@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -64,18 +65,21 @@ class Session:
         self.signals.check()
 
     def before_pack(self) -> None:
-        """Called before this stage's forward of a pack; raises Stopped if the run is to stop here.
+        """Called in a step before this stage's forward of a pack; raises Stopped if the run is to stop here.
 
         It never stops where a step cannot be undone: pipeline stages have several packs in flight, and the scales of
-        FP8's delayed recipe remember every forward.
+        FP8's delayed recipe remember every forward with gradients.
         """
-        self.watchdog.progress()
-        if self.topology.pipeline_group.size() == 1 and not self.config.model.has_delayed_scales:
-            self.signals.check_meanwhile()
+        self._before_pack(may_stop=not self.config.model.has_delayed_scales)
 
     def points(self, phase: str, step: int) -> PassPoints:
-        """Where a pass over a data set may stop, and how the watchdog sees it advance."""
-        return PassPoints(lambda: self.enter_or_stop(phase, step), self.before_pack)
+        """Where a pass without gradients over a data set may stop, and how the watchdog sees it advance."""
+        return PassPoints(lambda: self.enter_or_stop(phase, step), partial(self._before_pack, may_stop=True))
+
+    def _before_pack(self, *, may_stop: bool) -> None:
+        self.watchdog.progress()
+        if may_stop and self.topology.pipeline_group.size() == 1:
+            self.signals.check_meanwhile()
 
 
 @contextmanager

@@ -192,6 +192,10 @@ def test_data_of_another_tokenizer_or_beyond_the_models_positions_is_refused(
             ["convert", "import", "--hf", "a"],
             "error: Missing option '--out'; see megatron-solopo convert import --help",
         ),
+        (
+            ["convert", "export", "--checkpoint", "a", "--out", "b", "--adapter", "--verify", "full"],
+            "error: --verify: --adapter compares the checksums of the checkpoint alone; leave --verify out",
+        ),
         (["trian"], "error: No such command 'trian'"),
         (["train", "--debug"], "error: No such option '--debug'; --debug goes before the command"),
     ],

@@ -483,3 +483,18 @@ def test_an_unpaired_preference_is_no_instruction(tmp_path, suffix):
     assert "unpaired preference" in str(report)
     classes = write_jsonl(tmp_path / "classes.jsonl", [row | {"label": "other"} for row in rows])
     assert not validate_file(classes).errors
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_pictures_beside_the_text_are_refused(tmp_path, suffix):
+    """A row is never trained on without its picture. Other rows of such a file have empty columns."""
+    pair = {"prompt": "What is on it?", "chosen": "a cat", "rejected": "a dog"}
+    rows = [pair | {"images": ["cat.png"], "image": None}, pair | {"images": [], "image": "cat.png"}]
+    rows.append(pair | {"images": [], "image": None})
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    if suffix == "parquet":
+        path = tmp_path / "rows.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    report = validate_file(path)
+    assert [(error.line, error.field) for error in report.errors] == [(1, "images"), (2, "image")]
+    assert "take the rows without pictures" in report.errors[0].reason

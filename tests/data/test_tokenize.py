@@ -262,6 +262,26 @@ def test_a_killed_call_leaves_what_it_tokenized_to_the_next_one(tmp_path, huggin
     assert not list(tmp_path.glob(".*")), "no folder of work stays"
 
 
+def test_what_was_tokenized_under_other_end_tokens_is_not_taken(tmp_path, hugging_face):
+    """They decide what the template counts as lost or doubled, which each part keeps."""
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(hugging_face, tokenizer)
+    path = write_rows(tmp_path / "rows.jsonl", [triplet(number) for number in range(20)])
+    settings = tokenizer / "generation_config.json"
+    settings.write_text('{"eos_token_id": [0, 1]}')
+    interrupted = mock.patch.object(tokenize_parts, "concatenate_datasets", side_effect=KeyboardInterrupt)
+    for ends, parts in (([0, 1], 2), ([0, 1], 0), ([0, 2], 2)):
+        settings.write_text(json.dumps({"eos_token_id": ends}))
+        counting = mock.Mock(side_effect=tokenize_parts._tokenize_part)
+        with (
+            interrupted,
+            mock.patch.object(tokenize_parts, "_tokenize_part", counting),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            prepare(path, tmp_path / "out", str(tokenizer))
+        assert counting.call_count == parts
+
+
 def test_what_another_call_tokenized_otherwise_is_not_taken(tmp_path, hugging_face):
     path = write_rows(tmp_path / "rows.jsonl", [triplet(number) for number in range(20)])
     with (

@@ -46,7 +46,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_preferences(folder / "solopo", skill=0.9, step=120)
     write_run(folder / "<long>", steps=30, objective={"name": "long_po"})
     broken = write_run(folder / "broken", objective={"name": "short_po"})
-    lines = [json.dumps(step_line(step, 0, loss=float("nan") if step == 3 else 0.7)) for step in range(1, 5)]
+    lines = [json.dumps(step_line(step, 0, loss=None if step >= 3 else 0.7)) for step in range(1, 5)]
     (broken / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5')
     write_run(folder / "waiting", steps=0)
     main(
@@ -72,7 +72,8 @@ def test_every_kind_of_run_has_its_word(report: Path) -> None:
     text = (report / "index.html").read_text()
     said = dict(re.findall(r"<li><strong>(.*?)</strong>: <span class=\"word [\w ]+\">([\w ]+)</span>", text))
     assert said == {"solopo": "finished", "&lt;long&gt;": "unfinished", "broken": "diverged", "waiting": "not started"}
-    assert "At step 3 loss is nan." in text and "1 damaged line left out (5)" in text
+    assert "It ends at step 4. In 2 steps the loss or the gradient was not finite." in text
+    assert "1 damaged line left out (5)" in text
     assert "No answers from long contexts yet of &lt;long&gt;, broken, waiting" in text
     assert "<code>objective.name</code>" in text and "<code>seed</code>" not in text
 

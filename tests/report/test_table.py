@@ -1,6 +1,7 @@
 """What the tables and sentences say of runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,19 @@ def test_sentences_say_what_the_intervals_allow(runs: list[RunRecord]) -> None:
     apart = verdict_sentences([runs[0], runs[2]])[0]
     assert "No interval of its difference to another run holds 0; poor follows with" in apart
     assert "highest" not in verdict_sentences(runs[:1])[0]
+
+
+def test_rewards_on_other_triplets_are_not_compared(runs: list[RunRecord]) -> None:
+    found = runs[2].evaluations.preferences
+    assert found is not None
+    for change in ({"data_fingerprint": "g"}, {"split": "train"}):
+        evaluations = replace(runs[2].evaluations, preferences=found.model_copy(update=change))
+        others = [*runs[:2], replace(runs[2], evaluations=evaluations)]
+        _, rewards = verdict_sentences(others)
+        assert rewards == "The runs were evaluated on different triplets, so their reward accuracies do not compare."
+        table = verdict_table(others)
+        place = table.columns.index("reward accuracy, long")
+        assert [values[place].mark for _, values in table.rows] == ["", "", ""]
 
 
 @pytest.mark.parametrize(("right", "mark"), [(72, "even"), (65, "")])

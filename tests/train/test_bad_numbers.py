@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_solopo.files import read_jsonl
 from megatron_solopo.objective import compute_objective
 from megatron_solopo.train import step
+from megatron_solopo.train.bad_numbers import SKIPPED_FILE, SkippedStep, record_skip
 from megatron_solopo.train.policy import Policy, StepResult
 from megatron_solopo.train.state import SkippedSteps
 from megatron_solopo.train.trainer import precompute_reference, train
@@ -137,3 +138,19 @@ def test_steps_in_a_row_are_counted() -> None:
         count = count.after(skipped=skipped)
         found.append((count.total, count.in_a_row))
     assert found == [(1, 1), (2, 2), (2, 0), (3, 1)]
+
+
+def test_a_full_disk_costs_the_line_of_a_skipped_step_and_not_the_run(tmp_path: Path, capsys: Any) -> None:
+    skip = SkippedStep(3, "loss", ["a"], ["rank 0 (host)"])
+    record_skip(tmp_path, skip)
+    assert [each["triplets"] for each in read_jsonl(tmp_path / SKIPPED_FILE)] == [["a"]]
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / SKIPPED_FILE).symlink_to("/dev/full")
+    record_skip(full, skip)
+    said = capsys.readouterr().out
+    assert said.count("warning: step 3 skipped: the loss of a is not finite on rank 0 (host)") == 2
+    assert f"warning: {full / SKIPPED_FILE}: No space left on device; step 3 is missing in it" in said
+    with pytest.raises(IsADirectoryError):
+        (tmp_path / "other" / SKIPPED_FILE).mkdir(parents=True)
+        record_skip(tmp_path / "other", skip)

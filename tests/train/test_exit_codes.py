@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -246,3 +247,23 @@ def test_groups_end_where_the_ranks_do_not_start_alike() -> None:
     with pytest.raises(ValueError, match="start alike"):
         topology.initialize(config.parallel, 1, refuse)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("delayed", "stages", "in_a_step", "in_a_pass"),
+    [(False, 1, 1, 1), (True, 1, 0, 1), (False, 2, 0, 0), (True, 2, 0, 0)],
+)
+def test_where_a_run_may_stop_between_packs(
+    tmp_path: Path, delayed: bool, stages: int, in_a_step: int, in_a_pass: int
+) -> None:
+    """A step that is left changes delayed scales, and one with pipeline stages has packs under way."""
+    fp8 = {"fp8": "hybrid", "fp8_recipe": "delayed"} if delayed else {}
+    config = small_config(tmp_path, "run", {}, model={"path": tmp_path, "dtype": "bfloat16", **fp8})
+    topology_, signals, watchdog = mock.Mock(), mock.Mock(), mock.Mock()
+    topology_.pipeline_group.size.return_value = stages
+    session = Session(config, mock.Mock(), topology_, (), signals, watchdog)
+    session.before_pack()
+    assert signals.check_meanwhile.call_count == in_a_step
+    session.points("evaluation", 1).before_pack()
+    assert signals.check_meanwhile.call_count == in_a_step + in_a_pass
+    assert watchdog.progress.call_count == 2
