@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_solopo.evaluate.sample_set import SampleSet
+from megatron_solopo.evaluate.sample_set import SampleSet, file_hashes
 from megatron_solopo.evaluate.samples import QA_METRICS, SampleSpec
 from megatron_solopo.evaluate.statistics import interval_kind, mean_score
 from megatron_solopo.evaluate.target import Target
@@ -142,6 +142,7 @@ def make_results(
         layout=layout,
         device=device,
         settings=settings.model_dump(mode="json"),
+        files=file_hashes(settings),
         **_cost(scored),
         **origin(),
     )

@@ -13,6 +13,7 @@ from megatron_solopo.architecture.huggingface_config import read_architecture
 from megatron_solopo.errors import UserError
 from megatron_solopo.report.figure import LengthPoint, short_length
 from megatron_solopo.report.runs import RunRecord, mean_answer_points, status_of
+from megatron_solopo.results.long_context import LongContextResults
 from megatron_solopo.results.preference import PreferenceResults
 
 Mark = Literal["", "best", "even"]
@@ -107,7 +108,9 @@ def verdict_sentences(runs: Sequence[RunRecord]) -> list[str]:
     """Say which run is best at the longest context that all have in common, and whether that may be chance."""
     sentences = []
     lengths = _common_lengths(runs)
-    if lengths:
+    if not _have_same_questions(runs):
+        sentences.append("The runs answered different questions, so their accuracies do not compare.")
+    elif lengths:
         scores = [(run.name, value) for run in runs if (value := _answers(run, lengths[-1])).mean is not None]
         sentences.append(_compare(f"At {lengths[-1]:,} tokens", "accuracy", scores))
     rewards = [
@@ -166,12 +169,22 @@ def _may_be_equal(best: TableValue, other: TableValue) -> bool:
 
 
 def _common_lengths(runs: Sequence[RunRecord]) -> list[int]:
-    """Lengths at which all runs with answers have a mean over the same tasks."""
+    """Lengths at which all runs with answers have a mean over the same questions."""
     found = [run.evaluations.answers for run in runs if run.evaluations.answers is not None]
-    if not found or len({tuple(sorted(each.main_metrics.items())) for each in found}) > 1:
+    if not found or not _have_same_questions(runs):
         return []
     lengths = [{point.length for point in mean_answer_points(each)} for each in found]
     return sorted(set.intersection(*lengths))
+
+
+def _have_same_questions(runs: Sequence[RunRecord]) -> bool:
+    """Whether all runs with answers were asked the same: tasks, files, seed, samples and depths."""
+
+    def asked(results: LongContextResults) -> str:
+        settings = [results.settings.get(name) for name in ("seed", "samples", "depths")]
+        return repr((sorted(results.main_metrics.items()), sorted(results.files.values()), settings))
+
+    return len({asked(run.evaluations.answers) for run in runs if run.evaluations.answers is not None}) < 2
 
 
 def _have_same_triplets(runs: Sequence[RunRecord]) -> bool:

@@ -74,6 +74,8 @@ class LongContextResults(Results):
     """What a reader of the scores must know about a server's replies, one sentence each."""
     settings: dict[str, Any]
     """What was asked for, by the option's name."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """SHA-256 of every file that decides what is asked, by its path. Files of older versions state none."""
 
     def cell(
         self, task: str, metric: str, *, length: int | None = None, depth: float | None = None

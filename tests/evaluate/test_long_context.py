@@ -14,6 +14,7 @@ from megatron_solopo.errors import UserError
 from megatron_solopo.evaluate.long_context import evaluate_long_context
 from megatron_solopo.evaluate.scores import render
 from megatron_solopo.evaluation_settings import LongContextSettings
+from megatron_solopo.files import sha256_file
 from megatron_solopo.generate.scoring import SCORERS
 from megatron_solopo.results.long_context import SkippedSamples, read_long_context
 from tests.evaluate.evaluation_models import CHECKPOINT, MAX_POSITIONS, make_model, make_run
@@ -254,6 +255,7 @@ def test_prompts_that_do_not_fit_are_counted_and_left_out(models, tmp_path) -> N
     assert (skipped.task, skipped.n) == ("rows.long", 1) and skipped.length > MAX_POSITIONS
     assert "exceed the model's 2048 positions" in skipped.reason
     assert results.samples == 5 and set(results.main_metrics.values()) == {"sub_em"}
+    assert results.files == {str(path): sha256_file(path)}
     assert results.cell("rows.long", "token_f1", length=128, depth=1.0).n == 2
     assert results.cell("rows.short", "exact_match").n == 3
 

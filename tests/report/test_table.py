@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,18 @@ def test_rewards_on_other_triplets_are_not_compared(runs: list[RunRecord]) -> No
         table = verdict_table(others)
         place = table.columns.index("reward accuracy, long")
         assert [values[place].mark for _, values in table.rows] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    "change", [{"files": {"contexts.jsonl": "1f"}}, {"settings": {"seed": 1}}, {"main_metrics": {"qa": "sub_em"}}]
+)
+def test_answers_to_other_questions_are_not_compared(runs: list[RunRecord], change: dict[str, Any]) -> None:
+    found = runs[2].evaluations.answers
+    assert found is not None
+    evaluations = replace(runs[2].evaluations, answers=found.model_copy(update=change))
+    others = [*runs[:2], replace(runs[2], evaluations=evaluations)]
+    assert verdict_sentences(others)[0] == "The runs answered different questions, so their accuracies do not compare."
+    assert "accuracy at 16K" not in verdict_table(others).columns
 
 
 @pytest.mark.parametrize(("right", "mark"), [(72, "even"), (65, "")])
