@@ -221,6 +221,8 @@ def test_another_command_of_the_server_is_another_setting(inputs: Path, tmp_path
     each, (sample, *_) = steps("--dtype float")
     with pytest.raises(click.ClickException, match=r"server.command=.* --dtype float.* \(it was .* --dtype half"):
         each.is_done([sample])
+    del each.record["steps"]["sample"]["server"]
+    assert each.is_done([sample]), "a round of an older version"
 
 
 def test_what_only_finished_steps_read_may_be_removed(tmp_path, monkeypatch) -> None:
@@ -453,8 +455,14 @@ def test_a_round_knows_its_model_before_any_answer(tmp_path, monkeypatch) -> Non
         on_policy.Round(1, tmp_path, Path("b")).check_inputs({})
 
 
-@pytest.mark.parametrize(("key", "number"), [("contexts", 1), ("evaluate.contexts", 0)])
-def test_other_rows_under_the_same_name_are_refused(inputs: Path, tmp_path, key: str, number: int) -> None:
+@pytest.mark.parametrize(
+    ("key", "number", "advice"),
+    [
+        ("contexts", 1, "take the old one again, choose another `work`, or remove"),
+        ("evaluate.contexts", 0, "take the old ones again, or set evaluate=null"),
+    ],
+)
+def test_other_rows_under_the_same_name_are_refused(inputs: Path, tmp_path, key: str, number: int, advice: str) -> None:
     """Rounds on different rows are not to be compared, and nothing else in the settings tells them apart."""
     rows = tmp_path / "rows.jsonl"
     text = (inputs / "contexts.jsonl").read_text()
@@ -468,7 +476,7 @@ def test_other_rows_under_the_same_name_are_refused(inputs: Path, tmp_path, key:
     check()
     check()
     rows.write_text(text.replace("a", "b"))
-    with pytest.raises(click.ClickException, match=f"the round began with another {key}={rows}; take the old one"):
+    with pytest.raises(click.ClickException, match=f"the round began with another {key}={rows}; {advice}"):
         check()
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from megatron_solopo.checkpoint.load import load_weights
 from megatron_solopo.config import Config, load_config
+from megatron_solopo.errors import UserError
 from megatron_solopo.model.layers import layer_spec
 
 
@@ -60,7 +61,8 @@ def train(config: Config) -> list[dict[str, float]]:
                                        clip_grad=1.0, use_distributed_optimizer=True)  # fmt: skip
     optimizer = get_megatron_optimizer(optimizer_config, [model])
     loader, history = task.batches(), []  # 3. whole triplets, packed for this rank
-    assert config.training.max_steps is not None, "set training.max_steps"
+    if config.training.max_steps is None:
+        raise UserError("training.max_steps: is null; set the number of steps")
     for _ in range(config.training.max_steps):
         model.zero_grad_buffer()
         optimizer.zero_grad()

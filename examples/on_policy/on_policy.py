@@ -31,6 +31,8 @@ from megatron_solopo.results.long_context import read_long_context
 from megatron_solopo.run_directory import find_subject
 
 RECORD, TRAIN_CONFIG = "round.json", "train.yaml"
+_OTHER_EVALUATION = "take the old ones again, or set evaluate=null and evaluate the models by hand"
+"""Advice that costs no round, because no later step depends on an evaluation."""
 
 
 class Options(BaseModel):
@@ -136,10 +138,13 @@ class Round:
         found = self.record["steps"].get(step.name)
         if found is None:
             return False
-        if changes := list(_changes(_by_name(found), _by_name(step.record))):
+        was, now = _by_name(found), _by_name(step.record)
+        if "server" not in found:  # rounds of older versions do not record it
+            now.pop("server.command", None)
+        if changes := list(_changes(was, now)):
             advice = f"choose another `work`, or remove {self.folder} and all later rounds"
-            if step.name == "evaluate":  # no later step depends on it
-                advice = "take the old ones again, or set evaluate=null and evaluate the models by hand"
+            if step.name == "evaluate":
+                advice = _OTHER_EVALUATION
             raise click.ClickException(
                 f"{self.folder / RECORD}: the settings of {step.name} have changed since it ran: {', '.join(changes)}; "
                 f"{advice}"
@@ -157,17 +162,16 @@ class Round:
     def check_inputs(self, files: Mapping[str, Path]) -> None:
         """Record fingerprints of the model that answers and of files, by their keys. An error if one has changed."""
         began = f"began with other weights (of {self.record['policy']}) than {self.policy} has now"
-        self._check_same("policy_weights", weights_fingerprint(self.policy), began)
+        anew = f"choose another `work`, or remove {self.folder} and all later rounds"
+        self._check_same("policy_weights", weights_fingerprint(self.policy), f"{began}; {anew}")
         for key, path in files.items():
-            self._check_same(f"{key}_sha256", sha256_file(path), f"began with another {key}={path}")
+            advice = _OTHER_EVALUATION if key.startswith("evaluate.") else f"take the old one again, {anew}"
+            self._check_same(f"{key}_sha256", sha256_file(path), f"began with another {key}={path}; {advice}")
         self._write()  # before any answer, because a server does not tell whose answers it gives
 
     def _check_same(self, key: str, found: str, problem: str) -> None:
         if self.record.setdefault(key, found) != found:
-            raise click.ClickException(
-                f"{self.folder / RECORD}: the round {problem}; take the old one again, choose another `work`, or "
-                f"remove {self.folder} and all later rounds"
-            )
+            raise click.ClickException(f"{self.folder / RECORD}: the round {problem}")
 
     def keep(self, step: Step, seconds: float) -> None:
         """Record that the step has been carried out."""
@@ -294,6 +298,8 @@ def carry_out(settings: Settings, each: Round, step: Step) -> None:
     if step.config is not None:
         with atomic_path(each.folder / TRAIN_CONFIG) as temporary:
             OmegaConf.save(OmegaConf.create(step.config), temporary)
+        # An earlier training of this round may have left answers of its model.
+        remove(each.folder / "evaluation.responses.jsonl")
     if step.name == "export":
         remove(step.output)  # a killed loop may have left it without a record
         place = command.index("--checkpoint") + 1

@@ -8,13 +8,14 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from megatron_solopo.config import LoRAConfig, dotted
+from megatron_solopo.config import LoRAConfig, TrainingConfig, dotted
 from megatron_solopo.errors import UserError
 from megatron_solopo.files import counted, first_few
 from megatron_solopo.report.figure import LengthPoint
@@ -24,7 +25,6 @@ from megatron_solopo.results.results_file import EVALUATION_FOLDER
 from megatron_solopo.run_directory import METRICS, RUN_CONFIG
 
 _MANIFEST = "manifest.json"
-_WATCHED_METRICS = ("loss", "po_loss", "grad_norm")
 _MIN_STEPS_TO_JUDGE = 20
 _DIVERGENCE_FACTOR = 2.0
 _ABSENT = object()
@@ -227,9 +227,9 @@ def status_of(run: RunRecord) -> RunStatus:
     """The status by what was recorded. A run that still goes on and one that was stopped look alike."""
     if not run.steps:
         return RunStatus("not started", "No step was recorded.")
-    broken = [step["step"] for step in run.steps if _is_broken(step)]
-    of_broken = f" In {counted(len(broken), 'step')} the loss or the gradient was not finite." if broken else ""
-    if broken and broken[-1] == run.last_step and run.last_step != run.total_steps:
+    broken = sum(map(_is_broken, run.steps))
+    of_broken = f" In {counted(broken, 'step')} the loss or the gradient was not finite." if broken else ""
+    if run.last_step != run.total_steps and _gave_up(run):
         return RunStatus("diverged", f"It ends at step {run.last_step:,}.{of_broken}")
     if risen := _describe_divergence(run):
         return RunStatus("diverged", risen + of_broken)
@@ -242,9 +242,20 @@ def status_of(run: RunRecord) -> RunStatus:
     return RunStatus("finished", f"All {run.total_steps:,} steps.{of_broken}")
 
 
+def _gave_up(run: RunRecord) -> bool:
+    """Whether so many steps in a row were skipped that the run ended. The last of them has no line.
+
+    Megatron-LM's own loop skips none, and ends at the first.
+    """
+    in_a_row = sum(1 for _ in takewhile(_is_broken, reversed(run.steps)))
+    default = TrainingConfig.model_fields["max_skipped_steps_in_a_row"].default
+    most = run.config.get("training.max_skipped_steps_in_a_row", default) if "skipped" in run.steps[-1] else 1
+    return in_a_row >= max(1, most - 1)
+
+
 def _is_broken(step: RecordedStep) -> bool:
-    """Whether a loss or the gradient was not finite. Training writes null for it, and skips such a step."""
-    return any(name in step and not _is_finite(step[name]) for name in _WATCHED_METRICS)
+    """Whether the loss or the gradient was not finite. Our trainer skips such a step, Megatron-LM's writes null."""
+    return bool(step["skipped"]) if "skipped" in step else step.get("loss", 0.0) is None
 
 
 def _describe_divergence(run: RunRecord) -> str:

@@ -109,7 +109,7 @@ def verdict_sentences(runs: Sequence[RunRecord]) -> list[str]:
     sentences = []
     lengths = _common_lengths(runs)
     if not _have_same_questions(runs):
-        sentences.append("The runs answered different questions, so their accuracies do not compare.")
+        sentences.append("The runs did not all answer the same questions, so their accuracies do not compare.")
     elif lengths:
         scores = [(run.name, value) for run in runs if (value := _answers(run, lengths[-1])).mean is not None]
         sentences.append(_compare(f"At {lengths[-1]:,} tokens", "accuracy", scores))
@@ -178,13 +178,17 @@ def _common_lengths(runs: Sequence[RunRecord]) -> list[int]:
 
 
 def _have_same_questions(runs: Sequence[RunRecord]) -> bool:
-    """Whether all runs with answers were asked the same: tasks, files, seed, samples and depths."""
+    """Whether all runs with answers were asked the same: tasks, files and the options that choose among them."""
+    found = [run.evaluations.answers for run in runs if run.evaluations.answers is not None]
 
     def asked(results: LongContextResults) -> str:
-        settings = [results.settings.get(name) for name in ("seed", "samples", "depths")]
-        return repr((sorted(results.main_metrics.items()), sorted(results.files.values()), settings))
+        # The lengths of contexts are bounds of buckets. Those of tasks only add cells.
+        chosen = ["seed", "samples", "depths", *(["lengths"] if results.settings.get("contexts") else [])]
+        return repr((sorted(results.main_metrics.items()), [results.settings.get(name) for name in chosen]))
 
-    return len({asked(run.evaluations.answers) for run in runs if run.evaluations.answers is not None}) < 2
+    # Files of older versions state no hashes.
+    files = {tuple(sorted(each.files.values())) for each in found if each.files}
+    return len({asked(each) for each in found}) < 2 and len(files) < 2
 
 
 def _have_same_triplets(runs: Sequence[RunRecord]) -> bool:

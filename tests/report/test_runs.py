@@ -24,9 +24,14 @@ def test_how_runs_ended(tmp_path: Path) -> None:
     write_run(tmp_path / "unknown", max_steps=None)
     write_run(tmp_path / "empty", steps=0)
     broken = write_run(tmp_path / "nan")
-    write_steps(broken, [step_line(1, 0), step_line(2, 0, loss=None), step_line(3, 0, grad_norm=None)])
-    skipped = write_run(tmp_path / "skipped", steps=0, max_steps=3)
-    write_steps(skipped, [step_line(1, 0), step_line(2, 0, loss=None), step_line(3, 0)])
+    write_steps(broken, [step_line(1, 0, skipped=0), *(step_line(step, 0, skipped=1) for step in range(2, 11))])
+    megatron = write_run(tmp_path / "megatron")
+    write_steps(megatron, [step_line(1, 0), step_line(2, 0, loss=None)])
+    skipped = write_run(tmp_path / "skipped")
+    write_steps(skipped, [step_line(1, 0, skipped=0), step_line(2, 0, skipped=1, loss=None)])
+    # Where no row of a batch is a preference, the loss of preferences is null.
+    mixed = write_run(tmp_path / "mixed", steps=0, max_steps=2)
+    write_steps(mixed, [step_line(step, 0, skipped=0, po_loss=None) for step in (1, 2)])
     risen = write_run(tmp_path / "risen")
     write_steps(risen, [step_line(step, 0, loss=0.7 if step < 20 else 9.0) for step in range(1, 60)])
     spike = write_run(tmp_path / "spike", steps=0, max_steps=40)
@@ -38,12 +43,15 @@ def test_how_runs_ended(tmp_path: Path) -> None:
         "unknown": "steps unknown",
         "empty": "not started",
         "nan": "diverged",
-        "skipped": "finished",
+        "megatron": "diverged",
+        "skipped": "unfinished",
+        "mixed": "finished",
         "risen": "diverged",
         "spike": "finished",
     }
-    assert statuses["nan"].sentence == "It ends at step 3. In 2 steps the loss or the gradient was not finite."
-    assert statuses["skipped"].sentence == "All 3 steps. In 1 step the loss or the gradient was not finite."
+    assert statuses["nan"].sentence == "It ends at step 10. In 9 steps the loss or the gradient was not finite."
+    assert statuses["skipped"].sentence.endswith(" stopped. In 1 step the loss or the gradient was not finite.")
+    assert statuses["mixed"].sentence == "All 2 steps."
     assert statuses["unfinished"].sentence.startswith("30 of 120 steps")
     assert "rose from 0.7 to 9" in statuses["risen"].sentence
 

@@ -7,7 +7,7 @@ from megatron_solopo.files import read_jsonl
 from megatron_solopo.results.long_context import read_long_context
 from smollm2.plan import DEV, NEEDLES, Run, Sizes, test_part
 from smollm2.steps import build_contexts, command, dtype, first_lines
-from smollm2.training import model_directory
+from smollm2.training import answers_directory, model_directory
 
 
 def contexts_of(work: Path, sizes: Sizes, part: str) -> Path:
@@ -26,8 +26,7 @@ def contexts_of(work: Path, sizes: Sizes, part: str) -> Path:
 
 def measure(work: Path, sizes: Sizes, run: Run, part: str) -> dict[str, Any]:
     """Score of every question by its id, for each task of the part; and the time."""
-    # Answers cannot go on in another dtype.
-    output = work / "evaluation" / f"{run.name}-{dtype()}" / f"{part}.json"
+    output = answers_directory(work, run) / f"{part}.json"
     asked: list[object]
     if part == NEEDLES:
         asked = ["--tasks", "needle_single", "--samples", sizes.needle_samples]

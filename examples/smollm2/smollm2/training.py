@@ -34,6 +34,11 @@ def model_directory(work: Path, run: Run) -> Path:
     return work / "model" if run.method == BASE else work / "exported" / run.name
 
 
+def answers_directory(work: Path, run: Run) -> Path:
+    """Where a run's answers are kept while they are made. They cannot go on in another dtype."""
+    return work / "evaluation" / f"{run.name}-{dtype()}"
+
+
 def takes_much_memory(run: Run) -> bool:
     """Whether two such trainings do not fit in 24 GB as glibc keeps memory."""
     return run.step_factor > 1 or (run.long_tokens or 0) > 2048
@@ -44,7 +49,9 @@ def train_run(work: Path, run: Run, sizes: Sizes) -> dict[str, Any]:
     # A run cannot go on in another dtype.
     run_dir, log = work / "runs" / f"{run.name}-{dtype()}", work / "logs" / f"{run.name}.train.log"
     if not (run_dir / "checkpoints").is_dir():
-        remove(run_dir)  # what a finished or an early stopped training left
+        # What a finished or an early stopped training left, and answers of its weights.
+        remove(run_dir)
+        remove(answers_directory(work, run))
     command(
         *("train", "--config", HERE / "config.yaml", f"run_dir={run_dir}", f"model.path={work / 'model'}"),
         *(f"data.path={work / 'prepared' / run.triplets}", f"model.dtype={dtype()}", *run.overrides(sizes)),
