@@ -297,7 +297,8 @@ def missing(results: Sequence[Result]) -> str:
                     kind = "main" if run in main else "everything"
                     yield [run.name, kind, "all" if absent == wanted else ", ".join(absent)]
 
-    return table(["run", "part of the plan", "missing"], rows(), LEFT)
+    found = list(rows())
+    return table(["run", "part of the plan", "missing"], found, LEFT) if found else "Nothing."
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
