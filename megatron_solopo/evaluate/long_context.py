@@ -71,7 +71,10 @@ def evaluate_long_context(settings: LongContextSettings) -> LongContextResults |
     scored = [score(spec, answers[spec.id], samples.metrics[spec.task], marker) for spec in answered]
     unmade = [spec for spec in samples.specs if spec.id not in answers and spec.id not in refused]
     skipped = [*samples.skipped, *samples.count_unmade(unmade), *samples.count_refused(refused)]
-    results = make_results(settings, target, output.stem, samples, scored, skipped, runner.device, runner.layout)
+    header = read_header(journal)
+    assert header is not None, "the journal was just written"
+    device, layout = runner.device, runner.layout
+    results = make_results(settings, target, output.stem, samples, scored, skipped, header["files"], device, layout)
     if settings.server is not None:
         results = results.model_copy(update={"notes": server_notes(scored, runner.model.traffic)})
     _write(output, results, scored)

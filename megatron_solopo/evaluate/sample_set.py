@@ -111,14 +111,10 @@ def collect_samples(settings: LongContextSettings, target: Target, tokenizer: To
     return SampleSet(fitting, skipped, metrics, positions, by_task)
 
 
-def file_hashes(settings: LongContextSettings) -> dict[str, str]:
-    """SHA-256 of every file that decides what is asked, by its path."""
-    files = (*settings.contexts, settings.corpus, settings.haystack, settings.prompt_template)
-    return {str(path): sha256_file(path) for path in files if path is not None}
-
-
 def journal_header(settings: LongContextSettings, target: Target, tokenizer: Tokenizer) -> dict[str, Any]:
     """Everything that decides an answer, by the option's name; not which samples are asked."""
+    files = [settings.corpus, settings.haystack, settings.prompt_template]
+    hashes = {str(path): sha256_file(path) for path in (*settings.contexts, *files) if path is not None}
     # Journals of older versions have the sample alone.
     weights = {} if target.path is None else {"weights": weights_fingerprint(target.path)}
     given = {KWARGS_FIELD: settings.chat_template_kwargs} if settings.chat_template_kwargs else {}
@@ -135,7 +131,7 @@ def journal_header(settings: LongContextSettings, target: Target, tokenizer: Tok
             else "plain",
             "seed": settings.seed,
             "max_new_tokens": settings.max_new_tokens,
-            "files": file_hashes(settings),
+            "files": hashes,
         }
     )
 

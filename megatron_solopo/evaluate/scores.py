@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_solopo.evaluate.sample_set import SampleSet, file_hashes
+from megatron_solopo.evaluate.sample_set import SampleSet
 from megatron_solopo.evaluate.samples import QA_METRICS, SampleSpec
 from megatron_solopo.evaluate.statistics import interval_kind, mean_score
 from megatron_solopo.evaluate.target import Target
@@ -115,6 +115,7 @@ def make_results(
     samples: SampleSet,
     scored: Sequence[ScoredResponse],
     skipped: Sequence[SkippedSamples],
+    files: dict[str, str],
     device: str,
     layout: dict[str, int],
 ) -> LongContextResults:
@@ -122,6 +123,7 @@ def make_results(
 
     Args:
         name: Of the file, without its ending.
+        files: Hashes by path, as the journal of the answers states them.
         device: What computed; "server" where that is not known.
         layout: Parallel sizes, empty where there are none.
     """
@@ -142,7 +144,7 @@ def make_results(
         layout=layout,
         device=device,
         settings=settings.model_dump(mode="json"),
-        files=file_hashes(settings),
+        files=files,
         **_cost(scored),
         **origin(),
     )

@@ -471,14 +471,18 @@ def test_scored_answers_are_no_pair_and_the_error_names_the_columns(tmp_path):
     assert "the guide to data shows how to choose a pair of completions" in message
 
 
+def write_rows_as(suffix, folder, rows):
+    if suffix == "jsonl":
+        return write_jsonl(folder / "rows.jsonl", rows)
+    path = folder / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_an_unpaired_preference_is_no_instruction(tmp_path, suffix):
     rows = [{"prompt": "p", "completion": "good", "label": True}, {"prompt": "p", "completion": "bad", "label": False}]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    if suffix == "parquet":
-        path = tmp_path / "rows.parquet"
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    report = validate_file(path)
+    report = validate_file(write_rows_as(suffix, tmp_path, rows))
     assert [(error.line, error.field) for error in report.errors] == [(1, "label"), (2, "label")]
     assert "unpaired preference" in str(report)
     classes = write_jsonl(tmp_path / "classes.jsonl", [row | {"label": "other"} for row in rows])
@@ -491,10 +495,6 @@ def test_pictures_beside_the_text_are_refused(tmp_path, suffix):
     pair = {"prompt": "What is on it?", "chosen": "a cat", "rejected": "a dog"}
     rows = [pair | {"images": ["cat.png"], "image": None}, pair | {"images": [], "image": "cat.png"}]
     rows.append(pair | {"images": [], "image": None})
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    if suffix == "parquet":
-        path = tmp_path / "rows.parquet"
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    report = validate_file(path)
+    report = validate_file(write_rows_as(suffix, tmp_path, rows))
     assert [(error.line, error.field) for error in report.errors] == [(1, "images"), (2, "image")]
     assert "take the rows without pictures" in report.errors[0].reason
